@@ -1,0 +1,31 @@
+# The two commands of the README. Each makes .venv when it is missing; nothing else is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: demo test lint types unit clean
+
+$(READY): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/jaxcompress demo
+
+test: lint types unit
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY)
+	@$(BIN)/pyright
+
+unit: $(READY)
+	@$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

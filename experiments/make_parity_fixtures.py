@@ -1,0 +1,131 @@
+"""Tiny random models and their logits by PyTorch, for the tests of `jaxcompress.checkpoints`.
+
+Needs an environment of its own with `torch==2.13.0 transformers==5.23.0 safetensors numpy`:
+
+    python experiments/make_parity_fixtures.py --out tests/fixtures/parity
+
+Each folder is a Hugging Face checkpoint with io.npz: `tokens` [B, T] and `logits` [B, T, V] in float32, attention "eager".
+Biases and norms, which PyTorch initialises to 0 and 1, are random too. Most weights are stored as bfloat16, whose values
+float32 holds exactly, and read as float32: half the size. rope.json has the RoPE frequencies of many configs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+ROWS, LENGTH, VOCABULARY = 2, 48, 97
+SHAPE: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.25, rms_norm_eps=1e-5,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype="float32",
+)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16,
+    low_freq_factor=1.0, high_freq_factor=4.0,
+)  # fmt: skip
+YARN = dict(
+    rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=0.5
+)
+
+
+def configs() -> dict[str, PreTrainedConfig]:
+    llama = lambda **changes: LlamaConfig(**SHAPE | changes)
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    return {
+        "llama2_mha": llama(num_key_value_heads=4),
+        "llama3_gqa": llama(rope_parameters=dict(LLAMA3)),
+        "llama_linear": llama(rope_parameters=dict(rope_type="linear", rope_theta=1000.0, factor=3.0)),
+        "llama_yarn": llama(rope_parameters=dict(YARN)),
+        "llama_yarn_mscale": llama(rope_parameters=dict(YARN, mscale=1.5, mscale_all_dim=0.5, truncate=False)),
+        "llama_biases": llama(attention_bias=True, mlp_bias=True),
+        "llama_tied": llama(tie_word_embeddings=True),
+        "mistral_sliding": MistralConfig(**SHAPE, sliding_window=7),
+        "qwen2": Qwen2Config(**SHAPE),
+        "qwen2_mixed": Qwen2Config(
+            **SHAPE | dict(num_hidden_layers=3), use_sliding_window=True, sliding_window=5, layer_types=types
+        ),
+        "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+        "qwen3_biases": Qwen3Config(**SHAPE | dict(num_hidden_layers=1), head_dim=12, attention_bias=True),
+    }
+
+
+def rope_cases() -> list[dict[str, Any]]:
+    """Config entries; what is left out is to be found as transformers finds it."""
+    long = dict(max_position_embeddings=4096)
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=1024)
+    return [
+        dict(rope_parameters=dict(LLAMA3)),
+        dict(rope_theta=500000.0, rope_scaling=dict(LLAMA3, original_max_position_embeddings=8192, factor=8.0), **long),
+        dict(rope_theta=10000.0, rope_scaling=dict(type="linear", factor=2.5)),
+        dict(rope_theta=1e6, rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=32768)),
+        dict(rope_scaling={k: v for k, v in YARN.items() if k != "original_max_position_embeddings"}, **long),
+        dict(rope_parameters=dict(YARN)),
+        dict(rope_parameters=dict(YARN, factor=0.5)),
+        dict(rope_parameters=dict(yarn, attention_factor=0.7), **long),
+        dict(rope_parameters=dict(yarn, mscale=1.0, mscale_all_dim=0.8), **long),
+        dict(rope_parameters=dict(yarn, mscale=1.0), **long),
+        dict(rope_parameters=dict(yarn, truncate=False), **long),
+        dict(rope_parameters=dict(yarn, beta_fast=None, beta_slow=None), **long),
+        dict(rope_parameters=dict(yarn, factor=None), **long),
+        dict(rope_parameters=dict(yarn, beta_fast=1.0, beta_slow=1.0), **long),
+        dict(rope_parameters=dict(yarn, original_max_position_embeddings=2)),
+        dict(original_max_position_embeddings=512, rope_parameters=dict(yarn), **long),
+    ]
+
+
+def randomise(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0.0, 0.3)
+        elif "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        parameter.data = parameter.data.bfloat16().float()
+
+
+def write_model(name: str, config: PreTrainedConfig, folder: Path) -> None:
+    torch.manual_seed(sum(map(ord, name)))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    randomise(model)
+    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH))
+    with torch.no_grad():
+        logits = model(tokens).logits
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if name != "llama2_mha":
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        tensors = {k: v.bfloat16() for k, v in model.state_dict().items() if k not in tied}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
+    np.savez_compressed(folder / "io.npz", tokens=tokens.numpy().astype(np.int32), logits=logits.numpy())
+
+
+def rope_answer(case: dict[str, Any]) -> dict[str, Any]:
+    given = json.loads(json.dumps({k: v for k, v in SHAPE.items() if v is not None} | dict(head_dim=32) | case))
+    config = LlamaConfig(**json.loads(json.dumps(given)))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu")
+    return {"config": {"architectures": ["LlamaForCausalLM"], **given}, "frequencies": frequencies.tolist(), "factor": factor}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("tests/fixtures/parity"))
+    out = parser.parse_args().out
+    shutil.rmtree(out, ignore_errors=True)
+    for name, config in configs().items():
+        write_model(name, config, out / name)
+    answers = [rope_answer(case) for case in rope_cases()]
+    (out / "rope.json").write_text("[\n" + ",\n".join(map(json.dumps, answers)) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()

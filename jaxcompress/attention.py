@@ -1,0 +1,49 @@
+"""Attention as arrays."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, Values
+
+MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
+
+
+def causal_attention(
+    q: Queries, k: Keys, v: Values, positions: Positions, *, window: Int[Array, ""] | None = None
+) -> AttentionOut:
+    """Every query attends to the tokens at its own and earlier positions, at most `window` of them.
+
+    Positions grow along T; padding (-1) is attended by nothing, and what a padded query returns has no meaning but
+    is finite. Queries are taken in blocks, each against the keys up to its own end only, and a block's weights are
+    recomputed for the gradient: half the work of a T x T product, and memory that grows with T, not T squared.
+    """
+    b, t, h, d = q.shape
+    kv = k.shape[2]
+    block = max(128, -(-t // 16))
+    q = q.reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4) * d**-0.5
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    outs = []
+    for start in range(0, t, block):
+        end = min(start + block, t)
+        query, key = positions[:, start:end, None], positions[:, None, :end]
+        seen = (key <= query) & (key >= 0)
+        if window is not None:
+            seen &= key > query - window
+        outs.append(_attend_block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], seen))
+    return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+
+
+@jax.checkpoint
+def _attend_block(
+    q: Float[Array, "B K G T D"], k: Float[Array, "B K N D"], v: Float[Array, "B K N D"], seen: Bool[Array, "B T N"]
+) -> Float[Array, "B K G T D"]:
+    b, kv, g, t, d = q.shape
+    # The query heads of a group are rows of one product: larger products, and K and V are never repeated.
+    scores = jnp.einsum("bkqd,bknd->bkqn", q.reshape(b, kv, g * t, d), k, preferred_element_type=jnp.float32)
+    scores += jnp.tile(jnp.where(seen, 0.0, MASKED), (1, g, 1))[:, None]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    out = jnp.einsum("bkqn,bknd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(b, kv, g, t, d)

@@ -1,0 +1,130 @@
+"""Perplexity of a text read through a bounded state."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxcompress.models.bounded import Mode, Slots, check_fits, init_state, prompt_chunk, read
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.state import State
+from jaxcompress.training.loss import token_losses
+
+
+class Perplexity(NamedTuple):
+    """How well a text was predicted.
+
+    Attributes:
+      nats: mean negative log-likelihood per token, in nats.
+      tokens: how many tokens were predicted.
+      tokens_per_second: read, compilation left out.
+      state_bytes: of the state, all rows.
+    """
+
+    nats: float
+    tokens: int
+    tokens_per_second: float
+    state_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats)
+
+
+def perplexity(
+    model: Decoder,
+    tokens: Int[np.ndarray, "B T"],
+    policy: Policy,
+    slots: Slots,
+    *,
+    mode: Mode = "streaming",
+    chunk: int = 128,
+    prompt: int | None = None,
+    skip: int = 0,
+    segment: int = 512,
+    placement: Placement | None = None,
+    dtype: Any = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Perplexity:
+    """Mean loss of predicting each token of each row from the state after the tokens before it.
+
+    Rows are independent texts. They are read in segments, so that memory does not grow with T; a layer's projections run
+    over a whole segment at once, which changes nothing (see `jaxcompress.recurrence`).
+
+    Args:
+      mode: `streaming`: exactly as in decoding. `chunked`: selection every `chunk` tokens, over which a token sees more
+        than the state. `oneshot`: the first `prompt` tokens attend to each other in full and are selected from once,
+        the rest is streamed; only the rest is counted.
+      skip: leave so many of the first tokens out of the mean, to compare modes on the same tokens.
+      segment: tokens read per call; a multiple of `chunk`.
+      dtype: of the state; the model's by default.
+      progress: called with the number of tokens read, per segment.
+
+    Raises:
+      ValueError: fewer than 2 tokens, a prompt that does not fit, a `full` state that is too small.
+      FloatingPointError: losses are not finite; says where first.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    batch, total = tokens.shape
+    if total < 2:
+        raise ValueError(f"perplexity needs at least 2 tokens, {total} given")
+    if policy.score is None:
+        check_fits(policy, slots, total - 1)
+    state = init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
+    nbytes = sum(run.nbytes for run in state)
+    if mode == "oneshot":
+        if prompt is None or not 1 <= prompt < total:
+            raise ValueError(f"mode oneshot needs a prompt of 1 to {total - 1} tokens, not {prompt}")
+        plan = [(0, prompt, prompt)] + [(i, min(i + segment, total - 1), 1) for i in range(prompt, total - 1, segment)]
+        skip = max(skip, prompt)
+    else:
+        by = prompt_chunk(mode, segment, chunk)
+        if segment % by:
+            raise ValueError(f"segment ({segment}) must be a multiple of chunk ({by})")
+        plan = [(i, min(i + segment, total - 1), by) for i in range(0, total - 1, segment)]
+    if skip >= total - 1:
+        raise ValueError(f"nothing is left to measure: {total - 1} predictions, the first {skip} of them skipped")
+
+    compiled: dict[tuple[int, int], Any] = {}
+    total_loss, seconds = 0.0, 0.0
+    for start, end, by in plan:
+        piece, target = jnp.asarray(tokens[:, start:end]), jnp.asarray(tokens[:, start + 1 : end + 1])
+        how = dict(policy=policy, chunk=by, placement=placement)
+        key = (end - start, by)
+        if key not in compiled:
+            compiled[key] = _losses.lower(model, piece, target, state, **how).compile()
+        begun = time.perf_counter()
+        losses, state = compiled[key](model, piece, target, state)
+        losses = np.asarray(losses, np.float64)
+        seconds += time.perf_counter() - begun
+        if not np.isfinite(losses).all():
+            row, at = np.argwhere(~np.isfinite(losses))[0]
+            raise FloatingPointError(f"non-finite logits, first in row {row} after the token at position {start + at}")
+        total_loss += losses[:, max(skip - start, 0) :].sum()
+        progress((end - start) * batch)
+    counted = batch * (total - 1 - skip)
+    return Perplexity(total_loss / counted, counted, batch * (total - 1) / seconds, nbytes)
+
+
+@partial(jax.jit, static_argnames=("policy", "chunk", "placement"), donate_argnames="state")
+def _losses(
+    model: Decoder,
+    tokens: Array,
+    targets: Array,
+    state: State,
+    *,
+    policy: Policy,
+    chunk: int,
+    placement: Placement | None,
+) -> tuple[Array, State]:
+    done = read(model, tokens, state, policy, chunk=chunk, placement=placement)
+    return token_losses(model.logits(done.hidden), targets), done.state

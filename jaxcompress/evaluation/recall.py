@@ -1,0 +1,216 @@
+"""Recall tasks: facts told early in a text and asked for later.
+
+A fact is a line `# note: KEY -> VALUE`, a question a line `# recall: KEY -> VALUE`; key and value are two ordinary
+words each, drawn at random, so that nothing but the note itself gives the answer. Whatever the tokenizer, they are
+made from words that are one token each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.models.bounded import Slots, check_fits, init_state, read
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.policy import Placement, Policy
+
+WORDS_PER_SIDE = 2
+
+
+class Wording(NamedTuple):
+    """The pieces of a task as token ids."""
+
+    note: np.ndarray  # "\n# note:"
+    recall: np.ndarray  # "\n# recall:"
+    arrow: np.ndarray  # " ->"
+    end: np.ndarray  # "\n"
+    words: np.ndarray  # single-token words to draw from
+
+    def line(self, kind: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+        return np.concatenate([kind, key, self.arrow, value, self.end])
+
+
+class Recall(NamedTuple):
+    """A text with questions.
+
+    Attributes:
+      tokens: [T] int32.
+      asked: [T] bool, the answer tokens: what a model that remembers predicts.
+      told: [T] bool, tokens that nothing can predict (keys, and values when first told).
+      distance: [T] int32, at the first token of each answer how many tokens ago its value was told, else 0.
+    """
+
+    tokens: np.ndarray
+    asked: np.ndarray
+    told: np.ndarray
+    distance: np.ndarray
+
+
+def wording(tokenizer: Any) -> Wording:
+    """Prepares the lines for a byte-level BPE or SentencePiece `tokenizers.Tokenizer`.
+
+    Raises:
+      ValueError: fewer than 64 of the tokenizer's tokens are whole lower-case words.
+    """
+    encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    words = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch(r"[Ġ▁][a-z]{3,}", token)]
+    if len(words) < 64:
+        raise ValueError(f"the tokenizer has {len(words)} single-token words; recall tasks need at least 64")
+    return Wording(
+        encode("\n# note:"), encode("\n# recall:"), encode(" ->"), encode("\n"), np.array(sorted(words), np.int32)
+    )
+
+
+def weave(
+    rng: np.random.Generator,
+    filler: np.ndarray,
+    length: int,
+    wording: Wording,
+    *,
+    notes: int,
+    questions: int,
+    ask_in: tuple[float, float] = (0.3, 1.0),
+    tell_in: tuple[float, float] = (0.0, 0.8),
+) -> Recall:
+    """Weaves notes and questions about them into a filler text.
+
+    Args:
+      filler: at least `length` tokens of ordinary text.
+      length: T of the result, exactly.
+      notes, questions: how many; each question asks for a note told before it (some notes may be asked twice).
+      tell_in, ask_in: the part of the text, as fractions, in which notes and questions fall.
+    """
+    draw = lambda n: rng.choice(wording.words, (n, WORDS_PER_SIDE))
+    keys, values = draw(notes), draw(notes)
+    size = len(wording.line(wording.note, keys[0], values[0])), len(wording.line(wording.recall, keys[0], values[0]))
+    room = length - notes * size[0] - questions * size[1]
+    if room < 0:
+        raise ValueError(f"{notes} notes and {questions} questions do not fit into {length} tokens")
+    if len(filler) < room:
+        raise ValueError(f"{room} tokens of filler are needed, {len(filler)} were given")
+    told_at = np.sort(rng.uniform(*tell_in, notes))
+    asked_at = np.sort(rng.uniform(*ask_in, questions))
+    asked_at = np.maximum(asked_at, told_at[0])
+    events = sorted([(at, 0, i) for i, at in enumerate(told_at)] + [(at, 1, -1) for at in asked_at])
+
+    tokens, asked, told, distance = [], [], [], []
+    where = np.zeros(notes, int)  # index of each note's value
+    known, used = 0, 0
+
+    def put(piece: np.ndarray) -> None:
+        tokens.append(piece)
+        for marks in (asked, told, distance):
+            marks.append(np.zeros(len(piece), np.int32))
+
+    for at, kind, index in events:
+        upto = int(at * room)
+        put(filler[used:upto])
+        used = max(used, upto)
+        i = index if kind == 0 else int(rng.integers(known))
+        line = wording.line((wording.note, wording.recall)[kind], keys[i], values[i])
+        start = sum(map(len, tokens))
+        put(line)
+        first_key = len((wording.note, wording.recall)[kind])
+        first_value = first_key + WORDS_PER_SIDE + len(wording.arrow)
+        told[-1][first_key : first_key + WORDS_PER_SIDE] = 1
+        (told, asked)[kind][-1][first_value : first_value + WORDS_PER_SIDE] = 1
+        if kind == 0:
+            where[i] = start + first_value
+            known += 1
+        else:
+            distance[-1][first_value] = start + first_value - where[i]
+    put(filler[used:room])
+    join = lambda parts, dtype: np.concatenate(parts).astype(dtype)
+    return Recall(join(tokens, np.int32), join(asked, bool), join(told, bool), join(distance, np.int32))
+
+
+def exam(
+    filler: np.ndarray,
+    words: Wording,
+    *,
+    rows: int,
+    length: int,
+    notes: int = 8,
+    questions: int = 8,
+    seed: int = 0,
+    bos: int | None = None,
+) -> list[Recall]:
+    """Rows in which notes are told in the first half of a text and asked for in its last quarter.
+
+    Args:
+      filler: tokens of ordinary text; each row takes another part of it.
+      bos: a token to put first.
+    """
+    rng = np.random.default_rng(seed)
+    width = length - (bos is not None)
+    tasks = []
+    for _ in range(rows):
+        at = rng.integers(max(len(filler) - width, 0) + 1)
+        task = weave(
+            rng, filler[at : at + width], width, words, notes=notes, questions=questions,
+            tell_in=(0.0, 0.5), ask_in=(0.75, 1.0),
+        )  # fmt: skip
+        tasks.append(
+            task
+            if bos is None
+            else Recall(
+                *(
+                    np.concatenate([[first], part]).astype(part.dtype)
+                    for first, part in zip((bos, 0, 0, 0), task, strict=True)
+                )
+            )
+        )
+    return tasks
+
+
+class Answers(NamedTuple):
+    """Every question of an exam: how far back its answer was told, and whether it was given in full."""
+
+    distance: np.ndarray
+    right: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.mean())
+
+
+def answers(
+    model: Decoder,
+    tasks: Sequence[Recall],
+    policy: Policy,
+    slots: Slots,
+    *,
+    segment: int = 512,
+    placement: Placement | None = None,
+) -> Answers:
+    """Reads the tasks token by token through a bounded state and looks at its greedy answers.
+
+    A question counts as right if every token of the answer is the most probable one, given those before it.
+    """
+    tokens = np.stack([task.tokens for task in tasks])
+    batch, total = tokens.shape
+    check_fits(policy, slots, total)
+    state = init_state(model.config, policy, slots, batch=batch, dtype=model.embedding[...].dtype)
+    guesses = []
+    for at in range(0, total, segment):
+        guess, state = _guess(
+            model, jnp.asarray(tokens[:, at : at + segment]), state, policy=policy, placement=placement
+        )
+        guesses.append(np.asarray(guess))
+    right = np.zeros(tokens.shape, bool)
+    right[:, 1:] = np.concatenate(guesses, axis=1)[:, :-1] == tokens[:, 1:]
+    rows, first = np.nonzero(np.stack([task.distance for task in tasks]))
+    whole = np.stack([right[rows, first + i] for i in range(WORDS_PER_SIDE)]).all(axis=0)
+    return Answers(np.stack([task.distance for task in tasks])[rows, first], whole)
+
+
+@partial(jax.jit, static_argnames=("policy", "placement"), donate_argnames="state")
+def _guess(model: Decoder, tokens: Any, state: Any, *, policy: Policy, placement: Placement | None) -> Any:
+    done = read(model, tokens, state, policy, placement=placement)
+    return model.logits(done.hidden).argmax(axis=-1), done.state

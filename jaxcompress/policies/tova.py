@@ -1,0 +1,36 @@
+"""TOVA: token omission via attention (Oren et al. 2024, "Transformers are Multi-State RNNs")."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jaxcompress.policies.policy import Observation, Policy
+from jaxcompress.shapes import SlotScores
+from jaxcompress.state import KVState, Stats
+
+
+@cache
+def tova(scope: Literal["layer", "kv_head", "query_head"] = "layer") -> Policy:
+    """Keeps the tokens to which the newest query attends most (section 4).
+
+    score[n] = mean over heads of the attention probability that the newest query gave token n. Nothing is
+    protected: neither the first tokens nor the newest one, which may be dropped at once.
+
+    scope="layer" is the published method: the mean goes over all query heads of the layer, which share one set.
+    "kv_head" and "query_head" select per head, the ablation of appendix A (worse there).
+    """
+
+    def init(incoming: KVState) -> Stats:
+        return jnp.zeros_like(incoming.positions[0], jnp.float32)
+
+    def observe(stats: Stats, seen: Observation) -> Stats:
+        row, present = seen.last(seen.per_set(scope))
+        return jnp.where(present, row, stats)
+
+    def score(stats: Stats, state: KVState) -> SlotScores:
+        return stats
+
+    return Policy("tova" if scope == "layer" else f"tova-{scope}", score, init, observe, scope)

@@ -1,0 +1,49 @@
+"""Policies that look at positions only."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jaxcompress.policies.policy import Policy
+from jaxcompress.shapes import SlotScores
+from jaxcompress.state import KVState, Stats
+
+
+@cache
+def window(sinks: int = 0) -> Policy:
+    """Keeps the first `sinks` tokens of the sequence and the most recent ones (Window, Window+i).
+
+    score = +inf if position < sinks, else position. One set per layer. Positions stay absolute, as in the static
+    masks of Oren et al. 2024, section 3; compare `streaming_llm`.
+    """
+    _check_sinks(sinks)
+    return Policy(f"window+{sinks}" if sinks else "window", score=_newest(sinks), needs=sinks + 1)
+
+
+@cache
+def streaming_llm(sinks: int = 4, evict: Literal["after", "before"] = "after") -> Policy:
+    """Attention sinks and a rolling window (Xiao et al. 2024), at positions re-indexed by rank (`placement="slot"`).
+
+    evict="after": a query sees capacity + 1 keys (the paper's perplexity evaluation, `eval_long_ppl.py`).
+    evict="before": room is made first, a query sees at most capacity keys (the chat demo, `evict_for_space`).
+    """
+    _check_sinks(sinks)
+    return Policy(
+        f"streaming_llm+{sinks}-{evict}", score=_newest(sinks), evict=evict, placement="slot", needs=sinks + 1
+    )
+
+
+def _newest(sinks: int):
+    def score(stats: Stats, state: KVState) -> SlotScores:
+        positions = state.positions[0]
+        return jnp.where(positions < sinks, jnp.inf, positions.astype(jnp.float32))
+
+    return score
+
+
+def _check_sinks(sinks: int) -> None:
+    if sinks < 0:
+        raise ValueError(f"sinks must be 0 or more, not {sinks}")

@@ -1,0 +1,49 @@
+"""keep: from scores to the set that stays.
+
+One rule for the whole library: higher scores stay; on an exact tie the older token stays; free slots are never
+chosen. A score of +inf protects. Scores are compared in float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxcompress.shapes import SlotPositions, SlotScores
+
+_NEVER = jnp.iinfo(jnp.int32).max
+
+
+def keep_top(scores: SlotScores, positions: SlotPositions, n: Int[Array, "..."] | int) -> Bool[Array, "B P N"]:
+    """Marks the n tokens of each set that stay; all of them where there are no more than n.
+
+    Args:
+      scores: [..., N].
+      positions: [..., N], -1 for a free slot.
+      n: how many, one number or one per set.
+    """
+    occupied = positions >= 0
+    worst_last = jnp.where(occupied, -_comparable(scores), jnp.inf)
+    age = jnp.where(occupied, positions, _NEVER)
+    slot = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
+    order = jax.lax.sort((worst_last, age, slot), dimension=-1, num_keys=2)[2]
+    rank = jnp.put_along_axis(jnp.zeros_like(slot), order, slot, axis=-1, inplace=False)
+    return occupied & (rank < jnp.asarray(n)[..., None])
+
+
+def worst(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P"]:
+    """The slot of each set to free: a free one if there is any, else lowest score, youngest on a tie.
+
+    Two reductions. Freeing what is free changes nothing, so that nobody needs to count the occupied slots.
+    """
+    occupied = positions >= 0
+    candidate = jnp.where(occupied, _comparable(scores), -jnp.inf)
+    youth = jnp.where(occupied, positions, _NEVER)
+    return jnp.where(candidate == candidate.min(-1, keepdims=True), youth, -1).argmax(-1)
+
+
+def _comparable(scores: SlotScores) -> SlotScores:
+    """float32, with NaN as the lowest score, so that the order is total."""
+    scores = scores.astype(jnp.float32)
+    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)

@@ -1,0 +1,109 @@
+"""What a policy decided over a sequence: what was held after every step, and when each token died."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxcompress.models.bounded import Mode, Read, Slots, init_state, last_hidden, prompt_chunk, read
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.recurrence import death_times
+from jaxcompress.shapes import Tokens
+
+
+class Trace(NamedTuple):
+    """A sequence as the state lived it, on the host.
+
+    Attributes:
+      positions: [L, steps, B, P, S] int32, the positions held after each step, -1 for a free slot. Step 0 is the
+        prompt, every later step one token. Layers with fewer slots are filled up with -1.
+      logits: [steps, B, V] float32, for the token after each step.
+      death: [L, B, P, T] int32, the first position whose query no longer saw each token; T for tokens still held.
+        Plain attention under the mask `j <= i < death[j]` is the same computation.
+    """
+
+    positions: Int[np.ndarray, "L steps B P S"]
+    logits: Float[np.ndarray, "steps B V"]
+    death: Int[np.ndarray, "L B P T"]
+
+
+def trace(
+    model: Decoder,
+    tokens: Tokens,
+    policy: Policy,
+    slots: Slots,
+    *,
+    prompt: int,
+    mode: Mode = "oneshot",
+    chunk: int = 128,
+    placement: Placement | None = None,
+) -> Trace:
+    """Feeds the first `prompt` tokens as the mode says and the rest one by one.
+
+    Args:
+      tokens: [B, T], at least `prompt` of them.
+      mode: `oneshot`, `chunked` (by `chunk` tokens) or `streaming`.
+
+    Raises:
+      ValueError: a prompt outside 1..T, or a state too small for the policy.
+    """
+    total = tokens.shape[1]
+    if not 1 <= prompt <= total:
+        raise ValueError(f"prompt must be between 1 and the {total} tokens given, not {prompt}")
+    state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=model.embedding[...].dtype)
+    by = prompt_chunk(mode, prompt, chunk)
+    first, rest = _traced(
+        model, jnp.asarray(tokens), state, policy=policy, prompt=prompt, chunk=by, placement=placement
+    )
+    width = max(p.shape[-1] for p in first[0])
+    layers = []
+    for start, steps in zip(first[0], rest[0], strict=True):
+        held = np.concatenate([np.asarray(start)[:, None], np.asarray(steps).swapaxes(0, 1)], axis=1)
+        layers.append(np.pad(held, [(0, 0)] * 4 + [(0, width - held.shape[-1])], constant_values=-1))
+    positions = np.concatenate(layers)
+    logits = np.concatenate([np.asarray(first[1])[None], np.asarray(rest[1])])
+    death = _deaths(first, rest, model, total)
+    return Trace(positions, logits, death)
+
+
+@partial(jax.jit, static_argnames=("policy", "prompt", "chunk", "placement"))
+def _traced(model, tokens, state, *, policy, prompt, chunk, placement):
+    def facts(done: Read):
+        held = tuple(run.positions for run in done.state)
+        return held, model.logits(last_hidden(done, None))[:, 0], done.freed, done.died
+
+    start = read(model, tokens[:, :prompt], state, policy, chunk=chunk, placement=placement)
+
+    def step(state, token):
+        done = read(model, token[:, None], state, policy, placement=placement)
+        return done.state, facts(done)
+
+    _, rest = jax.lax.scan(step, start.state, tokens[:, prompt:].T)
+    return facts(start), rest
+
+
+def _deaths(first, rest, model: Decoder, total: int) -> Int[np.ndarray, "L B P T"]:
+    layers = []
+    for run in range(len(first[0])):
+        pairs = zip((first[2][run], first[3][run]), (rest[2][run], rest[3][run]), strict=True)
+        freed, died = (_join(prompt, steps) for prompt, steps in pairs)
+        layers += [death_times(f, d, total) for f, d in zip(freed, died, strict=True)]
+    if model.config.sliding:
+        leaves = jnp.arange(total)
+        layers = [
+            d if w is None else jnp.minimum(d, leaves + w) for d, w in zip(layers, model.config.sliding, strict=True)
+        ]
+    return np.asarray(jnp.minimum(jnp.stack(layers), total))
+
+
+def _join(prompt: Array, steps: Array) -> Array:
+    """[L, n, B, P, F] and [steps, L, 1, B, P, 1] -> [L, n + steps, B, P, F], the steps filled up with nothing freed."""
+    steps = steps[:, :, 0].swapaxes(0, 1)
+    pad = prompt.shape[-1] - steps.shape[-1]
+    return jnp.concatenate([prompt, jnp.pad(steps, [(0, 0)] * 4 + [(0, pad)], constant_values=-1)], axis=1)

@@ -1,0 +1,48 @@
+"""Foresight: teaching attention to keep looking at what it will need.
+
+Policies such as TOVA keep what is attended to now; a token that will be asked for in a thousand steps but is ignored
+until then is lost. This auxiliary loss asks each layer to pay a little attention, on the mean of its heads, to every
+token that some later query is going to attend to strongly. It changes no architecture and no policy: after training
+with it, present attention says something about future need.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxcompress.attention import MASKED
+from jaxcompress.shapes import Keys, Positions, Queries
+
+
+def foresight_loss(
+    q: Queries,
+    k: Keys,
+    positions: Positions,
+    sample: Int[Array, "B R"],
+    *,
+    strong: float = 0.1,
+    floor: float = 1 / 512,
+) -> Float[Array, ""]:
+    """How far, in nats, attention falls short of `floor` on tokens that are needed later.
+
+    For a sampled query i and an earlier token j that some later sampled query attends to with probability over `strong`
+    in any head: max(0, log floor - log mean_heads p[i, j]), averaged over all such pairs. No gradient flows into what is
+    needed later, only into what is attended to now.
+
+    Args:
+      q, k: rotated.
+      sample: indices along T of the queries looked at, growing; far fewer than T, so that no T x T array exists.
+    """
+    b, _, h, d = q.shape
+    at = jnp.take_along_axis(positions, sample, axis=1)
+    q = jnp.take_along_axis(q, sample[:, :, None, None], axis=1).reshape(b, sample.shape[1], k.shape[2], -1, d)
+    scores = jnp.einsum("brkgd,btkd->bkgrt", q, k, preferred_element_type=jnp.float32) * d**-0.5
+    earlier = (positions[:, None] <= at[:, :, None]) & (positions[:, None] >= 0)
+    weights = jax.nn.softmax(jnp.where(earlier[:, None, None], scores, MASKED), axis=-1)
+    strongest = jax.lax.stop_gradient(weights.max((1, 2)))  # [B, R, T]
+    later = jnp.pad(jax.lax.cummax(strongest, axis=1, reverse=True)[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    needed = (later > strong) & earlier
+    short = jnp.maximum(jnp.log(floor) - jnp.log(weights.mean((1, 2)) + 1e-9), 0.0)
+    return (short * needed).sum() / jnp.maximum(needed.sum(), 1)

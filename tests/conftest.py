@@ -1,0 +1,49 @@
+"""How tests run: two CPU devices, shape annotations checked, examples that repeat."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+
+# Compiled functions are kept between runs: most of the time of a first run goes into compiling.
+_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+jax.config.update("jax_compilation_cache_dir", str(Path(_cache) / "jaxcompress" / "tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Shape annotations are checked here and nowhere else. Before any module of the package is imported.
+install_import_hook("jaxcompress", "beartype.beartype")
+
+from jaxcompress.state import KVState  # noqa: E402  after the hook
+
+
+def _check_states_that_the_package_builds() -> None:
+    """Not those that jax rebuilds from leaves: their leaves may be anything, or have axes in front."""
+    checked = KVState.__init__
+    plain = checked.__wrapped__
+
+    def init(self: KVState, *args: Any, **fields: Any) -> None:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        ours = caller == "dataclasses" or caller.startswith("jaxcompress.")  # dataclasses: `replace`
+        arrays = isinstance(args[0] if args else fields["keys"], jax.Array)
+        (checked if ours and arrays else plain)(self, *args, **fields)
+
+    KVState.__init__ = init
+
+
+_check_states_that_the_package_builds()
+
+# The same examples at every run, so that a failure can be seen again; HYPOTHESIS_PROFILE=search draws new ones.
+_shared = dict(deadline=None, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("repeat", max_examples=15, derandomize=True, **_shared)
+hypothesis.settings.register_profile("search", max_examples=200, **_shared)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))

@@ -1,0 +1,58 @@
+"""The recurrence equals its definition, for every policy, mode and placement, with padding at any place."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxcompress.recurrence import death_times
+
+from .harness import RULES, B, Case, Data, T, data, expected, held, ragged, run
+
+NAMED = [name for name, (_, rule) in RULES.items() if rule is not None]
+CASES = [
+    *(Case(name, mode) for name in NAMED for mode in ("streaming", "chunked")),
+    *(Case(name, "one-shot") for name in ("tova", "h2o", "streaming-before", "full")),
+    *(Case(name, "steps", "slot") for name in ("tova", "streaming-after", "streaming-before")),
+    *(Case("h2o-kv_head", "streaming", "compact"), Case("tova", "chunked", "compact")),
+    *(Case("streaming-before", "chunked", "slot"), Case("streaming-after", "one-shot", "slot")),
+    # Sliding-window layers: room for the whole window, and less than that.
+    *(Case(name, mode, window=C) for name, C in (("tova", 6), ("full", 6)) for mode in ("steps", "chunked")),
+    *(Case("streaming-before", mode, window=6) for mode in ("steps", "chunked")),
+    *(Case("h2o-layer", "streaming", window=8), Case("streaming-before", "chunked", "slot", window=8)),
+    # Query heads per kv head; 2 is everywhere else.
+    *(Case("tova", kv_heads=1), Case("tova", kv_heads=4), Case("h2o-kv_head", kv_heads=1), Case("h2o", kv_heads=4)),
+]
+name_of = lambda case: "-".join(str(x) for x in case if x is not None)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+@settings(max_examples=4)
+@given(draws=st.data())
+def test_equals_the_definition(case: Case, draws: st.DataObject) -> None:
+    rows = draws.draw(ragged(case.kv_heads))
+    trace = run(case, rows)
+    assert np.isfinite(trace.out).all()
+    deaths = np.asarray(death_times(trace.freed, trace.died, T))
+    if case.window is not None:
+        deaths = np.minimum(deaths, np.arange(T) + case.window)
+    for b in range(B):
+        want, n = expected(case, rows, b), int(rows.valid[b].sum())
+        np.testing.assert_allclose(trace.out[b, rows.valid[b]], want.out, rtol=1e-4, atol=1e-4)
+        assert not trace.out[b, ~rows.valid[b]].any()
+        states = trace.states.positions[:, 0, b]  # [calls, P, S]
+        if case.mode == "steps":
+            assert [[held(p) for p in sets] for sets in states] == want.held
+        assert [held(p) for p in states[-1]] == want.held[-1]
+        assert np.minimum(deaths[b, :, :n], n).tolist() == want.death.tolist()
+
+
+@pytest.mark.parametrize("name", ["tova", "h2o", "streaming-before"])
+def test_the_comparison_can_fail(name: str) -> None:
+    """Modes keep different tokens, so that comparing with the wrong one must show."""
+    case, rows = Case(name), data(0)
+    wrong = expected(case._replace(mode="one-shot"), rows, 0)
+    assert [held(p) for p in run(case, rows).last.positions[0, 0]] != wrong.held[-1] or name == "streaming-before"
+    assert np.abs(run(case, rows).out[0] - wrong.out).max() > 1e-2
