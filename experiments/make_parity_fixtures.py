@@ -4,9 +4,10 @@ Needs an environment of its own with `torch==2.13.0 transformers==5.23.0 safeten
 
     python experiments/make_parity_fixtures.py --out tests/fixtures/parity
 
-Each folder is a Hugging Face checkpoint with io.npz: `tokens` [B, T] and `logits` [B, T, V] in float32, attention "eager".
-Biases and norms, which PyTorch initialises to 0 and 1, are random too. Most weights are stored as bfloat16, whose values
-float32 holds exactly, and read as float32: half the size. rope.json has the RoPE frequencies of many configs.
+Each folder is a Hugging Face checkpoint with io.npz: `tokens` [B, T] and `logits` [B, T, V], computed in float32 with
+"eager" attention. Biases and norms, which PyTorch initialises to 0 and 1, are random too. Most weights are stored as
+bfloat16, whose values float32 holds exactly, and read as float32: half the size. rope.json has the RoPE frequencies of
+many configs.
 """
 
 from __future__ import annotations
@@ -113,7 +114,11 @@ def rope_answer(case: dict[str, Any]) -> dict[str, Any]:
     given = json.loads(json.dumps({k: v for k, v in SHAPE.items() if v is not None} | dict(head_dim=32) | case))
     config = LlamaConfig(**json.loads(json.dumps(given)))
     frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu")
-    return {"config": {"architectures": ["LlamaForCausalLM"], **given}, "frequencies": frequencies.tolist(), "factor": factor}
+    return {
+        "config": {"architectures": ["LlamaForCausalLM"], **given},
+        "frequencies": frequencies.tolist(),
+        "factor": factor,
+    }
 
 
 def main() -> None:

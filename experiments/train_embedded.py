@@ -10,8 +10,9 @@ short contexts to few long ones; it can be stopped and started again.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ import optax
 import tyro
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from jaxcompress.attention import causal_attention
+from jaxcompress.checkpoints import save
 from jaxcompress.embedded.corpus import documents
 from jaxcompress.evaluation.recall import Recall, Wording, weave, wording
 from jaxcompress.models.decoder import Decoder, DecoderConfig
@@ -57,8 +59,8 @@ class Stage:
 STAGES = (
     Stage(900, 16, 256, 0.35),
     Stage(500, 8, 512, 0.5),
-    Stage(300, 4, 1024, 0.4, foresight=0.1),
-    Stage(800, 2, 2048, 0.4, foresight=0.1),
+    Stage(200, 4, 1024, 0.4, foresight=0.1),
+    Stage(700, 2, 2048, 0.4, foresight=0.3),
 )
 SAMPLED = 96, 64  # queries of a row at which foresight looks: anywhere, and where answers are given
 
@@ -72,6 +74,8 @@ class Arguments:
     peak: float = 4e-3
     """Highest learning rate."""
     save_every: int = 100
+    stop_at: int | None = None
+    """Export what there is after so many steps; the schedule stays that of the whole run."""
     stages: tuple[Stage, ...] = STAGES
 
 
@@ -196,11 +200,18 @@ def main(args: Arguments) -> None:
     else:
         tokenizer = train_tokenizer(texts)
         tokenizer.save(str(args.out / "tokenizer.json"))
-    bos = tokenizer.token_to_id(BOS)
+    bos = tokenizer.get_vocab()[BOS]
     order = np.random.default_rng(args.seed).permutation(len(texts))
-    stream = np.concatenate([[*tokenizer.encode(texts[i]).ids, bos] for i in order]).astype(np.int32)
+    stream = np.concatenate([[*tokenizer.encode(texts[i], add_special_tokens=False).ids, bos] for i in order]).astype(
+        np.int32
+    )
     print(f"{len(texts)} documents, {sum(map(len, texts)):,} characters, {len(stream):,} tokens", flush=True)
-    batches = Batches(stream, bos, wording(tokenizer), args.seed)
+    batches = Batches(
+        stream,
+        bos,
+        wording(tokenizer.get_vocab(), lambda text: tokenizer.encode(text, add_special_tokens=False).ids),
+        args.seed,
+    )
 
     total = sum(stage.steps for stage in args.stages)
     optimizer = muon_for_decoder(warmup_stable_decay(args.peak, total))
@@ -211,14 +222,14 @@ def main(args: Arguments) -> None:
     if saved:
         done = int(saved[-1].name.removeprefix("step-"))
         leaves, tree = jax.tree.flatten((params, state))
-        params, state = jax.tree.unflatten(tree, ocp.load(saved[-1].absolute(), leaves))
+        params, state = jax.tree.unflatten(tree, ocp.load(str(saved[-1].absolute()), leaves))
         print(f"going on from step {done}", flush=True)
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} weights, {total} steps", flush=True)
 
     plan = [stage for stage in args.stages for _ in range(stage.steps)]
     started, seen, losses = time.time(), 0, []
     with open(args.out / "log.jsonl", "a") as log:
-        for step in range(done, total):
+        for step in range(done, min(total, args.stop_at or total)):
             tokens, weights = batches(step, plan[step])
             stage = plan[step]
             sample = sample_queries(np.random.default_rng((args.seed, step, 1)), weights)
@@ -240,8 +251,26 @@ def main(args: Arguments) -> None:
                 log.write(json.dumps(row) + "\n")
                 log.flush()
             if (step + 1) % args.save_every == 0 or step + 1 == total:
-                ocp.save((args.out / f"step-{step + 1:06d}").absolute(), jax.tree.leaves((params, state)))
-    (args.out / "config.json").write_text(json.dumps(asdict(CONFIG), indent=1))
+                ocp.save(str((args.out / f"step-{step + 1:06d}").absolute()), jax.tree.leaves((params, state)))
+    export(nnx.merge(graph, params), tokenizer, args)
+
+
+def export(model: Decoder, tokenizer: Tokenizer, args: Arguments) -> None:
+    """Writes the Hugging Face folder that ships: bfloat16 weights and the tokenizer, which puts BOS first."""
+    bos = tokenizer.get_vocab()[BOS]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
+    special = dict(bos_token=BOS, eos_token=BOS, pad_token=BOS)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(f"{folder}/tokenizer.json", pretty=False)
+        for name, content in {
+            "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", **special),
+            "config.json": dict(bos_token_id=bos, eos_token_id=bos, pad_token_id=bos),
+        }.items():
+            Path(folder, name).write_text(json.dumps(content))
+        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+        saved = save(half, args.out / "model", tokenizer_from=folder)
+    size = sum(file.stat().st_size for file in saved.iterdir())
+    print(f"{saved}: {size / 1e6:.1f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Attention as arrays."""
+"""Attention as arrays: over a block of tokens, and of one token over the slots of a state.
+
+This is the only door to kernels: whoever attends comes through here.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,36 @@ def causal_attention(
             seen &= key > query - window
         outs.append(_attend_block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], seen))
     return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+
+
+def slot_attention(
+    q: Float[Array, "B K G D"],
+    keys: Float[Array, "B K S D"],
+    values: Float[Array, "B K S D"],
+    occupied: Bool[Array, "B P S"],
+    present: Bool[Array, " B"],
+) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G S"]]:
+    """One query per row and head over the slots of one layer: output, and the probability each slot received.
+
+    Free slots receive nothing; rows in which no query is present (padding) give nothing.
+    """
+    scores = jnp.einsum("bkgd,bksd->bkgs", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = masked_softmax(scores, occupied[:, :, None], present[:, None, None, None])
+    return jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values), weights
+
+
+def masked_softmax(
+    scores: Float[Array, "*batch N"], visible: Bool[Array, "*#batch N"], present: Bool[Array, "*#batch 1"]
+) -> Float[Array, "*batch N"]:
+    """Probabilities over what is visible, float32; all zero for queries that are not present."""
+    scores = jnp.where(visible, scores, MASKED)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    return weights * (present / weights.sum(-1, keepdims=True))
+
+
+def decode_backend() -> str:
+    """What computes `slot_attention` on this machine's default device."""
+    return f"jnp on {jax.default_backend()}"
 
 
 @jax.checkpoint

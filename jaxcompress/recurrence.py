@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
 
-from jaxcompress.attention import MASKED
+from jaxcompress.attention import masked_softmax, slot_attention
 from jaxcompress.policies.policy import Observation, Placement, Policy
 from jaxcompress.select import keep_top, worst
 from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, SlotPositions, Values
@@ -37,7 +37,7 @@ class Advanced(NamedTuple):
     """Result of `advance`.
 
     Attributes:
-      out: [B, T, H, D].
+      out: [B, T, H, D], in the dtype of the queries, whatever the state's.
       state: the stack with this layer advanced; `seen` is left to the caller, since all layers share it.
       freed: [n, B, P, F] int32, positions of the tokens that each of the n chunks freed, -1 for none.
       died: [n, B, P, F] int32, the first position whose query no longer sees each of them.
@@ -86,7 +86,7 @@ def advance(
     how = _How(policy, rotate, placement, window)
     if t == 1:
         done = _token(q[:, 0], k[:, 0], v[:, 0], positions[:, 0], state, layer, how)
-        return Advanced(done.out.reshape(b, 1, h, d), done.state, done.freed[None], done.died[None])
+        return Advanced(done.out.reshape(b, 1, h, d).astype(q.dtype), done.state, done.freed[None], done.died[None])
 
     one = state.take(layer)
     n = -(-t // chunk)
@@ -107,7 +107,7 @@ def advance(
 
     inputs = chunks(q), chunks(k), chunks(v), chunks(positions, -1)
     one, (out, freed, died) = jax.lax.scan(body, one, inputs)
-    out = out.swapaxes(0, 1).reshape(b, n * chunk, h, d)[:, :t]
+    out = out.swapaxes(0, 1).reshape(b, n * chunk, h, d)[:, :t].astype(q.dtype)
     return Advanced(out, state.put(layer, one), freed, died)
 
 
@@ -138,25 +138,25 @@ def _token(
     policy = how.policy
     before = policy.evict == "before"
     freed = jnp.full((*state.positions.shape[1:3], 1), -1, jnp.int32)
+    if how.window is not None:  # first of all: what has left the window takes no other token's place
+        held = _alive(state.positions[layer], position, how.window)
+        state = replace(state, positions=state.positions.at[layer].set(held))
     if before:
         state, freed = _evict(state, layer, policy, rows=position >= 0)
     state = _write(state, layer, k, v, position, policy)
-    held = _alive(state.positions[layer], position, how.window)
+    held = state.positions[layer]
     keys, values = state.keys[layer], state.values[layer]
     if how.placement != "absolute":
         places = place(held, how.placement)
         keys = how.rotate(keys, places)
         own = jnp.where(held == position[:, None, None], places, 0).max(-1)  # [B, P]
         q = how.rotate(q, own[..., None])
-    scores = jnp.einsum("bkgd,bksd->bkgs", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = _softmax(scores, (held >= 0)[:, :, None], (position >= 0)[:, None, None, None])
-    out = jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
+    out, weights = slot_attention(q, keys, values, held >= 0, position >= 0)
     if policy.score is None:
         # Nothing is ever freed, so a token that found no slot must not go unnoticed.
         stored = ((held == position[:, None, None]).any(-1) | (position < 0)[:, None])[..., None, None]
         out = jnp.where(stored, out, jnp.nan)
     state = _observe(state, layer, policy, Observation(weights[:, :, :, None], position[:, None]))
-    state = replace(state, positions=state.positions.at[layer].set(held))
     if not before:
         state, freed = _evict(state, layer, policy)
     died = position if before else position + 1
@@ -225,7 +225,10 @@ def _block(
     policy, t = how.policy, q.shape[1]
     k, v = k.swapaxes(1, 2).astype(state.keys.dtype), v.swapaxes(1, 2).astype(state.values.dtype)
     incoming = _incoming(state, 0, k, v, positions)
+    newest = positions.max(-1)
+    oldest = jnp.where(positions >= 0, positions, newest[:, None]).min(-1)  # -1 in rows without a token
     if policy.evict == "before":
+        state = replace(state, positions=_alive(state.positions[0], oldest, how.window)[None])
         state, freed_before = _make_room(state, policy, (positions >= 0).sum(-1))
 
     held = jnp.concatenate([state.positions[0], incoming.positions[0]], axis=-1)
@@ -248,12 +251,11 @@ def _block(
         visible = (held[:, :, None] >= 0) & (held[:, :, None] <= at[:, None, :, None])
         if how.window is not None:
             visible &= held[:, :, None] > at[:, None, :, None] - how.window
-        weights = _softmax(scores, visible[:, :, None], (at >= 0)[:, None, None, :, None])
+        weights = masked_softmax(scores, visible[:, :, None], (at >= 0)[:, None, None, :, None])
         out = jnp.einsum("bkgtn,bknd->btkgd", weights.astype(values.dtype), values)
         return policy.observe(stats, jax.lax.stop_gradient(Observation(weights, at))), out
 
     stats, out = _scan_queries(attend, stats, q, positions)
-    newest = positions.max(-1)
     now = jnp.where(newest >= 0, newest, state.seen - 1)
     alive = _alive(held, now, how.window)
     everything = replace(
@@ -267,7 +269,6 @@ def _block(
     freed = jnp.where((alive >= 0) & ~kept, alive, -1)
     died = jnp.broadcast_to((newest + 1)[:, None, None], freed.shape)
     if policy.evict == "before":
-        oldest = jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max).min(-1)
         died = jnp.concatenate([jnp.broadcast_to(oldest[:, None, None], freed_before.shape), died], axis=-1)
         freed = jnp.concatenate([freed_before, freed], axis=-1)
     state = _settle(everything, kept, slots=state.positions.shape[-1])
@@ -331,13 +332,6 @@ def _alive(held: SlotPositions, now: Int[Array, " B"], window: Any) -> SlotPosit
     if window is None:
         return held
     return jnp.where(held > (now - window)[:, None, None], held, -1)
-
-
-def _softmax(scores: Array, visible: Array, present: Array) -> Array:
-    """Probabilities over what is visible, float32; all zero for queries that are not present."""
-    scores = jnp.where(visible, scores, MASKED)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    return weights * (present / weights.sum(-1, keepdims=True))
 
 
 def place(held: SlotPositions, placement: Placement) -> Float[Array, "B P N"]:

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.models.bounded import Mode, Read, Slots, init_state, last_hidden, prompt_chunk, read
+from jaxcompress.models.bounded import Mode, Read, Slots, check_fits, init_state, last_hidden, prompt_chunk, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
 from jaxcompress.recurrence import death_times
-from jaxcompress.shapes import Tokens
 
 
 class Trace(NamedTuple):
@@ -35,7 +34,7 @@ class Trace(NamedTuple):
 
 def trace(
     model: Decoder,
-    tokens: Tokens,
+    tokens: Int[np.ndarray, "B T"],
     policy: Policy,
     slots: Slots,
     *,
@@ -52,10 +51,12 @@ def trace(
 
     Raises:
       ValueError: a prompt outside 1..T, or a state too small for the policy.
+      FloatingPointError: logits are not finite.
     """
     total = tokens.shape[1]
     if not 1 <= prompt <= total:
         raise ValueError(f"prompt must be between 1 and the {total} tokens given, not {prompt}")
+    check_fits(policy, slots, total)
     state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=model.embedding[...].dtype)
     by = prompt_chunk(mode, prompt, chunk)
     first, rest = _traced(
@@ -68,6 +69,9 @@ def trace(
         layers.append(np.pad(held, [(0, 0)] * 4 + [(0, width - held.shape[-1])], constant_values=-1))
     positions = np.concatenate(layers)
     logits = np.concatenate([np.asarray(first[1])[None], np.asarray(rest[1])])
+    if not np.isfinite(logits).all():
+        step, row, _ = np.argwhere(~np.isfinite(logits))[0]
+        raise FloatingPointError(f"non-finite logits, first in row {row} by position {prompt - 1 + step}")
     death = _deaths(first, rest, model, total)
     return Trace(positions, logits, death)
 

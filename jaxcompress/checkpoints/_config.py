@@ -144,7 +144,9 @@ def _architecture(raw: Mapping[str, Any]) -> str:
 def _rope(c: Mapping[str, Any]) -> RopeConfig:
     given = c.get("rope_scaling") or c.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in given.values()):
-        raise ValueError(f"rope_parameters differ by layer type ({', '.join(given)}); only one RoPE for all layers is known")
+        raise ValueError(
+            f"rope_parameters differ by layer type ({', '.join(given)}); only one RoPE for all layers is known"
+        )
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in _ROPE_REQUIRED:
         raise ValueError(f"unknown rope type {kind!r}; known: {', '.join(_ROPE_REQUIRED)}")
@@ -252,4 +254,6 @@ def _refuse_what_is_lacking(architecture: str, config: DecoderConfig, windows: l
         and config.hidden_size % config.num_heads != 0,
     }
     if reasons := [reason for reason, applies in lacking.items() if applies]:
-        raise ValueError(f"no Hugging Face architecture fits: the nearest, {architecture}, has no {', no '.join(reasons)}")
+        raise ValueError(
+            f"no Hugging Face architecture fits: the nearest, {architecture}, has no {', no '.join(reasons)}"
+        )

@@ -71,15 +71,17 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
 
     Raises:
       FileNotFoundError: neither a folder nor a repository that can be fetched; a folder without config.json or weights.
-      ValueError: an unknown architecture, activation or RoPE type; tensors that are missing, left over, of a wrong shape
-        or no floats (all named at once); weights that are not finite; a file that is no safetensors.
+      ValueError: an unknown architecture, activation or RoPE type; tensors that are missing, left over, of a wrong
+        shape or no floats (all named at once); weights that are not finite; a file that is no safetensors.
 
     Example:
-      >>> model, config, settings, folder = load("Qwen/Qwen3-0.6B", dtype=jnp.bfloat16)  # doctest: +SKIP
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> model = load("Qwen/Qwen3-0.6B", dtype=jnp.bfloat16).model  # doctest: +SKIP
       >>> mesh = jax.make_mesh((jax.device_count(),), ("model",))
       >>> columns = NamedSharding(mesh, PartitionSpec(None, None, "model"))
       >>> whole = NamedSharding(mesh, PartitionSpec())
-      >>> load("checkpoint", sharding=lambda name, shape: columns if name.endswith("kernel") else whole)  # doctest: +SKIP
+      >>> where = lambda name, shape: columns if name.endswith("kernel") else whole
+      >>> model = load("checkpoint", sharding=where).model  # doctest: +SKIP
     """
     folder = _find(source)
     settings = _read_json(folder / "config.json")
@@ -109,7 +111,7 @@ def _find(source: str | Path) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise FileNotFoundError(
-            f"{name!r} is neither a folder here nor a repository that could be fetched from the Hugging Face hub ({reason})"
+            f"{name!r} is neither a folder nor a repository of the Hugging Face hub that could be fetched: {reason}"
         ) from error
 
 
@@ -145,7 +147,7 @@ def _open(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
                 file = stack.enter_context(safe_open(path, framework="numpy"))
             except SafetensorError as error:
                 raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from error
-            tensors |= {name: file.get_slice(name) for name in file.keys()}
+            tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not iterable
         yield tensors
 
 

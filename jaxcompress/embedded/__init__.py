@@ -1,0 +1,23 @@
+"""The small language model that ships with the package, and the text it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxcompress.generation.text import Tokenizer
+    from jaxcompress.models.decoder import Decoder
+
+
+def folder() -> Path:
+    """Where the embedded model lies: a Hugging Face folder."""
+    return Path(__file__).parent / "model"
+
+
+def load_embedded(dtype: Any = "float32") -> tuple[Decoder, Tokenizer]:
+    """The embedded model and its tokenizer: Qwen3 shape, context of 2,048 tokens, Python documentation and sources."""
+    from jaxcompress.checkpoints import load
+    from jaxcompress.generation.text import Tokenizer
+
+    return load(folder(), dtype=dtype).model, Tokenizer(folder())

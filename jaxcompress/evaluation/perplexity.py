@@ -57,8 +57,8 @@ def perplexity(
 ) -> Perplexity:
     """Mean loss of predicting each token of each row from the state after the tokens before it.
 
-    Rows are independent texts. They are read in segments, so that memory does not grow with T; a layer's projections run
-    over a whole segment at once, which changes nothing (see `jaxcompress.recurrence`).
+    Rows are independent texts. They are read in segments, so that memory does not grow with T; a layer's projections
+    run over a whole segment at once, which changes nothing (see `jaxcompress.recurrence`).
 
     Args:
       mode: `streaming`: exactly as in decoding. `chunked`: selection every `chunk` tokens, over which a token sees more
@@ -98,7 +98,7 @@ def perplexity(
     total_loss, seconds = 0.0, 0.0
     for start, end, by in plan:
         piece, target = jnp.asarray(tokens[:, start:end]), jnp.asarray(tokens[:, start + 1 : end + 1])
-        how = dict(policy=policy, chunk=by, placement=placement)
+        how: dict[str, Any] = dict(policy=policy, chunk=by, placement=placement)
         key = (end - start, by)
         if key not in compiled:
             compiled[key] = _losses.lower(model, piece, target, state, **how).compile()

@@ -8,7 +8,7 @@ made from words that are one token each.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,19 +52,22 @@ class Recall(NamedTuple):
     distance: np.ndarray
 
 
-def wording(tokenizer: Any) -> Wording:
-    """Prepares the lines for a byte-level BPE or SentencePiece `tokenizers.Tokenizer`.
+def wording(vocabulary: Mapping[str, int], encode: Callable[[str], Sequence[int]]) -> Wording:
+    """Prepares the lines for a byte-level BPE or SentencePiece tokenizer.
+
+    Args:
+      vocabulary: from tokens, as the tokenizer spells them, to ids.
+      encode: from text to ids, without special tokens.
 
     Raises:
       ValueError: fewer than 64 of the tokenizer's tokens are whole lower-case words.
     """
-    encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-    words = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch(r"[Ġ▁][a-z]{3,}", token)]
+    piece = lambda text: np.array(encode(text), np.int32)
+    words = [i for token, i in vocabulary.items() if re.fullmatch(r"[Ġ▁][a-z]{3,}", token)]
     if len(words) < 64:
         raise ValueError(f"the tokenizer has {len(words)} single-token words; recall tasks need at least 64")
-    return Wording(
-        encode("\n# note:"), encode("\n# recall:"), encode(" ->"), encode("\n"), np.array(sorted(words), np.int32)
-    )
+    words = np.array(sorted(words), np.int32)
+    return Wording(piece("\n# note:"), piece("\n# recall:"), piece(" ->"), piece("\n"), words)
 
 
 def weave(
@@ -77,15 +80,23 @@ def weave(
     questions: int,
     ask_in: tuple[float, float] = (0.3, 1.0),
     tell_in: tuple[float, float] = (0.0, 0.8),
+    again: bool = True,
 ) -> Recall:
     """Weaves notes and questions about them into a filler text.
 
     Args:
       filler: at least `length` tokens of ordinary text.
       length: T of the result, exactly.
-      notes, questions: how many; each question asks for a note told before it (some notes may be asked twice).
-      tell_in, ask_in: the part of the text, as fractions, in which notes and questions fall.
+      notes, questions: how many; each question asks for a note told before it.
+      again: a note may be asked for more than once. If not, questions must not outnumber notes.
+      tell_in, ask_in: the part of the text, as fractions, in which notes and questions fall; a question for which
+        nothing has been told yet waits until something has.
+
+    Raises:
+      ValueError: too few notes for the questions, too little filler or too short a text for both.
     """
+    if questions and notes < (1 if again else questions):
+        raise ValueError(f"{questions} questions need more than {notes} notes{'' if again else ': each is asked for once'}")
     draw = lambda n: rng.choice(wording.words, (n, WORDS_PER_SIDE))
     keys, values = draw(notes), draw(notes)
     size = len(wording.line(wording.note, keys[0], values[0])), len(wording.line(wording.recall, keys[0], values[0]))
@@ -96,12 +107,13 @@ def weave(
         raise ValueError(f"{room} tokens of filler are needed, {len(filler)} were given")
     told_at = np.sort(rng.uniform(*tell_in, notes))
     asked_at = np.sort(rng.uniform(*ask_in, questions))
-    asked_at = np.maximum(asked_at, told_at[0])
+    asked_at = np.maximum(asked_at, told_at[:1] if again else told_at[:questions]) if questions else asked_at
     events = sorted([(at, 0, i) for i, at in enumerate(told_at)] + [(at, 1, -1) for at in asked_at])
 
     tokens, asked, told, distance = [], [], [], []
     where = np.zeros(notes, int)  # index of each note's value
     known, used = 0, 0
+    unasked: list[int] = []
 
     def put(piece: np.ndarray) -> None:
         tokens.append(piece)
@@ -112,7 +124,8 @@ def weave(
         upto = int(at * room)
         put(filler[used:upto])
         used = max(used, upto)
-        i = index if kind == 0 else int(rng.integers(known))
+        candidates = range(known) if again else unasked
+        i = index if kind == 0 else candidates[int(rng.integers(len(candidates)))]
         line = wording.line((wording.note, wording.recall)[kind], keys[i], values[i])
         start = sum(map(len, tokens))
         put(line)
@@ -123,7 +136,10 @@ def weave(
         if kind == 0:
             where[i] = start + first_value
             known += 1
+            unasked.append(i)
         else:
+            if not again:
+                unasked.remove(i)
             distance[-1][first_value] = start + first_value - where[i]
     put(filler[used:room])
     join = lambda parts, dtype: np.concatenate(parts).astype(dtype)
@@ -141,12 +157,14 @@ def exam(
     seed: int = 0,
     bos: int | None = None,
 ) -> list[Recall]:
-    """Rows in which notes are told in the first half of a text and asked for in its last quarter.
+    """Rows in which notes are told in the first half of a text and asked for, once each, in its last quarter.
 
     Args:
       filler: tokens of ordinary text; each row takes another part of it.
       bos: a token to put first.
     """
+    if questions > notes:
+        raise ValueError(f"{questions} questions about {notes} notes: each note is asked for once")
     rng = np.random.default_rng(seed)
     width = length - (bos is not None)
     tasks = []
@@ -154,7 +172,7 @@ def exam(
         at = rng.integers(max(len(filler) - width, 0) + 1)
         task = weave(
             rng, filler[at : at + width], width, words, notes=notes, questions=questions,
-            tell_in=(0.0, 0.5), ask_in=(0.75, 1.0),
+            tell_in=(0.0, 0.5), ask_in=(0.75, 1.0), again=False,
         )  # fmt: skip
         tasks.append(
             task
@@ -205,9 +223,10 @@ def answers(
         guesses.append(np.asarray(guess))
     right = np.zeros(tokens.shape, bool)
     right[:, 1:] = np.concatenate(guesses, axis=1)[:, :-1] == tokens[:, 1:]
-    rows, first = np.nonzero(np.stack([task.distance for task in tasks]))
-    whole = np.stack([right[rows, first + i] for i in range(WORDS_PER_SIDE)]).all(axis=0)
-    return Answers(np.stack([task.distance for task in tasks])[rows, first], whole)
+    distance = np.stack([task.distance for task in tasks])
+    rows, first = np.nonzero(distance)
+    whole = np.logical_and.reduce([right[rows, first + i] for i in range(WORDS_PER_SIDE)])
+    return Answers(distance[rows, first], np.asarray(whole))
 
 
 @partial(jax.jit, static_argnames=("policy", "placement"), donate_argnames="state")

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxcompress.generation.sampling import Sampler
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxcompress.generation.sampling import Sampler, remember, row_keys
 from jaxcompress.models.bounded import Mode, Slots, check_fits, init_state, last_hidden, prompt_chunk, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
@@ -53,6 +53,9 @@ class Settings(NamedTuple):
     stop: tuple[int, ...] = ()
 
 
+GREEDY = Settings()
+
+
 def start(
     model: Decoder, policy: Policy, slots: Slots, *, batch: int = 1, seeds: Sequence[int] | int = 0, dtype: Any = None
 ) -> Progress:
@@ -69,7 +72,7 @@ def start(
         state=init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype),
         logits=jnp.zeros((batch, vocabulary), jnp.float32),
         seen=jnp.zeros((batch, vocabulary), bool),
-        keys=jax.vmap(jax.random.key)(jnp.array(rows, jnp.uint32)),
+        keys=row_keys(rows),
         done=jnp.zeros(batch, bool),
         broken=jnp.full(batch, -1, jnp.int32),
     )
@@ -126,7 +129,7 @@ def write(
     progress: Progress,
     policy: Policy,
     steps: int,
-    settings: Settings = Settings(),
+    settings: Settings = GREEDY,
     *,
     placement: Placement | None = None,
 ) -> tuple[Int[Array, "B steps"], Progress]:
@@ -139,7 +142,7 @@ def write(
       ValueError: `full` has no room for so many tokens.
     """
     check_room(policy, progress, steps)
-    return _write(model, progress, policy=policy, steps=steps, settings=settings, placement=placement)
+    return _write(model, progress, steps, policy=policy, room=steps, settings=settings, placement=placement)
 
 
 def generate(
@@ -149,7 +152,7 @@ def generate(
     slots: Slots,
     *,
     steps: int,
-    settings: Settings = Settings(),
+    settings: Settings = GREEDY,
     seeds: Sequence[int] | int = 0,
     burst: int | None = None,
     dtype: Any = None,
@@ -179,7 +182,7 @@ def continue_(
     policy: Policy,
     *,
     steps: int,
-    settings: Settings = Settings(),
+    settings: Settings = GREEDY,
     burst: int | None = None,
     placement: Placement | None = None,
 ) -> Iterator[Int[np.ndarray, "B burst"]]:
@@ -187,9 +190,12 @@ def continue_(
     check_room(policy, progress, steps)
     size = min(burst or steps, steps)
     pending: list[Array] = []
-    for _ in range(0, steps, size):
-        tokens, progress = _write(model, progress, policy=policy, steps=size, settings=settings, placement=placement)
-        pending.append(tokens)
+    for at in range(0, steps, size):
+        now = min(size, steps - at)
+        tokens, progress = _write(
+            model, progress, now, policy=policy, room=size, settings=settings, placement=placement
+        )
+        pending.append(tokens[:, :now])
         if len(pending) > 1:
             burst_done = np.asarray(pending.pop(0))
             yield burst_done
@@ -221,22 +227,33 @@ def read_on(
     progress: Progress,
     policy: Policy,
     *,
+    chunk: int = 1,
     segment: int = 512,
     placement: Placement | None = None,
 ) -> Iterator[tuple[int, Progress]]:
     """Reads one unbounded sequence of tokens (B = 1) as it arrives; yields how many have been read, and the progress.
 
     The progress yielded is consumed by the next step: use it before going on, or after the last.
+
+    Args:
+      chunk: tokens between two selections; 1 is streaming.
+      segment: tokens per call, a multiple of `chunk`.
+
+    Raises:
+      ValueError: there was no token at all.
     """
+    how: dict[str, Any] = dict(
+        mode="streaming" if chunk == 1 else "chunked", chunk=chunk, segment=segment, placement=placement
+    )
     rest, count = np.zeros(0, np.int64), 0
-    how = dict(segment=segment, placement=placement)
     for piece in pieces:
         rest = np.concatenate([rest, piece])
         whole = len(rest) // segment * segment
-        if whole:
-            progress = prefill(model, [rest[:whole]], progress, policy, **how)
-            rest, count = rest[whole:], count + whole
+        for at in range(0, whole, segment):
+            progress = prefill(model, [rest[at : at + segment]], progress, policy, **how)
+            count += segment
             yield count, progress
+        rest = rest[whole:]
     if len(rest):
         progress = prefill(model, [rest], progress, policy, **how)
         yield count + len(rest), progress
@@ -258,16 +275,22 @@ def _read(
     done = read(model, tokens, progress.state, policy, valid=valid, chunk=chunk, placement=placement)
     logits = model.logits(last_hidden(done, valid))[:, 0]
     here = valid.any(axis=1)
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    seen = progress.seen.at[rows, jnp.where(valid, tokens, progress.seen.shape[1])].set(True, mode="drop")
+    seen = remember(progress.seen, tokens, valid)
     logits = jnp.where(here[:, None], logits, progress.logits)
     broken = _first_broken(progress.broken, logits, done.state)
     return Progress(done.state, logits, seen, progress.keys, progress.done, broken)
 
 
-@partial(jax.jit, static_argnames=("policy", "steps", "settings", "placement"), donate_argnames="progress")
+@partial(jax.jit, static_argnames=("policy", "room", "settings", "placement"), donate_argnames="progress")
 def _write(
-    model: Decoder, progress: Progress, *, policy: Policy, steps: int, settings: Settings, placement: Placement | None
+    model: Decoder,
+    progress: Progress,
+    steps: Int[Array, ""] | int,
+    *,
+    policy: Policy,
+    room: int,
+    settings: Settings,
+    placement: Placement | None,
 ) -> tuple[Array, Progress]:
     batch = progress.done.shape[0]
     stop = jnp.array(settings.stop, jnp.int32)
@@ -279,7 +302,7 @@ def _write(
         out = out.at[:, step].set(jnp.where(now.done, -1, token))
         done = read(model, token[:, None], now.state, policy, valid=~now.done[:, None], placement=placement)
         logits = model.logits(done.hidden)[:, 0]
-        seen = now.seen.at[jnp.arange(batch), token].max(~now.done)
+        seen = remember(now.seen, token[:, None], ~now.done[:, None])
         stopped = now.done | (token[:, None] == stop).any(axis=1)
         broken = _first_broken(now.broken, logits, done.state)
         return step + 1, out, Progress(done.state, logits, seen, now.keys, stopped, broken)
@@ -288,7 +311,7 @@ def _write(
         step, _, now = loop
         return (step < steps) & ~now.done.all()
 
-    out = jnp.full((batch, steps), -1, jnp.int32)
+    out = jnp.full((batch, room), -1, jnp.int32)
     _, out, progress = jax.lax.while_loop(going, body, (jnp.int32(0), out, progress))
     return out, progress
 

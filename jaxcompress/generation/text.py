@@ -76,6 +76,10 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({str(self.folder)!r})"
 
+    def vocabulary(self) -> dict[str, int]:
+        """From tokens, as the tokenizer spells them, to ids."""
+        return self._fast.get_vocab()
+
     def encode(self, text: str, add_bos: bool = True) -> TokenIds:
         """Token ids [T] int32.
 

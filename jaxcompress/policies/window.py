@@ -39,7 +39,8 @@ def streaming_llm(sinks: int = 4, evict: Literal["after", "before"] = "after") -
 def _newest(sinks: int):
     def score(stats: Stats, state: KVState) -> SlotScores:
         positions = state.positions[0]
-        return jnp.where(positions < sinks, jnp.inf, positions.astype(jnp.float32))
+        age = positions.max(-1, keepdims=True) - positions  # small: exact in float32, however long the sequence
+        return jnp.where(positions < sinks, jnp.inf, -age.astype(jnp.float32))
 
     return score
 

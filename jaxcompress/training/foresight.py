@@ -28,8 +28,8 @@ def foresight_loss(
     """How far, in nats, attention falls short of `floor` on tokens that are needed later.
 
     For a sampled query i and an earlier token j that some later sampled query attends to with probability over `strong`
-    in any head: max(0, log floor - log mean_heads p[i, j]), averaged over all such pairs. No gradient flows into what is
-    needed later, only into what is attended to now.
+    in any head: max(0, log floor - log mean_heads p[i, j]), averaged over all such pairs. No gradient flows into what
+    is needed later, only into what is attended to now.
 
     Args:
       q, k: rotated.

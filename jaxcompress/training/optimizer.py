@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import optax
-from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 
 
@@ -50,8 +49,3 @@ def muon_for_decoder(
             consistent_rms=0.2,
         ),
     )
-
-
-def parameters(model: nnx.Module) -> Any:
-    """The model's weights as a plain pytree of arrays."""
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))

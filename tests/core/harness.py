@@ -22,6 +22,7 @@ from jaxcompress.state import KVState
 from .reference import THETA, History, Rule, recurrence
 
 B, T, H, K, D, C = 3, 16, 4, 2, 8, 6
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # of many small functions; halves the time of a first run
 ROPE = partial(rotate, rope=RopeConfig(theta=THETA))
 
 RULES: dict[str, tuple[Policy, Rule | None]] = {
@@ -71,6 +72,11 @@ class Case(NamedTuple):
         ]
 
 
+def name_of(case: Case) -> str:
+    """For test reports."""
+    return "-".join(str(x) for x, usual in zip(case, Case(""), strict=True) if x != usual)
+
+
 class Trace(NamedTuple):
     """out [B, T, H, D]; states: after each call, in front an axis of calls; freed and died as in `Advanced`."""
 
@@ -92,6 +98,10 @@ class Data(NamedTuple):
     k: np.ndarray
     v: np.ndarray
 
+    def __repr__(self) -> str:
+        """For hypothesis: the layouts; q, k and v are random."""
+        return f"Data({[''.join('.x'[int(x)] for x in row) for row in self.valid]})"
+
     @property
     def positions(self) -> np.ndarray:
         return np.where(self.valid, np.cumsum(self.valid, 1) - 1, -1).astype(np.int32)
@@ -107,7 +117,7 @@ def fresh(case: Case, batch: int = B, dtype: Any = jnp.float32) -> KVState:
     return init_state(config, RULES[case.policy][0], case.bound, batch=batch, dtype=dtype)[0]
 
 
-@partial(jax.jit, static_argnames="case")
+@partial(jax.jit, static_argnames="case", compiler_options=FAST_COMPILE)
 def _run(case: Case, q: Any, k: Any, v: Any, positions: Any, state: KVState) -> Trace:
     piece = {"steps": 1, "pieces": 5}.get(case.mode, T)
     chunk = {"steps": 1, "pieces": 5, **CHUNKS}[case.mode]
@@ -140,7 +150,7 @@ def run(case: Case, data: Data, state: KVState | None = None, *, first: int = 0)
 
 @cache
 def data(seed: int, kv_heads: int = K, scale: float = 1.0) -> Data:
-    """Rows without padding."""
+    """Rows without padding; shared between tests, not to be written to."""
     rng = np.random.default_rng(seed)
     draw = lambda heads: rng.standard_normal((B, T, heads, D)).astype(np.float32)
     return Data(np.ones((B, T), bool), draw(H) * np.float32(scale), draw(kv_heads), draw(kv_heads))

@@ -1,0 +1,48 @@
+"""The command line: a thin face over the library. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from jaxcompress.cli.demo import Demo
+from jaxcompress.cli.generate import Generate
+from jaxcompress.cli.info import Info
+from jaxcompress.cli.perplexity import Perplexity
+from jaxcompress.cli.trace import Trace
+
+DESCRIPTION = """Transformers that live in a fixed amount of memory.
+
+Exit codes: 0 done; 1 numbers went wrong (non-finite weights or logits); 2 bad input; 130 interrupted.
+
+Example: jaxcompress generate --prompt 'def main(' --policy tova --slots 128"""
+
+COMMANDS = {"demo": Demo, "generate": Generate, "perplexity": Perplexity, "trace": Trace, "info": Info}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="jaxcompress",
+        description=DESCRIPTION,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        command.run()
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("\njaxcompress: interrupted", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"jaxcompress: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"jaxcompress: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,155 @@
+"""jaxcompress demo"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Reads a long text through a small fixed memory, compares policies, and draws two pictures.
+
+    Uses the embedded model and text that it has never seen; needs no download.
+
+    Example: jaxcompress demo --out demo
+    """
+
+    out: Path = Path("demo")
+    """Folder for the table (JSON) and the pictures."""
+    slots: int = 128
+    """Capacity for the long read."""
+    tokens: int = 32_768
+    """Length of the long read."""
+    json: bool = False
+    """Print JSON only."""
+
+    def run(self) -> None:
+        from jaxcompress.cli.runtime import open_model, write_json
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = open_model(None, "float32")
+        say = (lambda *text, **how: None) if self.json else lambda *text, **how: print(*text, **how, flush=True)
+        result = {}
+        try:
+            result["long_read"] = _long_read(model, tokenizer, self, say)
+            result["table"] = _compare(model, tokenizer, self.out, say)
+            _draw_deaths(model, tokenizer, self.out, say)
+        finally:
+            write_json(result, self.out / "demo.json")
+        if self.json:
+            write_json(result)
+        say(f"\nEverything is in {self.out}/: demo.json, perplexity.png, deaths.png")
+
+
+def _long_text(tokenizer, tokens: int):
+    """Held-out documents, the longest first, until there are enough tokens."""
+    import numpy as np
+
+    from jaxcompress.embedded.corpus import held_out
+
+    pieces, names, count = [[tokenizer.bos_id]], [], 1
+    for document in sorted(held_out(), key=lambda document: -len(document.text)):
+        pieces.append(tokenizer.encode(document.text, add_bos=False))
+        names.append(document.name)
+        count += len(pieces[-1])
+        if count >= tokens:
+            break
+    return np.concatenate(pieces)[:tokens], names
+
+
+def _long_read(model, tokenizer, how: Demo, say) -> dict:
+    import resource
+    import time
+
+    import numpy as np
+
+    from jaxcompress.cli.runtime import progress as bar
+    from jaxcompress.generation import Sampler, Settings, TextStream, continue_, read_on, start
+    from jaxcompress.policies import named
+
+    ids, names = _long_text(tokenizer, how.tokens)
+    policy, placement, segment = named("tova"), "slot", 1024
+    now = start(model, policy, how.slots)
+    nbytes = sum(run.nbytes for run in now.state)
+    say(f"Reading {len(ids):,} tokens of text it has never seen ({', '.join(names)})")
+    say(f"through {how.slots} slots per layer: {nbytes / 1024:.0f} KiB of state, whatever the length.\n")
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    marks, begun, last = [], 0.0, 0
+    with bar(len(ids), "reading") as advance:
+        for count, reached in read_on(model, [ids], now, policy, segment=segment, placement=placement):
+            advance(count - last)
+            last, now = count, reached
+            if not begun:
+                begun, first = time.perf_counter(), count  # the first segment compiles
+            if count >= 8192 * len(marks):
+                marks.append((count, peak()))
+                say(f"  {count:7,} tokens read   peak memory {peak() / 2**20:,.0f} MiB")
+    speed = (len(ids) - first) / (time.perf_counter() - begun)
+    say(f"  {len(ids):7,} tokens read   peak memory {peak() / 2**20:,.0f} MiB   {speed:,.0f} tokens/s\n")
+    say("It goes on writing:")
+    stream, text = TextStream(tokenizer, after=ids[-64:]), ""
+    settings = Settings(Sampler(temperature=0.7, top_p=0.9))
+    for burst in continue_(model, now, policy, steps=96, settings=settings, burst=16, placement=placement):
+        for token in burst[0][burst[0] >= 0]:
+            piece = stream.push(token)
+            text += piece
+            say(piece, end="")
+    text += stream.finish()
+    say("\n")
+    return dict(
+        documents=names, tokens=len(ids), slots=how.slots, policy=policy.name, placement=placement, state_bytes=nbytes,
+        tokens_per_second=float(np.round(speed)), peak_bytes=marks, written=text,
+    )  # fmt: skip
+
+
+def _compare(model, tokenizer, out: Path, say) -> list[dict]:
+    import numpy as np
+
+    from jaxcompress.cli.runtime import progress as bar
+    from jaxcompress.embedded.corpus import held_out
+    from jaxcompress.evaluation.figures import perplexity_against_slots
+    from jaxcompress.evaluation.recall import answers, exam
+    from jaxcompress.evaluation.sweep import rows_of_text, sweep
+    from jaxcompress.policies import named
+
+    context, slots = model.config.max_position, (64, 128, 256)
+    text = np.concatenate([tokenizer.encode(document.text, add_bos=False) for document in held_out()])
+    rows = rows_of_text(text, context, 4, tokenizer.bos_id)
+    tasks = exam(text, _wording(tokenizer), rows=4, length=context, bos=tokenizer.bos_id)
+    names = ("full", "window", "window+4", "h2o-layer", "tova", "random")
+    policies = [named(name) for name in names]
+    say(
+        f"Held-out text in rows of {context} tokens, read token by token through a bounded state. Recall: questions about"
+    )
+    say("facts told 500 to 2,000 tokens earlier, answered in full.\n")
+    say(f"{'policy':12}{'slots':>6}{'perplexity':>12}{'recall':>9}{'tokens/s':>10}{'state KiB':>11}")
+    table, done = [], []
+    with bar(rows.size * (1 + len(slots) * (len(names) - 1)), "comparing") as advance:
+        for row in sweep(model, rows, policies, slots, progress=advance):
+            recall = answers(model, tasks, named(row.policy), row.slots).accuracy
+            done.append(row)
+            table.append(dict(row._asdict(), recall=recall))
+            say(
+                f"{row.policy:12}{row.slots:6}{row.perplexity:12.2f}{recall:9.0%}"
+                f"{row.tokens_per_second:10,.0f}{row.state_bytes / len(rows) / 1024:11,.0f}"
+            )
+    perplexity_against_slots(done, out / "perplexity.png", title="Held-out Python documentation and sources")
+    return table
+
+
+def _wording(tokenizer):
+    from jaxcompress.evaluation.recall import wording
+
+    return wording(tokenizer.vocabulary(), lambda text: tokenizer.encode(text, add_bos=False))
+
+
+def _draw_deaths(model, tokenizer, out: Path, say) -> None:
+    from jaxcompress.evaluation.figures import death_times
+    from jaxcompress.policies import named
+    from jaxcompress.trace import trace
+
+    ids, _ = _long_text(tokenizer, 1024)
+    held = trace(model, ids[None], named("tova"), 128, prompt=1)
+    death_times(held, out / "deaths.png", title="TOVA, 128 slots: what each layer held")

@@ -1,0 +1,51 @@
+"""jaxcompress info"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Info:
+    """Shows versions, devices, policies, and which attention would be used.
+
+    Example: jaxcompress info --json
+    """
+
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        import os
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        import jax
+
+        from jaxcompress import __version__
+        from jaxcompress.attention import decode_backend
+        from jaxcompress.cli.runtime import CACHE, write_json
+        from jaxcompress.policies import NAMES
+
+        def installed(package: str) -> str | None:
+            try:
+                return version(package)
+            except PackageNotFoundError:
+                return None
+
+        packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "libtpu")
+        facts = dict(
+            jaxcompress=__version__,
+            python=platform.python_version(),
+            versions={name: found for name in packages if (found := installed(name))},
+            devices=[f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
+            attention=decode_backend(),
+            policies=list(NAMES),
+            compiled=str(os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)),
+        )
+        if self.json:
+            return write_json(facts)
+        for name, value in facts.items():
+            text = "  ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            print(f"{name:12}", ", ".join(text) if isinstance(text, list) else text)
+        return None

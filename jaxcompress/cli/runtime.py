@@ -1,0 +1,76 @@
+"""What commands share: the compilation cache, the model, the text, progress and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxcompress.generation.text import Tokenizer
+    from jaxcompress.models.decoder import Decoder
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxcompress" / "compiled"
+
+
+def prepare() -> None:
+    """Keeps compiled programs on disk (JAX_COMPILATION_CACHE_DIR overrides where)."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def open_model(model: str | None, dtype: str | None = None) -> tuple[Decoder, Tokenizer]:
+    """A Hugging Face folder or hub id, or the embedded model if None."""
+    prepare()
+    from jaxcompress import embedded
+    from jaxcompress.checkpoints import load
+    from jaxcompress.generation.text import Tokenizer
+
+    loaded = load(embedded.folder() if model is None else model, dtype=dtype)
+    return loaded.model, Tokenizer(loaded.folder)
+
+
+def read_text(path: Path | None) -> str:
+    """A UTF-8 file, or standard input for None and `-`.
+
+    Raises:
+      ValueError: not UTF-8; names the byte.
+    """
+    data = sys.stdin.buffer.read() if path is None or str(path) == "-" else path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path or 'standard input'} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}"
+        ) from None
+
+
+@contextmanager
+def progress(total: int | None, what: str, unit: str = "tok") -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, only where that is a terminal; yields a function to call with what has been done."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def advance(n: int) -> None:
+            bar.update(n)
+
+        yield advance
+
+
+def write_json(value: Any, path: Path | None = None) -> None:
+    """To a file, whole or not at all, or to standard output."""
+    text = json.dumps(value, indent=2) + "\n"
+    if path is None:
+        print(text, end="")
+        return
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,81 @@
+"""jaxcompress trace"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Writes what a policy held after every step, the logits, and when each token died.
+
+    The file has positions[layer, step, batch, set, slot] (-1 free; step 0 is the prompt), logits[step, batch, vocab] of
+    the last token, and death[layer, batch, set, token], the first position that no longer saw the token (the number of
+    tokens if it was held to the end).
+
+    Example: jaxcompress trace --text README.md --prompt 256 --policy tova --slots 64 --out trace.npz
+    """
+
+    out: Path
+    """Where to write (.npz)."""
+    prompt: int
+    """So many first tokens are read as the mode says, the rest one by one."""
+    tokens: Path | None = None
+    """Token ids, .npy, [tokens] or [batch, tokens]."""
+    text: Path | None = None
+    """Or a UTF-8 text; - for standard input."""
+    limit: int | None = None
+    """Use so many tokens of the text."""
+    model: str | None = None
+    """Hugging Face folder or hub id; the embedded model if not given."""
+    policy: str = "tova"
+    """See `jaxcompress info` for the names."""
+    slots: tuple[int, ...] = (128,)
+    """Capacity: one for all layers, or one for each."""
+    mode: Literal["oneshot", "chunked", "streaming"] = "oneshot"
+    """How the prompt is read."""
+    chunk: int = 128
+    """Tokens between two selections in mode chunked."""
+    placement: Literal["absolute", "slot", "compact"] | None = None
+    """Where tokens stand for RoPE; as the policy was published if not given."""
+    dtype: str | None = None
+    """Of weights and state, e.g. float32; the checkpoint's if not given."""
+    figure: Path | None = None
+    """Also draw the death times (.png)."""
+
+    def run(self) -> None:
+        import numpy as np
+
+        from jaxcompress.cli.runtime import open_model, read_text
+
+        if (self.tokens is None) == (self.text is None):
+            raise ValueError("give either --tokens or --text")
+        model, tokenizer = open_model(self.model, self.dtype)
+        from jaxcompress.generation.generate import check_tokens
+        from jaxcompress.policies import named
+        from jaxcompress.trace import trace
+
+        if self.tokens is not None:
+            ids = np.load(self.tokens)
+            if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
+                raise ValueError(
+                    f"{self.tokens} holds {ids.dtype} {ids.shape}; expected integers, [tokens] or [batch, tokens]"
+                )
+        else:
+            ids = tokenizer.encode(read_text(self.text))
+        ids = np.atleast_2d(ids)[:, : self.limit]
+        check_tokens(ids.reshape(-1), model.config.vocab_size, str(self.tokens or self.text))
+        done = trace(
+            model, ids.astype(np.int32), named(self.policy), self.slots[0] if len(self.slots) == 1 else self.slots,
+            prompt=self.prompt, mode=self.mode, chunk=self.chunk, placement=self.placement,
+        )  # fmt: skip
+        with open(self.out, "wb") as file:
+            np.savez_compressed(file, **done._asdict())
+        if self.figure is not None:
+            from jaxcompress.evaluation.figures import death_times
+
+            death_times(done, self.figure, title=f"{self.policy}, {self.slots[0]} slots")
+        layers, steps, batch, sets, _ = done.positions.shape
+        print(f"{self.out}: {layers} layers, {steps} steps, batch {batch}, {sets} set{'s' * (sets > 1)} of slots")

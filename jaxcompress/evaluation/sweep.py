@@ -1,0 +1,71 @@
+"""Many policies at many capacities on one text: the table and the picture that papers show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcompress.evaluation.perplexity import perplexity
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies import Policy
+
+
+class Row(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+      nats: mean loss per token; `perplexity` is its exponential.
+      state_bytes: of the state of all rows of text together.
+    """
+
+    policy: str
+    slots: int
+    mode: str
+    nats: float
+    perplexity: float
+    tokens: int
+    tokens_per_second: float
+    state_bytes: int
+
+
+def rows_of_text(tokens: np.ndarray, context: int, rows: int | None = None, bos: int | None = None) -> np.ndarray:
+    """Cuts a long text into independent rows of `context` tokens, evenly spread over it when not all are wanted.
+
+    Raises:
+      ValueError: the text is shorter than one row.
+    """
+    width = context - (bos is not None)
+    count = len(tokens) // width
+    if not count:
+        raise ValueError(f"the text has {len(tokens)} tokens, less than one row of {width}; give a smaller context")
+    chosen = np.arange(count) if rows is None else np.linspace(0, count - 1, min(rows, count)).round().astype(int)
+    cut = np.stack([tokens[i * width : (i + 1) * width] for i in chosen])
+    return cut if bos is None else np.pad(cut, [(0, 0), (1, 0)], constant_values=bos)
+
+
+def sweep(
+    model: Decoder,
+    tokens: np.ndarray,
+    policies: Sequence[Policy],
+    slots: Sequence[int],
+    *,
+    progress: Callable[[int], None] = lambda tokens: None,
+    **reading: Any,
+) -> Iterator[Row]:
+    """Perplexity of every policy at every capacity; a policy that keeps everything gets the whole context, once.
+
+    Yields each row when it is done. Capacities below what a policy needs are left out.
+
+    Args:
+      tokens: [B, T], rows of independent text.
+      reading: `mode`, `chunk`, `prompt`, `segment`, `placement`, ... (see `perplexity`).
+    """
+    for policy in policies:
+        for capacity in [tokens.shape[1]] if policy.score is None else sorted(slots):
+            if capacity < policy.needs:
+                continue
+            result = perplexity(model, tokens, policy, capacity, progress=progress, **reading)
+            mode = reading.get("mode", "streaming")
+            yield Row(policy.name, capacity, mode, result.nats, result.perplexity, *result[1:])

@@ -1,0 +1,59 @@
+"""Which versions fit together, and what importing the package costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import jaxcompress
+from jaxcompress import _versions
+
+
+@pytest.mark.parametrize(
+    ("jax", "flax"),
+    [("0.10.2", "0.12.8"), ("0.10.2", "0.12.12"), ("0.11.2", "0.12.12"), ("0.12.0", "0.13.0"), ("1.0.0", "1.0.0")],
+)
+def test_pairs_that_fit(jax: str, flax: str) -> None:
+    _versions.check(jax, flax)
+
+
+def test_development_versions_are_compared_by_their_numbers() -> None:
+    _versions.check("0.11.2.dev20260101", "0.12.12.post1")
+
+
+def test_what_is_installed_fits() -> None:
+    _versions.check()
+
+
+@pytest.mark.parametrize(
+    ("jax", "flax", "says"),
+    [
+        ("0.11.2", "0.12.8", r"jax 0\.11 needs flax 0\.12\.12.*Run: pip install -U flax"),
+        ("0.10.1", "0.12.8", r"needs jax 0\.10\.2 or later.*Run: pip install -U jax flax"),
+        ("0.4.38", "0.10.2", r"needs jax 0\.10\.2 or later.*Run: pip install -U jax flax"),
+        ("0.10.2", "0.12.7", r"needs flax 0\.12\.8 or later.*Run: pip install -U flax"),
+        ("0.10.2", "0.9.0", r"needs flax 0\.12\.8 or later.*Run: pip install -U flax"),
+    ],
+)
+def test_pairs_that_do_not_fit_say_what_to_install(jax: str, flax: str, says: str) -> None:
+    with pytest.raises(ImportError, match=says) as caught:
+        _versions.check(jax, flax)
+    assert f"here are jax {jax} and flax {flax}" in str(caught.value)
+
+
+@pytest.mark.parametrize("module", ["jaxcompress", "jaxcompress.cli"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('jax', 'flax', 'numpy', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_had() -> None:
+    for name in jaxcompress.__all__:
+        assert getattr(jaxcompress, name) is not None
+        assert name in dir(jaxcompress)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        jaxcompress.nothing  # noqa: B018

@@ -1,0 +1,39 @@
+"""A decoder that is small enough to compile in a second, with weights that make its attention sharp."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxcompress.models.decoder import Decoder, DecoderConfig
+
+VOCABULARY = 61
+
+
+@cache
+def tiny_decoder(vocabulary: int = VOCABULARY, **changes: Any) -> Decoder:
+    """Shared between tests: not to be changed."""
+    config = DecoderConfig(vocabulary, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, **changes)
+    larger = {"embedding": 50.0, "head": 10.0}
+
+    def scaled(path: Any, weight: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if "kernel" in name:
+            return weight * 12
+        return weight * next((by for part, by in larger.items() if part in name), 1.0)
+
+    return jax.tree_util.tree_map_with_path(scaled, Decoder(config, rngs=nnx.Rngs(0)))
+
+
+def random_tokens(*shape: int, seed: int = 0, vocabulary: int = VOCABULARY) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocabulary, shape, np.int32)
+
+
+def with_embedding(model: Decoder, token: int, value: float) -> Decoder:
+    """The model with one token's embedding replaced."""
+    changed = lambda path, x: x.at[token].set(value) if "embedding" in jax.tree_util.keystr(path) else x
+    return jax.tree_util.tree_map_with_path(changed, model)
