@@ -2,7 +2,7 @@
 
     python experiments/bits_per_byte.py
 
-The held-out topics are joined and read in rows of the model's context, each row from a fresh start, with the full cache.
+The held-out topics are joined and read in rows of the model's context, each from a fresh start, with the full cache.
 xz and zstd get the same text in one piece and start from nothing, as they always do; the model has read other Python
 text before, so this says what training bought, not that it is a better compressor.
 """

@@ -20,7 +20,7 @@ def check(jax: str | None = None, flax: str | None = None) -> None:
     if _number(flax) < (0, 12, 8):
         raise ImportError(f"jaxcompress needs flax 0.12.8 or later; {here}. Run: pip install -U flax")
     if _number(jax) >= (0, 11) and _number(flax) < (0, 12, 10):
-        raise ImportError(f"jax 0.11 needs flax 0.12.12 or later (and Python 3.12); {here}. Run: pip install -U flax")
+        raise ImportError(f"jax 0.11 needs flax 0.12.10 or later; {here}. Run: pip install -U flax")
 
 
 def _number(text: str) -> tuple[int, ...]:

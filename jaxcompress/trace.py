@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.models.bounded import Mode, Read, Slots, check_fits, init_state, last_hidden, prompt_chunk, read
+from jaxcompress.models.bounded import Mode, Read, Slots, check_fits, cut, init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
 from jaxcompress.recurrence import death_times
@@ -56,9 +56,9 @@ def trace(
     total = tokens.shape[1]
     if not 1 <= prompt <= total:
         raise ValueError(f"prompt must be between 1 and the {total} tokens given, not {prompt}")
-    check_fits(policy, slots, total)
     state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=model.embedding[...].dtype)
-    by = prompt_chunk(mode, prompt, chunk)
+    check_fits(model.config, policy, state, total)
+    _, by = cut(mode, prompt, chunk=chunk)
     first, rest = _traced(
         model, jnp.asarray(tokens), state, policy=policy, prompt=prompt, chunk=by, placement=placement
     )

@@ -33,6 +33,10 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
+class NotFinite(FloatingPointError, ValueError):
+    """Weights hold NaN or infinity."""
+
+
 class Loaded(NamedTuple):
     """What a checkpoint holds.
 
@@ -93,7 +97,7 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
         not_finite: set[str] = set()
         arrays = [_array(weight, tensors, target, sharding, not_finite) for weight in weights]
     if not_finite:
-        raise ValueError(f"{folder} has weights that are not finite as {target.name}: {', '.join(sorted(not_finite))}")
+        raise NotFinite(f"{folder} has weights that are not finite as {target.name}: {', '.join(sorted(not_finite))}")
     return Loaded(jax.tree_util.tree_unflatten(tree, arrays), config, settings, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -33,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         command.run()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without complaint
         return 0
     except KeyboardInterrupt:
         print("\njaxcompress: interrupted", file=sys.stderr)

@@ -120,10 +120,8 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
     tasks = exam(text, _wording(tokenizer), rows=4, length=context, bos=tokenizer.bos_id)
     names = ("full", "window", "window+4", "h2o-layer", "tova", "random")
     policies = [named(name) for name in names]
-    say(
-        f"Held-out text in rows of {context} tokens, read token by token through a bounded state. Recall: questions about"
-    )
-    say("facts told 500 to 2,000 tokens earlier, answered in full.\n")
+    say(f"Held-out text in rows of {context} tokens, read token by token through a bounded state.")
+    say("Recall: questions about facts told 500 to 2,000 tokens earlier, answered in full.\n")
     say(f"{'policy':12}{'slots':>6}{'perplexity':>12}{'recall':>9}{'tokens/s':>10}{'state KiB':>11}")
     table, done = [], []
     with bar(rows.size * (1 + len(slots) * (len(names) - 1)), "comparing") as advance:

@@ -132,6 +132,7 @@ class Generate:
                 tail = piece
                 yield piece
 
+        opening = len(tokenizer.opening())
         with (
             nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as text,
             runtime.progress(None, "reading") as bar,
@@ -140,6 +141,8 @@ class Generate:
             for now, state in read_on(model, pieces, progress, policy, chunk=by, placement=self.placement):
                 bar(now - count)
                 count, progress = now, state
+        if count <= opening:
+            raise ValueError(f"{self.file} is empty; there is nothing to read")
         return progress, tail
 
     def _warn(self, model, policy, progress) -> None:

@@ -5,5 +5,6 @@ from jaxcompress.evaluation.recall import Answers, Recall, answers, exam, weave,
 from jaxcompress.evaluation.sweep import Row, rows_of_text, sweep
 
 __all__ = [
-    "Answers", "Perplexity", "Recall", "Row", "answers", "exam", "perplexity", "rows_of_text", "sweep", "weave", "wording",
+    "Answers", "Perplexity", "Recall", "Row", "answers", "exam", "perplexity", "rows_of_text", "sweep", "weave",
+    "wording",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxcompress.models.bounded import Mode, Slots, check_fits, init_state, prompt_chunk, read
+from jaxcompress.models.bounded import Mode, Slots, check_fits, cut, init_state, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
 from jaxcompress.state import State
@@ -65,7 +65,7 @@ def perplexity(
         than the state. `oneshot`: the first `prompt` tokens attend to each other in full and are selected from once,
         the rest is streamed; only the rest is counted.
       skip: leave so many of the first tokens out of the mean, to compare modes on the same tokens.
-      segment: tokens read per call; a multiple of `chunk`.
+      segment: tokens read per call; made a whole number of chunks.
       dtype: of the state; the model's by default.
       progress: called with the number of tokens read, per segment.
 
@@ -77,19 +77,16 @@ def perplexity(
     batch, total = tokens.shape
     if total < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, {total} given")
-    if policy.score is None:
-        check_fits(policy, slots, total - 1)
     state = init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
+    check_fits(model.config, policy, state, total - 1)
     nbytes = sum(run.nbytes for run in state)
     if mode == "oneshot":
-        if prompt is None or not 1 <= prompt < total:
-            raise ValueError(f"mode oneshot needs a prompt of 1 to {total - 1} tokens, not {prompt}")
+        if prompt is None or not 1 <= prompt < total - 1:
+            raise ValueError(f"mode oneshot needs a prompt of 1 to {total - 2} of the {total} tokens, not {prompt}")
         plan = [(0, prompt, prompt)] + [(i, min(i + segment, total - 1), 1) for i in range(prompt, total - 1, segment)]
         skip = max(skip, prompt)
     else:
-        by = prompt_chunk(mode, segment, chunk)
-        if segment % by:
-            raise ValueError(f"segment ({segment}) must be a multiple of chunk ({by})")
+        segment, by = cut(mode, total - 1, chunk=chunk, segment=segment)
         plan = [(i, min(i + segment, total - 1), by) for i in range(0, total - 1, segment)]
     if skip >= total - 1:
         raise ValueError(f"nothing is left to measure: {total - 1} predictions, the first {skip} of them skipped")

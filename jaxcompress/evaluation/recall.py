@@ -96,7 +96,8 @@ def weave(
       ValueError: too few notes for the questions, too little filler or too short a text for both.
     """
     if questions and notes < (1 if again else questions):
-        raise ValueError(f"{questions} questions need more than {notes} notes{'' if again else ': each is asked for once'}")
+        once = "" if again else ": each is asked for once"
+        raise ValueError(f"{questions} questions need more than {notes} notes{once}")
     draw = lambda n: rng.choice(wording.words, (n, WORDS_PER_SIDE))
     keys, values = draw(notes), draw(notes)
     size = len(wording.line(wording.note, keys[0], values[0])), len(wording.line(wording.recall, keys[0], values[0]))
@@ -213,8 +214,8 @@ def answers(
     """
     tokens = np.stack([task.tokens for task in tasks])
     batch, total = tokens.shape
-    check_fits(policy, slots, total)
     state = init_state(model.config, policy, slots, batch=batch, dtype=model.embedding[...].dtype)
+    check_fits(model.config, policy, state, total)
     guesses = []
     for at in range(0, total, segment):
         guess, state = _guess(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxcompress.generation.sampling import Sampler, remember, row_keys
-from jaxcompress.models.bounded import Mode, Slots, check_fits, init_state, last_hidden, prompt_chunk, read
+from jaxcompress.models.bounded import Mode, Slots, check_fits, cut, init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
 from jaxcompress.state import State
@@ -106,11 +106,8 @@ def prefill(
             raise ValueError(f"prompt {row} is empty; give at least one token (a BOS token will do)")
         check_tokens(prompt, model.config.vocab_size, f"prompt {row}")
     longest = max(map(len, rows))
-    check_room(policy, progress, longest)
-    if mode == "oneshot":
-        segment = longest
-    by = prompt_chunk(mode, segment, chunk)
-    segment = min(segment, -(-longest // by) * by)
+    check_room(model, policy, progress, longest)
+    segment, by = cut(mode, longest, chunk=chunk, segment=segment)
     width = -(-longest // segment) * segment
     tokens, valid = np.zeros((batch, width), np.int32), np.zeros((batch, width), bool)
     for row, prompt in enumerate(rows):
@@ -141,7 +138,7 @@ def write(
     Raises:
       ValueError: `full` has no room for so many tokens.
     """
-    check_room(policy, progress, steps)
+    check_room(model, policy, progress, steps)
     return _write(model, progress, steps, policy=policy, room=steps, settings=settings, placement=placement)
 
 
@@ -170,8 +167,10 @@ def generate(
       ...     print(tokenizer.decode(tokens[0][tokens[0] >= 0]), end="", flush=True)
     """
     placement = reading.get("placement")
+    if not len(prompts):
+        raise ValueError("no prompts were given")
     progress = start(model, policy, slots, batch=len(prompts), seeds=seeds, dtype=dtype)
-    check_room(policy, progress, max(map(len, prompts)) + steps)
+    check_room(model, policy, progress, max(map(len, prompts)) + steps)
     progress = prefill(model, prompts, progress, policy, **reading)
     yield from continue_(model, progress, policy, steps=steps, settings=settings, burst=burst, placement=placement)
 
@@ -187,7 +186,7 @@ def continue_(
     placement: Placement | None = None,
 ) -> Iterator[Int[np.ndarray, "B burst"]]:
     """The writing half of `generate`."""
-    check_room(policy, progress, steps)
+    check_room(model, policy, progress, steps)
     size = min(burst or steps, steps)
     pending: list[Array] = []
     for at in range(0, steps, size):
@@ -214,11 +213,10 @@ def check_tokens(tokens: np.ndarray, vocabulary: int, what: str) -> None:
         raise ValueError(f"{what}: token id {tokens[at]} at index {at} is outside the vocabulary 0..{vocabulary - 1}")
 
 
-def check_room(policy: Policy, progress: Progress, tokens: int) -> None:
+def check_room(model: Decoder, policy: Policy, progress: Progress, tokens: int) -> None:
     """Raises ValueError if a policy that forgets nothing would overflow."""
     if policy.score is None:
-        seen = int(progress.state[0].seen.max())
-        check_fits(policy, min(run.capacity for run in progress.state), seen + tokens)
+        check_fits(model.config, policy, progress.state, int(progress.state[0].seen.max()) + tokens)
 
 
 def read_on(
@@ -237,7 +235,7 @@ def read_on(
 
     Args:
       chunk: tokens between two selections; 1 is streaming.
-      segment: tokens per call, a multiple of `chunk`.
+      segment: tokens per call; made a whole number of chunks.
 
     Raises:
       ValueError: there was no token at all.

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from operator import index
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxcompress.models.decoder import Decoder, DecoderConfig
 from jaxcompress.models.rope import rotate
@@ -53,7 +54,7 @@ def init_state(
     Raises:
       ValueError: a capacity below 1 or below what the policy needs, or not one per layer.
     """
-    capacities = [slots] * config.num_layers if isinstance(slots, int) else list(slots)
+    capacities = [index(c) for c in (slots if isinstance(slots, Sequence) else [slots] * config.num_layers)]
     if len(capacities) != config.num_layers:
         raise ValueError(f"slots has {len(capacities)} entries, the model has {config.num_layers} layers")
     if min(capacities) < 1:
@@ -124,7 +125,7 @@ def read(
     return Read(model.norm(x), tuple(done), tuple(freed), tuple(died))
 
 
-def last_hidden(result: Read, valid: Valid | None) -> Hidden:
+def last_hidden(result: Read, valid: Valid | None) -> Float[Array, "B 1 E"]:
     """Hidden state of each row's last token, [B, 1, E]."""
     if valid is None:
         return result.hidden[:, -1:]
@@ -133,24 +134,41 @@ def last_hidden(result: Read, valid: Valid | None) -> Hidden:
     return jnp.take_along_axis(result.hidden, last, axis=1)
 
 
-def prompt_chunk(mode: Mode, prompt: int, chunk: int) -> int:
-    """Tokens between two selections while a prompt of `prompt` tokens is read as a named mode says.
+def cut(mode: Mode, total: int, *, chunk: int, segment: int | None = None) -> tuple[int, int]:
+    """How many of `total` tokens to read per call, and how many between two selections, in a named mode.
+
+    Only `oneshot` needs all of them in one call. A segment is made a whole number of chunks, so that where it ends
+    changes nothing.
 
     Raises:
-      ValueError: an unknown mode, or a chunk below 1.
+      ValueError: an unknown mode, or a chunk or segment below 1.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
-    if chunk < 1:
-        raise ValueError(f"a chunk has at least 1 token, not {chunk}")
-    return {"streaming": 1, "chunked": min(chunk, prompt), "oneshot": prompt}[mode]
+    segment = total if segment is None else segment
+    if chunk < 1 or segment < 1:
+        raise ValueError(f"a chunk and a segment have at least 1 token, not chunk={chunk}, segment={segment}")
+    if mode == "oneshot":
+        return total, total
+    if mode == "streaming":
+        return min(segment, total), 1
+    chunk = min(chunk, total)
+    return max(min(segment, total) // chunk, 1) * chunk, chunk
 
 
-def check_fits(policy: Policy, slots: Slots, tokens: int) -> None:
-    """Raises ValueError if a policy that forgets nothing is to read more tokens than it has slots."""
-    smallest = slots if isinstance(slots, int) else min(slots)
-    if policy.score is None and tokens > smallest:
-        raise ValueError(
-            f"policy {policy.name} keeps every token: {tokens} tokens do not fit into {smallest} slots; "
-            f"give slots={tokens} or more, or a policy that evicts"
-        )
+def check_fits(config: DecoderConfig, policy: Policy, state: State, tokens: int) -> None:
+    """Raises ValueError if a policy that forgets nothing is to hold more tokens than it has slots.
+
+    Args:
+      tokens: how many will have been read in all; a sliding-window layer needs no more slots than its window.
+    """
+    if policy.score is not None:
+        return
+    for run in state:
+        for layer in run.layer.tolist():
+            window = config.sliding[layer] if config.sliding else None
+            if run.capacity < min(tokens, window or tokens):
+                raise ValueError(
+                    f"policy {policy.name} keeps every token: {tokens} tokens do not fit into the {run.capacity} slots "
+                    f"of layer {layer}; give {tokens} slots or more, or a policy that evicts"
+                )

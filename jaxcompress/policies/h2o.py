@@ -36,7 +36,7 @@ def h2o(recent: float | int = 0.5, scope: Literal["query_head", "kv_head", "laye
         return stats + seen.per_set(scope).sum(2)
 
     def score(stats: Stats, state: KVState) -> SlotScores:
-        return protect_newest(stats, state, recent if isinstance(recent, int) else int(recent * state.capacity))
+        return protect_newest(stats, state, recent if isinstance(recent, int) else round(recent * state.capacity))
 
     needs = recent + 1 if isinstance(recent, int) else 1
     return Policy("h2o" if scope == "query_head" else f"h2o-{scope}", score, init, observe, scope, needs=needs)

@@ -16,7 +16,7 @@ from jaxcompress.models.bounded import init_state
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.policies import Policy
-from jaxcompress.recurrence import advance
+from jaxcompress.recurrence import advance, death_times
 from jaxcompress.state import KVState
 
 from .reference import THETA, History, Rule, recurrence
@@ -177,6 +177,14 @@ def expected(case: Case, data: Data, b: int) -> History:
     """What the reference gives for one row."""
     pieces = case.pieces(data.valid[b])
     return recurrence(*data.row(b), case.rule, case.bound, pieces, case.placement, case.window)
+
+
+_deaths = jax.jit(death_times, static_argnames="total", compiler_options=FAST_COMPILE)
+
+
+def deaths(trace: Trace) -> np.ndarray:
+    """Death times [B, P, T] by what the calls freed; T for tokens still held."""
+    return np.array(_deaths(trace.freed, trace.died, total=T))
 
 
 def held(positions: np.ndarray) -> list[int]:

@@ -11,10 +11,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress.recurrence import advance, death_times
+from jaxcompress.recurrence import advance
 from jaxcompress.state import KVState
 
-from .harness import ROPE, RULES, B, C, Case, D, Data, H, K, T, data, fresh, held, name_of, permuted, ragged, run
+from .harness import (
+    ROPE,
+    RULES,
+    B,
+    C,
+    Case,
+    D,
+    Data,
+    H,
+    K,
+    T,
+    data,
+    deaths,
+    fresh,
+    held,
+    name_of,
+    permuted,
+    ragged,
+    run,
+)
+from .reference import rope
 
 # Most of these functions are compiled for the comparison with the reference already.
 HISTORIES = [
@@ -62,7 +82,7 @@ def test_capacity_and_content(case: Case, rows: Data) -> None:
         q, k, v = rows.row(b)
         k = np.repeat(k, states.keys.shape[3] // K, 1)
         v = np.repeat(v, states.keys.shape[3] // K, 1)
-        keys = k if case.placement != "absolute" else np.asarray(ROPE(jnp.asarray(k), jnp.arange(len(k))[:, None]))
+        keys = k if case.placement != "absolute" else rope(k, np.arange(len(k))[:, None])
         for s, positions in enumerate(states.positions[-1, 0, b]):
             tokens = held(positions)
             assert len(set(tokens)) == len(tokens)
@@ -235,13 +255,13 @@ ABSOLUTE = [c for c in HISTORIES + WHOLE if c.placement == "absolute"]
 def test_death_times_as_a_mask(case: Case, rows: Data) -> None:
     """Plain attention under `j <= i < death[j]` is the recurrence."""
     trace = run(case, rows)
-    death = np.array(death_times(jnp.asarray(trace.freed), jnp.asarray(trace.died), T))
+    death = deaths(trace)
     if case.window is not None:
         death = np.minimum(death, np.arange(T) + case.window)
     for b in range(B):
         q, k, v = rows.row(b)
         i = np.arange(len(q))
-        q, k = (np.asarray(ROPE(jnp.asarray(x), jnp.asarray(i)[:, None]), np.float64) for x in (q, k))
+        q, k = rope(q, i[:, None]), rope(k, i[:, None])
         for h in range(H):
             s = {1: 0, K: h // (H // K), H: h}[death.shape[1]]
             alive = (i[None] <= i[:, None]) & (i[:, None] < death[b, s, None, : len(i)])
@@ -300,7 +320,7 @@ def test_gradients() -> None:
         return jax.grad(at, (0, 1))(jnp.asarray(rows.k), jnp.asarray(rows.v))
 
     trace = run(Case("tova"), rows)
-    death = np.array(death_times(jnp.asarray(trace.freed), jnp.asarray(trace.died), T))[:, 0]
+    death = deaths(trace)[:, 0]
     for t in (3, C, C + 4, T - 1):
         seen = (np.arange(T) <= t) & (t < death)  # [B, T]
         assert seen.sum() == B * min(t + 1, C + 1)

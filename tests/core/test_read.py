@@ -35,8 +35,12 @@ step = jax.jit(read, static_argnames=("policy", "chunk", "placement"), compiler_
 @cache
 def model(config: DecoderConfig = CONFIG, dtype: Any = jnp.float32) -> Decoder:
     """Random weights, large enough for attention to have preferences."""
-    made = Decoder(config, rngs=nnx.Rngs(0))
-    return jax.tree.map(lambda w: (w * 8 if w.ndim == 3 else w).astype(dtype), made)
+
+    def make() -> Decoder:
+        made = Decoder(config, rngs=nnx.Rngs(0))
+        return jax.tree.map(lambda w: (w * 8 if w.ndim == 3 else w).astype(dtype), made)
+
+    return jax.jit(make, compiler_options=FAST_COMPILE)()
 
 
 def tokens(seed: int = 0) -> jax.Array:
@@ -56,10 +60,13 @@ def held(state: State, layer: int) -> np.ndarray:
     raise AssertionError(f"no layer {layer}")
 
 
+jitted_death_times = jax.jit(death_times, static_argnames="total")
+
+
 def deaths(done: Read, config: DecoderConfig) -> list[jax.Array]:
     """Death times [B, P, T] of each layer after T tokens were read in one call."""
     pairs = zip(done.freed, done.died, strict=True)
-    times = [death_times(f, d, T) for freed, died in pairs for f, d in zip(freed, died, strict=True)]
+    times = [jitted_death_times(f, d, total=T) for freed, died in pairs for f, d in zip(freed, died, strict=True)]
     windows = config.sliding or (None,) * config.num_layers
     return [t if w is None else jnp.minimum(t, jnp.arange(T) + w) for t, w in zip(times, windows, strict=True)]
 
