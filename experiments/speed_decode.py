@@ -50,10 +50,11 @@ class Arguments:
     """Also write the results here (JSON)."""
 
 
-WIDER = DecoderConfig(
-    vocab_size=2048, hidden_size=512, intermediate_size=1376, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=64,
-    tied=True,
-)  # fmt: skip
+def decoder_of_width(width: int) -> Decoder:
+    """Six layers of random weights, heads of 32 in pairs."""
+    heads = width // 32
+    config = DecoderConfig(2048, width, 3 * width, 6, heads, heads // 2, 32, tied=True)
+    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 def in_turn(repeats: int, **runs: Callable[[], Any]) -> dict[str, float]:
@@ -218,8 +219,8 @@ def main(args: Arguments) -> None:
         elif part == "flat":
             rows += measure_flat(embedded, args)
         elif part == "read":
-            models = {"embedded": embedded, "6 layers, width 512": Decoder(WIDER, rngs=nnx.Rngs(0))}
-            rows += measure_read(models, args)
+            wider = {f"6 layers, width {width}": decoder_of_width(width) for width in (256, 512)}
+            rows += measure_read({"embedded (4 layers, width 192)": embedded, **wider}, args)
         elif part == "start":
             rows += measure_start()
         else:
