@@ -109,7 +109,7 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
 
     from jaxcompress.cli.runtime import progress as bar
     from jaxcompress.embedded.corpus import held_out
-    from jaxcompress.evaluation.figures import perplexity_against_slots
+    from jaxcompress.evaluation.figures import Point, against_slots
     from jaxcompress.evaluation.recall import answers, exam
     from jaxcompress.evaluation.sweep import rows_of_text, sweep
     from jaxcompress.policies import named
@@ -123,17 +123,17 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
     say(f"Held-out text in rows of {context} tokens, read token by token through a bounded state.")
     say("Recall: questions about facts told 500 to 2,000 tokens earlier, answered in full.\n")
     say(f"{'policy':12}{'slots':>6}{'perplexity':>12}{'recall':>9}{'tokens/s':>10}{'state KiB':>11}")
-    table, done = [], []
+    table = []
     with bar(rows.size * (1 + len(slots) * (len(names) - 1)), "comparing") as advance:
         for row in sweep(model, rows, policies, slots, progress=advance):
             recall = answers(model, tasks, named(row.policy), row.slots).accuracy
-            done.append(row)
             table.append(dict(row._asdict(), recall=recall))
             say(
                 f"{row.policy:12}{row.slots:6}{row.perplexity:12.2f}{recall:9.0%}"
                 f"{row.tokens_per_second:10,.0f}{row.state_bytes / len(rows) / 1024:11,.0f}"
             )
-    perplexity_against_slots(done, out / "perplexity.png", title="Held-out Python documentation and sources")
+    panels = {name: [Point(r["policy"], r["slots"], r[name]) for r in table] for name in ("perplexity", "recall")}
+    against_slots(panels, out / "perplexity.png", title="Held-out Python documentation and sources")
     return table
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
 
 from jaxcompress.evaluation.sweep import Row
 from jaxcompress.trace import Trace
@@ -26,40 +26,55 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def perplexity_against_slots(rows: Sequence[Row], path: Path, title: str = "") -> None:
-    """One line per policy over the number of slots; the full cache is a dashed line.
+class Point(NamedTuple):
+    """One value of a policy at a capacity."""
 
-    Where there is a full cache, what is more than three times worse leaves the picture and is told in the legend.
+    policy: str
+    slots: int
+    value: float
+
+
+def against_slots(panels: Mapping[str, Sequence[Point]], path: Path, title: str = "") -> None:
+    """A panel per quantity, in it a line per policy over the number of slots; the full cache is a dashed line.
+
+    What is more than three times the full cache's value leaves the picture and is told in the legend.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = figure.subplots()
-        full = [row for row in rows if row.policy == "full"]
-        bounded = [row for row in rows if row.policy != "full"]
-        for i, name in enumerate(dict.fromkeys(row.policy for row in bounded)):
-            mine = sorted((row for row in bounded if row.policy == name), key=lambda row: row.slots)
-            outside = [row for row in mine if full and row.perplexity > 3 * full[0].perplexity]
-            label = f"{name} (up to {max(row.perplexity for row in outside):,.0f})" if outside else name
-            axes.plot(
-                [row.slots for row in mine], [row.perplexity for row in mine], label=label,
-                color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)], markersize=5,
-            )  # fmt: skip
-        if full:
-            axes.axhline(
-                full[0].perplexity, color="0.35", linestyle="--", linewidth=1.2, label=f"full ({full[0].slots})"
-            )
-            lowest = min(row.perplexity for row in rows)
-            highest = max(row.perplexity for row in rows)
-            axes.set_ylim(0.96 * lowest, min(1.1 * highest, 3 * full[0].perplexity))
-        ticks = sorted({row.slots for row in bounded})
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-        axes.set(xlabel="slots per layer", ylabel="perplexity", title=title)
-        axes.legend(frameon=False)
+        figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
+        for axes, (label, points) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
+            _lines(axes, points)
+            axes.set(xlabel="slots per layer", ylabel=label)
+        figure.suptitle(title)
         figure.savefig(path, dpi=150)
+
+
+def _lines(axes: Axes, points: Sequence[Point]) -> None:
+    full = [point for point in points if point.policy == "full"]
+    bounded = [point for point in points if point.policy != "full"]
+    limit = 3 * full[0].value if full else float("inf")
+    for i, name in enumerate(dict.fromkeys(point.policy for point in bounded)):
+        mine = sorted((point for point in bounded if point.policy == name), key=lambda point: point.slots)
+        inside = [point for point in mine if point.value <= limit]
+        outside = max((point.value for point in mine if point.value > limit), default=None)
+        axes.plot(
+            [point.slots for point in inside], [point.value for point in inside],
+            label=name if outside is None else f"{name} (up to {outside:,.0f})",
+            color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)], markersize=5,
+        )  # fmt: skip
+    if full:
+        label = f"full ({full[0].slots})"
+        axes.axhline(full[0].value, color="0.35", linestyle="--", linewidth=1.2, label=label)
+    ticks = sorted({point.slots for point in bounded})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.legend(frameon=False)
+
+
+def perplexity_against_slots(rows: Sequence[Row], path: Path, title: str = "") -> None:
+    """`against_slots` of the perplexities of a sweep."""
+    against_slots({"perplexity": [Point(row.policy, row.slots, row.perplexity) for row in rows]}, path, title)
 
 
 def death_times(trace: Trace, path: Path, title: str = "", row: int = 0) -> None:
