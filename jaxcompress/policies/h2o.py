@@ -21,7 +21,7 @@ def h2o(recent: float | int = 0.5, scope: Literal["query_head", "kv_head", "laye
 
     Args:
       recent: how many of the newest tokens are protected: a number of tokens (int), or a share of the capacity
-        (float; 0.5 is the paper's 1:1 of heavy and recent).
+        (float, rounded down; 0.5 is the paper's 1:1 of heavy and recent).
       scope: "query_head" is the authors' code that really drops (`h2o_hf/utils_real_drop`): a set per query head, the
         state then has as many heads as there are query heads. "kv_head" and "layer" sum over the heads that share
         a set; "layer" is the variant of Oren et al. 2024, table 3.
@@ -36,7 +36,9 @@ def h2o(recent: float | int = 0.5, scope: Literal["query_head", "kv_head", "laye
         return stats + seen.per_set(scope).sum(2)
 
     def score(stats: Stats, state: KVState) -> SlotScores:
-        return protect_newest(stats, state, recent if isinstance(recent, int) else round(recent * state.capacity))
+        return protect_newest(
+            stats, state, recent if isinstance(recent, int) else int(round(recent * state.capacity, 6))
+        )
 
     needs = recent + 1 if isinstance(recent, int) else 1
     return Policy("h2o" if scope == "query_head" else f"h2o-{scope}", score, init, observe, scope, needs=needs)
