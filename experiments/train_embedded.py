@@ -47,14 +47,13 @@ CONFIG = DecoderConfig(
 @dataclass(frozen=True)
 class Stage:
     """So many steps of so many rows of so many tokens; `text` is the share of rows without a task, `foresight` the
-    weight of the loss that asks attention to keep looking at what will be needed, in runs of `run` queries."""
+    weight of the loss that asks attention to keep looking at what will be needed."""
 
     steps: int
     rows: int
     length: int
     text: float
     foresight: float = 0.0
-    run: int = 1
 
 
 STAGES = (
@@ -63,9 +62,6 @@ STAGES = (
     Stage(200, 4, 1024, 0.4, foresight=0.1),
     Stage(700, 2, 2048, 0.4, foresight=0.3),
 )
-# A second, smaller cycle of the learning rate, in which foresight looks at neighbouring queries: what the next few
-# tokens need is most of what a text needs.
-CODA = Stage(300, 2, 2048, 0.6, foresight=0.3, run=24)
 SAMPLED = 96, 64  # queries of a row at which foresight looks: anywhere, and where answers are given
 
 
@@ -81,7 +77,6 @@ class Arguments:
     stop_at: int | None = None
     """Export what there is after so many steps; the schedule stays that of the whole run."""
     stages: tuple[Stage, ...] = STAGES
-    coda: Stage = CODA
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -153,15 +148,13 @@ class Batches:
         return tokens, weights
 
 
-def sample_queries(rng: np.random.Generator, weights: np.ndarray, run: int) -> np.ndarray:
-    """Where foresight looks, [B, R]: random runs of positions, and those from which answers are predicted."""
+def sample_queries(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
+    """Where foresight looks, [B, R]: random positions, and those from which answers are predicted."""
     rows = []
     for row in weights:
         answers = np.flatnonzero(row > 1)[: SAMPLED[1]]
-        runs, single = divmod(sum(SAMPLED) - len(answers), run)
-        starts = rng.choice(len(row) // run, runs, replace=False) * run
-        anywhere = (starts[:, None] + np.arange(run)).reshape(-1)
-        rows.append(np.sort(np.concatenate([answers, anywhere, rng.choice(len(row), single, replace=False)])))
+        anywhere = rng.choice(len(row), SAMPLED[0] + SAMPLED[1] - len(answers), replace=False)
+        rows.append(np.sort(np.concatenate([answers, anywhere])))
     return np.stack(rows).astype(np.int32)
 
 
@@ -220,10 +213,8 @@ def main(args: Arguments) -> None:
         args.seed,
     )
 
-    plan = [stage for stage in (*args.stages, args.coda) for _ in range(stage.steps)]
-    total, first = len(plan), len(plan) - args.coda.steps
-    coda = optax.linear_schedule(args.peak / 4, 0.0, args.coda.steps)
-    optimizer = muon_for_decoder(optax.join_schedules([warmup_stable_decay(args.peak, first), coda], [first]))
+    total = sum(stage.steps for stage in args.stages)
+    optimizer = muon_for_decoder(warmup_stable_decay(args.peak, total))
     graph, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(args.seed)))
     state = optimizer.init(params)
     saved = sorted(args.out.glob("step-*"))
@@ -235,12 +226,13 @@ def main(args: Arguments) -> None:
         print(f"going on from step {done}", flush=True)
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} weights, {total} steps", flush=True)
 
+    plan = [stage for stage in args.stages for _ in range(stage.steps)]
     started, seen, losses = time.time(), 0, []
     with open(args.out / "log.jsonl", "a") as log:
         for step in range(done, min(total, args.stop_at or total)):
             tokens, weights = batches(step, plan[step])
             stage = plan[step]
-            sample = sample_queries(np.random.default_rng((args.seed, step, 1)), weights, stage.run)
+            sample = sample_queries(np.random.default_rng((args.seed, step, 1)), weights)
             params, state, loss, short, norm = train_step(
                 params, state, tokens, weights.astype(np.float32), sample, graph=graph, optimizer=optimizer,
                 foresight=stage.foresight,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -91,37 +91,79 @@ def perplexity(
     if skip >= total - 1:
         raise ValueError(f"nothing is left to measure: {total - 1} predictions, the first {skip} of them skipped")
 
-    compiled: dict[tuple[int, int], Any] = {}
     total_loss, seconds = 0.0, 0.0
-    for start, end, by in plan:
-        piece, target = jnp.asarray(tokens[:, start:end]), jnp.asarray(tokens[:, start + 1 : end + 1])
-        how: dict[str, Any] = dict(policy=policy, chunk=by, placement=placement)
-        key = (end - start, by)
-        if key not in compiled:
-            compiled[key] = _losses.lower(model, piece, target, state, **how).compile()
-        begun = time.perf_counter()
-        losses, state = compiled[key](model, piece, target, state)
-        losses = np.asarray(losses, np.float64)
-        seconds += time.perf_counter() - begun
-        if not np.isfinite(losses).all():
-            row, at = np.argwhere(~np.isfinite(losses))[0]
-            raise FloatingPointError(f"non-finite logits, first in row {row} after the token at position {start + at}")
-        total_loss += losses[:, max(skip - start, 0) :].sum()
-        progress((end - start) * batch)
+    for part in predictions(model, tokens, state, policy, plan, placement=placement):
+        if not np.isfinite(part.losses).all():
+            row, at = np.argwhere(~np.isfinite(part.losses))[0]
+            where = f"first in row {row} after the token at position {part.start + at}"
+            raise FloatingPointError(f"non-finite logits, {where}")
+        total_loss += part.losses[:, max(skip - part.start, 0) :].sum()
+        seconds += part.seconds
+        progress(part.losses.size)
     counted = batch * (total - 1 - skip)
     return Perplexity(total_loss / counted, counted, batch * (total - 1) / seconds, nbytes)
 
 
+class Predictions(NamedTuple):
+    """How the tokens after those of one piece were predicted.
+
+    Attributes:
+      start: where the piece begins; losses[:, i] is that of token start + i + 1.
+      losses: [B, n] float64, nats.
+      right: [B, n] bool, whether the token was the most probable one.
+      seconds: to read the piece, compilation left out.
+    """
+
+    start: int
+    losses: np.ndarray
+    right: np.ndarray
+    seconds: float
+
+
+def predictions(
+    model: Decoder,
+    tokens: Int[np.ndarray, "B T"],
+    state: State,
+    policy: Policy,
+    plan: Sequence[tuple[int, int, int]],
+    *,
+    placement: Placement | None = None,
+) -> Iterator[Predictions]:
+    """Reads rows of text piece by piece into a fresh state; what is known of every next token, per piece.
+
+    Args:
+      plan: (start, end, tokens between two selections) of each piece; the last piece ends before the last token.
+    """
+    widths = {by: max(end - start for start, end, other in plan if other == by) for _, _, by in plan}
+    programs: dict[int, Any] = {}
+    for start, end, by in plan:
+        # A shorter last piece is filled up with padding, which costs less than compiling for another length.
+        fill = [(0, 0), (0, widths[by] - (end - start))]
+        piece, target = np.pad(tokens[:, start:end], fill), np.pad(tokens[:, start + 1 : end + 1], fill)
+        valid = np.pad(np.ones((len(tokens), end - start), bool), fill)
+        inputs = (model, jnp.asarray(piece), jnp.asarray(target), jnp.asarray(valid), state)
+        if by not in programs:
+            how: dict[str, Any] = dict(policy=policy, chunk=by, placement=placement)
+            programs[by] = _predict.lower(*inputs, **how).compile()
+        begun = time.perf_counter()
+        losses, right, state = programs[by](*inputs)
+        losses = np.asarray(losses, np.float64)[:, : end - start]
+        seconds = time.perf_counter() - begun
+        yield Predictions(start, losses, np.asarray(right)[:, : end - start], seconds)
+
+
 @partial(jax.jit, static_argnames=("policy", "chunk", "placement"), donate_argnames="state")
-def _losses(
+def _predict(
     model: Decoder,
     tokens: Array,
     targets: Array,
+    valid: Array,
     state: State,
     *,
     policy: Policy,
     chunk: int,
     placement: Placement | None,
-) -> tuple[Array, State]:
-    done = read(model, tokens, state, policy, chunk=chunk, placement=placement)
-    return token_losses(model.logits(done.hidden), targets), done.state
+) -> tuple[Array, Array, State]:
+    done = read(model, tokens, state, policy, valid=valid, chunk=chunk, placement=placement)
+    logits = model.logits(done.hidden)
+    return token_losses(logits, targets), logits.argmax(-1) == targets, done.state

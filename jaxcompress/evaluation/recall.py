@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.models.bounded import Slots, check_fits, init_state, read
+from jaxcompress.evaluation.perplexity import predictions
+from jaxcompress.models.bounded import Slots, check_fits, init_state
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
 
@@ -216,21 +214,10 @@ def answers(
     batch, total = tokens.shape
     state = init_state(model.config, policy, slots, batch=batch, dtype=model.embedding[...].dtype)
     check_fits(model.config, policy, state, total)
-    guesses = []
-    for at in range(0, total, segment):
-        guess, state = _guess(
-            model, jnp.asarray(tokens[:, at : at + segment]), state, policy=policy, placement=placement
-        )
-        guesses.append(np.asarray(guess))
-    right = np.zeros(tokens.shape, bool)
-    right[:, 1:] = np.concatenate(guesses, axis=1)[:, :-1] == tokens[:, 1:]
+    plan = [(at, min(at + segment, total - 1), 1) for at in range(0, total - 1, segment)]
+    parts = predictions(model, tokens, state, policy, plan, placement=placement)
+    right = np.pad(np.concatenate([part.right for part in parts], axis=1), [(0, 0), (1, 0)])
     distance = np.stack([task.distance for task in tasks])
     rows, first = np.nonzero(distance)
     whole = np.logical_and.reduce([right[rows, first + i] for i in range(WORDS_PER_SIDE)])
     return Answers(distance[rows, first], np.asarray(whole))
-
-
-@partial(jax.jit, static_argnames=("policy", "placement"), donate_argnames="state")
-def _guess(model: Decoder, tokens: Any, state: Any, *, policy: Policy, placement: Placement | None) -> Any:
-    done = read(model, tokens, state, policy, placement=placement)
-    return model.logits(done.hidden).argmax(axis=-1), done.state
