@@ -217,6 +217,18 @@ def test_trace_of_tokens(run: Any, tmp_path: Path, model: Decoder, batch: int | 
     _check_trace(tmp_path / "trace.npz", model, ids.astype(np.int32))
 
 
+def test_trace_of_tokens_needs_no_tokenizer(run: Any, folder: Path, tmp_path: Path, model: Decoder) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folder / name).read_bytes())
+    ids = np.arange(12)
+    np.save(tmp_path / "ids.npy", ids)
+    out = tmp_path / "trace.npz"
+    assert run("trace", "--tokens", tmp_path / "ids.npy", "--out", out, *TRACED, model=bare).code == 0
+    _check_trace(out, model, ids[None].astype(np.int32))
+
+
 def test_trace_of_text(run: Any, text: Path, tmp_path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
     out, figure = tmp_path / "trace.npz", tmp_path / "deaths.png"
     assert run("trace", "--text", text, "--limit", 12, "--out", out, "--figure", figure, *TRACED).code == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxcompress.checkpoints import Loaded
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
 
@@ -26,14 +27,20 @@ def prepare() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def open_model(model: str | None, dtype: str | None = None) -> tuple[Decoder, Tokenizer]:
+def open_weights(model: str | None, dtype: str | None = None) -> Loaded:
     """A Hugging Face folder or hub id, or the embedded model if None."""
     prepare()
     from jaxcompress import embedded
     from jaxcompress.checkpoints import load
+
+    return load(embedded.folder() if model is None else model, dtype=dtype)
+
+
+def open_model(model: str | None, dtype: str | None = None) -> tuple[Decoder, Tokenizer]:
+    """The same with its tokenizer."""
     from jaxcompress.generation.text import Tokenizer
 
-    loaded = load(embedded.folder() if model is None else model, dtype=dtype)
+    loaded = open_weights(model, dtype)
     return loaded.model, Tokenizer(loaded.folder)
 
 

@@ -48,11 +48,13 @@ class Trace:
     def run(self) -> None:
         import numpy as np
 
-        from jaxcompress.cli.runtime import open_model, read_text
+        from jaxcompress.cli.runtime import open_weights, read_text
 
         if (self.tokens is None) == (self.text is None):
             raise ValueError("give either --tokens or --text")
-        model, tokenizer = open_model(self.model, self.dtype)
+        loaded = open_weights(self.model, self.dtype)
+        model = loaded.model
+        from jaxcompress.generation import Tokenizer
         from jaxcompress.generation.generate import check_tokens
         from jaxcompress.policies import named
         from jaxcompress.trace import trace
@@ -64,7 +66,7 @@ class Trace:
                     f"{self.tokens} holds {ids.dtype} {ids.shape}; expected integers, [tokens] or [batch, tokens]"
                 )
         else:
-            ids = tokenizer.encode(read_text(self.text))
+            ids = Tokenizer(loaded.folder).encode(read_text(self.text))
         ids = np.atleast_2d(ids)[:, : self.limit]
         check_tokens(ids.reshape(-1), model.config.vocab_size, str(self.tokens or self.text))
         done = trace(
