@@ -105,6 +105,8 @@ def _long_read(model, tokenizer, how: Demo, say) -> dict:
 
 
 def _compare(model, tokenizer, out: Path, say) -> list[dict]:
+    import math
+
     import numpy as np
 
     from jaxcompress.cli.runtime import progress as bar
@@ -121,18 +123,22 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
     names = ("full", "window", "window+4", "h2o-layer", "tova", "random")
     policies = [named(name) for name in names]
     say(f"Held-out text in rows of {context} tokens, read token by token through a bounded state.")
-    say("Recall: questions about facts told 500 to 2,000 tokens earlier, answered in full.\n")
-    say(f"{'policy':12}{'slots':>6}{'perplexity':>12}{'recall':>9}{'tokens/s':>10}{'state KiB':>11}")
+    say(
+        "With facts: the perplexity of such rows into which facts and, 500 to 2,000 tokens later, questions about them are"
+    )
+    say("woven. Recall: how many of the questions are answered in full.\n")
+    say(f"{'policy':12}{'slots':>6}{'perplexity':>12}{'with facts':>12}{'recall':>9}{'tokens/s':>10}{'state KiB':>11}")
     table = []
     with bar(rows.size * (1 + len(slots) * (len(names) - 1)), "comparing") as advance:
         for row in sweep(model, rows, policies, slots, progress=advance):
-            recall = answers(model, tasks, named(row.policy), row.slots).accuracy
-            table.append(dict(row._asdict(), recall=recall))
+            given = answers(model, tasks, named(row.policy), row.slots)
+            table.append(dict(row._asdict(), with_facts=math.exp(given.nats), recall=given.accuracy))
             say(
-                f"{row.policy:12}{row.slots:6}{row.perplexity:12.2f}{recall:9.0%}"
+                f"{row.policy:12}{row.slots:6}{row.perplexity:12.2f}{math.exp(given.nats):12.2f}{given.accuracy:9.0%}"
                 f"{row.tokens_per_second:10,.0f}{row.state_bytes / len(rows) / 1024:11,.0f}"
             )
-    panels = {name: [Point(r["policy"], r["slots"], r[name]) for r in table] for name in ("perplexity", "recall")}
+    columns = {"perplexity": "perplexity", "perplexity with facts": "with_facts", "recall": "recall"}
+    panels = {label: [Point(r["policy"], r["slots"], r[name]) for r in table] for label, name in columns.items()}
     against_slots(panels, out / "perplexity.png", title="Held-out Python documentation and sources")
     return table
 

@@ -187,10 +187,15 @@ def exam(
 
 
 class Answers(NamedTuple):
-    """Every question of an exam: how far back its answer was told, and whether it was given in full."""
+    """Every question of an exam: how far back its answer was told, and whether it was given in full.
+
+    Attributes:
+      nats: mean loss over all tokens of the rows, text, facts and answers together.
+    """
 
     distance: np.ndarray
     right: np.ndarray
+    nats: float
 
     @property
     def accuracy(self) -> float:
@@ -215,9 +220,10 @@ def answers(
     state = init_state(model.config, policy, slots, batch=batch, dtype=model.embedding[...].dtype)
     check_fits(model.config, policy, state, total)
     plan = [(at, min(at + segment, total - 1), 1) for at in range(0, total - 1, segment)]
-    parts = predictions(model, tokens, state, policy, plan, placement=placement)
+    parts = list(predictions(model, tokens, state, policy, plan, placement=placement))
     right = np.pad(np.concatenate([part.right for part in parts], axis=1), [(0, 0), (1, 0)])
     distance = np.stack([task.distance for task in tasks])
     rows, first = np.nonzero(distance)
     whole = np.logical_and.reduce([right[rows, first + i] for i in range(WORDS_PER_SIDE)])
-    return Answers(distance[rows, first], np.asarray(whole))
+    nats = float(np.concatenate([part.losses for part in parts], axis=1).mean())
+    return Answers(distance[rows, first], np.asarray(whole), nats)
