@@ -127,7 +127,8 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
         "With facts: the perplexity of such rows into which facts and, 500 to 2,000 tokens later, questions about them are"
     )
     say("woven. Recall: how many of the questions are answered in full.\n")
-    say(f"{'policy':12}{'slots':>6}{'perplexity':>12}{'with facts':>12}{'recall':>9}{'tokens/s':>10}{'state KiB':>11}")
+    titles = f"{'perplexity':>12}{'with facts':>12}{'recall':>9}{'tokens/s':>10}{'state KiB':>11}"
+    say(f"{'policy':12}{'slots':>6}{titles}")
     table = []
     with bar(rows.size * (1 + len(slots) * (len(names) - 1)), "comparing") as advance:
         for row in sweep(model, rows, policies, slots, progress=advance):
