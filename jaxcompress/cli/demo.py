@@ -123,10 +123,8 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
     names = ("full", "window", "window+4", "h2o-layer", "tova", "random")
     policies = [named(name) for name in names]
     say(f"Held-out text in rows of {context} tokens, read token by token through a bounded state.")
-    say(
-        "With facts: the perplexity of such rows into which facts and, 500 to 2,000 tokens later, questions about them are"
-    )
-    say("woven. Recall: how many of the questions are answered in full.\n")
+    say("With facts: perplexity of such rows into which facts and, 500 to 2,000 tokens later, questions about them")
+    say("are woven. Recall: how many of the questions are answered in full.\n")
     titles = f"{'perplexity':>12}{'with facts':>12}{'recall':>9}{'tokens/s':>10}{'state KiB':>11}"
     say(f"{'policy':12}{'slots':>6}{titles}")
     table = []
