@@ -25,7 +25,7 @@ types: $(READY)
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
