@@ -62,7 +62,6 @@ def test_no_training_document_quotes_a_held_out_topic(everything: list[Document]
             assert not told, f"{document.name} quotes {secret[next(iter(told))]}"
 
 
-@pytest.mark.skipif(not embedded.folder().exists(), reason="there is no embedded model")
 class TestModel:
     """What ships."""
 

@@ -132,7 +132,6 @@ def test_an_exam_asks_for_each_note_once() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not embedded.folder().exists(), reason="there is no embedded model")
 def test_the_embedded_model_answers_from_what_it_holds() -> None:
     from jaxcompress.embedded.corpus import held_out
     from jaxcompress.policies import full, window
