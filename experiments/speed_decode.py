@@ -92,7 +92,7 @@ def decode_plain(model: Decoder, steps: int, slots: int, batch: int):
     def step(loop, now):
         keys, values, token = loop
 
-        def attend(q, k, v, positions, layer, carry, xs):
+        def attend(q, k, v, positions, layer, index, carry, xs):
             keys, values = carry
             at = positions[..., None]
             q, k = rotate(q, at, config.rope), rotate(k, at, config.rope)
@@ -167,7 +167,7 @@ def full(model: Decoder, ids: Any, attention: Callable[..., Any]):
     """The whole prompt at once; `attention` takes rotated q, k and v, and positions."""
     positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
 
-    def attend(q, k, v, positions, layer, carry, xs):
+    def attend(q, k, v, positions, layer, index, carry, xs):
         q, k = (rotate(x, positions[..., None], model.config.rope) for x in (q, k))
         return attention(q, k, v, positions), carry, xs
 

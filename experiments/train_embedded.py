@@ -177,7 +177,7 @@ def train_step(
         inputs = tokens[:, :-1]
         positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
 
-        def attend(q, k, v, positions, layer, carry, xs):
+        def attend(q, k, v, positions, layer, index, carry, xs):
             q, k = (rotate(x, positions[..., None], CONFIG.rope) for x in (q, k))
             short = foresight_loss(q, k, positions, sample) if foresight else jnp.zeros(())
             return causal_attention(q, k, v, positions), carry, short

@@ -5,11 +5,14 @@ This is the only door to kernels: whoever attends comes through here.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, Values
+from jaxcompress.storage import Quantised, split
 
 MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
 
@@ -39,20 +42,69 @@ def causal_attention(
     return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
+class Summary(NamedTuple):
+    """Stand-ins for evicted tokens that every query sees beside the slots.
+
+    Attributes:
+      keys, values: [B, K, M, D]; keys as queries meet them.
+      bias: [B, K, M] float32, added to the scores: the logarithm of how many tokens each stands for, -inf for none.
+    """
+
+    keys: Float[Array, "B K M D"]
+    values: Float[Array, "B K M D"]
+    bias: Float[Array, "B K M"]
+
+    def scores(self, q: Float[Array, "B T K G D"]) -> Float[Array, "B K G T M"]:
+        products = jnp.einsum("btkgd,bkmd->bkgtm", q, self.keys, preferred_element_type=jnp.float32)
+        return products * q.shape[-1] ** -0.5 + self.bias[:, :, None, None]
+
+
+class Extra(NamedTuple):
+    """What is added to attention over slots.
+
+    Attributes:
+      bias: [B, P, S] float32, added to the scores of slots, or None.
+      summary: seen beside the slots, or None.
+    """
+
+    bias: Float[Array, "B P S"] | None = None
+    summary: Summary | None = None
+
+
+NOTHING = Extra()
+
+
 def slot_attention(
     q: Float[Array, "B K G D"],
-    keys: Float[Array, "B K S D"],
-    values: Float[Array, "B K S D"],
-    occupied: Bool[Array, "B P S"],
+    keys: Float[Array, "B K S D"] | Quantised,
+    values: Float[Array, "B K S D"] | Quantised,
+    visible: Bool[Array, "#B #K #G S"],
     present: Bool[Array, " B"],
+    extra: Extra = NOTHING,
 ) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G S"]]:
     """One query per row and head over the slots of one layer: output, and the probability each slot received.
 
-    Free slots receive nothing; rows in which no query is present (padding) give nothing.
+    What is not visible receives nothing; rows in which no query is present (padding) give nothing.
     """
-    scores = jnp.einsum("bkgd,bksd->bkgs", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = masked_softmax(scores, occupied[:, :, None], present[:, None, None, None])
-    return jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values), weights
+    numbers, scale = split(keys)
+    scores = jnp.einsum("bkgd,bksd->bkgs", q, numbers, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if scale is not None:
+        scores *= scale[:, :, None]
+    if extra.bias is not None:
+        scores += extra.bias[:, :, None]
+    present = present[:, None, None, None]
+    numbers, scale = split(values)
+    if extra.summary is None:
+        weights = masked_softmax(scores, visible, present)
+        scaled = weights if scale is None else weights * scale[:, :, None]
+        return jnp.einsum("bkgs,bksd->bkgd", scaled.astype(numbers.dtype), numbers), weights
+    more = extra.summary.scores(q[:, None])[:, :, :, 0]
+    both = jnp.concatenate([scores, more], axis=-1)
+    seen = jnp.concatenate([jnp.broadcast_to(visible, scores.shape), jnp.isfinite(more)], axis=-1)
+    weights, shares = jnp.split(masked_softmax(both, seen, present), [scores.shape[-1]], axis=-1)
+    scaled = weights if scale is None else weights * scale[:, :, None]
+    out = jnp.einsum("bkgs,bksd->bkgd", scaled.astype(numbers.dtype), numbers)
+    return out + jnp.einsum("bkgm,bkmd->bkgd", shares, extra.summary.values).astype(out.dtype), weights
 
 
 def masked_softmax(

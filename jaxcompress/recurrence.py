@@ -13,22 +13,20 @@ keep different tokens wherever scores depend on attention:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Float, Int
 
-from jaxcompress.attention import masked_softmax, slot_attention
-from jaxcompress.policies.policy import Observation, Placement, Policy
+from jaxcompress.attention import Extra, masked_softmax, slot_attention
+from jaxcompress.placement import place
+from jaxcompress.policies.policy import Around, Candidates, Gone, Incoming, Observation, Placement, Policy, Rotate
 from jaxcompress.select import keep_top, worst
 from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, SlotPositions, Values
 from jaxcompress.state import KVState
-
-Rotate = Callable[[Float[Array, "... D"], Real[Array, "..."]], Float[Array, "... D"]]
-"""(vectors, positions) -> vectors: the model's position embedding."""
+from jaxcompress.storage import load, split, store
 
 QUERY_BLOCK = 128  # queries that attend at once to slots and chunk: bounds the memory of a one-shot prompt
 
@@ -39,7 +37,8 @@ class Advanced(NamedTuple):
     Attributes:
       out: [B, T, H, D], in the dtype of the queries, whatever the state's.
       state: the stack with this layer advanced; `seen` is left to the caller, since all layers share it.
-      freed: [n, B, P, F] int32, positions of the tokens that each of the n chunks freed, -1 for none.
+      freed: [n, B, P, F] int32, positions of the tokens that each of the n chunks freed, -1 for none. In a pool P is
+        the number of kv heads that share it.
       died: [n, B, P, F] int32, the first position whose query no longer sees each of them.
     """
 
@@ -62,6 +61,7 @@ def advance(
     rotate: Rotate = lambda x, positions: x,
     placement: Placement | None = None,
     window: Int[Array, ""] | int | None = None,
+    project: Float[Array, "K G D E"] | None = None,
 ) -> Advanced:
     """Advances one layer of a state over a block of T tokens.
 
@@ -74,18 +74,20 @@ def advance(
       chunk: tokens between two selections (see above). T is padded up to a multiple of it.
       rotate, placement: position embedding, and where tokens stand for it (None: where the policy puts them).
       window: width of a sliding-window layer; tokens that no later query can see free their slot.
+      project: the layer's output projection, for policies that weigh values by it.
     """
     b, t, h, d = q.shape
     placement = placement or policy.placement
+    around = Around(rotate, placement, project, (h, k.shape[2]), state.heads or tuple(range(state.kv_heads)))
+    bare = Incoming(q, k, v, positions)
     if policy.scope == "query_head":
         k, v = (jnp.repeat(x, h // k.shape[2], axis=2) for x in (k, v))
     if placement == "absolute":
         at = positions[..., None]
-        q, k, rotate = rotate(q, at), rotate(k, at), lambda x, positions: x
-    q = q.reshape(b, t, k.shape[2], -1, d)
-    how = _How(policy, rotate, placement, window)
+        q, k = rotate(q, at), rotate(k, at)
+    how = _How(policy, around, window)
     if t == 1:
-        done = _token(q[:, 0], k[:, 0], v[:, 0], positions[:, 0], state, layer, how)
+        done = _token(_Block(q, k, v, positions, bare), state, layer, how)
         return Advanced(done.out.reshape(b, 1, h, d).astype(q.dtype), done.state, done.freed[None], done.died[None])
 
     one = state.take(layer)
@@ -97,15 +99,12 @@ def advance(
         return x.reshape(b, n, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     def body(one: KVState, inputs: Any) -> tuple[KVState, Any]:
-        q, k, v, positions = inputs
-        if chunk == 1:
-            done = _token(q[:, 0], k[:, 0], v[:, 0], positions[:, 0], one, 0, how)
-            done = done._replace(out=done.out[:, None])
-        else:
-            done = _block(q, k, v, positions, one, how)
+        q, k, v, positions, bare = inputs
+        block = _Block(q, k, v, positions, Incoming(bare[0], bare[1], bare[2], positions))
+        done = _token(block, one, 0, how) if chunk == 1 else _block(block, one, how)
         return done.state, (done.out, done.freed, done.died)
 
-    inputs = chunks(q), chunks(k), chunks(v), chunks(positions, -1)
+    inputs = chunks(q), chunks(k), chunks(v), chunks(positions, -1), tuple(chunks(x) for x in bare[:3])
     one, (out, freed, died) = jax.lax.scan(body, one, inputs)
     out = out.swapaxes(0, 1).reshape(b, n * chunk, h, d)[:, :t].astype(q.dtype)
     return Advanced(out, state.put(layer, one), freed, died)
@@ -113,9 +112,31 @@ def advance(
 
 class _How(NamedTuple):
     policy: Policy
-    rotate: Rotate
-    placement: Placement
+    around: Around
     window: Any
+
+
+class _Block(NamedTuple):
+    """T tokens: q [B, T, H, D], k and v [B, T, K, D] as they will be cached, and `bare`, all three before RoPE."""
+
+    q: Array
+    k: Array
+    v: Array
+    positions: Array
+    bare: Incoming
+
+    def grouped(self, state: KVState) -> Array:
+        """Queries as [B, T, K, G, D] for the heads of a state."""
+        return self.q.reshape(*self.q.shape[:2], state.kv_heads, -1, self.q.shape[-1])
+
+
+class _Entries(NamedTuple):
+    """What goes into slots: one entry per token, or in a pool one per token and kv head. Keys and values are stored."""
+
+    keys: Any  # [B, K, M, D]
+    values: Any
+    positions: Array  # [B, P, M]
+    owner: Array | None  # [B, 1, M]
 
 
 class _Done(NamedTuple):
@@ -125,164 +146,296 @@ class _Done(NamedTuple):
     died: Array
 
 
-def _token(
-    q: Float[Array, "B K G D"],
-    k: Float[Array, "B K D"],
-    v: Float[Array, "B K D"],
-    position: Int[Array, " B"],
-    state: KVState,
-    layer: Int[Array, ""] | int,
-    how: _How,
-) -> _Done:
-    """One token: into the free slot, attend, evict by marking one slot free. K and V are read once, never moved."""
-    policy = how.policy
-    before = policy.evict == "before"
-    freed = jnp.full((*state.positions.shape[1:3], 1), -1, jnp.int32)
+def _entries(block: _Block, state: KVState) -> _Entries:
+    b, t, heads, d = block.k.shape
+    if state.owner is None:
+        held = jnp.broadcast_to(block.positions[:, None], (b, state.sets, t))
+        k, v, owner = block.k.swapaxes(1, 2), block.v.swapaxes(1, 2), None
+    else:
+        held = jnp.repeat(block.positions, heads, axis=1)[:, None]
+        k, v = block.k.reshape(b, 1, t * heads, d), block.v.reshape(b, 1, t * heads, d)
+        owner = jnp.broadcast_to(jnp.tile(jnp.arange(heads), t), held.shape)
+    return _Entries(store(k, state.keys), store(v, state.values), held, owner)
+
+
+def _candidates(state: KVState, layer: Any, how: _How, entries: _Entries | None = None) -> Candidates:
+    """One layer as a policy sees it: its slots, or entries that come in."""
+    at = lambda x: jax.tree.map(lambda y: y[layer], x)
+    if entries is None:
+        entries = _Entries(at(state.keys), at(state.values), state.positions[layer], at(state.owner))
+    return Candidates(
+        load(entries.keys), load(entries.values), entries.positions, entries.owner, state.seen,
+        state.layer[layer], at(state.memory), state.capacity, how.around,
+    )  # fmt: skip
+
+
+def _remember(state: KVState, layer: Any, policy: Policy, bare: Incoming) -> KVState:
+    old = jax.tree.map(lambda x: x[layer], state.memory)
+    new = policy.remember(old, jax.lax.stop_gradient(bare))
+    return replace(state, memory=_set(state.memory, layer, new))
+
+
+def _set(stack: Any, layer: Any, one: Any) -> Any:
+    return jax.tree.map(lambda x, y: x.at[layer].set(y), stack, one)
+
+
+def _seen_by(held: Array, owner: Array | None, heads: int, group: int) -> Array:
+    """[B, P or K, 1 or G, N]: the slots in which a head's tokens may be."""
+    occupied = (held >= 0)[:, :, None]
+    if owner is None:
+        return occupied
+    return occupied & (owner[:, :, None] == (jnp.arange(heads) // group)[:, None])
+
+
+def _token(block: _Block, state: KVState, layer: Int[Array, ""] | int, how: _How) -> _Done:
+    """One token: into a free slot, attend, evict by marking slots free. K and V are read once, never moved."""
+    policy, position = how.policy, block.positions[:, 0]
+    freed, died = None, position
     if how.window is not None:  # first of all: what has left the window takes no other token's place
         held = _alive(state.positions[layer], position, how.window)
         state = replace(state, positions=state.positions.at[layer].set(held))
-    if before:
-        state, freed = _evict(state, layer, policy, rows=position >= 0)
-    state = _write(state, layer, k, v, position, policy)
-    held = state.positions[layer]
-    keys, values = state.keys[layer], state.values[layer]
-    if how.placement != "absolute":
-        places = place(held, how.placement)
-        keys = how.rotate(keys, places)
+    if policy.evict == "before":
+        state, freed = _evict(state, layer, how, rows=position >= 0)
+        died = position
+    state = _remember(state, layer, policy, block.bare)
+    entries = _entries(block, state)
+    state = _write(state, layer, entries, how)
+    held, owner = state.positions[layer], jax.tree.map(lambda x: x[layer], state.owner)
+    keys, values = (jax.tree.map(lambda x: x[layer], x) for x in (state.keys, state.values))
+    q = block.grouped(state)[:, 0]
+    if how.around.placement != "absolute":
+        places = place(held, how.around.placement)
+        keys = how.around.rotate(load(keys), places)
         own = jnp.where(held == position[:, None, None], places, 0).max(-1)  # [B, P]
-        q = how.rotate(q, own[..., None])
-    out, weights = slot_attention(q, keys, values, held >= 0, position >= 0)
-    if policy.score is None:
-        # Nothing is ever freed, so a token that found no slot must not go unnoticed.
+        q = how.around.rotate(q, own[..., None])
+    visible = _seen_by(held, owner, how.around.heads[0], how.around.group)
+    out, weights = slot_attention(q, keys, values, visible, position >= 0, _extra(state, layer, how))
+    if not policy.forgets:
+        # Nothing is freed, so a token that found no slot must not go unnoticed.
         stored = ((held == position[:, None, None]).any(-1) | (position < 0)[:, None])[..., None, None]
         out = jnp.where(stored, out, jnp.nan)
-    state = _observe(state, layer, policy, Observation(weights[:, :, :, None], position[:, None]))
-    if not before:
-        state, freed = _evict(state, layer, policy)
-    died = position if before else position + 1
-    return _Done(out, state, freed, jnp.broadcast_to(died[:, None, None], freed.shape))
+    state = _observe(state, layer, policy, Observation(weights[:, :, :, None], position[:, None], how.around.group))
+    if policy.evict == "after":
+        state, freed = _evict(state, layer, how)
+        died = position + 1
+    if freed is None:
+        freed, died = jnp.full((*held.shape[:2], 1), -1, jnp.int32), position
+    return _Done(out[:, None], state, freed, jnp.broadcast_to(jnp.reshape(died, (-1, 1, 1)), freed.shape))
 
 
-def _write(state: KVState, layer: Any, k: Array, v: Array, position: Array, policy: Policy) -> KVState:
-    """Puts a token into a free slot of each set; nothing happens in rows without a token."""
+def _extra(state: KVState, layer: Any, how: _How) -> Extra:
+    """What a policy adds to attention: a bias on the slots, stand-ins for what was evicted."""
+    policy, at = how.policy, lambda x: jax.tree.map(lambda y: y[layer], x)
+    bias = None if policy.bias is None else policy.bias(at(state.stats))
+    return Extra(bias, None if policy.summary is None else policy.summary(at(state.memory), how.around))
+
+
+def _write(state: KVState, layer: Any, entries: _Entries, how: _How) -> KVState:
+    """Puts the entries of one token into free slots of each set; nothing happens in rows without a token."""
     held = state.positions[layer]
-    slots = held.shape[-1]
-    index = held.argmin(-1)  # a free slot has -1, so it comes before all others
-    free = jnp.take_along_axis(held, index[..., None], axis=-1)[..., 0] < 0
-    index = jnp.where(free & (position >= 0)[:, None], index, slots)  # out of bounds: dropped
-    new = jnp.arange(slots, dtype=index.dtype) == index[..., None]
-    rows, heads = jnp.indices(k.shape[:2], sparse=True)
-    to = (layer, rows, heads, jnp.broadcast_to(index, k.shape[:2]))
-    stats = policy.init(_incoming(state, layer, k[:, :, None], v[:, :, None], position[:, None]))
-    at = lambda old, fresh: old.at[layer].set(jnp.where(new, fresh, old[layer]))
-    return replace(
-        state,
-        keys=state.keys.at[to].set(k.astype(state.keys.dtype), mode="drop"),
-        values=state.values.at[to].set(v.astype(state.values.dtype), mode="drop"),
-        positions=at(state.positions, position[:, None, None]),
-        stats=jax.tree.map(at, state.stats, stats),
-    )
+    slots, m = held.shape[-1], entries.positions.shape[-1]
+    # A free slot has -1, so it comes before all others.
+    index = held.argmin(-1, keepdims=True) if m == 1 else jax.lax.top_k(-held, m)[1]
+    free = jnp.take_along_axis(held, index, axis=-1) < 0
+    index = jnp.where(free & (entries.positions >= 0), index, slots)  # [B, P, M]; out of bounds: dropped
+    stats = how.policy.init(_candidates(state, layer, how, entries))
 
+    def put(old: Array, new: Array) -> Array:
+        """old [L, B, K or P, S, ...], new [B, K or P, M, ...]"""
+        if new.ndim == 3 and m == 1:  # numbers per slot: a comparison is cheaper than a scatter
+            here = jnp.arange(slots, dtype=index.dtype) == index
+            return old.at[layer].set(jnp.where(here, new, old[layer]))
+        rows, heads = jnp.indices(new.shape[:2], sparse=True)
+        to = jnp.broadcast_to(index, new.shape[:3])
+        return old.at[layer, rows[..., None], heads[..., None], to].set(new, mode="drop")
 
-def _incoming(state: KVState, layer: Any, k: Array, v: Array, positions: Array) -> KVState:
-    """The incoming tokens as a state of their own, which is how a policy's `init` sees them."""
-    held = jnp.broadcast_to(positions[:, None], (positions.shape[0], state.sets, positions.shape[1]))
-    return KVState(k[None], v[None], held[None], (), state.seen, state.layer[layer][None], state.capacity)
+    stats = jax.tree.map(lambda x: jnp.broadcast_to(x, (*entries.positions.shape, *x.shape[3:])), stats)
+    old = state.slotted()
+    new = dict(keys=entries.keys, values=entries.values, positions=entries.positions, owner=entries.owner, stats=stats)
+    return replace(state, **{name: jax.tree.map(put, old[name], new[name]) for name in old})
 
 
 def _observe(state: KVState, layer: Any, policy: Policy, seen: Observation) -> KVState:
     old = jax.tree.map(lambda x: x[layer], state.stats)
-    new = policy.observe(old, jax.lax.stop_gradient(seen))
-    return replace(state, stats=jax.tree.map(lambda x, y: x.at[layer].set(y), state.stats, new))
+    return replace(state, stats=_set(state.stats, layer, policy.observe(old, jax.lax.stop_gradient(seen))))
 
 
-def _evict(state: KVState, layer: Any, policy: Policy, rows: Array | None = None) -> tuple[KVState, Array]:
-    """Frees one slot of each set in which no slot is free; returns the freed positions [B, P, 1], -1 for none."""
-    held = state.positions[layer]
-    if policy.score is None:
+def _evict(state: KVState, layer: Any, how: _How, rows: Array | None = None) -> tuple[KVState, Array]:
+    """Frees slots of each set in which there is no room for another token; returns the freed positions, -1 for none."""
+    policy, held, score = how.policy, state.positions[layer], how.policy.score
+    if score is None:
         return state, jnp.full((*held.shape[:2], 1), -1, jnp.int32)
-    one = state.take(layer)
-    scores = jax.lax.stop_gradient(policy.score(jax.tree.map(lambda x: x[0], one.stats), one))
-    goes = jnp.arange(held.shape[-1]) == worst(scores, held)[..., None]
+    n = policy.frees * _entries_per_token(state, how)
+
+    def ranked() -> Array:
+        stats = jax.tree.map(lambda x: x[layer], state.stats)
+        return jax.lax.stop_gradient(score(stats, _candidates(state, layer, how)))
+
+    if n == 1:
+        goes = jnp.arange(held.shape[-1]) == worst(ranked(), held)[..., None]
+    else:
+        full = (held >= 0).sum(-1) > held.shape[-1] - _entries_per_token(state, how)
+
+        def lowest() -> Array:
+            stay = (held >= 0).sum(-1) - jnp.where(full, n, 0)
+            return (held >= 0) & ~keep_top(ranked(), held, stay)
+
+        goes = jax.lax.cond(full.any(), lowest, lambda: jnp.zeros(held.shape, bool))
     if rows is not None:
         goes &= rows[:, None, None]
-    freed = jnp.where(goes, held, -1).max(-1, keepdims=True)
-    return replace(state, positions=state.positions.at[layer].set(jnp.where(goes, -1, held))), freed
+    marked = jnp.where(goes, held, -1)
+    if n == 1:
+        freed = marked.max(-1, keepdims=True)
+    elif policy.absorb is None and state.owner is None:
+        freed = jax.lax.top_k(marked, n)[0]
+    else:
+        freed = None
+    after = replace(state, positions=state.positions.at[layer].set(jnp.where(goes, -1, held)))
+    if freed is None or policy.absorb is not None:
+        index = jax.lax.top_k(jnp.where(goes, held, -1), n)[1]
+        freed = jnp.take_along_axis(marked, index, axis=-1)
+        if policy.absorb is not None:
+            after = _absorb(after, layer, how, _gone(state, layer, index, freed))
+        freed = _by_owner(freed, index, jax.tree.map(lambda x: x[layer], state.owner), how)
+    return after, freed
 
 
-def _block(
-    q: Float[Array, "B T K G D"],
-    k: Keys,
-    v: Values,
-    positions: Positions,
-    state: KVState,
-    how: _How,
-) -> _Done:
+def _entries_per_token(state: KVState, how: _How) -> int:
+    return 1 if state.owner is None else how.around.heads[1]
+
+
+def _by_owner(freed: Array, index: Array, owner: Array | None, how: _How) -> Array:
+    """Freed entries of a pool [B, 1, M] -> of each kv head [B, K, M]."""
+    if owner is None:
+        return freed
+    whose = jnp.take_along_axis(owner, index, axis=-1)
+    return jnp.where(whose == jnp.arange(how.around.heads[1])[:, None], freed, -1)
+
+
+def _gone(state: KVState, layer: Any, index: Array, freed: Array) -> Gone:
+    """The tokens at these slots."""
+
+    def at(x: Array) -> Array:
+        x = x[layer]
+        where = jnp.broadcast_to(index, (*x.shape[:2], index.shape[-1]))
+        return jnp.take_along_axis(x, where.reshape(*where.shape, *[1] * (x.ndim - 3)), axis=2)
+
+    pick = lambda x: jax.tree.map(at, x)
+    return Gone(load(pick(state.keys)), load(pick(state.values)), freed, pick(state.stats))
+
+
+def _absorb(state: KVState, layer: Any, how: _How, gone: Gone) -> KVState:
+    """Merges evicted tokens into what stays; only slots that change are stored anew."""
+    assert how.policy.absorb is not None
+    stats = jax.tree.map(lambda x: x[layer], state.stats)
+    done = how.policy.absorb(stats, _candidates(state, layer, how), gone)
+    fresh = store(done.values, jax.tree.map(lambda x: x[layer], state.values))
+
+    def put(old: Array, new: Array) -> Array:
+        changed = done.changed.reshape(*done.changed.shape, *[1] * (new.ndim - 3))
+        return old.at[layer].set(jnp.where(changed, new, old[layer]))
+
+    return replace(
+        state,
+        values=jax.tree.map(put, state.values, fresh),
+        stats=_set(state.stats, layer, done.stats),
+        memory=_set(state.memory, layer, done.memory),
+    )
+
+
+def _block(block: _Block, state: KVState, how: _How) -> _Done:
     """T tokens at once into a state of one layer: attend to slots and each other, then select from all of them.
 
     What stays of the slots stays where it is; what stays of the block goes into the slots set free.
     """
-    policy, t = how.policy, q.shape[1]
-    k, v = k.swapaxes(1, 2).astype(state.keys.dtype), v.swapaxes(1, 2).astype(state.values.dtype)
-    incoming = _incoming(state, 0, k, v, positions)
+    policy, around, positions = how.policy, how.around, block.positions
     newest = positions.max(-1)
     oldest = jnp.where(positions >= 0, positions, newest[:, None]).min(-1)  # -1 in rows without a token
+    freed_before = None
     if policy.evict == "before":
         state = replace(state, positions=_alive(state.positions[0], oldest, how.window)[None])
-        state, freed_before = _make_room(state, policy, (positions >= 0).sum(-1))
+        state, freed_before = _make_room(state, how, (positions >= 0).sum(-1))
+    state = _remember(state, 0, policy, block.bare)
+    entries = _entries(block, state)
+    fresh = policy.init(_candidates(state, 0, how, entries))
+    fresh = jax.tree.map(lambda x: jnp.broadcast_to(x, (*entries.positions.shape, *x.shape[3:])), fresh)
+    old = state.slotted()
+    new = dict(keys=entries.keys, values=entries.values, positions=entries.positions, owner=entries.owner, stats=fresh)
+    join = lambda x, y: jnp.concatenate([x[0], y], axis=2)
+    whole = {name: jax.tree.map(join, old[name], new[name]) for name in old}
+    held, stats = whole["positions"], whole["stats"]
 
-    held = jnp.concatenate([state.positions[0], incoming.positions[0]], axis=-1)
-    keys, values = jnp.concatenate([state.keys[0], k], axis=2), jnp.concatenate([state.values[0], v], axis=2)
-    stats = jax.tree.map(
-        lambda old, new: jnp.concatenate([old[0], jnp.broadcast_to(new, incoming.positions[0].shape)], axis=-1),
-        state.stats,
-        policy.init(incoming),
-    )
-    rotated = keys
-    if how.placement != "absolute":
-        places = place(held, how.placement)
-        rotated = how.rotate(keys, places)
-        own = places[..., -t:].swapaxes(1, 2)  # [B, T, P]
-        q = how.rotate(q, own[..., None])
+    q = block.grouped(state)
+    keys, key_scale = split(whole["keys"])
+    values, value_scale = split(whole["values"])
+    if around.placement != "absolute":
+        places = place(held, around.placement)
+        keys, key_scale = around.rotate(load(whole["keys"]), places), None
+        own = places[..., -positions.shape[1] :].swapaxes(1, 2)  # [B, T, P]
+        q = around.rotate(q, own[..., None])
+    mine = _seen_by(held, whole["owner"], around.heads[0], around.group)[:, :, :, None]
+    summary = _extra(state, 0, how).summary
 
     def attend(stats: Any, queries: Any) -> tuple[Any, Array]:
         q, at = queries
-        scores = jnp.einsum("btkgd,bknd->bkgtn", q, rotated, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        visible = (held[:, :, None] >= 0) & (held[:, :, None] <= at[:, None, :, None])
+        scores = jnp.einsum("btkgd,bknd->bkgtn", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        if key_scale is not None:
+            scores *= key_scale[:, :, None, None]
+        if policy.bias is not None:
+            scores += policy.bias(stats)[:, :, None, None]
+        visible = held[:, :, None] <= at[:, None, :, None]
         if how.window is not None:
             visible &= held[:, :, None] > at[:, None, :, None] - how.window
-        weights = masked_softmax(scores, visible[:, :, None], (at >= 0)[:, None, None, :, None])
-        out = jnp.einsum("bkgtn,bknd->btkgd", weights.astype(values.dtype), values)
-        return policy.observe(stats, jax.lax.stop_gradient(Observation(weights, at))), out
+        visible, present = visible[:, :, None] & mine, (at >= 0)[:, None, None, :, None]
+        if summary is None:
+            weights = masked_softmax(scores, visible, present)
+        else:
+            more = summary.scores(q)
+            seen = jnp.concatenate([jnp.broadcast_to(visible, scores.shape), jnp.isfinite(more)], axis=-1)
+            weights = masked_softmax(jnp.concatenate([scores, more], axis=-1), seen, present)
+            weights, shares = jnp.split(weights, [scores.shape[-1]], axis=-1)
+        scaled = weights if value_scale is None else weights * value_scale[:, :, None, None]
+        out = jnp.einsum("bkgtn,bknd->btkgd", scaled.astype(values.dtype), values)
+        if summary is not None:
+            out += jnp.einsum("bkgtm,bkmd->btkgd", shares, summary.values).astype(out.dtype)
+        return policy.observe(stats, jax.lax.stop_gradient(Observation(weights, at, around.group))), out
 
     stats, out = _scan_queries(attend, stats, q, positions)
     now = jnp.where(newest >= 0, newest, state.seen - 1)
     alive = _alive(held, now, how.window)
-    everything = replace(
-        state,
-        keys=keys[None], values=values[None], positions=alive[None], stats=jax.tree.map(lambda x: x[None], stats),
-    )  # fmt: skip
+    everything = replace(state, **jax.tree.map(lambda x: x[None], dict(whole, positions=alive, stats=stats)))
     if policy.score is None:
         kept = alive >= 0
     else:
-        kept = keep_top(jax.lax.stop_gradient(policy.score(stats, everything)), alive, state.capacity)
+        scores = jax.lax.stop_gradient(policy.score(stats, _candidates(everything, 0, how)))
+        most = jnp.full(state.seen.shape, state.capacity)
+        if policy.evict == "once":
+            most = jnp.where(state.seen == 0, policy.keep * _entries_per_token(state, how), alive.shape[-1])
+        kept = keep_top(scores, alive, most[:, None])
     freed = jnp.where((alive >= 0) & ~kept, alive, -1)
+    slots = state.positions.shape[-1]
+    settled = _settle(everything, kept, slots)
+    if policy.absorb is not None:
+        index = jax.lax.top_k(freed, freed.shape[-1] - min(state.capacity, freed.shape[-1] - 1))[1]
+        gone = _gone(everything, 0, index, jnp.take_along_axis(freed, index, axis=-1))
+        settled = _absorb(settled, 0, how, gone)
+    every = jnp.broadcast_to(jnp.arange(freed.shape[-1]), freed.shape)
+    freed = _by_owner(freed, every, whole["owner"], how)
     died = jnp.broadcast_to((newest + 1)[:, None, None], freed.shape)
-    if policy.evict == "before":
+    if freed_before is not None:
         died = jnp.concatenate([jnp.broadcast_to(oldest[:, None, None], freed_before.shape), died], axis=-1)
         freed = jnp.concatenate([freed_before, freed], axis=-1)
-    state = _settle(everything, kept, slots=state.positions.shape[-1])
-    if policy.score is None:
-        lost = (kept.sum(-1) > state.capacity)[:, None, :, None, None]
+    if not policy.forgets:
+        lost = (kept.sum(-1) > slots)[:, None, :, None, None]
         out = jnp.where(lost, jnp.nan, out)
-    return _Done(out, state, freed, died)
+    return _Done(out, settled, freed, died)
 
 
-def _make_room(state: KVState, policy: Policy, coming: Array) -> tuple[KVState, Array]:
+def _make_room(state: KVState, how: _How, coming: Array) -> tuple[KVState, Array]:
     """Evicts before a block, so that slots and block together fill the capacity."""
     held = state.positions[0]
-    assert policy.score is not None
-    scores = policy.score(jax.tree.map(lambda x: x[0], state.stats), state)
+    assert how.policy.score is not None
+    scores = how.policy.score(jax.tree.map(lambda x: x[0], state.stats), _candidates(state, 0, how))
     kept = keep_top(jax.lax.stop_gradient(scores), held, jnp.maximum(state.capacity - coming, 0)[:, None])
     freed = jnp.where((held >= 0) & ~kept, held, -1)
     return replace(state, positions=jnp.where(kept, held, -1)[None]), freed
@@ -308,23 +461,18 @@ def _settle(everything: KVState, kept: Array, slots: int) -> KVState:
     free_first = jnp.argsort(stays, axis=-1, stable=True)
     nth = jnp.minimum(jnp.cumsum(comes, axis=-1) - 1, slots - 1)
     to = jnp.where(comes, jnp.take_along_axis(free_first, jnp.maximum(nth, 0), axis=-1), slots)  # [B, P, T]
-    b, heads = everything.keys.shape[1:3]
+    b = everything.positions.shape[1]
 
-    def move(x: Array, empty: Any = None) -> Array:
-        """x [B, K or P, slots + T, ...]"""
+    def move(x: Array) -> Array:
+        """[1, B, K or P, slots + T, ...] -> [1, B, K or P, slots, ...]"""
+        x = x[0]
         width = x.shape[1]
         rows, head = jnp.arange(b)[:, None, None], jnp.arange(width)[None, :, None]
         target = jnp.broadcast_to(to, (b, width, to.shape[-1]))
-        old = x[:, :, :slots] if empty is None else jnp.where(stays, x[:, :, :slots], empty)
-        return old.at[rows, head, target].set(x[:, :, slots:], mode="drop")
+        return x[:, :, :slots].at[rows, head, target].set(x[:, :, slots:], mode="drop")[None]
 
-    return replace(
-        everything,
-        keys=move(everything.keys[0])[None],
-        values=move(everything.values[0])[None],
-        positions=move(everything.positions[0], empty=-1)[None],
-        stats=jax.tree.map(lambda x: move(x[0])[None], everything.stats),
-    )
+    marked = replace(everything, positions=jnp.where(kept, everything.positions[0], -1)[None])
+    return replace(everything, **jax.tree.map(move, marked.slotted()))
 
 
 def _alive(held: SlotPositions, now: Int[Array, " B"], window: Any) -> SlotPositions:
@@ -332,21 +480,6 @@ def _alive(held: SlotPositions, now: Int[Array, " B"], window: Any) -> SlotPosit
     if window is None:
         return held
     return jnp.where(held > (now - window)[:, None, None], held, -1)
-
-
-def place(held: SlotPositions, placement: Placement) -> Float[Array, "B P N"]:
-    """Re-indexed positions of the tokens held (see `Placement`); what free slots get has no meaning."""
-    if placement == "absolute":
-        return held.astype(jnp.float32)
-    order = jnp.argsort(jnp.where(held >= 0, held, jnp.iinfo(jnp.int32).max), axis=-1, stable=True)
-    if placement == "slot":
-        places = jnp.broadcast_to(jnp.arange(held.shape[-1], dtype=jnp.float32), held.shape)
-    else:
-        ordered = jnp.take_along_axis(held, order, axis=-1)
-        gaps = jnp.diff(ordered, axis=-1, prepend=ordered[..., :1] * 0).astype(jnp.float32)
-        squashed = jnp.where(gaps > 10, jnp.log(jnp.log(jnp.maximum(gaps, 11.0))), gaps)
-        places = jnp.cumsum(jnp.maximum(squashed, 0.0), axis=-1)
-    return jnp.put_along_axis(jnp.zeros(held.shape, jnp.float32), order, places, axis=-1, inplace=False)
 
 
 def death_times(freed: Int[Array, "n B P F"], died: Int[Array, "n B P F"], total: int) -> Int[Array, "B P total"]:

@@ -14,6 +14,7 @@ from jaxcompress.models.bounded import Mode, Read, Slots, check_fits, cut, init_
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
 from jaxcompress.recurrence import death_times
+from jaxcompress.state import KVState, State, runs
 
 
 class Trace(NamedTuple):
@@ -21,7 +22,8 @@ class Trace(NamedTuple):
 
     Attributes:
       positions: [L, steps, B, P, S] int32, the positions held after each step, -1 for a free slot. Step 0 is the
-        prompt, every later step one token. Layers with fewer slots are filled up with -1.
+        prompt, every later step one token. Layers and heads with fewer slots are filled up with -1, layers whose heads
+        share a set have it once for each set of the others, and a pool is shown as what each kv head has in it.
       logits: [steps, B, V] float32, for the token after each step.
       death: [L, B, P, T] int32, the first position whose query no longer saw each token; T for tokens still held.
         Plain attention under the mask `j <= i < death[j]` is the same computation.
@@ -62,24 +64,23 @@ def trace(
     first, rest = _traced(
         model, jnp.asarray(tokens), state, policy=policy, prompt=prompt, chunk=by, placement=placement
     )
-    width = max(p.shape[-1] for p in first[0])
-    layers = []
-    for start, steps in zip(first[0], rest[0], strict=True):
-        held = np.concatenate([np.asarray(start)[:, None], np.asarray(steps).swapaxes(0, 1)], axis=1)
-        layers.append(np.pad(held, [(0, 0)] * 4 + [(0, width - held.shape[-1])], constant_values=-1))
-    positions = np.concatenate(layers)
+    held = [
+        np.concatenate([np.asarray(start)[:, None], np.asarray(steps).swapaxes(0, 1)], axis=1)
+        for start, steps in zip(first[0], rest[0], strict=True)
+    ]
+    positions = _stack(held, state, axis=3, fill=-1)
     logits = np.concatenate([np.asarray(first[1])[None], np.asarray(rest[1])])
     if not np.isfinite(logits).all():
         step, row, _ = np.argwhere(~np.isfinite(logits))[0]
         raise FloatingPointError(f"non-finite logits, first in row {row} by position {prompt - 1 + step}")
-    death = _deaths(first, rest, model, total)
+    death = _deaths(first, rest, model, state, total)
     return Trace(positions, logits, death)
 
 
 @partial(jax.jit, static_argnames=("policy", "prompt", "chunk", "placement"))
 def _traced(model, tokens, state, *, policy, prompt, chunk, placement):
     def facts(done: Read):
-        held = tuple(run.positions for run in done.state)
+        held = tuple(_held(part, model.config.num_kv_heads) for part in done.state)
         return held, model.logits(last_hidden(done, None))[:, 0], done.freed, done.died
 
     start = read(model, tokens[:, :prompt], state, policy, chunk=chunk, placement=placement)
@@ -92,22 +93,46 @@ def _traced(model, tokens, state, *, policy, prompt, chunk, placement):
     return facts(start), rest
 
 
-def _deaths(first, rest, model: Decoder, total: int) -> Int[np.ndarray, "L B P T"]:
-    layers = []
-    for run in range(len(first[0])):
-        pairs = zip((first[2][run], first[3][run]), (rest[2][run], rest[3][run]), strict=True)
+def _held(part: KVState, kv_heads: int) -> Int[Array, "L B P S"]:
+    """Positions of each set; of each kv head where they share a pool."""
+    if part.owner is None:
+        return part.positions
+    return jnp.where(part.owner == jnp.arange(kv_heads)[:, None], part.positions, -1)
+
+
+def _stack(values: list[np.ndarray], state: State, *, axis: int, fill: int = 0) -> np.ndarray:
+    """One array per part, [L, ..., P, N] with P at `axis` -> one of all layers."""
+    layers, first = [], 0
+    for _, parts in runs(state):
+        mine = values[first : first + len(parts)]
+        first += len(parts)
+        width = max(x.shape[-1] for x in mine)
+        mine = [np.pad(x, [(0, 0)] * (axis + 1) + [(0, width - x.shape[-1])], constant_values=fill) for x in mine]
+        heads = [head for part in parts for head in part.heads]
+        layers.append(np.concatenate(mine, axis)[(slice(None),) * axis + (np.argsort(heads),)] if heads else mine[0])
+    width, sets = max(x.shape[-1] for x in layers), max(x.shape[axis] for x in layers)
+    layers = [np.pad(x, [(0, 0)] * (axis + 1) + [(0, width - x.shape[-1])], constant_values=fill) for x in layers]
+    return np.concatenate([np.repeat(x, sets // x.shape[axis], axis) for x in layers])
+
+
+def _deaths(first, rest, model: Decoder, state: State, total: int) -> Int[np.ndarray, "L B P T"]:
+    parts = []
+    for part in range(len(first[0])):
+        pairs = zip((first[2][part], first[3][part]), (rest[2][part], rest[3][part]), strict=True)
         freed, died = (_join(prompt, steps) for prompt, steps in pairs)
-        layers += [death_times(f, d, total) for f, d in zip(freed, died, strict=True)]
+        parts.append(np.stack([death_times(f, d, total) for f, d in zip(freed, died, strict=True)]))
+    layers = _stack(parts, state, axis=2)
     if model.config.sliding:
-        leaves = jnp.arange(total)
-        layers = [
-            d if w is None else jnp.minimum(d, leaves + w) for d, w in zip(layers, model.config.sliding, strict=True)
-        ]
-    return np.asarray(jnp.minimum(jnp.stack(layers), total))
+        leaves = np.arange(total)
+        layers = np.stack(
+            [d if w is None else np.minimum(d, leaves + w) for d, w in zip(layers, model.config.sliding, strict=True)]
+        )
+    return np.minimum(layers, total)
 
 
 def _join(prompt: Array, steps: Array) -> Array:
-    """[L, n, B, P, F] and [steps, L, 1, B, P, 1] -> [L, n + steps, B, P, F], the steps filled up with nothing freed."""
-    steps = steps[:, :, 0].swapaxes(0, 1)
-    pad = prompt.shape[-1] - steps.shape[-1]
-    return jnp.concatenate([prompt, jnp.pad(steps, [(0, 0)] * 4 + [(0, pad)], constant_values=-1)], axis=1)
+    """[L, n, B, P, F] and [steps, L, 1, B, P, F] -> [L, n + steps, B, P, F], the narrower filled up with nothing."""
+    both = [prompt, steps[:, :, 0].swapaxes(0, 1)]
+    width = max(x.shape[-1] for x in both)
+    pad = lambda x: jnp.pad(x, [(0, 0)] * 4 + [(0, width - x.shape[-1])], constant_values=-1)
+    return jnp.concatenate([pad(x) for x in both], axis=1)

@@ -114,7 +114,7 @@ def _masked(model: Decoder, death: Any) -> Any:
     """Logits of plain attention in which query i sees token j if j <= i < death[j]."""
     at = jnp.arange(TOTAL, dtype=jnp.int32)
 
-    def attend(q: Any, k: Any, v: Any, positions: Any, layer: Any, carry: Any, death: Any) -> Any:
+    def attend(q: Any, k: Any, v: Any, positions: Any, weights: Any, layer: Any, carry: Any, death: Any) -> Any:
         q, k = (rotate(x, positions[..., None], model.config.rope) for x in (q, k))
         group = q.shape[2] // k.shape[2]
         k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))

@@ -6,10 +6,12 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.policies.policy import Around, Candidates
 
 VOCABULARY = 61
 
@@ -37,3 +39,21 @@ def with_embedding(model: Decoder, token: int, value: float) -> Decoder:
     """The model with one token's embedding replaced."""
     changed = lambda path, x: x.at[token].set(value) if "embedding" in jax.tree_util.keystr(path) else x
     return jax.tree_util.tree_map_with_path(changed, model)
+
+
+def candidates(
+    keys: Any, values: Any, positions: Any, *, heads: int | None = None, capacity: int = 1, **fields: Any
+) -> Candidates:
+    """What a policy chooses from, for a layer whose positions are not rotated.
+
+    Args:
+      keys, values: [B, K, N, D].
+      positions: [B, P, N].
+      heads: H; K by default.
+    """
+    keys, values, positions = (jnp.asarray(x) for x in (keys, values, positions))
+    kv = keys.shape[1]
+    around = Around(lambda x, at: x, "absolute", None, (heads or kv, kv), tuple(range(kv)))
+    seen = jnp.zeros(keys.shape[0], jnp.int32)
+    given: dict[str, Any] = dict(owner=None, seen=seen, layer=jnp.int32(0), memory=(), around=around)
+    return Candidates(keys, values, positions, capacity=capacity, **(given | fields))

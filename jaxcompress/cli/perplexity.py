@@ -73,7 +73,7 @@ class Perplexity:
             context=tokens.shape[1],
         )
         done = []
-        runs = sum(1 if policy.score is None else len(self.slots) for policy in policies)
+        runs = sum(1 if not policy.forgets else len(self.slots) for policy in policies)
         if not self.json:
             print(f"{'policy':24}{'slots':>8}{'perplexity':>12}{'nats':>8}{'tokens/s':>11}{'state KiB':>11}")
         try:

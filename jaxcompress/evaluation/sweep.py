@@ -63,7 +63,7 @@ def sweep(
       reading: `mode`, `chunk`, `prompt`, `segment`, `placement`, ... (see `perplexity`).
     """
     for policy in policies:
-        for capacity in [tokens.shape[1]] if policy.score is None else sorted(slots):
+        for capacity in [tokens.shape[1]] if not policy.forgets else sorted(slots):
             if capacity < policy.needs:
                 continue
             result = perplexity(model, tokens, policy, capacity, progress=progress, **reading)

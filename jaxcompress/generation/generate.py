@@ -215,7 +215,7 @@ def check_tokens(tokens: np.ndarray, vocabulary: int, what: str) -> None:
 
 def check_room(model: Decoder, policy: Policy, progress: Progress, tokens: int) -> None:
     """Raises ValueError if a policy that forgets nothing would overflow."""
-    if policy.score is None:
+    if not policy.forgets:
         check_fits(model.config, policy, progress.state, int(progress.state[0].seen.max()) + tokens)
 
 

@@ -11,17 +11,18 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcompress.models.decoder import Decoder, DecoderConfig
 from jaxcompress.models.rope import rotate
-from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.policies.policy import Around, Candidates, Placement, Policy, Rotate
 from jaxcompress.recurrence import advance
 from jaxcompress.shapes import Hidden, Tokens, Valid
-from jaxcompress.state import KVState, State, empty, with_stats
+from jaxcompress.state import KVState, State, empty, runs, with_numbers
 
-Slots = int | Sequence[int]
-"""Capacity: one for all layers, or one for each."""
+Slots = int | Sequence[int] | Sequence[Sequence[int]]
+"""Capacity: one for all layers, one for each, or one for each kv head of each layer (see `jaxcompress.budgets`)."""
 
 Mode = Literal["streaming", "chunked", "oneshot"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -33,7 +34,7 @@ class Read(NamedTuple):
     Attributes:
       hidden: [B, T, E], normed; `model.logits(hidden)` gives the scores of next tokens. Padding's rows mean nothing.
       state: advanced by T tokens.
-      freed, died: one entry per run of layers, [L, n, B, P, F]; see `jaxcompress.recurrence.Advanced`.
+      freed, died: one entry per part of the state, [L, n, B, P, F]; see `jaxcompress.recurrence.Advanced`.
     """
 
     hidden: Hidden
@@ -47,39 +48,92 @@ def init_state(
 ) -> State:
     """A fresh state with every slot free.
 
+    Consecutive layers that share capacities and policy are stacked. Heads of different capacity are stored apart, so that
+    what a small one does not need is never allocated.
+
     Args:
-      slots: capacity of each layer, or one for all. A sliding-window layer gets no more than its window.
-      dtype: of keys and values.
+      slots: capacities (see `Slots`). A sliding-window layer gets no more than its window. In a pool the capacity is the
+        mean of the kv heads that share it.
+      dtype: of keys and values; `int8`, `int4` and `float8_e4m3fn` are quantised (see `jaxcompress.storage`).
 
     Raises:
-      ValueError: a capacity below 1 or below what the policy needs, or not one per layer.
+      ValueError: a capacity below 1 or below what the policy needs, not one per layer or head, capacities per head for a
+        policy whose heads share a set, or policies for another number of layers.
     """
-    capacities = [index(c) for c in (slots if isinstance(slots, Sequence) else [slots] * config.num_layers)]
-    if len(capacities) != config.num_layers:
-        raise ValueError(f"slots has {len(capacities)} entries, the model has {config.num_layers} layers")
-    if min(capacities) < 1:
-        raise ValueError(f"a state needs at least 1 slot per layer, slots={slots} was given")
-    if min(capacities) < policy.needs:
-        raise ValueError(f"policy {policy.name} needs at least {policy.needs} slots per layer, slots={slots} was given")
-    if config.sliding:
-        capacities = [min(c, w) if w else c for c, w in zip(capacities, config.sliding, strict=True)]
-    heads = config.num_heads if policy.scope == "query_head" else config.num_kv_heads
-    runs = [[layer for layer, _ in run] for _, run in groupby(enumerate(capacities), key=lambda item: item[1])]
+    if policy.layers and len(policy.layers) != config.num_layers:
+        raise ValueError(f"{policy.name} has {len(policy.layers)} policies, the model has {config.num_layers} layers")
+    capacities = [
+        _capacities(config, policy.at(layer), layer, slots) for layer in range(config.num_layers)
+    ]
+    plans = [(policy.at(layer), capacities[layer]) for layer in range(config.num_layers)]
     state = []
-    for run in runs:
-        capacity = capacities[run[0]]
-        bare = empty(
-            layers=range(run[0], run[-1] + 1), batch=batch, heads=heads, sets=policy.sets(heads), capacity=capacity,
-            slots=policy.slots(capacity), head_dim=config.head_dim, dtype=dtype,
-        )  # fmt: skip
-        state.append(with_stats(bare, jax.eval_shape(partial(_one_token_stats, policy), bare)))
+    for _, run in groupby(range(config.num_layers), key=plans.__getitem__):
+        layers = list(run)
+        mine, capacity = plans[layers[0]]
+        for which in sorted(_alike(capacity).values()):
+            state.append(_part(config, mine, range(layers[0], layers[-1] + 1), capacity[which[0]], which, batch, dtype))
     return tuple(state)
 
 
-def _one_token_stats(policy: Policy, bare: KVState) -> Any:
-    one = bare.take(0)
-    one = replace(one, keys=one.keys[..., :1, :], values=one.values[..., :1, :], positions=one.positions[..., :1])
-    return policy.init(one)
+def _capacities(config: DecoderConfig, policy: Policy, layer: int, slots: Slots) -> tuple[int, ...]:
+    """Of each kv head of a layer."""
+    given: Any = slots
+    if isinstance(slots, Sequence):
+        if len(slots) != config.num_layers:
+            raise ValueError(f"slots has {len(slots)} entries, the model has {config.num_layers} layers")
+        given = slots[layer]
+    heads = list(map(index, given)) if isinstance(given, Sequence) else [index(given)] * config.num_kv_heads
+    if len(heads) != config.num_kv_heads:
+        raise ValueError(
+            f"slots has {len(heads)} entries for layer {layer}, the model has {config.num_kv_heads} kv heads"
+        )
+    if len(set(heads)) > 1 and policy.scope != "kv_head":
+        raise ValueError(
+            f"policy {policy.name} cannot give the heads of layer {layer} different capacities {heads}: its scope is "
+            f"{policy.scope}; use one with scope kv_head"
+        )
+    if min(heads) < 1:
+        raise ValueError(f"a state needs at least 1 slot per layer, slots={slots} was given")
+    if min(heads) < policy.needs:
+        raise ValueError(f"policy {policy.name} needs at least {policy.needs} slots per layer, slots={slots} was given")
+    window = config.sliding[layer] if config.sliding else None
+    return tuple(min(head, window or head) for head in heads)
+
+
+def _alike(capacity: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """Heads of each capacity."""
+    return {c: tuple(head for head, other in enumerate(capacity) if other == c) for c in capacity}
+
+
+def _part(
+    config: DecoderConfig, policy: Policy, layers: range, capacity: int, which: tuple[int, ...], batch: int, dtype: Any
+) -> KVState:
+    """Some heads of some layers."""
+    every = len(which) == config.num_kv_heads
+    entries = config.num_kv_heads if policy.scope == "pool" else 1
+    group = config.num_heads // config.num_kv_heads
+    heads = policy.heads(group * len(which), len(which))
+    bare = empty(
+        layers=layers, batch=batch, heads=heads, sets=policy.sets(heads), capacity=capacity * entries,
+        slots=policy.slots(capacity * entries, entries), head_dim=config.head_dim, dtype=dtype,
+        which=() if every else which, pooled=policy.scope == "pool",
+    )  # fmt: skip
+    shape = lambda *size, dtype=jnp.float32: jax.ShapeDtypeStruct(size, dtype)
+    sets, d = policy.sets(heads), config.head_dim
+    unplaced: Rotate = lambda x, positions: x
+    around = Around(unplaced, policy.placement, None, (group * len(which), len(which)), tuple(which[:heads]) or (0,))
+
+    def numbers(keys: Any, positions: Any, owner: Any, seen: Any, layer: Any, out: Any) -> tuple[Any, Any]:
+        one = Candidates(keys, keys, positions, owner, seen, layer, (), capacity * entries, around._replace(out=out))
+        memory = policy.memory(one)
+        return policy.init(one._replace(memory=memory)), memory
+
+    stats, memory = jax.eval_shape(
+        numbers, shape(batch, heads, 1, d), shape(batch, sets, 1, dtype=jnp.int32),
+        shape(batch, 1, 1, dtype=jnp.int32) if entries > 1 else None, shape(batch, dtype=jnp.int32),
+        shape(dtype=jnp.int32), shape(len(which), group, d, config.hidden_size),
+    )  # fmt: skip
+    return with_numbers(bare, stats, memory)
 
 
 def read(
@@ -107,22 +161,56 @@ def read(
     rope, windows = partial(rotate, rope=config.rope), config.windows
     x = model.embed(tokens)
     done, freed, died = [], [], []
-    for run in state:
-        first = int(sum(part.positions.shape[0] for part in done))
+    for layers, parts in runs(state):
+        mine = policy.at(layers.start)
 
-        def attend(q, k, v, positions, layer, carry: KVState, xs, *, first=first):
-            window = None if windows is None else windows[layer]
-            result = advance(
-                q, k, v, positions, carry, layer - first, policy,
-                chunk=chunk, rotate=rope, placement=placement, window=window,
-            )  # fmt: skip
-            return result.out, result.state, (result.freed, result.died)
+        def attend(q, k, v, positions, layer, index, carry: State, xs, *, first=layers.start, mine=mine):
+            window = None if windows is None else windows[index]
+            out = layer.attention.out.kernel[...].reshape(config.num_kv_heads, -1, config.head_dim, config.hidden_size)
+            results = []
+            for part in carry:
+                heads = _Heads(part.heads, config)
+                results.append(advance(
+                    heads.queries(q), heads.kv(k), heads.kv(v), positions, part, index - first, mine,
+                    chunk=chunk, rotate=rope, placement=placement, window=window, project=heads.project(out),
+                ))  # fmt: skip
+            gone = tuple((result.freed, result.died) for result in results)
+            return _together(results, carry, config), tuple(result.state for result in results), gone
 
-        x, run, gone = model.run_layers(x, positions, attend, run, layers=range(first, first + run.layer.shape[0]))
-        done.append(replace(run, seen=run.seen + nth[:, -1]))
-        freed.append(gone[0])
-        died.append(gone[1])
+        x, parts, gone = model.run_layers(x, positions, attend, parts, layers=layers)
+        done += [replace(part, seen=part.seen + nth[:, -1]) for part in parts]
+        freed += [pair[0] for pair in gone]
+        died += [pair[1] for pair in gone]
     return Read(model.norm(x), tuple(done), tuple(freed), tuple(died))
+
+
+class _Heads(NamedTuple):
+    """Picks the heads of a part of a layer."""
+
+    which: tuple[int, ...]
+    config: DecoderConfig
+
+    def kv(self, x: Array) -> Array:
+        return x[:, :, self.which] if self.which else x
+
+    def queries(self, x: Array) -> Array:
+        if not self.which:
+            return x
+        split = x.reshape(*x.shape[:2], self.config.num_kv_heads, -1, x.shape[-1])[:, :, self.which]
+        return split.reshape(*x.shape[:2], -1, x.shape[-1])
+
+    def project(self, x: Array) -> Array:
+        return x[self.which,] if self.which else x
+
+
+def _together(results: list[Any], parts: State, config: DecoderConfig) -> Array:
+    """The attention output of all heads, from that of the parts."""
+    if len(results) == 1:
+        return results[0].out
+    order = np.argsort([head for part in parts for head in part.heads])
+    heads = [result.out.reshape(*result.out.shape[:2], len(part.heads), -1, config.head_dim)
+             for result, part in zip(results, parts, strict=True)]  # fmt: skip
+    return jnp.concatenate(heads, axis=2)[:, :, order].reshape(*results[0].out.shape[:2], -1, config.head_dim)
 
 
 def last_hidden(result: Read, valid: Valid | None) -> Float[Array, "B 1 E"]:
@@ -162,12 +250,12 @@ def check_fits(config: DecoderConfig, policy: Policy, state: State, tokens: int)
     Args:
       tokens: how many will have been read in all; a sliding-window layer needs no more slots than its window.
     """
-    if policy.score is not None:
+    if policy.forgets:
         return
     for run in state:
         for layer in run.layer.tolist():
-            window = config.sliding[layer] if config.sliding else None
-            if run.capacity < min(tokens, window or tokens):
+            mine, window = policy.at(layer), config.sliding[layer] if config.sliding else None
+            if not mine.forgets and mine.evict == "after" and run.capacity < min(tokens, window or tokens):
                 raise ValueError(
                     f"policy {policy.name} keeps every token: {tokens} tokens do not fit into the {run.capacity} slots "
                     f"of layer {layer}; give {tokens} slots or more, or a policy that evicts"

@@ -70,12 +70,13 @@ class DecoderConfig:
 class Attend(Protocol):
     """What a layer does with its queries, keys and values; none of them is rotated yet.
 
-    `layer` is the index as a scalar array, `carry` whatever travels from layer to layer (a KV state), `xs` this
-    layer's slice of what the caller gave per layer. Returns the attention output, the carry, and a per-layer result.
+    `layer` has this layer's weights and `index` is its number as a scalar array; `carry` is whatever travels from layer
+    to layer (a KV state), `xs` this layer's slice of what the caller gave per layer. Returns the attention output, the
+    carry, and a per-layer result.
     """
 
     def __call__(
-        self, q: Queries, k: Keys, v: Values, positions: Positions, layer: Int[Array, ""], carry: Any, xs: Any
+        self, q: Queries, k: Keys, v: Values, positions: Positions, layer: Layer, index: Int[Array, ""], carry: Any, xs: Any
     ) -> tuple[AttentionOut, Any, Any]: ...
 
 
@@ -164,7 +165,7 @@ class Decoder(nnx.Module):
             if layer is None:
                 layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), self.layers)
             q, k, v = layer.attention.project(layer.attention_norm(x), config)
-            out, carry, y = attend(q, k, v, positions, index, carry, x_slice)
+            out, carry, y = attend(q, k, v, positions, layer, index, carry, x_slice)
             x = x + layer.attention.out(out.reshape(*x.shape[:-1], -1))
             return (x + layer.mlp(layer.mlp_norm(x)), carry), y
 
@@ -187,10 +188,10 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         windows = self.config.windows
 
-        def attend(q, k, v, positions, layer, carry, xs):
+        def attend(q, k, v, positions, layer, index, carry, xs):
             at = positions[..., None]
             q, k = rotate(q, at, self.config.rope), rotate(k, at, self.config.rope)
-            window = None if windows is None else windows[layer]
+            window = None if windows is None else windows[index]
             return causal_attention(q, k, v, positions, window=window), carry, xs
 
         x, _, _ = self.run_layers(self.embed(tokens), positions, attend)

@@ -7,9 +7,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxcompress.policies.policy import Observation, Policy, protect_newest
+from jaxcompress.policies.policy import Candidates, Observation, Policy, protect_newest
 from jaxcompress.shapes import SlotScores
-from jaxcompress.state import KVState, Stats
+from jaxcompress.state import Stats
 
 
 @cache
@@ -29,16 +29,15 @@ def h2o(recent: float | int = 0.5, scope: Literal["query_head", "kv_head", "laye
     if recent < 0 or (isinstance(recent, float) and recent > 1):
         raise ValueError(f"recent must be a number of tokens >= 0 or a share in 0.0..1.0, not {recent!r}")
 
-    def init(incoming: KVState) -> Stats:
-        return jnp.zeros_like(incoming.positions[0], jnp.float32)
+    def init(incoming: Candidates) -> Stats:
+        return jnp.zeros_like(incoming.positions, jnp.float32)
 
     def observe(stats: Stats, seen: Observation) -> Stats:
         return stats + seen.per_set(scope).sum(2)
 
-    def score(stats: Stats, state: KVState) -> SlotScores:
-        return protect_newest(
-            stats, state, recent if isinstance(recent, int) else int(round(recent * state.capacity, 6))
-        )
+    def score(stats: Stats, held: Candidates) -> SlotScores:
+        newest = recent if isinstance(recent, int) else int(round(recent * held.capacity, 6))
+        return protect_newest(stats, held, newest)
 
     needs = recent + 1 if isinstance(recent, int) else 1
-    return Policy("h2o" if scope == "query_head" else f"h2o-{scope}", score, init, observe, scope, needs=needs)
+    return Policy("h2o" if scope == "query_head" else f"h2o-{scope}", score, init, observe, scope=scope, needs=needs)

@@ -1,10 +1,10 @@
 """What a policy is.
 
-A policy says how slots are scored: three pure functions and who shares a set, like an optax transformation. It knows
+A policy says how slots are scored: a few pure functions and who shares a set, like an optax transformation. It knows
 arrays, not models. A new one is a few lines:
 
     def knorm() -> Policy:
-        return Policy("knorm", score=lambda stats, state: -jnp.linalg.norm(state.keys[0], axis=-1), scope="kv_head")
+        return Policy("knorm", score=lambda stats, held: -jnp.linalg.norm(held.keys, axis=-1), scope="kv_head")
 """
 
 from __future__ import annotations
@@ -13,12 +13,20 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Real
 
-from jaxcompress.shapes import Positions, SlotScores, Weights
-from jaxcompress.state import KVState, Stats
+from jaxcompress.attention import Summary
+from jaxcompress.shapes import Positions, SlotPositions, SlotScores, Weights
+from jaxcompress.state import Memory, Stats
 
-Scope = Literal["layer", "kv_head", "query_head"]
+Scope = Literal["layer", "kv_head", "query_head", "pool"]
+"""Who shares a set of tokens.
+
+  layer       all heads of a layer hold the same tokens
+  kv_head     every kv head holds its own
+  query_head  every query head holds its own: the state is as many times larger as there are query heads per kv head
+  pool        the kv heads of a layer share a pool of slots, so that how many each holds follows from the scores (AdaKV)
+"""
 
 Placement = Literal["absolute", "slot", "compact"]
 """Where tokens stand for RoPE.
@@ -31,21 +39,89 @@ Placement = Literal["absolute", "slot", "compact"]
 Both re-indexings cache keys un-rotated and rotate them at every step.
 """
 
+Rotate = Callable[[Float[Array, "... D"], Real[Array, "..."]], Float[Array, "... D"]]
+"""(vectors, positions) -> vectors: the model's position embedding."""
+
+
+class Around(NamedTuple):
+    """What a policy may know of the layer in which it works.
+
+    Attributes:
+      rotate: the model's position embedding.
+      placement: where tokens stand for it; keys are cached rotated if this is `absolute`.
+      out: [K, G, D, E], the output projection of each query head; None where there is no model around.
+      heads: H and K of the layer, or of the part of it that has these slots.
+      which: the indices of the state's heads in the layer.
+    """
+
+    rotate: Rotate
+    placement: Placement
+    out: Float[Array, "K G D E"] | None
+    heads: tuple[int, int]
+    which: tuple[int, ...]
+
+    @property
+    def group(self) -> int:
+        """G, query heads per kv head."""
+        return self.heads[0] // self.heads[1]
+
+
+class Candidates(NamedTuple):
+    """The tokens among which a policy chooses in one layer: those in the slots and, in a block, those that come in.
+
+    Attributes:
+      keys, values: [B, K, N, D], as they are cached.
+      positions: [B, P, N] int32, -1 for what is free or padding.
+      owner: [B, 1, N] int32 in a pool, the kv head of each; else None.
+      seen: [B] int32, tokens read before these came.
+      layer: index of the layer in the model, a scalar.
+      memory: the policy's numbers per row, [B, ...].
+      capacity: how many may stay.
+      around: what else may be known of the layer.
+    """
+
+    keys: Float[Array, "B K N D"]
+    values: Float[Array, "B K N D"]
+    positions: SlotPositions
+    owner: Int[Array, "B 1 N"] | None
+    seen: Int[Array, " B"]
+    layer: Int[Array, ""]
+    memory: Memory
+    capacity: int
+    around: Around
+
+    @property
+    def occupied(self) -> Array:
+        """[B, P, N] bool."""
+        return self.positions >= 0
+
+    @property
+    def newest(self) -> Array:
+        """[B, P, 1] int32, the newest position held."""
+        return self.positions.max(-1, keepdims=True)
+
 
 class Observation(NamedTuple):
     """What one attention call over a block of T queries showed.
 
     Attributes:
-      weights: [B, K, G, T, N] float32, attention probabilities; zero in the rows of padded queries.
+      weights: [B, K, G, T, N] float32, attention probabilities; zero in the rows of padded queries, and in a pool
+        between queries and keys of different heads.
       queries: [B, T] int32, positions of the queries, -1 for padding.
+      group: query heads per kv head.
     """
 
     weights: Weights
     queries: Positions
+    group: int
 
     def per_set(self, scope: Scope) -> Float[Array, "B P T N"]:
         """Probabilities averaged over the heads that share a set."""
-        return self.weights.mean((1, 2))[:, None] if scope == "layer" else self.weights.mean(2)
+        if scope == "layer":
+            return self.weights.mean((1, 2))[:, None]
+        if scope == "pool":  # only the queries of a key's own head have given it any
+            return self.weights.sum(2) / self.group
+        return self.weights.mean(2)
 
     def last(self, per_query: Float[Array, "B P T N"]) -> tuple[Float[Array, "B P N"], Array]:
         """The row of the newest query, and whether there is one: [B, P, N] and [B, 1, 1] bool."""
@@ -54,42 +130,124 @@ class Observation(NamedTuple):
         return row, (self.queries.max(-1) >= 0)[:, None, None]
 
 
+class Incoming(NamedTuple):
+    """The tokens that come in, before RoPE.
+
+    Attributes:
+      q: [B, T, H, D].
+      k, v: [B, T, K, D].
+      positions: [B, T] int32, -1 for padding.
+    """
+
+    q: Float[Array, "B T H D"]
+    k: Float[Array, "B T K D"]
+    v: Float[Array, "B T K D"]
+    positions: Positions
+
+
+class Gone(NamedTuple):
+    """Tokens that were just evicted, before their slots are used again.
+
+    Attributes:
+      keys, values: [B, K, M, D], as they were cached.
+      positions: [B, P, M] int32, -1 for nothing.
+      stats: their stats, [B, P, M, ...].
+    """
+
+    keys: Float[Array, "B K M D"]
+    values: Float[Array, "B K M D"]
+    positions: Int[Array, "B P M"]
+    stats: Stats
+
+
+class Absorbed(NamedTuple):
+    """What is held after evicted tokens were merged into it.
+
+    Attributes:
+      values: [B, K, N, D].
+      changed: [B, K, N] bool, where they differ from before; nothing else is written.
+      stats, memory: as for the policy.
+    """
+
+    values: Float[Array, "B K N D"]
+    changed: Array
+    stats: Stats
+    memory: Memory
+
+
 class Policy(NamedTuple):
-    """How a bounded state decides what to forget.
+    """How a bounded state decides what to forget, and what becomes of it.
 
     Attributes:
       name: for tables and messages.
-      score: (stats, state) -> [B, P, N] float32, higher is kept. `state` is one layer's (L = 1) and may hold, besides
-        the slots, the tokens of an incoming block. Asked only when something has to go. None: nothing ever goes.
-      init: (state of incoming tokens only, L = 1) -> their stats, [B, P, T] each.
+      score: (stats, candidates) -> [B, P, N] float32, higher is kept. Asked only when something has to go. None:
+        nothing ever goes.
+      init: (incoming tokens as candidates) -> their stats, [B, P, T, ...] each.
       observe: (stats, observation) -> stats, a fold over blocks of queries: the same definition serves one-shot and
         chunked prefill and single decoding steps.
-      scope: who shares a set of tokens: all heads of a layer, the query heads of one kv head, or none.
+      memory: (candidates) -> fresh numbers per row, [B, ...] each; only shapes and layer of the candidates count.
+      remember: (memory, incoming) -> memory, called with every block before it attends.
+      scope: who shares a set of tokens.
       evict: `after`: the incoming token's query sees capacity + 1 keys, then one goes. `before`: room is made first,
-        and a query sees at most capacity keys.
+        and a query sees at most capacity keys. `once`: the first block (a one-shot prompt) is reduced to `keep` tokens,
+        and nothing goes after that.
       placement: where tokens stand for RoPE, as published; can be overridden wherever a policy is used.
       needs: the least capacity that the policy can work with.
+      frees: how many slots are freed at once when a full state has to take a token.
+      keep: for `once`.
+      absorb: (stats, candidates that stay, what goes) -> what is held then; None: what goes is dropped.
+      bias: (stats) -> [B, P, N] float32, added to the attention scores of slots; None for none.
+      summary: (memory, around) -> stand-ins that queries see beside the slots; None for none.
+      oneshot_only: the policy means something only where a whole prompt is selected from at once.
+      layers: a policy for each layer of the model; everything else is then asked of these.
     """
 
     name: str
-    score: Callable[[Stats, KVState], SlotScores] | None
-    init: Callable[[KVState], Stats] = lambda incoming: ()
+    score: Callable[[Stats, Candidates], SlotScores] | None
+    init: Callable[[Candidates], Stats] = lambda incoming: ()
     observe: Callable[[Stats, Observation], Stats] = lambda stats, observation: stats
+    memory: Callable[[Candidates], Memory] = lambda held: ()
+    remember: Callable[[Memory, Incoming], Memory] = lambda memory, incoming: memory
     scope: Scope = "layer"
-    evict: Literal["after", "before"] = "after"
+    evict: Literal["after", "before", "once"] = "after"
     placement: Placement = "absolute"
     needs: int = 1
+    frees: int = 1
+    keep: int = 0
+    absorb: Callable[[Stats, Candidates, Gone], Absorbed] | None = None
+    bias: Callable[[Stats], Float[Array, "B P N"]] | None = None
+    summary: Callable[[Memory, Around], Summary] | None = None
+    oneshot_only: bool = False
+    layers: tuple[Policy, ...] = ()
+
+    def at(self, layer: int) -> Policy:
+        """The policy of one layer of the model."""
+        return self.layers[layer] if self.layers else self
+
+    @property
+    def forgets(self) -> bool:
+        """Whether a full state can take another token; else reading more than fits is an error."""
+        if self.layers:
+            return all(policy.forgets for policy in self.layers)
+        return self.score is not None and self.evict != "once"
+
+    def heads(self, query_heads: int, kv_heads: int) -> int:
+        """K of the state."""
+        return {"query_head": query_heads, "pool": 1}.get(self.scope, kv_heads)
 
     def sets(self, heads: int) -> int:
         """P, for a state of so many heads."""
-        return 1 if self.scope == "layer" else heads
+        return 1 if self.scope in ("layer", "pool") else heads
 
-    def slots(self, capacity: int) -> int:
-        """S: how many slots are allocated. A token that comes before another goes needs one of its own."""
-        return capacity + (self.score is not None and self.evict == "after")
+    def slots(self, capacity: int, entries: int = 1) -> int:
+        """S: how many slots are allocated. Tokens that come before others go need slots of their own.
+
+        Args:
+          entries: how many slots one token takes in a set; in a pool one for each kv head.
+        """
+        return capacity + entries * (self.forgets and self.evict == "after")
 
 
-def protect_newest(scores: SlotScores, state: KVState, recent: Any) -> SlotScores:
+def protect_newest(scores: SlotScores, held: Candidates, recent: Any) -> SlotScores:
     """Gives +inf to the `recent` newest positions; `recent` may be 0."""
-    newest = state.positions[0].max(-1, keepdims=True)
-    return jnp.where(state.positions[0] > newest - recent, jnp.inf, scores)
+    return jnp.where(held.positions > held.newest - recent, jnp.inf, scores)

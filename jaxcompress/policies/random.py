@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.policies.policy import Policy
-from jaxcompress.state import KVState, Stats
+from jaxcompress.policies.policy import Candidates, Policy, Scope
+from jaxcompress.state import Stats
 
 
 @cache
-def random(seed: int = 0, scope: Literal["layer", "kv_head", "query_head"] = "layer") -> Policy:
+def random(seed: int = 0, scope: Scope = "layer") -> Policy:
     """Keeps a uniformly random subset of all tokens so far (reservoir sampling, Vitter 1985).
 
     score[n] = a uniform number that depends on seed, layer, head and position only: the same subset results however
     the sequence is cut into chunks, and rows of a batch do not depend on one another.
     """
 
-    def init(incoming: KVState) -> Stats:
-        _, _, sets, _ = incoming.positions.shape
+    def init(incoming: Candidates) -> Stats:
+        sets = incoming.positions.shape[1]
         draw = lambda head, position: jax.random.uniform(
-            jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, incoming.layer[0]), head), position)
+            jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, incoming.layer), head), position)
         )
         key = jax.random.key(seed)
-        heads = jnp.arange(sets)[None, :, None]
-        return jnp.vectorize(draw)(heads, jnp.maximum(incoming.positions[0], 0))
+        heads = jnp.array(incoming.around.which[:sets])[None, :, None] if incoming.owner is None else incoming.owner
+        return jnp.vectorize(draw)(heads, jnp.maximum(incoming.positions, 0))
 
-    return Policy("random", score=lambda stats, state: stats, init=init, scope=scope)
+    return Policy("random", score=lambda stats, held: stats, init=init, scope=scope)

@@ -7,9 +7,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxcompress.policies.policy import Observation, Policy
+from jaxcompress.policies.policy import Candidates, Observation, Policy
 from jaxcompress.shapes import SlotScores
-from jaxcompress.state import KVState, Stats
+from jaxcompress.state import Stats
 
 
 @cache
@@ -23,14 +23,14 @@ def tova(scope: Literal["layer", "kv_head", "query_head"] = "layer") -> Policy:
     "kv_head" and "query_head" select per head, the ablation of appendix A (worse there).
     """
 
-    def init(incoming: KVState) -> Stats:
-        return jnp.zeros_like(incoming.positions[0], jnp.float32)
+    def init(incoming: Candidates) -> Stats:
+        return jnp.zeros_like(incoming.positions, jnp.float32)
 
     def observe(stats: Stats, seen: Observation) -> Stats:
         row, present = seen.last(seen.per_set(scope))
         return jnp.where(present, row, stats)
 
-    def score(stats: Stats, state: KVState) -> SlotScores:
+    def score(stats: Stats, held: Candidates) -> SlotScores:
         return stats
 
-    return Policy("tova" if scope == "layer" else f"tova-{scope}", score, init, observe, scope)
+    return Policy("tova" if scope == "layer" else f"tova-{scope}", score, init, observe, scope=scope)

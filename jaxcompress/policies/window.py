@@ -7,9 +7,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.policy import Candidates, Policy
 from jaxcompress.shapes import SlotScores
-from jaxcompress.state import KVState, Stats
+from jaxcompress.state import Stats
 
 
 @cache
@@ -37,10 +37,9 @@ def streaming_llm(sinks: int = 4, evict: Literal["after", "before"] = "after") -
 
 
 def _newest(sinks: int):
-    def score(stats: Stats, state: KVState) -> SlotScores:
-        positions = state.positions[0]
-        age = positions.max(-1, keepdims=True) - positions  # small: exact in float32, however long the sequence
-        return jnp.where(positions < sinks, jnp.inf, -age.astype(jnp.float32))
+    def score(stats: Stats, held: Candidates) -> SlotScores:
+        age = held.newest - held.positions  # small: exact in float32, however long the sequence
+        return jnp.where(held.positions < sinks, jnp.inf, -age.astype(jnp.float32))
 
     return score
 

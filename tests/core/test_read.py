@@ -77,7 +77,7 @@ def masked(decoder: Decoder, ids: jax.Array, death: jax.Array) -> jax.Array:
     config = decoder.config
     at = jnp.arange(T)
 
-    def attend(q: Any, k: Any, v: Any, positions: Any, layer: Any, carry: Any, death: Any) -> Any:
+    def attend(q: Any, k: Any, v: Any, positions: Any, weights: Any, layer: Any, carry: Any, death: Any) -> Any:
         q, k = (rotate(x, positions[..., None], config.rope) for x in (q, k))
         group = config.num_heads // config.num_kv_heads
         k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)

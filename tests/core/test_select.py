@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import candidates
 
 from jaxcompress import policies
 from jaxcompress.policies import Policy
 from jaxcompress.select import keep_top, worst
-from jaxcompress.state import KVState
 
 B, P, N = 2, 2, 6
 SPECIAL = [-np.inf, np.inf, np.nan, 0.0, -0.0, 1.0, -1.0, 1.0000001, 3e38, -3e38]
@@ -82,9 +82,8 @@ def test_scores_are_compared_in_float32() -> None:
 def test_protection(policy: Policy, kept: list[int]) -> None:
     """All statistics are equal, as large as they may get: what is protected stays all the same."""
     positions = jnp.array([[[[3, 0, 7, 5, 1, 6, 2, 4]]]], jnp.int32)
-    kv = jnp.zeros((1, 1, 1, 8, 2))
-    state = KVState(kv, kv, positions, (), jnp.array([8]), jnp.array([0]), capacity=3)
+    kv = jnp.zeros((1, 1, 8, 2))
     assert policy.score is not None
-    scores = policy.score(jnp.full((1, 1, 8), 3e38), state)
+    scores = policy.score(jnp.full((1, 1, 8), 3e38), candidates(kv, kv, positions[0], capacity=3))
     stays = np.asarray(keep_top(scores, positions[0], 3))[0, 0]
     assert sorted(np.asarray(positions)[0, 0, 0][stays].tolist()) == kept
