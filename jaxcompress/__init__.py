@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxcompress.policies import Policy, named
     from jaxcompress.recurrence import advance
     from jaxcompress.state import KVState, State
-    from jaxcompress.trace import trace
+    from jaxcompress.tracing import trace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +34,7 @@ _HOME = {
     **dict.fromkeys(("Policy", "named"), "policies"),
     "advance": "recurrence",
     **dict.fromkeys(("KVState", "State"), "state"),
-    "trace": "trace",
+    "trace": "tracing",
 }
 
 _versions.check()

@@ -18,9 +18,17 @@ MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
 
 
 def causal_attention(
-    q: Queries, k: Keys, v: Values, positions: Positions, *, window: Int[Array, ""] | None = None
+    q: Queries,
+    k: Keys,
+    v: Values,
+    positions: Positions,
+    *,
+    window: Int[Array, ""] | None = None,
+    streaming: tuple[int, int] | None = None,
 ) -> AttentionOut:
     """Every query attends to the tokens at its own and earlier positions, at most `window` of them.
+
+    With `streaming=(sinks, recent)` it sees of these only the first `sinks` positions and the `recent` newest ones.
 
     Positions grow along T; padding (-1) is attended by nothing, and what a padded query returns has no meaning but
     is finite. Queries are taken in blocks, each against the keys up to its own end only, and a block's weights are
@@ -38,6 +46,8 @@ def causal_attention(
         seen = (key <= query) & (key >= 0)
         if window is not None:
             seen &= key > query - window
+        if streaming is not None:
+            seen &= (key < streaming[0]) | (key > query - streaming[1])
         outs.append(_attend_block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], seen))
     return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
@@ -47,27 +57,33 @@ class Summary(NamedTuple):
 
     Attributes:
       keys, values: [B, K, M, D]; keys as queries meet them.
-      bias: [B, K, M] float32, added to the scores: the logarithm of how many tokens each stands for, -inf for none.
+      bias: [B, K, 1 or G, M] float32, added to the scores: the logarithm of how many tokens each stands for, -inf for
+        none.
+      norm: times the squared norm of the query, taken off the scores.
     """
 
     keys: Float[Array, "B K M D"]
     values: Float[Array, "B K M D"]
-    bias: Float[Array, "B K M"]
+    bias: Float[Array, "B K #G M"]
+    norm: float = 0.0
 
     def scores(self, q: Float[Array, "B T K G D"]) -> Float[Array, "B K G T M"]:
         products = jnp.einsum("btkgd,bkmd->bkgtm", q, self.keys, preferred_element_type=jnp.float32)
-        return products * q.shape[-1] ** -0.5 + self.bias[:, :, None, None]
+        scores = products * q.shape[-1] ** -0.5 + self.bias[:, :, :, None]
+        if self.norm:
+            scores -= self.norm * jnp.square(q.astype(jnp.float32)).sum(-1).transpose(0, 2, 3, 1)[..., None]
+        return scores
 
 
 class Extra(NamedTuple):
     """What is added to attention over slots.
 
     Attributes:
-      bias: [B, P, S] float32, added to the scores of slots, or None.
+      bias: [B, P or K, S] float32, added to the scores of slots, or None.
       summary: seen beside the slots, or None.
     """
 
-    bias: Float[Array, "B P S"] | None = None
+    bias: Float[Array, "B #K S"] | None = None
     summary: Summary | None = None
 
 

@@ -214,7 +214,9 @@ def _token(block: _Block, state: KVState, layer: Int[Array, ""] | int, how: _How
         # Nothing is freed, so a token that found no slot must not go unnoticed.
         stored = ((held == position[:, None, None]).any(-1) | (position < 0)[:, None])[..., None, None]
         out = jnp.where(stored, out, jnp.nan)
-    state = _observe(state, layer, policy, Observation(weights[:, :, :, None], position[:, None], how.around.group))
+    count = visible.sum(-1, dtype=jnp.float32).mean(-1, keepdims=True)
+    seen = Observation(weights[:, :, :, None], position[:, None], count, how.around.group)
+    state = _observe(state, layer, policy, seen)
     if policy.evict == "after":
         state, freed = _evict(state, layer, how)
         died = position + 1
@@ -295,7 +297,9 @@ def _evict(state: KVState, layer: Any, how: _How, rows: Array | None = None) -> 
         index = jax.lax.top_k(jnp.where(goes, held, -1), n)[1]
         freed = jnp.take_along_axis(marked, index, axis=-1)
         if policy.absorb is not None:
-            after = _absorb(after, layer, how, _gone(state, layer, index, freed))
+            merged = lambda: _absorb(after, layer, how, _gone(state, layer, index, freed))
+            # Where many are freed at once, most steps free nothing.
+            after = merged() if n == 1 else jax.lax.cond((freed >= 0).any(), merged, lambda: after)
         freed = _by_owner(freed, index, jax.tree.map(lambda x: x[layer], state.owner), how)
     return after, freed
 
@@ -321,7 +325,7 @@ def _gone(state: KVState, layer: Any, index: Array, freed: Array) -> Gone:
         return jnp.take_along_axis(x, where.reshape(*where.shape, *[1] * (x.ndim - 3)), axis=2)
 
     pick = lambda x: jax.tree.map(at, x)
-    return Gone(load(pick(state.keys)), load(pick(state.values)), freed, pick(state.stats))
+    return Gone(load(pick(state.keys)), load(pick(state.values)), freed, pick(state.stats), pick(state.owner))
 
 
 def _absorb(state: KVState, layer: Any, how: _How, gone: Gone) -> KVState:
@@ -398,7 +402,8 @@ def _block(block: _Block, state: KVState, how: _How) -> _Done:
         out = jnp.einsum("bkgtn,bknd->btkgd", scaled.astype(values.dtype), values)
         if summary is not None:
             out += jnp.einsum("bkgtm,bkmd->btkgd", shares, summary.values).astype(out.dtype)
-        return policy.observe(stats, jax.lax.stop_gradient(Observation(weights, at, around.group))), out
+        seen = Observation(weights, at, visible.sum(-1, dtype=jnp.float32).mean(2), around.group)
+        return policy.observe(stats, jax.lax.stop_gradient(seen)), out
 
     stats, out = _scan_queries(attend, stats, q, positions)
     now = jnp.where(newest >= 0, newest, state.seen - 1)

@@ -15,6 +15,21 @@ from jaxcompress.shapes import SlotPositions, SlotScores
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
+def rank(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P N"]:
+    """How many tokens of its set are better than each; free slots come last.
+
+    Args:
+      scores: [..., N].
+      positions: [..., N], -1 for a free slot.
+    """
+    occupied = positions >= 0
+    worst_last = jnp.where(occupied, -_comparable(scores), jnp.inf)
+    age = jnp.where(occupied, positions, _NEVER)
+    slot = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
+    order = jax.lax.sort((worst_last, age, slot), dimension=-1, num_keys=2)[2]
+    return jnp.put_along_axis(jnp.zeros_like(slot), order, slot, axis=-1, inplace=False)
+
+
 def keep_top(scores: SlotScores, positions: SlotPositions, n: Int[Array, "..."] | int) -> Bool[Array, "B P N"]:
     """Marks the n tokens of each set that stay; all of them where there are no more than n.
 
@@ -23,13 +38,7 @@ def keep_top(scores: SlotScores, positions: SlotPositions, n: Int[Array, "..."] 
       positions: [..., N], -1 for a free slot.
       n: how many, one number or one per set.
     """
-    occupied = positions >= 0
-    worst_last = jnp.where(occupied, -_comparable(scores), jnp.inf)
-    age = jnp.where(occupied, positions, _NEVER)
-    slot = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
-    order = jax.lax.sort((worst_last, age, slot), dimension=-1, num_keys=2)[2]
-    rank = jnp.put_along_axis(jnp.zeros_like(slot), order, slot, axis=-1, inplace=False)
-    return occupied & (rank < jnp.asarray(n)[..., None])
+    return (positions >= 0) & (rank(scores, positions) < jnp.asarray(n)[..., None])
 
 
 def worst(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P"]:

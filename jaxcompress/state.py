@@ -104,7 +104,7 @@ def runs(state: State) -> Iterator[tuple[range, State]]:
     first, parts = 0, []
     for i, part in enumerate(state):
         parts.append(part)
-        if i + 1 == len(state) or not part.heads or 0 in state[i + 1].heads:
+        if i + 1 == len(state) or not part.heads or not state[i + 1].heads or 0 in state[i + 1].heads:
             layers = range(first, first + part.layer.shape[0])
             yield layers, tuple(parts)
             first, parts = layers.stop, []

@@ -1,20 +1,31 @@
 """How keys and values are stored: as they are, or as small numbers with a scale per slot and head.
 
 A vector is quantised once, when its token enters, and never again: every slot has a scale of its own, so that nothing
-that comes later can change what is stored. The error of a number is at most half a step: about absmax / 250 of its
-vector for int8, absmax / 14 for int4, and a sixteenth of the number itself for fp8.
+that comes later can change what is stored. Storing what was loaded gives the same codes and scale (unless the largest
+number is below 1e-35, which is as good as zero). With m the largest magnitude in a vector of D numbers, a number x
+comes back with an error of at most
+
+  float8_e4m3fn   |x| / 16, or m / 450,000 where that is more      D + 2 bytes
+  int8            m / 253                                          D + 2 bytes
+  int4            m / 13.9                                         D / 2 + 2 bytes
+
+which is half a step: codes are symmetric around 0 and reach 448, 127 and 7. Float16 overflows to infinity beyond 65,504;
+none of the others does. Vectors that are not finite come back not finite.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-_LARGEST = {"int8": 127.0, "uint8": 7.0, "float8_e4m3fn": 448.0}  # codes; uint8 holds two of 4 bits
+_LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0, "int4": 7.0}  # codes
+
+DTYPES = ("float32", "bfloat16", "float16", *_LARGEST)
+"""Names of what a state can be stored in; the last three carry a scale per slot and head."""
 
 
 @jax.tree_util.register_dataclass
@@ -23,19 +34,35 @@ class Quantised:
     """Vectors of D numbers as codes and one scale each.
 
     Attributes:
-      codes: [..., D] int8 or float8_e4m3fn, or [..., D / 2] uint8, each holding two numbers of 4 bits.
-      scale: [...] bfloat16; a number is its code times the scale.
+      codes: [..., D] int8; or [..., D] uint8, the bits of float8_e4m3fn numbers; or [..., D / 2] uint8, two numbers of
+        4 bits in each.
+      scale: [...] uint16, the bits of a bfloat16 number; a vector is its codes times that. Bits, because XLA's CPU
+        backend has no such numbers: to write one slot it would convert a whole stack to float32 and back.
+      dtype: which of the three (static).
     """
 
     codes: Shaped[Array, "..."]
     scale: Shaped[Array, "..."]
+    dtype: str = field(metadata={"static": True})
 
 
 Stored = Array | Quantised
 """Vectors as a state keeps them."""
 
-DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4")
-"""Names of what a state can be stored in; the last three carry a scale per slot and head."""
+
+def dtype_name(dtype: Any) -> str:
+    """One of `DTYPES`, given by name or as a dtype.
+
+    Raises:
+      ValueError: another.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"a state cannot be stored as {name}; known: {', '.join(DTYPES)}")
+    return name
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> Stored:
@@ -47,43 +74,59 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> Stored:
     Raises:
       ValueError: another dtype, or an odd D for int4.
     """
-    name = jnp.dtype(dtype).name
-    if name not in DTYPES:
-        raise ValueError(f"a state cannot be stored as {name}; known: {', '.join(DTYPES)}")
-    if name not in ("float8_e4m3fn", "int8", "int4"):
-        return jnp.zeros(shape, dtype)
-    width = shape[-1]
+    name, width = dtype_name(dtype), shape[-1]
+    if name not in _LARGEST:
+        return jnp.zeros(shape, name)
     if name == "int4":
         if width % 2:
             raise ValueError(f"int4 packs two numbers into a byte: the width of a head must be even, not {width}")
-        return Quantised(jnp.zeros((*shape[:-1], width // 2), jnp.uint8), jnp.zeros(shape[:-1], jnp.bfloat16))
-    return Quantised(jnp.zeros(shape, dtype), jnp.zeros(shape[:-1], jnp.bfloat16))
+        width //= 2
+    codes = jnp.zeros((*shape[:-1], width), jnp.int8 if name == "int8" else jnp.uint8)
+    return Quantised(codes, jnp.zeros(shape[:-1], jnp.uint16), name)
 
 
 def store(x: Float[Array, "... D"], like: Stored) -> Stored:
-    """Vectors in the form of `like`."""
+    """Vectors in the form of `like`.
+
+    A quantised state is for inference: no gradient passes through it to the vectors it was made of, as if they were
+    constants.
+    """
     if isinstance(like, jax.Array):
         return x.astype(like.dtype)
-    largest = _LARGEST[like.codes.dtype.name]
-    x = x.astype(jnp.float32)
-    # bfloat16 keeps 8 bits: a little more than absmax / largest, so that rounding the scale never clips a number.
-    scale = (jnp.abs(x).max(-1) * ((1 + 2**-7) / largest)).astype(jnp.bfloat16)
-    codes = x / jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None]
-    if like.codes.dtype == jnp.float8_e4m3fn:
-        return Quantised(jnp.clip(codes, -largest, largest).astype(like.codes.dtype), scale)
-    codes = jnp.clip(jnp.round(codes), -largest, largest).astype(jnp.int8)
-    return Quantised(_pack(codes) if like.codes.dtype == jnp.uint8 else codes, scale)
+    largest = _LARGEST[like.dtype]
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    # A bfloat16 is within 1/256 of what it stands for, so the largest number lies between 126.5 and 127.5 steps of int8
+    # and rounds to 127: not more than half a step is clipped, and the codes give the same scale again.
+    scale = (jnp.abs(x).max(-1) / largest).astype(jnp.bfloat16)
+    codes = jnp.clip(x / jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None], -largest, largest)
+    if like.dtype == "float8_e4m3fn":
+        codes = jax.lax.bitcast_convert_type(codes.astype(jnp.float8_e4m3fn), jnp.uint8)
+    else:
+        codes = jnp.round(codes).astype(jnp.int8)
+    bits = jax.lax.bitcast_convert_type(scale, jnp.uint16)
+    return Quantised(_pack(codes) if like.dtype == "int4" else codes, bits, like.dtype)
+
+
+def parts(stored: Stored) -> tuple[tuple[Array, ...], Array | None]:
+    """Numbers to multiply with, and the scale that each vector's products still need; None for plain numbers.
+
+    The numbers are one array [..., D], or two [..., D / 2] with the first and the second half of each vector: two
+    smaller products cost less than joining the halves. Products can be scaled after they were summed, which costs one
+    multiplication per slot instead of D.
+    """
+    if isinstance(stored, jax.Array):
+        return (stored,), None
+    scale = jax.lax.bitcast_convert_type(stored.scale.astype(jnp.uint32) << 16, jnp.float32)
+    if stored.dtype == "float8_e4m3fn":
+        return (_as_float16(stored.codes).astype(jnp.float32),), scale * 256
+    codes = _unpack(stored.codes) if stored.dtype == "int4" else (stored.codes,)
+    return tuple(x.astype(jnp.float32) for x in codes), scale
 
 
 def split(stored: Stored) -> tuple[Float[Array, "... D"], Array | None]:
-    """Numbers to multiply with, and the scale that each vector's products still need; None for plain numbers.
-
-    Products can be scaled after they were summed, which costs one multiplication per slot instead of D.
-    """
-    if isinstance(stored, jax.Array):
-        return stored, None
-    codes = _unpack(stored.codes) if stored.codes.dtype == jnp.uint8 else stored.codes
-    return codes.astype(jnp.float32), stored.scale.astype(jnp.float32)
+    """The same with the numbers as one array."""
+    numbers, scale = parts(stored)
+    return numbers[0] if len(numbers) == 1 else jnp.concatenate(numbers, axis=-1), scale
 
 
 def load(stored: Stored) -> Float[Array, "... D"]:
@@ -92,11 +135,18 @@ def load(stored: Stored) -> Float[Array, "... D"]:
     return numbers if scale is None else numbers * scale[..., None]
 
 
+def _as_float16(bits: Shaped[Array, "... D"]) -> Float[Array, "... D"]:
+    """Bits of float8_e4m3fn numbers -> the numbers / 256. Sign, exponent and fraction go where float16 has them; its
+    exponents are larger by 8. One shift for many numbers at once, where converting takes them one by one."""
+    bits = bits.astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type((bits & 0x80) << 8 | (bits & 0x7F) << 7, jnp.float16)
+
+
 def _pack(codes: Shaped[Array, "... D"]) -> Shaped[Array, "..."]:
     """Numbers -8..7, the first half of a vector in the low bits."""
     low, high = jnp.split((codes + 8).astype(jnp.uint8), 2, axis=-1)
     return low | (high << 4)
 
 
-def _unpack(packed: Shaped[Array, "..."]) -> Shaped[Array, "... D"]:
-    return jnp.concatenate([packed & 15, packed >> 4], axis=-1).astype(jnp.int8) - 8
+def _unpack(packed: Shaped[Array, "... H"]) -> tuple[Shaped[Array, "... H"], Shaped[Array, "... H"]]:
+    return (packed & 15).astype(jnp.int8) - 8, (packed >> 4).astype(jnp.int8) - 8

@@ -25,7 +25,7 @@ from jaxcompress.evaluation.sweep import Row
 from jaxcompress.generation import Tokenizer, generate
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies import NAMES, tova
-from jaxcompress.trace import trace
+from jaxcompress.tracing import trace
 
 SENTENCE = "The slots of a small memory hold what the newest query looked at; the rest is gone.\n"
 TEXT = SENTENCE + "Grüße, 你好 😀: nobody remembers everything.\n"

@@ -12,6 +12,7 @@ from jaxcompress.cli.demo import Demo
 from jaxcompress.cli.generate import Generate
 from jaxcompress.cli.info import Info
 from jaxcompress.cli.perplexity import Perplexity
+from jaxcompress.cli.retention import Retention
 from jaxcompress.cli.trace import Trace
 
 DESCRIPTION = """Transformers that live in a fixed amount of memory.
@@ -20,7 +21,14 @@ Exit codes: 0 done; 1 numbers went wrong (non-finite weights or logits); 2 bad i
 
 Example: jaxcompress generate --prompt 'def main(' --policy tova --slots 128"""
 
-COMMANDS = {"demo": Demo, "generate": Generate, "perplexity": Perplexity, "trace": Trace, "info": Info}
+COMMANDS = {
+    "demo": Demo,
+    "generate": Generate,
+    "perplexity": Perplexity,
+    "trace": Trace,
+    "retention": Retention,
+    "info": Info,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -151,7 +151,7 @@ def _wording(tokenizer):
 def _draw_deaths(model, tokenizer, out: Path, say) -> None:
     from jaxcompress.evaluation.figures import death_times
     from jaxcompress.policies import named
-    from jaxcompress.trace import trace
+    from jaxcompress.tracing import trace
 
     ids, _ = _long_text(tokenizer, 1024)
     held = trace(model, ids[None], named("tova"), 128, prompt=1)

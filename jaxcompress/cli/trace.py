@@ -57,7 +57,7 @@ class Trace:
         from jaxcompress.generation import Tokenizer
         from jaxcompress.generation.generate import check_tokens
         from jaxcompress.policies import named
-        from jaxcompress.trace import trace
+        from jaxcompress.tracing import trace
 
         if self.tokens is not None:
             ids = np.load(self.tokens)

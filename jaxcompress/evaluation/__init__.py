@@ -2,9 +2,24 @@
 
 from jaxcompress.evaluation.perplexity import Perplexity, perplexity
 from jaxcompress.evaluation.recall import Answers, Recall, answers, exam, weave, wording
+from jaxcompress.evaluation.retention import (
+    Ages,
+    KindSurvival,
+    Overlap,
+    Survival,
+    ages,
+    held,
+    occupancy,
+    overlap,
+    survival,
+    survival_by_kind,
+    token_kinds,
+    token_texts,
+)
 from jaxcompress.evaluation.sweep import Row, rows_of_text, sweep
 
 __all__ = [
-    "Answers", "Perplexity", "Recall", "Row", "answers", "exam", "perplexity", "rows_of_text", "sweep", "weave",
-    "wording",
+    "Ages", "Answers", "KindSurvival", "Overlap", "Perplexity", "Recall", "Row", "Survival", "ages", "answers", "exam",
+    "held", "occupancy", "overlap", "perplexity", "rows_of_text", "survival", "survival_by_kind", "sweep",
+    "token_kinds", "token_texts", "weave", "wording",
 ]  # fmt: skip

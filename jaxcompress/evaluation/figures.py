@@ -9,10 +9,15 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from jaxcompress.evaluation.retention import KINDS, check_layers, occupancy, survival
 from jaxcompress.evaluation.sweep import Row
-from jaxcompress.trace import Trace
+from jaxcompress.tracing import Trace
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
@@ -24,6 +29,7 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.25,
 }
+_UNKNOWN: dict[str, Any] = dict(facecolor="0.9", edgecolor="0.7", hatch="////", linewidth=0, zorder=0)
 
 
 class Point(NamedTuple):
@@ -93,13 +99,109 @@ def death_times(trace: Trace, path: Path, title: str = "", row: int = 0) -> None
             above.imshow(_held(death[layer]), cmap="Blues", vmin=0, vmax=1, extent=(0, total, total, 0), aspect="auto")
             above.set(title=f"layer {layer}", xlabel="position")
             above.grid(visible=False)
-            ages, share = _survival(death[layer])
-            below.plot(ages, share, color=_COLOURS[0])
+            remembered = survival(death[layer])
+            below.plot(remembered.age, remembered.share, color=_COLOURS[0])
             below.set(xscale="log", ylim=(0, 1), xlabel="steps since the token came")
         panels[0, 0].set_ylabel("step")
         panels[1, 0].set_ylabel("share still held")
         figure.suptitle(title)
         figure.savefig(path, dpi=150)
+
+
+def retention(death: np.ndarray, path: Path, title: str = "", kinds: np.ndarray | None = None) -> None:
+    """How long each layer, head and kind of token was remembered.
+
+    Left, the share of tokens still held n steps after they came, for every layer (Kaplan-Meier; hatched where the text
+    is too short to tell). Then, where a layer has several sets of slots, the share of each that was held for longer
+    than its slots would last if the oldest always went. Right, if `kinds` are given, the share held for every kind.
+
+    Args:
+      death: [L, P, T], such as `trace.death[:, row]`.
+      kinds: [T], see `jaxcompress.evaluation.retention.token_kinds`.
+
+    Raises:
+      ValueError: no death times of this shape.
+    """
+    layers, sets, _ = (death := check_layers(death)).shape
+    widths = [4.6, *[min(2.6 + 0.25 * sets, 5.6)] * (sets > 1), *[4.6] * (kinds is not None)]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(sum(widths), min(max(3.6, 1.6 + 0.22 * layers), 9)), layout="constrained")
+        panels = iter(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
+        _by_age(next(panels), death)
+        if sets > 1:
+            _by_head(next(panels), death)
+        if kinds is not None:
+            _by_kind(next(panels), death, kinds)
+        figure.suptitle(title)
+        figure.savefig(path, dpi=150)
+
+
+def _by_age(axes: Axes, death: np.ndarray) -> None:
+    """A row per layer, age to the right."""
+    total = death.shape[-1]
+    ages = np.unique(np.geomspace(1, total, min(total, 200)).astype(int))
+    share = np.stack([survival(layer).share[ages - 1] for layer in death])
+    axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **_UNKNOWN))
+    edges = np.append(ages, total + 1), np.arange(len(share) + 1) - 0.5
+    _bar(axes, axes.pcolormesh(*edges, np.ma.masked_invalid(share), cmap="viridis", vmin=0, vmax=1))
+    axes.set(xscale="log", xlabel="steps since the token came", ylabel="layer", title="by age")
+    axes.invert_yaxis()
+    _count(axes.yaxis)
+    _powers_of_ten(axes)
+    axes.grid(visible=False)
+
+
+def _by_head(axes: Axes, death: np.ndarray) -> None:
+    """A row per layer, a column per set: what outlives a window of as many slots."""
+    slots = np.minimum(occupancy(death)[..., -1], death.shape[-1])
+    share = np.array(
+        [
+            [survival(one).share[n - 1] for one, n in zip(*layer, strict=True)]
+            for layer in zip(death, slots, strict=True)
+        ]
+    )
+    axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **_UNKNOWN))
+    largest = max(np.nan_to_num(share).max(), 0.01)
+    image = axes.imshow(np.ma.masked_invalid(share), aspect="auto", cmap="viridis", vmin=0, vmax=largest)
+    _bar(axes, image)
+    most = int(slots.max())
+    after = f"{most}" if most == slots.min() else f"{int(slots.min())} to {most}"
+    axes.set(xlabel="head", ylabel="layer", title=f"after {after} steps")
+    _count(axes.xaxis)
+    _count(axes.yaxis)
+    axes.grid(visible=False)
+
+
+def _by_kind(axes: Axes, death: np.ndarray, kinds: np.ndarray) -> None:
+    everything = survival(death)
+    axes.plot(everything.age, everything.share, label=f"all ({death.shape[-1]:,})", color="0.45", linestyle="--")
+    marked = np.unique(np.geomspace(1, death.shape[-1], 9).astype(int)) - 1
+    for i, kind in enumerate(KINDS):
+        if (tokens := kinds == i).any():
+            curve = survival(death, tokens)
+            axes.plot(
+                curve.age, curve.share, label=f"{kind} ({tokens.sum():,})",
+                color=_COLOURS[i], marker=_MARKERS[i], markersize=5, markevery=marked.tolist(),
+            )  # fmt: skip
+    axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="steps since the token came", title="by kind")
+    axes.set_ylabel("share still held")
+    _powers_of_ten(axes)
+    axes.legend(frameon=False, fontsize=8.5)
+
+
+def _bar(axes: Axes, image: ScalarMappable) -> None:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.colorbar(image, ax=axes, label="share still held")
+
+
+def _powers_of_ten(axes: Axes) -> None:
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _count(axis: Axis) -> None:
+    """Ticks on whole numbers only."""
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _held(death: np.ndarray, pixels: int = 400) -> np.ndarray:
@@ -110,14 +212,3 @@ def _held(death: np.ndarray, pixels: int = 400) -> np.ndarray:
     token = np.arange(total)
     held = (token <= step[:, None]) & (step[:, None] < death[:, None])
     return np.add.reduceat(held.mean(0), edges[:-1], axis=1) / np.diff(edges)
-
-
-def _survival(death: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Kaplan-Meier estimate of the share of tokens held n steps after they came (censored at the end)."""
-    total = death.shape[-1]
-    age = (death - np.arange(total)).ravel()
-    died = (death < total).ravel()
-    deaths, leaving = (np.bincount(age[which], minlength=total + 1) for which in (died, np.ones_like(died)))
-    at_risk = age.size - np.concatenate([[0], np.cumsum(leaving)[:-1]])
-    share = np.cumprod(1 - deaths / np.maximum(at_risk, 1))
-    return np.arange(1, total + 1), share[1 : total + 1]

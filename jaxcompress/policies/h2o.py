@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxcompress.policies.policy import Candidates, Observation, Policy, protect_newest
+from jaxcompress.policies.policy import Candidates, Observation, Policy, Scope, protect_newest
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
 
 
 @cache
-def h2o(recent: float | int = 0.5, scope: Literal["query_head", "kv_head", "layer"] = "query_head") -> Policy:
+def h2o(recent: float | int = 0.5, scope: Scope = "query_head") -> Policy:
     """Keeps the most recent tokens and, of the others, those that received most attention so far.
 
     score[n] = sum, over all queries so far, of the attention probability that they gave token n; +inf for the
@@ -36,7 +35,7 @@ def h2o(recent: float | int = 0.5, scope: Literal["query_head", "kv_head", "laye
         return stats + seen.per_set(scope).sum(2)
 
     def score(stats: Stats, held: Candidates) -> SlotScores:
-        newest = recent if isinstance(recent, int) else int(round(recent * held.capacity, 6))
+        newest = recent if isinstance(recent, int) else int(round(recent * held.per_set, 6))
         return protect_newest(stats, held, newest)
 
     needs = recent + 1 if isinstance(recent, int) else 1

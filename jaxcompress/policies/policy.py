@@ -96,6 +96,11 @@ class Candidates(NamedTuple):
         return self.positions >= 0
 
     @property
+    def per_set(self) -> int:
+        """Capacity per head: in a pool the mean."""
+        return self.capacity if self.owner is None else self.capacity // self.around.heads[1]
+
+    @property
     def newest(self) -> Array:
         """[B, P, 1] int32, the newest position held."""
         return self.positions.max(-1, keepdims=True)
@@ -108,11 +113,13 @@ class Observation(NamedTuple):
       weights: [B, K, G, T, N] float32, attention probabilities; zero in the rows of padded queries, and in a pool
         between queries and keys of different heads.
       queries: [B, T] int32, positions of the queries, -1 for padding.
+      visible: [B, P, T] float32, how many candidates each query saw; in a pool the mean over its heads.
       group: query heads per kv head.
     """
 
     weights: Weights
     queries: Positions
+    visible: Float[Array, "B P T"]
     group: int
 
     def per_set(self, scope: Scope) -> Float[Array, "B P T N"]:
@@ -150,14 +157,16 @@ class Gone(NamedTuple):
 
     Attributes:
       keys, values: [B, K, M, D], as they were cached.
-      positions: [B, P, M] int32, -1 for nothing.
+      positions: [B, P, M] int32, the newest first, -1 for nothing.
       stats: their stats, [B, P, M, ...].
+      owner: [B, 1, M] int32 in a pool, the kv head of each; else None.
     """
 
     keys: Float[Array, "B K M D"]
     values: Float[Array, "B K M D"]
     positions: Int[Array, "B P M"]
     stats: Stats
+    owner: Int[Array, "B 1 M"] | None = None
 
 
 class Absorbed(NamedTuple):
@@ -196,7 +205,7 @@ class Policy(NamedTuple):
       frees: how many slots are freed at once when a full state has to take a token.
       keep: for `once`.
       absorb: (stats, candidates that stay, what goes) -> what is held then; None: what goes is dropped.
-      bias: (stats) -> [B, P, N] float32, added to the attention scores of slots; None for none.
+      bias: (stats) -> [B, P or K, N] float32, added to the attention scores of slots; None for none.
       summary: (memory, around) -> stand-ins that queries see beside the slots; None for none.
       oneshot_only: the policy means something only where a whole prompt is selected from at once.
       layers: a policy for each layer of the model; everything else is then asked of these.
@@ -215,7 +224,7 @@ class Policy(NamedTuple):
     frees: int = 1
     keep: int = 0
     absorb: Callable[[Stats, Candidates, Gone], Absorbed] | None = None
-    bias: Callable[[Stats], Float[Array, "B P N"]] | None = None
+    bias: Callable[[Stats], Float[Array, "B #K N"]] | None = None
     summary: Callable[[Memory, Around], Summary] | None = None
     oneshot_only: bool = False
     layers: tuple[Policy, ...] = ()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-import jax
-import jax.numpy as jnp
-
+from jaxcompress.policies.draws import per_token
 from jaxcompress.policies.policy import Candidates, Policy, Scope
 from jaxcompress.state import Stats
 
@@ -20,12 +18,6 @@ def random(seed: int = 0, scope: Scope = "layer") -> Policy:
     """
 
     def init(incoming: Candidates) -> Stats:
-        sets = incoming.positions.shape[1]
-        draw = lambda head, position: jax.random.uniform(
-            jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, incoming.layer), head), position)
-        )
-        key = jax.random.key(seed)
-        heads = jnp.array(incoming.around.which[:sets])[None, :, None] if incoming.owner is None else incoming.owner
-        return jnp.vectorize(draw)(heads, jnp.maximum(incoming.positions, 0))
+        return per_token(seed, incoming)
 
     return Policy("random", score=lambda stats, held: stats, init=init, scope=scope)

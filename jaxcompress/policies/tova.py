@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxcompress.policies.policy import Candidates, Observation, Policy
+from jaxcompress.policies.policy import Candidates, Observation, Policy, Scope
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
 
 
 @cache
-def tova(scope: Literal["layer", "kv_head", "query_head"] = "layer") -> Policy:
+def tova(scope: Scope = "layer") -> Policy:
     """Keeps the tokens to which the newest query attends most (section 4).
 
     score[n] = mean over heads of the attention probability that the newest query gave token n. Nothing is

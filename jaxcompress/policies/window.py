@@ -13,27 +13,30 @@ from jaxcompress.state import Stats
 
 
 @cache
-def window(sinks: int = 0) -> Policy:
+def window(sinks: int = 0, scope: Literal["layer", "kv_head"] = "layer") -> Policy:
     """Keeps the first `sinks` tokens of the sequence and the most recent ones (Window, Window+i).
 
-    score = +inf if position < sinks, else position. One set per layer. Positions stay absolute, as in the static
-    masks of Oren et al. 2024, section 3; compare `streaming_llm`.
+    score = +inf if position < sinks, else position. Positions stay absolute, as in the static masks of Oren et al.
+    2024, section 3; compare `streaming_llm`. All heads keep the same; scope="kv_head" is for capacities that differ
+    between heads, such as the streaming heads of DuoAttention (see `jaxcompress.budgets`).
     """
     _check_sinks(sinks)
-    return Policy(f"window+{sinks}" if sinks else "window", score=_newest(sinks), needs=sinks + 1)
+    name = f"window+{sinks}" if sinks else "window"
+    return Policy(_named(name, scope), score=_newest(sinks), scope=scope, needs=sinks + 1)
 
 
 @cache
-def streaming_llm(sinks: int = 4, evict: Literal["after", "before"] = "after") -> Policy:
+def streaming_llm(
+    sinks: int = 4, evict: Literal["after", "before"] = "after", scope: Literal["layer", "kv_head"] = "layer"
+) -> Policy:
     """Attention sinks and a rolling window (Xiao et al. 2024), at positions re-indexed by rank (`placement="slot"`).
 
     evict="after": a query sees capacity + 1 keys (the paper's perplexity evaluation, `eval_long_ppl.py`).
     evict="before": room is made first, a query sees at most capacity keys (the chat demo, `evict_for_space`).
     """
     _check_sinks(sinks)
-    return Policy(
-        f"streaming_llm+{sinks}-{evict}", score=_newest(sinks), evict=evict, placement="slot", needs=sinks + 1
-    )
+    name = _named(f"streaming_llm+{sinks}-{evict}", scope)
+    return Policy(name, score=_newest(sinks), scope=scope, evict=evict, placement="slot", needs=sinks + 1)
 
 
 def _newest(sinks: int):
@@ -42,6 +45,10 @@ def _newest(sinks: int):
         return jnp.where(held.positions < sinks, jnp.inf, -age.astype(jnp.float32))
 
     return score
+
+
+def _named(name: str, scope: str) -> str:
+    return name if scope == "layer" else f"{name}-{scope}"
 
 
 def _check_sinks(sinks: int) -> None:

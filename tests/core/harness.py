@@ -39,6 +39,38 @@ RULES: dict[str, tuple[Policy, Rule | None]] = {
     "random": (policies.random(3, "kv_head"), None),
     "full": (policies.full(), Rule("full")),
 }
+MORE: dict[str, Policy] = {
+    "observed_attention": policies.observed_attention(),
+    "scissorhands": policies.scissorhands(history=5, recent=1),
+    "scissorhands-layer": policies.scissorhands(history=40, recent=0, scope="layer"),
+    "snapkv": policies.snapkv(2, 3),
+    "snapkv-max": policies.snapkv(3, 3, "max", scope="query_head"),
+    "nacl": policies.nacl(proxies=2, sinks=1, recent=1),
+    "knorm": policies.knorm(),
+    "keydiff": policies.keydiff(),
+    "keydiff-layer": policies.keydiff("layer"),
+    "lagkv": policies.lagkv(2, sinks=1),
+    "lagkv-cross": policies.lagkv(2, sinks=1, cross=True),
+    "cur": policies.cur(4, sinks=1),
+    "expected_attention": policies.expected_attention(future=4, sinks=1),
+    "rkv": policies.rkv(window=2, kernel=3),
+    "rkv-sketch": policies.rkv(window=2, kernel=3, sketch=3),
+    "ada-snapkv": policies.adaptive(policies.snapkv(2, 3, scope="pool")),
+    "ada-keydiff": policies.adaptive(policies.keydiff("pool"), floor=0.5),
+    "tova-pool": policies.tova("pool"),
+    "protect": policies.protect(policies.tova("kv_head"), first=1, recent=2),
+    "pooled": policies.pooled(policies.h2o(0.5, "kv_head"), 3),
+    "chunks": policies.by_chunks(policies.tova(), 3),
+    "within": policies.within_chunks(policies.knorm(), 4),
+    "mix": policies.mix((0.7, policies.ranked(policies.tova())), (0.3, policies.ranked(policies.window()))),
+    "then": policies.then(policies.snapkv(2, 3), policies.window(1, "kv_head")),
+    "sampled": policies.sampled(3, policies.h2o(0, "layer")),
+    "every": policies.every(3, policies.keydiff()),
+    "every-tova": policies.every(2, policies.tova()),
+    "every-ada": policies.every(2, policies.adaptive(policies.h2o(0.5, "pool"))),
+}
+"""Those that the reference does not know; `tests/policies` has the definitions."""
+RULES |= {name: (policy, None) for name, policy in MORE.items()}
 CHUNKS = {"streaming": 1, "chunked": 5, "one-shot": T}  # 5 does not divide T
 
 
@@ -115,6 +147,13 @@ def fresh(case: Case, batch: int = B, dtype: Any = jnp.float32) -> KVState:
     """An empty state of one layer."""
     config = DecoderConfig(8, 8, 8, 1, H, case.kv_heads, D)
     return init_state(config, RULES[case.policy][0], case.bound, batch=batch, dtype=dtype)[0]
+
+
+def tokens_of(state: KVState, b: int, s: int) -> dict[tuple[int, int], int]:
+    """Where one set of one row has each token: (owner, position) -> slot."""
+    owner = np.zeros_like(state.positions[0]) if state.owner is None else state.owner[0]
+    positions = state.positions[0, b, s]
+    return {(int(owner[b, s, i]), int(positions[i])): i for i in np.flatnonzero(positions >= 0)}
 
 
 @partial(jax.jit, static_argnames="case", compiler_options=FAST_COMPILE)
@@ -196,10 +235,9 @@ def permuted(state: KVState, rng: np.random.Generator) -> KVState:
     """The same tokens in other slots, each row and set by an order of its own."""
     layers, batch, sets, slots = state.positions.shape
     order = np.argsort(rng.random((layers, batch, sets, slots)), -1)
-    kv = np.broadcast_to(order, (*state.keys.shape[:3], slots))[..., None]
-    take = lambda x, index: np.take_along_axis(np.asarray(x), index, 3)
-    return replace(
-        state,
-        keys=take(state.keys, kv), values=take(state.values, kv), positions=take(state.positions, order),
-        stats=jax.tree.map(lambda x: take(x, order), state.stats),
-    )  # fmt: skip
+
+    def take(x: Any) -> np.ndarray:
+        index = np.broadcast_to(order, (*x.shape[:3], slots))
+        return np.take_along_axis(np.asarray(x), index.reshape(*index.shape, *[1] * (x.ndim - 4)), 3)
+
+    return replace(state, **jax.tree.map(take, state.slotted()))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcompress.evaluation.figures import _held, _survival, death_times, perplexity_against_slots
+from jaxcompress.evaluation.figures import _held, death_times, perplexity_against_slots, retention
+from jaxcompress.evaluation.retention import KINDS
 from jaxcompress.evaluation.sweep import Row
-from jaxcompress.trace import Trace
+from jaxcompress.tracing import Trace
 
 
 def row(policy: str, slots: int, perplexity: float) -> Row:
@@ -31,6 +32,11 @@ def assert_drawn(path: Path) -> None:
         pixels = np.asarray(picture.convert("L"))
     assert 0.002 < (pixels < 200).mean() < 0.9
     assert len(np.unique(pixels)) > 20
+
+
+def width(path: Path) -> int:
+    with Image.open(path) as picture:
+        return picture.size[0]
 
 
 @pytest.mark.parametrize("full", [[row("full", 1024, 9.0)], []], ids=["full", "no full"])
@@ -80,29 +86,24 @@ def test_held_of_a_window() -> None:
     np.testing.assert_array_equal(_held(death), np.eye(6) + np.eye(6, k=-1))
 
 
-def test_survival_by_hand() -> None:
-    death = np.array([[2, 2, 5, 5, 5]])  # ages 2 and 1, then 3, 2 and 1 at the end of the text
-    age, share = _survival(death)
-    np.testing.assert_array_equal(age, np.arange(1, 6))
-    np.testing.assert_allclose(share, [4 / 5, 4 / 5 * 2 / 3, *[4 / 5 * 2 / 3] * 3])
+@pytest.mark.parametrize(("sets", "panels"), [(1, 2), (3, 4)])
+def test_retention(tmp_path: Path, sets: int, panels: int) -> None:
+    """Two heat maps with their bars for several heads, one for one."""
+    death, kinds = deaths(3, sets, 80), np.arange(80) % len(KINDS)
+    for name, by_kind in (("maps", None), ("kinds", kinds)):
+        retention(death, tmp_path / f"{name}.png", "A policy", by_kind)
+        assert_drawn(tmp_path / f"{name}.png")
+    assert width(tmp_path / "kinds.png") > width(tmp_path / "maps.png") > 150 * panels
 
 
-def test_survival_against_the_product_over_ages() -> None:
-    total = 30
-    death = deaths(2, total, seed=4)
-    ages = [(int(d) - j, d < total) for per_set in death for j, d in enumerate(per_set)]
-    expected, alive = [], 1.0
-    for n in range(1, total + 1):
-        at_risk = sum(age >= n for age, _ in ages)
-        if at_risk:
-            alive *= 1 - sum(age == n and died for age, died in ages) / at_risk
-        expected.append(alive)
-    age, share = _survival(death)
-    np.testing.assert_array_equal(age, np.arange(1, total + 1))
-    np.testing.assert_allclose(share, expected, atol=1e-12)
-    assert (np.diff(share) <= 0).all()
+@pytest.mark.parametrize("life", [1, 5, 1000])
+def test_retention_where_all_tokens_fare_alike(tmp_path: Path, life: int) -> None:
+    """Nothing outlives the window, or nothing is ever forgotten: the colours have no range."""
+    death = np.broadcast_to(np.minimum(np.arange(40) + life, 40), (1, 2, 40))
+    retention(death, tmp_path / "maps.png", kinds=np.zeros(40, int))
+    assert_drawn(tmp_path / "maps.png")
 
 
-def test_survival_where_nothing_dies() -> None:
-    _, share = _survival(np.full((1, 8), 8))
-    np.testing.assert_array_equal(share, np.ones(8))
+def test_retention_of_a_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be \[L, P, T\], not \[2, 1, 1, 9\]; .* one row"):
+        retention(deaths(2, 1, 1, 9), tmp_path / "maps.png")

@@ -16,7 +16,7 @@ from jaxcompress.models.bounded import init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
 from jaxcompress.policies import full, named
-from jaxcompress.trace import Trace, trace
+from jaxcompress.tracing import Trace, trace
 
 TOTAL, PROMPT, SLOTS = 16, 7, 4
 TOKENS = random_tokens(2, TOTAL)

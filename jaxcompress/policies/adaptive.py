@@ -1,0 +1,56 @@
+"""AdaKV: heads share a layer's slots as their scores ask for (Feng et al. 2024, "Ada-KV")."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxcompress.policies.policy import Candidates, Policy
+from jaxcompress.shapes import SlotScores
+from jaxcompress.state import Stats
+
+
+@cache
+def adaptive(policy: Policy, floor: float = 0.2) -> Policy:
+    """Lets the kv heads of a layer compete for one pool of slots, with a guaranteed share for each.
+
+    The best `floor` * capacity tokens of every head are safe; the rest of the pool goes to the highest scores of all
+    heads together. What one head does not need is really used by another: the pool has K * capacity slots whatever the
+    split, in a batch too, and a slot that is freed can take any head's next token. Queries meet the whole pool under a
+    mask, so that attention reads the same bytes as ever and computes K times as many products.
+
+    Args:
+      policy: of scope "pool", e.g. `snapkv(scope="pool")`.
+      floor: kvpress's safeguard; the authors blend an even and an adaptive split instead.
+
+    Raises:
+      ValueError: a policy of another scope, or a floor outside 0..1.
+    """
+    if policy.scope != "pool" or policy.score is None:
+        raise ValueError(f'adaptive needs a policy of scope "pool"; {policy.name} has scope {policy.scope!r}')
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor must be in 0..1, not {floor}")
+    base = policy.score
+
+    def score(stats: Stats, held: Candidates) -> SlotScores:
+        scores = base(stats, held)
+        heads = held.around.heads[1]
+        safe = int(round(held.capacity // heads * floor, 6))
+        return jnp.where(_rank_in_head(scores, held) < safe, jnp.inf, scores)
+
+    return policy._replace(name=f"ada-{policy.name.removesuffix('-pool')}", score=score)
+
+
+def _rank_in_head(scores: SlotScores, held: Candidates) -> Int[Array, "B P N"]:
+    """How many tokens of its own head are better; free slots belong to no head."""
+    n = scores.shape[-1]
+    assert held.owner is not None
+    owner = jnp.where(held.occupied, held.owner, held.around.heads[1])
+    slot = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), scores.shape)
+    owner, _, _, order = jax.lax.sort((owner, -scores.astype(jnp.float32), held.positions, slot), num_keys=3)
+    begins = jnp.diff(owner, axis=-1, prepend=-1) != 0
+    start = jax.lax.cummax(jnp.where(begins, slot, 0), axis=2)
+    return jnp.put_along_axis(jnp.zeros_like(slot), order, slot - start, axis=-1, inplace=False)

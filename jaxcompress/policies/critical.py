@@ -1,0 +1,62 @@
+"""CriticalKV: what a token writes counts, not only how much it is read (Feng et al. 2025)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.policies.geometry import for_set
+from jaxcompress.policies.policy import Candidates, Observation, Policy
+from jaxcompress.select import keep_top
+from jaxcompress.shapes import SlotScores
+from jaxcompress.state import Stats
+
+
+@cache
+def critical(policy: Policy, share: float = 0.5, epsilon: float = 1e-4) -> Policy:
+    """Keeps a share of the slots by score, and fills the others by score times the size of what values write.
+
+    For those not chosen by score: (score + epsilon) |W_o v_n|_1, averaged over the query heads of the group, where W_o
+    is the layer's output projection. |W_o v| is computed once, when the token enters, and costs as much as the
+    projection of one token's attention output per kv head and group. Use bases without a value norm of their own.
+
+    Raises:
+      ValueError: a share outside 0..1, a policy that never evicts; when used without a model (`advance(project=...)`).
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in 0..1, not {share}")
+    if policy.score is None or policy.layers:
+        raise ValueError(f"critical needs a policy that scores tokens; {policy.name} does not")
+    base = policy.score
+
+    def init(incoming: Candidates) -> Stats:
+        return policy.init(incoming), _written(incoming)
+
+    def observe(stats: Stats, seen: Observation) -> Stats:
+        return policy.observe(stats[0], seen), stats[1]
+
+    def score(stats: Stats, held: Candidates) -> SlotScores:
+        scores = base(stats[0], held)
+        sure = keep_top(scores, held.positions, int(round(held.capacity * share, 6)))
+        return jnp.where(sure | jnp.isposinf(scores), jnp.inf, (scores + epsilon) * stats[1])
+
+    return policy._replace(name=f"{policy.name}/critical", init=init, observe=observe, score=score)
+
+
+def _written(held: Candidates) -> Float[Array, "B P N"]:
+    """|W_o v|_1 of each token, the mean over the query heads that read it."""
+    out = held.around.out
+    if out is None:
+        raise ValueError("critical weighs values by the output projection: call advance with project=, or read a model")
+    values = held.values.astype(jnp.float32)
+    out = out.astype(jnp.float32)
+    group = out.shape[1]
+    if values.shape[1] == out.shape[0] * group and group > 1:  # a set per query head
+        out = out.reshape(-1, 1, *out.shape[2:])
+    size = lambda v, w: jnp.abs(jnp.einsum("bnd,gde->bgne", v, w)).sum(-1).mean(1)
+    if held.owner is None:
+        return for_set(jnp.stack([size(values[:, k], out[k]) for k in range(out.shape[0])], axis=1), held)
+    every = jnp.stack([size(values[:, 0], w) for w in out], axis=-1)  # [B, N, K]
+    return jnp.take_along_axis(every[:, None], held.owner[..., None], axis=-1)[..., 0]

@@ -1,0 +1,23 @@
+"""Random numbers per token that depend on seed, layer, head and position only: the same however a sequence is cut, and
+independent of the other rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxcompress.policies.policy import Candidates
+
+
+def per_token(
+    seed: int, tokens: Candidates, sample: Callable[[Key[Array, ""]], Array] = jax.random.uniform
+) -> Float[Array, "B P N"]:
+    """One draw for each token of each set."""
+    key = jax.random.fold_in(jax.random.key(seed), tokens.layer)
+    draw = lambda head, position: sample(jax.random.fold_in(jax.random.fold_in(key, head), position))
+    sets = tokens.positions.shape[1]
+    heads = jnp.array(tokens.around.which[:sets])[None, :, None] if tokens.owner is None else tokens.owner
+    return jnp.vectorize(draw)(heads, jnp.maximum(tokens.positions, 0))

@@ -1,0 +1,157 @@
+"""Scores from keys and values alone: no attention is watched, so that any kernel will do, and no query is needed."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.policies.order import by_age
+from jaxcompress.policies.policy import Candidates, Policy, Scope
+from jaxcompress.shapes import SlotScores
+from jaxcompress.state import Stats
+
+
+@cache
+def knorm(scope: Scope = "kv_head") -> Policy:
+    """Keeps the keys of smallest norm (Devoto et al. 2024, "A Simple and Effective L2 Norm-Based Strategy").
+
+    score[n] = -|k_n|, measured once, when the token enters. RoPE does not change it: repeated tokens tie in layer 0.
+    The authors leave the first two layers alone (`per_layer`).
+    """
+
+    def init(incoming: Candidates) -> Stats:
+        return for_set(-jnp.linalg.norm(incoming.keys.astype(jnp.float32), axis=-1), incoming)
+
+    return Policy(_named("knorm", scope), score=lambda stats, held: stats, init=init, scope=scope)
+
+
+@cache
+def keydiff(scope: Scope = "kv_head") -> Policy:
+    """Keeps keys that point away from the mean direction (Park et al. 2025, "KeyDiff").
+
+    score[n] = -cos(k_n, mean of k/|k| over the tokens held). Reads all keys once more at every selection: combine with
+    `every` for decoding.
+    """
+
+    def score(stats: Stats, held: Candidates) -> SlotScores:
+        keys = _unit(held.keys.astype(jnp.float32), 1e-12)
+        mine = whose(held)  # [B, K, N, heads]
+        anchors = jnp.einsum("bknd,bknh->bkhd", keys, mine)
+        anchor = jnp.einsum("bkhd,bknh->bknd", _unit(anchors, 1e-8), mine)
+        return for_set(-(keys * anchor).sum(-1), held)
+
+    return Policy(_named("keydiff", scope), score=score, scope=scope)
+
+
+@cache
+def lagkv(lag: int = 128, sinks: int = 4, cross: bool = False, scope: Scope = "kv_head") -> Policy:
+    """Keeps tokens whose channels spread widely within the range of the chunk after theirs (Liang et al. 2025).
+
+    By age, the tokens after the `sinks` first are cut into chunks of `lag`; x = (k - min) / (max - min) per channel,
+    with the range of the next chunk; the score is the standard deviation over channels, softmaxed over the chunk,
+    averaged over keys and values. Ranks within a chunk are compared (`cross=False`), so that every chunk gives equally
+    many, or the numbers themselves. The sinks and the last `lag` to 2 lag - 1 tokens are protected. Costs a sort and a
+    pass over keys and values per selection.
+
+    Raises:
+      ValueError: a lag below 2 tokens, or a pool, in which tokens of different heads have no common order.
+    """
+    if lag < 2 or sinks < 0:
+        raise ValueError(f"lag must be at least 2 tokens and sinks 0 or more, not {lag} and {sinks}")
+    _no_pool("lagkv", scope)
+
+    def score(stats: Stats, held: Candidates) -> SlotScores:
+        order = by_age(held)
+        n = held.positions.shape[-1]
+        count = order.occupied.sum(-1)[..., None]  # [B, P, 1]
+        chunks = max(-(-(n - sinks) // lag), 2)
+        parts = []
+        for x in (held.keys, held.values):
+            x = order.take(x.astype(jnp.float32))[:, :, sinks:]
+            x = jnp.pad(x, [(0, 0), (0, 0), (0, chunks * lag - x.shape[2]), (0, 0)])
+            x = x.reshape(*x.shape[:2], chunks, lag, x.shape[-1])
+            after = jnp.roll(x, -1, axis=2)
+            low, high = after.min(3, keepdims=True), after.max(3, keepdims=True)
+            spread = ((x - low) / (high - low)).std(-1, ddof=1)
+            parts.append(jnp.exp(spread - spread.max(-1, keepdims=True)))
+            parts[-1] /= parts[-1].sum(-1, keepdims=True)
+        part = for_set((parts[0] + parts[1]) / 2, held)  # [B, P, chunks, lag]
+        if not cross:
+            part = part.argsort(-1, stable=True).argsort(-1, stable=True) / lag
+        part = jnp.pad(part.reshape(*part.shape[:2], -1), [(0, 0), (0, 0), (sinks, 0)], constant_values=jnp.inf)[
+            ..., :n
+        ]
+        rank = jnp.arange(n)
+        judged = (rank >= sinks) & (sinks + ((rank - sinks) // lag + 2) * lag <= count)
+        scores = order.put(jnp.where(judged, part, jnp.inf))
+        age = (held.newest - held.positions).astype(jnp.float32)
+        newest_first = jnp.where(held.positions < sinks, jnp.inf, -age)
+        return jnp.where(count < sinks + 2 * lag, newest_first, scores)
+
+    name = _named("lagkv-cross" if cross else "lagkv", scope)
+    return Policy(name, score=score, scope=scope, needs=sinks + 2 * lag)
+
+
+@cache
+def cur(local: int = 16, sinks: int = 4, scope: Scope = "kv_head") -> Policy:
+    """Keeps tokens of large keys and values, relative to their surroundings (Sengupta et al. 2025, "CurDKV").
+
+    score[n] = |k|^2 |v|^2, each as a share of its sum over windows of `local` tokens by age: cheap leverage scores of a
+    CUR decomposition. The first `sinks` tokens are protected. Costs a sort and a pass over keys and values per
+    selection.
+
+    Raises:
+      ValueError: a window below 1 token, or a pool, in which tokens of different heads have no common order.
+    """
+    if local < 1 or sinks < 0:
+        raise ValueError(f"local must be at least 1 token and sinks 0 or more, not {local} and {sinks}")
+    _no_pool("cur", scope)
+
+    def init(incoming: Candidates) -> Stats:
+        square = lambda x: jnp.square(x.astype(jnp.float32)).sum(-1)
+        return for_set(square(incoming.keys), incoming), for_set(square(incoming.values), incoming)
+
+    def score(stats: Stats, held: Candidates) -> SlotScores:
+        order = by_age(held)
+        n = held.positions.shape[-1]
+
+        def share(x: Array) -> Array:
+            x = jnp.where(order.occupied, order.take(x), 0.0)
+            wide = jnp.pad(x, [(0, 0), (0, 0), (0, -n % local)]).reshape(*x.shape[:2], -1, local)
+            return (wide / jnp.maximum(wide.sum(-1, keepdims=True), 1e-30)).reshape(*x.shape[:2], -1)[..., :n]
+
+        product = share(stats[0]) * share(stats[1])
+        scores = order.put(product / jnp.maximum(product.sum(-1, keepdims=True), 1e-30))
+        return jnp.where(held.positions < sinks, jnp.inf, scores)
+
+    return Policy(_named("cur", scope), score=score, init=init, scope=scope, needs=sinks + 1)
+
+
+def for_set(x: Float[Array, "B K ..."], held: Candidates) -> Float[Array, "B P ..."]:
+    """Numbers of each head -> of each set: the mean where all heads of a layer share one."""
+    return x if x.shape[1] == held.positions.shape[1] else x.mean(1, keepdims=True)
+
+
+def whose(held: Candidates) -> Float[Array, "B K N heads"]:
+    """1 where a candidate is held by a head, 0 elsewhere; there is one head per set, or in a pool several."""
+    if held.owner is None:
+        occupied = jnp.broadcast_to(held.occupied, held.keys.shape[:3])
+        return occupied[..., None].astype(jnp.float32)
+    return ((held.owner[..., None] == jnp.arange(held.around.heads[1])) & held.occupied[..., None]).astype(jnp.float32)
+
+
+def _unit(x: Array, least: float) -> Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), least)
+
+
+def _named(name: str, scope: Scope) -> str:
+    return name if scope == "kv_head" else f"{name}-{scope}"
+
+
+def _no_pool(name: str, scope: Scope) -> None:
+    if scope == "pool":
+        raise ValueError(
+            f"{name} orders the tokens of a head by age; it cannot be used in a pool, only per head or layer"
+        )

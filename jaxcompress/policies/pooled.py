@@ -1,0 +1,59 @@
+"""Scores smoothed over neighbouring tokens, so that what is kept comes in readable pieces (Li et al. 2024, SnapKV)."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jaxcompress.policies.order import by_age, shift
+from jaxcompress.policies.policy import Candidates, Policy
+from jaxcompress.shapes import SlotScores
+from jaxcompress.state import Stats
+
+Pool = Literal["avg", "max"]
+
+
+@cache
+def pooled(policy: Policy, kernel: int = 5, pool: Pool = "avg") -> Policy:
+    """Pools a policy's scores over `kernel` tokens that are neighbours among those held. Costs a sort.
+
+    Protected tokens (+inf) stay protected and lend nothing to their neighbours.
+
+    Raises:
+      ValueError: an even kernel, or a policy that never scores.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel must be an odd number of tokens, not {kernel}")
+    if policy.score is None:
+        raise ValueError(f"policy {policy.name} keeps everything: there are no scores to pool")
+    base = policy.score
+
+    def score(stats: Stats, held: Candidates) -> SlotScores:
+        scores = base(stats, held)
+        protected = jnp.isposinf(scores)
+        return jnp.where(protected, scores, neighbours(scores, held, ~protected, kernel, pool))
+
+    return policy._replace(name=f"{policy.name}/pooled{kernel}", score=score)
+
+
+def neighbours(
+    scores: SlotScores, held: Candidates, among: Bool[Array, "B P N"], kernel: int, pool: Pool
+) -> SlotScores:
+    """The mean or maximum over `kernel` tokens around each by age, of those in `among` only.
+
+    The mean counts what is missing as zeros, so that ends are penalised, as torch's avg_pool1d does; the maximum not.
+    """
+    order = by_age(held)
+    here = order.take(jnp.broadcast_to(among, scores.shape)) & order.occupied
+    fill = 0.0 if pool == "avg" else -jnp.inf
+    x = jnp.where(here, order.take(scores), fill)
+    head = order.owner.astype(jnp.float32)
+    result = x
+    for by in range(1, kernel // 2 + 1):
+        for side in (by, -by):
+            other = jnp.where(shift(head, side, -1.0) == head, shift(x, side, fill), fill)
+            result = result + other if pool == "avg" else jnp.maximum(result, other)
+    return order.put(result / kernel if pool == "avg" else result)

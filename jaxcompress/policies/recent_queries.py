@@ -1,0 +1,28 @@
+"""What the last w queries attended to, exactly, however tokens arrive: a ring of one number per slot and query."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.policies.policy import Candidates, Observation, Scope
+
+Ring = Float[Array, "B P N w"]
+
+
+def empty_ring(incoming: Candidates, window: int) -> Ring:
+    """[B, P, T, w] of zeros."""
+    return jnp.zeros((*incoming.positions.shape, window), jnp.float32)
+
+
+def record(ring: Ring, seen: Observation, scope: Scope) -> Ring:
+    """Writes each query's probabilities over those of the query w before it."""
+    window, queries = ring.shape[-1], seen.queries
+    column = jnp.arange(window)
+    last = queries > queries.max(-1, keepdims=True) - window
+    mine = ((queries % window)[..., None] == column) & (last & (queries >= 0))[..., None]  # [B, T, w]
+    if queries.shape[1] == 1:
+        new = seen.per_set(scope)[:, :, 0, :, None]
+    else:
+        new = jnp.einsum("bptn,btw->bpnw", seen.per_set(scope), mine.astype(jnp.float32))
+    return jnp.where(mine.any(1)[:, None, None], new, ring)

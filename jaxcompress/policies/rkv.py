@@ -1,0 +1,96 @@
+"""R-KV: important and not said already (Cai et al. 2025, "R-KV: Redundancy-aware KV Cache Compression")."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.policies.geometry import for_set
+from jaxcompress.policies.policy import Candidates, Observation, Policy, protect_newest
+from jaxcompress.policies.pooled import neighbours
+from jaxcompress.policies.recent_queries import Ring, empty_ring, record
+from jaxcompress.shapes import SlotScores
+
+_ROWS = 256  # keys compared with all others at once
+
+
+@cache
+def rkv(
+    mix: float = 0.1, window: int = 8, kernel: int = 7, threshold: float = 0.5, sketch: int | None = None,
+    scope: Literal["layer", "kv_head"] = "kv_head",
+) -> Policy:  # fmt: skip
+    """Keeps what is important and not redundant; made for long generations, in which models repeat themselves.
+
+    score[n] = mix * importance - (1 - mix) * redundancy; +inf for the last `window` tokens. Importance: the mean
+    probability from the last `window` queries within the prefix, max-pooled over `kernel` tokens. Redundancy: the mean
+    cosine of k_n with the other keys held, softmaxed; for each key, the newest one more similar than `threshold` is
+    spared, so that of repeated tokens the last stays.
+
+    The authors compare all keys of a head with each other whenever 128 new tokens have come: combine with `every`.
+    `sketch` compares random projections of the keys to so many channels instead (Johnson and Lindenstrauss 1984): the
+    cosines err by about 1/sqrt(sketch). Two differences from their code: with several query heads per kv head they take
+    the maximum of scores before the softmax, this the mean after it; and where no key is similar they spare the first.
+
+    Raises:
+      ValueError: a mix outside 0..1, a window below 1, an even kernel or a sketch below 1.
+    """
+    if not 0 <= mix <= 1 or window < 1 or kernel % 2 == 0 or (sketch is not None and sketch < 1):
+        raise ValueError(
+            "rkv needs mix in 0..1, window >= 1, an odd kernel and sketch >= 1, "
+            f"not {mix=}, {window=}, {kernel=}, {sketch=}"
+        )
+
+    def init(incoming: Candidates) -> Ring:
+        return empty_ring(incoming, window)
+
+    def observe(ring: Ring, seen: Observation) -> Ring:
+        return record(ring, seen, scope)
+
+    def score(ring: Ring, held: Candidates) -> SlotScores:
+        prefix = held.occupied & (held.positions <= held.newest - window)
+        mass = jnp.where(prefix[..., None], ring, 0.0)
+        mass = (mass / jnp.maximum(mass.sum(2, keepdims=True), 1e-30)).mean(-1)
+        importance = neighbours(mass, held, prefix, kernel, "max")
+        alike = for_set(similarity(_sketched(held.keys, sketch), held, threshold), held)
+        alike = jax.nn.softmax(jnp.where(held.occupied, alike, -jnp.inf), axis=-1)
+        return protect_newest(mix * importance - (1 - mix) * alike, held, window)
+
+    name = "rkv" if sketch is None else f"rkv-sketch{sketch}"
+    return Policy(
+        name if scope == "kv_head" else f"{name}-{scope}", score, init, observe, scope=scope, needs=window + 1
+    )
+
+
+def similarity(keys: Float[Array, "B K N R"], held: Candidates, threshold: float) -> Float[Array, "B K N"]:
+    """Mean cosine of each key with the others held, each other's newest look-alike left out."""
+    b, heads, n, width = keys.shape
+    unit = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
+    at = jnp.broadcast_to(held.positions, (b, heads, n))
+    unit = jnp.where(at[..., None] >= 0, unit, 0.0)
+    blocks = -(-n // _ROWS)
+    pad = [(0, 0), (0, 0), (0, blocks * _ROWS - n)]
+    cut = lambda x: jnp.moveaxis(x.reshape(b, heads, blocks, -1, *x.shape[3:]), 2, 0)
+    rows = cut(jnp.pad(unit, [*pad, (0, 0)])), cut(jnp.pad(at, pad, constant_values=-1))
+
+    def add(total: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
+        vector, position = row
+        cosine = jnp.einsum("bkmr,bknr->bkmn", vector, unit)
+        other = (position[..., None] != at[:, :, None]) & (at[:, :, None] >= 0)
+        cosine = jnp.where(other, cosine, 0.0)
+        like = jnp.where(cosine > threshold, at[:, :, None], -1)
+        spared = (like == like.max(-1, keepdims=True)) & (like >= 0)
+        return total + jnp.where(spared, 0.0, cosine).sum(2), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros((b, heads, n)), rows)
+    return total / jnp.maximum((at >= 0).sum(-1, keepdims=True), 1)
+
+
+def _sketched(keys: Float[Array, "B K N D"], width: int | None) -> Float[Array, "B K N R"]:
+    keys = keys.astype(jnp.float32)
+    if width is None:
+        return keys
+    return keys @ jax.random.normal(jax.random.key(0), (keys.shape[-1], width))

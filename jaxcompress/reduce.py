@@ -1,0 +1,568 @@
+"""reduce: what becomes of the tokens that are not kept: merged into what stays, or summarised beside it.
+
+    policy = with_reduce(tova(), merge_weighted())
+
+Merging changes values only, never keys: cached keys are rotated to their positions, and the mean of keys that stand at
+different positions is the key of none. Summaries average keys before rotation, and cost memory of their own, which
+counts towards the bytes of the state. What is chosen (who goes, who joins whom) has no gradient, what is added up does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcompress.attention import Summary
+from jaxcompress.policies.draws import per_token
+from jaxcompress.policies.policy import Absorbed, Around, Candidates, Gone, Observation, Policy
+from jaxcompress.state import Memory, Stats
+
+BLOCK = 128  # evicted tokens compared at once with what stays: bounds the memory of a one-shot prompt
+_NEVER = jnp.iinfo(jnp.int32).max
+_TINY = 1e-30  # squared norms below this count as this: directions and norms of zero vectors have finite gradients
+
+
+class Reduce(NamedTuple):
+    """What becomes of evicted tokens. Every kv head is seen on its own, whoever shares a set in the policy.
+
+    Attributes:
+      name: for tables and messages.
+      absorb: (numbers, what stays, what goes) -> what is held then. Positions and numbers are [B, K, N] or [B, K, M],
+        keys and values float32, `owner` is None; memory is the reduction's own.
+      init: (positions of incoming tokens [B, K, T]) -> their numbers, of that shape each.
+      observe: (numbers, mass [B, K, N] from a block of queries, the mean over a group's heads) -> numbers.
+      memory: (B, K, D) -> fresh memory of zeros, [B, K, ...] each.
+      bias: (numbers) -> [B, K, N], added to attention scores; None for none.
+      summary: (memory, around) -> stand-ins seen beside the slots; None for none.
+    """
+
+    name: str
+    absorb: Callable[[Stats, Candidates, Gone], Absorbed]
+    init: Callable[[Int[Array, "B K T"]], Stats] = lambda positions: ()
+    observe: Callable[[Stats, Float[Array, "B K N"]], Stats] = lambda numbers, mass: numbers
+    memory: Callable[[int, int, int], Memory] = lambda rows, heads, width: ()
+    bias: Callable[[Stats], Float[Array, "B K N"]] | None = None
+    summary: Callable[[Memory, Around], Summary] | None = None
+
+
+@cache
+def with_reduce(policy: Policy, reduce: Reduce) -> Policy:
+    """The policy, with evicted tokens reduced instead of dropped. Scores and what is kept follow the same rules.
+
+    The policy's stats become (its own, the reduction's), and so does its memory. Of a policy with layers of their own,
+    those that forget are given the reduction.
+
+    Raises:
+      ValueError: nothing is ever evicted, evicted before the new token is seen, or reduced already; or a summary where
+        tokens do not stand at absolute positions.
+    """
+    if policy.layers:
+        layers = tuple(one if one.score is None else with_reduce(one, reduce) for one in policy.layers)
+        if layers == policy.layers:
+            raise ValueError(f"policy {policy.name} never forgets, so there is nothing to reduce; give one that evicts")
+        return policy._replace(name=f"{policy.name}|{reduce.name}", layers=layers)
+    if policy.score is None:
+        raise ValueError(f"policy {policy.name} never forgets, so there is nothing to reduce; give one that evicts")
+    if policy.evict == "before":
+        raise ValueError(f"policy {policy.name} makes room before it sees a token; a reduction needs evict='after'")
+    if policy.absorb is not None or policy.summary is not None:
+        raise ValueError(f"policy {policy.name} reduces what it evicts already; give the policy without")
+    _check_placement(policy.name, policy.placement, reduce)
+    heads = _PerHead(policy)
+    base, score, base_bias = policy, policy.score, policy.bias
+    own = lambda held: held._replace(memory=held.memory[0])
+
+    def absorb(stats: Stats, held: Candidates, gone: Gone) -> Absorbed:
+        _check_placement(policy.name, held.around.placement, reduce)
+        kept, lost = heads.split(held), heads.split_gone(gone, held.around)
+        numbers = jax.tree.map(lambda x: jnp.broadcast_to(x, kept.positions.shape), heads.numbers(stats[1]))
+        done = reduce.absorb(numbers, kept._replace(memory=held.memory[1]), lost)
+        values, changed, numbers = heads.join(done, kept.positions)
+        return Absorbed(values, changed, (stats[0], numbers), (held.memory[0], done.memory))
+
+    def observe(stats: Stats, seen: Observation) -> Stats:
+        mass = seen.per_set("pool" if policy.scope == "pool" else "kv_head").sum(2)
+        mine = heads.pack(reduce.observe(heads.numbers(stats[1]), mass))
+        return base.observe(stats[0], seen), mine
+
+    def bias(stats: Stats) -> Array:
+        parts = [] if base_bias is None else [base_bias(stats[0])]
+        parts += [] if reduce.bias is None else [reduce.bias(heads.numbers(stats[1]))]
+        return sum(parts[1:], parts[0])
+
+    def summary(memory: Memory, around: Around) -> Summary:
+        assert reduce.summary is not None
+        _check_placement(policy.name, around.placement, reduce)
+        return heads.shown(reduce.summary(memory[1], around), around)
+
+    def init(incoming: Candidates) -> Stats:
+        return base.init(own(incoming)), heads.pack(reduce.init(heads.positions(incoming)))
+
+    def memory(held: Candidates) -> Memory:
+        return base.memory(held), reduce.memory(held.keys.shape[0], heads.count(held), held.keys.shape[-1])
+
+    return policy._replace(
+        name=f"{policy.name}|{reduce.name}",
+        init=init,
+        observe=observe,
+        score=lambda stats, held: score(stats[0], own(held)),
+        memory=memory,
+        remember=lambda memory, incoming: (base.remember(memory[0], incoming), memory[1]),
+        absorb=absorb,
+        bias=None if reduce.bias is None and base_bias is None else bias,
+        summary=None if reduce.summary is None else summary,
+    )
+
+
+def _check_placement(name: str, placement: str, reduce: Reduce) -> None:
+    if reduce.summary is not None and placement != "absolute":
+        raise ValueError(
+            f"{reduce.name} needs tokens at absolute positions, policy {name} places them by {placement}; "
+            "use placement='absolute' or merge instead"
+        )
+
+
+class _PerHead(NamedTuple):
+    """Between the sets of a policy and single kv heads.
+
+    Heads that share a set still merge each into another token, so that their numbers differ: they are kept as
+    [B, 1, N, K]. Where every head has a set, and in a pool, they are [B, P, N].
+    """
+
+    policy: Policy
+
+    def count(self, held: Candidates) -> int:
+        """K of the layer, in a pool too."""
+        return held.around.heads[1] if self.policy.scope == "pool" else held.keys.shape[1]
+
+    def positions(self, incoming: Candidates) -> Array:
+        """[B, P, T] -> [B, K, T]; in a pool, where every token has one head, as they are."""
+        if self.policy.scope == "pool":
+            return incoming.positions
+        return jnp.broadcast_to(incoming.positions, incoming.keys.shape[:3])
+
+    def numbers(self, stats: Stats) -> Stats:
+        """[B, P, N, ...] -> [B, K, N]; in a pool [B, 1, N]."""
+        return jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1)[:, :, 0], stats) if self.policy.scope == "layer" else stats
+
+    def pack(self, numbers: Stats) -> Stats:
+        """Back again."""
+        if self.policy.scope != "layer":
+            return numbers
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 1, -1)[:, None], numbers)
+
+    def split(self, held: Candidates) -> Candidates:
+        """Every head with positions of its own. In a pool, keys and values of all are repeated for each head."""
+        owner, k = held.owner, self.count(held)
+        wide = lambda x: jnp.broadcast_to(x, (x.shape[0], k, *x.shape[2:]))
+        positions = wide(held.positions)
+        around = held.around
+        if owner is not None:
+            positions = jnp.where(owner == jnp.arange(k)[:, None], positions, -1)
+            around = around._replace(which=tuple(range(k)))
+        keys, values = (wide(x.astype(jnp.float32)) for x in (held.keys, held.values))
+        return held._replace(keys=keys, values=values, positions=positions, owner=None, around=around)
+
+    def split_gone(self, gone: Gone, around: Around) -> Gone:
+        """Likewise."""
+        k = around.heads[1] if gone.owner is not None else gone.keys.shape[1]
+        wide = lambda x: jnp.broadcast_to(x, (x.shape[0], k, *x.shape[2:]))
+        positions = wide(gone.positions)
+        if gone.owner is not None:
+            positions = jnp.where(gone.owner == jnp.arange(k)[:, None], positions, -1)
+        keys, values = (wide(x.astype(jnp.float32)) for x in (gone.keys, gone.values))
+        return Gone(keys, values, positions, jax.tree.map(wide, self.numbers(gone.stats[1])))
+
+    def join(self, done: Absorbed, positions: Array) -> tuple[Array, Array, Stats]:
+        """Values, what changed and numbers, as the policy has them."""
+        if self.policy.scope != "pool":
+            return done.values, done.changed, self.pack(done.stats)
+        mine = positions >= 0  # each slot belongs to one head
+        only = lambda x: jnp.where(mine.reshape(*mine.shape, *[1] * (x.ndim - 3)), x, 0).sum(1, keepdims=True)
+        return only(done.values), (done.changed & mine).any(1, keepdims=True), jax.tree.map(only, done.stats)
+
+    def shown(self, summary: Summary, around: Around) -> Summary:
+        """In a pool, where all queries look at the same slots: each at the stand-ins of its own head."""
+        if self.policy.scope != "pool":
+            return summary
+        b, k, m, d = summary.keys.shape
+        own = jnp.arange(around.heads[0])[:, None] // around.group == jnp.arange(k * m) // m  # [H, K * M]
+        bias = jnp.where(own, summary.bias.reshape(b, 1, 1, k * m), -jnp.inf)
+        keys, values = (x.reshape(b, 1, k * m, d) for x in (summary.keys, summary.values))
+        return summary._replace(keys=keys, values=values, bias=bias)
+
+
+# Merging: values of what goes are added to values of what stays.
+
+
+@cache
+def merge_nearest(threshold: float = 0.0) -> Reduce:
+    """Merges an evicted value into the kept token with the most similar key (kvpress's MergingPress).
+
+    For evicted e and its target t, the kept token whose cached key has the largest cosine to e's:
+
+      w_e = max(cos(k_e, k_t), 0) * |v_e| / (|v_e| + |v_t|)        v_t <- (v_t + sum w_e v_e) / (1 + sum w_e)
+
+    The sums go over all tokens evicted at once into t. What is less similar than `threshold` is dropped.
+    """
+    _check_share("threshold", threshold, -1.0)
+
+    def absorb(numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
+        near = nearest(held, gone)
+        size = _norm(gone.values)
+        other = _norm(jnp.take_along_axis(held.values, near.target[..., None], axis=2))
+        passes = near.found & (near.cosine >= threshold)
+        weight = jnp.where(passes, jnp.maximum(near.cosine, 0.0) * size / (size + other), 0.0)
+        total, weights = _poured(near.target, weight, gone, held)
+        values = (held.values + total) / (1 + weights)[..., None]
+        return Absorbed(values, weights > 0, numbers, held.memory)
+
+    return Reduce(_named("merge_nearest", threshold=(threshold, 0.0)), absorb)
+
+
+@cache
+def merge_weighted() -> Reduce:
+    """Merges an evicted value into the kept token with the most similar key: a mean of all that the slot stands for.
+
+    Each slot carries n, how many tokens it stands for, and attention adds log n to its score (the proportional
+    attention of Bolya et al. 2023, "Token Merging"):
+
+      v_t <- (n_t v_t + sum n_e v_e) / (n_t + sum n_e)        n_t <- n_t + sum n_e
+
+    so that merging tokens of equal key and value changes nothing, and tokens of equal key are merged without error. The
+    mean of all values, weighted by n, stays what it was.
+    """
+
+    def absorb(size: Stats, held: Candidates, gone: Gone) -> Absorbed:
+        near = nearest(held, gone)
+        weight = jnp.where(near.found, gone.stats, 0.0)
+        total, weights = _poured(near.target, weight, gone, held)
+        together = jnp.maximum(size + weights, 1.0)[..., None]
+        values = jnp.where(weights[..., None] > 0, (size[..., None] * held.values + total) / together, held.values)
+        return Absorbed(values, weights > 0, size + weights, held.memory)
+
+    return Reduce(
+        "merge_weighted", absorb,
+        init=lambda positions: jnp.ones(positions.shape, jnp.float32),
+        bias=lambda size: jnp.log(jnp.maximum(size, 1.0)),
+    )  # fmt: skip
+
+
+@cache
+def cam(targets: int = 32, seed: int = 0) -> Reduce:
+    """Spreads an evicted value evenly over the next kept tokens, by chance (Zhang et al. 2024, "CaM: Cache Merging").
+
+    With the m <= `targets` oldest of the kept tokens younger than e, and mass a = all attention that a token received:
+
+      v_t <- v_t + v_e / m  for each of them, with probability min(a_e / mean a_t, 1), else e is dropped
+
+    The draw depends on seed, layer, head and position only. Values grow: what is moved is mass, not a mean.
+    """
+    if targets < 1:
+        raise ValueError(f"targets must be at least 1 token, not {targets}")
+
+    def absorb(mass: Stats, held: Candidates, gone: Gone) -> Absorbed:
+        kept = held.positions >= 0
+        age = jnp.where(kept, held.positions, _NEVER)
+        slots = jnp.broadcast_to(jnp.arange(age.shape[-1], dtype=jnp.int32), age.shape)
+        order = jax.lax.sort((age, slots), num_keys=1)[1]
+        rank = jnp.put_along_axis(jnp.zeros_like(order), order, slots, axis=-1, inplace=False)
+        draw = per_token(seed, held._replace(positions=gone.positions))
+
+        def block(sums: Any, parts: Any) -> Any:
+            there, position, own, draw, values = parts
+            older = (kept[:, :, None] & (age[:, :, None] <= position[..., None])).sum(-1, keepdims=True)
+            nth = rank[:, :, None] - older
+            chosen = (kept[:, :, None] & (nth >= 0) & (nth < targets)).astype(jnp.float32)  # [B, K, m, N]
+            count = jnp.maximum(chosen.sum(-1), 1.0)
+            mean = jnp.einsum("bkmn,bkn->bkm", chosen, mass, precision="highest") / count
+            share = jnp.where(there & (draw * mean < own), 1 / count, 0.0)[..., None] * chosen
+            return _add(sums, share, values), ()
+
+        parts = gone.positions >= 0, gone.positions, gone.stats, draw, gone.values
+        (total, weights), _ = _in_blocks(block, _no_sums(held), parts)
+        return Absorbed(held.values + total, weights > 0, mass, held.memory)
+
+    return Reduce(
+        _named("cam", targets=(targets, 32), seed=(seed, 0)), absorb,
+        init=lambda positions: jnp.zeros(positions.shape, jnp.float32), observe=lambda old, mass: old + mass,
+    )  # fmt: skip
+
+
+class _Limit(NamedTuple):
+    """[B, K] each: a running threshold, and whether there is one yet (1.0)."""
+
+    threshold: Float[Array, "B K"]
+    started: Float[Array, "B K"]
+
+
+@cache
+def d2o(old: float = 0.5, new: float = 0.5) -> Reduce:
+    """Merges an evicted value into the most similar kept token if it is similar enough (Wan et al. 2024, "D2O").
+
+    "Enough" is a running mean of the largest cosines c_e between the keys of what went and of what stayed, one per row
+    and kv head: the mean of the first eviction's, then old * threshold + new * mean at every later one. Those that
+    reach it are averaged in:
+
+      v_t <- (e v_t + sum exp(c_e) v_e) / (e + sum exp(c_e))
+
+    The weights are the paper's; its code also merges rotated keys, which this does not.
+    """
+    _check_share("old", old)
+    _check_share("new", new)
+
+    def absorb(numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
+        near, before = nearest(held, gone), held.memory
+        cosine = jax.lax.stop_gradient(near.cosine)
+        count = near.found.sum(-1)
+        mean = jnp.where(near.found, cosine, 0.0).sum(-1) / jnp.maximum(count, 1)
+        limit = jnp.where(before.started > 0, old * before.threshold + new * mean, mean)
+        limit = jnp.where(count > 0, limit, before.threshold)
+        # A little slack, since the mean of equal numbers may be rounded up.
+        weight = jnp.where(near.found & (cosine >= limit[..., None] - 1e-6), jnp.exp(near.cosine), 0.0)
+        total, weights = _poured(near.target, weight, gone, held)
+        values = (math.e * held.values + total) / (math.e + weights)[..., None]
+        started = jnp.maximum(before.started, count > 0)
+        return Absorbed(values, weights > 0, numbers, _Limit(limit, started))
+
+    return Reduce(
+        _named("d2o", old=(old, 0.5), new=(new, 0.5)), absorb,
+        memory=lambda rows, heads, width: _Limit(jnp.zeros((rows, heads)), jnp.zeros((rows, heads))),
+    )  # fmt: skip
+
+
+class Nearest(NamedTuple):
+    """For each evicted token the kept token whose key is most similar.
+
+    Attributes:
+      target: its slot, [B, K, M]; the oldest of equals.
+      cosine: [B, K, M], 0 where nothing was found.
+      found: [B, K, M] bool, False for what is no token, and where nothing stays.
+    """
+
+    target: Int[Array, "B K M"]
+    cosine: Float[Array, "B K M"]
+    found: Bool[Array, "B K M"]
+
+
+def nearest(held: Candidates, gone: Gone) -> Nearest:
+    """Compares keys as they are cached, by cosine."""
+    kept, scale = held.positions >= 0, 1 / _norm(held.keys)[:, :, None]
+    age = jnp.where(kept, held.positions, _NEVER)[:, :, None]
+
+    def block(carry: Any, keys: Array) -> Any:
+        like = jnp.einsum("bkmd,bknd->bkmn", _unit(keys), held.keys, precision="highest") * scale
+        seen = jax.lax.stop_gradient(jnp.where(kept[:, :, None], like, -jnp.inf))
+        target = jnp.where(seen == seen.max(-1, keepdims=True), age, _NEVER).argmin(-1)
+        return carry, (target, jnp.take_along_axis(like, target[..., None], axis=-1)[..., 0])
+
+    target, cosine = _in_blocks(block, (), gone.keys)[1]
+    found = (gone.positions >= 0) & kept.any(-1, keepdims=True)
+    return Nearest(target, jnp.where(found, cosine, 0.0), found)
+
+
+def _poured(target: Array, weight: Array, gone: Gone, held: Candidates) -> tuple[Array, Array]:
+    """Sums of weight * value and of weight over what goes into each slot: [B, K, N, D] and [B, K, N].
+
+    As products with one-hot rows: unlike a scatter they add in the same order every time.
+    """
+    slots = jnp.arange(held.positions.shape[-1])
+
+    def block(sums: Any, parts: Any) -> Any:
+        target, weight, values = parts
+        return _add(sums, jnp.where(target[..., None] == slots, weight[..., None], 0.0), values), ()
+
+    return _in_blocks(block, _no_sums(held), (target, weight, gone.values))[0]
+
+
+def _no_sums(held: Candidates) -> tuple[Array, Array]:
+    return jnp.zeros_like(held.values), jnp.zeros_like(held.values[..., 0])
+
+
+def _add(sums: tuple[Array, Array], share: Array, values: Array) -> tuple[Array, Array]:
+    """share [B, K, m, N] of values [B, K, m, D]. Full precision: an accelerator would round the values otherwise."""
+    total = jnp.einsum("bkmn,bkmd->bknd", share, values, precision="highest")
+    return sums[0] + total, sums[1] + share.sum(2)
+
+
+def _in_blocks(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, parts: Any) -> tuple[Any, Any]:
+    """Scans over blocks of evicted tokens, axis 2 of all parts and results, so that no array of all pairs exists."""
+    m = jax.tree.leaves(parts)[0].shape[2]
+    if m <= BLOCK:
+        return body(carry, parts)
+    n = -(-m // BLOCK)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, n * BLOCK - m) if axis == 2 else (0, 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:2], n, BLOCK, *x.shape[3:]), 2, 0)
+
+    def whole(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], n * BLOCK, *x.shape[4:])[:, :, :m]
+
+    carry, results = jax.lax.scan(body, carry, jax.tree.map(cut, parts))
+    return carry, jax.tree.map(whole, results)
+
+
+# Summaries: stand-ins that queries see beside the slots.
+
+
+class MeanSlots(NamedTuple):
+    """Stand-ins of `mean_slots`.
+
+    Attributes:
+      keys, values: [B, K, n, D], means; keys before rotation.
+      position: [B, K, n], mean.
+      count: [B, K, n], how many tokens each stands for.
+    """
+
+    keys: Float[Array, "B K n D"]
+    values: Float[Array, "B K n D"]
+    position: Float[Array, "B K n"]
+    count: Float[Array, "B K n"]
+
+
+@cache
+def mean_slots(n: int = 4) -> Reduce:
+    """Summarises what was evicted by n means per kv head, which every query sees beside the slots.
+
+    An evicted token joins the stand-in whose mean key, before rotation, has the largest cosine to its own; empty ones
+    are filled first. A stand-in is the running mean of keys (un-rotated), values and positions, and is seen at its mean
+    position with log(how many it stands for) added to its score: exact where all of its keys are equal and stand in one
+    place. An online k-means.
+
+    Tokens that are evicted together join one after the other, the oldest first. Costs n * (2 D + 2) float32 numbers per
+    row and kv head. In a sliding-window layer with fewer slots than its window the stand-ins do not leave the window.
+    """
+    if n < 1:
+        raise ValueError(f"mean_slots needs at least 1 stand-in, not {n}")
+
+    def memory(rows: int, heads: int, width: int) -> MeanSlots:
+        vectors, numbers = jnp.zeros((rows, heads, n, width)), jnp.zeros((rows, heads, n))
+        return MeanSlots(vectors, vectors, numbers, numbers)
+
+    def absorb(numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
+        around, there = held.around, gone.positions >= 0
+        # Rotating multiplies by the factor that some models put on cos and sin (YaRN): once in the cache, once here.
+        factor = _norm(around.rotate(jnp.ones(gone.keys.shape[-1]), jnp.zeros(()))) / gone.keys.shape[-1] ** 0.5
+        bare = around.rotate(gone.keys, -gone.positions) / jnp.square(factor)
+
+        def join(old: MeanSlots, token: Any) -> Any:
+            key, value, position, there = token  # [B, K, D], [B, K]
+            like = jnp.einsum("bknd,bkd->bkn", _unit(old.keys), _unit(key), precision="highest")
+            to = jnp.where(old.count == 0, jnp.inf, jax.lax.stop_gradient(like)).argmax(-1)
+            here = (jnp.arange(n) == to[..., None]) & there[..., None]
+            count = old.count + here
+            share = jnp.where(here, 1 / jnp.maximum(count, 1.0), 0.0)
+            means = old.keys, old.values, old.position[..., None]
+            new = zip(means, (key, value, position[..., None]), strict=True)
+            keys, values, position = (x + share[..., None] * (y[:, :, None] - x) for x, y in new)
+            return MeanSlots(keys, values, position[..., 0], count), ()
+
+        # The newest come first in what goes.
+        tokens = bare, gone.values, gone.positions.astype(jnp.float32), there
+        if gone.positions.shape[-1] == 1:
+            new, _ = join(held.memory, tuple(x[:, :, 0] for x in tokens))
+        else:
+            new, _ = jax.lax.scan(join, held.memory, tuple(jnp.moveaxis(x, 2, 0) for x in tokens), reverse=True)
+        return Absorbed(held.values, jnp.zeros(held.positions.shape, bool), numbers, new)
+
+    def summary(memory: MeanSlots, around: Around) -> Summary:
+        bias = jnp.where(memory.count > 0, jnp.log(jnp.maximum(memory.count, 1.0)), -jnp.inf)
+        return Summary(around.rotate(memory.keys, memory.position), memory.values, bias[:, :, None])
+
+    return Reduce(_named("mean_slots", n=(n, 4)), absorb, memory=memory, summary=summary)
+
+
+class LowRank(NamedTuple):
+    """State of `low_rank`.
+
+    Attributes:
+      values: [B, K, r, D], means weighted by the feature.
+      log_mass: [B, K, r], logarithm of the sum of the feature.
+      started: [B, K], 1.0 if there is anything.
+    """
+
+    values: Float[Array, "B K r D"]
+    log_mass: Float[Array, "B K r"]
+    started: Float[Array, "B K"]
+
+
+@cache
+def low_rank(rank: int = 8, seed: int = 0) -> Reduce:
+    """Summarises what was evicted by linear attention with r positive random features (Choromanski et al. 2021).
+
+      phi_i(x) = exp(w_i . x / D^(1/4) - |x|^2 / (2 sqrt D)) / sqrt(r)     w_i ~ N(0, 1), orthogonal in blocks of D
+      out = (A + sum_i phi_i(q) H_i) / (Z + sum_i phi_i(q) z_i)            H = sum phi(k) v, z = sum phi(k) of what went
+
+    where A / Z is attention over the slots: phi(q) . phi(k) is exp(q . k / sqrt D) on average over w. Each feature is a
+    stand-in with score log(phi_i(q) z_i) and value H_i / z_i, so that this is attention over slots and r more. The
+    estimate is unbiased before the division, and its variance grows as exp(|q + k|^2 / sqrt D): with the norms of
+    trained models a few features say little.
+
+    Costs r * (D + 1) + 1 float32 numbers per row and kv head.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1 feature, not {rank}")
+
+    def memory(rows: int, heads: int, width: int) -> LowRank:
+        return LowRank(jnp.zeros((rows, heads, rank, width)), jnp.zeros((rows, heads, rank)), jnp.zeros((rows, heads)))
+
+    def absorb(numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
+        old, there, d = held.memory, (gone.positions >= 0)[..., None], gone.keys.shape[-1]
+        features = jnp.einsum("bkmd,rd->bkmr", gone.keys, _features(rank, d, seed) * d**-0.25, precision="highest")
+        features -= jnp.square(gone.keys).sum(-1, keepdims=True) * (d**-0.5 / 2)
+        # Sums of exponentials, relative to the largest: shares of old and new in what is held then.
+        nothing = -1e30
+        before = jnp.where(old.started[..., None] > 0, old.log_mass, nothing)
+        features = jnp.where(there, features, nothing)
+        mass = jnp.logaddexp(before, jax.nn.logsumexp(features, axis=2))
+        some = (old.started > 0) | there.any((2, 3))
+        kept = jnp.where(old.started[..., None] > 0, jnp.exp(before - mass), 0.0)
+        share = jnp.where(there, jnp.exp(features - mass[:, :, None]), 0.0)
+        values = kept[..., None] * old.values
+        values += jnp.einsum("bkmr,bkmd->bkrd", share, gone.values, precision="highest")
+        new = LowRank(values, jnp.where(some[..., None], mass, 0.0), some.astype(jnp.float32))
+        return Absorbed(held.values, jnp.zeros(held.positions.shape, bool), numbers, new)
+
+    def summary(memory: LowRank, around: Around) -> Summary:
+        b, k, r, d = memory.values.shape
+        bias = jnp.where(memory.started[..., None] > 0, memory.log_mass - math.log(rank), -jnp.inf)
+        keys = jnp.broadcast_to(_features(rank, d, seed) * d**0.25, (b, k, r, d))  # Summary divides by sqrt(d)
+        return Summary(keys, memory.values, bias[:, :, None], norm=d**-0.5 / 2)
+
+    return Reduce(_named("low_rank", rank=(rank, 8), seed=(seed, 0)), absorb, memory=memory, summary=summary)
+
+
+def _features(rank: int, width: int, seed: int) -> Float[Array, "r D"]:
+    """Directions of the features: orthogonal within blocks of D, each distributed as a standard normal vector."""
+    rng = np.random.default_rng(seed)
+    blocks = [np.linalg.qr(rng.standard_normal((width, width)))[0].T for _ in range(-(-rank // width))]
+    lengths = np.sqrt(rng.chisquare(width, (rank, 1)))
+    return jnp.asarray(np.concatenate(blocks)[:rank] * lengths, jnp.float32)
+
+
+def _norm(x: Float[Array, "... D"]) -> Float[Array, "..."]:
+    return jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1), _TINY))
+
+
+def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    return x / _norm(x)[..., None]
+
+
+def _named(name: str, **given: tuple[Any, Any]) -> str:
+    """The name, with what differs from the usual."""
+    changed = ",".join(f"{key}={value:g}" for key, (value, usual) in given.items() if value != usual)
+    return f"{name}({changed})" if changed else name
+
+
+def _check_share(name: str, value: float, low: float = 0.0) -> None:
+    if not low <= value <= 1:
+        raise ValueError(f"{name} must be in {low:g}..1, not {value!r}")
