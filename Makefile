@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit slow clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,7 +25,10 @@ types: $(READY)
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(READY)
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: $(READY)
+	@$(BIN)/python -m pytest -n 2 -m slow
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

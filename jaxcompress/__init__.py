@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from jaxcompress.embedded import load_embedded
     from jaxcompress.generation import Sampler, Settings, Tokenizer, generate
     from jaxcompress.models.bounded import init_state, read
-    from jaxcompress.policies import Policy, named
+    from jaxcompress.naming import named
+    from jaxcompress.policies import Policy
     from jaxcompress.recurrence import advance
     from jaxcompress.state import KVState, State
     from jaxcompress.tracing import trace
@@ -31,7 +32,8 @@ _HOME = {
     "load_embedded": "embedded",
     **dict.fromkeys(("Sampler", "Settings", "Tokenizer", "generate"), "generation"),
     **dict.fromkeys(("init_state", "read"), "models.bounded"),
-    **dict.fromkeys(("Policy", "named"), "policies"),
+    "Policy": "policies",
+    "named": "naming",
     "advance": "recurrence",
     **dict.fromkeys(("KVState", "State"), "state"),
     "trace": "tracing",

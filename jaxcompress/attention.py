@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, Values
-from jaxcompress.storage import Quantised, split
+from jaxcompress.storage import Quantised, Stored, parts
 
 MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
 
@@ -79,11 +79,11 @@ class Extra(NamedTuple):
     """What is added to attention over slots.
 
     Attributes:
-      bias: [B, P or K, S] float32, added to the scores of slots, or None.
+      bias: [B, K or 1, S] float32, added to the scores of slots, or None.
       summary: seen beside the slots, or None.
     """
 
-    bias: Float[Array, "B #K S"] | None = None
+    bias: Float[Array, "B K S"] | None = None
     summary: Summary | None = None
 
 
@@ -102,25 +102,33 @@ def slot_attention(
 
     What is not visible receives nothing; rows in which no query is present (padding) give nothing.
     """
-    numbers, scale = split(keys)
-    scores = jnp.einsum("bkgd,bksd->bkgs", q, numbers, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if scale is not None:
-        scores *= scale[:, :, None]
+    scores = _products(q, keys) * q.shape[-1] ** -0.5
     if extra.bias is not None:
         scores += extra.bias[:, :, None]
     present = present[:, None, None, None]
-    numbers, scale = split(values)
     if extra.summary is None:
         weights = masked_softmax(scores, visible, present)
-        scaled = weights if scale is None else weights * scale[:, :, None]
-        return jnp.einsum("bkgs,bksd->bkgd", scaled.astype(numbers.dtype), numbers), weights
+        return _weighted_sum(weights, values), weights
     more = extra.summary.scores(q[:, None])[:, :, :, 0]
     both = jnp.concatenate([scores, more], axis=-1)
     seen = jnp.concatenate([jnp.broadcast_to(visible, scores.shape), jnp.isfinite(more)], axis=-1)
     weights, shares = jnp.split(masked_softmax(both, seen, present), [scores.shape[-1]], axis=-1)
-    scaled = weights if scale is None else weights * scale[:, :, None]
-    out = jnp.einsum("bkgs,bksd->bkgd", scaled.astype(numbers.dtype), numbers)
+    out = _weighted_sum(weights, values)
     return out + jnp.einsum("bkgm,bkmd->bkgd", shares, extra.summary.values).astype(out.dtype), weights
+
+
+def _products(q: Float[Array, "B K G D"], keys: Stored) -> Float[Array, "B K G S"]:
+    numbers, scale = parts(keys)
+    pairs = zip(jnp.split(q, len(numbers), axis=-1), numbers, strict=True)
+    first, *rest = [jnp.einsum("bkgd,bksd->bkgs", a, b, preferred_element_type=jnp.float32) for a, b in pairs]
+    scores = sum(rest, first)
+    return scores if scale is None else scores * scale[:, :, None]
+
+
+def _weighted_sum(weights: Float[Array, "B K G S"], values: Stored) -> Float[Array, "B K G D"]:
+    numbers, scale = parts(values)
+    weights = (weights if scale is None else weights * scale[:, :, None]).astype(numbers[0].dtype)
+    return jnp.concatenate([jnp.einsum("bkgs,bksd->bkgd", weights, x) for x in numbers], axis=-1)
 
 
 def masked_softmax(
@@ -128,7 +136,9 @@ def masked_softmax(
 ) -> Float[Array, "*batch N"]:
     """Probabilities over what is visible, float32; all zero for queries that are not present."""
     scores = jnp.where(visible, scores, MASKED)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    # The maximum cancels out and has no gradient; asked for one, jax divides by how many scores equal it, which is zero
+    # where compiled code computes them twice and rounds differently.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     return weights * (present / weights.sum(-1, keepdims=True))
 
 

@@ -97,7 +97,7 @@ def pyramid_even(mean: int | float, layers: int, tokens: int, window: int = 64, 
     return tuple(round(high - layer * (high - low) / max(layers - 1, 1)) for layer in range(layers))
 
 
-def proportional(weights: Any, mean: int, least: int = 1) -> Any:
+def proportional(weights: Any, mean: int, least: int = 1) -> PerLayer | PerHead:
     """Slots in proportion to weights; the total is exactly mean times their number, rounded by largest remainder.
 
     Who would get less than `least` gets `least`, and the others share the rest in proportion. Equal remainders are
@@ -124,20 +124,15 @@ def proportional(weights: Any, mean: int, least: int = 1) -> Any:
             f"{list(array.shape)}"
         )
     _check(mean, array.size, least, "layers" if array.ndim == 1 else "heads")
-    flat = [Fraction(weight) for weight in array.ravel().tolist()]
-    given = _rounded(_at_least(flat, mean * len(flat), least))
-    if array.ndim == 1:
-        return given
-    heads = array.shape[1]
-    return tuple(given[at : at + heads] for at in range(0, len(given), heads))
+    return _shared(array, mean, least) if array.ndim == 1 else _per_head(array, mean, least)
 
 
 def from_scores(scores: Float[Array, "L B K N"], mean: int, least: int = 1) -> PerHead:
     """Head budgets by competition: how many of the best mean * L * K scores of a row are each head's own.
 
     This is how a threshold over all layers and heads shares slots (KVzip, Kim et al. 2025, "pair" level), turned into
-    capacities. Shapes depend on them, so that it runs on the host and what follows is compiled for this very split. With
-    several rows every head gets its mean share, rounded: the rows of a batch have one shape.
+    capacities. Shapes depend on them: this runs on the host, and what follows is compiled for this very split. With
+    several rows every head gets its mean share, rounded, since the rows of a batch have one shape.
 
     Args:
       scores: higher is kept, inf for sure, -inf for what is not there.
@@ -147,10 +142,11 @@ def from_scores(scores: Float[Array, "L B K N"], mean: int, least: int = 1) -> P
       ValueError: a mean below `least`.
     """
     layers, batch, heads, n = scores.shape
+    _check(mean, layers * heads, least, "heads")
     positions = jnp.where(jnp.isneginf(scores), -1, jnp.arange(n, dtype=jnp.int32))  # older tokens win ties
     flat = lambda x: x.transpose(1, 0, 2, 3).reshape(batch, 1, -1)
     best = np.asarray(keep_top(flat(scores), flat(positions), mean * layers * heads))
-    return proportional(best.reshape(batch, layers, heads, n).sum((0, 3)), mean, least)
+    return _per_head(best.reshape(batch, layers, heads, n).sum((0, 3)), mean, least)
 
 
 def retrieval_split(retrieval: np.ndarray, slots: int, streaming: int) -> PerHead:
@@ -186,6 +182,16 @@ def _check(mean: int, number: int, least: int, what: str) -> None:
             if least >= 1
             else f"everyone needs at least 1 slot, least={least} was given"
         )
+
+
+def _shared(weights: np.ndarray, mean: int, least: int) -> PerLayer:
+    flat = [Fraction(weight) for weight in weights.tolist()]
+    return _rounded(_at_least(flat, mean * len(flat), least))
+
+
+def _per_head(weights: np.ndarray, mean: int, least: int) -> PerHead:
+    given, heads = _shared(weights.ravel(), mean, least), weights.shape[1]
+    return tuple(given[at : at + heads] for at in range(0, len(given), heads))
 
 
 def _at_least(weights: Sequence[Fraction], total: int, least: int) -> list[Fraction]:

@@ -27,9 +27,11 @@ def attention_spread(model: Decoder, tokens: Tokens, valid: Valid | None = None)
     """Over how many tokens the attention of each kv head is spread.
 
     A query's spread is exp(entropy) of its attention, averaged over the query heads that share the kv head: 1 if all of
-    it falls on one token, n if n tokens get the same. What is returned is its mean over all queries of all rows. A head
-    that looks at few tokens at a time needs few slots if they are always the same ones or new ones; a head of small
-    spread may still look far back (see `retrieval_heads`).
+    it falls on one token, n if n tokens get the same. What is returned is its mean over all queries of all rows.
+
+    It describes a head and is no measure of its need: a head that looks at one token at a time may look far back for
+    it, and what a diffuse head averages may not matter. On the embedded model, slots in proportion to spread are worse
+    than the same for all, in proportion to the gates of `retrieval_heads` better (`experiments/slot_sharing.py`).
 
     Weights exist for one layer and `QUERY_BLOCK` queries at a time, never for all queries and keys.
 
@@ -111,25 +113,25 @@ def retrieval_heads(
 ) -> RetrievalHeads:
     """Finds the heads that need the whole context (DuoAttention, Xiao et al. 2024, section 2.2).
 
-    Each kv head of each layer gets a gate g, 1 at first, and returns g * full attention + (1 - g) * attention to sinks and
-    recent tokens. Adam lowers, over the gates alone,
+    Each kv head of each layer gets a gate g, 1 at first, and returns g * full attention + (1 - g) * attention to sinks
+    and recent tokens. Adam lowers, over the gates alone,
 
         mean over answers of mean_E (hidden of the model - hidden with gates)^2 + penalty * mean(gates)
 
-    of final hidden states, so that a gate stays open only where an answer depends on it. Gates are clipped to 0..1 after
-    every step; the rate rises over the first fifth of the steps and falls over the last, between a tenth and all of it.
+    of final hidden states, so that a gate stays open only where an answer depends on it. Gates are clipped to 0..1
+    after every step; the rate rises over the first fifth of the steps and falls over the last, from and to a tenth.
 
     Other than the authors' code: both attentions of a head see the gated layers below, as they will in use (there, full
     attention is that of the ungated model), the hidden states compared are those that predict an answer's tokens, and
     rate and steps suit a model of a few heads (theirs: 0.02 and 2,000).
 
     Args:
-      tokens: [B, T] integers, texts that ask for something told long before, such as those of `jaxcompress.evaluation.exam`.
+      tokens: [B, T] integers, texts that ask for something told long before (see `jaxcompress.evaluation.exam`).
       asked: [B, T] bool, True for the tokens of the answers.
       share: of all heads, how many are called retrieval heads; rounded.
       sinks, recent: what the other heads will see.
       rows: texts per step, drawn from all in an order given by the seed.
-      penalty: on open gates. Hidden states are normed, so that it means the same for any model.
+      penalty: on open gates. Final hidden states are normed, so that its size hardly depends on the model.
       progress: called with the number of each step done.
 
     Raises:
@@ -141,6 +143,7 @@ def retrieval_heads(
     schedule = lambda step: jnp.minimum(1.0, jnp.maximum(0.1, jnp.minimum(step + 1, steps - step) * 5 / steps)) * rate
     optimizer = optax.adam(schedule)
     gates = jnp.ones((model.config.num_layers, model.config.num_kv_heads))
+    update: Any
     moments = optimizer.init(gates)
     wanted = [np.asarray(_hidden(model, row[None])) for row in tokens]  # the same at every step
     how: dict[str, Any] = dict(streaming=(sinks, recent), penalty=penalty)
@@ -194,9 +197,9 @@ def _slope(
         gate = jnp.repeat(gate, q.shape[2] // k.shape[2])[:, None].astype(q.dtype)
         return gate * full + (1 - gate) * near
 
-    def attend(q, k, v, positions, layer, index, carry, gate):
+    def attend(q, k, v, positions, layer, index, carry, xs):
         q, k, window = _placed(model, q, k, positions, index)
-        return mixed(q, k, v, gate, window), carry, None
+        return mixed(q, k, v, xs, window), carry, None
 
     def loss(gates: Array) -> tuple[Array, Array]:
         hidden = model.norm(model.run_layers(model.embed(tokens), positions, attend, xs=gates)[0])
@@ -229,6 +232,6 @@ def _check_texts(tokens: np.ndarray, asked: np.ndarray, share: float, near: int)
         raise ValueError(f"share is a part of all heads, 0 to 1, not {share}")
     if tokens.shape[1] <= near:
         raise ValueError(
-            f"texts of {tokens.shape[1]} tokens lie within the {near} sinks and recent tokens that every head sees; give "
-            "longer texts or fewer of these"
+            f"texts of {tokens.shape[1]} tokens lie within the {near} sinks and recent tokens that every head sees; "
+            "give longer texts or fewer of these"
         )

@@ -1,8 +1,8 @@
 """KVzip: keeps what the model needs to repeat its context (Kim et al. 2025, "KVzip").
 
 A context is read in full, then the model is given the context once more, as if it repeated it. What its attention never
-looks up in the cache while repeating, no question is likely to need. So the compressed state is good for questions that are
-not known yet, which scores taken from the end of a prompt are not.
+looks up in the cache while repeating, no question is likely to need. So the compressed state is good for questions that
+are not known yet, which scores taken from the end of a prompt are not.
 
     now = kvzip(model, [context], tova("kv_head"), slots=256, repeat=asking(encode))
     now = prefill(model, [question], now, tova("kv_head"))     # from here on everything is as ever
@@ -32,9 +32,15 @@ from jaxcompress.shapes import SlotScores, Tokens, Valid
 from jaxcompress.state import KVState, State, Stats
 from jaxcompress.storage import load, store
 
-GROWING = Policy("growing", score=None, scope="kv_head", evict="once")
-"""What was kept stays, and whatever comes is added: for decoding in a shrunk state that has `room`, as in KVzip's code. A
-token that finds no room is an error."""
+
+def _oldest(stats: Stats, held: Candidates) -> SlotScores:
+    """A full state takes nothing more."""
+    return -held.positions.astype(jnp.float32)
+
+
+GROWING = Policy("growing", _oldest, scope="kv_head", evict="once")
+"""What was kept stays, and whatever comes is added: for a shrunk state that has `room`, as in KVzip's code. A token
+that finds no room is an error. Means nothing in a fresh state."""
 
 READ_CHUNK = 512  # tokens of a context that are read at once
 
@@ -63,7 +69,7 @@ def asking(encode: Callable[[str], Sequence[int]], after: str = "\n") -> Repeat:
       after: what the model's chat template puts between a user's message and the answer; a line break for a model
         without one, as in kvpress.
     """
-    ids = lambda text: tuple(int(i) for i in encode(text))
+    ids = lambda text: tuple(map(int, encode(text)))
     return Repeat(
         ids("\n\nRepeat the previous context exactly."),
         ids("\n\nRepeat the part of the previous context exactly, starting with "),
@@ -95,8 +101,8 @@ def kvzip(
       prompts: contexts of any lengths; rows are independent.
       policy: what decides from here on, of scope `kv_head`, `layer` or `pool`; `GROWING` for nothing more to go. Its
         numbers start fresh. In a pool the heads of a layer compete for its slots.
-      slots: how many tokens each head keeps. `from_scores` in `jaxcompress.budgets` shares them over layers and heads by
-        the scores themselves (see `reconstruct`).
+      slots: how many tokens each head keeps. To share them over layers and heads by the scores themselves, call
+        `reconstruct`, `jaxcompress.budgets.from_scores` and `shrink` in turn.
       repeat: see `asking`.
       room: slots beside these, for what comes later.
       sinks: the first tokens, always kept and not asked for (the system prompt, in the authors' code).
@@ -104,9 +110,14 @@ def kvzip(
       seeds, dtype, placement: see `jaxcompress.generation.start` and `prefill`; dtype is that of the small state.
 
     Raises:
-      ValueError: see `prefill`, `reconstruct` and `shrink`.
+      ValueError: layers of different placement, and see `prefill`, `reconstruct` and `shrink`.
       FloatingPointError: logits are not finite.
     """
+    placements = {mine.placement for mine in policy.layers or (policy,)}
+    if placement is None and len(placements) > 1:
+        raise ValueError(
+            f"the layers of {policy.name} place tokens differently: {sorted(placements)}; name a placement"
+        )
     placement = placement or policy.placement
     whole = read_whole(model, prompts, seeds=seeds, placement=placement)
     scores = reconstruct(model, prompts, whole.state, repeat, sinks=sinks, chunk=chunk, placement=placement)
@@ -122,12 +133,12 @@ def read_whole(
 ) -> Progress:
     """Reads contexts into a state that holds all of the longest: the token at position i is in slot i."""
     _check_windows(model)
-    longest = max((len(prompt) for prompt in prompts), default=1)
-    empty = start(model, _READING, max(longest, 1), batch=len(prompts), seeds=seeds)
-    size = min(READ_CHUNK, max(longest, 1))
-    return prefill(
-        model, prompts, empty, _READING, mode="chunked", chunk=size, segment=size, placement=placement
-    )
+    if not len(prompts):
+        raise ValueError("no prompts were given")
+    longest = max(1, *map(len, prompts))
+    size = min(READ_CHUNK, longest)
+    empty = start(model, _READING, longest, batch=len(prompts), seeds=seeds)
+    return prefill(model, prompts, empty, _READING, mode="chunked", chunk=size, segment=size, placement=placement)
 
 
 def reconstruct(
@@ -199,10 +210,10 @@ def shrink(
     Runs once, outside of jit. Both states are in memory until the full one is let go.
 
     Args:
-      state: every layer with all its heads in one part, such as `read_whole` or the policy `full` make; with keys cached
-        as the policy's placement needs them.
+      state: every layer with all its heads in one part, such as `read_whole` or the policy `full` make; with keys
+        cached as the policy's placement needs them.
       scores: for every slot, higher is kept, +inf for sure. On a tie the older token stays.
-      policy: what decides from here on, of scope `kv_head`, `layer` (then the mean of a layer's scores counts) or `pool`.
+      policy: what decides from here on, of scope `kv_head`, `layer` (the mean of a layer's scores counts) or `pool`.
         Its numbers start as for tokens that just came; what it remembers per row starts empty.
       slots: how many tokens each head keeps; heads of different number are stored apart (scope `kv_head`).
       room: slots beside these, for what comes later.
@@ -217,7 +228,9 @@ def shrink(
     if sum(part.layer.shape[0] for part in state) != config.num_layers or any(
         part.heads or part.owner is not None or part.kv_heads != config.num_kv_heads for part in state
     ):
-        raise ValueError("only a state that holds all kv heads of a layer together, each in slots of its own, can shrink")
+        raise ValueError(
+            "only a state that holds all kv heads of a layer together, each in slots of its own, can shrink"
+        )
     _, batch, _, n = state[0].positions.shape
     expected = config.num_layers, batch, config.num_kv_heads, n
     if scores.shape != expected:
@@ -226,7 +239,7 @@ def shrink(
         raise ValueError(f"scores are per kv head; policy {policy.name} has a set per query head")
     if room < 0:
         raise ValueError(f"room is a number of slots, 0 or more, not {room}")
-    like = jax.tree.leaves(state[0].keys)[0].dtype if dtype is None else dtype
+    like = state[0].keys.dtype if dtype is None else dtype
     small = []
     for part in init_state(config, policy, _with_room(slots, room), batch=batch, dtype=like):
         layers = tuple(np.asarray(part.layer).tolist())
@@ -256,11 +269,6 @@ def _observe(stats: Stats, seen: Observation) -> Stats:
     whole = weights.sum(-1, keepdims=True)
     weights = weights / jnp.where(whole > 0, whole, 1.0)
     return _Watched(stats.inside, jnp.maximum(stats.best, weights.max((2, 3))))
-
-
-def _oldest(stats: Stats, held: Candidates) -> SlotScores:
-    """A full state takes nothing more, so that what repeats leaves no trace."""
-    return -held.positions.astype(jnp.float32)
 
 
 _WATCHING = Policy("kvzip", _oldest, _init, _observe, scope="kv_head")
@@ -298,9 +306,7 @@ def _repeated(
     )
     done = read(model, tokens, aimed, _WATCHING, valid=valid, chunk=tokens.shape[1], placement=placement).state
     # What is held stays in its slots. Free slots may have taken tokens of the repetition: they are not `here`.
-    return tuple(
-        jnp.where(mine, part.stats.best, old) for mine, part, old in zip(here, done, best, strict=True)
-    )
+    return tuple(jnp.where(mine, part.stats.best, old) for mine, part, old in zip(here, done, best, strict=True))
 
 
 @partial(jax.jit, static_argnames=("policy", "room", "layers"))
@@ -339,7 +345,9 @@ def _filled(
     keys, values, held = pick(keys), pick(values), jnp.where(pick(kept), pick(held), -1)
     owner = None if owner is None else jnp.where(held >= 0, pick(owner), 0)
     group = config.num_heads // config.num_kv_heads
-    out = model.layers.attention.out.kernel[...].reshape(config.num_layers, -1, group, config.head_dim, config.hidden_size)
+    out = model.layers.attention.out.kernel[...].reshape(
+        config.num_layers, -1, group, config.head_dim, config.hidden_size
+    )
     turn, nothing = partial(rotate, rope=config.rope), jnp.zeros_like(new.seen)
 
     def numbers(keys: Any, values: Any, held: Any, owner: Any, memory: Any, layer: Any) -> Stats:
@@ -349,9 +357,7 @@ def _filled(
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (*held.shape, *x.shape[3:])), policy.init(came))
 
     stats = jax.vmap(numbers)(keys, values, held, owner, new.memory, new.layer)
-    fresh = dict(
-        keys=store(keys, new.keys), values=store(values, new.values), positions=held, owner=owner, stats=stats
-    )
+    fresh = dict(keys=store(keys, new.keys), values=store(values, new.values), positions=held, owner=owner, stats=stats)
     put = lambda old, x: old.at[:, :, :, : order.shape[-1]].set(x)
     old = new.slotted()
     return replace(new, seen=state[0].seen, **{name: jax.tree.map(put, old[name], fresh[name]) for name in old})

@@ -295,12 +295,12 @@ def _evict(state: KVState, layer: Any, how: _How, rows: Array | None = None) -> 
     after = replace(state, positions=state.positions.at[layer].set(jnp.where(goes, -1, held)))
     if freed is None or policy.absorb is not None:
         index = jax.lax.top_k(jnp.where(goes, held, -1), n)[1]
-        freed = jnp.take_along_axis(marked, index, axis=-1)
+        gone = jnp.take_along_axis(marked, index, axis=-1)
         if policy.absorb is not None:
-            merged = lambda: _absorb(after, layer, how, _gone(state, layer, index, freed))
+            merged = lambda: _absorb(after, layer, how, _gone(state, layer, index, gone))
             # Where many are freed at once, most steps free nothing.
-            after = merged() if n == 1 else jax.lax.cond((freed >= 0).any(), merged, lambda: after)
-        freed = _by_owner(freed, index, jax.tree.map(lambda x: x[layer], state.owner), how)
+            after = merged() if policy.frees == 1 else jax.lax.cond((gone >= 0).any(), merged, lambda: after)
+        freed = _by_owner(gone, index, jax.tree.map(lambda x: x[layer], state.owner), how)
     return after, freed
 
 

@@ -5,6 +5,9 @@
 Merging changes values only, never keys: cached keys are rotated to their positions, and the mean of keys that stand at
 different positions is the key of none. Summaries average keys before rotation, and cost memory of their own, which
 counts towards the bytes of the state. What is chosen (who goes, who joins whom) has no gradient, what is added up does.
+
+Tokens that leave a sliding window are dropped as ever. What a layer with fewer slots than its window has merged or
+summarised before stays visible beyond the window.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from jaxcompress.state import Memory, Stats
 
 BLOCK = 128  # evicted tokens compared at once with what stays: bounds the memory of a one-shot prompt
 _NEVER = jnp.iinfo(jnp.int32).max
-_TINY = 1e-30  # squared norms below this count as this: directions and norms of zero vectors have finite gradients
+_TINY = 1e-16  # squared norms below this count as this: what depends on the norm of a zero vector has a finite gradient
 
 
 class Reduce(NamedTuple):
@@ -54,10 +57,11 @@ class Reduce(NamedTuple):
 
 @cache
 def with_reduce(policy: Policy, reduce: Reduce) -> Policy:
-    """The policy, with evicted tokens reduced instead of dropped. Scores and what is kept follow the same rules.
+    """The policy, with evicted tokens reduced instead of dropped. What is kept follows the same rule as without.
 
     The policy's stats become (its own, the reduction's), and so does its memory. Of a policy with layers of their own,
-    those that forget are given the reduction.
+    those that forget are given the reduction. Whatever works on scores may come before or after: `every(16, p)` and
+    `protect(p, first=4)` of a reduced p are the same as reducing these.
 
     Raises:
       ValueError: nothing is ever evicted, evicted before the new token is seen, or reduced already; or a summary where
@@ -67,7 +71,7 @@ def with_reduce(policy: Policy, reduce: Reduce) -> Policy:
         layers = tuple(one if one.score is None else with_reduce(one, reduce) for one in policy.layers)
         if layers == policy.layers:
             raise ValueError(f"policy {policy.name} never forgets, so there is nothing to reduce; give one that evicts")
-        return policy._replace(name=f"{policy.name}|{reduce.name}", layers=layers)
+        return policy._replace(name=f"{policy.name}/{reduce.name}", layers=layers)
     if policy.score is None:
         raise ValueError(f"policy {policy.name} never forgets, so there is nothing to reduce; give one that evicts")
     if policy.evict == "before":
@@ -76,7 +80,7 @@ def with_reduce(policy: Policy, reduce: Reduce) -> Policy:
         raise ValueError(f"policy {policy.name} reduces what it evicts already; give the policy without")
     _check_placement(policy.name, policy.placement, reduce)
     heads = _PerHead(policy)
-    base, score, base_bias = policy, policy.score, policy.bias
+    score, other_bias = policy.score, policy.bias
     own = lambda held: held._replace(memory=held.memory[0])
 
     def absorb(stats: Stats, held: Candidates, gone: Gone) -> Absorbed:
@@ -90,12 +94,12 @@ def with_reduce(policy: Policy, reduce: Reduce) -> Policy:
     def observe(stats: Stats, seen: Observation) -> Stats:
         mass = seen.per_set("pool" if policy.scope == "pool" else "kv_head").sum(2)
         mine = heads.pack(reduce.observe(heads.numbers(stats[1]), mass))
-        return base.observe(stats[0], seen), mine
+        return policy.observe(stats[0], seen), mine
 
     def bias(stats: Stats) -> Array:
-        parts = [] if base_bias is None else [base_bias(stats[0])]
-        parts += [] if reduce.bias is None else [reduce.bias(heads.numbers(stats[1]))]
-        return sum(parts[1:], parts[0])
+        theirs = 0.0 if other_bias is None else other_bias(stats[0])
+        mine = 0.0 if reduce.bias is None else reduce.bias(heads.numbers(stats[1]))
+        return jnp.asarray(theirs + mine)
 
     def summary(memory: Memory, around: Around) -> Summary:
         assert reduce.summary is not None
@@ -103,20 +107,20 @@ def with_reduce(policy: Policy, reduce: Reduce) -> Policy:
         return heads.shown(reduce.summary(memory[1], around), around)
 
     def init(incoming: Candidates) -> Stats:
-        return base.init(own(incoming)), heads.pack(reduce.init(heads.positions(incoming)))
+        return policy.init(own(incoming)), heads.pack(reduce.init(heads.positions(incoming)))
 
     def memory(held: Candidates) -> Memory:
-        return base.memory(held), reduce.memory(held.keys.shape[0], heads.count(held), held.keys.shape[-1])
+        return policy.memory(held), reduce.memory(held.keys.shape[0], heads.count(held), held.keys.shape[-1])
 
     return policy._replace(
-        name=f"{policy.name}|{reduce.name}",
+        name=f"{policy.name}/{reduce.name}",
         init=init,
         observe=observe,
         score=lambda stats, held: score(stats[0], own(held)),
         memory=memory,
-        remember=lambda memory, incoming: (base.remember(memory[0], incoming), memory[1]),
+        remember=lambda memory, incoming: (policy.remember(memory[0], incoming), memory[1]),
         absorb=absorb,
-        bias=None if reduce.bias is None and base_bias is None else bias,
+        bias=None if reduce.bias is None and other_bias is None else bias,
         summary=None if reduce.summary is None else summary,
     )
 
@@ -224,7 +228,7 @@ def merge_nearest(threshold: float = 0.0) -> Reduce:
         values = (held.values + total) / (1 + weights)[..., None]
         return Absorbed(values, weights > 0, numbers, held.memory)
 
-    return Reduce(_named("merge_nearest", threshold=(threshold, 0.0)), absorb)
+    return Reduce(f"merge_nearest(threshold={threshold:g})" if threshold else "merge_nearest", absorb)
 
 
 @cache
@@ -291,7 +295,7 @@ def cam(targets: int = 32, seed: int = 0) -> Reduce:
         return Absorbed(held.values + total, weights > 0, mass, held.memory)
 
     return Reduce(
-        _named("cam", targets=(targets, 32), seed=(seed, 0)), absorb,
+        f"cam{targets}", absorb,
         init=lambda positions: jnp.zeros(positions.shape, jnp.float32), observe=lambda old, mass: old + mass,
     )  # fmt: skip
 
@@ -333,7 +337,7 @@ def d2o(old: float = 0.5, new: float = 0.5) -> Reduce:
         return Absorbed(values, weights > 0, numbers, _Limit(limit, started))
 
     return Reduce(
-        _named("d2o", old=(old, 0.5), new=(new, 0.5)), absorb,
+        "d2o", absorb,
         memory=lambda rows, heads, width: _Limit(jnp.zeros((rows, heads)), jnp.zeros((rows, heads))),
     )  # fmt: skip
 
@@ -439,7 +443,7 @@ def mean_slots(n: int = 4) -> Reduce:
     place. An online k-means.
 
     Tokens that are evicted together join one after the other, the oldest first. Costs n * (2 D + 2) float32 numbers per
-    row and kv head. In a sliding-window layer with fewer slots than its window the stand-ins do not leave the window.
+    row and kv head, as much as about n slots of float32.
     """
     if n < 1:
         raise ValueError(f"mean_slots needs at least 1 stand-in, not {n}")
@@ -478,7 +482,7 @@ def mean_slots(n: int = 4) -> Reduce:
         bias = jnp.where(memory.count > 0, jnp.log(jnp.maximum(memory.count, 1.0)), -jnp.inf)
         return Summary(around.rotate(memory.keys, memory.position), memory.values, bias[:, :, None])
 
-    return Reduce(_named("mean_slots", n=(n, 4)), absorb, memory=memory, summary=summary)
+    return Reduce(f"mean_slots{n}", absorb, memory=memory, summary=summary)
 
 
 class LowRank(NamedTuple):
@@ -538,13 +542,16 @@ def low_rank(rank: int = 8, seed: int = 0) -> Reduce:
         keys = jnp.broadcast_to(_features(rank, d, seed) * d**0.25, (b, k, r, d))  # Summary divides by sqrt(d)
         return Summary(keys, memory.values, bias[:, :, None], norm=d**-0.5 / 2)
 
-    return Reduce(_named("low_rank", rank=(rank, 8), seed=(seed, 0)), absorb, memory=memory, summary=summary)
+    return Reduce(f"low_rank{rank}", absorb, memory=memory, summary=summary)
 
 
 def _features(rank: int, width: int, seed: int) -> Float[Array, "r D"]:
     """Directions of the features: orthogonal within blocks of D, each distributed as a standard normal vector."""
     rng = np.random.default_rng(seed)
-    blocks = [np.linalg.qr(rng.standard_normal((width, width)))[0].T for _ in range(-(-rank // width))]
+    blocks = []
+    for _ in range(-(-rank // width)):
+        q, r = np.linalg.qr(rng.standard_normal((width, width)))
+        blocks.append((q * np.sign(np.diag(r))).T)  # without the signs directions would not be uniform
     lengths = np.sqrt(rng.chisquare(width, (rank, 1)))
     return jnp.asarray(np.concatenate(blocks)[:rank] * lengths, jnp.float32)
 
@@ -555,12 +562,6 @@ def _norm(x: Float[Array, "... D"]) -> Float[Array, "..."]:
 
 def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return x / _norm(x)[..., None]
-
-
-def _named(name: str, **given: tuple[Any, Any]) -> str:
-    """The name, with what differs from the usual."""
-    changed = ",".join(f"{key}={value:g}" for key, (value, usual) in given.items() if value != usual)
-    return f"{name}({changed})" if changed else name
 
 
 def _check_share(name: str, value: float, low: float = 0.0) -> None:

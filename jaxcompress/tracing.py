@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.models.bounded import Mode, Read, Slots, check_fits, cut, init_state, last_hidden, read
+from jaxcompress.models.bounded import Mode, Read, Slots, check_fits, check_mode, cut, init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
 from jaxcompress.recurrence import death_times
@@ -44,22 +44,26 @@ def trace(
     mode: Mode = "oneshot",
     chunk: int = 128,
     placement: Placement | None = None,
+    dtype: Any = None,
 ) -> Trace:
     """Feeds the first `prompt` tokens as the mode says and the rest one by one.
 
     Args:
       tokens: [B, T], at least `prompt` of them.
       mode: `oneshot`, `chunked` (by `chunk` tokens) or `streaming`.
+      dtype: of the state (see `jaxcompress.storage`); the model's by default.
 
     Raises:
-      ValueError: a prompt outside 1..T, or a state too small for the policy.
+      ValueError: a prompt outside 1..T, a state too small for the policy, or an unknown dtype.
       FloatingPointError: logits are not finite.
     """
     total = tokens.shape[1]
     if not 1 <= prompt <= total:
         raise ValueError(f"prompt must be between 1 and the {total} tokens given, not {prompt}")
-    state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=model.embedding[...].dtype)
-    check_fits(model.config, policy, state, total)
+    dtype = dtype or model.embedding[...].dtype
+    state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=dtype)
+    check_mode(policy, mode)
+    check_fits(model.config, policy, state, total, prompt=prompt)
     _, by = cut(mode, prompt, chunk=chunk)
     first, rest = _traced(
         model, jnp.asarray(tokens), state, policy=policy, prompt=prompt, chunk=by, placement=placement

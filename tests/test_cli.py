@@ -24,7 +24,8 @@ from jaxcompress.evaluation.perplexity import Perplexity
 from jaxcompress.evaluation.sweep import Row
 from jaxcompress.generation import Tokenizer, generate
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies import NAMES, tova
+from jaxcompress.naming import NAMES
+from jaxcompress.policies import tova
 from jaxcompress.tracing import trace
 
 SENTENCE = "The slots of a small memory hold what the newest query looked at; the rest is gone.\n"

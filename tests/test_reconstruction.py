@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,17 +18,22 @@ from jaxcompress.budgets import from_scores, retrieval_split, total
 from jaxcompress.generation import continue_, prefill
 from jaxcompress.models.bounded import Slots, init_state, read
 from jaxcompress.models.rope import rotate
-from jaxcompress.policies import Policy, full, h2o, tova
+from jaxcompress.policies import Policy, full, h2o, per_layer, streaming_llm, tova
 from jaxcompress.reconstruction import GROWING, Repeat, asking, kvzip, read_whole, reconstruct, shrink
 from jaxcompress.state import State
 
 MODEL = tiny_decoder()
 CONTEXT = random_tokens(23)
 ASK = Repeat(first=(5, 9, 2), later=(7, 7), after=(1,), lead=3)
+MIXED = per_layer(tova(), streaming_llm(2))
 LAYERS, HEADS = MODEL.config.num_layers, MODEL.config.num_kv_heads
 
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+reading = jax.jit(read, static_argnames=("policy", "chunk"), compiler_options=FAST_COMPILE)
+plain = jax.jit(lambda model, tokens: model(tokens), compiler_options=FAST_COMPILE)
 
-@jax.jit
+
+@partial(jax.jit, compiler_options=FAST_COMPILE)
 def rotated(tokens: Any) -> Any:
     """Rotated queries and keys of every layer, [L, T, H or K, D], with full attention."""
     at = jnp.arange(tokens.shape[0], dtype=jnp.int32)[None]
@@ -68,7 +73,7 @@ def scores(sinks: int = 2, chunk: int = 8) -> Any:
     return reconstruct(MODEL, [CONTEXT], whole(23).state, ASK, sinks=sinks, chunk=chunk)
 
 
-@pytest.mark.parametrize(("sinks", "chunk"), [(2, 8), (0, 8), (4, 100), (3, 20)])
+@pytest.mark.parametrize(("sinks", "chunk"), [(2, 8), (0, 8), (4, 100)])
 def test_scores_are_the_reference(sinks: int, chunk: int) -> None:
     ours = np.asarray(scores(sinks, chunk))
     assert ours.shape == (LAYERS, 1, HEADS, 24)
@@ -83,12 +88,12 @@ def test_the_whole_context_is_read_and_the_state_left_alone() -> None:
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state))
     (part,) = state
     assert (np.asarray(part.positions)[..., :23] == np.arange(23)).all()
-    logits = MODEL(jnp.asarray(CONTEXT)[None])[0, -1]
+    logits = plain(MODEL, np.resize(CONTEXT, (1, 27)))[0, 22]
     np.testing.assert_allclose(whole(23).logits[0], logits, 1e-4, 1e-4)
 
 
 def test_rows_are_independent() -> None:
-    """Contexts of 23, 9 and 2 tokens: the last is all sinks, and has nothing to repeat while the first has three chunks."""
+    """Contexts of 23, 9 and 2 tokens: while the first has three chunks to repeat, the last is all sinks."""
     lengths = 23, 9, 2
     rows = [CONTEXT[:n] for n in lengths]
     together = np.asarray(reconstruct(MODEL, rows, whole(*lengths).state, ASK, sinks=2, chunk=8))
@@ -128,19 +133,18 @@ def test_the_best_stay_and_no_more_is_allocated(slots: Slots) -> None:
     assert kv == 2 * 4 * d * (capacity + 1).sum()  # a slot beside these for the incoming token
 
 
-reading = jax.jit(read, static_argnames=("policy", "chunk"))
-
-
 @pytest.mark.parametrize(
-    ("policy", "chunk"), [(tova("kv_head"), 1), (h2o(2, "kv_head"), 4), (GROWING, 1), (tova(), 4)], ids=lambda x: getattr(x, "name", None)
+    ("policy", "chunk"),
+    [(tova("kv_head"), 1), (h2o(2, "kv_head"), 4), (GROWING, 1), (tova(), 4)],
+    ids=lambda x: getattr(x, "name", None),
 )
 def test_a_state_that_lost_nothing_goes_on_as_if_nothing_had_happened(policy: Policy, chunk: int) -> None:
     """With room for everything, what follows reads as in the full cache, token by token and in blocks."""
     more = random_tokens(4, seed=3)
     state = shrink(MODEL, whole(23).state, scores(), policy, 23, room=4)
-    plain = MODEL(jnp.asarray(np.concatenate([CONTEXT, more]))[None])[0, 23:]
+    expected = plain(MODEL, np.concatenate([CONTEXT, more])[None])[0, 23:]
     done = reading(MODEL, jnp.asarray(more)[None], state, policy, chunk=chunk)
-    np.testing.assert_allclose(MODEL.logits(done.hidden)[0], plain, 1e-3, 1e-3)
+    np.testing.assert_allclose(MODEL.logits(done.hidden)[0], expected, 1e-3, 1e-3)
 
 
 def test_pools_and_layers_share_by_score() -> None:
@@ -182,7 +186,8 @@ def test_budgets_from_scores_are_what_a_threshold_over_all_heads_gives() -> None
 
 
 def test_kvzip_reads_compresses_and_goes_on() -> None:
-    contexts, questions = [CONTEXT, CONTEXT[:9]], [random_tokens(3, seed=1), random_tokens(2, seed=2)]
+    """Ragged rows; what one gives does not depend on what stands in the other."""
+    contexts, questions = [CONTEXT, random_tokens(23, seed=9), CONTEXT[:9]], random_tokens(3, 3, seed=1)
     slots = retrieval_split(np.array([[True, False]] * LAYERS), 12, 3)
     policy = tova("kv_head")
 
@@ -191,7 +196,9 @@ def test_kvzip_reads_compresses_and_goes_on() -> None:
         now = prefill(MODEL, [questions[i] for i in which], now, policy)
         return np.concatenate(list(continue_(MODEL, now, policy, steps=6)), axis=1)
 
-    np.testing.assert_array_equal(written([1])[0], written([0, 1])[1])
+    one, other = written([0, 2]), written([1, 2])
+    np.testing.assert_array_equal(one[1], other[1])
+    assert (one[0] != other[0]).any()
 
 
 def test_growing_takes_what_there_is_room_for_and_complains_after() -> None:
@@ -221,6 +228,8 @@ def test_asking_is_the_authors_words() -> None:
         (lambda: shrink(MODEL, whole(23).state[:0], scores(), tova("kv_head"), 5), "together"),
         (lambda: kvzip(tiny_decoder(sliding=(8, None)), [CONTEXT], GROWING, 5, repeat=ASK), "sliding window"),
         (lambda: kvzip(MODEL, [[]], GROWING, 5, repeat=ASK), "empty"),
+        (lambda: kvzip(MODEL, [], GROWING, 5, repeat=ASK), "no prompts"),
+        (lambda: kvzip(MODEL, [CONTEXT], MIXED, 5, repeat=ASK), r"\['absolute', 'slot'\]"),
     ],
 )
 def test_errors_say_what_was_given(wrong: Any, message: str) -> None:

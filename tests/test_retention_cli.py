@@ -17,7 +17,7 @@ from test_cli import TEXT, folder, model, run, text, tokenizer  # noqa: F401  fi
 from jaxcompress.evaluation.retention import AFTER, overlap, survival_by_kind, token_kinds, token_texts
 from jaxcompress.generation import Tokenizer
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies import named
+from jaxcompress.naming import named
 from jaxcompress.tracing import trace
 
 # ruff: noqa: F811  pytest's fixtures

@@ -15,7 +15,8 @@ from jaxcompress.attention import masked_softmax
 from jaxcompress.models.bounded import init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
-from jaxcompress.policies import full, named
+from jaxcompress.naming import named
+from jaxcompress.policies import full
 from jaxcompress.tracing import Trace, trace
 
 TOTAL, PROMPT, SLOTS = 16, 7, 4

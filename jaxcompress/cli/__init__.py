@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from jaxcompress.cli.compare import Compare
 from jaxcompress.cli.demo import Demo
 from jaxcompress.cli.generate import Generate
 from jaxcompress.cli.info import Info
@@ -23,6 +24,7 @@ Example: jaxcompress generate --prompt 'def main(' --policy tova --slots 128"""
 
 COMMANDS = {
     "demo": Demo,
+    "compare": Compare,
     "generate": Generate,
     "perplexity": Perplexity,
     "trace": Trace,

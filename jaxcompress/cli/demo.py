@@ -67,7 +67,7 @@ def _long_read(model, tokenizer, how: Demo, say) -> dict:
 
     from jaxcompress.cli.runtime import progress as bar
     from jaxcompress.generation import Sampler, Settings, TextStream, continue_, read_on, start
-    from jaxcompress.policies import named
+    from jaxcompress.naming import named
 
     ids, names = _long_text(tokenizer, how.tokens)
     policy, placement, segment = named("tova"), "slot", 1024
@@ -110,16 +110,17 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
     import numpy as np
 
     from jaxcompress.cli.runtime import progress as bar
+    from jaxcompress.cli.runtime import words_of
     from jaxcompress.embedded.corpus import held_out
     from jaxcompress.evaluation.figures import Point, against_slots
     from jaxcompress.evaluation.recall import answers, exam
     from jaxcompress.evaluation.sweep import rows_of_text, sweep
-    from jaxcompress.policies import named
+    from jaxcompress.naming import named
 
     context, slots = model.config.max_position, (64, 128, 256)
     text = np.concatenate([tokenizer.encode(document.text, add_bos=False) for document in held_out()])
     rows = rows_of_text(text, context, 4, tokenizer.bos_id)
-    tasks = exam(text, _wording(tokenizer), rows=4, length=context, bos=tokenizer.bos_id)
+    tasks = exam(text, words_of(tokenizer), rows=4, length=context, bos=tokenizer.bos_id)
     names = ("full", "window", "window+4", "h2o-layer", "tova", "random")
     policies = [named(name) for name in names]
     say(f"Held-out text in rows of {context} tokens, read token by token through a bounded state.")
@@ -131,9 +132,9 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
     with bar(rows.size * (1 + len(slots) * (len(names) - 1)), "comparing") as advance:
         for row in sweep(model, rows, policies, slots, progress=advance):
             given = answers(model, tasks, named(row.policy), row.slots)
-            table.append(dict(row._asdict(), with_facts=math.exp(given.nats), recall=given.accuracy))
+            table.append(dict(row._asdict(), with_facts=math.exp(given.nats.mean()), recall=given.accuracy))
             say(
-                f"{row.policy:12}{row.slots:6}{row.perplexity:12.2f}{math.exp(given.nats):12.2f}{given.accuracy:9.0%}"
+                f"{row.policy:12}{row.slots:6}{row.perplexity:12.2f}{math.exp(given.nats.mean()):12.2f}{given.accuracy:9.0%}"
                 f"{row.tokens_per_second:10,.0f}{row.state_bytes / len(rows) / 1024:11,.0f}"
             )
     columns = {"perplexity": "perplexity", "perplexity with facts": "with_facts", "recall": "recall"}
@@ -142,15 +143,9 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
     return table
 
 
-def _wording(tokenizer):
-    from jaxcompress.evaluation.recall import wording
-
-    return wording(tokenizer.vocabulary(), lambda text: tokenizer.encode(text, add_bos=False))
-
-
 def _draw_deaths(model, tokenizer, out: Path, say) -> None:
     from jaxcompress.evaluation.figures import death_times
-    from jaxcompress.policies import named
+    from jaxcompress.naming import named
     from jaxcompress.tracing import trace
 
     ids, _ = _long_text(tokenizer, 1024)

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxcompress.cli.runtime import StateDtype
+
 
 @dataclass(frozen=True)
 class Generate:
@@ -52,7 +54,9 @@ class Generate:
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """End at this text; may be given several times."""
     dtype: str | None = None
-    """Of weights and state; the checkpoint's if not given."""
+    """Of weights; the checkpoint's if not given."""
+    state_dtype: StateDtype | None = None
+    """What keys and values are stored in, the last three with a scale per slot and head; as --dtype if not given."""
     json: bool = False
     """Print JSON when done instead of text as it comes."""
 
@@ -67,14 +71,14 @@ class Generate:
 
         model, tokenizer = open_model(self.model, self.dtype)
         from jaxcompress.generation import Sampler, Settings, continue_, prefill, start
-        from jaxcompress.policies import named
+        from jaxcompress.naming import named
 
         policy = named(self.policy)
         sampler = Sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         settings = Settings(sampler, tuple(tokenizer.eos_ids))
         slots = self.slots[0] if len(self.slots) == 1 else self.slots
         batch = max(len(self.prompt), 1)
-        progress = start(model, policy, slots, batch=batch, seeds=self.seed)
+        progress = start(model, policy, slots, batch=batch, seeds=self.seed, dtype=self.state_dtype)
         if self.file is not None:
             progress, last = self._read_file(model, tokenizer, policy, progress)
             prompts = [last]

@@ -25,7 +25,7 @@ class Info:
         from jaxcompress import __version__
         from jaxcompress.attention import decode_backend
         from jaxcompress.cli.runtime import CACHE, write_json
-        from jaxcompress.policies import NAMES
+        from jaxcompress.naming import MODIFIERS, NAMES
 
         def installed(package: str) -> str | None:
             try:
@@ -41,6 +41,7 @@ class Info:
             devices=[f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
             attention=decode_backend(),
             policies=list(NAMES),
+            modifiers=[f"/{name}" for name in MODIFIERS],
             compiled=str(os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)),
         )
         if self.json:

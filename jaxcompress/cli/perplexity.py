@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxcompress.cli.runtime import StateDtype
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -38,7 +40,9 @@ class Perplexity:
     placement: Literal["absolute", "slot", "compact"] | None = None
     """Where tokens stand for RoPE; as the policy was published if not given."""
     dtype: str | None = None
-    """Of weights and state; the checkpoint's if not given."""
+    """Of weights; the checkpoint's if not given."""
+    state_dtype: StateDtype | None = None
+    """What keys and values are stored in, the last three with a scale per slot and head; as --dtype if not given."""
     out: Path | None = None
     """Write the table here (JSON), after each row."""
     figure: Path | None = None
@@ -54,7 +58,7 @@ class Perplexity:
         model, tokenizer = open_model(self.model, self.dtype)
         from jaxcompress.embedded.corpus import held_out
         from jaxcompress.evaluation.sweep import rows_of_text, sweep
-        from jaxcompress.policies import named
+        from jaxcompress.naming import named
 
         text = "\n".join(document.text for document in held_out()) if self.text is None else read_text(self.text)
         ids = tokenizer.encode(text, add_bos=False)
@@ -65,12 +69,15 @@ class Perplexity:
             tokens = np.atleast_2d(ids if bos is None else np.concatenate([[bos], ids]))
         policies = [named(name) for name in self.policies]
         prompt = self.prompt or tokens.shape[1] // 2
-        reading: dict[str, Any] = dict(mode=self.mode, chunk=self.chunk, prompt=prompt, placement=self.placement)
+        reading: dict[str, Any] = dict(
+            mode=self.mode, chunk=self.chunk, prompt=prompt, placement=self.placement, dtype=self.state_dtype
+        )
         about = dict(
             model=self.model or "embedded",
             text=str(self.text or "held-out documents"),
             rows=tokens.shape[0],
             context=tokens.shape[1],
+            state_dtype=self.state_dtype or model.embedding[...].dtype.name,
         )
         done = []
         runs = sum(1 if not policy.forgets else len(self.slots) for policy in policies)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxcompress.cli.runtime import StateDtype
+
 
 @dataclass(frozen=True)
 class Retention:
@@ -41,7 +43,9 @@ class Retention:
     placement: Literal["absolute", "slot", "compact"] | None = None
     """Where tokens stand for RoPE; as the policy was published if not given."""
     dtype: str | None = None
-    """Of weights and state, e.g. float32; the checkpoint's if not given."""
+    """Of weights, e.g. float32; the checkpoint's if not given."""
+    state_dtype: StateDtype | None = None
+    """What keys and values are stored in, the last three with a scale per slot and head; as --dtype if not given."""
     figure: Path | None = None
     """Also draw maps of what each layer, head and kind of token kept (.png)."""
     json: bool = False
@@ -58,7 +62,7 @@ class Retention:
         from jaxcompress.evaluation.page import page
         from jaxcompress.evaluation.retention import overlap, survival_by_kind, token_kinds, token_texts
         from jaxcompress.generation.generate import check_tokens
-        from jaxcompress.policies import named
+        from jaxcompress.naming import named
         from jaxcompress.tracing import trace
 
         policies = [named(name) for name in (self.policy, self.compare) if name is not None]
@@ -78,7 +82,7 @@ class Retention:
         deaths = [
             trace(
                 model, ids[None], policy, slots,
-                prompt=prompt, mode=self.mode, chunk=self.chunk, placement=self.placement,
+                prompt=prompt, mode=self.mode, chunk=self.chunk, placement=self.placement, dtype=self.state_dtype,
             ).death[:, 0]
             for policy in policies
         ]  # fmt: skip

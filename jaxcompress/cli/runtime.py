@@ -8,12 +8,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
+    from jaxcompress.evaluation.recall import Wording
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
+
+StateDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4"]
+"""`jaxcompress.storage.DTYPES`, for the parser, which knows nothing of arrays."""
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxcompress" / "compiled"
 
@@ -57,6 +61,13 @@ def read_text(path: Path | None) -> str:
         raise ValueError(
             f"{path or 'standard input'} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}"
         ) from None
+
+
+def words_of(tokenizer: Tokenizer) -> Wording:
+    """What recall tasks are made of, in a tokenizer's words."""
+    from jaxcompress.evaluation.recall import wording
+
+    return wording(tokenizer.vocabulary(), lambda text: tokenizer.encode(text, add_bos=False).tolist())
 
 
 @contextmanager

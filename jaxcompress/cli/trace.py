@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jaxcompress.cli.runtime import StateDtype
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -41,7 +43,9 @@ class Trace:
     placement: Literal["absolute", "slot", "compact"] | None = None
     """Where tokens stand for RoPE; as the policy was published if not given."""
     dtype: str | None = None
-    """Of weights and state, e.g. float32; the checkpoint's if not given."""
+    """Of weights, e.g. float32; the checkpoint's if not given."""
+    state_dtype: StateDtype | None = None
+    """What keys and values are stored in, the last three with a scale per slot and head; as --dtype if not given."""
     figure: Path | None = None
     """Also draw the death times (.png)."""
 
@@ -56,7 +60,7 @@ class Trace:
         model = loaded.model
         from jaxcompress.generation import Tokenizer
         from jaxcompress.generation.generate import check_tokens
-        from jaxcompress.policies import named
+        from jaxcompress.naming import named
         from jaxcompress.tracing import trace
 
         if self.tokens is not None:
@@ -71,7 +75,7 @@ class Trace:
         check_tokens(ids.reshape(-1), model.config.vocab_size, str(self.tokens or self.text))
         done = trace(
             model, ids.astype(np.int32), named(self.policy), self.slots[0] if len(self.slots) == 1 else self.slots,
-            prompt=self.prompt, mode=self.mode, chunk=self.chunk, placement=self.placement,
+            prompt=self.prompt, mode=self.mode, chunk=self.chunk, placement=self.placement, dtype=self.state_dtype,
         )  # fmt: skip
         with open(self.out, "wb") as file:
             np.savez_compressed(file, **done._asdict())

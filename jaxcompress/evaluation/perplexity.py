@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxcompress.models.bounded import Mode, Slots, check_fits, cut, init_state, read
+from jaxcompress.models.bounded import Mode, Slots, check_fits, check_mode, cut, init_state, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
 from jaxcompress.state import State
@@ -66,7 +66,7 @@ def perplexity(
         the rest is streamed; only the rest is counted.
       skip: leave so many of the first tokens out of the mean, to compare modes on the same tokens.
       segment: tokens read per call; made a whole number of chunks.
-      dtype: of the state; the model's by default.
+      dtype: of keys and values, one of `jaxcompress.storage.DTYPES`; the model's by default.
       progress: called with the number of tokens read, per segment.
 
     Raises:
@@ -77,8 +77,9 @@ def perplexity(
     batch, total = tokens.shape
     if total < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, {total} given")
+    check_mode(policy, mode)
     state = init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
-    check_fits(model.config, policy, state, total - 1)
+    check_fits(model.config, policy, state, total - 1, prompt=prompt)
     nbytes = sum(run.nbytes for run in state)
     if mode == "oneshot":
         if prompt is None or not 1 <= prompt < total - 1:
@@ -112,12 +113,14 @@ class Predictions(NamedTuple):
       losses: [B, n] float64, nats.
       right: [B, n] bool, whether the token was the most probable one.
       seconds: to read the piece, compilation left out.
+      state: after the piece; reading the next consumes it.
     """
 
     start: int
     losses: np.ndarray
     right: np.ndarray
     seconds: float
+    state: State
 
 
 def predictions(
@@ -149,7 +152,7 @@ def predictions(
         losses, right, state = programs[by](*inputs)
         losses = np.asarray(losses, np.float64)[:, : end - start]
         seconds = time.perf_counter() - begun
-        yield Predictions(start, losses, np.asarray(right)[:, : end - start], seconds)
+        yield Predictions(start, losses, np.asarray(right)[:, : end - start], seconds, state)
 
 
 @partial(jax.jit, static_argnames=("policy", "chunk", "placement"), donate_argnames="state")

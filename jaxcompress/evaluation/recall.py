@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxcompress.evaluation.perplexity import predictions
-from jaxcompress.models.bounded import Slots, check_fits, init_state
+from jaxcompress.models.bounded import Slots, check_fits, check_mode, init_state
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
 
@@ -186,16 +186,47 @@ def exam(
     return tasks
 
 
+def one_by_one(tasks: Sequence[Recall], words: Wording) -> list[Recall]:
+    """A row for each question: the text up to the first question, and then that question with its answer.
+
+    So that a state can be compressed before the question is known, or after, and every context is asked several things.
+    """
+    rows = []
+    for task in tasks:
+        starts = {}  # of each question's line, by where its answer begins
+        for answer in np.flatnonzero(task.distance).tolist():
+            key = np.flatnonzero(task.told[:answer])[-WORDS_PER_SIDE]
+            starts[answer] = int(key) - len(words.recall)
+        context = min(starts.values())
+        for answer, start in starts.items():
+            index = np.r_[0:context, start : answer + WORDS_PER_SIDE]
+            row = Recall(*(part[index] for part in task))
+            row.distance[:] = 0
+            row.distance[context + answer - start] = task.distance[answer] - (start - context)
+            rows.append(row)
+    return rows
+
+
 class Answers(NamedTuple):
     """Every question of an exam: how far back its answer was told, and whether it was given in full.
 
     Attributes:
-      nats: mean loss over all tokens of the rows, text, facts and answers together.
+      row: which task each question belongs to.
+      distance: tokens since the answer was told.
+      right: whether all of it was the most probable.
+      nats: [B] mean loss over all predicted tokens of each row, text, facts and answers together.
+      tokens_per_second: of all rows together, compilation left out.
+      state_bytes: of one row.
+      held: mean share of the capacity that is occupied at the end.
     """
 
+    row: np.ndarray
     distance: np.ndarray
     right: np.ndarray
-    nats: float
+    nats: np.ndarray
+    tokens_per_second: float
+    state_bytes: int
+    held: float
 
     @property
     def accuracy(self) -> float:
@@ -208,22 +239,47 @@ def answers(
     policy: Policy,
     slots: Slots,
     *,
+    prompt: int = 0,
     segment: int = 512,
     placement: Placement | None = None,
+    dtype: Any = None,
 ) -> Answers:
-    """Reads the tasks token by token through a bounded state and looks at its greedy answers.
+    """Reads the tasks through a bounded state and looks at its greedy answers.
 
     A question counts as right if every token of the answer is the most probable one, given those before it.
+
+    Args:
+      prompt: so many first tokens are read and selected from at once (one-shot), the rest token by token; 0: all are
+        read token by token. What is predicted within the prompt is not counted.
+      dtype: of the state; the model's by default.
+
+    Raises:
+      ValueError: a policy that needs a prompt without one; a `full` state that is too small.
+      FloatingPointError: losses are not finite.
     """
     tokens = np.stack([task.tokens for task in tasks])
     batch, total = tokens.shape
-    state = init_state(model.config, policy, slots, batch=batch, dtype=model.embedding[...].dtype)
-    check_fits(model.config, policy, state, total)
-    plan = [(at, min(at + segment, total - 1), 1) for at in range(0, total - 1, segment)]
+    check_mode(policy, "oneshot" if prompt else "streaming")
+    state = init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
+    check_fits(model.config, policy, state, total, prompt=prompt)
+    nbytes = sum(part.nbytes for part in state) // batch
+    plan = [(at, min(at + segment, total - 1), 1) for at in range(prompt, total - 1, segment)]
+    if prompt:
+        plan.insert(0, (0, prompt, prompt))
     parts = list(predictions(model, tokens, state, policy, plan, placement=placement))
+    losses = np.concatenate([part.losses for part in parts], axis=1)
+    if not np.isfinite(losses).all():
+        row, at = np.argwhere(~np.isfinite(losses))[0]
+        raise FloatingPointError(f"non-finite logits, first in row {row} after the token at position {at}")
     right = np.pad(np.concatenate([part.right for part in parts], axis=1), [(0, 0), (1, 0)])
     distance = np.stack([task.distance for task in tasks])
     rows, first = np.nonzero(distance)
     whole = np.logical_and.reduce([right[rows, first + i] for i in range(WORDS_PER_SIDE)])
-    nats = float(np.concatenate([part.losses for part in parts], axis=1).mean())
-    return Answers(distance[rows, first], np.asarray(whole), nats)
+    # The prompt's predictions come from full attention: they say nothing about the state.
+    streamed = [part for part in parts if part.start >= prompt]
+    read = sum(part.losses.size for part in streamed)
+    held = [float(part.occupancy().mean()) / part.capacity for part in parts[-1].state]
+    return Answers(
+        rows, distance[rows, first], np.asarray(whole), losses[:, prompt:].mean(1),
+        read / sum(part.seconds for part in streamed), nbytes, float(np.mean(held)),
+    )  # fmt: skip

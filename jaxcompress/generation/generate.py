@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxcompress.generation.sampling import Sampler, remember, row_keys
-from jaxcompress.models.bounded import Mode, Slots, check_fits, cut, init_state, last_hidden, read
+from jaxcompress.models.bounded import Mode, Slots, check_fits, check_mode, cut, init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
 from jaxcompress.state import State
@@ -63,6 +63,8 @@ def start(
 
     Args:
       seeds: one per row, or one from which every row's is derived.
+      dtype: of keys and values, one of `jaxcompress.storage.DTYPES`; the model's by default. `int8`, `float8_e4m3fn`
+        and `int4` store each vector as small codes with a scale of its own.
     """
     rows = [seeds + row for row in range(batch)] if isinstance(seeds, int) else list(seeds)
     if len(rows) != batch:
@@ -106,7 +108,8 @@ def prefill(
             raise ValueError(f"prompt {row} is empty; give at least one token (a BOS token will do)")
         check_tokens(prompt, model.config.vocab_size, f"prompt {row}")
     longest = max(map(len, rows))
-    check_room(model, policy, progress, longest)
+    check_mode(policy, mode)
+    check_room(model, policy, progress, longest, prompt=longest)
     segment, by = cut(mode, longest, chunk=chunk, segment=segment)
     width = -(-longest // segment) * segment
     tokens, valid = np.zeros((batch, width), np.int32), np.zeros((batch, width), bool)
@@ -160,6 +163,7 @@ def generate(
     Args:
       steps: tokens to write.
       burst: tokens per yield, all by default. The next burst is already being computed while one is consumed.
+      dtype: of the state (see `start`).
       reading: how prompts are read: `mode`, `chunk`, `segment`, `placement` (see `prefill`).
 
     Example:
@@ -170,7 +174,8 @@ def generate(
     if not len(prompts):
         raise ValueError("no prompts were given")
     progress = start(model, policy, slots, batch=len(prompts), seeds=seeds, dtype=dtype)
-    check_room(model, policy, progress, max(map(len, prompts)) + steps)
+    longest = max(map(len, prompts))
+    check_room(model, policy, progress, longest + steps, prompt=longest)
     progress = prefill(model, prompts, progress, policy, **reading)
     yield from continue_(model, progress, policy, steps=steps, settings=settings, burst=burst, placement=placement)
 
@@ -213,10 +218,16 @@ def check_tokens(tokens: np.ndarray, vocabulary: int, what: str) -> None:
         raise ValueError(f"{what}: token id {tokens[at]} at index {at} is outside the vocabulary 0..{vocabulary - 1}")
 
 
-def check_room(model: Decoder, policy: Policy, progress: Progress, tokens: int) -> None:
-    """Raises ValueError if a policy that forgets nothing would overflow."""
+def check_room(model: Decoder, policy: Policy, progress: Progress, tokens: int, *, prompt: int | None = None) -> None:
+    """Raises ValueError if a policy that cannot make room would overflow.
+
+    Args:
+      tokens: that will be read or written.
+      prompt: how many of them a fresh state reads at once; by default what it has read already.
+    """
     if not policy.forgets:
-        check_fits(model.config, policy, progress.state, int(progress.state[0].seen.max()) + tokens)
+        seen = int(progress.state[0].seen.max())
+        check_fits(model.config, policy, progress.state, seen + tokens, prompt=seen or prompt)
 
 
 def read_on(

@@ -57,8 +57,9 @@ def init_state(
       dtype: of keys and values; `int8`, `int4` and `float8_e4m3fn` are quantised (see `jaxcompress.storage`).
 
     Raises:
-      ValueError: a capacity below 1 or below what the policy needs, not one per layer or head, capacities per head for a
-        policy whose heads share a set, or policies for another number of layers.
+      ValueError: a capacity below 1 or below what the policy needs, not one per layer or head, capacities per head for
+        a policy whose heads share a set, policies for another number of layers, an unknown dtype, or int4 for heads of
+        odd width.
     """
     if policy.layers and len(policy.layers) != config.num_layers:
         raise ValueError(f"{policy.name} has {len(policy.layers)} policies, the model has {config.num_layers} layers")
@@ -244,19 +245,35 @@ def cut(mode: Mode, total: int, *, chunk: int, segment: int | None = None) -> tu
     return max(min(segment, total) // chunk, 1) * chunk, chunk
 
 
-def check_fits(config: DecoderConfig, policy: Policy, state: State, tokens: int) -> None:
-    """Raises ValueError if a policy that forgets nothing is to hold more tokens than it has slots.
+def check_mode(policy: Policy, mode: Mode) -> None:
+    """Raises ValueError if a policy means nothing in a mode; says which it needs."""
+    if policy.oneshot_only and mode != "oneshot":
+        raise ValueError(f"policy {policy.name} selects from a whole prompt at once: it needs mode oneshot, not {mode}")
+
+
+def check_fits(
+    config: DecoderConfig, policy: Policy, state: State, tokens: int, *, prompt: int | None = None
+) -> None:
+    """Raises ValueError if a policy that cannot make room is to hold more tokens than it has slots.
 
     Args:
       tokens: how many will have been read in all; a sliding-window layer needs no more slots than its window.
+      prompt: how many of them are read at once at first, for a policy that then selects once.
     """
     if policy.forgets:
         return
-    for run in state:
-        for layer in run.layer.tolist():
+    for part in state:
+        for layer in part.layer.tolist():
             mine, window = policy.at(layer), config.sliding[layer] if config.sliding else None
-            if not mine.forgets and mine.evict == "after" and run.capacity < min(tokens, window or tokens):
+            capacity = part.capacity if part.owner is None else part.capacity // config.num_kv_heads
+            if mine.score is None:
+                what, need = "keeps every token", min(tokens, window or tokens)
+            elif mine.evict == "once" and prompt:
+                what, need = f"keeps {mine.keep} of {prompt} tokens and every later one", mine.keep + tokens - prompt
+            else:
+                continue
+            if capacity < need:
                 raise ValueError(
-                    f"policy {policy.name} keeps every token: {tokens} tokens do not fit into the {run.capacity} slots "
-                    f"of layer {layer}; give {tokens} slots or more, or a policy that evicts"
+                    f"policy {mine.name} {what}: {tokens} tokens do not fit into the {capacity} slots of layer {layer}; "
+                    f"give {need} slots or more, or a policy that evicts"
                 )

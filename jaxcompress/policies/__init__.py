@@ -9,7 +9,6 @@ from jaxcompress.policies.full import full
 from jaxcompress.policies.geometry import cur, keydiff, knorm, lagkv
 from jaxcompress.policies.h2o import h2o
 from jaxcompress.policies.nacl import nacl
-from jaxcompress.policies.names import MODIFIERS, NAMES, named
 from jaxcompress.policies.observed import observed_attention
 from jaxcompress.policies.policy import Candidates, Observation, Policy
 from jaxcompress.policies.pooled import pooled
@@ -21,8 +20,8 @@ from jaxcompress.policies.tova import tova
 from jaxcompress.policies.window import streaming_llm, window
 
 __all__ = [
-    "MODIFIERS", "NAMES", "Candidates", "Observation", "Policy", "adaptive", "by_chunks", "critical", "cur", "every",
-    "expected_attention", "full", "h2o", "keydiff", "knorm", "lagkv", "mix", "nacl", "named", "observed_attention",
+    "Candidates", "Observation", "Policy", "adaptive", "by_chunks", "critical", "cur", "every",
+    "expected_attention", "full", "h2o", "keydiff", "knorm", "lagkv", "mix", "nacl", "observed_attention",
     "once", "per_layer", "pooled", "protect", "random", "ranked", "rkv", "sampled", "scissorhands", "snapkv",
     "streaming_llm", "then", "tova", "window", "within_chunks",
 ]  # fmt: skip

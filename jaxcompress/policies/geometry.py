@@ -90,7 +90,7 @@ def lagkv(lag: int = 128, sinks: int = 4, cross: bool = False, scope: Scope = "k
         newest_first = jnp.where(held.positions < sinks, jnp.inf, -age)
         return jnp.where(count < sinks + 2 * lag, newest_first, scores)
 
-    name = _named("lagkv-cross" if cross else "lagkv", scope)
+    name = _named(f"lagkv+{lag}" + "-cross" * cross, scope)
     return Policy(name, score=score, scope=scope, needs=sinks + 2 * lag)
 
 

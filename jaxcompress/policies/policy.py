@@ -205,7 +205,7 @@ class Policy(NamedTuple):
       frees: how many slots are freed at once when a full state has to take a token.
       keep: for `once`.
       absorb: (stats, candidates that stay, what goes) -> what is held then; None: what goes is dropped.
-      bias: (stats) -> [B, P or K, N] float32, added to the attention scores of slots; None for none.
+      bias: (stats) -> [B, K or 1, N] float32, added to the attention scores of slots; None for none.
       summary: (memory, around) -> stand-ins that queries see beside the slots; None for none.
       oneshot_only: the policy means something only where a whole prompt is selected from at once.
       layers: a policy for each layer of the model; everything else is then asked of these.
@@ -224,7 +224,7 @@ class Policy(NamedTuple):
     frees: int = 1
     keep: int = 0
     absorb: Callable[[Stats, Candidates, Gone], Absorbed] | None = None
-    bias: Callable[[Stats], Float[Array, "B #K N"]] | None = None
+    bias: Callable[[Stats], Float[Array, "B K N"]] | None = None
     summary: Callable[[Memory, Around], Summary] | None = None
     oneshot_only: bool = False
     layers: tuple[Policy, ...] = ()

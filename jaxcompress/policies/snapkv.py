@@ -44,5 +44,5 @@ def snapkv(window: int = 32, kernel: int = 5, pool: Pool = "avg", scope: Scope =
             scores = neighbours(scores, held, prefix, kernel, pool)
         return protect_newest(scores, held, window)
 
-    name = "snapkv" if scope == "kv_head" else f"snapkv-{scope}"
+    name = f"snapkv+{window}" + f"-{scope}" * (scope != "kv_head")
     return Policy(name, score, init, observe, scope=scope, needs=window + 1)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcompress import embedded
-from jaxcompress.evaluation.recall import WORDS_PER_SIDE, Recall, Wording, answers, exam, weave, wording
+from jaxcompress.evaluation.recall import WORDS_PER_SIDE, Recall, Wording, answers, exam, one_by_one, weave, wording
 
 SPELLED = ["".join(letters) for letters in product("abcdefgh", repeat=3)][:100]
 VOCABULARY = {f"Ġ{word}": 1000 + i for i, word in enumerate(SPELLED)} | {"Ġab": 1, "Ġabc1": 2, "abc": 3, "ĠAbc": 4}
@@ -129,6 +129,24 @@ def test_exam(bos: int | None) -> None:
 def test_an_exam_asks_for_each_note_once() -> None:
     with pytest.raises(ValueError, match="5 questions about 4 notes: each note is asked for once"):
         exam(FILLER, WORDS, rows=1, length=600, notes=4, questions=5)
+
+
+def test_one_question_at_a_time() -> None:
+    """Each row is the context of all, then one question up to the end of its answer, at the distance it then has."""
+    for task in exam(FILLER, WORDS, rows=3, length=500, notes=6, questions=4, seed=1, bos=7):
+        rows = one_by_one([task], WORDS)
+        assert len(rows) == 4
+        size = len(RECALL) + len(ARROW) + 2 * WORDS_PER_SIDE
+        context = len(rows[0].tokens) - size
+        asked = lines(task, RECALL)
+        told = {tuple(key): value for value, key, _ in lines(task, NOTE)}
+        for row, (_, key, answer) in zip(rows, asked, strict=True):
+            assert row.tokens[:context].tolist() == task.tokens[:context].tolist()
+            assert row.tokens[context:].tolist() == [*RECALL, *key, *ARROW, *answer]
+            (first,) = np.flatnonzero(row.distance)
+            assert first == len(row.tokens) - WORDS_PER_SIDE
+            assert first - row.distance[first] == told[tuple(key)]
+        assert not any(task.distance[:context])
 
 
 @pytest.mark.slow

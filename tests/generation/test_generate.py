@@ -14,7 +14,8 @@ from tiny import VOCABULARY, random_tokens, tiny_decoder, with_embedding
 from jaxcompress.generation import Progress, Sampler, Settings, generate, prefill, read_on, start, write
 from jaxcompress.models.bounded import init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies import Policy, full, named, tova
+from jaxcompress.naming import named
+from jaxcompress.policies import Policy, full, tova
 
 SLOTS, SEGMENT, STEPS = 6, 8, 10
 SAMPLED = Settings(Sampler(temperature=0.9, top_k=40))

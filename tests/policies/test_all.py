@@ -31,8 +31,12 @@ from hypothesis import strategies as st
 from jaxcompress.state import KVState
 
 few = settings(max_examples=4)  # of three rows each
-CASES = [Case(name, mode) for name in MORE for mode in ("streaming", "chunked")]
-every = pytest.mark.parametrize("case", CASES, ids=name_of)
+CASES = [
+    pytest.param(Case(name, mode), marks=[pytest.mark.slow] * (mode == "chunked"), id=name_of(Case(name, mode)))
+    for name in MORE
+    for mode in ("streaming", "chunked")
+]
+every = pytest.mark.parametrize("case", CASES)
 
 
 def entries(case: Case) -> int:
@@ -140,6 +144,7 @@ def test_nothing_goes_before_the_state_is_full(name: str, n: int) -> None:
 BLOCKS = [name for name in MORE if not name.startswith("every")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 @settings(max_examples=6)
 @given(columns=st.lists(st.integers(0, 4), min_size=3, max_size=3), seed=st.integers(0, 99))
@@ -154,6 +159,7 @@ def test_a_block_of_one_token_is_a_step(name: str, columns: list[int], seed: int
     same_tokens(steps.last, blocks.last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
 def test_degenerate_tokens(name: str) -> None:
     """All keys are zero and attention is even: nothing divides by zero, protection holds, of equals the older stay."""

@@ -41,6 +41,7 @@ METHODS: dict[str, tuple[Policy, Any]] = {
     "chunk_knorm": (policies.within_chunks(policies.knorm(), 32), SLOTS),
     "adakv_snapkv": (policies.adaptive(policies.snapkv(8, scope="pool")), SLOTS),
 }
+BOTH = pytest.mark.parametrize("name", ["llama_gqa", pytest.param("llama_mha", marks=pytest.mark.slow)])
 TIED = {"lagkv"}  # ranks within a chunk: many tokens score alike, and kvpress leaves to torch which of them stay
 
 
@@ -93,7 +94,7 @@ def _kept(part: Any, layer: int, b: int, head: int) -> list[int]:
     return sorted(positions[mine].tolist())
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "llama_mha"])
+@BOTH
 @pytest.mark.parametrize("method", METHODS)
 def test_kept(name: str, method: str) -> None:
     z, ours = numbers(name), compressed(name, method)
@@ -123,7 +124,7 @@ def _same_but_for_ties(score: np.ndarray, ours: list[int], theirs: list[int]) ->
 SCORED = [m for m in METHODS if m not in ("streaming_llm", "window", "chunkkv_snapkv", "chunk_knorm", "adakv_snapkv")]
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "llama_mha"])
+@BOTH
 @pytest.mark.parametrize("method", SCORED)
 def test_scores(name: str, method: str) -> None:
     """To 2e-5 of the largest of a head: two float32 models, of which theirs alone is up to 1.2e-5 from float64."""

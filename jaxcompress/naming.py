@@ -23,6 +23,7 @@ from jaxcompress.policies.scissorhands import scissorhands
 from jaxcompress.policies.snapkv import snapkv
 from jaxcompress.policies.tova import tova
 from jaxcompress.policies.window import streaming_llm, window
+from jaxcompress.reduce import cam, d2o, low_rank, mean_slots, merge_nearest, merge_weighted, with_reduce
 
 _NAMED: dict[str, Callable[[int], Policy]] = {
     "full": lambda n: full(),
@@ -68,6 +69,12 @@ _MODIFIED: dict[str, Callable[[Policy, int], Policy]] = {
     "withinN": lambda policy, n: within_chunks(policy, n),
     "critical": lambda policy, n: critical(policy),
     "sampledN": lambda policy, n: sampled(n, policy),
+    "merge_nearest": lambda policy, n: with_reduce(policy, merge_nearest()),
+    "merge_weighted": lambda policy, n: with_reduce(policy, merge_weighted()),
+    "camN": lambda policy, n: with_reduce(policy, cam(n)),
+    "d2o": lambda policy, n: with_reduce(policy, d2o()),
+    "mean_slotsN": lambda policy, n: with_reduce(policy, mean_slots(n)),
+    "low_rankN": lambda policy, n: with_reduce(policy, low_rank(n)),
     "everyN": lambda policy, n: every(n, policy),
     "onceN": lambda policy, n: once(policy, n),
 }
@@ -96,5 +103,5 @@ def named(name: str) -> Policy:
 
 def _pattern(name: str) -> tuple[str, int]:
     """The name with its number as N."""
-    number = re.search(r"\d+(?!o)", name)  # not the one of h2o
+    number = re.search(r"\d+(?!o)", name)  # not the 2 of h2o and d2o
     return (name, 0) if number is None else (name[: number.start()] + "N" + name[number.end() :], int(number[0]))

@@ -1,0 +1,106 @@
+"""Compressing a context before its questions are known: KVzip beside scores that look at the context once.
+
+    python experiments/context_reconstruction.py --out runs/context_reconstruction.json
+
+Facts are told in the first half of a context, which is read in full and reduced once to so many tokens per head; the
+questions come after that, and nothing more is evicted. So all that differs is which tokens were kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import jaxcompress as jc
+from jaxcompress.budgets import from_scores
+from jaxcompress.embedded.corpus import held_out
+from jaxcompress.evaluation import exam, wording
+from jaxcompress.evaluation.perplexity import predictions
+from jaxcompress.generation import prefill, start
+from jaxcompress.policies import Policy, h2o, tova, window
+from jaxcompress.reconstruction import GROWING, Repeat, asking, read_whole, reconstruct, shrink
+from jaxcompress.state import State
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Reduces contexts by several scores and asks afterwards."""
+
+    out: Path = Path("runs/context_reconstruction.json")
+    rows: int = 4
+    """Contexts, with 8 questions each."""
+    slots: tuple[int, ...] = (32, 64, 128, 256)
+    """Tokens kept per head."""
+    chunk: int = 256
+    """Tokens repeated at a time: the repetition must not lie beyond the context that the model was trained on."""
+
+
+def main(arguments: Arguments) -> None:
+    model, tokenizer = jc.load_embedded()
+    context, bos = model.config.max_position, tokenizer.bos_id
+    encode = lambda text: tokenizer.encode(text, add_bos=False).tolist()
+    text = np.concatenate([encode(document.text) for document in held_out()])
+    words = wording(tokenizer.vocabulary(), encode)
+    tasks = exam(text, words, rows=arguments.rows, length=context, bos=bos)
+    tokens, asked = np.stack([x.tokens for x in tasks]), np.stack([x.asked for x in tasks])
+    read = int(context * 0.74)  # questions come after that
+    contexts, batch = list(tokens[:, :read]), len(tokens)
+    say = lambda *what: print(*what, flush=True)
+
+    def stats(policy: Policy) -> jnp.ndarray:
+        """What a policy would score after the whole context, before anything went: one-shot compression."""
+        now = start(model, policy, read, batch=batch)
+        (part,) = prefill(model, contexts, now, policy, mode="chunked", chunk=256, segment=256).state
+        return jnp.broadcast_to(part.stats, scores_shape)
+
+    begun = time.perf_counter()
+    whole = read_whole(model, contexts).state
+    reading = time.perf_counter() - begun
+    scores_shape = (model.config.num_layers, batch, model.config.num_kv_heads, whole[0].positions.shape[-1])
+    scores: dict[str, jnp.ndarray] = {}
+    for name, repeat in {"kvzip": asking(encode), "kvzip, nothing said": Repeat()}.items():
+        begun = time.perf_counter()
+        scores[name] = reconstruct(model, contexts, whole, repeat, chunk=arguments.chunk)
+        say(f"{name}: {time.perf_counter() - begun:.0f} s after {reading:.0f} s of reading, compilation included")
+    scores["tova"] = stats(tova())
+    scores["tova-kv_head"] = stats(tova("kv_head"))
+    scores["h2o-kv_head"] = stats(h2o(0, "kv_head"))
+    newest = jnp.where(whole[0].positions < 4, jnp.inf, whole[0].positions * 1.0)
+    scores[window(4).name] = newest
+    table = []
+    say(f"\n{'score':22}{'shared':10}{'slots':>6}{'after':>12}{'recall':>8}")
+
+    def line(name: str, shared: str, slots: int, state: State) -> None:
+        parts = list(predictions(model, tokens, state, GROWING, [(read, context - 1, 1)]))
+        right = np.concatenate([part.right for part in parts], axis=1)  # of the token after each
+        losses = np.concatenate([part.losses for part in parts], axis=1)
+        given = right[asked[:, read + 1 :]].reshape(-1, 2).all(1)
+        row = dict(
+            score=name, shared=shared, slots=slots, perplexity=math.exp(losses.mean()), recall=float(given.mean())
+        )
+        table.append(row)
+        say(f"{name:22}{shared:10}{slots:6}{row['perplexity']:12.2f}{row['recall']:8.0%}")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(table, indent=1))
+
+    room = context - read
+    line("all", "", read, shrink(model, whole, newest, GROWING, read, room=room))
+    for slots in arguments.slots:
+        for name, score in scores.items():
+            shares: dict[str, Any] = {"uniform": slots}
+            if name == "kvzip":
+                shares["by score"] = from_scores(score, slots, least=8)
+            for shared, given in shares.items():
+                line(name, shared, slots, shrink(model, whole, score, GROWING, given, room=room))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,125 @@
+"""All policies side by side: loss, recall, bytes and speed, at fractions of the context, with their spread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcompress.evaluation.recall import WORDS_PER_SIDE, Recall, Wording, answers, exam, one_by_one
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.policy import Policy
+
+
+class Exams(NamedTuple):
+    """Texts with facts and questions, some for each seed.
+
+    Attributes:
+      whole: the texts with all their questions, `seeds` groups of equal size.
+      single: a row per question, for compression before and after the question is known.
+      prompt: how many first tokens of a `single` row are context.
+    """
+
+    whole: list[Recall]
+    single: list[Recall]
+    prompt: int
+    seeds: int
+
+
+def exams(
+    filler: np.ndarray, words: Wording, *, context: int, seeds: int, rows: int = 2, questions: int = 4, bos: int | None
+) -> Exams:
+    """Draws facts, fillers and questions anew for each seed.
+
+    Args:
+      filler: tokens of ordinary text.
+      context: tokens of a text.
+      rows: texts per seed.
+      questions: asked about each text's first row of a seed one by one.
+    """
+    whole, single = [], []
+    for seed in range(seeds):
+        tasks = exam(filler, words, rows=rows, length=context, notes=8, questions=8, seed=seed, bos=bos)
+        whole += tasks
+        single += one_by_one(tasks[:1], words)[:questions]
+    # Every context is cut to the shortest, from the front, so that one program reads them all.
+    line = len(words.recall) + 2 * WORDS_PER_SIDE + len(words.arrow)
+    prompt = min(len(row.tokens) for row in single) - line
+    single = [Recall(*(part[-(prompt + line) :] for part in row)) for row in single]
+    single = [row for row in single if 0 < row.distance.max() < prompt]
+    return Exams(whole, single, prompt, seeds)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One line of the table; means over seeds, and their standard deviations.
+
+    Attributes:
+      slots: capacity per layer or head (for budgets, the mean).
+      nats: mean loss per token of texts with facts, read token by token.
+      recall: share of the questions answered in full when everything is read token by token.
+      before, after: the same when the context is read at once and compressed before the question is known, or after.
+      state_bytes: measured, of one row; `held` is the share of the slots that is occupied at the end.
+      asked_bytes: what so many slots of keys and values of each kv head would take.
+      tokens_per_second: of all rows together, token by token.
+    """
+
+    policy: str
+    slots: int
+    nats: float | None
+    nats_spread: float | None
+    recall: float | None
+    recall_spread: float | None
+    before: float | None
+    before_spread: float | None
+    after: float | None
+    after_spread: float | None
+    asked_bytes: int
+    state_bytes: int
+    held: float
+    tokens_per_second: float | None
+
+
+def compare(
+    model: Decoder, tasks: Exams, policies: Sequence[Policy], slots: Sequence[int], *, dtype: Any = None
+) -> Iterator[Compared]:
+    """Every policy at every capacity; one that keeps everything gets the whole context, once.
+
+    Capacities below what a policy needs are left out. A policy that only selects from whole prompts is not read token
+    by token.
+    """
+    context = len(tasks.whole[0].tokens)
+    for policy in policies:
+        for capacity in [context] if not policy.forgets and policy.score is None else sorted(slots, reverse=True):
+            if capacity >= policy.needs:
+                yield _compared(model, tasks, policy, capacity, dtype)
+
+
+def _compared(model: Decoder, tasks: Exams, policy: Policy, slots: int, dtype: Any) -> Compared:
+    whole = None if policy.oneshot_only else answers(model, tasks.whole, policy, slots, dtype=dtype)
+    line = len(tasks.single[0].tokens) - tasks.prompt
+    before = answers(model, tasks.single, policy, slots, prompt=tasks.prompt, dtype=dtype)
+    known = tasks.prompt + line - WORDS_PER_SIDE
+    after = answers(model, tasks.single, policy, slots, prompt=known, dtype=dtype)
+    config = model.config
+    width = np.dtype(dtype or model.embedding[...].dtype).itemsize
+    some = whole or before
+    share = lambda given, rows: (None, None) if given is None else _spread(given.right, given.row, rows, tasks.seeds)
+    nats = (None, None) if whole is None else _of(whole.nats.reshape(tasks.seeds, -1).mean(1))
+    return Compared(
+        policy.name, slots, *nats, *share(whole, len(tasks.whole)), *share(before, len(tasks.single)),
+        *share(after, len(tasks.single)), 2 * config.num_layers * config.num_kv_heads * slots * config.head_dim * width,
+        some.state_bytes, some.held, None if whole is None else whole.tokens_per_second,
+    )  # fmt: skip
+
+
+def _spread(right: np.ndarray, row: np.ndarray, rows: int, seeds: int) -> tuple[float, float]:
+    """Mean and standard deviation over seeds of what was answered."""
+    seed = row * seeds // rows
+    return _of(np.array([right[seed == s].mean() for s in range(seeds) if (seed == s).any()]))
+
+
+def _of(values: np.ndarray) -> tuple[float, float]:
+    return float(values.mean()), float(values.std())

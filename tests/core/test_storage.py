@@ -1,0 +1,448 @@
+"""Quantised states: how far what is stored is from what came in, and that nothing that comes later changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import random_tokens, tiny_decoder
+
+from jaxcompress import policies
+from jaxcompress.evaluation.perplexity import perplexity
+from jaxcompress.generation import generate, start
+from jaxcompress.models.bounded import init_state
+from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.policies import Policy
+from jaxcompress.reconstruction import shrink
+from jaxcompress.recurrence import advance
+from jaxcompress.state import KVState
+from jaxcompress.storage import DTYPES, Quantised, _pack, _unpack, load, store, zeros
+from jaxcompress.tracing import trace
+
+from .harness import ROPE, RULES, B, C, Case, D, Data, H, K, T, data, expected, fresh, held, permuted, ragged, run
+from .reference import rope
+
+CODED = ("float8_e4m3fn", "int8", "int4")
+coded = pytest.mark.parametrize("name", CODED)
+few = settings(max_examples=5)
+NOTHING = 1e-34  # in a vector of such numbers the scale has no normal float32
+WIDTH = 8  # of vectors that are not of the harness
+
+_store = jax.jit(lambda x, like: store(x, like))
+_load = jax.jit(load)
+
+
+def stored(x: Any, name: str) -> Any:
+    return _store(jnp.asarray(x), zeros(x.shape, name))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+def out_of_bounds(x: Any, back: Any, name: str) -> np.ndarray:
+    """Where the error is larger than `jaxcompress.storage` says; x and back [..., D]."""
+    x, back = np.asarray(x, np.float64), np.asarray(back, np.float64)
+    most = np.abs(x).max(-1, keepdims=True)
+    error = np.abs(back - x)
+    most_error = {
+        "float32": 0 * most,
+        "bfloat16": np.abs(x) / 256,
+        "float16": np.abs(x) / 2048 + 2.0**-25,
+        "float8_e4m3fn": np.maximum(np.abs(x) / 16, most / 450_000),
+        "int8": most / 253,
+        "int4": 0.31 * most,
+    }[name]
+    wrong = error > most_error + NOTHING
+    if name == "int4":
+        wrong |= np.sqrt(np.square(error).mean(-1, keepdims=True)) > most / 13.9 + NOTHING
+    return wrong
+
+
+@st.composite
+def vectors(draw: Any) -> np.ndarray:
+    """Some vectors, each of its own kind and magnitude."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    x = rng.standard_normal((6, WIDTH)) * draw(st.sampled_from([1e-37, 1e-30, 1e-6, 1.0, 1e4, 1e30, 1e37]))
+    x *= 10.0 ** rng.integers(-2, 3, (6, 1))
+    x *= {"as it is": 1.0, "sparse": rng.random(x.shape) < 0.3, "zero": 0.0, "equal": 1 / np.where(x, x, 1)}[
+        draw(st.sampled_from(["as it is", "as it is", "sparse", "zero", "equal"]))
+    ]
+    x[:, draw(st.integers(0, WIDTH - 1))] *= draw(st.sampled_from([1.0, 1.0, 30.0, 1000.0]))
+    x = np.clip(x, -3e38, 3e38).astype(np.float32)
+    return np.asarray(jnp.asarray(x, jnp.bfloat16)) if draw(st.booleans()) else x
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@settings(max_examples=100)
+@given(x=vectors())
+def test_round_trip(name: str, x: np.ndarray) -> None:
+    x = np.clip(x, -65_000, 65_000) if name == "float16" else x
+    codes = stored(x, name)
+    back = _load(codes)
+    assert back.dtype == (jnp.float32 if name in CODED else name)
+    assert not out_of_bounds(x, back, name).any()
+    assert (np.asarray(back)[np.asarray(x == 0)] == 0).all()
+
+
+@coded
+@settings(max_examples=100)
+@given(x=vectors())
+def test_storing_what_was_loaded_changes_nothing(name: str, x: np.ndarray) -> None:
+    """Or a state that is stored again, e.g. in another layout, would drift."""
+    x = np.where(np.abs(x.astype(np.float32)).max(-1, keepdims=True) < NOTHING, 0, x.astype(np.float32))
+    once = stored(x, name)
+    assert same(stored(_load(once), name), once)
+
+
+def test_a_scale_that_is_rounded_up_would_drift() -> None:
+    """What the test above is good for: the largest code falls short of 127 steps, and the next scale is another."""
+    x = np.random.default_rng(0).standard_normal((1000, WIDTH)).astype(np.float32)
+    first = x
+    for _ in range(50):
+        scale = np.asarray(jnp.asarray(np.abs(x).max(-1, keepdims=True) * (1 + 2**-7) / 127, jnp.bfloat16), np.float32)
+        x = np.clip(np.round(x / scale), -127, 127) * scale
+    assert out_of_bounds(first, x, "int8").any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@coded
+def test_numbers_that_are_not_finite_do_not_vanish(name: str, value: float) -> None:
+    x = np.ones((2, WIDTH), np.float32)
+    x[0, 3] = value
+    back = np.asarray(_load(stored(x, name)))
+    assert not np.isfinite(back[0]).all()
+    assert np.isfinite(back[1]).all()
+
+
+def test_every_pair_of_4_bit_codes() -> None:
+    codes = np.array([(a, b) for a in range(-8, 8) for b in range(-8, 8)], np.int8)
+    packed = _pack(jnp.asarray(codes))
+    assert (packed.dtype, packed.shape) == (jnp.uint8, (256, 1))
+    assert len(np.unique(packed)) == 256
+    np.testing.assert_array_equal(np.concatenate(_unpack(packed), -1), codes)
+    wide = jnp.asarray(codes.reshape(32, 16))
+    np.testing.assert_array_equal(np.concatenate(_unpack(_pack(wide)), -1), wide)
+
+
+def test_every_8_bit_float() -> None:
+    """All finite ones, times a scale of 1."""
+    bits = np.array([b for b in range(256) if b & 0x7F != 0x7F], np.uint8)
+    one = np.full(bits.shape, jnp.asarray(1, jnp.bfloat16).view(jnp.uint16), np.uint16)
+    back = _load(Quantised(jnp.asarray(bits[:, None]), jnp.asarray(one), "float8_e4m3fn"))
+    np.testing.assert_array_equal(np.asarray(back)[:, 0], bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "vector"),
+    [("float32", 4 * D), ("bfloat16", 2 * D), ("float16", 2 * D), *zip(CODED, (D + 2, D + 2, D // 2 + 2), strict=True)],
+)
+def test_bytes(name: str, vector: int) -> None:
+    config, slots = DecoderConfig(8, 8, 8, 3, H, K, D), C + 1  # scales are counted
+    state = init_state(config, policies.window(), C, batch=B, dtype=name)
+    assert sum(x.nbytes for x in jax.tree.leaves((state[0].keys, state[0].values))) == 2 * 3 * B * K * slots * vector
+    rest = 3 * B * slots + B + 3  # positions, seen, layer
+    assert sum(part.nbytes for part in state) == 2 * 3 * B * K * slots * vector + 4 * rest
+    assert state[0].keys.dtype == name
+    assert same(init_state(config, policies.window(), C, batch=B, dtype=state[0].keys.dtype), state)
+
+
+@pytest.mark.parametrize("dtype", ["int5", "float64", "float8_e5m2", "uint8", np.int32, "4 bits", None])
+def test_what_a_state_cannot_be_stored_as(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="a state cannot be stored as .*; known: float32, bfloat16, .*, int4"):
+        zeros((2, 8), dtype)
+
+
+def test_a_wrong_dtype_is_noticed_before_anything_is_compiled() -> None:
+    model, tova, tokens = tiny_decoder(), policies.tova(), random_tokens(1, 12)
+    for use in (
+        lambda: start(model, tova, 4, dtype="int3"),
+        lambda: next(generate(model, list(tokens), tova, 4, steps=3, dtype="int3")),
+        lambda: perplexity(model, tokens, tova, 4, dtype="int3"),
+        lambda: trace(model, tokens, tova, 4, prompt=3, dtype="int3"),
+    ):
+        with pytest.raises(ValueError, match="cannot be stored as int3"):
+            use()
+
+
+def test_4_bits_need_an_even_width() -> None:
+    with pytest.raises(ValueError, match="even, not 7"):
+        zeros((2, 7), "int4")
+    config = DecoderConfig(8, 8, 8, 1, 1, 1, 7)
+    with pytest.raises(ValueError, match="even, not 7"):
+        init_state(config, policies.tova(), 4, dtype="int4")
+
+
+# ---- in the recurrence
+
+LONG = 10_000
+Again = Callable[[Any], Any]
+
+
+@partial(jax.jit, static_argnames=("policy", "again"))
+def _live(q: Any, k: Any, v: Any, state: KVState, policy: Policy, again: Again | None = None) -> tuple[KVState, Any]:
+    """Step by step; also how many slots were not, bit for bit, what they were: when their token came, or before.
+
+    `again`: done to keys and values after every step.
+    """
+
+    def step(state: KVState, token: Any) -> Any:
+        q, k, v, at = token
+        positions = jnp.broadcast_to(at, (q.shape[0], 1))
+        after = advance(q, k, v, positions, state, 0, policy, rotate=ROPE).state
+        if again is not None:
+            after = replace(after, keys=again(after.keys), values=again(after.values))
+        stays = (after.positions == state.positions) & (after.positions >= 0)
+        came = after.positions == at
+        here = ROPE(k, positions[..., None])
+        changed = jnp.sum((after.positions >= 0) & ~stays & ~came)  # moved
+        for new, old, x in ((after.keys, state.keys, here), (after.values, state.values, v)):
+            entered = store(x.swapaxes(1, 2)[None], new)
+            for a, b, c in zip(*map(jax.tree.leaves, (new, old, entered)), strict=True):
+                wide = lambda mask, a=a: mask.reshape(*mask.shape, *[1] * (a.ndim - 4))
+                changed += jnp.sum(wide(stays) & (a != b)) + jnp.sum(wide(came) & (a != c))
+        return after, changed
+
+    state, changed = jax.lax.scan(step, state, (q, k, v, jnp.arange(len(q))))
+    return state, changed.sum()
+
+
+def life() -> tuple[np.ndarray, ...]:
+    """10,000 tokens for 2 rows whose keys and values differ much in magnitude: q, k, v [T, B, 1, H or K, D]."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((LONG, 2, 1, heads, D), np.float32) for heads in (H, K, K))
+    return q, *(x * 10 ** rng.uniform(-1.5, 1.5, (LONG, 2, 1, 1, 1)).astype(np.float32) for x in (k, v))
+
+
+def wrong_at_the_end(state: KVState, k: np.ndarray, v: np.ndarray, name: str) -> int:
+    """How many numbers of held tokens are too far from what they were."""
+    wrong, tokens = 0, np.asarray(state.positions[0, :, 0])
+    for b, s in np.argwhere(tokens >= 0):
+        at = tokens[b, s]
+        key = ROPE(jnp.asarray(k[at, b, 0]), jnp.full(1, at))
+        for x, y in ((key, state.keys), (v[at, b, 0], state.values)):
+            wrong += out_of_bounds(x, np.asarray(load(y))[0, b, :, s], name).sum()
+    return wrong
+
+
+@pytest.mark.parametrize("policy", [policies.tova(), policies.window(4)], ids=lambda policy: policy.name)
+@coded
+def test_a_token_is_quantised_once(name: str, policy: Policy) -> None:
+    """From entering to leaving its codes and scale are the same bits, and as close to the original as on the first
+    day: over 10,000 steps, in which other tokens of a hundred times its magnitude come and go."""
+    q, k, v = life()
+    empty = init_state(DecoderConfig(8, 8, 8, 1, H, K, D), policy, 8, batch=2, dtype=name)[0]
+    state, changed = _live(q, k, v, empty, policy)
+    assert changed == 0
+    tokens = np.asarray(state.positions[0, :, 0])
+    assert ((tokens >= 0).sum(-1) == 8).all()
+    if policy.name == "window+4":
+        assert [held(row) for row in tokens] == [[0, 1, 2, 3, *range(LONG - 4, LONG)]] * 2
+    assert wrong_at_the_end(state, k, v, name) == 0
+
+
+def _anew(x: Any) -> Any:
+    return store(load(x), x)
+
+
+def _one_scale_per_head(x: jax.Array) -> jax.Array:
+    """[L, B, K, S, D], every slot in the steps of the largest one."""
+    scale = jnp.abs(x).max((-1, -2), keepdims=True) / 127
+    return jnp.round(x / jnp.where(scale > 0, scale, 1)) * scale
+
+
+def _rounded_up(x: jax.Array) -> jax.Array:
+    scale = (jnp.abs(x).max(-1, keepdims=True) * ((1 + 2**-7) / 127)).astype(jnp.bfloat16).astype(x.dtype)
+    return jnp.clip(jnp.round(x / jnp.where(scale > 0, scale, 1)), -127, 127) * scale
+
+
+@pytest.mark.parametrize("again", [_one_scale_per_head, _rounded_up])
+def test_quantising_at_every_step_would_be_noticed(again: Again) -> None:
+    """The same tokens, stored anew after each step in two ways that are not this library's."""
+    q, k, v = life()
+    policy = policies.window(4)  # the first four tokens live through all of it
+    empty = init_state(DecoderConfig(8, 8, 8, 1, H, K, D), policy, 8, batch=2)[0]
+    state, changed = _live(q, k, v, empty, policy, again)
+    assert changed > LONG
+    assert wrong_at_the_end(state, k, v, "int8") > 0
+
+
+@coded
+def test_even_storing_anew_at_every_step_changes_nothing(name: str) -> None:
+    q, k, v = (x[:300] for x in life())
+    policy = policies.window(4)
+    empty = init_state(DecoderConfig(8, 8, 8, 1, H, K, D), policy, 8, batch=2, dtype=name)[0]
+    (once, _), (anew, changed) = _live(q, k, v, empty, policy), _live(q, k, v, empty, policy, _anew)
+    assert changed == 0
+    assert same(once, anew)
+
+
+def close(a: Any, b: Any) -> None:
+    np.testing.assert_allclose(a, b, 1e-4, 1e-4)
+
+
+CASES = [Case("tova", "steps"), Case("tova", "chunked"), Case("streaming-before", "chunked", "slot")]
+CASES += [Case("h2o"), Case("tova-pool"), Case("every-ada", "chunked")]
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.policy}-{case.mode}")
+
+
+@cases
+@coded
+@few
+@given(rows=ragged(), other=ragged())
+def test_rows_are_independent(name: str, case: Case, rows: Data, other: Data) -> None:
+    together = run(case, rows, fresh(case, dtype=name))
+    mixed = Data(*(np.array(x) for x in other))
+    for to, x in zip(mixed, rows, strict=True):
+        to[0] = x[0]
+    alone = run(case, mixed, fresh(case, dtype=name))
+    close(alone.out[0], together.out[0])
+    row = lambda state: jax.tree.map(lambda x: x[:, :, 0], [state.keys, state.values, state.positions])
+    assert same(row(alone.states), row(together.states))
+
+
+@cases
+@coded
+@few
+@given(rows=ragged())
+def test_padding_changes_nothing(name: str, case: Case, rows: Data) -> None:
+    before = run(case, rows, fresh(case, dtype=name)).last
+    after = run(case, data(7)._replace(valid=np.zeros((B, T), bool)), before)
+    assert not after.out.any()
+    assert same([after.last.keys, after.last.values, after.last.positions],
+                [before.keys, before.values, before.positions])  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: f"{case.policy}-{case.mode}")
+@coded
+@few
+@given(rows=ragged(), seed=st.integers(0, 99))
+def test_the_order_of_slots_has_no_meaning(name: str, case: Case, rows: Data, seed: int) -> None:
+    start, more = run(case, rows, fresh(case, dtype=name)).last, data(seed, scale=0.5)._replace(valid=rows.valid)
+    shuffled = permuted(start, np.random.default_rng(seed))
+    one, two = (run(case, more, state, first=T) for state in (start, shuffled))
+    close(one.out, two.out)
+    for x, y in zip(one.last.positions.reshape(-1, C + 1), two.last.positions.reshape(-1, C + 1), strict=True):
+        assert held(x) == held(y)
+
+
+@coded
+@few
+@given(columns=st.lists(st.integers(0, 4), min_size=3, max_size=3), seed=st.integers(0, 99))
+def test_a_block_of_one_token_is_a_step(name: str, columns: list[int], seed: int) -> None:
+    start = run(Case("tova", "chunked"), data(seed + 1), fresh(Case("tova"), dtype=name)).last
+    at = [5 * chunk + column for chunk, column in enumerate(columns)]  # one in each of three chunks of 5
+    rows = data(seed)._replace(valid=np.broadcast_to(np.isin(np.arange(T), at), (B, T)))
+    steps, blocks = (run(Case("tova", mode), rows, start, first=T) for mode in ("steps", "chunked"))
+    close(steps.out, blocks.out)
+    for x, y in zip(steps.last.positions.reshape(-1, C + 1), blocks.last.positions.reshape(-1, C + 1), strict=True):
+        assert held(x) == held(y)
+
+
+def as_remembered(rows: Data, name: str) -> Data:
+    """The tokens as they are after they were stored: rotated for the cache, stored, loaded, turned back."""
+    at = np.maximum(rows.positions, 0)[..., None]
+    k, v = _load(stored(ROPE(jnp.asarray(rows.k), jnp.asarray(at)), name)), _load(stored(rows.v, name))
+    return rows._replace(k=rope(np.asarray(k), -at), v=np.asarray(v))
+
+
+@pytest.mark.parametrize(
+    "case", [Case(name, mode) for name in ("tova", "h2o") for mode in ("steps", "chunked")],
+    ids=lambda case: f"{case.policy}-{case.mode}",
+)  # fmt: skip
+@coded
+@few
+@given(rows=ragged())
+def test_equals_the_definition(name: str, case: Case, rows: Data) -> None:
+    """A quantised state is the reference recurrence over tokens that were quantised before."""
+    got, known = run(case, rows, fresh(case, dtype=name)), as_remembered(rows, name)
+    for b in range(B):
+        want = expected(case, known, b)
+        close(got.out[b, rows.valid[b]], want.out)
+        assert [held(p) for p in got.states.positions[-1, 0, b]] == want.held[-1]
+
+
+@pytest.mark.parametrize("mode", ["steps", "chunked"])
+@pytest.mark.parametrize(("name", "most"), [("float16", 2e-3), ("int8", 0.02), ("float8_e4m3fn", 0.1), ("int4", 0.25)])
+def test_what_comes_out(name: str, most: float, mode: str) -> None:
+    """Attention over a full cache, against float32: as many parts of a typical value off, in the root mean square."""
+    case, rows = Case("full", mode), data(0)
+    got, exact = run(case, rows, fresh(case, dtype=name)).out, run(case, rows).out
+    assert got.dtype == np.float32
+    off = np.sqrt(np.square(got - exact).mean() / np.square(exact).mean())
+    assert most / 8 < off < most
+
+
+@pytest.mark.parametrize("name", DTYPES[1:])
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_gradients(name: str, chunk: int) -> None:
+    """They pass through what is rounded to bfloat16 or float16. Quantised tokens are constants: queries get the
+    gradient of attention over them, keys and values none."""
+    rows, policy, weight = data(1), RULES["tova"][0], jnp.asarray(data(2).q)
+
+    @jax.jit
+    def gradients(state: KVState, *qkv: Any) -> Any:
+        def loss(q: Any, k: Any, v: Any) -> Any:
+            return (
+                advance(q, k, v, jnp.asarray(rows.positions), state, 0, policy, chunk=chunk, rotate=ROPE).out * weight
+            ).sum()
+
+        return jax.grad(loss, (0, 1, 2))(*qkv)
+
+    q, k, v = gradients(fresh(Case("tova"), dtype=name), rows.q, rows.k, rows.v)
+    assert all(np.isfinite(x).all() for x in (q, k, v))
+    if name not in CODED:
+        assert all(np.abs(x).max() > 0.1 for x in (q, k, v))
+        return
+    assert not k.any()
+    assert not v.any()
+    known = as_remembered(rows, name)
+    want = gradients(fresh(Case("tova")), rows.q, *(np.asarray(x, np.float32) for x in (known.k, known.v)))[0]
+    np.testing.assert_allclose(q, want, 1e-3, 1e-3)
+
+
+# ---- in a model
+
+
+@pytest.mark.parametrize("name", ["float16", *CODED])
+def test_models(name: str) -> None:
+    """The same state in every use: reading in pieces and writing, perplexity, traces."""
+    model, tova, ids = tiny_decoder(), policies.tova(), random_tokens(2, 24)
+    one, two = (
+        np.concatenate(list(generate(model, list(ids), tova, 6, steps=8, dtype=name, **how)), axis=1)
+        for how in (dict(), dict(segment=5, burst=3))
+    )
+    np.testing.assert_array_equal(one, two)
+    measured = perplexity(model, ids, tova, 6, dtype=name)
+    assert measured.state_bytes == sum(part.nbytes for part in start(model, tova, 6, batch=2, dtype=name).state)
+    # The losses of the tokens are those of the traced logits.
+    traced = trace(model, ids, tova, 6, prompt=1, dtype=name)
+    logits = traced.logits[:-1].astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(logits, ids[:, 1:].T[..., None], -1)[..., 0]
+    nats = (np.log(np.exp(logits).sum(-1)) - chosen).mean()
+    np.testing.assert_allclose(measured.nats, nats, 1e-4)
+    exact = trace(model, ids, tova, 6, prompt=1)
+    assert traced.positions.shape == exact.positions.shape
+    assert np.abs(traced.logits - exact.logits).max() > 0
+    np.testing.assert_array_equal(traced.positions[:, :6], exact.positions[:, :6])  # before anything goes
+
+
+@coded
+def test_a_quantised_state_can_be_made_smaller(name: str) -> None:
+    """It stays what it was stored as."""
+    model = tiny_decoder()
+    whole = start(model, policies.full(), 12, dtype=name).state
+    small = shrink(model, whole, jnp.zeros((2, 1, 2, 12)), policies.tova(), 4)
+    assert all(part.keys.dtype == part.values.dtype == name for part in small)

@@ -1,0 +1,67 @@
+"""The comparison of policies: that its columns are what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny import tiny_decoder
+
+from jaxcompress import policies
+from jaxcompress.evaluation.compare import compare, exams
+from jaxcompress.evaluation.recall import Wording, answers
+
+VOCABULARY = 61
+WORDS = Wording(*(np.array(part, np.int32) for part in ([1, 2], [1, 3], [4], [1])), np.arange(20, 60, dtype=np.int32))
+FILLER = np.random.default_rng(0).integers(5, 20, 400).astype(np.int32)
+TASKS = exams(FILLER, WORDS, context=200, seeds=2, rows=2, questions=3, bos=0)
+
+
+def test_exams_have_one_length_and_answers_within_the_context() -> None:
+    assert len(TASKS.whole) == 4
+    assert {len(row.tokens) for row in TASKS.whole} == {200}
+    (length,) = {len(row.tokens) for row in TASKS.single}
+    assert TASKS.prompt == length - 7  # "\n# recall:", key, arrow, value
+    for row in TASKS.single:
+        (first,) = np.flatnonzero(row.distance)
+        assert (row.tokens[first - row.distance[first] :][:2] == row.tokens[first : first + 2]).all()
+        assert row.tokens[TASKS.prompt :][:2].tolist() == WORDS.recall.tolist()
+
+
+def test_rows() -> None:
+    """Means over seeds of what the parts give, bytes as measured, and nothing that a policy cannot do."""
+    model = tiny_decoder(VOCABULARY)
+    asked = [policies.full(), policies.tova(), policies.once(policies.tova(), 12), policies.window(60)]
+    rows = list(compare(model, TASKS, asked, (40, 20)))
+    assert [(row.policy, row.slots) for row in rows] == [
+        ("full", 200), ("tova", 40), ("tova", 20), ("tova/once12", 40), ("tova/once12", 20),
+    ]  # fmt: skip
+    tova = rows[1]
+    whole = answers(model, TASKS.whole, policies.tova(), 40)
+    assert tova.nats == pytest.approx(whole.nats.mean(), rel=1e-5)
+    assert tova.nats_spread == pytest.approx(whole.nats.reshape(2, 2).mean(1).std(), rel=1e-4)
+    assert tova.recall == pytest.approx(whole.right.mean())
+    before = answers(model, TASKS.single, policies.tova(), 40, prompt=TASKS.prompt)
+    assert before.distance.tolist() == [row.distance.max() for row in TASKS.single]
+    config = model.config
+    assert tova.asked_bytes == 2 * config.num_layers * config.num_kv_heads * 40 * config.head_dim * 4
+    assert tova.asked_bytes < tova.state_bytes < 1.2 * tova.asked_bytes
+    assert tova.held == 1.0
+    once = rows[3]
+    assert once.nats is once.recall is once.tokens_per_second is None
+    assert once.before is not None
+    assert once.held == pytest.approx((12 + 6) / 40)  # the prompt's 12, and the question up to its last token but one
+
+
+def test_what_comes_from_the_prompt_does_not_count() -> None:
+    """With the whole row as prompt but the answer, only the answer is predicted from the state."""
+    model = tiny_decoder(VOCABULARY)
+    length = len(TASKS.single[0].tokens)
+    given = answers(model, TASKS.single, policies.tova(), 30, prompt=length - 2)
+    assert given.nats.shape == (len(TASKS.single),)
+
+
+def test_a_policy_for_prompts_needs_a_prompt() -> None:
+    with pytest.raises(ValueError, match="mode oneshot"):
+        answers(tiny_decoder(VOCABULARY), TASKS.whole, policies.once(policies.tova(), 8), 40)
+    with pytest.raises(ValueError, match="slots or more"):
+        answers(tiny_decoder(VOCABULARY), TASKS.single, policies.once(policies.tova(), 8), 10, prompt=TASKS.prompt)
