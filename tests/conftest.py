@@ -24,23 +24,25 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 install_import_hook("jaxcompress", "beartype.beartype")
 
 from jaxcompress.state import KVState  # noqa: E402  after the hook
+from jaxcompress.storage import Quantised  # noqa: E402
 
 
-def _check_states_that_the_package_builds() -> None:
+def _check_those_that_the_package_builds(kind: type) -> None:
     """Not those that jax rebuilds from leaves: their leaves may be anything, or have axes in front."""
-    checked = KVState.__init__
+    checked: Any = kind.__init__
     plain = checked.__wrapped__
 
-    def init(self: KVState, *args: Any, **fields: Any) -> None:
+    def init(self: Any, *args: Any, **fields: Any) -> None:
         caller = sys._getframe(1).f_globals.get("__name__", "")
         ours = caller == "dataclasses" or caller.startswith("jaxcompress.")  # dataclasses: `replace`
-        arrays = isinstance(args[0] if args else fields["keys"], jax.Array)
+        arrays = isinstance(args[0] if args else next(iter(fields.values())), jax.Array)
         (checked if ours and arrays else plain)(self, *args, **fields)
 
-    KVState.__init__ = init
+    kind.__init__ = init
 
 
-_check_states_that_the_package_builds()
+_check_those_that_the_package_builds(KVState)
+_check_those_that_the_package_builds(Quantised)
 
 # The same examples at every run, so that a failure can be seen again; HYPOTHESIS_PROFILE=search draws new ones.
 _shared = dict(deadline=None, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

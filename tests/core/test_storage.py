@@ -28,7 +28,27 @@ from jaxcompress.state import KVState
 from jaxcompress.storage import DTYPES, Quantised, _pack, _unpack, load, store, zeros
 from jaxcompress.tracing import trace
 
-from .harness import ROPE, RULES, B, C, Case, D, Data, H, K, T, data, expected, fresh, held, permuted, ragged, run
+from .harness import (
+    FAST_COMPILE,
+    ROPE,
+    RULES,
+    B,
+    C,
+    Case,
+    D,
+    Data,
+    H,
+    K,
+    T,
+    data,
+    expected,
+    fresh,
+    held,
+    name_of,
+    permuted,
+    ragged,
+    run,
+)
 from .reference import rope
 
 CODED = ("float8_e4m3fn", "int8", "int4")
@@ -292,16 +312,29 @@ def close(a: Any, b: Any) -> None:
     np.testing.assert_allclose(a, b, 1e-4, 1e-4)
 
 
-CASES = [Case("tova", "steps"), Case("tova", "chunked"), Case("streaming-before", "chunked", "slot")]
-CASES += [Case("h2o"), Case("tova-pool"), Case("every-ada", "chunked")]
-cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.policy}-{case.mode}")
+def same_tokens(a: KVState, b: KVState) -> None:
+    """In whatever slots."""
+    flat = lambda state: state.positions.reshape(-1, state.positions.shape[-1])
+    assert [held(x) for x in flat(a)] == [held(x) for x in flat(b)]
 
 
-@cases
-@coded
+TOVA = [(Case("tova", mode), name) for mode in ("steps", "chunked") for name in CODED]
+OTHERS = [
+    (Case("h2o", "chunked"), "int4"),
+    (Case("streaming-before", "chunked", "slot"), "int8"),
+    (Case("tova-pool", "steps"), "float8_e4m3fn"),
+    (Case("every-ada", "chunked"), "int4"),
+]
+
+
+def every(pairs: list[tuple[Case, str]]) -> Any:
+    return pytest.mark.parametrize(("case", "name"), pairs, ids=[f"{name}-{name_of(case)}" for case, name in pairs])
+
+
+@every(TOVA + OTHERS)
 @few
 @given(rows=ragged(), other=ragged())
-def test_rows_are_independent(name: str, case: Case, rows: Data, other: Data) -> None:
+def test_rows_are_independent(case: Case, name: str, rows: Data, other: Data) -> None:
     together = run(case, rows, fresh(case, dtype=name))
     mixed = Data(*(np.array(x) for x in other))
     for to, x in zip(mixed, rows, strict=True):
@@ -312,11 +345,10 @@ def test_rows_are_independent(name: str, case: Case, rows: Data, other: Data) ->
     assert same(row(alone.states), row(together.states))
 
 
-@cases
-@coded
+@every(TOVA + OTHERS)
 @few
 @given(rows=ragged())
-def test_padding_changes_nothing(name: str, case: Case, rows: Data) -> None:
+def test_padding_changes_nothing(case: Case, name: str, rows: Data) -> None:
     before = run(case, rows, fresh(case, dtype=name)).last
     after = run(case, data(7)._replace(valid=np.zeros((B, T), bool)), before)
     assert not after.out.any()
@@ -324,17 +356,15 @@ def test_padding_changes_nothing(name: str, case: Case, rows: Data) -> None:
                 [before.keys, before.values, before.positions])  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: f"{case.policy}-{case.mode}")
-@coded
+@every(TOVA + OTHERS[:2])
 @few
 @given(rows=ragged(), seed=st.integers(0, 99))
-def test_the_order_of_slots_has_no_meaning(name: str, case: Case, rows: Data, seed: int) -> None:
+def test_the_order_of_slots_has_no_meaning(case: Case, name: str, rows: Data, seed: int) -> None:
     start, more = run(case, rows, fresh(case, dtype=name)).last, data(seed, scale=0.5)._replace(valid=rows.valid)
     shuffled = permuted(start, np.random.default_rng(seed))
     one, two = (run(case, more, state, first=T) for state in (start, shuffled))
     close(one.out, two.out)
-    for x, y in zip(one.last.positions.reshape(-1, C + 1), two.last.positions.reshape(-1, C + 1), strict=True):
-        assert held(x) == held(y)
+    same_tokens(one.last, two.last)
 
 
 @coded
@@ -346,8 +376,7 @@ def test_a_block_of_one_token_is_a_step(name: str, columns: list[int], seed: int
     rows = data(seed)._replace(valid=np.broadcast_to(np.isin(np.arange(T), at), (B, T)))
     steps, blocks = (run(Case("tova", mode), rows, start, first=T) for mode in ("steps", "chunked"))
     close(steps.out, blocks.out)
-    for x, y in zip(steps.last.positions.reshape(-1, C + 1), blocks.last.positions.reshape(-1, C + 1), strict=True):
-        assert held(x) == held(y)
+    same_tokens(steps.last, blocks.last)
 
 
 def as_remembered(rows: Data, name: str) -> Data:
@@ -357,14 +386,10 @@ def as_remembered(rows: Data, name: str) -> Data:
     return rows._replace(k=rope(np.asarray(k), -at), v=np.asarray(v))
 
 
-@pytest.mark.parametrize(
-    "case", [Case(name, mode) for name in ("tova", "h2o") for mode in ("steps", "chunked")],
-    ids=lambda case: f"{case.policy}-{case.mode}",
-)  # fmt: skip
-@coded
+@every([*TOVA, OTHERS[0]])
 @few
 @given(rows=ragged())
-def test_equals_the_definition(name: str, case: Case, rows: Data) -> None:
+def test_equals_the_definition(case: Case, name: str, rows: Data) -> None:
     """A quantised state is the reference recurrence over tokens that were quantised before."""
     got, known = run(case, rows, fresh(case, dtype=name)), as_remembered(rows, name)
     for b in range(B):
@@ -373,34 +398,32 @@ def test_equals_the_definition(name: str, case: Case, rows: Data) -> None:
         assert [held(p) for p in got.states.positions[-1, 0, b]] == want.held[-1]
 
 
-@pytest.mark.parametrize("mode", ["steps", "chunked"])
 @pytest.mark.parametrize(("name", "most"), [("float16", 2e-3), ("int8", 0.02), ("float8_e4m3fn", 0.1), ("int4", 0.25)])
-def test_what_comes_out(name: str, most: float, mode: str) -> None:
+def test_what_comes_out(name: str, most: float) -> None:
     """Attention over a full cache, against float32: as many parts of a typical value off, in the root mean square."""
-    case, rows = Case("full", mode), data(0)
+    case, rows = Case("full", "steps"), data(0)
     got, exact = run(case, rows, fresh(case, dtype=name)).out, run(case, rows).out
     assert got.dtype == np.float32
     off = np.sqrt(np.square(got - exact).mean() / np.square(exact).mean())
     assert most / 8 < off < most
 
 
-@pytest.mark.parametrize("name", DTYPES[1:])
-@pytest.mark.parametrize("chunk", [1, 5])
+@partial(jax.jit, static_argnames="chunk", compiler_options=FAST_COMPILE)
+def _gradients(q: Any, k: Any, v: Any, positions: Any, weight: Any, state: KVState, chunk: int) -> Any:
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        out = advance(q, k, v, positions, state, 0, RULES["tova"][0], chunk=chunk, rotate=ROPE).out
+        return (out * weight).sum()
+
+    return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+
+@pytest.mark.parametrize(("name", "chunk"), [("bfloat16", 1), ("int8", 1), *((name, 5) for name in CODED)])
 def test_gradients(name: str, chunk: int) -> None:
-    """They pass through what is rounded to bfloat16 or float16. Quantised tokens are constants: queries get the
-    gradient of attention over them, keys and values none."""
-    rows, policy, weight = data(1), RULES["tova"][0], jnp.asarray(data(2).q)
-
-    @jax.jit
-    def gradients(state: KVState, *qkv: Any) -> Any:
-        def loss(q: Any, k: Any, v: Any) -> Any:
-            return (
-                advance(q, k, v, jnp.asarray(rows.positions), state, 0, policy, chunk=chunk, rotate=ROPE).out * weight
-            ).sum()
-
-        return jax.grad(loss, (0, 1, 2))(*qkv)
-
-    q, k, v = gradients(fresh(Case("tova"), dtype=name), rows.q, rows.k, rows.v)
+    """They pass through what is rounded to bfloat16. Quantised tokens are constants: queries get the gradient of
+    attention over them, keys and values none."""
+    rows = data(1)
+    how = rows.positions, data(2).q
+    q, k, v = _gradients(rows.q, rows.k, rows.v, *how, fresh(Case("tova"), dtype=name), chunk)
     assert all(np.isfinite(x).all() for x in (q, k, v))
     if name not in CODED:
         assert all(np.abs(x).max() > 0.1 for x in (q, k, v))
@@ -408,32 +431,31 @@ def test_gradients(name: str, chunk: int) -> None:
     assert not k.any()
     assert not v.any()
     known = as_remembered(rows, name)
-    want = gradients(fresh(Case("tova")), rows.q, *(np.asarray(x, np.float32) for x in (known.k, known.v)))[0]
-    np.testing.assert_allclose(q, want, 1e-3, 1e-3)
+    k, v = (np.asarray(x, np.float32) for x in (known.k, known.v))
+    np.testing.assert_allclose(q, _gradients(rows.q, k, v, *how, fresh(Case("tova")), chunk)[0], 1e-3, 1e-3)
 
 
 # ---- in a model
 
 
-@pytest.mark.parametrize("name", ["float16", *CODED])
-def test_models(name: str) -> None:
-    """The same state in every use: reading in pieces and writing, perplexity, traces."""
-    model, tova, ids = tiny_decoder(), policies.tova(), random_tokens(2, 24)
+def test_reading_in_pieces_and_writing() -> None:
+    model, tova, ids = tiny_decoder(), policies.tova(), list(random_tokens(2, 24))
     one, two = (
-        np.concatenate(list(generate(model, list(ids), tova, 6, steps=8, dtype=name, **how)), axis=1)
+        np.concatenate(list(generate(model, ids, tova, 6, steps=8, dtype="int8", **how)), axis=1)
         for how in (dict(), dict(segment=5, burst=3))
     )
     np.testing.assert_array_equal(one, two)
-    measured = perplexity(model, ids, tova, 6, dtype=name)
-    assert measured.state_bytes == sum(part.nbytes for part in start(model, tova, 6, batch=2, dtype=name).state)
-    # The losses of the tokens are those of the traced logits.
-    traced = trace(model, ids, tova, 6, prompt=1, dtype=name)
+
+
+def test_perplexity_is_that_of_the_traced_logits() -> None:
+    model, tova, ids = tiny_decoder(), policies.tova(), random_tokens(2, 24)
+    measured = perplexity(model, ids, tova, 6, dtype="int4")
+    assert measured.state_bytes == sum(part.nbytes for part in start(model, tova, 6, batch=2, dtype="int4").state)
+    traced, exact = (trace(model, ids, tova, 6, prompt=1, dtype=name) for name in ("int4", None))
     logits = traced.logits[:-1].astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
     chosen = np.take_along_axis(logits, ids[:, 1:].T[..., None], -1)[..., 0]
-    nats = (np.log(np.exp(logits).sum(-1)) - chosen).mean()
-    np.testing.assert_allclose(measured.nats, nats, 1e-4)
-    exact = trace(model, ids, tova, 6, prompt=1)
+    np.testing.assert_allclose(measured.nats, (np.log(np.exp(logits).sum(-1)) - chosen).mean(), 1e-4)
     assert traced.positions.shape == exact.positions.shape
     assert np.abs(traced.logits - exact.logits).max() > 0
     np.testing.assert_array_equal(traced.positions[:, :6], exact.positions[:, :6])  # before anything goes

@@ -263,5 +263,5 @@ class TestErrors:
     "h2o-layer/mean_slots4", "tova/cam32", "h2o-layer/d2o", "knorm/within64", "tova/sampled4",
 ])  # fmt: skip
 def test_names(name: str) -> None:
-    assert named(name) == policies.named(name)  # one object per name: one compiled program
+    assert named(name) == named(name)  # one object per name: one compiled program
     assert named(name).score is not None
