@@ -26,7 +26,7 @@ from jaxcompress.policies.policy import Around, Candidates, Gone, Incoming, Obse
 from jaxcompress.select import keep_top, worst
 from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, SlotPositions, Values
 from jaxcompress.state import KVState
-from jaxcompress.storage import load, split, store
+from jaxcompress.storage import Stored, load, split, store
 
 QUERY_BLOCK = 128  # queries that attend at once to slots and chunk: bounds the memory of a one-shot prompt
 
@@ -85,6 +85,7 @@ def advance(
     if placement == "absolute":
         at = positions[..., None]
         q, k = rotate(q, at), rotate(k, at)
+    k, v = store(k, state.keys), store(v, state.values)  # all at once, and never again
     how = _How(policy, around, window)
     if t == 1:
         done = _token(_Block(q, k, v, positions, bare), state, layer, how)
@@ -104,7 +105,7 @@ def advance(
         done = _token(block, one, 0, how) if chunk == 1 else _block(block, one, how)
         return done.state, (done.out, done.freed, done.died)
 
-    inputs = chunks(q), chunks(k), chunks(v), chunks(positions, -1), tuple(chunks(x) for x in bare[:3])
+    inputs = *jax.tree.map(chunks, (q, k, v)), chunks(positions, -1), tuple(chunks(x) for x in bare[:3])
     one, (out, freed, died) = jax.lax.scan(body, one, inputs)
     out = out.swapaxes(0, 1).reshape(b, n * chunk, h, d)[:, :t].astype(q.dtype)
     return Advanced(out, state.put(layer, one), freed, died)
@@ -117,11 +118,11 @@ class _How(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """T tokens: q [B, T, H, D], k and v [B, T, K, D] as they will be cached, and `bare`, all three before RoPE."""
+    """T tokens: q [B, T, H, D], k and v [B, T, K, D] as the cache stores them, and `bare`, all three before RoPE."""
 
     q: Array
-    k: Array
-    v: Array
+    k: Stored
+    v: Stored
     positions: Array
     bare: Incoming
 
@@ -147,15 +148,15 @@ class _Done(NamedTuple):
 
 
 def _entries(block: _Block, state: KVState) -> _Entries:
-    b, t, heads, d = block.k.shape
+    b, t, heads = jax.tree.leaves(block.k)[0].shape[:3]
     if state.owner is None:
         held = jnp.broadcast_to(block.positions[:, None], (b, state.sets, t))
-        k, v, owner = block.k.swapaxes(1, 2), block.v.swapaxes(1, 2), None
+        owner, turn = None, lambda x: x.swapaxes(1, 2)
     else:
         held = jnp.repeat(block.positions, heads, axis=1)[:, None]
-        k, v = block.k.reshape(b, 1, t * heads, d), block.v.reshape(b, 1, t * heads, d)
+        turn = lambda x: x.reshape(b, 1, t * heads, *x.shape[3:])
         owner = jnp.broadcast_to(jnp.tile(jnp.arange(heads), t), held.shape)
-    return _Entries(store(k, state.keys), store(v, state.values), held, owner)
+    return _Entries(jax.tree.map(turn, block.k), jax.tree.map(turn, block.v), held, owner)
 
 
 def _candidates(state: KVState, layer: Any, how: _How, entries: _Entries | None = None) -> Candidates:

@@ -241,7 +241,8 @@ def merge_weighted() -> Reduce:
       v_t <- (n_t v_t + sum n_e v_e) / (n_t + sum n_e)        n_t <- n_t + sum n_e
 
     so that merging tokens of equal key and value changes nothing, and tokens of equal key are merged without error. The
-    mean of all values, weighted by n, stays what it was.
+    mean of all values, weighted by n, stays what it was. A slot that many unlike tokens have joined draws as much
+    attention as all of them and drowns what single tokens say: recall of single facts is lost.
     """
 
     def absorb(size: Stats, held: Candidates, gone: Gone) -> Absorbed:
@@ -267,7 +268,8 @@ def cam(targets: int = 32, seed: int = 0) -> Reduce:
 
       v_t <- v_t + v_e / m  for each of them, with probability min(a_e / mean a_t, 1), else e is dropped
 
-    The draw depends on seed, layer, head and position only. Values grow: what is moved is mass, not a mean.
+    The draw depends on seed, layer, head and position only. What is moved is mass, not a mean: values grow with every
+    eviction, without bound where every step evicts.
     """
     if targets < 1:
         raise ValueError(f"targets must be at least 1 token, not {targets}")

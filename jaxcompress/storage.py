@@ -2,7 +2,7 @@
 
 A vector is quantised once, when its token enters, and never again: every slot has a scale of its own, so that nothing
 that comes later can change what is stored. Storing what was loaded gives the same codes and scale (unless the largest
-number is below 1e-34, which is as good as zero). With m the largest magnitude in a vector of D numbers, a number x
+number is below 1e-32, which is as good as zero). With m the largest magnitude in a vector of D numbers, a number x
 comes back with an error of at most
 
   float8_e4m3fn   |x| / 16, or m / 450,000 where that is more                          D + 2 bytes
@@ -86,6 +86,11 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> Stored:
         width //= 2
     codes = jnp.zeros((*shape[:-1], width), jnp.int8 if name == "int8" else jnp.uint8)
     return Quantised(codes, jnp.zeros(shape[:-1], jnp.uint16), name)
+
+
+def vector_bytes(width: int, dtype: Any) -> int:
+    """What a vector of so many numbers takes, its scale included."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: zeros((width,), dtype))))
 
 
 def store(x: Float[Array, "... D"], like: Stored) -> Stored:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxcompress.cli.runtime import StateDtype
+
 POLICIES = (
     "full", "random", "window", "window+4", "streaming_llm+4", "h2o", "h2o-layer", "tova", "tova-kv_head",
     "observed_attention", "scissorhands", "knorm", "tova/first4", "tova/sampled4",
@@ -40,9 +42,8 @@ class Compare:
     """Facts, fillers and questions are drawn anew so often."""
     rows: int = 2
     """Texts per seed."""
-    state_dtype: str | None = None
-    """What keys and values are stored in: float32, bfloat16, float16, float8_e4m3fn, int8, int4; the model's if not
-    given."""
+    state_dtype: StateDtype | None = None
+    """What keys and values are stored in, the last three with a scale per slot and head; as --dtype if not given."""
     dtype: str | None = None
     """Of weights; the checkpoint's if not given."""
     out: Path | None = None

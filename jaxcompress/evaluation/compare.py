@@ -11,6 +11,7 @@ import numpy as np
 from jaxcompress.evaluation.recall import WORDS_PER_SIDE, Recall, Wording, answers, exam, one_by_one
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Policy
+from jaxcompress.storage import vector_bytes
 
 
 class Exams(NamedTuple):
@@ -104,13 +105,13 @@ def _compared(model: Decoder, tasks: Exams, policy: Policy, slots: int, dtype: A
     known = tasks.prompt + line - WORDS_PER_SIDE
     after = answers(model, tasks.single, policy, slots, prompt=known, dtype=dtype)
     config = model.config
-    width = np.dtype(dtype or model.embedding[...].dtype).itemsize
+    vector = vector_bytes(config.head_dim, dtype or model.embedding[...].dtype)
     some = whole or before
     share = lambda given, rows: (None, None) if given is None else _spread(given.right, given.row, rows, tasks.seeds)
     nats = (None, None) if whole is None else _of(whole.nats.reshape(tasks.seeds, -1).mean(1))
     return Compared(
         policy.name, slots, *nats, *share(whole, len(tasks.whole)), *share(before, len(tasks.single)),
-        *share(after, len(tasks.single)), 2 * config.num_layers * config.num_kv_heads * slots * config.head_dim * width,
+        *share(after, len(tasks.single)), 2 * config.num_layers * config.num_kv_heads * slots * vector,
         some.state_bytes, some.held, None if whole is None else whole.tokens_per_second,
     )  # fmt: skip
 

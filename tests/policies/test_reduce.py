@@ -69,10 +69,11 @@ REDUCES = {
 SUMMARIES = ("means", "low_rank")
 # Every reduction by steps and by chunks, every kind of scope under a merge and under a summary.
 STEPS = [
-    "tova/nearest", "h2o-kv_head/weighted", "tova-query_head/cam", "window+2/d2o", "tova/means", "tova-pool/low_rank",
+    "tova/nearest", "h2o-kv_head/weighted", "tova-query_head/cam", "window+2/d2o", "window/means", "tova-pool/low_rank",
 ]  # fmt: skip
 CHUNKED = [
     "tova-pool/nearest", "tova/weighted", "window+2/cam", "random/d2o", "tova-pool/means", "tova-query_head/low_rank",
+    "window/means",
 ]  # fmt: skip
 AT_ONCE = ["every-tova/weighted"]
 for _name in (*STEPS, *CHUNKED, *AT_ONCE):
@@ -167,6 +168,12 @@ def test_weighted_equals_the_definition(tokens: int) -> None:
             those = [t, *gone[target == j]]
             close(sizes[g, j], size[g, those].sum())
             close(got[j, g], np.average(v[those, g], 0, size[g, those]))
+
+
+def test_of_equals_the_oldest_is_joined() -> None:
+    k, v, kept = sequence(20)
+    _, sizes, _ = absorbed(merge_weighted(), np.ones_like(k), v, kept, np.ones((K, 20)))
+    exactly(sizes, np.broadcast_to([9.0] + [1.0] * 11, (K, 12)))
 
 
 @pytest.mark.parametrize("tokens", MANY)
@@ -320,12 +327,21 @@ def test_the_order_of_slots_has_no_meaning(case: Case, rows: Data, seed: int) ->
     same(one.last, two.last)
 
 
-@pytest.mark.parametrize("name", ["h2o-kv_head/weighted", "tova/means"])
+@pytest.mark.parametrize("name", ["h2o-kv_head/weighted", "window/means"])
 def test_a_scan_equals_steps(name: str) -> None:
     for seed in range(3):
         steps, scan = run(Case(name, "steps"), data(seed)), run(Case(name), data(seed))
         np.testing.assert_allclose(steps.out, scan.out, 1e-5, 1e-5)
         same(steps.last, scan.last)
+
+
+@few
+@given(rows=ragged())
+def test_means_do_not_depend_on_chunks(rows: Data) -> None:
+    """What goes together joins one after the other, the oldest first, as if it had gone so."""
+    steps, chunks = (run(Case("window/means", mode), rows).last for mode in ("steps", "chunked"))
+    for x, y in zip(steps.memory[1], chunks.memory[1], strict=True):
+        close(x, y)
 
 
 @every
@@ -575,7 +591,7 @@ def test_what_cannot_be_reduced(policy: Policy, reduce: Reduce, message: str) ->
 
 def test_a_summary_needs_absolute_positions_wherever_it_is_used() -> None:
     with pytest.raises(ValueError, match="absolute"):
-        run(Case("tova/means", "steps", "slot"), data(0))
+        run(Case("window/means", "steps", "slot"), data(0))
 
 
 @pytest.mark.parametrize("make", [
