@@ -85,10 +85,10 @@ def advance(
     if placement == "absolute":
         at = positions[..., None]
         q, k = rotate(q, at), rotate(k, at)
-    k, v = store(k, state.keys), store(v, state.values)  # all at once, and never again
+    keys, values = store(k, state.keys), store(v, state.values)  # all at once, and never again
     how = _How(policy, around, window)
     if t == 1:
-        done = _token(_Block(q, k, v, positions, bare), state, layer, how)
+        done = _token(_Block(q, keys, values, positions, bare), state, layer, how)
         return Advanced(done.out.reshape(b, 1, h, d).astype(q.dtype), done.state, done.freed[None], done.died[None])
 
     one = state.take(layer)
@@ -100,12 +100,12 @@ def advance(
         return x.reshape(b, n, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     def body(one: KVState, inputs: Any) -> tuple[KVState, Any]:
-        q, k, v, positions, bare = inputs
-        block = _Block(q, k, v, positions, Incoming(bare[0], bare[1], bare[2], positions))
+        q, keys, values, positions, bare = inputs
+        block = _Block(q, keys, values, positions, Incoming(bare[0], bare[1], bare[2], positions))
         done = _token(block, one, 0, how) if chunk == 1 else _block(block, one, how)
         return done.state, (done.out, done.freed, done.died)
 
-    inputs = *jax.tree.map(chunks, (q, k, v)), chunks(positions, -1), tuple(chunks(x) for x in bare[:3])
+    inputs = *jax.tree.map(chunks, (q, keys, values)), chunks(positions, -1), tuple(chunks(x) for x in bare[:3])
     one, (out, freed, died) = jax.lax.scan(body, one, inputs)
     out = out.swapaxes(0, 1).reshape(b, n * chunk, h, d)[:, :t].astype(q.dtype)
     return Advanced(out, state.put(layer, one), freed, died)

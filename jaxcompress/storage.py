@@ -124,11 +124,18 @@ def _divisor(scale: Float[Array, "... 1"]) -> Float[Array, "... 1"]:
 
 def _best(steps: Float[Array, "... D"], step: Float[Array, "... 1"], largest: float) -> Shaped[Array, "... 1"]:
     """The scale with the least squared error, of numbers that are given in steps."""
-    tried = jnp.stack([(step * part).astype(jnp.bfloat16) for part in _CLIPPED])
-    of_step = tried.astype(jnp.float32) / _divisor(step)
-    rounded = jnp.clip(jnp.round(steps / _divisor(of_step)), -largest, largest) * of_step
-    best = jnp.square(rounded - steps).sum(-1, keepdims=True).argmin(0, keepdims=True)
-    return jnp.take_along_axis(tried, best, axis=0)[0]
+
+    def attempt(before: tuple[Array, Array], part: Array) -> tuple[tuple[Array, Array], None]:
+        best, least = before
+        scale = (step * part).astype(jnp.bfloat16)
+        of_step = scale.astype(jnp.float32) / _divisor(step)
+        rounded = jnp.clip(jnp.round(steps / _divisor(of_step)), -largest, largest) * of_step
+        error = jnp.square(rounded - steps).sum(-1, keepdims=True)
+        return (jnp.where(error < least, scale, best), jnp.minimum(error, least)), None
+
+    nothing = step.astype(jnp.bfloat16), jnp.full_like(step, jnp.inf)
+    # A loop for a long prompt, of which there would be a copy for each attempt; no loop for the tokens of a step.
+    return jax.lax.scan(attempt, nothing, jnp.array(_CLIPPED), unroll=steps.size < 2**20)[0][0]
 
 
 def parts(stored: Stored) -> tuple[tuple[Array, ...], Array | None]:
