@@ -48,8 +48,63 @@ def causal_attention(
             seen &= key > query - window
         if streaming is not None:
             seen &= (key < streaming[0]) | (key > query - streaming[1])
-        outs.append(_attend_block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], seen))
+        outs.append(_attend_block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], seen[:, None]))
     return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+
+
+def lifetime_attention(
+    q: Float[Array, "B T K G D"],
+    keys: Float[Array, "B K N D"],
+    values: Float[Array, "B K N D"],
+    positions: Positions,
+    born: Int[Array, "*batch #K N"],
+    dies: Int[Array, "*batch #K N"],
+    *,
+    alive: int,
+    block: int = 128,
+) -> Float[Array, "B T K G D"]:
+    """Every query attends to the tokens that live at its position: `born <= position < dies`.
+
+    The last T of the N keys belong to the queries, those before them are older than any query. Queries are taken in
+    blocks, each against its own tokens and the at most `alive` that live when it begins, gathered: the work is
+    T x (alive + block), whatever T, and a block's weights are computed again for the gradient.
+
+    Args:
+      positions: [B, T], growing along T, -1 for padding.
+      born: the position of each token, -1 for none.
+      dies: the first position whose query no longer sees it.
+    """
+    b, t, kv, g, d = q.shape
+    past = keys.shape[2] - t
+    block = min(block, t)
+    n = -(-t // block)
+    pad = n * block - t
+    q = jnp.pad(q * d**-0.5, [(0, 0), (0, pad), (0, 0), (0, 0), (0, 0)])
+    positions = jnp.pad(positions, [(0, 0), (0, pad)], constant_values=-1)
+    keys, values = (jnp.pad(x, [(0, 0), (0, 0), (0, pad), (0, 0)]) for x in (keys, values))
+    born, dies = (jnp.pad(x, [(0, 0), (0, 0), (0, pad)], constant_values=-1) for x in (born, dies))
+    column = jnp.arange(keys.shape[2])
+    alive = min(alive, past + (n - 1) * block)
+
+    def attend(inputs: tuple[Array, Array, Array]) -> Array:
+        q, at, start = inputs
+        first = jnp.where(at >= 0, at, jnp.iinfo(jnp.int32).max).min(-1)[:, None, None]
+        lives = (born >= 0) & (dies > first) & (column < past + start)
+        nth = jnp.where(lives, jnp.cumsum(lives, axis=-1) - 1, alive)
+        rows, sets = jnp.indices((*nth.shape[:2], 1), sparse=True)[:2]
+        found = jnp.full((*nth.shape[:2], alive), keys.shape[2]).at[rows, sets, nth].set(column, mode="drop")
+        gathered = lambda x, where: jnp.take_along_axis(x, where, axis=2, mode="fill", fill_value=0)
+        own = lambda x: jax.lax.dynamic_slice_in_dim(x, past + start, block, axis=2)
+        both = lambda x: jnp.concatenate([gathered(x, found[..., None]), own(x)], axis=2)
+        from_, to = (jnp.concatenate([jnp.take_along_axis(x, found, 2, mode="fill", fill_value=-1), own(x)], 2)
+                     for x in (born, dies))  # fmt: skip
+        here = at[:, None, :, None]
+        seen = (from_[:, :, None] >= 0) & (from_[:, :, None] <= here) & (here < to[:, :, None])
+        return _attend_block(q.transpose(0, 2, 3, 1, 4), both(keys), both(values), seen)
+
+    cut = lambda x: x.reshape(b, n, block, *x.shape[2:]).swapaxes(0, 1)
+    out = jax.lax.map(attend, (cut(q), cut(positions), jnp.arange(n) * block))  # [n, B, K, G, block, D]
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, n * block, kv, g, d)[:, :t]
 
 
 class Summary(NamedTuple):
@@ -149,12 +204,15 @@ def decode_backend() -> str:
 
 @jax.checkpoint
 def _attend_block(
-    q: Float[Array, "B K G T D"], k: Float[Array, "B K N D"], v: Float[Array, "B K N D"], seen: Bool[Array, "B T N"]
+    q: Float[Array, "B K G T D"],
+    k: Float[Array, "B K N D"],
+    v: Float[Array, "B K N D"],
+    seen: Bool[Array, "*batch #K T N"],
 ) -> Float[Array, "B K G T D"]:
     b, kv, g, t, d = q.shape
     # The query heads of a group are rows of one product: larger products, and K and V are never repeated.
     scores = jnp.einsum("bkqd,bknd->bkqn", q.reshape(b, kv, g * t, d), k, preferred_element_type=jnp.float32)
-    scores += jnp.tile(jnp.where(seen, 0.0, MASKED), (1, g, 1))[:, None]
+    scores += jnp.tile(jnp.where(seen, 0.0, MASKED), (1, 1, g, 1))
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     out = jnp.einsum("bkqn,bknd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (out / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(b, kv, g, t, d)

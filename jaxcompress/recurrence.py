@@ -13,6 +13,7 @@ keep different tokens wherever scores depend on attention:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -103,12 +104,17 @@ def advance(
         q, keys, values, positions, bare = inputs
         block = _Block(q, keys, values, positions, Incoming(bare[0], bare[1], bare[2], positions))
         done = _token(block, one, 0, how) if chunk == 1 else _block(block, one, how)
-        return done.state, (done.out, done.freed, done.died)
+        seen = jnp.maximum(one.seen, positions.max(-1) + 1)  # so that policies tell the first chunk from later ones
+        return replace(done.state, seen=seen), (done.out, done.freed, done.died)
 
     inputs = *jax.tree.map(chunks, (q, keys, values)), chunks(positions, -1), tuple(chunks(x) for x in bare[:3])
     one, (out, freed, died) = jax.lax.scan(body, one, inputs)
     out = out.swapaxes(0, 1).reshape(b, n * chunk, h, d)[:, :t].astype(q.dtype)
     return Advanced(out, state.put(layer, one), freed, died)
+
+
+Recurrence = Callable[..., Advanced]
+"""Something that does what `advance` does."""
 
 
 class _How(NamedTuple):

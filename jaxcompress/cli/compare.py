@@ -54,6 +54,8 @@ class Compare:
     def run(self) -> None:
         from dataclasses import asdict
 
+        import jax
+
         from jaxcompress.cli.runtime import open_model, read_text, words_of, write_json
 
         if min(*self.fractions, self.seeds, self.rows) < 1:
@@ -81,6 +83,8 @@ class Compare:
         done = []
         slots = [self.context // fraction for fraction in self.fractions]
         for row in compare(model, tasks, policies, slots, dtype=self.state_dtype):
+            if done and done[-1]["policy"] != row.policy:
+                jax.clear_caches()  # hundreds of compiled programs at once are more than a process may map
             done.append(asdict(row))
             if self.out is not None:
                 write_json(dict(about, table=done), self.out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from operator import index
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxcompress.models.decoder import Decoder, DecoderConfig
 from jaxcompress.models.rope import rotate
 from jaxcompress.policies.policy import Around, Candidates, Placement, Policy, Rotate
-from jaxcompress.recurrence import advance
+from jaxcompress.recurrence import Recurrence, advance
 from jaxcompress.shapes import Hidden, Tokens, Valid
 from jaxcompress.state import KVState, State, empty, runs, with_numbers
 
@@ -48,12 +48,12 @@ def init_state(
 ) -> State:
     """A fresh state with every slot free.
 
-    Consecutive layers that share capacities and policy are stacked. Heads of different capacity are stored apart, so that
-    what a small one does not need is never allocated.
+    Consecutive layers that share capacities and policy are stacked. Heads of different capacity are stored apart, so
+    that what a small one does not need is never allocated.
 
     Args:
-      slots: capacities (see `Slots`). A sliding-window layer gets no more than its window. In a pool the capacity is the
-        mean of the kv heads that share it.
+      slots: capacities (see `Slots`). A sliding-window layer gets no more than its window. In a pool the capacity is
+        the mean of the kv heads that share it.
       dtype: of keys and values; `int8`, `int4` and `float8_e4m3fn` are quantised (see `jaxcompress.storage`).
 
     Raises:
@@ -63,9 +63,7 @@ def init_state(
     """
     if policy.layers and len(policy.layers) != config.num_layers:
         raise ValueError(f"{policy.name} has {len(policy.layers)} policies, the model has {config.num_layers} layers")
-    capacities = [
-        _capacities(config, policy.at(layer), layer, slots) for layer in range(config.num_layers)
-    ]
+    capacities = [_capacities(config, policy.at(layer), layer, slots) for layer in range(config.num_layers)]
     plans = [(policy.at(layer), capacities[layer]) for layer in range(config.num_layers)]
     state = []
     for _, run in groupby(range(config.num_layers), key=plans.__getitem__):
@@ -146,6 +144,7 @@ def read(
     valid: Valid | None = None,
     chunk: int = 1,
     placement: Placement | None = None,
+    recurrence: Recurrence = advance,
 ) -> Read:
     """Reads a block of tokens into the state. Pure; jit it with `policy`, `chunk` and `placement` static.
 
@@ -154,6 +153,8 @@ def read(
       valid: [B, T], False for padding, which may stand anywhere. None: all are tokens.
       chunk: tokens between two selections: 1 is streaming, T one-shot, others chunked.
       placement: where tokens stand for RoPE.
+      recurrence: computes a layer; another one gives the same result with another gradient (see
+        `jaxcompress.training.recurrent`).
     """
     config = model.config
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
@@ -171,7 +172,7 @@ def read(
             results = []
             for part in carry:
                 heads = _Heads(part.heads, config)
-                results.append(advance(
+                results.append(recurrence(
                     heads.queries(q), heads.kv(k), heads.kv(v), positions, part, index - first, mine,
                     chunk=chunk, rotate=rope, placement=placement, window=window, project=heads.project(out),
                 ))  # fmt: skip
@@ -251,9 +252,7 @@ def check_mode(policy: Policy, mode: Mode) -> None:
         raise ValueError(f"policy {policy.name} selects from a whole prompt at once: it needs mode oneshot, not {mode}")
 
 
-def check_fits(
-    config: DecoderConfig, policy: Policy, state: State, tokens: int, *, prompt: int | None = None
-) -> None:
+def check_fits(config: DecoderConfig, policy: Policy, state: State, tokens: int, *, prompt: int | None = None) -> None:
     """Raises ValueError if a policy that cannot make room is to hold more tokens than it has slots.
 
     Args:
@@ -262,8 +261,8 @@ def check_fits(
     """
     if policy.forgets:
         return
-    for part in state:
-        for layer in part.layer.tolist():
+    for layers, parts in runs(state):
+        for part, layer in product(parts, layers):
             mine, window = policy.at(layer), config.sliding[layer] if config.sliding else None
             capacity = part.capacity if part.owner is None else part.capacity // config.num_kv_heads
             if mine.score is None:
@@ -274,6 +273,6 @@ def check_fits(
                 continue
             if capacity < need:
                 raise ValueError(
-                    f"policy {mine.name} {what}: {tokens} tokens do not fit into the {capacity} slots of layer {layer}; "
-                    f"give {need} slots or more, or a policy that evicts"
+                    f"policy {mine.name} {what}: {tokens} tokens do not fit into the {capacity} slots of layer "
+                    f"{layer}; give {need} slots or more, or a policy that evicts"
                 )

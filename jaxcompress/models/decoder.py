@@ -52,9 +52,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
-            )
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.sliding and len(self.sliding) != self.num_layers:
             raise ValueError(f"sliding has {len(self.sliding)} entries for {self.num_layers} layers")
 
@@ -76,7 +74,15 @@ class Attend(Protocol):
     """
 
     def __call__(
-        self, q: Queries, k: Keys, v: Values, positions: Positions, layer: Layer, index: Int[Array, ""], carry: Any, xs: Any
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        positions: Positions,
+        layer: Layer,
+        index: Int[Array, ""],
+        carry: Any,
+        xs: Any,
     ) -> tuple[AttentionOut, Any, Any]: ...
 
 
@@ -154,7 +160,13 @@ class Decoder(nnx.Module):
         return self.embedding[...][tokens]
 
     def run_layers(
-        self, x: Hidden, positions: Positions, attend: Attend, carry: Any = (), xs: Any = None, layers: range | None = None
+        self,
+        x: Hidden,
+        positions: Positions,
+        attend: Attend,
+        carry: Any = (),
+        xs: Any = None,
+        layers: range | None = None,
     ) -> tuple[Hidden, Any, Any]:
         """Runs some layers, all by default; returns the residual stream, the carry, and per-layer results stacked."""
         config = self.config

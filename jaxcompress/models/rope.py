@@ -74,9 +74,7 @@ class RopeConfig:
         return (1 - ramp) * plain + ramp * plain / self.factor, temperature
 
 
-def rotate(
-    x: Float[Array, "... D"], positions: Real[Array, "..."], rope: RopeConfig
-) -> Float[Array, "... D"]:
+def rotate(x: Float[Array, "... D"], positions: Real[Array, "..."], rope: RopeConfig) -> Float[Array, "... D"]:
     """Rotates each vector of x by the angle of its position.
 
     `positions` has the shape of x without its last axis, or one that broadcasts to it; whole or fractional.

@@ -59,7 +59,7 @@ MORE: dict[str, Policy] = {
     "ada-keydiff": policies.adaptive(policies.keydiff("pool"), floor=0.5),
     "tova-pool": policies.tova("pool"),
     "protect": policies.protect(policies.tova("kv_head"), first=1, recent=2),
-    "pooled": policies.pooled(policies.h2o(0.5, "kv_head"), 3),
+    "pooled": policies.pooled(policies.h2o(0, "kv_head"), 3),
     "chunks": policies.by_chunks(policies.tova(), 3),
     "within": policies.within_chunks(policies.knorm(), 4),
     "mix": policies.mix((0.7, policies.ranked(policies.tova())), (0.3, policies.ranked(policies.window()))),

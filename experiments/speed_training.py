@@ -1,0 +1,140 @@
+"""What training through a bounded state costs, beside plain full-attention training on as many tokens.
+
+    python experiments/speed_training.py
+
+  time    seconds of loss and gradient, by either exact form of the recurrence / with full attention (medians, in turn)
+  memory  temporary memory of the compiled program at 8 times the length / at the length, truncated and whole
+
+Full attention is this library's `causal_attention`, whose blocks are rematerialised; `jax.nn.dot_product_attention` is
+shown beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from speed_decode import decoder_of_width, in_turn
+
+import jaxcompress as jc
+from jaxcompress.attention import causal_attention
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.rope import rotate
+from jaxcompress.naming import named
+from jaxcompress.parallel import advance_parallel
+from jaxcompress.training.loss import token_losses
+from jaxcompress.training.recurrent import advance_rematerialised, bounded_value_and_grad
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Prints the ratios as JSON lines."""
+
+    policies: tuple[str, ...] = ("tova", "h2o-layer", "window+4", "snapkv+16/every16")
+    lengths: tuple[int, ...] = (1024, 2048, 4096)
+    slots: int = 128
+    segment: int = 256
+    tokens: int = 4096
+    """Of a batch: rows are this divided by the length."""
+    width: int = 256
+    """Of the model: 6 layers of random weights."""
+    repeats: int = 3
+    memory: bool = True
+    out: Path | None = None
+    """Also write the results here (JSON)."""
+
+
+@partial(jax.jit, static_argnames="library")
+def full(model: Decoder, tokens: jax.Array, library: bool = True) -> Any:
+    """Loss and gradient with full attention."""
+
+    def loss(model: Decoder) -> jax.Array:
+        inputs = tokens[:, :-1]
+        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
+
+        def attend(q, k, v, positions, layer, index, carry, xs):
+            q, k = (rotate(x, positions[..., None], model.config.rope) for x in (q, k))
+            if library:
+                return causal_attention(q, k, v, positions), carry, xs
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True), carry, xs
+
+        x, _, _ = model.run_layers(model.embed(inputs), positions, attend)
+        return token_losses(model.logits(model.norm(x)), tokens[:, 1:]).mean()
+
+    return jax.value_and_grad(loss)(model)
+
+
+@partial(jax.jit, static_argnames=("policy", "slots", "segment", "reach", "recurrence"))
+def bounded(model: Decoder, tokens: jax.Array, *, policy: jc.Policy, **how: Any) -> Any:
+    weights = jnp.ones((tokens.shape[0], tokens.shape[1] - 1))
+    return bounded_value_and_grad(model, tokens, weights, policy=policy, **how)
+
+
+FORMS = {"parallel": advance_parallel, "rematerialised": advance_rematerialised}
+
+
+def measure_time(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
+    rows = []
+    for length in args.lengths:
+        batch = max(args.tokens // length, 1)
+        tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length + 1)))
+        for name in args.policies:
+            how: dict[str, Any] = dict(policy=named(name), slots=args.slots, segment=args.segment)
+            runs = {
+                f"{form}, {reach or 'whole'}": partial(bounded, model, tokens, reach=reach, recurrence=function, **how)
+                for form, function in FORMS.items()
+                for reach in (1, None)
+            }
+            plain = dict(full=partial(full, model, tokens), dot_product_attention=partial(full, model, tokens, False))
+            seconds = in_turn(args.repeats, **runs, **plain)
+            for run in [*runs, "dot_product_attention"]:
+                row = dict(part="time", policy=name, length=length, rows=batch, form=run,
+                           ratio=round(seconds[run] / seconds["full"], 3), seconds=round(seconds[run], 3))  # fmt: skip
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    return rows
+
+
+def measure_memory(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
+    rows, policy = [], named("tova")
+    for form, function in FORMS.items():
+        for reach in (1, 2, None):
+            sizes = []
+            for length in (args.segment * 2, args.segment * 16):
+                tokens = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
+                program = bounded.lower(
+                    model,
+                    tokens,
+                    policy=policy,
+                    slots=args.slots,
+                    segment=args.segment,
+                    reach=reach,
+                    recurrence=function,
+                ).compile()
+                analysis: Any = program.memory_analysis()
+                sizes.append(analysis.temp_size_in_bytes)
+            row = dict(part="memory", form=form, reach=reach, mib=round(sizes[0] / 2**20, 1),
+                       mib_at_8_times=round(sizes[1] / 2**20, 1), ratio=round(sizes[1] / sizes[0], 3))  # fmt: skip
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def main(args: Arguments) -> None:
+    model = decoder_of_width(args.width)
+    about = dict(device=jax.devices()[0].device_kind, slots=args.slots, segment=args.segment, width=args.width)
+    print(json.dumps(about), flush=True)
+    rows = measure_time(model, args) + (measure_memory(model, args) if args.memory else [])
+    if args.out is not None:
+        args.out.write_text(json.dumps(dict(about, rows=rows), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

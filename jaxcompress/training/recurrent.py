@@ -1,0 +1,166 @@
+"""The recurrence in the loss: language modelling through a bounded state, with backpropagation through time.
+
+A text is cut into segments. The state goes from segment to segment, and the gradient goes back with it as far as it is
+let: over `reach` segments, or over the whole text. The gradient of `reach` segments is taken before the next are read,
+so that memory does not grow with the text.
+
+What a layer's recurrence costs going back can be had in two exact ways:
+
+  parallel       the death times that the forward pass found, as a mask (see `jaxcompress.parallel`): for every policy
+                 that only evicts
+  rematerialised the scan itself, run again and differentiated: for any policy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxcompress.models.bounded import Slots, check_fits, init_state, read
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.parallel import advance_parallel, check_parallel
+from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.recurrence import Advanced, Recurrence, advance
+from jaxcompress.shapes import Keys, Positions, Queries, Values
+from jaxcompress.state import KVState, State
+from jaxcompress.training.loss import token_losses
+
+Params = TypeVar("Params")
+Carry = TypeVar("Carry")
+
+
+def advance_rematerialised(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    positions: Positions,
+    state: KVState,
+    layer: Int[Array, ""] | int,
+    policy: Policy,
+    **how: Any,
+) -> Advanced:
+    """As `jaxcompress.recurrence.advance`; for the gradient a layer's scan is run again.
+
+    Only one layer's steps are then in memory at a time: T times its slots.
+    """
+
+    @jax.checkpoint
+    def run(q: Array, k: Array, v: Array, one: KVState) -> Advanced:
+        return advance(q, k, v, positions, one, 0, policy, **how)
+
+    done = run(q, k, v, state.take(layer))
+    return done._replace(state=state.put(layer, done.state))
+
+
+def exact_gradient(policy: Policy, placement: Placement | None = None) -> Recurrence:
+    """The cheaper recurrence whose gradient is exact for a policy: `advance_parallel` if it only evicts."""
+    try:
+        check_parallel(policy, placement)
+    except ValueError:
+        return advance_rematerialised
+    return advance_parallel
+
+
+def through_time(
+    loss: Callable[[Params, Carry, Any], tuple[Float[Array, ""], Carry]],
+    params: Params,
+    carry: Carry,
+    segments: Any,
+    *,
+    reach: int | None = None,
+) -> tuple[Float[Array, ""], Params, Carry]:
+    """Sum of the losses of all segments, its gradient, and the carry after the last. Pure; jit it.
+
+    Truncated backpropagation through time (Williams & Peng 1990): the gradient goes back to the beginning of a window
+    of `reach` segments, and is taken window by window inside one scan. Within a window segments are rematerialised, so
+    that memory is that of one segment's activations and of `reach` carries.
+
+    Args:
+      loss: (params, carry, segment) -> loss of the segment and the next carry.
+      carry: what the first segment starts from; no gradient goes into it.
+      segments: pytree, [n, ...] each.
+      reach: None: over all segments.
+
+    Raises:
+      ValueError: n is not a multiple of `reach`.
+    """
+    n = jax.tree.leaves(segments)[0].shape[0]
+    size = n if reach is None else reach
+    if size < 1 or n % size:
+        raise ValueError(f"{n} segments cannot be cut into windows of {size}: give a reach that divides them")
+    one = jax.checkpoint(loss) if size > 1 else loss
+
+    def window(params: Params, carry: Carry, segments: Any) -> tuple[Array, Carry]:
+        def body(loop: tuple[Carry, Array], segment: Any) -> tuple[tuple[Carry, Array], None]:
+            more, carry = one(params, loop[0], segment)
+            return (carry, loop[1] + more), None
+
+        (carry, total), _ = jax.lax.scan(body, (carry, jnp.zeros(())), segments)
+        return total, carry
+
+    def step(loop: tuple[Carry, Params, Array], segments: Any) -> tuple[tuple[Carry, Params, Array], None]:
+        carry, gradient, total = loop
+        (more, carry), new = jax.value_and_grad(window, has_aux=True)(params, jax.lax.stop_gradient(carry), segments)
+        return (carry, jax.tree.map(jnp.add, gradient, new), total + more), None
+
+    windows = jax.tree.map(lambda x: x.reshape(n // size, size, *x.shape[1:]), segments)
+    start = carry, jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
+    (carry, gradient, total), _ = jax.lax.scan(step, start, windows)
+    return total, gradient, carry
+
+
+def bounded_value_and_grad(
+    model: Decoder,
+    tokens: Int[Array, "B _"],
+    weights: Float[Array, "B T"],
+    *,
+    policy: Policy,
+    slots: Slots,
+    segment: int,
+    reach: int | None = None,
+    chunk: int = 1,
+    placement: Placement | None = None,
+    recurrence: Recurrence | None = None,
+) -> tuple[Float[Array, ""], Decoder]:
+    """Mean loss of predicting tokens from a bounded state, in nats, and its gradient. Pure; jit it.
+
+    Args:
+      tokens: [B, T + 1].
+      weights: of predicting each but the first; a mean with these weights is taken.
+      slots: as for `init_state`; of the model's dtype.
+      segment: how many tokens are read at once. The last may be shorter.
+      reach: over how many segments the gradient goes back; None: to the beginning.
+      chunk: tokens between two selections; 1 is exactly as in decoding.
+      recurrence: whose gradient is taken; the cheapest exact one by default.
+
+    Raises:
+      ValueError: a text shorter than a segment, a reach that does not divide the number of segments, slots that the
+        policy cannot work with, or a policy that needs a whole prompt.
+    """
+    batch, total = tokens.shape[0], tokens.shape[1] - 1
+    if not 1 <= segment <= total:
+        raise ValueError(f"a segment of {segment} tokens does not fit into texts of {total}")
+    if policy.oneshot_only:
+        raise ValueError(f"policy {policy.name} selects from whole prompts; training streams")
+    state = init_state(model.config, policy, slots, batch=batch, dtype=model.embedding[...].dtype)
+    check_fits(model.config, policy, state, total)
+    recurrence = recurrence or exact_gradient(policy, placement)
+    n = -(-total // segment)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, n * segment - total)])
+        return x.reshape(batch, n, segment).swapaxes(0, 1)
+
+    def loss(model: Decoder, state: State, piece: tuple[Array, ...]) -> tuple[Array, State]:
+        tokens, targets, weights, valid = piece
+        done = read(model, tokens, state, policy, valid=valid, chunk=chunk, placement=placement, recurrence=recurrence)
+        return (token_losses(model.logits(done.hidden), targets) * weights).sum(), done.state
+
+    pieces = cut(tokens[:, :-1]), cut(tokens[:, 1:]), cut(weights), cut(jnp.ones((batch, total), bool))
+    whole = jnp.maximum(weights.sum(), 1e-9)
+    value, gradient, _ = through_time(loss, model, state, pieces, reach=reach)
+    return value / whole, jax.tree.map(lambda g: g / whole.astype(g.dtype), gradient)

@@ -1,0 +1,188 @@
+"""Backpropagation through a bounded state: two forms, one gradient."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import random_tokens, tiny_decoder
+
+from jaxcompress.evaluation import perplexity
+from jaxcompress.models.bounded import init_state, read
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.naming import named
+from jaxcompress.parallel import advance_parallel
+from jaxcompress.recurrence import Recurrence, advance
+from jaxcompress.training.loss import token_losses
+from jaxcompress.training.recurrent import advance_rematerialised, bounded_value_and_grad, through_time
+
+T, SLOTS = 24, 6
+TOKENS = random_tokens(2, T + 1)
+WEIGHTS = np.random.default_rng(1).uniform(0, 1, (2, T)).astype(np.float32)
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@cache
+def gradient(
+    policy: str,
+    segment: int,
+    reach: int | None,
+    recurrence: Recurrence | None,
+    slots: Any = SLOTS,
+    chunk: int = 1,
+    **model: Any,
+) -> tuple[float, Decoder]:
+    how: dict[str, Any] = dict(
+        policy=named(policy), slots=slots, segment=segment, reach=reach, chunk=chunk, recurrence=recurrence
+    )
+    run = jax.jit(partial(bounded_value_and_grad, **how), compiler_options=FAST_COMPILE)
+    return run(tiny_decoder(**model), jnp.asarray(TOKENS), jnp.asarray(WEIGHTS))
+
+
+def same(got: tuple[Any, Any], want: tuple[Any, Any]) -> None:
+    """To 1e-5 of the largest number in each array."""
+    np.testing.assert_allclose(got[0], want[0], 1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (got[1], want[1])), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+        assert np.abs(b).max() > 0
+
+
+FORMS = advance_parallel, advance_rematerialised
+QUICK = {("tova", 8, advance_parallel), ("h2o", 9, advance_parallel), ("tova", 9, advance_rematerialised)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "segment", "recurrence"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in product(["tova", "h2o", "window+2"], [8, 9, T], FORMS)  # 9: the last segment is shorter
+    ],
+)
+def test_both_forms_are_token_by_token(policy: str, segment: int, recurrence: Recurrence) -> None:
+    same(gradient(policy, segment, None, recurrence), gradient(policy, 1, None, advance))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "slots", "model"),
+    [
+        ("tova", (6, 3), {}),
+        ("tova-kv_head", ((6, 3), (2, 5)), {}),
+        ("ada-tova", 4, {}),
+        ("tova", 6, dict(sliding=(None, 4), qk_norm=True)),
+        ("snapkv+2/every3", 6, dict(tied=True)),
+    ],
+    ids=str,
+)
+def test_states_of_every_shape(policy: str, slots: Any, model: dict[str, Any]) -> None:
+    forms = [gradient(policy, 8, None, form, slots, **model) for form in FORMS]
+    same(*forms)
+
+
+@pytest.mark.slow
+def test_chunks() -> None:
+    same(*(gradient("tova", 12, None, form, chunk=4) for form in FORMS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["tova/merge_nearest", "streaming_llm+2", "tova/mean_slots2"])
+def test_policies_that_do_more_than_evict_use_the_scan(policy: str) -> None:
+    same(gradient(policy, 8, None, None), gradient(policy, 1, None, advance))
+
+
+@pytest.mark.parametrize("reach", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_gradient_goes_back_as_far_as_it_is_let(reach: int) -> None:
+    """Against a loop over windows, between which the state is a constant."""
+    segment, policy, model = 4, named("tova"), tiny_decoder()
+
+    def loss(model: Decoder) -> jax.Array:
+        state, total = init_state(model.config, policy, SLOTS, batch=2), jnp.zeros(())
+        for start in range(0, T, segment):
+            if start % (reach * segment) == 0:
+                state = jax.lax.stop_gradient(state)
+            done = read(model, jnp.asarray(TOKENS[:, start : start + segment]), state, policy)
+            targets = jnp.asarray(TOKENS[:, start + 1 : start + segment + 1])
+            weights = WEIGHTS[:, start : start + segment]
+            total += (token_losses(model.logits(done.hidden), targets) * weights).sum()
+            state = done.state
+        return total / WEIGHTS.sum()
+
+    want = jax.jit(jax.value_and_grad(loss), compiler_options=FAST_COMPILE)(model)
+    same(gradient("tova", segment, reach, None), want)
+    short = gradient("tova", segment, 1, None)[1].layers.attention.key.kernel[...]
+    whole = gradient("tova", segment, None, None)[1].layers.attention.key.kernel[...]
+    assert np.abs(short - whole).max() > 1e-3 * np.abs(whole).max()
+
+
+def test_the_loss_is_the_perplexity_of_streaming() -> None:
+    model, ones = tiny_decoder(), jnp.ones_like(WEIGHTS)
+    run = jax.jit(partial(bounded_value_and_grad, policy=named("tova"), slots=SLOTS, segment=8, reach=1))
+    loss, _ = run(model, jnp.asarray(TOKENS), ones)
+    assert float(loss) == pytest.approx(perplexity(model, TOKENS, named("tova"), SLOTS).nats, rel=1e-6)
+
+
+def test_with_room_for_everything_it_is_plain_training() -> None:
+    def loss(model: Decoder) -> jax.Array:
+        losses = token_losses(model(jnp.asarray(TOKENS[:, :-1])), jnp.asarray(TOKENS[:, 1:]))
+        return (losses * WEIGHTS).sum() / WEIGHTS.sum()
+
+    same(gradient("full", 8, None, None, T), jax.value_and_grad(loss)(tiny_decoder()))
+
+
+@pytest.mark.parametrize("recurrence", [advance_parallel, pytest.param(advance_rematerialised, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_text(recurrence: Recurrence) -> None:
+    def memory(length: int, reach: int | None) -> int:
+        how: dict[str, Any] = dict(policy=named("tova"), slots=16, segment=32, reach=reach, recurrence=recurrence)
+        shapes = jax.ShapeDtypeStruct((1, length + 1), jnp.int32), jax.ShapeDtypeStruct((1, length), jnp.float32)
+        program = jax.jit(partial(bounded_value_and_grad, **how)).lower(tiny_decoder(), *shapes).compile()
+        analysis: Any = program.memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    base = memory(64, 1)
+    assert memory(512, 1) < 1.05 * base
+    assert memory(512, None) < 6 * base  # segments are rematerialised: a state for each
+
+
+def test_any_loss_goes_through_time() -> None:
+    """x -> a x + b over 6 steps, by hand."""
+    xs = jnp.arange(1.0, 7.0)
+
+    def loss(params: Any, carry: Any, x: Any) -> tuple[jax.Array, Any]:
+        carry = params["a"] * carry + x
+        return carry, carry
+
+    params = {"a": jnp.asarray(0.5)}
+    total, gradients, last = through_time(loss, params, jnp.asarray(2.0), xs, reach=None)
+    values, slopes, slope, value = [], [], 0.0, 2.0
+    for x in xs.tolist():
+        slope, value = value + 0.5 * slope, 0.5 * value + x
+        values.append(value), slopes.append(slope)
+    assert (float(total), float(last)) == pytest.approx((sum(values), values[-1]))
+    assert float(gradients["a"]) == pytest.approx(sum(slopes))
+    _, gradients, _ = through_time(loss, params, jnp.asarray(2.0), xs, reach=1)
+    assert float(gradients["a"]) == pytest.approx(2.0 + sum(values[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (dict(segment=T + 1), f"a segment of {T + 1} tokens does not fit into texts of {T}"),
+        (dict(segment=0), "a segment of 0 tokens"),
+        (dict(reach=2), "3 segments cannot be cut into windows of 2"),
+        (dict(reach=0), "windows of 0"),
+        (dict(slots=0), "at least 1 slot"),
+        (dict(policy=named("snapkv+8"), slots=4), "needs at least"),
+        (dict(policy=named("full"), slots=T - 1), "keeps every token"),
+        (dict(policy=named("streaming_llm+2"), recurrence=advance_parallel), "moves tokens"),
+    ],
+)
+def test_errors_say_what_was_given(how: dict[str, Any], says: str) -> None:
+    given: dict[str, Any] = dict(policy=named("tova"), slots=SLOTS, segment=8) | how
+    with pytest.raises(ValueError, match=says):
+        bounded_value_and_grad(tiny_decoder(), jnp.asarray(TOKENS), jnp.asarray(WEIGHTS), **given)
