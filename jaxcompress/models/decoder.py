@@ -196,6 +196,10 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: Tokens, positions: Positions | None = None) -> Logits:
         """Plain causal attention over the block, no state. Positions default to 0..T-1; -1 marks padding."""
+        return self.logits(self.norm(self.hidden(tokens, positions)))
+
+    def hidden(self, tokens: Tokens, positions: Positions | None = None) -> Hidden:
+        """The same up to the last layer, not normed."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         windows = self.config.windows
@@ -206,8 +210,7 @@ class Decoder(nnx.Module):
             window = None if windows is None else windows[index]
             return causal_attention(q, k, v, positions, window=window), carry, xs
 
-        x, _, _ = self.run_layers(self.embed(tokens), positions, attend)
-        return self.logits(self.norm(x))
+        return self.run_layers(self.embed(tokens), positions, attend)[0]
 
 
 def _initializers(config: DecoderConfig) -> tuple[Any, Any]:

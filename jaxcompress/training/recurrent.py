@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.models.bounded import Slots, check_fits, init_state, read
-from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.decoder import Decoder, DecoderConfig
 from jaxcompress.parallel import advance_parallel, check_parallel
 from jaxcompress.policies.policy import Placement, Policy
 from jaxcompress.recurrence import Advanced, Recurrence, advance
@@ -141,26 +141,43 @@ def bounded_value_and_grad(
       ValueError: a text shorter than a segment, a reach that does not divide the number of segments, slots that the
         policy cannot work with, or a policy that needs a whole prompt.
     """
-    batch, total = tokens.shape[0], tokens.shape[1] - 1
-    if not 1 <= segment <= total:
-        raise ValueError(f"a segment of {segment} tokens does not fit into texts of {total}")
-    if policy.oneshot_only:
-        raise ValueError(f"policy {policy.name} selects from whole prompts; training streams")
-    state = init_state(model.config, policy, slots, batch=batch, dtype=model.embedding[...].dtype)
-    check_fits(model.config, policy, state, total)
+    check_text(model.config, policy, slots, tokens.shape, segment)
+    state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=model.embedding[...].dtype)
     recurrence = recurrence or exact_gradient(policy, placement)
-    n = -(-total // segment)
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, n * segment - total)])
-        return x.reshape(batch, n, segment).swapaxes(0, 1)
 
     def loss(model: Decoder, state: State, piece: tuple[Array, ...]) -> tuple[Array, State]:
         tokens, targets, weights, valid = piece
         done = read(model, tokens, state, policy, valid=valid, chunk=chunk, placement=placement, recurrence=recurrence)
         return (token_losses(model.logits(done.hidden), targets) * weights).sum(), done.state
 
-    pieces = cut(tokens[:, :-1]), cut(tokens[:, 1:]), cut(weights), cut(jnp.ones((batch, total), bool))
     whole = jnp.maximum(weights.sum(), 1e-9)
-    value, gradient, _ = through_time(loss, model, state, pieces, reach=reach)
+    value, gradient, _ = through_time(loss, model, state, cut_segments(tokens, weights, segment), reach=reach)
     return value / whole, jax.tree.map(lambda g: g / whole.astype(g.dtype), gradient)
+
+
+def check_text(config: DecoderConfig, policy: Policy, slots: Slots, shape: tuple[int, ...], segment: int) -> None:
+    """Raises ValueError if texts [B, T + 1] cannot be trained on through such a state in such segments."""
+    total = shape[1] - 1
+    if not 1 <= segment <= total:
+        raise ValueError(f"a segment of {segment} tokens does not fit into texts of {total}")
+    if policy.oneshot_only:
+        raise ValueError(f"policy {policy.name} selects from whole prompts; training streams")
+    state = jax.eval_shape(lambda: init_state(config, policy, slots))
+    check_fits(config, policy, state, total)
+
+
+def cut_segments(
+    tokens: Int[Array, "B _"], weights: Float[Array, "B T"], segment: int, *more: Float[Array, "B T E"]
+) -> tuple[Array, ...]:
+    """Tokens, next tokens, weights, which of them are there, and more: [n, B, segment, ...] each.
+
+    The last segment is filled up with padding.
+    """
+    batch, total = weights.shape
+    n = -(-total // segment)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, n * segment - total), *[(0, 0)] * (x.ndim - 2)])
+        return x.reshape(batch, n, segment, *x.shape[2:]).swapaxes(0, 1)
+
+    return cut(tokens[:, :-1]), cut(tokens[:, 1:]), cut(weights), cut(jnp.ones((batch, total), bool)), *map(cut, more)

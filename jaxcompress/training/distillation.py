@@ -1,0 +1,116 @@
+"""Distillation: a bounded state learns to predict what the full cache predicts.
+
+The teacher is a decoder with its full cache, the student one with a bounded state. They may be the same weights: then
+nothing is kept twice, and the model learns to lose nothing by forgetting. A frozen teacher is given by reference: the
+weights that the student started from, or those below its adapters (see `jaxcompress.training.lora`), are no copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxcompress.models.bounded import Slots, init_state, read
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.recurrence import Recurrence
+from jaxcompress.shapes import Hidden, Logits, Tokens
+from jaxcompress.state import State
+from jaxcompress.training.loss import token_losses
+from jaxcompress.training.recurrent import check_text, cut_segments, exact_gradient, through_time
+
+
+def divergence(student: Logits, teacher: Logits, temperature: float = 1.0) -> Float[Array, "B T"]:
+    """KL(teacher || student) of the next token in nats, times temperature squared (Hinton et al. 2015, section 2).
+
+    The square keeps gradients of one size whatever the temperature.
+    """
+    p, q = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature, axis=-1) for x in (teacher, student))
+    return (jnp.exp(p) * (p - q)).sum(-1) * temperature**2
+
+
+def full_cache_hidden(model: Decoder, tokens: Tokens) -> Hidden:
+    """Normed hidden states with the full cache, [B, T, E]."""
+    return model.norm(model.hidden(tokens))
+
+
+def distilled_value_and_grad(
+    params: Any,
+    tokens: Int[Array, "B _"],
+    weights: Float[Array, "B T"],
+    *,
+    policy: Policy,
+    slots: Slots,
+    segment: int,
+    reach: int | None = None,
+    chunk: int = 1,
+    placement: Placement | None = None,
+    recurrence: Recurrence | None = None,
+    student: Callable[[Any], Decoder] = lambda params: params,
+    teacher: Decoder | None = None,
+    language: float = 0.0,
+    hidden: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[dict[str, Float[Array, ""]], Any]:
+    """Losses of a student with a bounded state, and the gradient of their sum. Pure; jit it.
+
+    The arguments that are not here are those of `jaxcompress.training.recurrent.bounded_value_and_grad`.
+
+    Args:
+      params: what is trained.
+      student: makes a decoder of `params`; by default they are one.
+      teacher: reads with the full cache; no gradient goes into it. None: the student itself, as it is now.
+      language: weight of the student's own language-model loss beside the divergence.
+      hidden: weight of the mean squared difference of the last normed hidden states.
+      temperature: of the divergence.
+
+    Returns:
+      `loss`, what is minimised; and its parts `divergence`, `language`, `hidden`, before they are weighted. The
+      gradient is like `params`.
+
+    Raises:
+      ValueError: as `bounded_value_and_grad`; a teacher of another vocabulary or, for `hidden`, another width; a
+        temperature that is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"a temperature is positive, not {temperature}")
+    start = student(params)
+    above = start if teacher is None else teacher
+    mine, theirs = start.config, above.config
+    if mine.vocab_size != theirs.vocab_size:
+        raise ValueError(f"the teacher predicts {theirs.vocab_size} tokens, the student {mine.vocab_size}")
+    if hidden and mine.hidden_size != theirs.hidden_size:
+        raise ValueError(
+            f"hidden states cannot be compared: their width is {theirs.hidden_size} in the teacher, "
+            f"{mine.hidden_size} in the student"
+        )
+    check_text(start.config, policy, slots, tokens.shape, segment)
+    above = jax.lax.stop_gradient(above)
+    seen = full_cache_hidden(above, tokens[:, :-1])
+    state = init_state(start.config, policy, slots, batch=tokens.shape[0], dtype=start.embedding[...].dtype)
+    how: dict[str, Any] = dict(
+        chunk=chunk, placement=placement, recurrence=recurrence or exact_gradient(policy, placement)
+    )
+
+    def loss(params: Any, carry: tuple[State, Array], piece: Any) -> tuple[Array, tuple[State, Array]]:
+        tokens, targets, weights, valid, seen = piece
+        model, (state, parts) = student(params), carry
+        done = read(model, tokens, state, policy, valid=valid, **how)
+        logits = model.logits(done.hidden)
+        apart = jnp.square(done.hidden.astype(jnp.float32) - seen.astype(jnp.float32)).mean(-1) if hidden else 0.0
+        each = jnp.stack([
+            (divergence(logits, above.logits(seen), temperature) * weights).sum(),
+            (token_losses(logits, targets) * weights).sum(),
+            (apart * weights).sum(),
+        ])  # fmt: skip
+        return each @ jnp.array([1.0, language, hidden]), (done.state, parts + jax.lax.stop_gradient(each))
+
+    whole = jnp.maximum(weights.sum(), 1e-9)
+    pieces = cut_segments(tokens, weights, segment, seen)
+    value, gradient, (_, parts) = through_time(loss, params, (state, jnp.zeros(3)), pieces, reach=reach)
+    metrics = dict(zip(("divergence", "language", "hidden"), parts / whole, strict=True))
+    return {"loss": value / whole, **metrics}, jax.tree.map(lambda g: g / whole.astype(g.dtype), gradient)
