@@ -29,7 +29,7 @@ def check_parallel(policy: Policy, placement: Placement | None = None) -> None:
     """Raises ValueError if death times are not all that a policy decides; says what else it does."""
     for mine in policy.layers or (policy,):
         reasons = {
-            "changes what it keeps": mine.absorb is not None,
+            "changes what it keeps": mine.absorb is not None or mine.enter is not None,
             "adds to attention scores": mine.bias is not None,
             "shows stand-ins for what it evicted": mine.summary is not None,
             "moves tokens to other positions": (placement or mine.placement) != "absolute",

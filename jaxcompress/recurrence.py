@@ -81,6 +81,11 @@ def advance(
     placement = placement or policy.placement
     around = Around(rotate, placement, project, (h, k.shape[2]), state.heads or tuple(range(state.kv_heads)))
     bare = Incoming(q, k, v, positions)
+    replaces = None
+    if policy.enter is not None:
+        entering = policy.enter(jax.tree.map(lambda x: x[layer], state.memory), bare, state.layer[layer], around)
+        k, v, replaces = entering.k, entering.v, entering.replaces
+        state = replace(state, memory=_set(state.memory, layer, jax.lax.stop_gradient(entering.memory)))
     if policy.scope == "query_head":
         k, v = (jnp.repeat(x, h // k.shape[2], axis=2) for x in (k, v))
     if placement == "absolute":
@@ -89,7 +94,7 @@ def advance(
     keys, values = store(k, state.keys), store(v, state.values)  # all at once, and never again
     how = _How(policy, around, window)
     if t == 1:
-        done = _token(_Block(q, keys, values, positions, bare), state, layer, how)
+        done = _token(_Block(q, keys, values, positions, bare, replaces), state, layer, how)
         return Advanced(done.out.reshape(b, 1, h, d).astype(q.dtype), done.state, done.freed[None], done.died[None])
 
     one = state.take(layer)
@@ -101,13 +106,14 @@ def advance(
         return x.reshape(b, n, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     def body(one: KVState, inputs: Any) -> tuple[KVState, Any]:
-        q, keys, values, positions, bare = inputs
-        block = _Block(q, keys, values, positions, Incoming(bare[0], bare[1], bare[2], positions))
+        q, keys, values, positions, bare, replaces = inputs
+        block = _Block(q, keys, values, positions, Incoming(bare[0], bare[1], bare[2], positions), replaces)
         done = _token(block, one, 0, how) if chunk == 1 else _block(block, one, how)
         seen = jnp.maximum(one.seen, positions.max(-1) + 1)  # so that policies tell the first chunk from later ones
         return replace(done.state, seen=seen), (done.out, done.freed, done.died)
 
-    inputs = *jax.tree.map(chunks, (q, keys, values)), chunks(positions, -1), tuple(chunks(x) for x in bare[:3])
+    first, second = jax.tree.map(chunks, ((q, keys, values), (tuple(bare[:3]), replaces)))
+    inputs = *first, chunks(positions, -1), *second
     one, (out, freed, died) = jax.lax.scan(body, one, inputs)
     out = out.swapaxes(0, 1).reshape(b, n * chunk, h, d)[:, :t].astype(q.dtype)
     return Advanced(out, state.put(layer, one), freed, died)
@@ -124,13 +130,15 @@ class _How(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """T tokens: q [B, T, H, D], k and v [B, T, K, D] as the cache stores them, and `bare`, all three before RoPE."""
+    """T tokens: q [B, T, H, D], k and v [B, T, K, D] as the cache stores them, and `bare`, all three before RoPE;
+    `replaces` as in `Entering`, or None."""
 
     q: Array
     k: Stored
     v: Stored
     positions: Array
     bare: Incoming
+    replaces: Array | None
 
     def grouped(self, state: KVState) -> Array:
         """Queries as [B, T, K, G, D] for the heads of a state."""
@@ -197,10 +205,15 @@ def _seen_by(held: Array, owner: Array | None, heads: int, group: int) -> Array:
 def _token(block: _Block, state: KVState, layer: Int[Array, ""] | int, how: _How) -> _Done:
     """One token: into a free slot, attend, evict by marking slots free. K and V are read once, never moved."""
     policy, position = how.policy, block.positions[:, 0]
-    freed, died = None, position
+    freed, died, replaced = None, position, None
     if how.window is not None:  # first of all: what has left the window takes no other token's place
         held = _alive(state.positions[layer], position, how.window)
         state = replace(state, positions=state.positions.at[layer].set(held))
+    if block.replaces is not None:
+        held = state.positions[layer]
+        goes = _replaced(held, block, state.seen)
+        replaced = jnp.where(goes, held, -1).max(-1, keepdims=True)
+        state = replace(state, positions=state.positions.at[layer].set(jnp.where(goes, -1, held)))
     if policy.evict == "before":
         state, freed = _evict(state, layer, how, rows=position >= 0)
         died = position
@@ -229,7 +242,24 @@ def _token(block: _Block, state: KVState, layer: Int[Array, ""] | int, how: _How
         died = position + 1
     if freed is None:
         freed, died = jnp.full((*held.shape[:2], 1), -1, jnp.int32), position
-    return _Done(out[:, None], state, freed, jnp.broadcast_to(jnp.reshape(died, (-1, 1, 1)), freed.shape))
+    died = jnp.broadcast_to(jnp.reshape(died, (-1, 1, 1)), freed.shape)
+    if replaced is not None:
+        freed = jnp.concatenate([freed, replaced], axis=-1)
+        died = jnp.concatenate([died, jnp.broadcast_to(position[:, None, None], replaced.shape)], axis=-1)
+    return _Done(out[:, None], state, freed, died)
+
+
+def _replaced(held: SlotPositions, block: _Block, seen: Int[Array, " B"]) -> Array:
+    """[B, P, N] bool: which tokens have a next one, in the block, that takes their slot."""
+    assert block.replaces is not None
+    b, t = block.positions.shape
+    nth = jnp.where(block.positions >= 0, block.positions - seen[:, None], t)
+    table = jnp.zeros((b, held.shape[1], t), bool)
+    rows, sets = jnp.indices((b, held.shape[1], 1), sparse=True)[:2]
+    table = table.at[rows, sets, nth[:, None]].set(block.replaces.swapaxes(1, 2), mode="drop")
+    following = held + 1 - seen[:, None, None]
+    found = jnp.take_along_axis(table, following.clip(0, t - 1), axis=-1)
+    return found & (held >= 0) & (following >= 0) & (following < t)
 
 
 def _extra(state: KVState, layer: Any, how: _How) -> Extra:
@@ -385,6 +415,7 @@ def _block(block: _Block, state: KVState, how: _How) -> _Done:
         own = places[..., -positions.shape[1] :].swapaxes(1, 2)  # [B, T, P]
         q = around.rotate(q, own[..., None])
     mine = _seen_by(held, whole["owner"], around.heads[0], around.group)[:, :, :, None]
+    replaced = jnp.zeros((), bool) if block.replaces is None else _replaced(held, block, state.seen)
     summary = _extra(state, 0, how).summary
 
     def attend(stats: Any, queries: Any) -> tuple[Any, Array]:
@@ -397,6 +428,8 @@ def _block(block: _Block, state: KVState, how: _How) -> _Done:
         visible = held[:, :, None] <= at[:, None, :, None]
         if how.window is not None:
             visible &= held[:, :, None] > at[:, None, :, None] - how.window
+        if block.replaces is not None:  # by the next token, for which they are no longer there
+            visible &= (held[:, :, None] == at[:, None, :, None]) | ~replaced[:, :, None]
         visible, present = visible[:, :, None] & mine, (at >= 0)[:, None, None, :, None]
         if summary is None:
             weights = masked_softmax(scores, visible, present)
@@ -414,7 +447,8 @@ def _block(block: _Block, state: KVState, how: _How) -> _Done:
 
     stats, out = _scan_queries(attend, stats, q, positions)
     now = jnp.where(newest >= 0, newest, state.seen - 1)
-    alive = _alive(held, now, how.window)
+    lived = _alive(held, now, how.window)
+    alive = jnp.where(replaced, -1, lived)
     everything = replace(state, **jax.tree.map(lambda x: x[None], dict(whole, positions=alive, stats=stats)))
     if policy.score is None:
         kept = alive >= 0
@@ -424,7 +458,7 @@ def _block(block: _Block, state: KVState, how: _How) -> _Done:
         if policy.evict == "once":
             most = jnp.where(state.seen == 0, policy.keep * _entries_per_token(state, how), alive.shape[-1])
         kept = keep_top(scores, alive, most[:, None])
-    freed = jnp.where((alive >= 0) & ~kept, alive, -1)
+    freed = jnp.where((lived >= 0) & ~kept, lived, -1)
     slots = state.positions.shape[-1]
     settled = _settle(everything, kept, slots)
     if policy.absorb is not None:
@@ -433,7 +467,7 @@ def _block(block: _Block, state: KVState, how: _How) -> _Done:
         settled = _absorb(settled, 0, how, gone)
     every = jnp.broadcast_to(jnp.arange(freed.shape[-1]), freed.shape)
     freed = _by_owner(freed, every, whole["owner"], how)
-    died = jnp.broadcast_to((newest + 1)[:, None, None], freed.shape)
+    died = jnp.where(replaced, held + 1, jnp.broadcast_to((newest + 1)[:, None, None], freed.shape))
     if freed_before is not None:
         died = jnp.concatenate([jnp.broadcast_to(oldest[:, None, None], freed_before.shape), died], axis=-1)
         freed = jnp.concatenate([freed_before, freed], axis=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from math import lcm
 from typing import Any
 
 import jax.numpy as jnp
@@ -167,7 +168,8 @@ def sampled(n: int, policy: Policy) -> Policy:
         watched = (seen.queries >= 0) & (seen.queries % n == 0)
         queries = jnp.where(watched, seen.queries, -1)
         weights = jnp.where(watched[:, None, None, :, None], seen.weights, 0.0)
-        return policy.observe(stats, seen._replace(weights=weights, queries=queries))
+        every, present = lcm(n, seen.every or 1), seen.queries if seen.present is None else seen.present
+        return policy.observe(stats, seen._replace(weights=weights, queries=queries, every=every, present=present))
 
     return protect(policy._replace(name=f"{policy.name}/sampled{n}", observe=observe), recent=n)
 

@@ -115,12 +115,16 @@ class Observation(NamedTuple):
       queries: [B, T] int32, positions of the queries, -1 for padding.
       visible: [B, P, T] float32, how many candidates each query saw; in a pool the mean over its heads.
       group: query heads per kv head.
+      every, present: where only queries at multiples of `every` are watched (see `sampled`): this number, and the
+        positions of all queries; the others have no weights and are -1 in `queries`. None where all are watched.
     """
 
     weights: Weights
     queries: Positions
     visible: Float[Array, "B P T"]
     group: int
+    every: int | None = None
+    present: Positions | None = None
 
     def per_set(self, scope: Scope) -> Float[Array, "B P T N"]:
         """Probabilities averaged over the heads that share a set."""
@@ -150,6 +154,21 @@ class Incoming(NamedTuple):
     k: Float[Array, "B T K D"]
     v: Float[Array, "B T K D"]
     positions: Positions
+
+
+class Entering(NamedTuple):
+    """What goes into slots when tokens come in.
+
+    Attributes:
+      k, v: [B, T, K, D], before RoPE, in place of the tokens' own.
+      replaces: [B, T, K] bool, where a token takes the slot of the one before it, whose content it carries on.
+      memory: as for the policy, after the tokens.
+    """
+
+    k: Float[Array, "B T K D"]
+    v: Float[Array, "B T K D"]
+    replaces: Array
+    memory: Memory
 
 
 class Gone(NamedTuple):
@@ -196,6 +215,8 @@ class Policy(NamedTuple):
         chunked prefill and single decoding steps.
       memory: (candidates) -> fresh numbers per row, [B, ...] each; only shapes and layer of the candidates count.
       remember: (memory, incoming) -> memory, called with every block before it attends.
+      enter: (memory, incoming, layer, around) -> what goes into slots instead of the tokens, called with all tokens of
+        a read at once; None: they enter as they are. For scope `kv_head`.
       scope: who shares a set of tokens.
       evict: `after`: the incoming token's query sees capacity + 1 keys, then one goes. `before`: room is made first,
         and a query sees at most capacity keys. `once`: the first block (a one-shot prompt) is reduced to `keep` tokens,
@@ -217,6 +238,7 @@ class Policy(NamedTuple):
     observe: Callable[[Stats, Observation], Stats] = lambda stats, observation: stats
     memory: Callable[[Candidates], Memory] = lambda held: ()
     remember: Callable[[Memory, Incoming], Memory] = lambda memory, incoming: memory
+    enter: Callable[[Memory, Incoming, Int[Array, ""], Around], Entering] | None = None
     scope: Scope = "layer"
     evict: Literal["after", "before", "once"] = "after"
     placement: Placement = "absolute"

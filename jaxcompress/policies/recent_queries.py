@@ -16,11 +16,15 @@ def empty_ring(incoming: Candidates, window: int) -> Ring:
 
 
 def record(ring: Ring, seen: Observation, scope: Scope) -> Ring:
-    """Writes each query's probabilities over those of the query w before it."""
+    """Writes each query's probabilities over those of the query w before it; zeros for queries that are not watched."""
     window, queries = ring.shape[-1], seen.queries
     column = jnp.arange(window)
     last = queries > queries.max(-1, keepdims=True) - window
     mine = ((queries % window)[..., None] == column) & (last & (queries >= 0))[..., None]  # [B, T, w]
+    if seen.every is not None:
+        newest = queries.max(-1, keepdims=True)
+        latest = newest - (newest - column) % window  # the query whose column it is
+        ring = jnp.where(((newest >= 0) & (latest % seen.every != 0))[:, None, None], 0.0, ring)
     if queries.shape[1] == 1:
         new = seen.per_set(scope)[:, :, 0, :, None]
     else:

@@ -39,7 +39,7 @@ def scissorhands(
         return jnp.zeros((*incoming.positions.shape, words), jnp.uint16)
 
     def observe(bits: Bits, seen: Observation) -> Bits:
-        at = seen.queries
+        at = seen.queries if seen.present is None else seen.present  # a word is begun by whatever query comes first
         pivotal = (seen.per_set(scope) * seen.visible[..., None] >= 1) & (seen.visible > 0)[..., None]
         last = (at >= 0) & (at // BITS > at.max(-1, keepdims=True) // BITS - words)
         mine = ((at // BITS % words)[..., None] == jnp.arange(words)) & last[..., None]  # [B, T, words]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxcompress import policies
+from jaxcompress.models.bounded import init_state
+from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.recurrence import advance
 from jaxcompress.state import KVState
 
@@ -304,6 +308,28 @@ def test_bfloat16_state(name: str, mode: str) -> None:
     n = C if name in ("tova", "h2o") else T  # as long as both hold the same tokens
     np.testing.assert_allclose(trace.out[:, :n], exact.out[:, :n], atol=0.03)
     assert ((trace.last.positions >= 0).sum(-1) == C).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 300])
+def test_masses_of_a_bfloat16_model_are_summed_in_float32(chunk: int) -> None:
+    """In bfloat16 what receives 0.9 at every step would stop at 256, and many tokens would tie."""
+    n, policy, rng = 600, policies.h2o(0, "layer"), np.random.default_rng(0)
+    draw = lambda heads: rng.standard_normal((1, n, heads, D)) * (np.arange(n) > 0)[:, None, None]
+    q, k, v = np.ones((1, n, H, D)), draw(K), draw(K)
+    k[:, 0] = 2.0
+    positions = np.arange(n, dtype=np.int32)[None]
+
+    @partial(jax.jit, static_argnames="dtype")
+    def read(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str) -> KVState:
+        q, k, v = (x.astype(jnp.bfloat16).astype(dtype) for x in (q, k, v))
+        state = init_state(DecoderConfig(8, 8, 8, 1, H, K, D), policy, C, dtype=dtype)[0]
+        return advance(q, k, v, jnp.asarray(positions), state, 0, policy, chunk=chunk).state
+
+    wide, narrow = (read(q, k, v, dtype) for dtype in ("float32", "bfloat16"))
+    assert narrow.stats.dtype == jnp.float32
+    assert narrow.stats.max() > 300
+    np.testing.assert_array_equal(narrow.positions, wide.positions)
+    np.testing.assert_allclose(narrow.stats, wide.stats, 1e-4)
 
 
 def test_gradients() -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from core.harness import (
     MORE,
+    RULES,
     B,
     C,
     Case,
     Data,
+    H,
     K,
     T,
     data,
@@ -41,7 +43,7 @@ every = pytest.mark.parametrize("case", CASES)
 
 def entries(case: Case) -> int:
     """Slots that one token takes in a set."""
-    return K if MORE[case.policy].scope == "pool" else 1
+    return case.kv_heads if RULES[case.policy][0].scope == "pool" else 1
 
 
 def same_tokens(a: KVState, b: KVState) -> None:
@@ -104,16 +106,67 @@ def test_padding_on_any_side_changes_nothing(case: Case, rows: Data, seed: int) 
     after = run(case, data(seed)._replace(valid=np.zeros((B, T), bool)), before)
     same_tokens(after.last, before)
     assert not after.out.any()
-    if case.mode == "chunked":  # chunks are cut by columns, so that packing changes what is read together
-        return
+    width = {"streaming": T, "chunked": 5}[case.mode]  # what is read together must stay together
     for side in (slice(None), slice(None, None, -1)):
         packed = Data(*(np.zeros_like(x) for x in rows))
-        for b in range(B):
-            n = rows.valid[b].sum()
-            where = np.sort(np.arange(T)[side][:n])
+        for b, start in np.ndindex(B, -(-T // width)):
+            columns = np.arange(T)[start * width : (start + 1) * width]
+            mine = columns[rows.valid[b, columns]]
+            where = np.sort(columns[side][: len(mine)])
             for to, x in zip(packed, rows, strict=True):
-                to[b, where] = x[b, rows.valid[b]]
+                to[b, where] = x[b, mine]
         same_tokens(run(case, packed).last, before)
+
+
+@every
+@few
+@given(rows=ragged(), seed=st.integers(0, 99))
+def test_padding_and_free_slots_may_hold_anything(case: Case, rows: Data, seed: int) -> None:
+    """They count in no mean, range, covariance or rank, and nothing is left of a token that had the slot before."""
+    rng = np.random.default_rng(seed)
+    anything = lambda where, x: np.where(where, rng.uniform(1, 30, x.shape).astype(x.dtype), x)
+    clean, at = run(case, rows).last, rows.valid.sum(1, keepdims=True)
+    clean = replace(clean, seen=at[:, 0].astype(np.int32))
+    free = clean.positions < 0
+
+    def filled(x: np.ndarray) -> np.ndarray:
+        where = np.broadcast_to(free, x.shape[:4])
+        return anything(where.reshape(*where.shape, *[1] * (x.ndim - 4)), x)
+
+    keys, values, stats = jax.tree.map(filled, (clean.keys, clean.values, clean.stats))
+    owner = None if clean.owner is None else np.where(free, K - 1, clean.owner)
+    dirty = replace(clean, keys=keys, values=values, stats=stats, owner=owner)
+    more = data(seed, scale=0.5)._replace(valid=rows.valid)
+    padded = more._replace(**{x: anything(~rows.valid[..., None, None], getattr(more, x)) for x in "qkv"})
+    one, two = run(case, more, clean, first=at), run(case, padded, dirty, first=at)
+    np.testing.assert_allclose(one.out, two.out, 1e-5, 1e-5)
+    same_tokens(one.last, two.last)
+
+
+@every
+def test_nothing_is_left_of_the_text_before(case: Case) -> None:
+    """One compiled function, another text in between: bit for bit the same."""
+    first, _, again = run(case, data(1)), run(case, data(2)), run(case, data(1))
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@every
+@few
+@given(rows=ragged(), seed=st.integers(0, 99))
+def test_heads_may_stand_in_any_order(case: Case, rows: Data, seed: int) -> None:
+    """Kv heads with their query heads, and the query heads of each: the same happens, in that order."""
+    rng, group = np.random.default_rng(seed), H // K
+    heads = np.arange(K) if case.policy == "nacl" else rng.permutation(K)  # which draws for each head
+    queries = np.concatenate([head * group + rng.permutation(group) for head in heads])
+    moved = rows._replace(q=rows.q[:, :, queries], k=rows.k[:, :, heads], v=rows.v[:, :, heads])
+    one, two = run(case, rows), run(case, moved)
+    np.testing.assert_allclose(one.out[:, :, queries], two.out, 1e-4, 1e-4)
+    order = {"kv_head": heads, "query_head": queries}.get(MORE[case.policy].scope, [0])
+    for b, s in np.ndindex(B, len(order)):
+        was, now = tokens_of(one.last, b, order[s]), tokens_of(two.last, b, s)
+        pool = one.last.owner is not None
+        assert was.keys() == {(int(heads[owner]) if pool else 0, position) for owner, position in now}
 
 
 @every
@@ -186,19 +239,32 @@ def test_bfloat16_state(name: str) -> None:
     np.testing.assert_allclose(trace.out[:, :C], exact.out[:, :C], atol=0.03)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "h2o-pool", "keydiff", "expected_attention"])
-@pytest.mark.parametrize("kv_heads", [1, 4])
-def test_query_heads_per_kv_head(name: str, kv_heads: int) -> None:
-    """One kv head for all query heads, and one for each; two is everywhere else."""
-    from core.harness import RULES
+GROUPS = [Case(name, "chunked", kv_heads=(1, 4)[i % 2]) for i, name in enumerate(RULES)]
 
-    from jaxcompress import policies
 
-    RULES.setdefault("h2o-pool", (policies.adaptive(policies.h2o(0.5, "pool")), None))
-    rows = data(3, kv_heads)
-    case = Case(name, kv_heads=kv_heads)
-    together = run(case, rows)
+@pytest.mark.parametrize("case", GROUPS, ids=name_of)
+@few
+@given(draws=st.data())
+def test_groups_ties_and_bfloat16(case: Case, draws: st.DataObject) -> None:
+    """One kv head for all query heads, or one for each (two is everywhere else); texts of few different tokens, about
+    as long as there is room; a state in bfloat16."""
+    policy = RULES[case.policy][0]
+    lengths = draws.draw(st.lists(st.sampled_from([0, 1, C - 1, C, C + 1, C + 2, T]), min_size=B, max_size=B))
+    words = draws.draw(st.lists(st.integers(0, draws.draw(st.integers(0, T - 1))), min_size=T, max_size=T))
+    rows = Data(*(x[:, words] for x in data(draws.draw(st.integers(0, 99)), case.kv_heads)))
+    short = np.arange(T) < np.array(lengths)[:, None]
+    rows = rows._replace(valid=short[:, ::-1] if draws.draw(st.booleans()) else short)
+    read = lambda rows: run(case, rows, fresh(case, dtype=jnp.bfloat16))
+    together = read(rows)
     assert np.isfinite(together.out).all()
+    assert together.last.keys.dtype == jnp.bfloat16
+    most = case.bound * entries(case)
     for b in range(B):
-        alone = run(case, rows._replace(valid=rows.valid & (np.arange(B) == b)[:, None]))
+        alone = read(rows._replace(valid=rows.valid & (np.arange(B) == b)[:, None]))
         np.testing.assert_allclose(alone.out[b], together.out[b], 1e-5, 1e-5)
+        for s, positions in enumerate(together.last.positions[0, b]):
+            tokens, n = tokens_of(together.last, b, s), (positions >= 0).sum()
+            assert len(tokens) == n
+            assert all(position < lengths[b] for _, position in tokens)
+            assert min(lengths[b] * entries(case), most - (policy.frees - 1) * entries(case)) <= n <= most
+            assert tokens == tokens_of(alone.last, b, s)

@@ -12,13 +12,14 @@ import pytest
 from core.harness import FAST_COMPILE
 from tiny import candidates
 
-from jaxcompress import policies
+from jaxcompress import policies, recurrence
 from jaxcompress.models.bounded import init_state
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.naming import named
 from jaxcompress.policies import Policy
 from jaxcompress.policies.draws import per_token
+from jaxcompress.policies.policy import Incoming, Observation
 from jaxcompress.recurrence import advance
 
 from . import reference
@@ -41,9 +42,14 @@ def turned(heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return q, k, reference.softmax(np.where(np.tri(T, dtype=bool), logits, -np.inf))
 
 
-def ours(policy: Policy, heads: int, kv_heads: int, capacity: int) -> tuple[np.ndarray, list[list[int]]]:
-    """Scores [P, T] of the prompt, and what is kept of it."""
+def ours(
+    policy: Policy, heads: int, kv_heads: int, capacity: int, before: int = 0, after: int = 0
+) -> tuple[np.ndarray, list[list[int]]]:
+    """Scores [P, T] of the prompt, and what is kept of it; with so many columns of padding before and after it."""
     a, seen = arrays(heads, kv_heads), []
+    anything = lambda n, like: np.random.default_rng(n).uniform(1, 30, (n, *like.shape[1:])).astype(np.float32)
+    wide = {x: np.concatenate([anything(before, a[x]), a[x], anything(after, a[x])]) for x in "qkv"}
+    columns = np.concatenate([np.full(before, -1), np.arange(T), np.full(after, -1)]).astype(np.int32)
 
     def score(stats: Any, held: Any) -> Any:
         assert policy.score is not None
@@ -57,14 +63,15 @@ def ours(policy: Policy, heads: int, kv_heads: int, capacity: int) -> tuple[np.n
         watched = policy._replace(score=score)
         state = init_state(config, watched, capacity)[0]
         done = advance(
-            q[None], k[None], v[None], jnp.arange(T)[None], state, 0, watched, chunk=T,
+            q[None], k[None], v[None], jnp.asarray(columns)[None], state, 0, watched, chunk=len(columns),
             rotate=partial(rotate, rope=RopeConfig()), project=wo.reshape(kv_heads, -1, D, E),
         )  # fmt: skip
         return done.state.positions[0, 0]
 
-    positions = np.asarray(run(**a))
+    positions = np.asarray(run(**wide, wo=a["wo"]))
     jax.effects_barrier()
-    return seen[-1][0, :, -T:], [sorted(p[p >= 0].tolist()) for p in positions]
+    scores = seen[-1][0, :, -len(columns) :][:, before : before + T]
+    return scores, [sorted(p[p >= 0].tolist()) for p in positions]
 
 
 def same(got: np.ndarray, want: np.ndarray, rtol: float = 2e-5) -> None:
@@ -147,6 +154,141 @@ def test_critical(heads: int, kv_heads: int) -> None:
         want = reference.critical(base, a["v"], a["wo"], 16, share)
         same(got, want)
         assert kept == reference.top(want, 16).tolist()
+
+
+@pytest.mark.parametrize("scope", ["layer", "kv_head", "query_head", "pool"])
+def test_what_a_value_writes(scope: Any) -> None:
+    """|W_o v|_1 with the projections of a kv head's own query heads, whoever shares a set."""
+    a, group = arrays(6, 3), 2
+    write = np.abs(np.einsum("thd,hde->hte", np.repeat(a["v"], group, 1), a["wo"])).sum(-1)  # [H, T]
+    each = reference.over_group(write, 3)
+    want = {"layer": each.mean(0, keepdims=True), "kv_head": each, "query_head": write, "pool": each.T.reshape(1, -1)}
+    v, at = a["v"].swapaxes(0, 1), np.arange(T)
+    v = {"query_head": np.repeat(v, group, 0), "pool": a["v"].reshape(1, -1, D)}.get(scope, v)[None]
+    pool = scope == "pool"
+    held = candidates(v, v, np.repeat(at, 3)[None, None] if pool else np.tile(at, (1, len(want[scope]), 1)), heads=6)
+    around = held.around._replace(heads=(6, 3), out=jnp.asarray(a["wo"].reshape(3, group, D, E)))
+    owner = jnp.asarray(np.tile(np.arange(3), T)[None, None]) if pool else None
+    written = policies.critical(policies.knorm(scope)).init(held._replace(around=around, owner=owner))[1]
+    np.testing.assert_allclose(written[0], want[scope], 1e-5)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_pooled(pool: Any) -> None:
+    """Over the tokens that may go; beyond both ends the mean counts zeros, and what is protected lends nothing."""
+    got, kept = ours(policies.pooled(policies.h2o(6, "kv_head"), 5, pool), 4, 2, 16)
+    prefix = reference.over_group(turned(4, 2)[2].sum(1), 2)[:, :-6]
+    want = np.pad(reference.pooled(prefix, 5, pool), ((0, 0), (0, 6)), constant_values=np.inf)
+    same(got, want)
+    assert kept == reference.top(want, 16).tolist()
+
+
+def test_then() -> None:
+    """The prompt is the first policy's; what comes later is the other's (see test_decoding)."""
+    got, _ = ours(policies.then(policies.snapkv(5, 7), policies.window(4, "kv_head")), 4, 2, 16)
+    same(got, reference.snapkv(turned(4, 2)[2], 2, 5, 7))
+
+
+@pytest.mark.parametrize("policy", [
+    policies.tova(), policies.h2o(0, "kv_head"), policies.snapkv(5, 1), policies.nacl(6, 2, 3),
+    policies.scissorhands(33, 1), policies.sampled(3, policies.h2o(0, "kv_head")),
+    policies.sampled(3, policies.scissorhands(7, 1)),
+    policies.sampled(3, policies.snapkv(5, 1)),
+], ids=lambda policy: policy.name)  # fmt: skip
+def test_queries_in_several_blocks(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of more queries than attend at once: what is observed is a fold."""
+    want, kept = ours(policy, 4, 2, 16)
+    monkeypatch.setattr(recurrence, "QUERY_BLOCK", 7)
+    got, also = ours(policy, 4, 2, 16)
+    same(got, want)
+    assert also == kept
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 16, 18, 40])
+def test_a_sample_of_the_queries(n: int) -> None:
+    """One by one, for long: nothing is left of queries that have gone out of the window or the history."""
+    steps, window, history = 250, 5, 37
+    mass = np.random.default_rng(n).random((steps, 4)).astype(np.float32) * 0.4
+    at = np.array([0, 1, 2, steps - 1])
+    held = candidates(np.zeros((1, 1, 4, D)), np.zeros((1, 1, 4, D)), at[None, None])
+    count, last = (policies.sampled(n, p) for p in (policies.scissorhands(history, 0), policies.snapkv(window, 1)))
+
+    @partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(mass: Any) -> Any:
+        def step(stats: Any, query: Any) -> Any:
+            weights, position = query
+            seen = Observation(weights.reshape(1, 1, 1, 1, 4), position.reshape(1, 1), jnp.full((1, 1, 1), 4.0), 1)
+            return (count.observe(stats[0], seen), last.observe(stats[1], seen)), None
+
+        stats, _ = jax.lax.scan(step, (count.init(held), last.init(held)), (mass, jnp.arange(steps)))
+        return policies.scissorhands(history, 0).score(stats[0], held), stats[1]
+
+    counts, ring = run(mass)
+    watched = np.arange(0, steps, n)
+    recent, newest = watched[watched >= steps - history], watched[watched > watched[-1] - window]
+    np.testing.assert_array_equal(np.asarray(counts)[0, 0], (mass[recent] * 4 >= 1).sum(0))
+    np.testing.assert_allclose(np.asarray(ring)[0, 0].sum(-1), mass[newest].sum(0), 1e-6)
+
+
+@pytest.mark.parametrize("policy", [
+    policies.keydiff(), policies.lagkv(4), policies.lagkv(4, cross=True), policies.cur(4), policies.rkv(window=4),
+    policies.expected_attention(4), policies.snapkv(5, 7), policies.nacl(6, 2, 3), policies.scissorhands(33, 1),
+    policies.by_chunks(policies.tova(), 7), policies.within_chunks(policies.knorm(), 7),
+    policies.ranked(policies.h2o(2, "kv_head")),
+], ids=lambda policy: policy.name)  # fmt: skip
+def test_a_padded_prompt(policy: Policy) -> None:
+    """However much padding stands where: the same scores, not only the same tokens."""
+    want, kept = ours(policy, 4, 2, 16)
+    got, also = ours(policy, 4, 2, 16, before=9, after=4)
+    same(got, want)
+    assert also == kept
+
+
+@pytest.mark.parametrize("policy", [
+    policies.knorm(), policies.keydiff(), policies.lagkv(4, cross=True), policies.cur(4), policies.rkv(window=4),
+    policies.rkv(window=4, sketch=4), policies.expected_attention(4), policies.critical(policies.cur(4)),
+], ids=lambda policy: policy.name)  # fmt: skip
+def test_bfloat16_is_scored_in_float32(policy: Policy) -> None:
+    """The same numbers, stored in bfloat16, have the same scores: none is rounded, so that hardly any tie."""
+    a = arrays(4, 2)
+    q, k, v, out = (jnp.asarray(a[name], jnp.bfloat16) for name in ("q", "k", "v", "wo"))
+    out = out.reshape(2, 2, D, E)
+
+    # Otherwise XLA may leave out a rounding that the code asks for.
+    @partial(jax.jit, static_argnames="dtype", compiler_options=FAST_COMPILE | {"xla_allow_excess_precision": False})
+    def scores(q: Any, k: Any, v: Any, out: Any, dtype: Any) -> Any:
+        cast = lambda x: x.astype(dtype)
+        at = jnp.arange(T, dtype=jnp.int32)[None]
+        keys, values = (cast(x.swapaxes(0, 1)[None]) for x in (k, v))
+        held = candidates(keys, values, jnp.tile(at, (1, 2, 1)), heads=4)
+        held = held._replace(around=held.around._replace(out=cast(out), rotate=partial(rotate, rope=RopeConfig())))
+        incoming = Incoming(*(cast(x)[None] for x in (q, k, v)), at)
+        held = held._replace(memory=policy.remember(policy.memory(held), incoming))
+        assert policy.score is not None
+        return policy.score(policy.init(held), held)
+
+    got, want = (np.asarray(scores(q, k, v, out, dtype)) for dtype in (jnp.bfloat16, jnp.float32))
+    assert got.dtype == want.dtype == np.float32
+    np.testing.assert_allclose(got, want, 1e-6)
+    free = got[np.isfinite(got)]
+    assert len(np.unique(free)) > 0.9 * len(free)
+
+
+@pytest.mark.parametrize(("capacity", "share", "count"), [(100, 0.29, 29), (10, 0.3, 3), (100, 0.57, 57), (3, 0.3, 0)])
+def test_shares_of_slots_are_whole_numbers(capacity: int, share: float, count: int) -> None:
+    """0.29 * 100 is 28.999999999999996."""
+    n, draw = capacity + 1, np.random.default_rng(0)
+    one = candidates(np.zeros((1, 1, n, D)), np.zeros((1, 1, n, D)), np.arange(n)[None, None], capacity=capacity)
+    mass = jnp.asarray(draw.random((1, 1, n)), jnp.float32)
+    pool = one._replace(owner=jnp.zeros((1, 1, n), jnp.int32))
+    for policy, stats, held, want in (
+        (policies.h2o(share, "layer"), mass, one, count),
+        (policies.adaptive(policies.tova("pool"), share), mass, pool, count),
+        (policies.critical(policies.tova(), share), (mass, mass), one, count),
+        (policies.nacl(1, 0, 0, share), mass[..., None], one, capacity - count),
+    ):
+        assert policy.score is not None
+        assert np.isposinf(policy.score(stats, held)).sum() == want, policy.name
 
 
 @HEADS

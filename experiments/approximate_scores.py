@@ -1,0 +1,83 @@
+"""What approximate scores lose: queries that nobody watches, sketched keys, and scores computed every n-th step.
+
+    python experiments/approximate_scores.py
+
+Every approximation reads the same held-out text as the exact policy beside it, token by token. Both hold what they
+chose themselves, so that differences add up over the text. From the first full state on, `held` is how many tokens a
+query of the approximation sees, and `in both` the share of these that the exact policy has too. `window+4`, which
+watches nothing, is there for scale; +- is the standard error of the mean difference over tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+import jaxcompress as jc
+from jaxcompress.embedded.corpus import held_out
+from jaxcompress.evaluation import rows_of_text
+from jaxcompress.evaluation.retention import occupancy
+from jaxcompress.naming import named
+
+APPROXIMATIONS = {
+    "tova": tuple(f"tova/sampled{n}" for n in (2, 4, 8, 16)),
+    "h2o": tuple(f"h2o/sampled{n}" for n in (2, 4, 8, 16)),
+    "rkv/every16": tuple(f"rkv-sketch{n}/every16" for n in (4, 8, 16)),
+    "snapkv+16": tuple(f"snapkv+16/every{n}" for n in (4, 16, 64)),
+}
+NOTHING = "window+4"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Prints a line per policy."""
+
+    slots: int = 128
+    context: int = 1024
+    rows: int = 8
+    out: Path | None = None
+    """Also write the results here (JSON)."""
+
+
+def main(args: Arguments) -> None:
+    model, tokenizer = jc.load_embedded()
+    text = np.concatenate([tokenizer.encode(document.text, add_bos=False) for document in held_out()])
+    rows, table = rows_of_text(text, args.context, args.rows, tokenizer.bos_id), []
+
+    def read(name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Death times [L, B, P, T] and losses [T', B] of the tokens that meet a full state."""
+        trace = jc.trace(model, rows, named(name), args.slots, prompt=1)
+        logits = trace.logits[args.slots - 1 : -1].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        target = np.take_along_axis(logits, rows.T[args.slots :, :, None], axis=-1)[..., 0]
+        return trace.death, np.log(np.exp(logits).sum(-1)) - target
+
+    print(f"{args.slots} slots, {args.rows} rows of {args.context} tokens")
+    print(f"{'exact':14}{'approximate':24}{'held':>7}{'in both':>9}{'nats':>8}{'exact':>8}{'more':>9}{'+-':>8}")
+    nothing = read(NOTHING)
+    for exact, approximations in APPROXIMATIONS.items():
+        want, best = read(exact)
+        for name in (*approximations, NOTHING):
+            death, losses = nothing if name == NOTHING else read(name)
+            held = occupancy(np.broadcast_to(death, want.shape))
+            both, more = occupancy(np.minimum(death, want)) / held, losses - best
+            row = dict(
+                exact=exact, approximate=name, held=held[..., args.slots :].mean(), both=both[..., args.slots :].mean(),
+                nats=losses.mean(), exact_nats=best.mean(), more=more.mean(), error=more.std(ddof=1) / more.size**0.5,
+            )  # fmt: skip
+            table.append({key: x if isinstance(x, str) else float(x) for key, x in row.items()})
+            print(
+                f"{exact:14}{name:24}{row['held']:7.1f}{row['both']:9.1%}{row['nats']:8.4f}{row['exact_nats']:8.4f}"
+                f"{row['more']:+9.4f}{row['error']:8.4f}", flush=True,
+            )  # fmt: skip
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,89 @@
+"""Merging gates: each token of a kv head is appended to the cache or joined to the one before it.
+
+Dynamic memory compression (Nawrot et al. 2024, "Dynamic Memory Compression: Retrofitting LLMs for Accelerated
+Inference", section 3.1). A slot then holds the weighted mean of a run of tokens. Keys are averaged before rotation and
+stand where the last token of the run stands: the mean of keys that are rotated differently is the key of no position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.policies.policy import Around, Candidates, Entering, Incoming, Policy
+from jaxcompress.state import Memory
+
+Gates = Callable[[Incoming, Array, Around], tuple[Float[Array, "B T K"], Float[Array, "B T K"]]]
+"""(incoming, layer, around) -> logit of joining the token before, and weight in the mean, positive."""
+
+
+def gated(policy: Policy, gates: Gates, name: str = "dmc") -> Policy:
+    """A policy whose tokens are joined by gates before it chooses among what there is.
+
+    A token joins where its logit is positive: it takes the slot of the token before it, and holds the mean of both.
+    Joining depends on the gates alone, never on what is held, so that runs are the same in every mode.
+
+    Raises:
+      ValueError: the policy's heads share a set, or it changes what enters or what stays itself.
+    """
+    if policy.scope != "kv_head":
+        raise ValueError(
+            f"gates join tokens in each kv head: {policy.name} with scope {policy.scope} chooses for several"
+        )
+    if policy.enter is not None or policy.absorb is not None or policy.summary is not None:
+        raise ValueError(f"gates come before a policy that only evicts; {policy.name} merges or summarises")
+
+    def memory(held: Candidates) -> Memory:
+        b, kv, _, d = held.keys.shape
+        return policy.memory(held), jnp.zeros((b, kv, 1 + 2 * d), jnp.float32)
+
+    def remember(both: Memory, incoming: Incoming) -> Memory:
+        return policy.remember(both[0], incoming), both[1]
+
+    def enter(both: Memory, incoming: Incoming, layer: Array, around: Around) -> Entering:
+        logits, weights = gates(incoming, layer, around)
+        joins = logits > 0
+        sums = running_sums(both[1], incoming, joins.astype(jnp.float32), weights)
+        k, v = means(sums, incoming)
+        return Entering(k, v, joins & (incoming.positions >= 0)[..., None], (both[0], sums[:, -1]))
+
+    def score(stats: Any, held: Candidates) -> Array:
+        assert policy.score is not None
+        return policy.score(stats, held._replace(memory=held.memory[0]))
+
+    return policy._replace(
+        name=f"{name}-{policy.name}", memory=memory, remember=remember, enter=enter,
+        init=lambda incoming: policy.init(incoming._replace(memory=incoming.memory[0])),
+        score=None if policy.score is None else score,
+    )  # fmt: skip
+
+
+def running_sums(
+    start: Float[Array, "B K N"], incoming: Incoming, joins: Float[Array, "B T K"], weights: Float[Array, "B T K"]
+) -> Float[Array, "B T K N"]:
+    """Weights, weighted keys and weighted values of the run that each token ends, summed; [..., 1 + 2 D], float32.
+
+    sum_t = joins_t * sum_{t-1} + weight_t * (1, k_t, v_t), for all t at once. `joins` may lie between 0 and 1.
+    """
+    present = (incoming.positions >= 0)[..., None]
+    keep = jnp.where(present, joins, 1.0)[..., None]
+    one = jnp.ones((*joins.shape, 1))
+    what = jnp.concatenate([one, incoming.k.astype(jnp.float32), incoming.v.astype(jnp.float32)], axis=-1)
+    what = what * jnp.where(present, weights, 0.0)[..., None]
+    what = what.at[:, 0].add(keep[:, 0] * start)
+
+    def follow(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+        return first[0] * second[0], first[1] * second[0] + second[1]
+
+    return jax.lax.associative_scan(follow, (keep, what), axis=1)[1]
+
+
+def means(sums: Float[Array, "B T K N"], incoming: Incoming) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+    """Keys and values of the runs, in the dtype of the tokens."""
+    mean = sums[..., 1:] / jnp.maximum(sums[..., :1], 1e-9)
+    k, v = jnp.split(mean, 2, axis=-1)
+    return k.astype(incoming.k.dtype), v.astype(incoming.v.dtype)
