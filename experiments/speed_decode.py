@@ -96,10 +96,10 @@ def decode_plain(model: Decoder, steps: int, slots: int, batch: int):
             keys, values = carry
             at = positions[..., None]
             q, k = rotate(q, at, config.rope), rotate(k, at, config.rope)
-            keys = keys.at[layer, :, :, now % slots].set(k[:, 0])
-            values = values.at[layer, :, :, now % slots].set(v[:, 0])
+            keys = keys.at[index, :, :, now % slots].set(k[:, 0])
+            values = values.at[index, :, :, now % slots].set(v[:, 0])
             q = q[:, 0].reshape(batch, config.num_kv_heads, -1, config.head_dim)
-            out, _ = slot_attention(q, keys[layer], values[layer], everything, present)
+            out, _ = slot_attention(q, keys[index], values[index], everything, present)
             return out.reshape(batch, 1, config.num_heads, config.head_dim), (keys, values), xs
 
         positions = jnp.full((batch, 1), now, jnp.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,9 @@ class Compare:
     """Compares all policies: loss, recall, bytes and speed at fractions of the context, with their spread over seeds.
 
     Texts with facts are read token by token (nats, recall), or at once up to a question that is not yet known (before)
-    or known (after) when the context is compressed. "asked" are the bytes of so many slots of keys and values alone,
-    "KiB" what the state of one text really takes, with the policy's own numbers.
+    or known (after) when the context is compressed. Where a tokenizer has too few whole words for facts, there is loss
+    only. "asked" are the bytes of so many slots of keys and values alone, "KiB" what the state of one text really
+    takes, with the policy's own numbers.
 
     Example: jaxcompress compare --policies full window+4 tova snapkv+16/every16 --fractions 4 8 --out table.json
     """
@@ -49,7 +51,7 @@ class Compare:
     out: Path | None = None
     """Write the table here (JSON), after each row."""
     figure: Path | None = None
-    """Draw loss and recall against slots (.png)."""
+    """Draw loss and recall of all policies and numbers of slots (.png)."""
 
     def run(self) -> None:
         from dataclasses import asdict
@@ -70,8 +72,13 @@ class Compare:
         from jaxcompress.evaluation.compare import compare, exams
 
         text = "\n".join(document.text for document in held_out()) if self.text is None else read_text(self.text)
+        try:
+            words = words_of(tokenizer)
+        except ValueError as error:
+            words = None
+            print(f"no recall tasks: {error}", file=sys.stderr)
         tasks = exams(
-            tokenizer.encode(text, add_bos=False), words_of(tokenizer),
+            tokenizer.encode(text, add_bos=False), words,
             context=self.context, seeds=self.seeds, rows=self.rows, bos=tokenizer.bos_id,
         )  # fmt: skip
         about = dict(
@@ -98,8 +105,12 @@ class Compare:
                 flush=True,
             )
         if self.figure is not None:
-            from jaxcompress.evaluation.figures import Point, against_slots
+            from jaxcompress.evaluation.figures import Point, comparison
 
             point = lambda name: [Point(r["policy"], r["slots"], r[name]) for r in done if r[name] is not None]
-            panels = {"nats per token": point("nats"), "recall": point("recall"), "asked before": point("before")}
-            against_slots(panels, self.figure, title=str(about["text"]))
+            panels = {
+                "nats per token": point("nats"), "recall": point("recall"),
+                "asked after compression": point("before"), "asked before": point("after"),
+            }  # fmt: skip
+            drawn = {label: points for label, points in panels.items() if points}
+            comparison(drawn, self.figure, title=str(about["text"]), lower_is_better=["nats per token"])

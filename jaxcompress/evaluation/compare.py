@@ -19,7 +19,8 @@ class Exams(NamedTuple):
 
     Attributes:
       whole: the texts with all their questions, `seeds` groups of equal size.
-      single: a row per question, for compression before and after the question is known.
+      single: a row per question, for compression before and after the question is known; none where texts have no
+        facts.
       prompt: how many first tokens of a `single` row are context.
     """
 
@@ -30,16 +31,26 @@ class Exams(NamedTuple):
 
 
 def exams(
-    filler: np.ndarray, words: Wording, *, context: int, seeds: int, rows: int = 2, questions: int = 4, bos: int | None
+    filler: np.ndarray,
+    words: Wording | None,
+    *,
+    context: int,
+    seeds: int,
+    rows: int = 2,
+    questions: int = 4,
+    bos: int | None,
 ) -> Exams:
     """Draws facts, fillers and questions anew for each seed.
 
     Args:
       filler: tokens of ordinary text.
+      words: None for texts without facts: their loss is all that can be measured then.
       context: tokens of a text.
       rows: texts per seed.
       questions: asked about each text's first row of a seed one by one.
     """
+    if words is None:
+        return Exams([row for seed in range(seeds) for row in _plain(filler, context, rows, seed, bos)], [], 0, seeds)
     whole, single = [], []
     for seed in range(seeds):
         tasks = exam(filler, words, rows=rows, length=context, notes=8, questions=8, seed=seed, bos=bos)
@@ -51,6 +62,22 @@ def exams(
     single = [Recall(*(part[-(prompt + line) :] for part in row)) for row in single]
     single = [row for row in single if 0 < row.distance.max() < prompt]
     return Exams(whole, single, prompt, seeds)
+
+
+def _plain(filler: np.ndarray, context: int, rows: int, seed: int, bos: int | None) -> list[Recall]:
+    """Ordinary text as an exam without questions.
+
+    Raises:
+      ValueError: too little of it.
+    """
+    first = [] if bos is None else [bos]
+    width = context - len(first)
+    if len(filler) < width:
+        raise ValueError(f"{width} tokens of text are needed, {len(filler)} were given")
+    starts = np.random.default_rng(seed).integers(len(filler) - width + 1, size=rows)
+    nothing = np.zeros(context, bool)
+    tokens = [np.concatenate([first, filler[at : at + width]]).astype(np.int32) for at in starts]
+    return [Recall(row, nothing, nothing, np.zeros(context, np.int32)) for row in tokens]
 
 
 @dataclass(frozen=True)
@@ -94,20 +121,23 @@ def compare(
     context = len(tasks.whole[0].tokens)
     for policy in policies:
         for capacity in [context] if not policy.forgets and policy.score is None else sorted(slots, reverse=True):
-            if capacity >= policy.needs:
+            if capacity >= policy.needs and (tasks.single or not policy.oneshot_only):
                 yield _compared(model, tasks, policy, capacity, dtype)
 
 
 def _compared(model: Decoder, tasks: Exams, policy: Policy, slots: int, dtype: Any) -> Compared:
     whole = None if policy.oneshot_only else answers(model, tasks.whole, policy, slots, dtype=dtype)
-    line = len(tasks.single[0].tokens) - tasks.prompt
-    before = answers(model, tasks.single, policy, slots, prompt=tasks.prompt, dtype=dtype)
-    known = tasks.prompt + line - WORDS_PER_SIDE
-    after = answers(model, tasks.single, policy, slots, prompt=known, dtype=dtype)
+    line = len(tasks.single[0].tokens) - tasks.prompt if tasks.single else 0
+    before, after = (
+        answers(model, tasks.single, policy, slots, prompt=n, dtype=dtype) if tasks.single else None
+        for n in (tasks.prompt, tasks.prompt + line - WORDS_PER_SIDE)
+    )
     config = model.config
     vector = vector_bytes(config.head_dim, dtype or model.embedding[...].dtype)
     some = whole or before
-    share = lambda given, rows: (None, None) if given is None else _spread(given.right, given.row, rows, tasks.seeds)
+    assert some is not None
+    asked = lambda given: given is not None and given.right.size > 0
+    share = lambda given, rows: _spread(given.right, given.row, rows, tasks.seeds) if asked(given) else (None, None)
     nats = (None, None) if whole is None else _of(whole.nats.reshape(tasks.seeds, -1).mean(1))
     return Compared(
         policy.name, slots, *nats, *share(whole, len(tasks.whole)), *share(before, len(tasks.single)),

@@ -83,6 +83,50 @@ def perplexity_against_slots(rows: Sequence[Row], path: Path, title: str = "") -
     against_slots({"perplexity": [Point(row.policy, row.slots, row.perplexity) for row in rows]}, path, title)
 
 
+def comparison(
+    panels: Mapping[str, Sequence[Point]], path: Path, title: str = "", lower_is_better: Sequence[str] = ()
+) -> None:
+    """A panel per quantity: a row per policy, a column per number of slots, coloured and written out.
+
+    Many policies fit, where lines would hide each other. The full cache is the first row, with one column for all.
+
+    Args:
+      lower_is_better: labels of quantities, numbers with two digits; all others are shares.
+    """
+    names = list(dict.fromkeys(point.policy for points in panels.values() for point in points))
+    slots = sorted({p.slots for points in panels.values() for p in points if p.policy != "full"}, reverse=True)
+    with mpl.rc_context(_STYLE | {"axes.grid": False, "font.size": 9}):
+        size = 2.6 + 0.75 * max(len(slots), 1) * len(panels), max(1.4 + 0.27 * len(names), 2.4)
+        figure = Figure(figsize=size, layout="constrained")
+        rows = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axes, (label, points) in zip(rows, panels.items(), strict=True):
+            values = np.full((len(names), max(len(slots), 1)), np.nan)
+            for point in points:
+                column = slice(None) if point.policy == "full" else slots.index(point.slots)
+                values[names.index(point.policy), column] = point.value
+            _grid(axes, values, label in lower_is_better)
+            axes.set_xticks(range(len(slots)), [str(n) for n in slots])
+            axes.set(title=label, xlabel="slots per layer")
+        rows[0].set_yticks(range(len(names)), names)
+        figure.suptitle(title)
+        figure.savefig(path, dpi=150)
+
+
+def _grid(axes: Axes, values: np.ndarray, lower: bool) -> None:
+    """Each number on its colour; what is far worse than the median has the worst colour."""
+    known = values[np.isfinite(values)]
+    low, high = known.min(), known.max()
+    if lower:
+        high = min(high, low + 3 * (np.median(known) - low) + 1e-9)
+    axes.imshow(values, aspect="auto", cmap="viridis_r" if lower else "viridis", vmin=low, vmax=max(high, low + 1e-9))
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            bright = (value - low) / max(high - low, 1e-9)
+            dark = (bright > 0.5) == lower
+            text = f"{value:.2f}" if lower else f"{value:.0%}"
+            axes.text(column, row, text, ha="center", va="center", color="w" if dark else "k", fontsize=8)
+
+
 def death_times(trace: Trace, path: Path, title: str = "", row: int = 0) -> None:
     """Which positions each layer held, and for how long.
 

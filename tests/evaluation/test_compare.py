@@ -65,3 +65,16 @@ def test_a_policy_for_prompts_needs_a_prompt() -> None:
         answers(tiny_decoder(VOCABULARY), TASKS.whole, policies.once(policies.tova(), 8), 40)
     with pytest.raises(ValueError, match="slots or more"):
         answers(tiny_decoder(VOCABULARY), TASKS.single, policies.once(policies.tova(), 8), 10, prompt=TASKS.prompt)
+
+
+def test_texts_without_facts() -> None:
+    """A tokenizer with too few whole words: loss, and nothing that needs questions."""
+    tasks = exams(FILLER, None, context=100, seeds=2, rows=2, bos=0)
+    assert [row.tokens[0] for row in tasks.whole] == [0] * 4
+    assert len({tuple(row.tokens) for row in tasks.whole}) == 4
+    model = tiny_decoder(VOCABULARY)
+    (row,) = compare(model, tasks, [policies.tova(), policies.once(policies.tova(), 12)], (40,))
+    assert row.nats == pytest.approx(answers(model, tasks.whole, policies.tova(), 40).nats.mean(), rel=1e-5)
+    assert (row.recall, row.before, row.after) == (None, None, None)
+    with pytest.raises(ValueError, match="499 tokens of text are needed, 400 were given"):
+        exams(FILLER, None, context=500, seeds=1, bos=0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcompress.evaluation.figures import _held, death_times, perplexity_against_slots, retention
+from jaxcompress.evaluation.figures import Point, _held, comparison, death_times, perplexity_against_slots, retention
 from jaxcompress.evaluation.retention import KINDS
 from jaxcompress.evaluation.sweep import Row
 from jaxcompress.tracing import Trace
@@ -107,3 +107,19 @@ def test_retention_where_all_tokens_fare_alike(tmp_path: Path, life: int) -> Non
 def test_retention_of_a_batch_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be \[L, P, T\], not \[2, 1, 1, 9\]; .* one row"):
         retention(deaths(2, 1, 1, 9), tmp_path / "maps.png")
+
+
+@pytest.mark.parametrize("policies", [1, 2, 30])
+def test_comparison(tmp_path: Path, policies: int) -> None:
+    """Legible however many policies there are: the picture grows, and each has a row."""
+    names = ["full", *(f"policy {i}" for i in range(policies - 1))]
+    draw = lambda low: [
+        Point(name, slots, low + i / 10 + 8 / slots)
+        for i, name in enumerate(names)
+        for slots in ((256,) if name == "full" else (64, 16))
+    ]
+    panels = {"nats": draw(2.0), "recall": draw(0.0)}
+    comparison(panels, tmp_path / "figure.png", "A text", lower_is_better=["nats"])
+    assert_drawn(tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as picture:
+        assert picture.size[1] > 40 * policies
