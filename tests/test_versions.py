@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 import jaxcompress
-from jaxcompress import _versions
+from jaxcompress import _versions, training
 
 
 @pytest.mark.parametrize(
@@ -51,9 +52,10 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_every_public_name_can_be_had() -> None:
-    for name in jaxcompress.__all__:
-        assert getattr(jaxcompress, name) is not None
-        assert name in dir(jaxcompress)
+@pytest.mark.parametrize("module", [jaxcompress, training])
+def test_every_public_name_can_be_had(module: Any) -> None:
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        assert name in dir(module)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        jaxcompress.nothing  # noqa: B018
+        module.nothing  # noqa: B018

@@ -4,4 +4,7 @@ from jaxcompress.checkpoints._config import decoder_config as decoder_config
 from jaxcompress.checkpoints._config import hugging_face_config as hugging_face_config
 from jaxcompress.checkpoints._load import Loaded as Loaded
 from jaxcompress.checkpoints._load import load as load
+from jaxcompress.checkpoints._policy import SavedPolicy as SavedPolicy
+from jaxcompress.checkpoints._policy import load_policy as load_policy
+from jaxcompress.checkpoints._policy import save_policy as save_policy
 from jaxcompress.checkpoints._save import save as save

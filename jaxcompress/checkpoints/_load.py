@@ -20,6 +20,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from jaxcompress.checkpoints._config import decoder_config
+from jaxcompress.checkpoints._policy import SavedPolicy, load_policy
 from jaxcompress.checkpoints._weights import Weight, weights_of
 from jaxcompress.models.decoder import Decoder, DecoderConfig
 
@@ -57,6 +58,10 @@ class Loaded(NamedTuple):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.folder)
+
+    def policy(self) -> SavedPolicy | None:
+        """What the model was trained to be read with, and that policy's own weights; None if nothing is known."""
+        return load_policy(self.folder)
 
 
 def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None) -> Loaded:

@@ -15,6 +15,7 @@ from jaxcompress.cli.info import Info
 from jaxcompress.cli.perplexity import Perplexity
 from jaxcompress.cli.retention import Retention
 from jaxcompress.cli.trace import Trace
+from jaxcompress.cli.train import Train, with_settings
 
 DESCRIPTION = """Transformers that live in a fixed amount of memory.
 
@@ -29,20 +30,22 @@ COMMANDS = {
     "perplexity": Perplexity,
     "trace": Trace,
     "retention": Retention,
+    "train": Train,
     "info": Info,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="jaxcompress",
-        description=DESCRIPTION,
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="jaxcompress",
+            description=DESCRIPTION,
+            args=with_settings(arguments) if arguments[:1] == ["train"] else arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
         command.run()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`

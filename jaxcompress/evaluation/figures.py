@@ -95,7 +95,8 @@ def comparison(
     """
     names = list(dict.fromkeys(point.policy for points in panels.values() for point in points))
     slots = sorted({p.slots for points in panels.values() for p in points if p.policy != "full"}, reverse=True)
-    with mpl.rc_context(_STYLE | {"axes.grid": False, "font.size": 9}):
+    style: dict[Any, Any] = _STYLE | {"axes.grid": False, "font.size": 9}
+    with mpl.rc_context(style):
         size = 2.6 + 0.75 * max(len(slots), 1) * len(panels), max(1.4 + 0.27 * len(names), 2.4)
         figure = Figure(figsize=size, layout="constrained")
         rows = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]

@@ -1,7 +1,58 @@
-"""Losses and optimizers for training decoders."""
+"""Training decoders that live in a bounded state.
 
-from jaxcompress.training.foresight import foresight_loss
-from jaxcompress.training.loss import token_losses
-from jaxcompress.training.optimizer import muon_for_decoder, warmup_stable_decay
+Names are loaded when first used: the trainer brings data loading and checkpointing along, losses alone do not.
+"""
 
-__all__ = ["foresight_loss", "muon_for_decoder", "token_losses", "warmup_stable_decay"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxcompress.training.checkpointing import Checkpoints
+    from jaxcompress.training.data import Batch, PackedRows, batches, pack, read_documents
+    from jaxcompress.training.distillation import distilled_value_and_grad, divergence
+    from jaxcompress.training.foresight import foresight_loss
+    from jaxcompress.training.lora import add_lora, init_lora
+    from jaxcompress.training.loss import token_losses
+    from jaxcompress.training.metrics import MetricsFile
+    from jaxcompress.training.objectives import bounded, causal
+    from jaxcompress.training.optimizer import (
+        adamw_for_decoder,
+        muon_for_decoder,
+        warmup_cosine,
+        warmup_stable_decay,
+    )
+    from jaxcompress.training.recurrent import bounded_value_and_grad, through_time
+    from jaxcompress.training.trainer import fit, init_train_state, make_step
+
+__all__ = [
+    "Batch", "Checkpoints", "MetricsFile", "PackedRows", "adamw_for_decoder", "add_lora", "batches", "bounded",
+    "bounded_value_and_grad", "causal", "distilled_value_and_grad", "divergence", "fit", "foresight_loss", "init_lora",
+    "init_train_state", "make_step", "muon_for_decoder", "pack", "read_documents", "through_time", "token_losses",
+    "warmup_cosine", "warmup_stable_decay",
+]  # fmt: skip
+
+_HOME = {
+    "Checkpoints": "checkpointing",
+    **dict.fromkeys(("Batch", "PackedRows", "batches", "pack", "read_documents"), "data"),
+    **dict.fromkeys(("distilled_value_and_grad", "divergence"), "distillation"),
+    "foresight_loss": "foresight",
+    **dict.fromkeys(("add_lora", "init_lora"), "lora"),
+    "token_losses": "loss",
+    "MetricsFile": "metrics",
+    **dict.fromkeys(("bounded", "causal"), "objectives"),
+    **dict.fromkeys(("adamw_for_decoder", "muon_for_decoder", "warmup_cosine", "warmup_stable_decay"), "optimizer"),
+    **dict.fromkeys(("bounded_value_and_grad", "through_time"), "recurrent"),
+    **dict.fromkeys(("fit", "init_train_state", "make_step"), "trainer"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxcompress.training' has no attribute {name!r}")
+    return getattr(import_module(f"jaxcompress.training.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

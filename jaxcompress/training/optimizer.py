@@ -49,3 +49,35 @@ def muon_for_decoder(
             consistent_rms=0.2,
         ),
     )
+
+
+def adamw_for_decoder(
+    schedule: optax.Schedule, *, clip: float = 1.0, weight_decay: float = 0.01
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019), clipped by global norm; norms and biases do not decay."""
+
+    def decays(params: Any) -> Any:
+        matrix = lambda path, leaf: not any(part in jax.tree_util.keystr(path) for part in ("scale", "bias"))
+        return jax.tree_util.tree_map_with_path(matrix, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip), optax.adamw(schedule, b2=0.95, weight_decay=weight_decay, mask=decays)
+    )
+
+
+def warmup_cosine(peak: float, steps: int, *, warmup: int = 100, end: float = 0.1) -> optax.Schedule:
+    """Linear warmup, then half a cosine down to `end` times the peak at the last step."""
+    warmup = min(warmup, steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps, end_value=end * peak)
+
+
+def warmup_constant(peak: float, steps: int, *, warmup: int = 100) -> optax.Schedule:
+    """Linear warmup, then the peak for good."""
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup])
+
+
+OPTIMIZERS = {"adamw": adamw_for_decoder, "muon": muon_for_decoder}
+"""By name; each is called with a schedule, `clip` and `weight_decay`."""
+
+SCHEDULES = {"cosine": warmup_cosine, "stable": warmup_stable_decay, "constant": warmup_constant}
+"""By name; each is called with the peak, the number of steps and `warmup`."""

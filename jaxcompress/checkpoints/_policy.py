@@ -1,0 +1,99 @@
+"""What a model was trained to be read with, beside its weights in a Hugging Face folder.
+
+policy.json has the name of the policy and its settings, policy.safetensors the policy's own weights, if it has any.
+Other software overlooks both files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+_SETTINGS, _WEIGHTS = "policy.json", "policy.safetensors"
+
+
+class SavedPolicy(NamedTuple):
+    """A policy with what it was trained with.
+
+    Attributes:
+      name: for `jaxcompress.named`.
+      settings: e.g. `slots`, `segment`, `chunk`, `placement`.
+      weights: the policy's own, nested dicts of arrays; {} if it has none.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    weights: dict[str, Any]
+
+
+def save_policy(
+    folder: str | Path, name: str, settings: Mapping[str, Any], weights: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a policy into a model's folder. Each file appears whole or not at all, policy.json last.
+
+    Args:
+      settings: JSON.
+      weights: nested dicts of arrays; names without dots.
+
+    Raises:
+      ValueError: a weight's name has a dot in it or is no string.
+      OSError: the folder is not there or cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    if weights:
+        part = folder / f".{_WEIGHTS}.part"
+        save_file(_flatten(weights), part)
+        part.chmod((folder / "config.json").stat().st_mode if (folder / "config.json").exists() else 0o644)
+        part.replace(folder / _WEIGHTS)
+    else:
+        (folder / _WEIGHTS).unlink(missing_ok=True)
+    part = folder / f".{_SETTINGS}.part"
+    part.write_text(json.dumps({"policy": name, **settings}, indent=2) + "\n", encoding="utf-8")
+    part.replace(folder / _SETTINGS)
+
+
+def load_policy(folder: str | Path) -> SavedPolicy | None:
+    """The policy in a model's folder, None if there is none.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / _SETTINGS).is_file():
+        return None
+    try:
+        settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+        name = settings.pop("policy")
+        weights = load_file(folder / _WEIGHTS) if (folder / _WEIGHTS).is_file() else {}
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"the policy in {folder} cannot be read: {error}") from error
+    return SavedPolicy(name, settings, _unflatten(weights))
+
+
+def _flatten(weights: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    flat: dict[str, np.ndarray] = {}
+    for name, value in weights.items():
+        if not isinstance(name, str) or "." in name:
+            raise ValueError(f"a policy's weights need names without dots, not {name!r}")
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = np.ascontiguousarray(value)
+    return flat
+
+
+def _unflatten(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split(".")
+        at = tree
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[leaf] = value
+    return tree

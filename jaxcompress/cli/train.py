@@ -1,0 +1,280 @@
+"""jaxcompress train"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from jaxcompress.generation.text import Tokenizer
+    from jaxcompress.training.data import PackedRows
+    from jaxcompress.training.trainer import Objective
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains a model further on text, through a state of so many slots or with plain attention (policy full).
+
+    --data is a text file, a JSONL file, a folder of both, or the name of a Hugging Face dataset. The last rows are held
+    out. What comes out is --out: checkpoints/, metrics.jsonl, run.json (the settings), and at the end model/, a Hugging
+    Face folder with the policy beside it.
+
+    A run that was stopped, even by kill -9, goes on with `jaxcompress train --out runs/x --resume`, and gives what it
+    would have given. --config reads settings from a TOML file; flags win.
+
+    Example: jaxcompress train --data books/ --policy tova --slots 128 --steps 200 --out runs/books
+    """
+
+    data: str
+    """File, folder, or name of a dataset of the Hugging Face hub (`name` or `name:configuration`)."""
+    out: Path
+    """Folder of the run."""
+    model: str | None = None
+    """Hugging Face folder or hub id; the embedded model if not given."""
+    tokenizer: str | None = None
+    """Folder with another tokenizer; the model's if not given."""
+    field: str = "text"
+    """Where JSON lines and datasets have the text. Lines may have token ids under "tokens" instead."""
+    split: str = "train"
+    """Of a dataset."""
+    policy: str = "tova"
+    """See `jaxcompress info` for the names; `full` is plain causal attention."""
+    slots: tuple[int, ...] = (128,)
+    """Capacity: one for all layers, or one for each."""
+    segment: int = 256
+    """Tokens read at once. More is faster and takes more memory; the result is the same."""
+    reach: int | None = 2
+    """Over how many segments the gradient goes back; None: over the whole row."""
+    chunk: int = 1
+    """Tokens between two selections; 1 is exactly as in decoding."""
+    placement: Literal["absolute", "slot", "compact"] | None = None
+    """Where tokens stand for RoPE; as the policy was published if not given."""
+    length: int = 1024
+    """Tokens predicted per row."""
+    rows: int = 4
+    """Per step."""
+    accumulate: int = 1
+    """The rows of a step are taken in so many parts, one after the other, for less memory."""
+    steps: int = 200
+    learning_rate: float = 1e-4
+    """The highest."""
+    schedule: Literal["cosine", "stable", "constant"] = "cosine"
+    """After the warmup: half a cosine to a tenth; a plateau and a linear decay; the same rate for good."""
+    warmup: int = 20
+    """Steps in which the learning rate rises from 0."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Highest norm of the gradient; larger ones are scaled down to it."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """What losses and gradients are computed in; bfloat16 on accelerators, float32 on CPUs if not given. Master weights
+    are float32."""
+    held_out: int = 16
+    """Rows that are never trained on, at most a tenth of all; their loss is told before and after."""
+    seed: int = 0
+    """Of the order of the data."""
+    save_every: int = 50
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """So many checkpoints are kept."""
+    tensorboard: bool = False
+    """Write to --out/tensorboard, too."""
+    resume: bool = False
+    """Go on from the last checkpoint in --out, or begin if there is none. Settings not given are those of the run."""
+    config: Path | None = None
+    """TOML file with settings, named as the flags: `learning_rate = 1e-4`."""
+
+    def run(self) -> None:
+        self._check()
+        run_file, folder = self.out / "run.json", self.out / "model"
+        from jaxcompress.cli.runtime import open_weights, write_json
+
+        loaded = open_weights(self.model, "float32")
+        import jax
+
+        from jaxcompress.checkpoints import save, save_policy
+        from jaxcompress.generation.text import Tokenizer
+        from jaxcompress.training.checkpointing import Checkpoints
+        from jaxcompress.training.data import batches, split
+        from jaxcompress.training.metrics import MetricsFile, flops_per_token, mean_attended
+        from jaxcompress.training.optimizer import OPTIMIZERS, SCHEDULES
+        from jaxcompress.training.trainer import fit, init_train_state, make_evaluate, make_step
+
+        tokenizer = Tokenizer(self.tokenizer or loaded.folder)
+        dtype = self.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        objective = self._objective()
+        rows = self._rows(tokenizer, loaded.config.vocab_size)
+        parts = split(rows, batch=self.rows, held_out=self.held_out, held_out_batch=self.rows // self.accumulate)
+        data = batches(rows, batch=self.rows, seed=self.seed, train=parts.train)
+        schedule = SCHEDULES[self.schedule](self.learning_rate, self.steps, warmup=self.warmup)
+        optimizer = OPTIMIZERS[self.optimizer](schedule, clip=self.clip, weight_decay=self.weight_decay)
+        step = make_step(objective, optimizer, accumulate=self.accumulate, compute_dtype=dtype)
+        evaluate = make_evaluate(objective, compute_dtype=dtype)
+        slots = None if self.policy == "full" else round(sum(self.slots) / len(self.slots))
+        flops = flops_per_token(loaded.model, mean_attended(self.length, slots))
+        facts = dict(tokens=len(rows.stream.tokens), checksum=rows.stream.checksum)
+        with Checkpoints(self.out / "checkpoints", keep=self.keep) as checkpoints:
+            done = checkpoints.latest or 0
+            begin = partial(init_train_state, loaded.model, optimizer, seed=self.seed)
+            if done:
+                state, where = checkpoints.restore(jax.eval_shape(begin))
+                before = self._check_unchanged(run_file, facts)
+                data.set_state(where)
+                print(f"going on from step {done}", flush=True)
+            else:
+                state, before = begin(), evaluate(loaded.model, parts.held_out) if parts.held_out else None
+                write_json(dict(settings=self._settings(), data=facts, held_out_loss=before), run_file)
+            print(f"{facts['tokens']:,} tokens, {parts.train:,} rows to train on; see {self.out / 'metrics.jsonl'}")
+            if before is not None:
+                print(f"held-out loss before: {before:.4f} nats per token", flush=True)
+            settings, source = loaded.settings, tokenizer.folder
+            del loaded, begin  # the state has its own copy
+            with MetricsFile(self.out / "metrics.jsonl", after=done) as lines:
+                state = fit(
+                    state, step, data, steps=self.steps, checkpoints=checkpoints, save_every=self.save_every,
+                    log=[with_rate(schedule, sink) for sink in (lines, *self._tensorboard(done))],
+                    flops_per_token=flops,
+                )  # fmt: skip
+        if before is not None:
+            after = evaluate(state.params, parts.held_out)
+            print(f"held-out loss after {self.steps} steps: {after:.4f} ({after - before:+.4f})", flush=True)
+        if not folder.exists():
+            stored = settings.get("dtype") or settings.get("torch_dtype") or "float32"
+            save(jax.tree.map(lambda x: x.astype(stored), state.params), folder, tokenizer_from=source)
+        reading = () if self.policy == "full" else ("slots", "segment", "chunk", "placement")
+        save_policy(folder, self.policy, {name: getattr(self, name) for name in reading})
+        print(f"saved in {folder}")
+
+    def _check(self) -> None:
+        """What can be known before anything is loaded."""
+        for name in ("length", "rows", "accumulate", "steps", "segment", "chunk", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.rows % self.accumulate:
+            raise ValueError(f"--rows {self.rows} cannot be taken in --accumulate {self.accumulate} equal parts")
+        if self.policy != "full" and self.length < self.segment:
+            raise ValueError(f"--length {self.length} is less than one --segment of {self.segment} tokens")
+        if not self.resume and any(any(self.out.glob(name)) for name in ("run.json", "checkpoints/*", "model")):
+            raise ValueError(f"{self.out} holds a run already; give --resume to go on with it, or another --out")
+
+    def _objective(self) -> Objective:
+        from jaxcompress.naming import named
+        from jaxcompress.training.objectives import bounded, causal
+
+        if self.policy == "full":
+            return causal()
+        slots = self.slots[0] if len(self.slots) == 1 else self.slots
+        how: dict[str, Any] = dict(segment=self.segment, reach=self.reach, chunk=self.chunk, placement=self.placement)
+        return bounded(named(self.policy), slots, **how)
+
+    def _rows(self, tokenizer: Tokenizer, vocab_size: int) -> PackedRows:
+        from jaxcompress.cli.runtime import progress
+        from jaxcompress.training.data import PackedRows, check_vocabulary, pack, read_documents
+
+        check_vocabulary(tokenizer, vocab_size)
+        try:
+            documents = read_documents(self.data, field=self.field, split=self.split)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+        with progress(None, "tokenizing") as told:
+            return PackedRows(pack(documents, tokenizer, vocab_size=vocab_size, progress=told), self.length)
+
+    def _tensorboard(self, done: int) -> list[Sink]:
+        if not self.tensorboard:
+            return []
+        from jaxcompress.training.metrics import tensorboard
+
+        try:
+            return [tensorboard(self.out / "tensorboard", after=done)]
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+
+    def _settings(self) -> dict[str, Any]:
+        """Those that make the run what it is, as JSON."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in _PER_CALL
+        }
+
+    def _check_unchanged(self, run_file: Path, facts: Mapping[str, Any]) -> float | None:
+        """That a run goes on with the settings and the data it began with; returns its held-out loss before."""
+        begun = _read_run(run_file)
+        for name, value in self._settings().items():
+            if name not in _FREE and begun["settings"].get(name) != value:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} was {begun['settings'].get(name)} when the run in {self.out} began, "
+                    f"and is {value} now; leave it out, or begin another run with --model {self.out / 'model'}"
+                )
+        if begun["data"] != dict(facts):
+            raise ValueError(
+                f"{self.data} has changed since the run in {self.out} began: {facts['tokens']:,} tokens (checksum "
+                f"{facts['checksum']}), then {begun['data']['tokens']:,} ({begun['data']['checksum']})"
+            )
+        return begun["held_out_loss"]
+
+
+Sink = Callable[[int, Mapping[str, Any]], None]
+
+_PER_CALL = ("out", "resume", "config")
+_FREE = ("save_every", "keep", "tensorboard")  # may change while a run lasts
+
+
+def with_rate(schedule: Callable[[int], Any], sink: Sink) -> Sink:
+    """The same sink, told the learning rate of each step, too."""
+    return lambda step, numbers: sink(step, {**numbers, "learning_rate": float(schedule(step - 1))})
+
+
+def with_settings(arguments: Sequence[str]) -> list[str]:
+    """The arguments of `train`, and after them, as flags, the settings of --config and of the run to --resume.
+
+    What is given as a flag wins over --config, which wins over the run.
+
+    Raises:
+      ValueError: not TOML, an unknown setting, or one of a type that no flag has.
+      OSError: the file cannot be read.
+    """
+    given = _flags(arguments)
+    settings: dict[str, Any] = {}
+    if path := given.get("config"):
+        try:
+            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not TOML: {error}") from error
+    out = given.get("out") or settings.get("out")
+    if out and ("resume" in given or settings.get("resume")) and (run_file := Path(out) / "run.json").exists():
+        settings = _read_run(run_file)["settings"] | settings
+    types = {field.name: str(field.type) for field in dataclasses.fields(Train)}
+    added = []
+    for name, value in settings.items():
+        if name not in types:
+            raise ValueError(f"unknown setting {name!r} in {path}; known: {', '.join(types)}")
+        if (types[name] == "bool") != isinstance(value, bool) or isinstance(value, dict):
+            raise ValueError(f"{name} cannot be {value!r} in {path}")
+        if name not in given and value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            added += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return [*arguments, *added]
+
+
+def _flags(arguments: Sequence[str]) -> dict[str, str]:
+    """What is given: flags by the names of their fields, with what follows each."""
+    found = {}
+    for at, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            found[name.replace("-", "_")] = value if equals else next(iter(arguments[at + 1 : at + 2]), "")
+    return found
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error

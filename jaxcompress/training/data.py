@@ -1,0 +1,294 @@
+"""Text for training: documents from files, packed into rows, in an order that can be taken up again.
+
+    documents -> one stream of tokens -> rows of equal length -> batches
+
+Documents are joined into one stream with a mark between them and cut into rows, so that nothing is spent on padding.
+Rows, not documents, are shuffled, anew in every epoch, so that the rows of a batch come from all over the data. Which
+rows the n-th batch has depends on the seed and n alone: the state of the iterator is one number.
+
+The stream is held in memory, 5 bytes per token. For corpora that do not fit, build a `grain` dataset of `Batch` over
+your own source and hand its iterator to `jaxcompress.training.trainer.fit`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from jaxcompress.generation.text import Tokenizer, encode_stream
+
+Document = str | np.ndarray
+"""A text, or token ids [n]."""
+
+_JSON_LINES = (".jsonl", ".ndjson")
+_LONG = 1 << 20  # characters; longer texts are tokenized piece by piece
+
+
+class Batch(NamedTuple):
+    """Rows of tokens and how much each prediction counts.
+
+    Attributes:
+      tokens: [B, T + 1] int32; each but the last is read, each but the first is predicted.
+      weights: [B, T] float32, of predicting tokens[:, 1:]; 0 where nothing is to be learned: the first token of a
+        document when the one before has ended, and padding.
+    """
+
+    tokens: Any
+    weights: Any
+
+
+def read_documents(source: str | Path, *, field: str = "text", split: str = "train") -> list[Document]:
+    """The documents of a file, a folder, or a dataset of the Hugging Face hub, in a fixed order.
+
+    Args:
+      source: a UTF-8 text file, which is one document; a JSONL file (.jsonl, .ndjson), one document per line: an object
+        with a text under `field`, or token ids under "tokens"; a folder, whose files, hidden ones left out, are read
+        in the same way in the order of their paths; else the name of a dataset, `name` or `name:configuration`, which
+        needs the `datasets` library.
+      field: where JSON lines and datasets have the text.
+      split: of a dataset.
+
+    Raises:
+      FileNotFoundError: nothing has that name.
+      ValueError: a file is not UTF-8, a line is not such an object, or there is no text at all. Names file and line.
+      ImportError: a dataset is named and `datasets` is not installed.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+        documents = [document for file in files for document in _read_file(file, field)]
+    elif path.is_file():
+        documents = list(_read_file(path, field))
+    else:
+        documents = list(_read_dataset(str(source), field, split))
+    documents = [document for document in documents if len(document)]
+    if not documents:
+        raise ValueError(f"{source} has no text")
+    return documents
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _read_file(path: Path, field: str) -> Iterator[Document]:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
+    if path.suffix not in _JSON_LINES:
+        yield text
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold its other separators
+        if line.strip():
+            yield _read_line(line, field, f"{path}, line {number}")
+
+
+def _read_line(line: str, field: str, where: str) -> Document:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected an object, not a {type(value).__name__}")
+    if isinstance(value.get(field), str):
+        return value[field]
+    tokens = value.get("tokens")
+    if field not in value and isinstance(tokens, list) and all(type(token) is int for token in tokens):
+        return np.array(tokens, np.int64)  # not yet known to fit into int32
+    raise ValueError(f"{where}: no text under {field!r}; it has {', '.join(value) or 'nothing'}")
+
+
+def _read_dataset(name: str, field: str, split: str) -> Iterator[Document]:
+    if name.startswith(("/", ".", "~")) or name.endswith((".txt", *_JSON_LINES)) or name.count("/") > 1:
+        raise FileNotFoundError(f"there is no file or folder {name}")
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"{name!r} is no file or folder, and for datasets of the Hugging Face hub a package is missing: "
+            'pip install "jaxcompress[data]"'
+        ) from None
+    repository, _, configuration = name.partition(":")
+    try:
+        rows: Any = datasets.load_dataset(repository, configuration or None, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"{name!r} is neither a file or folder nor a dataset that could be fetched: {reason}"
+        ) from error
+    if field not in rows.column_names:
+        raise ValueError(f"the dataset {name} has no column {field!r}; it has {', '.join(rows.column_names)}")
+    for number, text in enumerate(rows[field]):
+        if not isinstance(text, str):
+            raise ValueError(f"the dataset {name}, row {number}: {field!r} is a {type(text).__name__}, not a text")
+        yield text
+
+
+class TokenStream(NamedTuple):
+    """Documents joined.
+
+    Attributes:
+      tokens: [N] int32: each document, then the end mark and the mark that begins a document, where the tokenizer has
+        them; one mark where they are the same.
+      learned: [N] bool; whether a token is to be predicted. All are, but what comes after an end: nothing says what
+        the next document will be.
+      bos: what every row begins with, or None.
+    """
+
+    tokens: np.ndarray
+    learned: np.ndarray
+    bos: int | None
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of the tokens: whether this is the same data."""
+        return zlib.crc32(self.tokens.tobytes())
+
+
+def pack(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> TokenStream:
+    """Tokenizes documents and joins them.
+
+    Args:
+      vocab_size: of the model.
+      progress: called with the number of tokens of each document.
+
+    Raises:
+      ValueError: the tokenizer has more tokens than the model, or a document of token ids has one that the model lacks.
+    """
+    check_vocabulary(tokenizer, vocab_size)
+    bos, eos = tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
+    marks = list(dict.fromkeys(mark for mark in (eos, bos) if mark is not None))
+    # Of two marks only the end can be predicted; of one, it is the end; without any, the first word stands for both.
+    learn = np.arange(len(marks)) < 1
+    tokens, learned = [], []
+    for number, document in enumerate(documents):
+        ids = _encode(document, tokenizer)
+        if len(wrong := ids[(ids < 0) | (ids >= vocab_size)]):
+            raise ValueError(
+                f"document {number}: token id {wrong[0]} is outside the model's vocabulary of {vocab_size}"
+            )
+        tokens += [ids.astype(np.int32), np.array(marks, np.int32)]
+        learned += [np.ones(len(ids), bool), learn]
+        if not marks and len(ids):
+            learned[-2][0] = False
+        progress(len(ids))
+    return TokenStream(np.concatenate(tokens), np.concatenate(learned), bos)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ValueError if a tokenizer has more tokens than a model. A model may have more, for padding."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer in {tokenizer.folder} has {tokenizer.vocab_size:,} tokens, the model's vocabulary only "
+            f"{vocab_size:,}; use the tokenizer that the model was trained with"
+        )
+
+
+def _encode(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    if isinstance(document, np.ndarray):
+        return document
+    if len(document) <= _LONG:
+        return tokenizer.encode(document, add_bos=False)
+    pieces = list(encode_stream(io.StringIO(document, newline=""), tokenizer, add_bos=False))
+    return np.concatenate(pieces)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A stream cut into rows: a random-access source, as `grain` reads them.
+
+    Row i is BOS and tokens i T to (i + 1) T of the stream; the rest that fills no row is left out. Without BOS, a row
+    begins with the token before. Attention and states are not cut at documents' boundaries: a model reads the mark.
+
+    Attributes:
+      length: T, tokens predicted per row.
+    """
+
+    stream: TokenStream
+    length: int
+
+    def __len__(self) -> int:
+        return (len(self.stream.tokens) - (self.stream.bos is None)) // self.length
+
+    def __getitem__(self, index: int) -> Batch:
+        """Row `index` with no batch axis: tokens [T + 1], weights [T]."""
+        start = index * self.length + (self.stream.bos is None)
+        span = slice(start, start + self.length)
+        first = self.stream.tokens[start - 1] if self.stream.bos is None else self.stream.bos
+        tokens = np.concatenate([[np.int32(first)], self.stream.tokens[span]])
+        return Batch(tokens, self.stream.learned[span].astype(np.float32))
+
+
+class Split(NamedTuple):
+    """Rows to train on and rows that are never trained on.
+
+    Attributes:
+      train: how many rows, from the first.
+      held_out: the last rows, in batches; the last batch is filled up with rows of weight 0.
+    """
+
+    train: int
+    held_out: list[Batch]
+
+
+def split(rows: PackedRows, *, batch: int, held_out: int, held_out_batch: int | None = None) -> Split:
+    """Sets the last rows aside, at most a tenth of all, but one at least, if any are asked for.
+
+    Args:
+      batch: rows of a training step.
+      held_out: rows to set aside; 0: none.
+      held_out_batch: rows per batch of them; `batch` by default.
+
+    Raises:
+      ValueError: what is left for training is less than a batch; says how much there is.
+    """
+    total = len(rows)
+    aside = min(held_out, max(1, total // 10), total)
+    if total - aside < batch:
+        raise ValueError(
+            f"the data has {len(rows.stream.tokens):,} tokens, {total} row{'s' * (total != 1)} of {rows.length}"
+            f"{f', {aside} of them held out' if aside else ''}; one step needs {batch}: give more data, shorter rows "
+            "(--length) or fewer (--rows)"
+        )
+    size = held_out_batch or batch
+    parts = [
+        [rows[j] for j in range(i, min(i + size, total))] for i in range(total - aside, total, size)
+    ]  # fmt: skip
+    return Split(total - aside, [_stack(part, size) for part in parts])
+
+
+def _stack(rows: Sequence[Batch], size: int) -> Batch:
+    fill = [(0, size - len(rows)), (0, 0)]
+    return Batch(*(np.pad(np.stack(arrays), fill) for arrays in zip(*rows, strict=True)))
+
+
+def batches(rows: PackedRows, *, batch: int, seed: int, train: int | None = None) -> grain.DatasetIterator[Batch]:
+    """Batches without end, shuffled anew in every epoch.
+
+    `get_state` and `set_state` of the iterator take up the order exactly where it was.
+
+    Args:
+      batch: rows in each.
+      train: only so many rows, from the first; all by default.
+    """
+    dataset = grain.MapDataset.source(rows)[: len(rows) if train is None else train]
+    # There is no remainder; but for batches of 1, grain's count of batches overflows if it has to expect one.
+    dataset = dataset.seed(seed).shuffle().repeat().batch(batch, drop_remainder=True)
+    # A row is a slice of an array in memory: threads that read ahead would cost more than they save.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

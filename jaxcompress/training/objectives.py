@@ -1,0 +1,51 @@
+"""What decoders are trained for, as objectives of the trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.models.bounded import Slots
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.training.data import Batch
+from jaxcompress.training.loss import token_losses
+from jaxcompress.training.recurrent import bounded_value_and_grad
+from jaxcompress.training.trainer import Metrics, Objective
+
+
+def causal() -> Objective:
+    """Language modelling with plain causal attention over the whole row. The parameters are a `Decoder`."""
+
+    def loss(model: Decoder, batch: Batch) -> jax.Array:
+        losses = token_losses(model(batch.tokens[:, :-1]), batch.tokens[:, 1:])
+        return (losses * batch.weights).sum() / jnp.maximum(batch.weights.sum(), 1e-9)
+
+    def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        return {"loss": value}, gradient
+
+    return objective
+
+
+def bounded(
+    policy: Policy,
+    slots: Slots,
+    *,
+    segment: int,
+    reach: int | None = None,
+    chunk: int = 1,
+    placement: Placement | None = None,
+) -> Objective:
+    """Language modelling through a state of so many slots (see `jaxcompress.training.recurrent`)."""
+    how: dict[str, Any] = dict(
+        policy=policy, slots=slots, segment=segment, reach=reach, chunk=chunk, placement=placement
+    )
+
+    def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+        value, gradient = bounded_value_and_grad(params, batch.tokens, batch.weights, **how)
+        return {"loss": value}, gradient
+
+    return objective

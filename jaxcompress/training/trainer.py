@@ -1,0 +1,257 @@
+"""Training: one jitted step and one loop around it.
+
+An `Objective` says what is minimised and returns the gradient itself, so that truncated backpropagation through time,
+which takes gradients inside a scan, is an objective like any other. An optimizer is optax's. The rest is here.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from jaxcompress.training.checkpointing import Checkpoints
+from jaxcompress.training.data import Batch
+from jaxcompress.training.metrics import Throughput
+
+Metrics = dict[str, Any]
+"""Scalars by name."""
+
+Objective = Callable[[Any, Batch, Any, Any], tuple[Metrics, Any]]
+"""(params, batch, step, key) -> metrics, gradient. Pure; it is jitted with the step.
+
+`metrics["loss"]` is the mean over the batch with `batch.weights` as weights (0 if they are all 0), and the gradient,
+a pytree like `params`, is that of this mean: microbatches are then averaged by the sum of their weights, which gives
+the mean over the whole batch. Other metrics are averaged in the same way. `step` is an int32 scalar, `key` a key of its
+own for every step and microbatch.
+"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a training run changes.
+
+    Attributes:
+      params: float32 master weights, any pytree; an NNX module is one.
+      optimizer: state of the optimizer.
+      step: int32, how many steps were taken.
+      key: `jax.random.key_data` of the key of all randomness; never changed, the step is folded in.
+    """
+
+    params: Any
+    optimizer: Any
+    step: Any
+    key: Any
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """An iterator of batches that knows where it is, as those of `grain` do."""
+
+    def __next__(self) -> Any: ...
+
+    def get_state(self) -> Any: ...
+
+
+def init_train_state(params: Any, optimizer: optax.GradientTransformation, *, seed: int = 0) -> TrainState:
+    """The state before the first step. Weights are copied, as float32 whatever they were."""
+    params = jax.tree.map(jnp.copy, _cast(params, jnp.float32))
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    compute_dtype: Any = None,
+) -> Step:
+    """The jitted step of training; it consumes (donates) the state that it is given.
+
+    Besides the objective's metrics it returns `tokens` (the sum of weights), `gradient_norm`, before any clipping, and
+    `parameter_norm`, after the update: if any weight is not finite, that one is not.
+
+    Args:
+      accumulate: the batch is cut into so many microbatches, whose gradients are added up in float32, one after the
+        other; rows must be a multiple of it. The result is that of the whole batch, but for rounding.
+      compute_dtype: weights are cast to it before the objective sees them; gradients come back to float32 before
+        anything is added or given to the optimizer. None: as they are.
+    """
+
+    def part(params: Any, batch: Batch, state: TrainState, index: Any, total: jax.Array) -> tuple[Metrics, Any]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), index)
+        share = batch.weights.sum() / total
+        done = objective(params, batch, state.step, key)
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) * share, done)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        params = _cast(state.params, compute_dtype)
+        tokens = jnp.maximum(batch.weights.sum(), 1e-9)
+        if accumulate == 1:
+            metrics, gradient = part(params, batch, state, 0, tokens)
+        else:
+            micro = jax.tree.map(partial(_cut, n=accumulate), batch)
+            one = jax.tree.map(lambda x: x[0], micro)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, params, one, state, 0, tokens))
+
+            def add(done: Any, item: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, done, part(params, item[0], state, item[1], tokens)), None
+
+            (metrics, gradient), _ = jax.lax.scan(add, zeros, (micro, jnp.arange(accumulate)))
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        new: Any = optax.apply_updates(state.params, updates)
+        metrics |= dict(tokens=tokens, gradient_norm=optax.tree.norm(gradient), parameter_norm=optax.tree.norm(new))
+        return replace(state, params=new, optimizer=optimizer_state, step=state.step + 1), metrics
+
+    return step
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    """Floating-point leaves as `dtype`; all as they are if that is None."""
+    if dtype is None:
+        return tree
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def _cut(x: jax.Array, n: int) -> jax.Array:
+    if x.shape[0] % n:
+        raise ValueError(f"{x.shape[0]} rows cannot be cut into {n} microbatches: give a number that divides them")
+    return x.reshape(n, -1, *x.shape[1:])
+
+
+def fit(
+    state: TrainState,
+    step: Step,
+    data: Resumable,
+    *,
+    steps: int,
+    checkpoints: Checkpoints | None = None,
+    save_every: int = 100,
+    log: Iterable[Callable[[int, Mapping[str, Any]], None]] = (),
+    flops_per_token: float | None = None,
+    bar: bool = True,
+) -> TrainState:
+    """Trains until so many steps are taken in all; returns the state.
+
+    A state that comes from a checkpoint goes on where it was, if `data` does: the steps are then bit by bit those of a
+    run that was never stopped, on the same machine and on a CPU.
+
+    The numbers of a step are looked at while the next one runs. All numbers up to a checkpoint are looked at, and
+    logged, before it is saved: no checkpoint has weights that are not finite, and a log is never behind a checkpoint.
+
+    Args:
+      state: consumed.
+      step: from `make_step`.
+      data: what `next` gives is the second argument of `step`.
+      steps: in all, those in `state.step` included.
+      checkpoints: saved every `save_every` steps and at the end, in the background.
+      log: each is called with the step (from 1) and its numbers: the step's metrics as floats, `tokens_per_second` and
+        `mfu`, None where not known.
+      flops_per_token: for `mfu`; see `jaxcompress.training.metrics.flops_per_token`.
+      bar: show progress on standard error where that is a terminal.
+
+    Raises:
+      FloatingPointError: loss, gradient or weights are not finite; names the step. Nothing of that step is saved.
+      SaveFailed: a checkpoint could not be written.
+    """
+    done = int(state.step)
+    throughput = Throughput(flops_per_token)
+    pending: tuple[int, Metrics, int] | None = None
+    progress = tqdm(total=steps, initial=done, unit="step", disable=not (bar and sys.stderr.isatty()))
+
+    def settle() -> None:
+        """Waits for the last step, checks it and logs it."""
+        nonlocal pending
+        if pending is None:
+            return
+        number, metrics, tokens = pending
+        pending = None
+        numbers: dict[str, Any] = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        _check_finite(number, numbers, checkpoints)
+        numbers |= throughput(tokens)
+        for sink in log:
+            sink(number, numbers)
+        progress.update()
+        progress.set_postfix_str(_summary(numbers))
+
+    try:
+        for number in range(done + 1, steps + 1):
+            batch = next(data)
+            state, metrics = step(state, batch)
+            settle()
+            pending = number, metrics, _tokens(batch)
+            if checkpoints is not None and (number % save_every == 0 or number == steps):
+                settle()
+                checkpoints.save(number, state, data.get_state())
+        settle()
+        if checkpoints is not None:
+            checkpoints.wait()
+    finally:
+        progress.close()
+    return state
+
+
+def make_evaluate(
+    objective: Objective, *, compute_dtype: Any = None, seed: int = 0
+) -> Callable[[Any, Iterable[Batch]], float]:
+    """A function of weights and batches of one shape: the mean loss, weighted by token, with nothing learned."""
+
+    @jax.jit
+    def measure(params: Any, batch: Batch, key: jax.Array) -> Any:  # the gradient that nobody asks for is not computed
+        return objective(_cast(params, compute_dtype), batch, jnp.zeros((), jnp.int32), key)[0]["loss"]
+
+    def evaluate(params: Any, batches: Iterable[Batch]) -> float:
+        total, tokens = 0.0, 0.0
+        for batch in batches:
+            weight = float(np.sum(batch.weights, dtype=np.float64))
+            total += weight * float(measure(params, batch, jax.random.key(seed)))
+            tokens += weight
+        return total / tokens if tokens else math.nan
+
+    return evaluate
+
+
+def _tokens(batch: Any) -> int:
+    """Tokens that a step reads: weights of whatever value, padding included."""
+    return int(np.size(batch.weights)) if isinstance(batch, Batch) else 0
+
+
+def _check_finite(number: int, numbers: Mapping[str, float], checkpoints: Checkpoints | None) -> None:
+    told = {name: numbers[name] for name in ("loss", "gradient_norm", "parameter_norm")}
+    if all(map(math.isfinite, told.values())):
+        return
+    kept = ""
+    if checkpoints is not None:
+        checkpoints.wait()
+        last = checkpoints.latest
+        kept = (
+            "; there is no checkpoint yet"
+            if last is None
+            else f"; the last good checkpoint is {checkpoints.folder / str(last)}"
+        )
+    what = ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in told.items())
+    raise FloatingPointError(f"step {number} is not finite: {what}{kept}. A lower learning rate may help")
+
+
+def _summary(numbers: Mapping[str, Any]) -> str:
+    parts = [f"loss {numbers['loss']:.4f}"]
+    if numbers["tokens_per_second"] is not None:
+        parts.append(f"{numbers['tokens_per_second']:,.0f} tok/s")
+    if numbers["mfu"] is not None:
+        parts.append(f"MFU {numbers['mfu']:.1%}")
+    return ", ".join(parts)

@@ -1,0 +1,42 @@
+"""The policy beside a model's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_decoder
+
+from jaxcompress.checkpoints import load, load_policy, save, save_policy
+
+
+def test_a_policy_comes_back_with_the_model(tmp_path: Path) -> None:
+    folder = save(tiny_decoder(), tmp_path / "model")
+    assert load(folder).policy() is None
+    weights = {
+        "gate": {"kernel": jnp.arange(6.0).reshape(2, 3).T, "half": jnp.ones(2, jnp.bfloat16)},
+        "bias": np.ones(1),
+    }
+    save_policy(folder, "tova", {"slots": [4], "placement": None}, weights)
+    policy = load(folder).policy()
+    assert policy is not None
+    assert (policy.name, policy.settings) == ("tova", {"slots": [4], "placement": None})
+    assert policy.weights.keys() == weights.keys()
+    np.testing.assert_array_equal(policy.weights["gate"]["kernel"], weights["gate"]["kernel"])
+    np.testing.assert_array_equal(policy.weights["gate"]["half"], weights["gate"]["half"])
+    assert policy.weights["gate"]["half"].dtype == jnp.bfloat16
+    save_policy(folder, "h2o", {})
+    assert load_policy(folder) == ("h2o", {}, {})
+    assert not list(folder.glob(".*"))
+
+
+def test_wrong_policies(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"names without dots, not 'a\.b'"):
+        save_policy(tmp_path, "tova", {}, {"a.b": np.ones(1)})
+    assert load_policy(tmp_path) is None
+    for content in ('{"slots": 3}', "[]", "{"):
+        (tmp_path / "policy.json").write_text(content)
+        with pytest.raises(ValueError, match=f"the policy in {tmp_path} cannot be read"):
+            load_policy(tmp_path)
