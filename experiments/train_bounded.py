@@ -3,9 +3,18 @@
     python experiments/train_bounded.py --out runs/bounded
 
 Every method starts from the model that ships and sees the same rows in the same order (documents and recall tasks woven
-into them, as in `train_embedded.py`; nothing held out is read). `full` is trained with the full cache; the policies
-through a state of 1/4, 1/8 and 1/16 of the context, in turn. `untrained` is the model as it ships. Measured on held-out
-rows with facts: loss at each size of the state and with the full cache, and how many questions are answered.
+into them, as in `train_embedded.py`; nothing held out is read).
+
+  untrained        the model as it ships
+  full             trained with the full cache
+  a policy         trained through a state of 1/4, 1/8 and 1/16 of the context, in turn
+  retention        a retention head of the layers of the untrained model; the model is left alone
+  retention+model  half of the steps for that, half for the model through a state with this policy
+  dms              model and DMS head together, the share of tokens kept going down to 1/8
+  distilled-...    as a policy, with the untrained model and its full cache as teacher beside the language loss
+
+Measured on held-out rows with facts: loss at each size of the state and with the full cache, and how many questions are
+answered.
 
 The share of the gap that is closed is (untrained - trained) / (untrained - full), in nats at equal slots, where full is
 the full cache of the model that was trained with it on as many tokens.
@@ -15,13 +24,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from train_embedded import Batches, Stage
 
@@ -30,8 +42,18 @@ from jaxcompress.embedded.corpus import documents, held_out
 from jaxcompress.evaluation.recall import Recall, answers, exam, wording
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.naming import named
+from jaxcompress.policies import full
+from jaxcompress.policies.learned import dms, retention
 from jaxcompress.training.data import Batch
-from jaxcompress.training.objectives import bounded, causal
+from jaxcompress.training.forgetting import (
+    dms_loss,
+    init_dms,
+    init_retention,
+    retention_loss,
+    share_schedule,
+    temperature_schedule,
+)
+from jaxcompress.training.objectives import bounded, causal, distilled
 from jaxcompress.training.optimizer import muon_for_decoder, warmup_stable_decay
 from jaxcompress.training.trainer import init_train_state, make_step
 
@@ -40,7 +62,9 @@ from jaxcompress.training.trainer import init_train_state, make_step
 class Arguments:
     """Trains and measures; a run that was stopped goes on with what is missing."""
 
-    methods: tuple[str, ...] = ("untrained", "full", "window+4", "h2o-layer", "tova")
+    methods: tuple[str, ...] = (
+        "untrained", "full", "window+4", "h2o-layer", "tova", "distilled-tova", "retention", "retention+model", "dms",
+    )  # fmt: skip
     context: int = 1024
     fractions: tuple[int, ...] = (4, 8, 16)
     steps: int = 150
@@ -49,8 +73,8 @@ class Arguments:
     peak: float = 1e-3
     """Highest learning rate."""
     segment: int = 256
-    reach: int = 2
-    """Segments over which the gradient goes back."""
+    reach: int | None = None
+    """Segments over which the gradient goes back; all of them if not given."""
     text: float = 0.5
     """Share of rows without a task."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -75,57 +99,131 @@ def held_out_rows(tokenizer: jc.Tokenizer, args: Arguments) -> list[Recall]:
     return exam(text, words, rows=args.tasks, length=args.context, seed=7, bos=tokenizer.bos_id)
 
 
-def train(model: Decoder, method: str, batches: Batches, args: Arguments) -> tuple[Decoder, float]:
-    """The trained model, and seconds without compilation."""
-    optimizer = muon_for_decoder(warmup_stable_decay(args.peak, args.steps, warmup=args.steps // 10, decay=0.5))
-    state = init_train_state(model, optimizer)
+Objectives = list[Callable[[Any, Batch, Any, Any], Any]]
+
+
+def through_states(policy: jc.Policy, args: Arguments, **how: Any) -> Objectives:
+    """One objective for each size of the state."""
+    how |= dict(segment=args.segment, reach=args.reach)
+    make = distilled if "teacher" in how else bounded
+    return [make(policy, args.context // fraction, **how) for fraction in args.fractions]
+
+
+def watching(model: Decoder) -> Objectives:
+    """A retention head watches the model read."""
+
+    def objective(head: Any, batch: Batch, step: Any, key: Any) -> tuple[dict[str, Any], Any]:
+        loss, slope = jax.value_and_grad(lambda head: retention_loss(model, head, batch.tokens[:, :-1], scope="layer"))(
+            head
+        )
+        return {"loss": loss}, slope
+
+    return [objective]
+
+
+def forgetting(args: Arguments) -> Objectives:
+    """Model and DMS head, fading and firming up over the first two thirds of the steps."""
+    steps = args.steps * 2 // 3
+    share: Any = share_schedule(8.0, steps)
+    temperature: Any = temperature_schedule(1.0, 0.1, steps)
+
+    def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[dict[str, Any], Any]:
+        def loss(params: Any) -> Any:
+            model, head = params
+            return dms_loss(
+                model, head, batch.tokens, batch.weights, window=DMS_WINDOW, share=share(step),
+                temperature=temperature(step), pressure=5.0, key=key,
+            )  # fmt: skip
+
+        (value, parts), slope = jax.value_and_grad(loss, has_aux=True)(params)
+        return {"loss": value, **parts}, slope
+
+    return [objective]
+
+
+DMS_WINDOW = 16
+
+
+def train(model: Decoder, method: str, batches: Batches, args: Arguments) -> tuple[Decoder, jc.Policy | None, float]:
+    """The trained model, the policy it is to be read with, and seconds without compilation."""
+    run = partial(optimise, batches, args)
     if method == "full":
-        objectives = [causal()]
-    else:
-        objectives = [
-            bounded(named(method), args.context // fraction, segment=args.segment, reach=args.reach)
-            for fraction in args.fractions
-        ]
-    steps = [make_step(objective, optimizer) for objective in objectives]
-    stage, seconds = Stage(args.steps, args.rows, args.context, args.text), 0.0
-    for number in range(args.steps):
-        tokens, weights = batches(number, stage)
+        model, seconds = run(model, [causal()], args.steps)
+        return model, None, seconds
+    if method.startswith("retention"):
+        half = args.steps // 2 if method == "retention+model" else args.steps
+        head = init_retention(model.config, jax.random.key(0))
+        head, seconds = run(head, watching(model), half, adam=True)
+        policy = retention(head, "layer")
+        if half < args.steps:
+            model, more = run(model, through_states(policy, args), args.steps - half, start=half)
+            seconds += more
+        return model, policy, seconds
+    if method == "dms":
+        params = model, init_dms(model.config, jax.random.key(0))
+        (model, head), seconds = run(params, forgetting(args), args.steps)
+        return model, dms(head, DMS_WINDOW), seconds
+    policy = named(method.removeprefix("distilled-"))
+    teacher: dict[str, Any] = dict(teacher=model, language=0.5) if method.startswith("distilled-") else {}
+    model, seconds = run(model, through_states(policy, args, **teacher), args.steps)
+    return model, policy, seconds
+
+
+def optimise(
+    batches: Batches,
+    args: Arguments,
+    params: Any,
+    objectives: Objectives,
+    steps: int,
+    *,
+    start: int = 0,
+    adam: bool = False,
+) -> tuple[Any, float]:
+    """`steps` steps on the rows from step `start` on; the objectives take turns."""
+    schedule = warmup_stable_decay(args.peak, steps, warmup=max(steps // 10, 1), decay=0.5)
+    optimizer = optax.adam(schedule) if adam else muon_for_decoder(schedule)
+    state, times = init_train_state(params, optimizer), []
+    turns = [make_step(objective, optimizer) for objective in objectives]
+    stage = Stage(args.steps, args.rows, args.context, args.text)
+    for number in range(steps):
+        tokens, weights = batches(start + number, stage)
         batch = Batch(jnp.asarray(tokens, jnp.int32), jnp.asarray(weights, jnp.float32))
         begun = time.perf_counter()
-        state, metrics = steps[number % len(steps)](state, batch)
-        loss = float(metrics["loss"])
-        if number >= len(steps):
-            seconds += time.perf_counter() - begun
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {number + 1} of {method}")
+        state, metrics = turns[number % len(turns)](state, batch)
+        told = {name: round(float(value), 3) for name, value in metrics.items()}
+        times.append(time.perf_counter() - begun)
+        if not np.isfinite(told["loss"]):
+            raise FloatingPointError(f"the loss is {told['loss']} at step {number + 1}")
         if (number + 1) % 25 == 0:
-            print(f"  {method} step {number + 1}: {loss:.3f}", flush=True)
-    return state.params, seconds * args.steps / max(args.steps - len(steps), 1)
+            print(f"  step {number + 1}: {told}", flush=True)
+    return state.params, float(np.median(times)) * steps
 
 
-def measure(model: Decoder, policies: list[str], tasks: list[Recall], args: Arguments) -> list[dict[str, Any]]:
+def measure(model: Decoder, policies: list[jc.Policy], tasks: list[Recall], args: Arguments) -> list[dict[str, Any]]:
     """Loss and recall at each size of the state, and with the full cache."""
     rows = []
-    for policy, slots in [("full", args.context)] + [(p, args.context // f) for p in policies for f in args.fractions]:
-        given = answers(model, tasks, named(policy), slots)
-        rows.append(dict(policy=policy, slots=slots, nats=float(given.nats.mean()), recall=given.accuracy))
+    for policy, slots in [(full(), args.context)] + [(p, args.context // f) for p in policies for f in args.fractions]:
+        given = answers(model, tasks, policy, slots)
+        rows.append(dict(policy=policy.name, slots=slots, nats=float(given.nats.mean()), recall=given.accuracy))
     return rows
+
+
+UNLEARNED = "window+4", "h2o-layer", "tova"
 
 
 def main(args: Arguments) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = jc.load_embedded()
     tasks = held_out_rows(tokenizer, args)
-    trained = [method for method in args.methods if method not in ("untrained", "full")]
+    unlearned = [named(name) for name in UNLEARNED]
     for seed in args.seeds:
         batches = training_rows(tokenizer, seed)
         for method in args.methods:
             file = args.out / f"{method.replace('/', '_')}-{seed}.json"
             if file.exists() or (method == "untrained" and seed != args.seeds[0]):
                 continue
-            now, seconds = (model, 0.0) if method == "untrained" else train(model, method, batches, args)
-            policies = trained if method in ("untrained", "full") else [method]
-            rows = measure(now, policies, tasks, args)
+            now, policy, seconds = (model, None, 0.0) if method == "untrained" else train(model, method, batches, args)
+            rows = measure(now, unlearned if policy is None else [policy], tasks, args)
             found = dict(method=method, seed=seed, seconds=seconds, rows=rows)
             file.write_text(json.dumps(found, indent=2) + "\n")
             print(method, seed, f"{seconds:.0f} s", *(

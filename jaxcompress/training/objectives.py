@@ -11,6 +11,7 @@ from jaxcompress.models.bounded import Slots
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
 from jaxcompress.training.data import Batch
+from jaxcompress.training.distillation import distilled_value_and_grad
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import bounded_value_and_grad
 from jaxcompress.training.trainer import Metrics, Objective
@@ -47,5 +48,30 @@ def bounded(
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
         value, gradient = bounded_value_and_grad(params, batch.tokens, batch.weights, **how)
         return {"loss": value}, gradient
+
+    return objective
+
+
+def distilled(
+    policy: Policy,
+    slots: Slots,
+    *,
+    segment: int,
+    reach: int | None = None,
+    chunk: int = 1,
+    placement: Placement | None = None,
+    **teaching: Any,
+) -> Objective:
+    """A student with a state of so many slots and a teacher with the full cache.
+
+    Args:
+      teaching: teacher, student, weights and temperature: see `jaxcompress.training.distillation`.
+    """
+    how: dict[str, Any] = dict(
+        policy=policy, slots=slots, segment=segment, reach=reach, chunk=chunk, placement=placement, **teaching
+    )
+
+    def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+        return distilled_value_and_grad(params, batch.tokens, batch.weights, **how)
 
     return objective
