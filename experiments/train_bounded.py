@@ -13,6 +13,9 @@ into them, as in `train_embedded.py`; nothing held out is read).
   dms              model and DMS head together, the share of tokens kept going down to 1/8
   distilled-...    as a policy, with the untrained model and its full cache as teacher beside the language loss
 
+All of them keep the auxiliary loss of the model's last stage (`foresight`): which tokens a policy keeps has no
+gradient, so that nothing else asks attention to stay on what will be needed.
+
 Measured on held-out rows with facts: loss at each size of the state and with the full cache, and how many questions are
 answered.
 
@@ -35,16 +38,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from train_embedded import Batches, Stage
+from train_embedded import SAMPLED, Batches, Stage
 
 import jaxcompress as jc
+from jaxcompress.attention import causal_attention
 from jaxcompress.embedded.corpus import documents, held_out
 from jaxcompress.evaluation.recall import Recall, answers, exam, wording
 from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.rope import rotate
 from jaxcompress.naming import named
 from jaxcompress.policies import full
 from jaxcompress.policies.learned import dms, retention
 from jaxcompress.training.data import Batch
+from jaxcompress.training.foresight import foresight_loss
 from jaxcompress.training.forgetting import (
     dms_loss,
     init_dms,
@@ -63,7 +69,7 @@ class Arguments:
     """Trains and measures; a run that was stopped goes on with what is missing."""
 
     methods: tuple[str, ...] = (
-        "untrained", "full", "window+4", "h2o-layer", "tova", "distilled-tova", "retention", "retention+model", "dms",
+        "untrained", "full", "tova", "retention", "retention+model", "window+4", "h2o-layer", "distilled-tova", "dms",
     )  # fmt: skip
     context: int = 1024
     fractions: tuple[int, ...] = (4, 8, 16)
@@ -71,10 +77,12 @@ class Arguments:
     rows: int = 4
     """Per step."""
     peak: float = 1e-3
-    """Highest learning rate."""
+    """Highest learning rate of models; networks that learn to forget take three times as much."""
     segment: int = 256
     reach: int | None = None
     """Segments over which the gradient goes back; all of them if not given."""
+    foresight: float = 0.3
+    """Weight of the auxiliary loss."""
     text: float = 0.5
     """Share of rows without a task."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -107,6 +115,33 @@ def through_states(policy: jc.Policy, args: Arguments, **how: Any) -> Objectives
     how |= dict(segment=args.segment, reach=args.reach)
     make = distilled if "teacher" in how else bounded
     return [make(policy, args.context // fraction, **how) for fraction in args.fractions]
+
+
+def with_foresight(objective: Callable[..., Any], weight: float) -> Callable[..., Any]:
+    """An objective of a decoder, and the auxiliary loss of a plain pass over the same rows."""
+    if not weight:
+        return objective
+
+    def short(model: Decoder, tokens: jax.Array, sample: jax.Array) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+
+        def attend(q, k, v, positions, layer, index, carry, xs):
+            q, k = (rotate(x, positions[..., None], model.config.rope) for x in (q, k))
+            return causal_attention(q, k, v, positions), carry, foresight_loss(q, k, positions, sample)
+
+        return model.run_layers(model.embed(tokens), positions, attend)[2].mean()
+
+    def both(model: Decoder, batch: Batch, step: Any, key: Any) -> tuple[dict[str, Any], Any]:
+        metrics, slope = objective(model, batch, step, key)
+        # Where answers are given, and anywhere.
+        noise = jax.random.uniform(key, batch.weights.shape)
+        answers = jax.lax.top_k(batch.weights + 0.1 * noise, SAMPLED[1])[1]
+        anywhere = jax.lax.top_k(noise, SAMPLED[0])[1]
+        sample = jnp.sort(jnp.concatenate([answers, anywhere], axis=1), axis=1).astype(jnp.int32)
+        apart, more = jax.value_and_grad(short)(model, batch.tokens[:, :-1], sample)
+        return metrics | {"foresight": apart}, jax.tree.map(lambda a, b: a + weight * b, slope, more)
+
+    return both
 
 
 def watching(model: Decoder) -> Objectives:
@@ -147,8 +182,9 @@ DMS_WINDOW = 16
 def train(model: Decoder, method: str, batches: Batches, args: Arguments) -> tuple[Decoder, jc.Policy | None, float]:
     """The trained model, the policy it is to be read with, and seconds without compilation."""
     run = partial(optimise, batches, args)
+    also = lambda objectives: [with_foresight(objective, args.foresight) for objective in objectives]
     if method == "full":
-        model, seconds = run(model, [causal()], args.steps)
+        model, seconds = run(model, also([causal()]), args.steps)
         return model, None, seconds
     if method.startswith("retention"):
         half = args.steps // 2 if method == "retention+model" else args.steps
@@ -156,7 +192,7 @@ def train(model: Decoder, method: str, batches: Batches, args: Arguments) -> tup
         head, seconds = run(head, watching(model), half, adam=True)
         policy = retention(head, "layer")
         if half < args.steps:
-            model, more = run(model, through_states(policy, args), args.steps - half, start=half)
+            model, more = run(model, also(through_states(policy, args)), args.steps - half, start=half)
             seconds += more
         return model, policy, seconds
     if method == "dms":
@@ -165,7 +201,7 @@ def train(model: Decoder, method: str, batches: Batches, args: Arguments) -> tup
         return model, dms(head, DMS_WINDOW), seconds
     policy = named(method.removeprefix("distilled-"))
     teacher: dict[str, Any] = dict(teacher=model, language=0.5) if method.startswith("distilled-") else {}
-    model, seconds = run(model, through_states(policy, args, **teacher), args.steps)
+    model, seconds = run(model, also(through_states(policy, args, **teacher)), args.steps)
     return model, policy, seconds
 
 
@@ -180,7 +216,7 @@ def optimise(
     adam: bool = False,
 ) -> tuple[Any, float]:
     """`steps` steps on the rows from step `start` on; the objectives take turns."""
-    schedule = warmup_stable_decay(args.peak, steps, warmup=max(steps // 10, 1), decay=0.5)
+    schedule = warmup_stable_decay(3 * args.peak if adam else args.peak, steps, warmup=max(steps // 10, 1), decay=0.5)
     optimizer = optax.adam(schedule) if adam else muon_for_decoder(schedule)
     state, times = init_train_state(params, optimizer), []
     turns = [make_step(objective, optimizer) for objective in objectives]

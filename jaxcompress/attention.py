@@ -34,6 +34,33 @@ def causal_attention(
     is finite. Queries are taken in blocks, each against the keys up to its own end only, and a block's weights are
     recomputed for the gradient: half the work of a T x T product, and memory that grows with T, not T squared.
     """
+    return _causal(q, k, v, positions, window, streaming, None, 0)
+
+
+def forgetful_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    positions: Positions,
+    bias: Float[Array, "B K T"],
+    *,
+    delay: int,
+    window: Int[Array, ""] | None = None,
+) -> AttentionOut:
+    """Causal attention that forgets softly: from `delay` positions on, a key's scores have its bias added to them.
+
+    Otherwise as `causal_attention`, in blocks too. The gradient goes through the bias; keep it finite.
+
+    Args:
+      bias: of each key, at most 0 to forget: the logarithm of how much of it is left.
+    """
+    return _causal(q, k, v, positions, window, None, bias, delay)
+
+
+def _causal(
+    q: Queries, k: Keys, v: Values, positions: Positions,
+    window: Int[Array, ""] | None, streaming: tuple[int, int] | None, bias: Float[Array, "B K T"] | None, delay: int,
+) -> AttentionOut:  # fmt: skip
     b, t, h, d = q.shape
     kv = k.shape[2]
     block = max(128, -(-t // 16))
@@ -48,7 +75,8 @@ def causal_attention(
             seen &= key > query - window
         if streaming is not None:
             seen &= (key < streaming[0]) | (key > query - streaming[1])
-        outs.append(_attend_block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], seen[:, None]))
+        late = () if bias is None else (bias[:, :, :end], (key <= query - delay)[:, None])
+        outs.append(_attend_block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], seen[:, None], *late))
     return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
@@ -208,11 +236,18 @@ def _attend_block(
     k: Float[Array, "B K N D"],
     v: Float[Array, "B K N D"],
     seen: Bool[Array, "*batch #K T N"],
+    bias: Float[Array, "B K N"] | None = None,
+    late: Bool[Array, "B 1 T N"] | None = None,
 ) -> Float[Array, "B K G T D"]:
+    """Attention to what is `seen`, with the bias of a key added where a query comes `late` for it."""
     b, kv, g, t, d = q.shape
     # The query heads of a group are rows of one product: larger products, and K and V are never repeated.
     scores = jnp.einsum("bkqd,bknd->bkqn", q.reshape(b, kv, g * t, d), k, preferred_element_type=jnp.float32)
-    scores += jnp.tile(jnp.where(seen, 0.0, MASKED), (1, 1, g, 1))
+    added = jnp.where(seen, 0.0, MASKED)
+    if bias is not None:
+        assert late is not None
+        added += jnp.where(late, bias[:, :, None], 0.0)
+    scores += jnp.tile(added, (1, 1, g, 1))
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     out = jnp.einsum("bkqn,bknd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (out / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(b, kv, g, t, d)

@@ -82,17 +82,23 @@ MODIFIERS = tuple(_MODIFIED)
 """What may follow a name after a slash, any number of times, from left to right: `snapkv+32/critical/every16`."""
 
 
-def named(name: str) -> Policy:
+def named(name: str, own: Policy | None = None) -> Policy:
     """The policy of a name such as `tova`, `window+4` or `snapkv+32/every16`, with its published defaults.
+
+    Args:
+      own: what the name `own` stands for, such as `load(folder).policy().make()`.
 
     Raises:
       ValueError: an unknown name or modifier (the message lists the known ones), or parts that do not fit together.
     """
     first, *modifiers = name.split("/")
     pattern, n = _pattern(first)
-    if pattern not in _NAMED:
+    if first == "own" and own is not None:
+        policy = own
+    elif pattern in _NAMED:
+        policy = _NAMED[pattern](n)
+    else:
         raise ValueError(f"unknown policy {first!r}; known: {', '.join(NAMES)}")
-    policy = _NAMED[pattern](n)
     for modifier in modifiers:
         pattern, n = _pattern(modifier)
         if pattern not in _MODIFIED:

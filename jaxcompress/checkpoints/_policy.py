@@ -15,6 +15,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from jaxcompress.naming import named
+from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.registry import LEARNED, learned_policy
+
 _SETTINGS, _WEIGHTS = "policy.json", "policy.safetensors"
 
 
@@ -30,6 +34,18 @@ class SavedPolicy(NamedTuple):
     name: str
     settings: dict[str, Any]
     weights: dict[str, Any]
+
+    def make(self) -> Policy:
+        """The policy itself, with its own weights if it has some.
+
+        Raises:
+          ValueError: an unknown name, or weights of something else.
+        """
+        if not self.weights:
+            return named(self.name)
+        known = LEARNED[self.name].settings if self.name in LEARNED else ()
+        settings = {name: self.settings[name] for name in known if name in self.settings}
+        return learned_policy(self.name, self.weights, **settings)
 
 
 def save_policy(

@@ -58,16 +58,14 @@ class Compare:
 
         import jax
 
-        from jaxcompress.cli.runtime import open_model, read_text, words_of, write_json
+        from jaxcompress.cli.runtime import open_model, policy_named, read_text, words_of, write_json
 
         if min(*self.fractions, self.seeds, self.rows) < 1:
             raise ValueError(
                 f"fractions, seeds and rows must be 1 or more, not {self.fractions}, {self.seeds}, {self.rows}"
             )
-        from jaxcompress.naming import named
-
-        policies = [named(name) for name in self.policies]
         model, tokenizer = open_model(self.model, self.dtype)
+        policies = [policy_named(name, tokenizer.folder) for name in self.policies]
         from jaxcompress.embedded.corpus import held_out
         from jaxcompress.evaluation.compare import compare, exams
 

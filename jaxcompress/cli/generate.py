@@ -31,7 +31,7 @@ class Generate:
     model: str | None = None
     """Hugging Face folder or hub id; the embedded model if not given."""
     policy: str = "tova"
-    """See `jaxcompress info` for the names."""
+    """See `jaxcompress info` for the names; `own` is the one that the model was saved with."""
     slots: tuple[int, ...] = (128,)
     """Capacity: one for all layers, or one for each."""
     steps: int = 128
@@ -67,13 +67,12 @@ class Generate:
             raise ValueError(f"--steps must be at least 1, not {self.steps}")
         if self.chat and self.file is not None:
             raise ValueError("--chat needs --prompt: a file is read as it is")
-        from jaxcompress.cli.runtime import open_model, write_json
+        from jaxcompress.cli.runtime import open_model, policy_named, write_json
 
         model, tokenizer = open_model(self.model, self.dtype)
         from jaxcompress.generation import Sampler, Settings, continue_, prefill, start
-        from jaxcompress.naming import named
 
-        policy = named(self.policy)
+        policy = policy_named(self.policy, tokenizer.folder)
         sampler = Sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         settings = Settings(sampler, tuple(tokenizer.eos_ids))
         slots = self.slots[0] if len(self.slots) == 1 else self.slots

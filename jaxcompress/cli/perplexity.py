@@ -53,12 +53,11 @@ class Perplexity:
     def run(self) -> None:
         import numpy as np
 
-        from jaxcompress.cli.runtime import open_model, progress, read_text, write_json
+        from jaxcompress.cli.runtime import open_model, policy_named, progress, read_text, write_json
 
         model, tokenizer = open_model(self.model, self.dtype)
         from jaxcompress.embedded.corpus import held_out
         from jaxcompress.evaluation.sweep import rows_of_text, sweep
-        from jaxcompress.naming import named
 
         text = "\n".join(document.text for document in held_out()) if self.text is None else read_text(self.text)
         ids = tokenizer.encode(text, add_bos=False)
@@ -67,7 +66,7 @@ class Perplexity:
             tokens = rows_of_text(ids, self.context, self.rows, bos)
         else:
             tokens = np.atleast_2d(ids if bos is None else np.concatenate([[bos], ids]))
-        policies = [named(name) for name in self.policies]
+        policies = [policy_named(name, tokenizer.folder) for name in self.policies]
         prompt = self.prompt or tokens.shape[1] // 2
         reading: dict[str, Any] = dict(
             mode=self.mode, chunk=self.chunk, prompt=prompt, placement=self.placement, dtype=self.state_dtype

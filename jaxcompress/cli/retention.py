@@ -56,16 +56,16 @@ class Retention:
             raise ValueError(f"--limit must be at least 1, not {self.limit}")
         if self.mode == "streaming" and self.prompt is not None:
             raise ValueError("--prompt is for --mode chunked and oneshot; streaming reads all tokens one by one")
-        from jaxcompress.cli.runtime import open_model, read_text, write_json
+        from jaxcompress.cli.runtime import open_model, policy_named, read_text, write_json
 
         model, tokenizer = open_model(self.model, self.dtype)
         from jaxcompress.evaluation.page import page
         from jaxcompress.evaluation.retention import overlap, survival_by_kind, token_kinds, token_texts
         from jaxcompress.generation.generate import check_tokens
-        from jaxcompress.naming import named
         from jaxcompress.tracing import trace
 
-        policies = [named(name) for name in (self.policy, self.compare) if name is not None]
+        names = [name for name in (self.policy, self.compare) if name is not None]
+        policies = [policy_named(name, tokenizer.folder) for name in names]
         name, text = _held_out() if self.text is None else (str(self.text), read_text(self.text))
         name = "standard input" if name == "-" else name
         if not text:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxcompress.evaluation.recall import Wording
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
+    from jaxcompress.policies import Policy
 
 StateDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4"]
 """`jaxcompress.storage.DTYPES`, for the parser, which knows nothing of arrays."""
@@ -46,6 +47,23 @@ def open_model(model: str | None, dtype: str | None = None) -> tuple[Decoder, To
 
     loaded = open_weights(model, dtype)
     return loaded.model, Tokenizer(loaded.folder)
+
+
+def policy_named(name: str, folder: Path) -> Policy:
+    """A policy by name; `own` is the one that was saved with the model in a folder.
+
+    Raises:
+      ValueError: an unknown name, or none was saved.
+    """
+    from jaxcompress.checkpoints import load_policy
+    from jaxcompress.naming import named
+
+    if name.split("/")[0] != "own":
+        return named(name)
+    saved = load_policy(folder)
+    if saved is None:
+        raise ValueError(f"the model in {folder} was saved without a policy of its own; name another one")
+    return named(name, own=saved.make())
 
 
 def read_text(path: Path | None) -> str:

@@ -52,7 +52,7 @@ class Trace:
     def run(self) -> None:
         import numpy as np
 
-        from jaxcompress.cli.runtime import open_weights, read_text
+        from jaxcompress.cli.runtime import open_weights, policy_named, read_text
 
         if (self.tokens is None) == (self.text is None):
             raise ValueError("give either --tokens or --text")
@@ -60,7 +60,6 @@ class Trace:
         model = loaded.model
         from jaxcompress.generation import Tokenizer
         from jaxcompress.generation.generate import check_tokens
-        from jaxcompress.naming import named
         from jaxcompress.tracing import trace
 
         if self.tokens is not None:
@@ -74,7 +73,8 @@ class Trace:
         ids = np.atleast_2d(ids)[:, : self.limit]
         check_tokens(ids.reshape(-1), model.config.vocab_size, str(self.tokens or self.text))
         done = trace(
-            model, ids.astype(np.int32), named(self.policy), self.slots[0] if len(self.slots) == 1 else self.slots,
+            model, ids.astype(np.int32), policy_named(self.policy, loaded.folder),
+            self.slots[0] if len(self.slots) == 1 else self.slots,
             prompt=self.prompt, mode=self.mode, chunk=self.chunk, placement=self.placement, dtype=self.state_dtype,
         )  # fmt: skip
         with open(self.out, "wb") as file:

@@ -44,7 +44,8 @@ class Train:
     split: str = "train"
     """Of a dataset."""
     policy: str = "tova"
-    """See `jaxcompress info` for the names; `full` is plain causal attention."""
+    """See `jaxcompress info` for the names; `full` is plain causal attention. Learned with the model: dms, dms-pool,
+    dmc; learned from the model, which stays as it is: retention, retention-layer, retention-pool."""
     slots: tuple[int, ...] = (128,)
     """Capacity: one for all layers, or one for each."""
     segment: int = 256
@@ -55,6 +56,10 @@ class Train:
     """Tokens between two selections; 1 is exactly as in decoding."""
     placement: Literal["absolute", "slot", "compact"] | None = None
     """Where tokens stand for RoPE; as the policy was published if not given."""
+    ratio: float = 8.0
+    """dms, dmc: of how many tokens one is kept in the end."""
+    window: int = 16
+    """dms: tokens before one is evicted."""
     length: int = 1024
     """Tokens predicted per row."""
     rows: int = 4
@@ -102,13 +107,19 @@ class Train:
         from jaxcompress.generation.text import Tokenizer
         from jaxcompress.training.checkpointing import Checkpoints
         from jaxcompress.training.data import batches, split
+        from jaxcompress.training.learning import LEARNABLE, learning
         from jaxcompress.training.metrics import MetricsFile, flops_per_token, mean_attended
         from jaxcompress.training.optimizer import OPTIMIZERS, SCHEDULES
         from jaxcompress.training.trainer import fit, init_train_state, make_evaluate, make_step
 
         tokenizer = Tokenizer(self.tokenizer or loaded.folder)
         dtype = self.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        objective = self._objective()
+        learned, params, objective = None, loaded.model, None
+        if self.policy in LEARNABLE:
+            key = jax.random.key(self.seed)
+            learned = learning(self.policy, loaded.model, key, steps=self.steps, ratio=self.ratio, window=self.window)
+            params, objective = learned.params, learned.objective
+        objective = objective or self._objective()
         rows = self._rows(tokenizer, loaded.config.vocab_size)
         parts = split(rows, batch=self.rows, held_out=self.held_out, held_out_batch=self.rows // self.accumulate)
         data = batches(rows, batch=self.rows, seed=self.seed, train=parts.train)
@@ -116,25 +127,26 @@ class Train:
         optimizer = OPTIMIZERS[self.optimizer](schedule, clip=self.clip, weight_decay=self.weight_decay)
         step = make_step(objective, optimizer, accumulate=self.accumulate, compute_dtype=dtype)
         evaluate = make_evaluate(objective, compute_dtype=dtype)
+        parts_of = (lambda params: (params, None)) if learned is None else learned.parts
         slots = None if self.policy == "full" else round(sum(self.slots) / len(self.slots))
         flops = flops_per_token(loaded.model, mean_attended(self.length, slots))
         facts = dict(tokens=len(rows.stream.tokens), checksum=rows.stream.checksum)
         with Checkpoints(self.out / "checkpoints", keep=self.keep) as checkpoints:
             done = checkpoints.latest or 0
-            begin = partial(init_train_state, loaded.model, optimizer, seed=self.seed)
+            begin = partial(init_train_state, params, optimizer, seed=self.seed)
             if done:
                 state, where = checkpoints.restore(jax.eval_shape(begin))
                 before = self._check_unchanged(run_file, facts)
                 data.set_state(where)
                 print(f"going on from step {done}", flush=True)
             else:
-                state, before = begin(), evaluate(loaded.model, parts.held_out) if parts.held_out else None
+                state, before = begin(), evaluate(params, parts.held_out) if parts.held_out else None
                 write_json(dict(settings=self._settings(), data=facts, held_out_loss=before), run_file)
             print(f"{facts['tokens']:,} tokens, {parts.train:,} rows to train on; see {self.out / 'metrics.jsonl'}")
             if before is not None:
                 print(f"held-out loss before: {before:.4f} nats per token", flush=True)
             settings, source = loaded.settings, tokenizer.folder
-            del loaded, begin  # the state has its own copy
+            del loaded, begin, params  # the state has its own copy
             with MetricsFile(self.out / "metrics.jsonl", after=done) as lines:
                 state = fit(
                     state, step, data, steps=self.steps, checkpoints=checkpoints, save_every=self.save_every,
@@ -144,11 +156,16 @@ class Train:
         if before is not None:
             after = evaluate(state.params, parts.held_out)
             print(f"held-out loss after {self.steps} steps: {after:.4f} ({after - before:+.4f})", flush=True)
+        model, own = parts_of(state.params)
         if not folder.exists():
             stored = settings.get("dtype") or settings.get("torch_dtype") or "float32"
-            save(jax.tree.map(lambda x: x.astype(stored), state.params), folder, tokenizer_from=source)
+            save(jax.tree.map(lambda x: x.astype(stored), model), folder, tokenizer_from=source)
         reading = () if self.policy == "full" else ("slots", "segment", "chunk", "placement")
-        save_policy(folder, self.policy, {name: getattr(self, name) for name in reading})
+        settings = {name: getattr(self, name) for name in reading}
+        if learned is None or own is None:
+            save_policy(folder, self.policy, settings)
+        else:
+            save_policy(folder, learned.kind, settings | learned.settings, own._asdict())
         print(f"saved in {folder}")
 
     def _check(self) -> None:
@@ -158,7 +175,8 @@ class Train:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.rows % self.accumulate:
             raise ValueError(f"--rows {self.rows} cannot be taken in --accumulate {self.accumulate} equal parts")
-        if self.policy != "full" and self.length < self.segment:
+        through_state = self.policy != "full" and self.policy.split("-")[0] not in ("retention", "dms", "dmc")
+        if through_state and self.length < self.segment:
             raise ValueError(f"--length {self.length} is less than one --segment of {self.segment} tokens")
         if not self.resume and any(any(self.out.glob(name)) for name in ("run.json", "checkpoints/*", "model")):
             raise ValueError(f"{self.out} holds a run already; give --resume to go on with it, or another --out")

@@ -14,8 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcompress.policies.learned import ForgetHead, token_numbers
 from jaxcompress.policies.policy import Around, Candidates, Entering, Incoming, Policy
+from jaxcompress.policies.tova import tova
 from jaxcompress.state import Memory
+
+APART = (-5.0, 0.0)
+"""What `dmc` starts from: no token joins another, and all weigh the same."""
 
 Gates = Callable[[Incoming, Array, Around], tuple[Float[Array, "B T K"], Float[Array, "B T K"]]]
 """(incoming, layer, around) -> logit of joining the token before, and weight in the mean, positive."""
@@ -60,6 +65,35 @@ def gated(policy: Policy, gates: Gates, name: str = "dmc") -> Policy:
         init=lambda incoming: policy.init(incoming._replace(memory=incoming.memory[0])),
         score=None if policy.score is None else score,
     )  # fmt: skip
+
+
+def dmc(head: ForgetHead, policy: Policy | None = None) -> Policy:
+    """Gates that were learned (see `jaxcompress.training.merging`), before a policy: TOVA per kv head if none is given.
+
+    Other than in the paper, where the cache grows with the number of runs, a full state evicts; and the gates are read
+    from a token's key and value instead of from borrowed neurons of its key and query.
+
+    Args:
+      head: R = 2, the logit of joining and the logarithm of the weight.
+
+    Raises:
+      ValueError: see `gated`; weights that give another number of numbers.
+    """
+    if head.outer_bias.shape[-1] != len(APART):
+        raise ValueError(f"gates need {len(APART)} numbers per token, the weights give {head.outer_bias.shape[-1]}")
+
+    def gates(incoming: Incoming, layer: Array, around: Around) -> tuple[Array, Array]:
+        which = jnp.array(around.which)
+        return gate_numbers(jax.tree.map(lambda x: x[layer][which], head), incoming)
+
+    return gated(tova("kv_head") if policy is None else policy, gates)
+
+
+def gate_numbers(head: ForgetHead, incoming: Incoming) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
+    """Logits and weights of tokens; `head` is of this layer, without the axis L."""
+    k, v = (x.swapaxes(1, 2) for x in (incoming.k, incoming.v))
+    numbers = token_numbers(head, k, v).swapaxes(1, 2)
+    return numbers[..., 0], jnp.exp(numbers[..., 1].clip(-8, 8))
 
 
 def running_sums(

@@ -13,10 +13,19 @@ if TYPE_CHECKING:
     from jaxcompress.training.data import Batch, PackedRows, batches, pack, read_documents
     from jaxcompress.training.distillation import distilled_value_and_grad, divergence
     from jaxcompress.training.foresight import foresight_loss
+    from jaxcompress.training.forgetting import (
+        dms_loss,
+        init_dms,
+        init_retention,
+        retention_loss,
+        share_schedule,
+        temperature_schedule,
+    )
     from jaxcompress.training.lora import add_lora, init_lora
     from jaxcompress.training.loss import token_losses
+    from jaxcompress.training.merging import init_gates, merging_loss
     from jaxcompress.training.metrics import MetricsFile
-    from jaxcompress.training.objectives import bounded, causal
+    from jaxcompress.training.objectives import bounded, causal, distilled
     from jaxcompress.training.optimizer import (
         adamw_for_decoder,
         muon_for_decoder,
@@ -28,9 +37,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch", "Checkpoints", "MetricsFile", "PackedRows", "adamw_for_decoder", "add_lora", "batches", "bounded",
-    "bounded_value_and_grad", "causal", "distilled_value_and_grad", "divergence", "fit", "foresight_loss", "init_lora",
-    "init_train_state", "make_step", "muon_for_decoder", "pack", "read_documents", "through_time", "token_losses",
-    "warmup_cosine", "warmup_stable_decay",
+    "bounded_value_and_grad", "causal", "distilled", "distilled_value_and_grad", "divergence", "dms_loss", "fit",
+    "foresight_loss", "init_dms", "init_gates", "init_lora", "init_retention", "init_train_state", "make_step",
+    "merging_loss", "muon_for_decoder", "pack", "read_documents", "retention_loss", "share_schedule",
+    "temperature_schedule", "through_time", "token_losses", "warmup_cosine", "warmup_stable_decay",
 ]  # fmt: skip
 
 _HOME = {
@@ -38,10 +48,15 @@ _HOME = {
     **dict.fromkeys(("Batch", "PackedRows", "batches", "pack", "read_documents"), "data"),
     **dict.fromkeys(("distilled_value_and_grad", "divergence"), "distillation"),
     "foresight_loss": "foresight",
+    **dict.fromkeys(
+        ("dms_loss", "init_dms", "init_retention", "retention_loss", "share_schedule", "temperature_schedule"),
+        "forgetting",
+    ),
+    **dict.fromkeys(("init_gates", "merging_loss"), "merging"),
     **dict.fromkeys(("add_lora", "init_lora"), "lora"),
     "token_losses": "loss",
     "MetricsFile": "metrics",
-    **dict.fromkeys(("bounded", "causal"), "objectives"),
+    **dict.fromkeys(("bounded", "causal", "distilled"), "objectives"),
     **dict.fromkeys(("adamw_for_decoder", "muon_for_decoder", "warmup_cosine", "warmup_stable_decay"), "optimizer"),
     **dict.fromkeys(("bounded_value_and_grad", "through_time"), "recurrent"),
     **dict.fromkeys(("fit", "init_train_state", "make_step"), "trainer"),

@@ -287,3 +287,28 @@ def test_kill_9_at_any_moment(folder: Path, book: Path, tmp_path: Path) -> None:
     files = [(out / "model" / "model.safetensors").read_bytes() for out in (cut, whole)]
     assert files[0] == files[1]
     assert not list((cut / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"), [("retention-layer", "retention-layer"), ("dms-pool", "dms-pool"), ("dmc", "dmc-tova-kv_head")]
+)
+def test_a_policy_that_is_learned(run: Any, book: Path, folder: Path, tmp_path: Path, policy: str, name: str) -> None:
+    """It is saved with the model, comes back with it, and is what `own` stands for."""
+    out = tmp_path / "run"
+    ran = run("train", "--data", book, "--out", out, "--policy", policy, "--window", 3, "--slots", 12, *SMALL)
+    assert (ran.code, ran.err) == (0, "")
+    loaded = load(out / "model")
+    saved = loaded.policy()
+    assert saved is not None
+    assert saved.make().name == name
+    assert saved.settings["slots"] == [12]
+    before, after = load(folder).model, loaded.model
+    same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
+    assert same == (policy == "retention-layer")
+    assert any(np.abs(saved.weights["outer"]).reshape(-1) > 0)
+    ran = run("perplexity", "--text", book, "--policies", "own", "own/recent2", "--slots", 12, "--context", 64, "--json",
+              model=out / "model")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert name in ran
+    ran = run("perplexity", "--text", book, "--policies", "own", "--slots", 12)
+    assert (ran.code, "without a policy of its own" in ran.err) == (2, True)

@@ -1,0 +1,238 @@
+"""Policies that were learned: a small network reads each token's key and value once, when it enters.
+
+The network is a pytree of arrays, trained by `jaxcompress.training.forgetting`; a policy closes over it. Policies are
+compared by identity, so that two made of the same weights are compiled apart: make one, and keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.policies.geometry import for_set
+from jaxcompress.policies.policy import Candidates, Observation, Policy, Scope, protect_newest
+from jaxcompress.shapes import SlotScores
+from jaxcompress.state import Stats
+
+KEEP_EVERYTHING = (5.0,)
+"""What `dms` starts from: a keep logit of 5 for every token (Łańcucki et al. 2025, section 3.1)."""
+TOVA = (0.0, 1.0, 0.0, 0.0)
+"""What `retention` starts from: the logarithm of the newest query's attention."""
+EPSILON = 1e-8  # below it, attention is none
+
+
+class ForgetHead(NamedTuple):
+    """A network per layer and kv head: one hidden layer of M units (SiLU), R numbers for each token.
+
+    It reads 2 D + 2 numbers: key and value, each divided by its root mean square, and the logarithms of both.
+
+    Attributes:
+      inner: [L, K, 2D + 2, M].
+      inner_bias: [L, K, M].
+      outer: [L, K, M, R].
+      outer_bias: [L, K, R].
+    """
+
+    inner: Float[Array, "L K I M"]
+    inner_bias: Float[Array, "L K M"]
+    outer: Float[Array, "L K M R"]
+    outer_bias: Float[Array, "L K R"]
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.inner.shape[-2] // 2 - 1
+
+
+def init_forget_head(
+    key: Array, *, layers: int, kv_heads: int, head_dim: int, hidden: int = 64, start: Sequence[float] = KEEP_EVERYTHING
+) -> ForgetHead:
+    """A fresh network, which gives the numbers `start` for every token.
+
+    Raises:
+      ValueError: a hidden layer of no units.
+    """
+    if hidden < 1:
+        raise ValueError(f"a hidden layer has at least 1 unit, not {hidden}")
+    size = 2 * head_dim + 2
+    inner = jax.random.normal(key, (layers, kv_heads, size, hidden)) * size**-0.5
+    outer_bias = jnp.broadcast_to(jnp.array(start, jnp.float32), (layers, kv_heads, len(start)))
+    return ForgetHead(
+        inner, jnp.zeros((layers, kv_heads, hidden)), jnp.zeros((layers, kv_heads, hidden, len(start))), outer_bias
+    )
+
+
+def check_head(head: ForgetHead, *, layers: int, kv_heads: int, head_dim: int) -> None:
+    """Raises ValueError if a network was made for a model of another shape; names both."""
+    mine, theirs = (*head.inner.shape[:2], head.head_dim), (layers, kv_heads, head_dim)
+    if mine != theirs:
+        words = "{} layers of {} kv heads of width {}"
+        raise ValueError(f"the weights are for {words.format(*mine)}, the model has {words.format(*theirs)}")
+
+
+def token_numbers(
+    head: ForgetHead, keys: Float[Array, "B K N D"], values: Float[Array, "B K N D"]
+) -> Float[Array, "B K N R"]:
+    """The numbers of tokens in one layer, float32.
+
+    Args:
+      head: of this layer, without the axis L.
+      keys: before RoPE.
+    """
+    hidden = jnp.einsum("bkni,kim->bknm", _features(keys, values), head.inner) + head.inner_bias[:, None]
+    return jnp.einsum("bknm,kmr->bknr", jax.nn.silu(hidden), head.outer) + head.outer_bias[:, None]
+
+
+def _features(keys: Float[Array, "B K N D"], values: Float[Array, "B K N D"]) -> Float[Array, "B K N I"]:
+    parts, sizes = [], []
+    for x in (keys, values):
+        x = x.astype(jnp.float32)
+        size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+        parts.append(x / size)
+        sizes.append(jnp.log(size))
+    return jnp.concatenate([*parts, *sizes], axis=-1)
+
+
+def dms(head: ForgetHead, window: int = 16, scope: Scope = "kv_head") -> Policy:
+    """Keeps the tokens of highest logit among those that are older than `window` tokens; newer ones are protected.
+
+    Dynamic memory sparsification (Łańcucki et al. 2025, "Inference-Time Hyper-Scaling with KV Cache Compression"): what
+    becomes of a token is decided when it enters, and done `window` tokens later, so that its neighbours can still use
+    it. Other than there, the logits rank the tokens of a fixed number of slots instead of being cut at zero, and come
+    from key and value instead of a borrowed neuron of the query. An untrained one, whose logits are all the same, keeps
+    the first tokens and the `window` newest.
+
+    Args:
+      head: R = 1.
+      window: as in training.
+      scope: "kv_head", or "pool": heads then share a layer's slots as their logits ask for, as in the paper, where
+        they need not keep equally many.
+
+    Raises:
+      ValueError: weights that do not fit together, a negative window, or another scope; when it is used, a model whose
+        heads the weights are not for.
+    """
+    head = _checked(head, 1, "dms")
+    _check_scope("dms", scope, ("kv_head", "pool"))
+    if window < 0:
+        raise ValueError(f"a window of {window} tokens: give 0 or more")
+
+    def init(incoming: Candidates) -> Stats:
+        return _entering(head, incoming)[..., 0]
+
+    def score(stats: Stats, held: Candidates) -> SlotScores:
+        return protect_newest(stats, held, window)
+
+    return Policy(_named("dms", scope, "kv_head"), score, init, scope=scope, needs=window + 1)
+
+
+class Looked(NamedTuple):
+    """What `retention` knows of a token, [B, P, N] each.
+
+    Attributes:
+      weights: a, b1, b2, b3.
+      last: the attention of the newest query, averaged over the heads that share the set.
+      total: the same, summed over all queries so far.
+    """
+
+    weights: tuple[Array, ...]
+    last: Array
+    total: Array
+
+
+def retention(head: ForgetHead, scope: Scope = "kv_head") -> Policy:
+    """Keeps the tokens that are going to be attended to most, as foreseen by a network.
+
+    The network gives each token four numbers when it enters; with the attention that it received since,
+
+        score = a + b1 log(newest query's attention) + b2 log(mean attention per query) + b3 log(age + 1).
+
+    An untrained one has a, b2, b3 = 0 and b1 = 1 and is TOVA of the same scope.
+
+    Args:
+      head: R = 4.
+      scope: "kv_head", "pool" (heads share a layer's slots), or "layer" (one set; numbers are averaged over kv heads).
+
+    Raises:
+      ValueError: weights that do not fit together or another scope; when it is used, a model whose heads the weights
+        are not for.
+    """
+    head = _checked(head, len(TOVA), "retention")
+    _check_scope("retention", scope, ("kv_head", "layer", "pool"))
+
+    def init(incoming: Candidates) -> Stats:
+        weights = for_set(_entering(head, incoming), incoming)
+        nothing = jnp.zeros_like(incoming.positions, jnp.float32)
+        return Looked(tuple(weights[..., i] for i in range(len(TOVA))), nothing, nothing)
+
+    def observe(stats: Looked, seen: Observation) -> Stats:
+        received = seen.per_set(scope)
+        row, present = seen.last(received)
+        return stats._replace(last=jnp.where(present, row, stats.last), total=stats.total + received.sum(2))
+
+    def score(stats: Looked, held: Candidates) -> SlotScores:
+        return foreseen(stats, held.newest - held.positions)
+
+    return Policy(_named("retention", scope, "kv_head"), score, init, observe, scope=scope)
+
+
+def foreseen(seen: Looked, age: Any) -> SlotScores:
+    """The score of `retention`, and in training the logit of future attention; `age` in tokens."""
+    start, last, mean, old = seen.weights
+    age = age.astype(jnp.float32) + 1
+    log = lambda x: jnp.log(x + EPSILON)
+    return start + last * log(seen.last) + mean * log(seen.total / age) + old * jnp.log(age)
+
+
+def _entering(head: ForgetHead, incoming: Candidates) -> Float[Array, "B K N R"]:
+    """The numbers of tokens that enter, from keys as they are cached; in a pool K is 1."""
+    around, keys, owner = incoming.around, incoming.keys.astype(jnp.float32), incoming.owner
+    which = around.which if owner is None else tuple(range(around.heads[1]))
+    _check_used(head, which, keys.shape[-1])
+    if around.placement == "absolute":
+        d = keys.shape[-1]
+        size = around.rotate(jnp.eye(d), jnp.zeros(d))[0, 0]  # 1, or the temperature that YaRN puts into its rotations
+        keys = around.rotate(keys, -incoming.positions) / size**2
+    mine = jax.tree.map(lambda x: x[incoming.layer], head)
+    if which != tuple(range(head.inner.shape[1])):
+        mine = jax.tree.map(lambda x: x[jnp.array(which)], mine)
+    if owner is None:
+        return token_numbers(mine, keys, incoming.values)
+    shape = (keys.shape[0], len(which), *keys.shape[2:])  # what every head would say, and then its own
+    numbers = token_numbers(mine, *(jnp.broadcast_to(x, shape) for x in (keys, incoming.values)))
+    return jnp.take_along_axis(numbers, owner[..., None], axis=1)
+
+
+def _check_used(head: ForgetHead, which: tuple[int, ...], head_dim: int) -> None:
+    """As far as one layer shows it: how many layers the model has is not known here."""
+    kv_heads = head.inner.shape[1]
+    if max(which) >= kv_heads or head_dim != head.head_dim:
+        raise ValueError(
+            f"the weights are for {kv_heads} kv heads of width {head.head_dim}, the model has heads "
+            f"{min(which)} to {max(which)} of width {head_dim}"
+        )
+
+
+def _checked(head: ForgetHead, outputs: int, name: str) -> ForgetHead:
+    shapes = [tuple(x.shape) for x in head]
+    *front, size, hidden = shapes[0] if len(shapes[0]) == 4 else (0,) * 4
+    wanted = [(*front, size, hidden), (*front, hidden), (*front, hidden, outputs), (*front, outputs)]
+    if shapes == wanted and size % 2 == 0 and size >= 4:
+        return head
+    raise ValueError(
+        f"{name} needs weights [L, K, 2D + 2, M], [L, K, M], [L, K, M, {outputs}] and [L, K, {outputs}], not "
+        f"{', '.join(str(list(shape)) for shape in shapes)}"
+    )
+
+
+def _check_scope(name: str, scope: str, known: tuple[str, ...]) -> None:
+    if scope not in known:
+        raise ValueError(f"{name} has numbers per kv head: its scope is {' or '.join(known)}, not {scope}")
+
+
+def _named(name: str, scope: str, usual: str) -> str:
+    return name if scope == usual else f"{name}-{scope}"

@@ -1,0 +1,113 @@
+"""Learned policies as objectives of the trainer: what is trained, for what, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast, get_args
+
+import jax
+from jaxtyping import Array
+
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.learned import ForgetHead
+from jaxcompress.policies.policy import Scope
+from jaxcompress.training.data import Batch
+from jaxcompress.training.forgetting import (
+    dms_loss,
+    init_dms,
+    init_retention,
+    retention_loss,
+    share_schedule,
+    temperature_schedule,
+)
+from jaxcompress.training.merging import init_gates, merging_loss
+from jaxcompress.training.trainer import Metrics, Objective
+
+LEARNABLE = ("retention", "retention-layer", "retention-pool", "dms", "dms-pool", "dmc")
+"""Names for `learning`: a kind and, after a dash, the scope, where it is not per kv head."""
+
+FIRM = 0.1  # temperature of decisions in the end
+
+
+class Learning(NamedTuple):
+    """How a policy is learned.
+
+    Attributes:
+      kind, settings: for `jaxcompress.policies.learned_policy`.
+      params: what is trained.
+      objective: for `make_step`.
+      parts: of trained params: the model, and the policy's own weights.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    params: Any
+    objective: Objective
+    parts: Callable[[Any], tuple[Decoder, ForgetHead]]
+
+
+def learning(
+    name: str,
+    model: Decoder,
+    key: Array,
+    *,
+    steps: int,
+    ratio: float = 8.0,
+    window: int = 16,
+    pressure: float = 5.0,
+    hidden: int = 64,
+) -> Learning:
+    """What to train for a policy of `LEARNABLE`.
+
+    `retention` trains its head and leaves the model alone. `dms` and `dmc` train both; the share of tokens kept goes
+    down to 1 / ratio, and the temperature to 0.1, over the first two thirds of the steps.
+
+    Args:
+      window: tokens before `dms` evicts.
+      pressure: weight of the share that is kept too much.
+      hidden: width of the network that reads a token's key and value.
+
+    Raises:
+      ValueError: an unknown name, fewer than 2 steps, or numbers out of range (see `jaxcompress.training.forgetting`).
+    """
+    if name not in LEARNABLE:
+        raise ValueError(f"unknown learned policy {name!r}; known: {', '.join(LEARNABLE)}")
+    if steps < 2:
+        raise ValueError(f"learning to forget takes at least 2 steps, not {steps}")
+    kind, _, scope = name.partition("-")
+    scope = cast(Scope, scope or "kv_head")
+    assert scope in get_args(Scope)
+    if kind == "retention":
+        watched = model  # by reference: there is no second copy of it
+
+        def watch(head: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+            tokens = batch.tokens[:, :-1]
+            block = min(61, max(tokens.shape[1] // 2, 1))
+            loss = lambda head: retention_loss(watched, head, tokens, scope=scope, block=block)
+            value, slope = jax.value_and_grad(loss)(head)
+            return {"loss": value}, slope
+
+        head = init_retention(model.config, key, hidden=hidden)
+        return Learning(kind, {"scope": scope}, head, watch, lambda head: (watched, head))
+
+    down = max(steps * 2 // 3, 1)
+    share: Any = share_schedule(ratio, down)
+    temperature: Any = temperature_schedule(1.0, FIRM, down)
+
+    def forget(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+        how: dict[str, Any] = dict(share=share(step), temperature=temperature(step), pressure=pressure, key=key)
+
+        def loss(params: Any) -> Any:
+            model, head = params
+            if kind == "dms":
+                return dms_loss(model, head, batch.tokens, batch.weights, window=window, **how)
+            return merging_loss(model, head, batch.tokens, batch.weights, **how)
+
+        (value, parts), slope = jax.value_and_grad(loss, has_aux=True)(params)
+        return {"loss": value, **parts}, slope
+
+    if kind == "dms":
+        head, settings = init_dms(model.config, key, hidden=hidden), {"window": window, "scope": scope}
+    else:
+        head, settings = init_gates(model.config, key, hidden=hidden), {}
+    return Learning(kind, settings, (model, head), forget, lambda params: params)

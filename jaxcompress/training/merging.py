@@ -1,0 +1,122 @@
+"""Learning which tokens to join: losses for the gates behind `jaxcompress.policies.gates`.
+
+Dynamic memory compression (Nawrot et al. 2024, section 3.2): in training a gate lies between 0 and 1. Every token keeps
+the running mean of the run that it ends, and later queries see it as far as the next token does not carry it on. With
+gates of 0 and 1 this is what the policy does, in parallel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxcompress.attention import forgetful_attention
+from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.policies.gates import APART, gate_numbers, means, running_sums
+from jaxcompress.policies.learned import ForgetHead, init_forget_head
+from jaxcompress.policies.policy import Incoming
+from jaxcompress.shapes import Tokens, Valid
+from jaxcompress.training.distillation import divergence
+from jaxcompress.training.forgetting import (
+    Forgetful,
+    check_network,
+    check_temperature,
+    kept_share,
+    placed,
+    positions_of,
+)
+from jaxcompress.training.loss import token_losses
+
+
+def init_gates(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
+    """A network for `jaxcompress.policies.dmc` that joins nothing."""
+    shape: dict[str, int] = dict(layers=config.num_layers, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+    return init_forget_head(key, **shape, hidden=hidden, start=APART)
+
+
+def read_merging(
+    model: Decoder,
+    head: ForgetHead,
+    tokens: Tokens,
+    *,
+    temperature: float | Float[Array, ""],
+    valid: Valid | None = None,
+    key: Array | None = None,
+) -> Forgetful:
+    """Reads with attention to the running means of tokens that join.
+
+    A token joins the one before it by sigmoid(logit / temperature). `kept` is the share of tokens that do not join,
+    with decisions as the policy makes them and the gradient of the soft ones.
+
+    Args:
+      temperature: the lower, the firmer.
+      valid: [B, T], False for padding.
+      key: for noise on the logits (Gumbel-sigmoid); None for none.
+
+    Raises:
+      ValueError: a network for a model of another shape, or a temperature that is not positive.
+    """
+    check_network(head, len(APART), model.config)
+    check_temperature(temperature)
+    keys = None if key is None else jax.random.split(key, model.config.num_layers)
+    there = positions_of(tokens, valid) >= 0
+
+    def attend(q, k, v, positions, layer, index, carry, xs):
+        mine, key = xs
+        incoming = Incoming(q, k, v, positions)
+        logits, weights = gate_numbers(mine, incoming)
+        if key is not None:
+            logits += jax.random.logistic(key, logits.shape)
+        joins = jax.nn.sigmoid(logits / temperature)
+        nothing = jnp.zeros((k.shape[0], k.shape[2], 1 + 2 * k.shape[3]))
+        k, v = means(running_sums(nothing, incoming, joins, weights), incoming)
+        # What is left of a token when the next has come; padding carries nothing on.
+        left = jnp.where(there[..., None], jax.nn.log_sigmoid(-logits / temperature), 0.0)
+        bias = _of_the_next(left, there).swapaxes(1, 2)
+        q, k, window = placed(model, q, k, positions, index)
+        out = forgetful_attention(q, k, v, positions, bias, delay=1, window=window)
+        begins = jnp.where((positions == 0)[..., None], 1e3, -logits)  # the first token has none before it
+        apart = kept_share(begins.swapaxes(1, 2), temperature)
+        return out, carry, (apart * there).sum() / jnp.maximum(there.sum(), 1)
+
+    x, _, kept = model.run_layers(model.embed(tokens), positions_of(tokens, valid), attend, xs=(head, keys))
+    return Forgetful(model.norm(x), kept)
+
+
+def _of_the_next(x: Float[Array, "B T K"], there: Array) -> Float[Array, "B T K"]:
+    """For each token that of the next one, 0 for the last."""
+    columns = jnp.where(there, jnp.arange(x.shape[1]), x.shape[1])
+    following = jax.lax.cummin(columns, axis=1, reverse=True)
+    following = jnp.pad(following[:, 1:], ((0, 0), (0, 1)), constant_values=x.shape[1])
+    return jnp.take_along_axis(x, following[..., None], axis=1, mode="fill", fill_value=0.0)
+
+
+def merging_loss(
+    model: Decoder,
+    head: ForgetHead,
+    tokens: Int[Array, "B _"],
+    weights: Float[Array, "B T"],
+    *,
+    share: float | Float[Array, ""],
+    temperature: float | Float[Array, ""],
+    teacher: Decoder | None = None,
+    pressure: float = 1.0,
+    key: Array | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """How badly a text is predicted from what is joined, and how many runs too many there are.
+
+    As `jaxcompress.training.forgetting.dms_loss`, `share` being that of runs among tokens.
+    """
+    read = read_merging(model, head, tokens[:, :-1], temperature=temperature, key=key)
+    logits = model.logits(read.hidden)
+    if teacher is None:
+        losses = token_losses(logits, tokens[:, 1:])
+    else:
+        losses = divergence(logits, jax.lax.stop_gradient(teacher)(tokens[:, :-1]))
+    prediction = (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-9)
+    kept = read.kept.mean()
+    parts: dict[str, Any] = {"prediction": prediction, "kept": kept}
+    return prediction + pressure * jnp.maximum(kept - share, 0.0), parts
