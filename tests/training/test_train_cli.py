@@ -310,5 +310,5 @@ def test_a_policy_that_is_learned(run: Any, book: Path, folder: Path, tmp_path: 
               model=out / "model")  # fmt: skip
     assert ran.code == 0, ran.err
     assert name in ran
-    ran = run("perplexity", "--text", book, "--policies", "own", "--slots", 12)
+    ran = run("perplexity", "--text", book, "--policies", "own", "--slots", 12, "--context", 64)
     assert (ran.code, "without a policy of its own" in ran.err) == (2, True)
