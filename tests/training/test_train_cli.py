@@ -306,9 +306,9 @@ def test_a_policy_that_is_learned(run: Any, book: Path, folder: Path, tmp_path: 
     same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
     assert same == (policy == "retention-layer")
     assert any(np.abs(saved.weights["outer"]).reshape(-1) > 0)
-    ran = run("perplexity", "--text", book, "--policies", "own", "own/recent2", "--slots", 12, "--context", 64, "--json",
-              model=out / "model")  # fmt: skip
+    reading = "--text", book, "--slots", 12, "--context", 64, "--json"
+    ran = run("perplexity", *reading, "--policies", "own", "own/recent2", model=out / "model")
     assert ran.code == 0, ran.err
     assert name in ran
-    ran = run("perplexity", "--text", book, "--policies", "own", "--slots", 12, "--context", 64)
+    ran = run("perplexity", *reading, "--policies", "own")
     assert (ran.code, "without a policy of its own" in ran.err) == (2, True)
