@@ -112,7 +112,7 @@ def _read_dataset(name: str, field: str, split: str) -> Iterator[Document]:
     if name.startswith(("/", ".", "~")) or name.endswith((".txt", *_JSON_LINES)) or name.count("/") > 1:
         raise FileNotFoundError(f"there is no file or folder {name}")
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(
             f"{name!r} is no file or folder, and for datasets of the Hugging Face hub a package is missing: "

@@ -171,6 +171,20 @@ def dms_loss(
       ValueError: see `read_forgetfully`.
     """
     read = read_forgetfully(model, head, tokens[:, :-1], window=window, temperature=temperature, key=key)
+    return prediction_and_share(model, read, tokens, weights, share=share, teacher=teacher, pressure=pressure)
+
+
+def prediction_and_share(
+    model: Decoder,
+    read: Forgetful,
+    tokens: Int[Array, "B _"],
+    weights: Float[Array, "B T"],
+    *,
+    share: float | Float[Array, ""],
+    teacher: Decoder | None,
+    pressure: float | int | Float[Array, ""],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss of a text that was read while forgetting; see `dms_loss`."""
     logits = model.logits(read.hidden)
     if teacher is None:
         losses = token_losses(logits, tokens[:, 1:])

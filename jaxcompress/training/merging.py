@@ -7,8 +7,6 @@ gates of 0 and 1 this is what the policy does, in parallel.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -19,7 +17,6 @@ from jaxcompress.policies.gates import APART, gate_numbers, means, running_sums
 from jaxcompress.policies.learned import ForgetHead, init_forget_head
 from jaxcompress.policies.policy import Incoming
 from jaxcompress.shapes import Tokens, Valid
-from jaxcompress.training.distillation import divergence
 from jaxcompress.training.forgetting import (
     Forgetful,
     check_network,
@@ -27,8 +24,8 @@ from jaxcompress.training.forgetting import (
     kept_share,
     placed,
     positions_of,
+    prediction_and_share,
 )
-from jaxcompress.training.loss import token_losses
 
 
 def init_gates(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
@@ -103,7 +100,7 @@ def merging_loss(
     share: float | Float[Array, ""],
     temperature: float | Float[Array, ""],
     teacher: Decoder | None = None,
-    pressure: float = 1.0,
+    pressure: float | int | Float[Array, ""] = 1.0,
     key: Array | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """How badly a text is predicted from what is joined, and how many runs too many there are.
@@ -111,12 +108,4 @@ def merging_loss(
     As `jaxcompress.training.forgetting.dms_loss`, `share` being that of runs among tokens.
     """
     read = read_merging(model, head, tokens[:, :-1], temperature=temperature, key=key)
-    logits = model.logits(read.hidden)
-    if teacher is None:
-        losses = token_losses(logits, tokens[:, 1:])
-    else:
-        losses = divergence(logits, jax.lax.stop_gradient(teacher)(tokens[:, :-1]))
-    prediction = (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-9)
-    kept = read.kept.mean()
-    parts: dict[str, Any] = {"prediction": prediction, "kept": kept}
-    return prediction + pressure * jnp.maximum(kept - share, 0.0), parts
+    return prediction_and_share(model, read, tokens, weights, share=share, teacher=teacher, pressure=pressure)

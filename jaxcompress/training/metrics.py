@@ -145,7 +145,7 @@ def tensorboard(folder: str | Path, *, after: int = 0) -> Callable[[int, Mapping
       ImportError: tensorboardX is not installed.
     """
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError('TensorBoard needs one more package: pip install "jaxcompress[tensorboard]"') from None
     writer = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
