@@ -49,3 +49,16 @@ _shared = dict(deadline=None, database=None, suppress_health_check=[hypothesis.H
 hypothesis.settings.register_profile("repeat", max_examples=15, derandomize=True, **_shared)
 hypothesis.settings.register_profile("search", max_examples=200, **_shared)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+
+MOST_MAPPINGS = 30_000  # of memory; Linux allows a process 65,530, and each compiled function takes some 200
+
+
+def pytest_runtest_teardown() -> None:
+    """Compiled functions are let go before a process that ran hundreds of tests has no mappings left for more."""
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            many = sum(1 for _ in maps) > MOST_MAPPINGS
+    except OSError:  # not Linux
+        return
+    if many:
+        jax.clear_caches()

@@ -112,7 +112,7 @@ def test_with_room_for_all_it_is_attention_to_the_runs(cut: str, rows: Data) -> 
             np.testing.assert_array_equal(death[b, g, : len(q)], np.where(ended, T, at + 1))
 
 
-@pytest.mark.parametrize("of", ["knorm", "window"])
+@pytest.mark.parametrize("of", ["knorm", pytest.param("window", marks=pytest.mark.slow)])
 def test_a_full_state_chooses_among_runs(of: str) -> None:
     rows, slots = data(3), 4
     steps, streaming = run(of, rows, slots, "steps"), run(of, rows, slots, "streaming")

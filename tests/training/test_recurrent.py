@@ -54,7 +54,7 @@ def same(got: tuple[Any, Any], want: tuple[Any, Any]) -> None:
 
 
 FORMS = advance_parallel, advance_rematerialised
-QUICK = {("tova", 8, advance_parallel), ("h2o", 9, advance_parallel), ("tova", 9, advance_rematerialised)}
+QUICK = {("tova", 9, advance_parallel), ("tova", 9, advance_rematerialised)}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,7 @@ def test_the_loss_is_the_perplexity_of_streaming() -> None:
     assert float(loss) == pytest.approx(perplexity(model, TOKENS, named("tova"), SLOTS).nats, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_with_room_for_everything_it_is_plain_training() -> None:
     def loss(model: Decoder) -> jax.Array:
         losses = token_losses(model(jnp.asarray(TOKENS[:, :-1])), jnp.asarray(TOKENS[:, 1:]))
