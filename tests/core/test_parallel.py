@@ -173,6 +173,7 @@ def test_blocks_of_queries_change_nothing(block: int) -> None:
     assert np.isfinite(out).all()
 
 
+@pytest.mark.slow
 def test_bfloat16() -> None:
     config = DecoderConfig(8, 8, 8, 1, H, K, D)
     half = lambda form: losses(

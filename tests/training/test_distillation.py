@@ -77,6 +77,7 @@ def test_a_state_that_holds_everything_has_nothing_to_learn() -> None:
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) > 1e-2
 
 
+@pytest.mark.slow
 def test_no_gradient_goes_into_the_teacher() -> None:
     model = tiny_decoder()
     _, own = run(model)

@@ -68,6 +68,7 @@ def test_a_full_state_evicts_runs() -> None:
     assert policy.name == "dmc-h2o-kv_head"
 
 
+@pytest.mark.slow
 def test_gates_learn_to_join() -> None:
     """As many as they are asked to, at once through noise and temperature."""
     decoder = tiny_decoder()
@@ -92,6 +93,7 @@ def test_gates_learn_to_join() -> None:
     assert np.isfinite(float(parts["prediction"]))
 
 
+@pytest.mark.slow
 def test_gradients_are_right() -> None:
     """Against differences of the loss, for soft gates, of network and model."""
     decoder = tiny_decoder()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pytest
 from test_cli import folder, model, run, tokenizer  # noqa: F401  fixtures
 
 from jaxcompress.checkpoints import load, save
+from jaxcompress.cli import main
 from jaxcompress.cli.train import Train, with_settings
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.training import checkpointing
@@ -48,13 +51,21 @@ class TestTrain:
     """A whole run with plain attention."""
 
     @pytest.fixture(scope="class")
-    def out(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return tmp_path_factory.mktemp("runs") / "a"
+    def done(self, tmp_path_factory: pytest.TempPathFactory, book: Path, folder: Path) -> tuple[Path, str]:
+        """Where the run is, and what it printed."""
+        out, told = tmp_path_factory.mktemp("runs") / "a", io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
+            patch.setenv("JAX_COMPILATION_CACHE_DIR", "as it is")
+            assert main(["train", "--data", str(book), "--out", str(out), *map(str, FULL), "--model", str(folder)]) == 0
+        return out, told.getvalue()
 
-    def test_trains_and_saves(self, run: Any, book: Path, out: Path, model: Decoder, folder: Path) -> None:
-        ran = run("train", "--data", book, "--out", out, *FULL)
-        assert (ran.code, ran.err) == (0, "")
-        before, after = (float(x) for x in re.findall(r"held-out loss .*: (\d+\.\d+)", ran))
+    @pytest.fixture
+    def out(self, done: tuple[Path, str]) -> Path:
+        return done[0]
+
+    def test_trains_and_saves(self, done: tuple[Path, str], model: Decoder, folder: Path) -> None:
+        out, told = done
+        before, after = (float(x) for x in re.findall(r"held-out loss .*: (\d+\.\d+)", told))
         assert after < before - 0.1
         rows = curve(out)
         assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -290,7 +301,12 @@ def test_kill_9_at_any_moment(folder: Path, book: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "name"), [("retention-layer", "retention-layer"), ("dms-pool", "dms-pool"), ("dmc", "dmc-tova-kv_head")]
+    ("policy", "name"),
+    [
+        ("retention-layer", "retention-layer"),
+        pytest.param("dms-pool", "dms-pool", marks=pytest.mark.slow),
+        pytest.param("dmc", "dmc-tova-kv_head", marks=pytest.mark.slow),
+    ],
 )
 def test_a_policy_that_is_learned(run: Any, book: Path, folder: Path, tmp_path: Path, policy: str, name: str) -> None:
     """It is saved with the model, comes back with it, and is what `own` stands for."""
