@@ -51,14 +51,8 @@ from jaxcompress.policies import full
 from jaxcompress.policies.learned import dms, retention
 from jaxcompress.training.data import Batch
 from jaxcompress.training.foresight import foresight_loss
-from jaxcompress.training.forgetting import (
-    dms_loss,
-    init_dms,
-    init_retention,
-    retention_loss,
-    share_schedule,
-    temperature_schedule,
-)
+from jaxcompress.training.forgetting import init_retention, retention_loss
+from jaxcompress.training.learning import learning
 from jaxcompress.training.objectives import bounded, causal, distilled
 from jaxcompress.training.optimizer import muon_for_decoder, warmup_stable_decay
 from jaxcompress.training.trainer import init_train_state, make_step
@@ -156,29 +150,6 @@ def watching(model: Decoder) -> Objectives:
     return [objective]
 
 
-def forgetting(args: Arguments) -> Objectives:
-    """Model and DMS head, fading and firming up over the first two thirds of the steps."""
-    steps = args.steps * 2 // 3
-    share: Any = share_schedule(8.0, steps)
-    temperature: Any = temperature_schedule(1.0, 0.1, steps)
-
-    def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[dict[str, Any], Any]:
-        def loss(params: Any) -> Any:
-            model, head = params
-            return dms_loss(
-                model, head, batch.tokens, batch.weights, window=DMS_WINDOW, share=share(step),
-                temperature=temperature(step), pressure=5.0, key=key,
-            )  # fmt: skip
-
-        (value, parts), slope = jax.value_and_grad(loss, has_aux=True)(params)
-        return {"loss": value, **parts}, slope
-
-    return [objective]
-
-
-DMS_WINDOW = 16
-
-
 def train(model: Decoder, method: str, batches: Batches, args: Arguments) -> tuple[Decoder, jc.Policy | None, float]:
     """The trained model, the policy it is to be read with, and seconds without compilation."""
     run = partial(optimise, batches, args)
@@ -196,9 +167,10 @@ def train(model: Decoder, method: str, batches: Batches, args: Arguments) -> tup
             seconds += more
         return model, policy, seconds
     if method == "dms":
-        params = model, init_dms(model.config, jax.random.key(0))
-        (model, head), seconds = run(params, forgetting(args), args.steps)
-        return model, dms(head, DMS_WINDOW), seconds
+        learned = learning("dms", model, jax.random.key(0), steps=args.steps, ratio=8.0)
+        params, seconds = run(learned.params, [learned.objective], args.steps)
+        model, head = learned.parts(params)
+        return model, dms(head, **learned.settings), seconds
     policy = named(method.removeprefix("distilled-"))
     teacher: dict[str, Any] = dict(teacher=model, language=0.5) if method.startswith("distilled-") else {}
     model, seconds = run(model, also(through_states(policy, args, **teacher)), args.steps)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxcompress.attention import lifetime_attention
 from jaxcompress.policies.policy import Placement, Policy, Rotate
-from jaxcompress.recurrence import Advanced, advance
+from jaxcompress.recurrence import Advanced, advance, death_times
 from jaxcompress.shapes import Keys, Positions, Queries, Values
 from jaxcompress.state import KVState
 from jaxcompress.storage import Quantised
@@ -121,10 +121,9 @@ def _dies(before: Int[Array, "B P S"], positions: Positions, seen: Int[Array, " 
     freed, died = flat(done.freed), flat(done.died)
     hit = (freed[..., None] == before[:, :, None]) & (freed[..., None] >= 0)
     old = jnp.where(hit, died[..., None], -1).max(2)
-    t = positions.shape[1]
-    nth = jnp.where(freed >= seen[:, None, None], freed - seen[:, None, None], t)  # out of bounds: dropped
-    rows, sets = jnp.indices((*freed.shape[:2], 1), sparse=True)[:2]
-    new = jnp.full((*freed.shape[:2], t), FOREVER, jnp.int32).at[rows, sets, nth].set(died, mode="drop")
+    first = seen[:, None, None]
+    fresh = jnp.where(done.freed >= first, done.freed - first, -1)
+    new = first + death_times(fresh, done.died - first, positions.shape[1])  # after the block is never, within it
     column = jnp.maximum(positions - seen[:, None], 0)[:, None]
     new = jnp.take_along_axis(new, jnp.broadcast_to(column, new.shape), axis=-1)
     return jnp.concatenate([jnp.where(old < 0, FOREVER, old), new], axis=-1)

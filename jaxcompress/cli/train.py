@@ -114,12 +114,13 @@ class Train:
 
         tokenizer = Tokenizer(self.tokenizer or loaded.folder)
         dtype = self.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        learned, params, objective = None, loaded.model, None
+        learned = None
         if self.policy in LEARNABLE:
             key = jax.random.key(self.seed)
             learned = learning(self.policy, loaded.model, key, steps=self.steps, ratio=self.ratio, window=self.window)
             params, objective = learned.params, learned.objective
-        objective = objective or self._objective()
+        else:
+            params, objective = loaded.model, self._objective()
         rows = self._rows(tokenizer, loaded.config.vocab_size)
         parts = split(rows, batch=self.rows, held_out=self.held_out, held_out_batch=self.rows // self.accumulate)
         data = batches(rows, batch=self.rows, seed=self.seed, train=parts.train)
@@ -175,9 +176,6 @@ class Train:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.rows % self.accumulate:
             raise ValueError(f"--rows {self.rows} cannot be taken in --accumulate {self.accumulate} equal parts")
-        through_state = self.policy != "full" and self.policy.split("-")[0] not in ("retention", "dms", "dmc")
-        if through_state and self.length < self.segment:
-            raise ValueError(f"--length {self.length} is less than one --segment of {self.segment} tokens")
         if not self.resume and any(any(self.out.glob(name)) for name in ("run.json", "checkpoints/*", "model")):
             raise ValueError(f"{self.out} holds a run already; give --resume to go on with it, or another --out")
 
@@ -187,6 +185,8 @@ class Train:
 
         if self.policy == "full":
             return causal()
+        if self.length < self.segment:
+            raise ValueError(f"--length {self.length} is less than one --segment of {self.segment} tokens")
         slots = self.slots[0] if len(self.slots) == 1 else self.slots
         how: dict[str, Any] = dict(segment=self.segment, reach=self.reach, chunk=self.chunk, placement=self.placement)
         return bounded(named(self.policy), slots, **how)

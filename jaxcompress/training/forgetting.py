@@ -36,12 +36,12 @@ from jaxcompress.training.loss import token_losses
 
 def init_dms(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
     """A network for `jaxcompress.policies.dms` that keeps everything."""
-    return _init(config, key, hidden, KEEP_EVERYTHING)
+    return network(config, key, hidden, KEEP_EVERYTHING)
 
 
 def init_retention(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
     """A network for `jaxcompress.policies.retention` that is TOVA."""
-    return _init(config, key, hidden, TOVA)
+    return network(config, key, hidden, TOVA)
 
 
 def share_schedule(ratio: float | int, steps: int) -> optax.Schedule:
@@ -332,7 +332,8 @@ def _with_slope(value: Float[Array, ""], slope: Array, of: Array) -> Float[Array
     return value + (slope * (of - at)).sum()
 
 
-def _init(config: DecoderConfig, key: Array, hidden: int, start: tuple[float, ...]) -> ForgetHead:
+def network(config: DecoderConfig, key: Array, hidden: int, start: tuple[float, ...]) -> ForgetHead:
+    """A fresh network for a model, which gives the numbers `start` for every token."""
     shape: dict[str, int] = dict(layers=config.num_layers, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
     return init_forget_head(key, **shape, hidden=hidden, start=start)
 

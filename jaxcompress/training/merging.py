@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxcompress.attention import forgetful_attention
 from jaxcompress.models.decoder import Decoder, DecoderConfig
 from jaxcompress.policies.gates import APART, gate_numbers, means, running_sums
-from jaxcompress.policies.learned import ForgetHead, init_forget_head
+from jaxcompress.policies.learned import ForgetHead
 from jaxcompress.policies.policy import Incoming
 from jaxcompress.shapes import Tokens, Valid
 from jaxcompress.training.forgetting import (
@@ -22,6 +22,7 @@ from jaxcompress.training.forgetting import (
     check_network,
     check_temperature,
     kept_share,
+    network,
     placed,
     positions_of,
     prediction_and_share,
@@ -30,8 +31,7 @@ from jaxcompress.training.forgetting import (
 
 def init_gates(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
     """A network for `jaxcompress.policies.dmc` that joins nothing."""
-    shape: dict[str, int] = dict(layers=config.num_layers, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
-    return init_forget_head(key, **shape, hidden=hidden, start=APART)
+    return network(config, key, hidden, APART)
 
 
 def read_merging(

@@ -52,26 +52,14 @@ def bounded(
     return objective
 
 
-def distilled(
-    policy: Policy,
-    slots: Slots,
-    *,
-    segment: int,
-    reach: int | None = None,
-    chunk: int = 1,
-    placement: Placement | None = None,
-    **teaching: Any,
-) -> Objective:
+def distilled(policy: Policy, slots: Slots, **how: Any) -> Objective:
     """A student with a state of so many slots and a teacher with the full cache.
 
     Args:
-      teaching: teacher, student, weights and temperature: see `jaxcompress.training.distillation`.
+      how: segment, teacher, student, weights and temperature: see `distilled_value_and_grad`.
     """
-    how: dict[str, Any] = dict(
-        policy=policy, slots=slots, segment=segment, reach=reach, chunk=chunk, placement=placement, **teaching
-    )
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-        return distilled_value_and_grad(params, batch.tokens, batch.weights, **how)
+        return distilled_value_and_grad(params, batch.tokens, batch.weights, policy=policy, slots=slots, **how)
 
     return objective
