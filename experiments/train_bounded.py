@@ -1,23 +1,26 @@
 """What training through the bounded state gains: the embedded model, trained further in several ways on equal tokens.
 
-    python experiments/train_bounded.py --out runs/bounded
+    python experiments/train_bounded.py --out runs/bounded [--texts folder/]
 
 Every method starts from the model that ships and sees the same rows in the same order (documents and recall tasks woven
 into them, as in `train_embedded.py`; nothing held out is read).
 
   untrained        the model as it ships
   full             trained with the full cache
-  a policy         trained through a state of 1/4, 1/8 and 1/16 of the context, in turn
+  a policy         trained through a state of 1/8, 1/16 and 1/4 of the context, in turn
   retention        a retention head of the layers of the untrained model; the model is left alone
-  retention+model  half of the steps for that, half for the model through a state with this policy
+  retention+model  a third of the steps for that, the rest for the model through a state with this policy
   dms              model and DMS head together, the share of tokens kept going down to 1/8
   distilled-...    as a policy, with the untrained model and its full cache as teacher beside the language loss
+  full-time        with the full cache for as many seconds as `tova` took
+  full-flops       with the full cache for as many floating-point operations as `tova` took
 
 All of them keep the auxiliary loss of the model's last stage (`foresight`): which tokens a policy keeps has no
 gradient, so that nothing else asks attention to stay on what will be needed.
 
 Measured on held-out rows with facts: loss at each size of the state and with the full cache, and how many questions are
-answered.
+answered; and, if there is a folder of text files, the loss on these. A run that was stopped goes on with what is
+missing; models stay in `out`.
 
 The share of the gap that is closed is (untrained - trained) / (untrained - full), in nats at equal slots, where full is
 the full cache of the model that was trained with it on as many tokens.
@@ -26,12 +29,14 @@ the full cache of the model that was trained with it on as many tokens.
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,13 +47,14 @@ from train_embedded import SAMPLED, Batches, Stage
 
 import jaxcompress as jc
 from jaxcompress.attention import causal_attention
+from jaxcompress.checkpoints import SavedPolicy, save, save_policy
 from jaxcompress.embedded.corpus import documents, held_out
+from jaxcompress.evaluation.perplexity import perplexity
 from jaxcompress.evaluation.recall import Recall, answers, exam, wording
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
 from jaxcompress.naming import named
 from jaxcompress.policies import full
-from jaxcompress.policies.learned import dms, retention
 from jaxcompress.training.data import Batch
 from jaxcompress.training.foresight import foresight_loss
 from jaxcompress.training.forgetting import init_retention, retention_loss
@@ -63,7 +69,8 @@ class Arguments:
     """Trains and measures; a run that was stopped goes on with what is missing."""
 
     methods: tuple[str, ...] = (
-        "untrained", "full", "tova", "retention", "retention+model", "window+4", "h2o-layer", "distilled-tova", "dms",
+        "untrained", "full", "tova", "retention+model", "retention", "window+4", "h2o-layer", "dms", "distilled-tova",
+        "full-time", "full-flops",
     )  # fmt: skip
     context: int = 1024
     fractions: tuple[int, ...] = (4, 8, 16)
@@ -75,13 +82,19 @@ class Arguments:
     segment: int = 256
     reach: int | None = None
     """Segments over which the gradient goes back; all of them if not given."""
+    turns: tuple[int, ...] = (8, 16, 4)
+    """Sizes of the state, as fractions of the context, through which training goes in turn."""
     foresight: float = 0.3
     """Weight of the auxiliary loss."""
+    watched: int = 2
+    """Rows of a step for which the auxiliary loss is taken: it costs a pass of its own."""
     text: float = 0.5
     """Share of rows without a task."""
     seeds: tuple[int, ...] = (0, 1, 2)
     tasks: int = 16
     """Held-out rows, the same for all."""
+    texts: Path | None = None
+    """A folder of text files, on which the loss is measured too."""
     out: Path = Path("runs/bounded")
 
 
@@ -108,12 +121,13 @@ def through_states(policy: jc.Policy, args: Arguments, **how: Any) -> Objectives
     """One objective for each size of the state."""
     how |= dict(segment=args.segment, reach=args.reach)
     make = distilled if "teacher" in how else bounded
-    return [make(policy, args.context // fraction, **how) for fraction in args.fractions]
+    by_size = {fraction: make(policy, args.context // fraction, **how) for fraction in args.turns}
+    return [by_size[fraction] for fraction in args.turns]
 
 
-def with_foresight(objective: Callable[..., Any], weight: float) -> Callable[..., Any]:
-    """An objective of a decoder, and the auxiliary loss of a plain pass over the same rows."""
-    if not weight:
+def with_foresight(objective: Callable[..., Any], args: Arguments) -> Callable[..., Any]:
+    """An objective of a decoder, and the auxiliary loss of a plain pass over some of the rows."""
+    if not args.foresight:
         return objective
 
     def short(model: Decoder, tokens: jax.Array, sample: jax.Array) -> jax.Array:
@@ -121,19 +135,24 @@ def with_foresight(objective: Callable[..., Any], weight: float) -> Callable[...
 
         def attend(q, k, v, positions, layer, index, carry, xs):
             q, k = (rotate(x, positions[..., None], model.config.rope) for x in (q, k))
-            return causal_attention(q, k, v, positions), carry, foresight_loss(q, k, positions, sample)
+            return (
+                causal_attention(q, k, v, positions),
+                carry,
+                foresight_loss(q, k, positions, sample, among=args.context // max(args.fractions)),
+            )
 
         return model.run_layers(model.embed(tokens), positions, attend)[2].mean()
 
     def both(model: Decoder, batch: Batch, step: Any, key: Any) -> tuple[dict[str, Any], Any]:
         metrics, slope = objective(model, batch, step, key)
         # Where answers are given, and anywhere.
-        noise = jax.random.uniform(key, batch.weights.shape)
-        answers = jax.lax.top_k(batch.weights + 0.1 * noise, SAMPLED[1])[1]
+        tokens, weights = batch.tokens[: args.watched, :-1], batch.weights[: args.watched]
+        noise = jax.random.uniform(key, weights.shape)
+        answers = jax.lax.top_k(weights + 0.1 * noise, SAMPLED[1])[1]
         anywhere = jax.lax.top_k(noise, SAMPLED[0])[1]
         sample = jnp.sort(jnp.concatenate([answers, anywhere], axis=1), axis=1).astype(jnp.int32)
-        apart, more = jax.value_and_grad(short)(model, batch.tokens[:, :-1], sample)
-        return metrics | {"foresight": apart}, jax.tree.map(lambda a, b: a + weight * b, slope, more)
+        apart, more = jax.value_and_grad(short)(model, tokens, sample)
+        return metrics | {"foresight": apart}, jax.tree.map(lambda a, b: a + args.foresight * b, slope, more)
 
     return both
 
@@ -150,31 +169,47 @@ def watching(model: Decoder) -> Objectives:
     return [objective]
 
 
-def train(model: Decoder, method: str, batches: Batches, args: Arguments) -> tuple[Decoder, jc.Policy | None, float]:
-    """The trained model, the policy it is to be read with, and seconds without compilation."""
+class Trained(NamedTuple):
+    """What training gave.
+
+    Attributes:
+      policy: what the model is to be read with; None: any.
+      seconds: of all steps, compilation left out.
+    """
+
+    model: Decoder
+    policy: SavedPolicy | None
+    seconds: float
+
+
+def train(model: Decoder, method: str, batches: Batches, args: Arguments, *, steps: int) -> Trained:
     run = partial(optimise, batches, args)
-    also = lambda objectives: [with_foresight(objective, args.foresight) for objective in objectives]
-    if method == "full":
-        model, seconds = run(model, also([causal()]), args.steps)
-        return model, None, seconds
+
+    def also(objectives: Objectives) -> Objectives:
+        each = {objective: with_foresight(objective, args) for objective in objectives}
+        return [each[objective] for objective in objectives]
+
+    if method.startswith("full"):
+        model, seconds = run(model, also([causal()]), steps)
+        return Trained(model, None, seconds)
     if method.startswith("retention"):
-        half = args.steps // 2 if method == "retention+model" else args.steps
+        watched = steps // 3 if method == "retention+model" else steps
         head = init_retention(model.config, jax.random.key(0))
-        head, seconds = run(head, watching(model), half, adam=True)
-        policy = retention(head, "layer")
-        if half < args.steps:
-            model, more = run(model, also(through_states(policy, args)), args.steps - half, start=half)
+        head, seconds = run(head, watching(model), watched, adam=True)
+        saved = SavedPolicy("retention", {"scope": "layer"}, head._asdict())
+        if watched < steps:
+            model, more = run(model, also(through_states(saved.make(), args)), steps - watched, start=watched)
             seconds += more
-        return model, policy, seconds
+        return Trained(model, saved, seconds)
     if method == "dms":
-        learned = learning("dms", model, jax.random.key(0), steps=args.steps, ratio=8.0)
-        params, seconds = run(learned.params, [learned.objective], args.steps)
+        learned = learning("dms", model, jax.random.key(0), steps=steps, ratio=8.0)
+        params, seconds = run(learned.params, [learned.objective], steps)
         model, head = learned.parts(params)
-        return model, dms(head, **learned.settings), seconds
-    policy = named(method.removeprefix("distilled-"))
+        return Trained(model, SavedPolicy("dms", learned.settings, head._asdict()), seconds)
+    name = method.removeprefix("distilled-")
     teacher: dict[str, Any] = dict(teacher=model, language=0.5) if method.startswith("distilled-") else {}
-    model, seconds = run(model, also(through_states(policy, args, **teacher)), args.steps)
-    return model, policy, seconds
+    model, seconds = run(model, also(through_states(named(name), args, **teacher)), steps)
+    return Trained(model, SavedPolicy(name, {}, {}), seconds)
 
 
 def optimise(
@@ -191,7 +226,8 @@ def optimise(
     schedule = warmup_stable_decay(3 * args.peak if adam else args.peak, steps, warmup=max(steps // 10, 1), decay=0.5)
     optimizer = optax.adam(schedule) if adam else muon_for_decoder(schedule)
     state, times = init_train_state(params, optimizer), []
-    turns = [make_step(objective, optimizer) for objective in objectives]
+    made = {objective: make_step(objective, optimizer) for objective in objectives}
+    turns = [made[objective] for objective in objectives]
     stage = Stage(args.steps, args.rows, args.context, args.text)
     for number in range(steps):
         tokens, weights = batches(start + number, stage)
@@ -207,13 +243,66 @@ def optimise(
     return state.params, float(np.median(times)) * steps
 
 
-def measure(model: Decoder, policies: list[jc.Policy], tasks: list[Recall], args: Arguments) -> list[dict[str, Any]]:
+def measure(
+    model: Decoder, policies: list[jc.Policy], tasks: list[Recall], texts: np.ndarray | None, args: Arguments
+) -> list[dict[str, Any]]:
     """Loss and recall at each size of the state, and with the full cache."""
     rows = []
     for policy, slots in [(full(), args.context)] + [(p, args.context // f) for p in policies for f in args.fractions]:
         given = answers(model, tasks, policy, slots)
-        rows.append(dict(policy=policy.name, slots=slots, nats=float(given.nats.mean()), recall=given.accuracy))
+        row = dict(policy=policy.name, slots=slots, nats=float(given.nats.mean()), recall=given.accuracy)
+        if texts is not None:
+            row["text"] = perplexity(model, texts, policy, slots).nats
+        rows.append(row)
     return rows
+
+
+def text_rows(tokenizer: jc.Tokenizer, folder: Path, args: Arguments) -> np.ndarray:
+    """As many rows as there are tasks, from the middles of the files in turn."""
+    files = sorted(folder.rglob("*.txt"))
+    if not files:
+        raise ValueError(f"there are no .txt files in {folder}")
+    each = -(-args.tasks // len(files))
+    rows = []
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        middle = text[len(text) // 2 :][: each * args.context * 8]
+        tokens = tokenizer.encode(middle, add_bos=False)[: each * (args.context - 1)]
+        rows += [np.r_[tokenizer.bos_id, row] for row in tokens.reshape(each, -1)]
+    return np.stack(rows[: args.tasks]).astype(np.int32)
+
+
+def operations(objective: Callable[..., Any], model: Decoder, args: Arguments) -> float:
+    """Floating-point operations of the matrix products in one step, loops counted as often as they run."""
+    batch = Batch(jnp.zeros((args.rows, args.context + 1), jnp.int32), jnp.ones((args.rows, args.context)))
+
+    def count(jaxpr: Any) -> float:
+        total = 0.0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                shape = equation.invars[0].aval.shape
+                total += 2 * math.prod(shape[i] for i in contracted) * math.prod(equation.outvars[0].aval.shape)
+            inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+            inner = [getattr(x, "jaxpr", x) for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+            total += equation.params.get("length", 1) * sum(map(count, inner))
+        return total
+
+    return count(jax.make_jaxpr(lambda *a: objective(*a, 0, jax.random.key(0)))(model, batch).jaxpr)
+
+
+def steps_of(method: str, seed: int, model: Decoder, args: Arguments) -> int:
+    """As many as told, or what costs as much as `tova`."""
+    if method == "full-time":
+        tova, plain = (
+            json.loads((args.out / f"{name}-{seed}.json").read_text())["seconds"] for name in ("tova", "full")
+        )
+        return round(args.steps * tova / plain)
+    if method == "full-flops":
+        each = [operations(objective, model, args) for objective in through_states(named("tova"), args)]
+        extra = operations(with_foresight(causal(), args), model, args) - (plain := operations(causal(), model, args))
+        return round(args.steps * (sum(each) / len(each) + extra) / (plain + extra))
+    return args.steps
 
 
 UNLEARNED = "window+4", "h2o-layer", "tova"
@@ -223,21 +312,60 @@ def main(args: Arguments) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = jc.load_embedded()
     tasks = held_out_rows(tokenizer, args)
+    texts = None if args.texts is None else text_rows(tokenizer, args.texts, args)
     unlearned = [named(name) for name in UNLEARNED]
     for seed in args.seeds:
         batches = training_rows(tokenizer, seed)
         for method in args.methods:
-            file = args.out / f"{method.replace('/', '_')}-{seed}.json"
+            name = f"{method.replace('/', '_')}-{seed}"
+            file, folder = args.out / f"{name}.json", args.out / name
             if file.exists() or (method == "untrained" and seed != args.seeds[0]):
                 continue
-            now, policy, seconds = (model, None, 0.0) if method == "untrained" else train(model, method, batches, args)
-            rows = measure(now, unlearned if policy is None else [policy], tasks, args)
-            found = dict(method=method, seed=seed, seconds=seconds, rows=rows)
-            file.write_text(json.dumps(found, indent=2) + "\n")
-            print(method, seed, f"{seconds:.0f} s", *(
+            steps = steps_of(method, seed, model, args)
+            now = Trained(model, None, 0.0)
+            if method != "untrained":
+                now = train(model, method, batches, args, steps=steps)
+                shutil.rmtree(folder, ignore_errors=True)
+                save(now.model, folder)
+                if now.policy is not None:
+                    save_policy(folder, *now.policy)
+            policies = unlearned if now.policy is None else [now.policy.make()]
+            if method in ("full-time", "full-flops"):
+                policies = [named("tova")]
+            rows = measure(now.model, policies, tasks, texts, args)
+            file.write_text(
+                json.dumps(dict(method=method, seed=seed, steps=steps, seconds=now.seconds, rows=rows)) + "\n"
+            )
+            print(method, seed, f"{steps} steps, {now.seconds:.0f} s", *(
                 f"{r['policy']}@{r['slots']} {r['nats']:.3f} {r['recall']:.0%}" for r in rows
             ), flush=True)  # fmt: skip
             jax.clear_caches()
+    table(args)
+
+
+def table(args: Arguments) -> None:
+    """Means over seeds and their spread (largest - smallest), and the share of the gap that is closed, at each size."""
+    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for file in sorted(args.out.glob("*.json")):
+        one = json.loads(file.read_text())
+        for row in one["rows"]:
+            found.setdefault((one["method"], row["policy"], row["slots"]), []).append(row)
+    mean = lambda rows, what: float(np.mean([row[what] for row in rows]))
+    spread = lambda rows, what: float(np.ptp([row[what] for row in rows]))
+    best = mean(found["full", "full", args.context], "nats") if ("full", "full", args.context) in found else None
+    print(f"\n{'method':18}{'policy':12}{'slots':>6}{'seeds':>6}{'nats':>16}{'recall':>14}{'closed':>8}{'text':>8}")
+    for (method, policy, slots), rows in found.items():
+        nats, recall = mean(rows, "nats"), mean(rows, "recall")
+        before = found.get(("untrained", policy if policy in UNLEARNED else "tova", slots))
+        closed = ""
+        if best is not None and before is not None and method != "untrained":
+            was = mean(before, "nats")
+            closed = f"{(was - nats) / (was - best):.0%}"
+        text = f"{mean(rows, 'text'):.3f}" if "text" in rows[0] else ""
+        print(
+            f"{method:18}{policy:12}{slots:6}{len(rows):6}{nats:10.3f} ±{spread(rows, 'nats') / 2:.3f}"
+            f"{recall:8.0%} ±{spread(rows, 'recall') / 2:4.0%}{closed:>8}{text:>8}"
+        )
 
 
 if __name__ == "__main__":

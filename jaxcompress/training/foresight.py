@@ -24,6 +24,7 @@ def foresight_loss(
     *,
     strong: float = 0.1,
     floor: float = 1 / 512,
+    among: int | None = None,
 ) -> Float[Array, ""]:
     """How far, in nats, attention falls short of `floor` on tokens that are needed later.
 
@@ -34,6 +35,8 @@ def foresight_loss(
     Args:
       q, k: rotated.
       sample: indices along T of the queries looked at, growing; far fewer than T, so that no T x T array exists.
+      among: asks for more where `floor` is not enough: as much as the `among`-th most attended token gets from a query,
+        so that what is needed later survives in a state of so many slots.
     """
     b, _, h, d = q.shape
     at = jnp.take_along_axis(positions, sample, axis=1)
@@ -44,5 +47,9 @@ def foresight_loss(
     strongest = jax.lax.stop_gradient(weights.max((1, 2)))  # [B, R, T]
     later = jnp.pad(jax.lax.cummax(strongest, axis=1, reverse=True)[:, 1:], ((0, 0), (0, 1), (0, 0)))
     needed = (later > strong) & earlier
-    short = jnp.maximum(jnp.log(floor) - jnp.log(weights.mean((1, 2)) + 1e-9), 0.0)
+    mean = weights.mean((1, 2))  # [B, R, T]
+    least = jnp.full((*mean.shape[:2], 1), floor)
+    if among is not None and among <= mean.shape[2]:
+        least = jnp.maximum(least, jax.lax.top_k(jax.lax.stop_gradient(mean), among)[0][..., -1:])
+    short = jnp.maximum(jnp.log(least) - jnp.log(mean + 1e-9), 0.0)
     return (short * needed).sum() / jnp.maximum(needed.sum(), 1)

@@ -17,7 +17,7 @@ from jaxcompress.training.loss import token_losses
 from jaxcompress.training.optimizer import muon_for_decoder, warmup_stable_decay
 
 T, D = 8, 16
-foresight = jax.jit(foresight_loss, static_argnames=("strong", "floor"))
+foresight = jax.jit(foresight_loss, static_argnames=("strong", "floor", "among"))
 
 
 def test_token_losses_are_negative_log_softmax() -> None:
@@ -35,7 +35,8 @@ def test_token_losses_stay_finite_and_are_float32() -> None:
     np.testing.assert_allclose(losses, [[2 * float(logits[0, 0, 0])]])
 
 
-def shortfall(q: np.ndarray, k: np.ndarray, positions: np.ndarray, sample: np.ndarray, strong: float, floor: float):
+def shortfall(q: np.ndarray, k: np.ndarray, positions: np.ndarray, sample: np.ndarray, strong: float, floor: float,
+              among: int | None = None):  # fmt: skip
     """The definition, pair by pair, in float64."""
     total, pairs = 0.0, 0
     group = q.shape[2] // k.shape[2]
@@ -47,21 +48,24 @@ def shortfall(q: np.ndarray, k: np.ndarray, positions: np.ndarray, sample: np.nd
             weights = np.where(seen, np.exp(scores / D**0.5 - (scores / D**0.5)[:, seen].max()), 0)
             rows.append((seen, weights / weights.sum(-1, keepdims=True)))
         for r, (seen, weights) in enumerate(rows):
+            least = floor if among is None else max(floor, np.sort(weights.mean(0))[-among])
             for j in np.flatnonzero(seen):
                 if any(later[:, j].max() > strong for _, later in rows[r + 1 :]):
-                    total += max(0.0, np.log(floor) - np.log(weights[:, j].mean() + 1e-9))
+                    total += max(0.0, np.log(least) - np.log(weights[:, j].mean() + 1e-9))
                     pairs += 1
     return total / max(pairs, 1)
 
 
+@pytest.mark.parametrize("among", [None, 1, 3, T])
 @pytest.mark.parametrize("seed", range(3))
-def test_foresight_is_its_definition(seed: int) -> None:
+def test_foresight_is_its_definition(seed: int, among: int | None) -> None:
     rng = np.random.default_rng(seed)
     q, k = (rng.standard_normal((2, T, heads, D)).astype(np.float32) * 3 for heads in (4, 2))
     positions = np.stack([np.arange(T), np.maximum(np.arange(T) - 3, -1)]).astype(np.int32)
     sample = np.array([[0, 2, 5, 7], [3, 4, 6, 7]], np.int32)
-    expected = shortfall(q, k, positions, sample, 0.1, 0.2)
-    result = foresight(*map(jnp.asarray, (q, k, positions, sample)), strong=0.1, floor=0.2)
+    floor = 0.2 if among is None else 1e-3
+    expected = shortfall(q, k, positions, sample, 0.1, floor, among)
+    result = foresight(*map(jnp.asarray, (q, k, positions, sample)), strong=0.1, floor=floor, among=among)
     assert expected > 0
     assert float(result) == pytest.approx(expected, rel=1e-4)
 
