@@ -245,9 +245,12 @@ _WORDS = {
 }
 
 
-def load(name: Name) -> Kernels:
-    """The module behind a name. Imported when first asked for: Pallas takes a while."""
-    return import_module(f"jaxcompress.pallas_kernels.{name.removesuffix('-interpret')}")  # type: ignore
+def load(name: Name) -> Any:
+    """The module behind a name, a `Kernels`, though without functions for what it always declines.
+
+    It imports Pallas, which takes a while, only inside the functions that compute.
+    """
+    return import_module(f"jaxcompress.pallas_kernels.{name.removesuffix('-interpret')}")
 
 
 def device() -> tuple[str, str]:
