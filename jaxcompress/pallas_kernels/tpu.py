@@ -44,7 +44,9 @@ def declines(op: Op, call: Call) -> str | None:
         return f"{call.slots} slots are less than the 8 rows that are written together"
     if call.dtype in QUANTISED and op != "block" and call.slots % 32:
         return f"{call.slots} slots of {call.dtype} are not a multiple of the 32 rows that are written together"
-    if op not in ("step", "step_evict"):
+    if op == "segment":
+        return _segment_declines(call)
+    if op == "block":
         return "there is no such kernel"
     if not _step_fits(op, call, step_sizes(op, call, measured=False)):
         return f"{call.kv_heads} kv heads that share {call.slots} slots do not fit into VMEM together"
@@ -83,6 +85,23 @@ def _step_fits(op: Op, call: Call, size: Sizes) -> bool:
     return tiles + masses <= VMEM // 2
 
 
+def segment_sizes(call: Call) -> Sizes:
+    """Tokens of a grid step of `segment`."""
+    default = dict(tokens=min(call.tokens, 32))
+    return tuning.sizes("segment", call, default, lambda found: 0 < found["tokens"] <= min(call.tokens, 256))
+
+
+def _segment_declines(call: Call) -> str | None:
+    if call.dtype not in PLAIN:
+        return f"a segment is streamed through a state of {', '.join(PLAIN)}, not {call.dtype}"
+    if call.batch * call.tokens > 2**16:
+        return f"{call.batch} rows of {call.tokens} tokens are too many at once"
+    row = 2 * call.kv_heads * call.slots * call.head_dim * _BYTES[call.dtype]
+    if row > VMEM // 2:
+        return f"the {call.slots} slots of {call.kv_heads} kv heads take {row // _MIB} MiB, which VMEM does not hold"
+    return None
+
+
 def step(*args: Any, interpret: Any = False):
     """See `Kernels.step`."""
     from jaxcompress.pallas_kernels.tpu_step import step
@@ -95,3 +114,10 @@ def step_evict(*args: Any, interpret: Any = False, rule: Any):
     from jaxcompress.pallas_kernels.tpu_step import step_evict
 
     return step_evict(*args, rule, interpret=interpret)
+
+
+def segment(*args: Any, interpret: Any = False, rule: Any):
+    """See `Kernels.segment`."""
+    from jaxcompress.pallas_kernels.tpu_segment import segment
+
+    return segment(*args, rule, interpret=interpret)

@@ -101,3 +101,8 @@ def each(places: Iterator[Place], do: Callable[[Place], None]) -> None:
     """Does something for the place that is here."""
     for place in places:
         pl.when(place.here)(lambda place=place: do(place))
+
+
+def product(a: Array, b: Array, axis: int) -> Array:
+    """a [G, D] by b [N, D] (axis 1), or a [G, N] by b [N, D] (axis 0), float32."""
+    return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)

@@ -31,6 +31,7 @@ from jaxcompress.pallas_kernels.tpu_slots import (
     in_hbm,
     multiply_dtype,
     places,
+    product,
     with_row,
 )
 from jaxcompress.storage import Quantised, Stored
@@ -208,7 +209,7 @@ def _kernel(plan: _Plan, layer, index, present, *refs) -> None:
         of_set = head if plan.sets > 1 else 0
         keys = as_numbers(state[0][0, 0, head], plan.dtype, multiply)
         values = as_numbers(state[1][0, 0, head], plan.dtype, value_dtype)
-        scores = _product(q[head].astype(multiply), keys, 1) * q.shape[-1] ** -0.5
+        scores = product(q[head].astype(multiply), keys, 1) * q.shape[-1] ** -0.5
         if scales is not None:
             scores *= as_scale(scales[0][pl.ds(head, 1)], plan.dtype)
         visible = seen[of_set] > 0 if plan.rule is None else seen[of_set] >= 0
@@ -227,7 +228,7 @@ def _kernel(plan: _Plan, layer, index, present, *refs) -> None:
         total[head] = total[head] * less + shares.sum(-1, keepdims=True)
         if scales is not None:
             shares *= as_scale(scales[1][pl.ds(head, 1)], plan.dtype)
-        sums[head] = sums[head] * less + _product(shares.astype(value_dtype), values, 0)
+        sums[head] = sums[head] * less + product(shares.astype(value_dtype), values, 0)
 
     @pl.when(tile == plan.tiles - 1)
     def _() -> None:
@@ -253,8 +254,3 @@ def _kernel(plan: _Plan, layer, index, present, *refs) -> None:
             result[i] = jnp.broadcast_to(rules.victim(plan.rule, numbered, held[i]), result.shape[1:])
 
     written(wait)
-
-
-def _product(a: Array, b: Array, axis: int) -> Array:
-    """a [G, D] by b [N, D] (axis 1), or a [G, N] by b [N, D] (axis 0), float32."""
-    return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)

@@ -23,7 +23,7 @@ POLICIES: dict[str, Policy] = {
     "tova": policies.tova(),
     "tova-kv_head": policies.tova("kv_head"),
     "window+2": policies.window(2),
-    "h2o": policies.h2o(0.5, "kv_head"),
+    "h2o": policies.h2o(3, "kv_head"),
     "h2o-layer": protect(policies.h2o(1, "layer"), first=2),
 }
 
@@ -34,6 +34,11 @@ RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 def compiled(function: Any) -> Any:
     """Compiled in little time: what an interpreter makes of a kernel is long."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def some(every: Any, *quick: Any) -> list[Any]:
+    """Cases, of which all but the quick ones are slow: each costs seconds of compiling."""
+    return [one if one in quick else pytest.param(one, marks=pytest.mark.slow) for one in every]
 
 
 class Step(NamedTuple):
