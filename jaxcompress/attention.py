@@ -5,13 +5,17 @@ This is the only door to kernels: whoever attends comes through here.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, Values
+from jaxcompress.pallas_kernels import launch
+from jaxcompress.pallas_kernels.contract import Backend, Call, Chosen, Rule, choose, describe, stored_as
+from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, SlotPositions, Values
 from jaxcompress.storage import Quantised, Stored, parts
 
 MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
@@ -200,6 +204,179 @@ def slot_attention(
     return out + jnp.einsum("bkgm,bkmd->bkgd", shares, extra.summary.values).astype(out.dtype), weights
 
 
+def slot_write(
+    stored: tuple[Stored, Stored], new: tuple[Stored, Stored], layer: Int[Array, ""] | int, index: Int[Array, "B P M"]
+) -> tuple[Stored, Stored]:
+    """Keys and values [L, B, K, S, D] with new ones [B, K, M, D] in the slots `index` of a layer; S: nowhere."""
+
+    def put(old: Array, new: Array) -> Array:
+        if new.ndim == 3 and index.shape[-1] == 1:  # scales: a comparison is cheaper than a scatter
+            here = jnp.arange(old.shape[3], dtype=index.dtype) == index
+            return old.at[layer].set(jnp.where(here, new, old[layer]))
+        rows, heads = jnp.indices(new.shape[:2], sparse=True)
+        to = jnp.broadcast_to(index, new.shape[:3])
+        return old.at[layer, rows[..., None], heads[..., None], to].set(new, mode="drop")
+
+    return jax.tree.map(put, stored, new)
+
+
+def slot_step(
+    q: Float[Array, "B K G D"],
+    new: tuple[Stored, Stored],
+    stored: tuple[Stored, Stored],
+    layer: Int[Array, ""] | int,
+    index: Int[Array, "B P M"],
+    visible: Bool[Array, "#B #K #G S"],
+    present: Bool[Array, " B"],
+    extra: Extra = NOTHING,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G S"], tuple[Stored, Stored]]:
+    """A decoding step: new keys and values go into their slots, then `slot_attention` over all of the layer's.
+
+    Args:
+      new: key and value of one token per row (in a pool M), [B, K, M, D], as the state stores them.
+      stored: stacks [L, B, K, S, D].
+      index: the slots to write, S for none.
+      visible: what each query sees, the slots just written included.
+      backend: what computes (see `jaxcompress.pallas_kernels.contract`).
+
+    Returns:
+      The output, the probability that each slot received, and what is stored then.
+
+    Raises:
+      ValueError: kernels asked for by name that this device cannot run.
+    """
+    call = call_of(q[:, None], stored[0], index.shape[1])
+    chosen = choose("step", call, backend, _beyond_kernels(index, visible, extra))
+    reference = partial(_step, extra=extra)
+    if chosen is None:
+        return reference(q, new, stored, layer, index, visible, present)
+
+    def run(q, new, stored, layer, index, visible, present):
+        return launch.step(chosen, q, _only(new), stored, layer, index[..., 0], visible[:, :, 0], present)
+
+    return _differentiable(run, reference)(q, new, stored, jnp.asarray(layer), index, visible, present)
+
+
+def slot_step_by_rule(
+    chosen: Chosen,
+    q: Float[Array, "B K G D"],
+    new: tuple[Stored, Stored],
+    stored: tuple[Stored, Stored],
+    layer: Int[Array, ""] | int,
+    index: Int[Array, "B P 1"],
+    held: SlotPositions,
+    numbers: Float[Array, "B P S"] | None,
+    present: Bool[Array, " B"],
+    rule: Rule,
+) -> tuple[Float[Array, "B K G D"], Float[Array, "B P S"] | None, Int[Array, "B P"], tuple[Stored, Stored]]:
+    """A decoding step of a policy that the kernel follows by itself (see `Kernels.step_evict`)."""
+
+    def run(q, new, stored, layer, index, held, numbers, present):
+        return launch.step_evict(chosen, q, _only(new), stored, layer, index[..., 0], held, numbers, present, rule)
+
+    return _without_gradient(run, "a decoding step with eviction")(
+        q, new, stored, jnp.asarray(layer), index, held, numbers, present
+    )
+
+
+def block_attention(
+    chosen: Chosen,
+    q: Float[Array, "B T K G D"],
+    at: Positions,
+    keys: Stored,
+    values: Stored,
+    held: SlotPositions,
+    window: Int[Array, ""] | int | None,
+) -> tuple[Float[Array, "B T K G D"], Float[Array, "B K G N"], Float[Array, "B K G N"]]:
+    """A block of queries, with the mass that policies fold over (see `Kernels.block`)."""
+
+    def run(q, at, keys, values, held, window):
+        return launch.block(chosen, q, at, keys, values, held, window)
+
+    window = None if window is None else jnp.asarray(window)
+    return _without_gradient(run, "a block of queries")(q, at, keys, values, held, window)
+
+
+def stream_attention(
+    chosen: Chosen,
+    q: Float[Array, "B T K G D"],
+    new: tuple[Stored, Stored],
+    stored: tuple[Stored, Stored],
+    layer: Int[Array, ""] | int,
+    positions: Positions,
+    held: SlotPositions,
+    numbers: Float[Array, "B P S"] | None,
+    window: Int[Array, ""] | int | None,
+    rule: Rule,
+) -> tuple[Any, ...]:
+    """The recurrence of a whole segment in one launch (see `Kernels.segment`)."""
+
+    def run(q, new, stored, layer, positions, held, numbers, window):
+        return launch.segment(chosen, q, new, stored, layer, positions, held, numbers, window, rule)
+
+    window = None if window is None else jnp.asarray(window)
+    return _without_gradient(run, "a streamed segment")(
+        q, new, stored, jnp.asarray(layer), positions, held, numbers, window
+    )
+
+
+def call_of(q: Float[Array, "B T K G D"], stored: Stored, sets: int, rule: Rule | None = None) -> Call:
+    """What a kernel may decline a call for.
+
+    Args:
+      stored: keys, [..., S, D].
+    """
+    b, t, k, g, d = q.shape
+    slots = jax.tree.leaves(stored)[0].shape[-2]
+    return Call(b, k, g, slots, d, sets, t, stored_as(stored), q.dtype.name, rule)
+
+
+def _beyond_kernels(index: Array, visible: Array, extra: Extra) -> str | None:
+    """What no kernel does in a decoding step."""
+    if extra.bias is not None or extra.summary is not None:
+        return "the policy adds to attention scores or shows stand-ins"
+    if index.shape[-1] > 1 or visible.shape[2] > 1:
+        return "heads share a pool of slots"
+    return None
+
+
+def _only(new: Any) -> Any:
+    return jax.tree.map(lambda x: x[:, :, 0], new)
+
+
+def _step(q, new, stored, layer, index, visible, present, extra: Extra = NOTHING):
+    stored = slot_write(stored, new, layer, index)
+    keys, values = jax.tree.map(lambda x: x[layer], stored)
+    return *slot_attention(q, keys, values, visible, present, extra), stored
+
+
+def _differentiable(run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel with the gradient of what it computes."""
+    function = jax.custom_vjp(run)
+
+    def backward(saved: Any, cotangent: Any) -> Any:
+        return jax.vjp(reference, *saved)[1](cotangent)
+
+    function.defvjp(lambda *args: (run(*args), args), backward)
+    return function
+
+
+def _without_gradient(run: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """A kernel through which nobody may differentiate."""
+    function = jax.custom_vjp(run)
+
+    def forward(*args: Any) -> Any:
+        raise ValueError(
+            f"no gradient passes through the kernel for {what}: take it by death times, which kernels compute "
+            "(`jaxcompress.parallel.advance_parallel`), or use backend='jnp'"
+        )
+
+    function.defvjp(forward, lambda saved, cotangent: ())
+    return function
+
+
 def _products(q: Float[Array, "B K G D"], keys: Stored) -> Float[Array, "B K G S"]:
     numbers, scale = parts(keys)
     pairs = zip(jnp.split(q, len(numbers), axis=-1), numbers, strict=True)
@@ -225,9 +402,9 @@ def masked_softmax(
     return weights * (present / weights.sum(-1, keepdims=True))
 
 
-def decode_backend() -> str:
-    """What computes `slot_attention` on this machine's default device."""
-    return f"jnp on {jax.default_backend()}"
+def decode_backend(backend: Backend = "auto") -> str:
+    """What computes on this machine's default device, in words."""
+    return describe(backend)
 
 
 @jax.checkpoint

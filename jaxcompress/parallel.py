@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.attention import lifetime_attention
+from jaxcompress.pallas_kernels.contract import Backend
 from jaxcompress.policies.policy import Placement, Policy, Rotate
 from jaxcompress.recurrence import Advanced, advance, death_times
 from jaxcompress.shapes import Keys, Positions, Queries, Values
@@ -56,6 +57,7 @@ def advance_parallel(
     placement: Placement | None = None,
     window: Int[Array, ""] | int | None = None,
     project: Float[Array, "K G D E"] | None = None,
+    backend: Backend = "auto",
 ) -> Advanced:
     """As `jaxcompress.recurrence.advance`, with the same results and the same gradient.
 
@@ -72,7 +74,7 @@ def advance_parallel(
     still = jax.lax.stop_gradient
     how: dict[str, Any] = dict(
         chunk=chunk, rotate=rotate, placement=placement, window=window,
-        project=None if project is None else still(project),
+        project=None if project is None else still(project), backend=backend,
     )  # fmt: skip
     done = advance(still(q), still(k), still(v), positions, still(one), 0, policy, **how)
 

@@ -15,13 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.attention import Extra, masked_softmax, slot_attention
+from jaxcompress.attention import (
+    Extra,
+    block_attention,
+    call_of,
+    masked_softmax,
+    slot_attention,
+    slot_step,
+    slot_step_by_rule,
+    slot_write,
+    stream_attention,
+)
+from jaxcompress.pallas_kernels.contract import Backend, Rule, choose
 from jaxcompress.placement import place
 from jaxcompress.policies.policy import Around, Candidates, Gone, Incoming, Observation, Placement, Policy, Rotate
 from jaxcompress.select import keep_top, worst
@@ -63,6 +75,7 @@ def advance(
     placement: Placement | None = None,
     window: Int[Array, ""] | int | None = None,
     project: Float[Array, "K G D E"] | None = None,
+    backend: Backend = "auto",
 ) -> Advanced:
     """Advances one layer of a state over a block of T tokens.
 
@@ -76,6 +89,11 @@ def advance(
       rotate, placement: position embedding, and where tokens stand for it (None: where the policy puts them).
       window: width of a sliding-window layer; tokens that no later query can see free their slot.
       project: the layer's output projection, for policies that weigh values by it.
+      backend: what computes: `auto`, `jnp`, or kernels by name (see `jaxcompress.pallas_kernels.contract`). For
+        `read`, give `recurrence=on(backend)`.
+
+    Raises:
+      ValueError: kernels asked for by name that this device cannot run.
     """
     b, t, h, d = q.shape
     placement = placement or policy.placement
@@ -92,10 +110,15 @@ def advance(
         at = positions[..., None]
         q, k = rotate(q, at), rotate(k, at)
     keys, values = store(k, state.keys), store(v, state.values)  # all at once, and never again
-    how = _How(policy, around, window)
+    how = _How(policy, around, window, backend)
+    rule = _rule(state, how)
     if t == 1:
         done = _token(_Block(q, keys, values, positions, bare, replaces), state, layer, how)
         return Advanced(done.out.reshape(b, 1, h, d).astype(q.dtype), done.state, done.freed[None], done.died[None])
+    if chunk == 1 and rule is not None:
+        done = _stream(_Block(q, keys, values, positions, bare, replaces), state, layer, how, rule)
+        if done is not None:
+            return done._replace(out=done.out.reshape(b, t, h, d).astype(q.dtype))
 
     one = state.take(layer)
     n = -(-t // chunk)
@@ -123,10 +146,27 @@ Recurrence = Callable[..., Advanced]
 """Something that does what `advance` does."""
 
 
+def on(backend: Backend, recurrence: Recurrence = advance) -> Recurrence:
+    """A recurrence computed by a backend: `read(..., recurrence=on("tpu"))`. The same one each time, so that what is
+    compiled for it is found again."""
+    return _on(backend, recurrence)
+
+
+@cache
+def _on(backend: Backend, recurrence: Recurrence) -> Recurrence:
+    return partial(recurrence, backend=backend)
+
+
 class _How(NamedTuple):
     policy: Policy
     around: Around
     window: Any
+    backend: Backend
+
+
+def _rule(state: KVState, how: _How) -> Rule | None:
+    """What a kernel may follow on its own, where all else is as kernels know it."""
+    return how.policy.rule(state.capacity) if how.around.placement == "absolute" else None
 
 
 class _Block(NamedTuple):
@@ -219,17 +259,36 @@ def _token(block: _Block, state: KVState, layer: Int[Array, ""] | int, how: _How
         died = position
     state = _remember(state, layer, policy, block.bare)
     entries = _entries(block, state)
-    state = _write(state, layer, entries, how)
+    state, index = _enter(state, layer, entries, how)
     held, owner = state.positions[layer], jax.tree.map(lambda x: x[layer], state.owner)
-    keys, values = (jax.tree.map(lambda x: x[layer], x) for x in (state.keys, state.values))
-    q = block.grouped(state)[:, 0]
-    if how.around.placement != "absolute":
+    q, new, stored = block.grouped(state)[:, 0], (entries.keys, entries.values), (state.keys, state.values)
+    rule = _rule(state, how)
+    if rule is not None and replaced is None:
+        chosen = choose("step_evict", call_of(q[:, None], state.keys, state.sets, rule), how.backend)
+        if chosen is not None:
+            out, numbers, goes, stored = slot_step_by_rule(
+                chosen, q, new, stored, layer, index, held, _numbers(state, layer), position >= 0, rule
+            )
+            state = _with_numbers(_with_stored(state, stored), layer, numbers)
+            leaves = jnp.arange(held.shape[-1]) == goes[..., None]
+            state = replace(state, positions=state.positions.at[layer].set(jnp.where(leaves, -1, held)))
+            freed = jnp.where(leaves, held, -1).max(-1, keepdims=True)
+            return _Done(out[:, None], state, freed, jnp.broadcast_to((position + 1)[:, None, None], freed.shape))
+    visible, extra = _seen_by(held, owner, how.around.heads[0], how.around.group), _extra(state, layer, how)
+    if how.around.placement == "absolute":
+        out, weights, stored = slot_step(
+            q, new, stored, layer, index, visible, position >= 0, extra, backend=how.backend
+        )
+    else:
+        choose("step", call_of(q[:, None], state.keys, state.sets), how.backend, "keys are re-indexed at each step")
+        stored = slot_write(stored, new, layer, index)
+        keys, values = jax.tree.map(lambda x: x[layer], stored)
         places = place(held, how.around.placement)
         keys = how.around.rotate(load(keys), places)
         own = jnp.where(held == position[:, None, None], places, 0).max(-1)  # [B, P]
         q = how.around.rotate(q, own[..., None])
-    visible = _seen_by(held, owner, how.around.heads[0], how.around.group)
-    out, weights = slot_attention(q, keys, values, visible, position >= 0, _extra(state, layer, how))
+        out, weights = slot_attention(q, keys, values, visible, position >= 0, extra)
+    state = _with_stored(state, stored)
     if not policy.forgets:
         # Nothing is freed, so a token that found no slot must not go unnoticed.
         stored = ((held == position[:, None, None]).any(-1) | (position < 0)[:, None])[..., None, None]
@@ -269,8 +328,11 @@ def _extra(state: KVState, layer: Any, how: _How) -> Extra:
     return Extra(bias, None if policy.summary is None else policy.summary(at(state.memory), how.around))
 
 
-def _write(state: KVState, layer: Any, entries: _Entries, how: _How) -> KVState:
-    """Puts the entries of one token into free slots of each set; nothing happens in rows without a token."""
+def _enter(state: KVState, layer: Any, entries: _Entries, how: _How) -> tuple[KVState, Array]:
+    """Gives the entries of one token free slots of each set; nothing happens in rows without a token.
+
+    Returns the state, in which keys and values are still to be written, and where: [B, P, M], S for nowhere.
+    """
     held = state.positions[layer]
     slots, m = held.shape[-1], entries.positions.shape[-1]
     # A free slot has -1, so it comes before all others.
@@ -280,7 +342,7 @@ def _write(state: KVState, layer: Any, entries: _Entries, how: _How) -> KVState:
     stats = how.policy.init(_candidates(state, layer, how, entries))
 
     def put(old: Array, new: Array) -> Array:
-        """old [L, B, K or P, S, ...], new [B, K or P, M, ...]"""
+        """old [L, B, P, S, ...], new [B, P, M, ...]"""
         if new.ndim == 3 and m == 1:  # numbers per slot: a comparison is cheaper than a scatter
             here = jnp.arange(slots, dtype=index.dtype) == index
             return old.at[layer].set(jnp.where(here, new, old[layer]))
@@ -290,8 +352,41 @@ def _write(state: KVState, layer: Any, entries: _Entries, how: _How) -> KVState:
 
     stats = jax.tree.map(lambda x: jnp.broadcast_to(x, (*entries.positions.shape, *x.shape[3:])), stats)
     old = state.slotted()
-    new = dict(keys=entries.keys, values=entries.values, positions=entries.positions, owner=entries.owner, stats=stats)
-    return replace(state, **{name: jax.tree.map(put, old[name], new[name]) for name in old})
+    new = dict(positions=entries.positions, owner=entries.owner, stats=stats)
+    return replace(state, **{name: jax.tree.map(put, old[name], value) for name, value in new.items()}), index
+
+
+def _with_stored(state: KVState, stored: tuple[Stored, Stored]) -> KVState:
+    return replace(state, keys=stored[0], values=stored[1])
+
+
+def _numbers(state: KVState, layer: Any) -> Array | None:
+    """The one number per slot of a policy that a kernel follows, [B, P, S], if it has any."""
+    numbers = jax.tree.leaves(state.stats)
+    return numbers[0][layer] if numbers else None
+
+
+def _with_numbers(state: KVState, layer: Any, numbers: Array | None) -> KVState:
+    if numbers is None:
+        return state
+    return replace(state, stats=jax.tree.map(lambda x: x.at[layer].set(numbers), state.stats))
+
+
+def _stream(block: _Block, state: KVState, layer: Any, how: _How, rule: Rule) -> Advanced | None:
+    """All tokens in one launch of a kernel that follows the policy; None where there is none that will."""
+    q, held = block.grouped(state), state.positions[layer]
+    chosen = choose("segment", call_of(q, state.keys, state.sets, rule), how.backend)
+    if chosen is None:
+        return None
+    out, stored, held, numbers, freed = stream_attention(
+        chosen, q, (block.k, block.v), (state.keys, state.values), layer, block.positions, held,
+        _numbers(state, layer), how.window, rule,
+    )  # fmt: skip
+    state = _with_numbers(_with_stored(state, stored), layer, numbers)
+    state = replace(state, positions=state.positions.at[layer].set(held))
+    freed = freed.transpose(2, 0, 1)[..., None]  # [T, B, P, 1]
+    died = jnp.broadcast_to((block.positions + 1).T[:, :, None, None], freed.shape)
+    return Advanced(out, state, freed, died)
 
 
 def _observe(state: KVState, layer: Any, policy: Policy, seen: Observation) -> KVState:
@@ -445,7 +540,8 @@ def _block(block: _Block, state: KVState, how: _How) -> _Done:
         seen = Observation(weights, at, visible.sum(-1, dtype=jnp.float32).mean(2), around.group)
         return policy.observe(stats, jax.lax.stop_gradient(seen)), out
 
-    stats, out = _scan_queries(attend, stats, q, positions)
+    folded = _fold(block, state, how, whole, q)
+    stats, out = _scan_queries(attend, stats, q, positions) if folded is None else folded
     now = jnp.where(newest >= 0, newest, state.seen - 1)
     lived = _alive(held, now, how.window)
     alive = jnp.where(replaced, -1, lived)
@@ -475,6 +571,22 @@ def _block(block: _Block, state: KVState, how: _How) -> _Done:
         lost = (kept.sum(-1) > slots)[:, None, :, None, None]
         out = jnp.where(lost, jnp.nan, out)
     return _Done(out, settled, freed, died)
+
+
+def _fold(block: _Block, state: KVState, how: _How, whole: Any, q: Array) -> tuple[Any, Array] | None:
+    """Stats and output by a kernel, where the policy follows a rule; None: where none will."""
+    rule = _rule(state, how)
+    if rule is None:
+        return None
+    held, positions = whole["positions"], block.positions
+    chosen = choose("block", call_of(q, whole["keys"], held.shape[1], rule), how.backend)
+    if chosen is None:
+        return None
+    out, last, total = block_attention(chosen, q, positions, whole["keys"], whole["values"], held, how.window)
+    present = (positions.max(-1) >= 0)[:, None, None]
+    mean = lambda x: x.mean((1, 2))[:, None] if held.shape[1] == 1 else x.mean(2)
+    observed = lambda x: x + mean(total) if rule.fold == "sum" else jnp.where(present, mean(last), x)
+    return jax.tree.map(observed, whole["stats"]), out  # no stats where nothing is folded
 
 
 def _make_room(state: KVState, how: _How, coming: Array) -> tuple[KVState, Array]:

@@ -1,5 +1,6 @@
-"""Room for TPU and GPU kernels; there are none yet.
+"""TPU and GPU kernels.
 
-A kernel here takes arrays, knows nothing of policies, and is reached through `jaxcompress.attention` only, which picks
-it where it has been measured to be faster than XLA's own code.
+A kernel here takes arrays, knows nothing of policies, and is reached through `jaxcompress.attention` only. What one is
+asked to do is in `contract`; where one is picked by `auto`, in `measured`; `tpu` and `gpu` are the two backends. See
+docs/kernels.md for what was proven of them, and how.
 """

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxcompress.pallas_kernels.contract import Rule
 from jaxcompress.policies.policy import Candidates, Incoming, Observation, Policy, protect_newest
 from jaxcompress.select import rank
 from jaxcompress.shapes import SlotScores
@@ -31,7 +32,13 @@ def protect(policy: Policy, first: int = 0, recent: int = 0) -> Policy:
         return protect_newest(scores, held, recent)
 
     name = policy.name + f"/first{first}" * (first > 0) + f"/recent{recent}" * (recent > 0)
-    return policy._replace(name=name, score=score, needs=max(policy.needs, first + recent + policy.frees))
+    protected = policy._replace(name=name, score=score, needs=max(policy.needs, first + recent + policy.frees))
+
+    def rule(capacity: int) -> Rule | None:
+        base = policy.rule(capacity)
+        return base and base._replace(first=max(base.first, first), recent=max(base.recent, recent))
+
+    return protected.follow(rule)
 
 
 @cache

@@ -6,6 +6,7 @@ from functools import cache
 
 import jax.numpy as jnp
 
+from jaxcompress.pallas_kernels.contract import Rule
 from jaxcompress.policies.policy import Candidates, Observation, Policy, Scope, protect_newest
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
@@ -34,9 +35,13 @@ def h2o(recent: float | int = 0.5, scope: Scope = "query_head") -> Policy:
     def observe(stats: Stats, seen: Observation) -> Stats:
         return stats + seen.per_set(scope).sum(2)
 
+    def newest(capacity: int) -> int:
+        return recent if isinstance(recent, int) else int(round(recent * capacity, 6))
+
     def score(stats: Stats, held: Candidates) -> SlotScores:
-        newest = recent if isinstance(recent, int) else int(round(recent * held.per_set, 6))
-        return protect_newest(stats, held, newest)
+        return protect_newest(stats, held, newest(held.per_set))
 
     needs = recent + 1 if isinstance(recent, int) else 1
-    return Policy("h2o" if scope == "query_head" else f"h2o-{scope}", score, init, observe, scope=scope, needs=needs)
+    name = "h2o" if scope == "query_head" else f"h2o-{scope}"
+    policy = Policy(name, score, init, observe, scope=scope, needs=needs)
+    return policy.follow(lambda capacity: Rule("sum", recent=newest(capacity)))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
 
 from jaxcompress.attention import Summary
+from jaxcompress.pallas_kernels.contract import Rule
 from jaxcompress.shapes import Positions, SlotPositions, SlotScores, Weights
 from jaxcompress.state import Memory, Stats
 
@@ -203,6 +204,28 @@ class Absorbed(NamedTuple):
     memory: Memory
 
 
+class Ruled(NamedTuple):
+    """That a kernel may follow a policy on its own.
+
+    Attributes:
+      rule: (capacity per set) -> the rule.
+      init, observe, score: the policy's functions, which do the same. A policy with others does not follow the rule.
+    """
+
+    rule: Callable[[int], Rule | None]
+    init: Callable[..., Stats]
+    observe: Callable[..., Stats]
+    score: Callable[..., SlotScores]
+
+
+def _no_numbers(incoming: Candidates) -> Stats:
+    return ()
+
+
+def _as_before(stats: Stats, seen: Observation) -> Stats:
+    return stats
+
+
 class Policy(NamedTuple):
     """How a bounded state decides what to forget, and what becomes of it.
 
@@ -229,13 +252,14 @@ class Policy(NamedTuple):
       bias: (stats) -> [B, K or 1, N] float32, added to the attention scores of slots; None for none.
       summary: (memory, around) -> stand-ins that queries see beside the slots; None for none.
       oneshot_only: the policy means something only where a whole prompt is selected from at once.
+      ruled: that a kernel may follow it on its own; see `follow`.
       layers: a policy for each layer of the model; everything else is then asked of these.
     """
 
     name: str
     score: Callable[[Stats, Candidates], SlotScores] | None
-    init: Callable[[Candidates], Stats] = lambda incoming: ()
-    observe: Callable[[Stats, Observation], Stats] = lambda stats, observation: stats
+    init: Callable[[Candidates], Stats] = _no_numbers
+    observe: Callable[[Stats, Observation], Stats] = _as_before
     memory: Callable[[Candidates], Memory] = lambda held: ()
     remember: Callable[[Memory, Incoming], Memory] = lambda memory, incoming: memory
     enter: Callable[[Memory, Incoming, Int[Array, ""], Around], Entering] | None = None
@@ -249,7 +273,26 @@ class Policy(NamedTuple):
     bias: Callable[[Stats], Float[Array, "B K N"]] | None = None
     summary: Callable[[Memory, Around], Summary] | None = None
     oneshot_only: bool = False
+    ruled: Ruled | None = None
     layers: tuple[Policy, ...] = ()
+
+    def follow(self, rule: Callable[[int], Rule | None]) -> Policy:
+        """The same policy, which kernels may follow by a rule: (capacity per set) -> rule.
+
+        It holds for `init`, `observe` and `score` as they are: with others it is void.
+        """
+        assert self.score is not None
+        return self._replace(ruled=Ruled(rule, self.init, self.observe, self.score))
+
+    def rule(self, capacity: int) -> Rule | None:
+        """What a kernel may follow; None where the policy does more or otherwise."""
+        ruled, own = self.ruled, (self.init, self.observe, self.score)
+        if ruled is None or own != (ruled.init, ruled.observe, ruled.score) or self.frees != 1 or self.evict != "after":
+            return None
+        more = self.enter or self.absorb or self.bias or self.summary
+        if more or self.scope == "pool" or self.remember is not Policy._field_defaults["remember"]:
+            return None
+        return ruled.rule(capacity)
 
     def at(self, layer: int) -> Policy:
         """The policy of one layer of the model."""

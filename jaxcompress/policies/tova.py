@@ -6,6 +6,7 @@ from functools import cache
 
 import jax.numpy as jnp
 
+from jaxcompress.pallas_kernels.contract import Rule
 from jaxcompress.policies.policy import Candidates, Observation, Policy, Scope
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
@@ -32,4 +33,5 @@ def tova(scope: Scope = "layer") -> Policy:
     def score(stats: Stats, held: Candidates) -> SlotScores:
         return stats
 
-    return Policy("tova" if scope == "layer" else f"tova-{scope}", score, init, observe, scope=scope)
+    policy = Policy("tova" if scope == "layer" else f"tova-{scope}", score, init, observe, scope=scope)
+    return policy.follow(lambda capacity: Rule("last"))

@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from jaxcompress.pallas_kernels.contract import Rule
 from jaxcompress.policies.policy import Candidates, Policy
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
@@ -22,7 +23,8 @@ def window(sinks: int = 0, scope: Literal["layer", "kv_head"] = "layer") -> Poli
     """
     _check_sinks(sinks)
     name = f"window+{sinks}" if sinks else "window"
-    return Policy(_named(name, scope), score=_newest(sinks), scope=scope, needs=sinks + 1)
+    policy = Policy(_named(name, scope), score=_newest(sinks), scope=scope, needs=sinks + 1)
+    return policy.follow(lambda capacity: Rule("age", first=sinks))
 
 
 @cache
