@@ -1,0 +1,53 @@
+"""What a rule does with one slot set, on arrays [..., S] in any memory: for kernels, and for their tests.
+
+Numbers are float32. Every reduction keeps its axis, and there is nothing but comparisons, selections and reductions, so
+that the same lines compile inside a kernel.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcompress.pallas_kernels.contract import Rule
+
+_NEVER = jnp.iinfo(jnp.int32).max
+
+
+def fold(
+    rule: Rule, numbers: Float[Array, "*set S"], mass: Float[Array, "*set S"], present: Bool[Array, "*#set #S"] | bool
+) -> Float[Array, "*set S"]:
+    """A slot's number after a query, where there was one."""
+    return numbers + mass if rule.fold == "sum" else jnp.where(present, mass, numbers)
+
+
+def scores(
+    rule: Rule, numbers: Float[Array, "*set S"] | None, held: Int[Array, "*set S"], newest: Int[Array, "*set 1"]
+) -> Float[Array, "*set S"]:
+    """Higher stays. As the policies that follow the rule have it."""
+    if numbers is None:
+        kept = -(newest - held).astype(jnp.float32)
+    else:
+        kept = jnp.where(jnp.isnan(numbers), -jnp.inf, numbers)
+    if rule.first:
+        kept = jnp.where(held < rule.first, jnp.inf, kept)
+    if rule.recent:
+        kept = jnp.where(held > newest - rule.recent, jnp.inf, kept)
+    return kept
+
+
+def victim(rule: Rule, numbers: Float[Array, "*set S"] | None, held: Int[Array, "*set S"]) -> Int[Array, "*set 1"]:
+    """The slot that goes: a free one if there is any, else lowest score, youngest on a tie (`jaxcompress.select`)."""
+    newest = held.max(-1, keepdims=True)
+    occupied = held >= 0
+    candidate = jnp.where(occupied, scores(rule, numbers, held, newest), -jnp.inf)
+    youth = jnp.where(occupied, held, _NEVER)
+    lowest = jnp.where(candidate == candidate.min(-1, keepdims=True), youth, -1)
+    return first(lowest == lowest.max(-1, keepdims=True))
+
+
+def first(marked: Bool[Array, "*set S"]) -> Int[Array, "*set 1"]:
+    """The first slot that is marked; S where none is."""
+    slot = jax.lax.broadcasted_iota(jnp.int32, marked.shape, marked.ndim - 1)
+    return jnp.where(marked, slot, marked.shape[-1]).min(-1, keepdims=True)
