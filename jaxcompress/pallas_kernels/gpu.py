@@ -5,29 +5,61 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxcompress.pallas_kernels.contract import Call, Op
+from jaxcompress.storage import DTYPES
 
 needs = "an NVIDIA GPU of compute capability 9.0 or later (Hopper, Blackwell)"
 
-_GROUP = 8  # queries per kv head whose sums fit into registers
-_WIDTHS = (64, 128, 192, 256)
-_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
+GROUP = 8  # queries per kv head whose sums fit into registers
+WIDTHS = (64, 128, 192, 256)  # of a head
+SHARED = 222 * 1024  # bytes of shared memory for a kernel's arrays, of the 227 KiB that a block of threads may have
+
+# Of the kernel for a whole segment: tokens that arrive together, how many such groups are under way, slots that are
+# attended to at once, and what arrays over slots are rounded up to.
+TOKENS, STAGES, PASS, LINE = 8, 2, 16, 128
+
+_KINDS = re.compile(r"H100|H200|H800|H20\b|GH200|B100|B200|B300|GB\d00")
 
 
 def runs_on(platform: str, kind: str) -> bool:
-    return platform in ("gpu", "cuda") and bool(re.search(r"H100|H200|H800|H20|GH200|B100|B200|B300|GB\d00", kind))
+    return platform in ("gpu", "cuda") and _KINDS.search(kind) is not None
 
 
 def declines(op: Op, call: Call) -> str | None:
-    if op in ("block", "segment"):
+    if op == "block":
         return "there is no such kernel"
-    if call.head_dim not in _WIDTHS:
-        return f"heads of {call.head_dim} numbers; it takes {', '.join(map(str, _WIDTHS))}"
-    if call.dtype not in _DTYPES:
-        return f"a state of {call.dtype}; it takes {', '.join(_DTYPES)}"
-    if call.group > _GROUP:
-        return f"{call.group} query heads share a kv head; it takes up to {_GROUP}"
+    if call.head_dim not in WIDTHS:
+        return f"heads of {call.head_dim} numbers; it takes {', '.join(map(str, WIDTHS))}"
+    if call.dtype == "int4":
+        return f"a state of int4; it takes {', '.join(x for x in DTYPES if x != 'int4')}"
+    if call.group > GROUP:
+        return f"{call.group} query heads share a kv head; it takes up to {GROUP}"
+    return _segment_declines(call) if op == "segment" else None
+
+
+def _segment_declines(call: Call) -> str | None:
+    if call.sets == 1 and call.kv_heads > 1 and call.rule is not None and call.rule.fold != "age":
+        return "heads share a set, and would have to wait for each other at every token"
+    size = segment_bytes(call)
+    if size > SHARED:
+        return f"{call.slots} slots take {size:,} bytes of shared memory per kv head; there are {SHARED:,}"
     return None
+
+
+def segment_bytes(call: Call) -> int:
+    """Shared memory that a block of threads takes for a segment: its slots, incoming tokens, and scores."""
+    scaled = call.dtype in ("int8", "float8_e4m3fn")
+    size = 1 if scaled else jnp.dtype(call.dtype).itemsize
+    rows, flat = rounded(call.slots, PASS), rounded(call.slots, LINE)
+    state = 2 * rows * call.head_dim * size + 8 * flat * scaled
+    incoming = STAGES * TOKENS * call.head_dim * (call.group * jnp.dtype(call.query).itemsize + 2 * size)
+    return state + incoming + 4 * flat * (call.group + 1)
+
+
+def rounded(n: int, to: int) -> int:
+    return -(-n // to) * to
 
 
 def step(*args: Any, **options: Any) -> Any:
@@ -40,3 +72,9 @@ def step_evict(*args: Any, **options: Any) -> Any:
     from jaxcompress.pallas_kernels import gpu_step
 
     return gpu_step.step_evict(*args, **options)
+
+
+def segment(*args: Any, **options: Any) -> Any:
+    from jaxcompress.pallas_kernels import gpu_segment
+
+    return gpu_segment.segment(*args, **options)

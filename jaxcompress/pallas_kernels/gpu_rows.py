@@ -20,8 +20,6 @@ from jaxtyping import Array
 
 MASKED = -1e30  # as in `jaxcompress.attention`
 UNIT = 8  # rows in flight over a warpgroup
-WIDTHS = (64, 128, 192, 256)  # of a head
-SHARED = 227 * 1024  # bytes of shared memory that a block of Hopper and later may have
 
 _TILES = fragmented_array.Tiling(((UNIT, 64), (2, 64), (4,)))
 ROWS = plgpu.Layout.TILED(_TILES, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
@@ -63,6 +61,8 @@ def launch(
 ) -> Callable[..., Any]:  # fmt: skip
     """A kernel over a grid of blocks of one warpgroup. Arguments that are `jax.Ref`s are changed in place.
 
+    Threads wait for each other only where a body says so (`plgpu.commit_smem`), and in sums over rows.
+
     Args:
       body: (arguments, outputs, **scratch).
       scratch: shared memory and barriers.
@@ -88,6 +88,7 @@ def launch(
             compiler_params=plgpu.CompilerParams(
                 approx_math=True,
                 reduction_scratch_bytes=4096,
+                unsafe_no_auto_barriers=True,
                 lowering_semantics=plgpu.LoweringSemantics.Lane,
             ),
             interpret=interpret,
