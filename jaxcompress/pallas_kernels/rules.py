@@ -16,9 +16,9 @@ _NEVER = jnp.iinfo(jnp.int32).max
 
 
 def fold(
-    rule: Rule, numbers: Float[Array, "*set S"], mass: Float[Array, "*set S"], present: Bool[Array, "*#set #S"] | bool
+    rule: Rule, numbers: Float[Array, "*set S"], mass: Float[Array, "*set S"], present: Bool[Array, "..."]
 ) -> Float[Array, "*set S"]:
-    """A slot's number after a query, where there was one."""
+    """A slot's number after a query, where there was one; `present` is of a shape that fits, or a scalar."""
     return numbers + mass if rule.fold == "sum" else jnp.where(present, mass, numbers)
 
 
@@ -26,10 +26,8 @@ def scores(
     rule: Rule, numbers: Float[Array, "*set S"] | None, held: Int[Array, "*set S"], newest: Int[Array, "*set 1"]
 ) -> Float[Array, "*set S"]:
     """Higher stays. As the policies that follow the rule have it."""
-    if numbers is None:
-        kept = -(newest - held).astype(jnp.float32)
-    else:
-        kept = jnp.where(jnp.isnan(numbers), -jnp.inf, numbers)
+    kept = (held - newest).astype(jnp.float32) if numbers is None else numbers
+    kept = jnp.where(jnp.isnan(kept), -jnp.inf, kept)
     if rule.first:
         kept = jnp.where(held < rule.first, jnp.inf, kept)
     if rule.recent:

@@ -1,15 +1,123 @@
-"""Kernels for TPUs (Mosaic): none yet."""
+"""Kernels for TPUs (Mosaic), written for v5e and v6e. See docs/kernels.md for what was proven of them.
+
+Each reads keys and values once, in tiles that the pipeline brings into VMEM, and is one launch per layer:
+
+  step, step_evict   `tpu_step`      one token: a tile of the state is read, 8 rows of it are written
+  segment            `tpu_segment`   many tokens, one after the other, with a row's slots in VMEM all along
+  block              `tpu_block`     many queries at once, with the mass that policies fold over
+"""
 
 from __future__ import annotations
 
-from jaxcompress.pallas_kernels.contract import Call, Op
+from typing import Any
 
-needs = "a TPU (v4 or later)"
+from jaxcompress.pallas_kernels import tuning
+from jaxcompress.pallas_kernels.contract import Call, Op
+from jaxcompress.pallas_kernels.tuning import Sizes
+
+needs = "a TPU (v5e or later)"
+
+PLAIN = ("float32", "bfloat16")
+QUANTISED = ("int8", "float8_e4m3fn")
+_MIB = 2**20
+VMEM = 64 * _MIB  # that a kernel may use, of the 128 MiB of a v5e or v6e core
+_BYTES = {"float32": 4, "bfloat16": 2}  # of others 1
+
+
+def group_rows(dtype: str) -> int:
+    """Rows that are written together, in a state of a dtype."""
+    return 32 if dtype in QUANTISED else 8
 
 
 def runs_on(platform: str, kind: str) -> bool:
-    return platform == "tpu"
+    return platform == "tpu" and not any(old in kind for old in ("v2", "v3", "v4"))
 
 
 def declines(op: Op, call: Call) -> str | None:
-    return "there is no such kernel"
+    if call.dtype not in PLAIN + QUANTISED:
+        return f"a state of {call.dtype} cannot be read in a kernel, only {', '.join(PLAIN + QUANTISED)}"
+    if call.query not in PLAIN:
+        return f"queries are {call.query}, not one of {', '.join(PLAIN)}"
+    if call.head_dim % 128:
+        return f"heads are {call.head_dim} wide, not a multiple of 128, the lanes of a TPU"
+    if op != "block" and call.slots < 8:
+        return f"{call.slots} slots are less than the 8 rows that are written together"
+    if call.dtype in QUANTISED and op != "block" and call.slots % 32:
+        return f"{call.slots} slots of {call.dtype} are not a multiple of the 32 rows that are written together"
+    if op == "segment":
+        return _segment_declines(call)
+    if op == "block":
+        return "there is no such kernel"
+    if not _step_fits(op, call, step_sizes(op, call, measured=False)):
+        return f"{call.kv_heads} kv heads that share {call.slots} slots do not fit into VMEM together"
+    return None
+
+
+def step_sizes(op: Op, call: Call, *, measured: bool = True) -> Sizes:
+    """Heads and slots of a grid step of `step` and `step_evict`."""
+    width = call.head_dim * _BYTES.get(call.dtype, 1)
+    slots = call.slots if call.slots <= 1024 else 1024
+    if _together(op, call):
+        heads = call.kv_heads
+        while heads * slots * width > 2 * _MIB and slots > 128:
+            slots = 128 if slots <= 256 else -(-slots // 256) * 128
+    else:
+        most = max(1, min(_MIB // (slots * width), 2 * _MIB // (4 * call.group * call.slots)))
+        heads = max(n for n in range(1, call.kv_heads + 1) if call.kv_heads % n == 0 and n <= most)
+    default = dict(heads=heads, slots=slots)
+    return tuning.sizes(op, call, default, lambda found: _step_fits(op, call, found)) if measured else default
+
+
+def _together(op: Op, call: Call) -> bool:
+    """Whether all heads of a row are in one block: those that share a set under a rule, and quantised ones, whose
+    scales lie side by side."""
+    return call.dtype in QUANTISED or (op == "step_evict" and call.sets == 1)
+
+
+def _step_fits(op: Op, call: Call, size: Sizes) -> bool:
+    heads, slots = size["heads"], size["slots"]
+    if heads < 1 or call.kv_heads % heads or (_together(op, call) and heads != call.kv_heads):
+        return False
+    if slots > call.slots or (slots % 128 and slots != call.slots) or slots < 1:
+        return False
+    tiles = 4 * heads * slots * call.head_dim * _BYTES.get(call.dtype, 1)  # K and V, twice, for the pipeline
+    masses = (2 if op == "step" else 1) * heads * -(-call.group // 8) * 8 * call.slots * 4
+    return tiles + masses <= VMEM // 2
+
+
+def segment_sizes(call: Call) -> Sizes:
+    """Tokens of a grid step of `segment`."""
+    default = dict(tokens=min(call.tokens, 32))
+    return tuning.sizes("segment", call, default, lambda found: 0 < found["tokens"] <= min(call.tokens, 256))
+
+
+def _segment_declines(call: Call) -> str | None:
+    if call.dtype not in PLAIN:
+        return f"a segment is streamed through a state of {', '.join(PLAIN)}, not {call.dtype}"
+    if call.batch * call.tokens > 2**16:
+        return f"{call.batch} rows of {call.tokens} tokens are too many at once"
+    row = 2 * call.kv_heads * call.slots * call.head_dim * _BYTES[call.dtype]
+    if row > VMEM // 2:
+        return f"the {call.slots} slots of {call.kv_heads} kv heads take {row // _MIB} MiB, which VMEM does not hold"
+    return None
+
+
+def step(*args: Any, interpret: Any = False):
+    """See `Kernels.step`."""
+    from jaxcompress.pallas_kernels.tpu_step import step
+
+    return step(*args, interpret=interpret)
+
+
+def step_evict(*args: Any, interpret: Any = False, rule: Any):
+    """See `Kernels.step_evict`."""
+    from jaxcompress.pallas_kernels.tpu_step import step_evict
+
+    return step_evict(*args, rule, interpret=interpret)
+
+
+def segment(*args: Any, interpret: Any = False, rule: Any):
+    """See `Kernels.segment`."""
+    from jaxcompress.pallas_kernels.tpu_segment import segment
+
+    return segment(*args, rule, interpret=interpret)

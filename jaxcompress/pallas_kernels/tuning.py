@@ -1,0 +1,81 @@
+"""Sizes of blocks that were measured to be the best on this kind of device, on disk; sane ones without.
+
+The file is `$XDG_CACHE_HOME/jaxcompress/kernels.json` (by default in `~/.cache`): a device, an operation, and all that
+is known of a call (see `Call`) -> sizes. It is read when a kernel is traced, and written by `tune` only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcompress.pallas_kernels.contract import Call, Op, device
+
+Sizes = dict[str, int]
+
+
+def path() -> Path:
+    """Where sizes are kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "jaxcompress" / "kernels.json"
+
+
+def key(op: Op, call: Call) -> str:
+    """What sizes are kept by: the kind of device, the operation, and the call."""
+    return " ".join([device()[1], op, *(f"{name}={value}" for name, value in zip(call._fields, call, strict=True))])
+
+
+def sizes(op: Op, call: Call, default: Sizes, fits: Callable[[Sizes], bool]) -> Sizes:
+    """The sizes measured for a call; the default where there are none, or none that fit."""
+    found = _read().get(key(op, call))
+    known = isinstance(found, dict) and found.keys() == default.keys()
+    return found if known and all(isinstance(x, int) for x in found.values()) and fits(found) else default
+
+
+def tune(op: Op, call: Call, candidates: Sequence[Sizes], run: Callable[[Sizes], Any], *, repeats: int = 20) -> Sizes:
+    """Times candidates on the default device and keeps the best, on disk.
+
+    Args:
+      run: computes with the sizes given; what it returns is waited for. The first call compiles and is not timed.
+
+    Raises:
+      ValueError: no candidate ran.
+    """
+    medians, errors = [], []
+    for candidate in candidates:
+        try:
+            jax.block_until_ready(run(candidate))
+        except Exception as error:  # a block that does not fit into memory is found out by compiling
+            errors.append(f"{candidate}: {str(error).splitlines()[0] if str(error) else error!r}")
+            continue
+        seconds = []
+        for _ in range(repeats):
+            before = time.perf_counter()
+            jax.block_until_ready(run(candidate))
+            seconds.append(time.perf_counter() - before)
+        medians.append((float(np.median(seconds)), len(medians), candidate))
+    if not medians:
+        raise ValueError(f"no candidate ran for {op} {call}: {'; '.join(errors) or 'none was given'}")
+    best = min(medians)[2]
+    everything = _read() | {key(op, call): best}
+    path().parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path().with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(everything, indent=1, sort_keys=True))
+    unfinished.replace(path())
+    return best
+
+
+def _read() -> dict[str, Any]:
+    """What is on disk; nothing where it cannot be read, since sizes are a matter of speed only."""
+    try:
+        found = json.loads(path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
