@@ -7,7 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxcompress.pallas_kernels import tuning
 from jaxcompress.pallas_kernels.contract import Call, Op
+from jaxcompress.pallas_kernels.tuning import Sizes
 from jaxcompress.storage import DTYPES
 
 needs = "an NVIDIA GPU of compute capability 9.0 or later (Hopper, Blackwell)"
@@ -20,11 +22,34 @@ SHARED = 222 * 1024  # bytes of shared memory for a kernel's arrays, of the 227 
 # attended to at once, and what arrays over slots are rounded up to.
 TOKENS, STAGES, PASS, LINE = 8, 2, 16, 128
 
+# Of the kernel for a step: blocks of threads to have work for, four on each multiprocessor of an H100, and slots that
+# are worth a block of their own.
+BLOCKS, FEWEST = 4 * 132, 64
+
+_QUANTISED = ("int8", "float8_e4m3fn")
 _KINDS = re.compile(r"H100|H200|H800|H20\b|GH200|B100|B200|B300|GB\d00")
 
 
 def runs_on(platform: str, kind: str) -> bool:
     return platform in ("gpu", "cuda") and _KINDS.search(kind) is not None
+
+
+def step_sizes(call: Call, *, measured: bool = True) -> Sizes:
+    """Of `step`: slots that arrive together (a multiple of 8), how many times so many are under way, and blocks of
+    threads that share the slots of a row and kv head."""
+    rows = 32 if call.head_dim * _itemsize(call) <= 256 else 16
+    wanted = -(-BLOCKS // (call.batch * call.kv_heads))
+    splits = max(1, min(wanted, call.slots // FEWEST))
+    stages = min(4 if _itemsize(call) == 1 else 3, -(-call.slots // (rows * splits)))
+    default = dict(rows=rows, stages=stages, splits=splits)
+    return tuning.sizes("step", call, default, lambda found: _step_fits(call, found)) if measured else default
+
+
+def _step_fits(call: Call, size: Sizes) -> bool:
+    rows, stages, splits = size["rows"], size["stages"], size["splits"]
+    if rows < 8 or rows % 8 or rows > 64 or stages < 1 or not 1 <= splits <= -(-call.slots // rows):
+        return False
+    return 2 * stages * rows * call.head_dim * _itemsize(call) <= SHARED
 
 
 def declines(op: Op, call: Call) -> str | None:
@@ -50,12 +75,15 @@ def _segment_declines(call: Call) -> str | None:
 
 def segment_bytes(call: Call) -> int:
     """Shared memory that a block of threads takes for a segment: its slots, incoming tokens, and scores."""
-    scaled = call.dtype in ("int8", "float8_e4m3fn")
-    size = 1 if scaled else jnp.dtype(call.dtype).itemsize
+    size, scaled = _itemsize(call), call.dtype in _QUANTISED
     rows, flat = rounded(call.slots, PASS), rounded(call.slots, LINE)
     state = 2 * rows * call.head_dim * size + 8 * flat * scaled
     incoming = STAGES * TOKENS * call.head_dim * (call.group * jnp.dtype(call.query).itemsize + 2 * size)
     return state + incoming + 4 * flat * (call.group + 1)
+
+
+def _itemsize(call: Call) -> int:
+    return 1 if call.dtype in _QUANTISED else jnp.dtype(call.dtype).itemsize
 
 
 def rounded(n: int, to: int) -> int:

@@ -93,7 +93,7 @@ def segment(
     stored = [_with_codes(x, jax.freeze(ref)) for x, ref in zip(stored, refs, strict=True)]
     if quantised:
         bits = [_bits(x[..., :slots], dtype) for x in more[-2:]]
-        stored = [replace(x, scale=x.scale.at[layer].set(y)) for x, y in zip(stored, bits, strict=True)]
+        stored = [_with_scale(x, layer, y) for x, y in zip(stored, bits, strict=True)]
     numbers = None if numbers is None else more[0][..., :slots]
     return out, tuple(stored), held[..., :slots], numbers, freed
 
@@ -297,6 +297,10 @@ def _codes(x: Stored) -> Array:
 def _with_codes(x: Stored, codes: Array) -> Stored:
     codes = codes.reshape(_codes(x).shape)
     return replace(x, codes=codes) if isinstance(x, Quantised) else codes
+
+
+def _with_scale(x: Any, layer: Any, bits: Array) -> Stored:
+    return replace(x, scale=x.scale.at[layer].set(bits))
 
 
 def _scale(bits: Array, dtype: str) -> Array:

@@ -22,7 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from jaxcompress.pallas_kernels import rules
-from jaxcompress.pallas_kernels.contract import Rule, stored_as
+from jaxcompress.pallas_kernels.contract import Call, Rule, stored_as
+from jaxcompress.pallas_kernels.gpu import step_sizes
 from jaxcompress.pallas_kernels.gpu_rows import (
     MASKED,
     PER_COLUMN,
@@ -36,44 +37,34 @@ from jaxcompress.pallas_kernels.gpu_rows import (
     load,
     numbers,
 )
+from jaxcompress.pallas_kernels.tuning import Sizes
 from jaxcompress.storage import Quantised, Stored
 
-BLOCKS = 4 * 132  # of threads to have work for, if the slots allow: four on each multiprocessor of an H100
-FEWEST = 64  # slots worth a block of their own
 
+class _Plan(NamedTuple):
+    """Static facts of a launch: `rows` slots arrive together, in `tiles` of so many, by a ring of `stages`; `splits`
+    blocks of threads share the slots of a row and kv head."""
 
-class Plan(NamedTuple):
-    """Sizes of a launch.
-
-    Attributes:
-      rows: slots that arrive together, a multiple of 8.
-      tiles: of so many rows, that hold all slots.
-      stages: of the ring.
-      splits: blocks of threads that share the slots of a row and kv head.
-    """
-
-    rows: int
+    dtype: str
+    slots: int
     tiles: int
+    rows: int
     stages: int
     splits: int
 
 
-def plan(batch: int, kv_heads: int, slots: int, width: int, itemsize: int) -> Plan:
-    """Sane sizes; none was measured yet."""
-    rows = 32 if width * itemsize <= 256 else 16
-    tiles = pl.cdiv(slots, rows)
-    wanted = pl.cdiv(BLOCKS, batch * kv_heads)
-    splits = max(1, min(wanted, slots // FEWEST, tiles))
-    return Plan(rows, tiles, min(4 if itemsize == 1 else 3, pl.cdiv(tiles, splits)), splits)
+def step(q, new, stored, layer, index, visible, present, *, interpret: Any = False, sizes: Sizes | None = None):
+    """See `Kernels.step`.
 
-
-def step(q, new, stored, layer, index, visible, present, *, interpret: Any = False, sizes: Plan | None = None):
-    """See `Kernels.step`."""
+    Args:
+      sizes: see `gpu.step_sizes`.
+    """
     keys, values = stored
     b, k, g, d = q.shape
     slots, dtype = _codes(keys).shape[3], stored_as(keys)
-    sizes = sizes or plan(b, k, slots, d, _codes(keys).dtype.itemsize)
-    padding = sizes.rows * sizes.tiles - slots
+    sizes = sizes or step_sizes(Call(b, k, g, slots, d, index.shape[1], 1, dtype, q.dtype.name))
+    plan = _Plan(dtype, slots, pl.cdiv(slots, sizes["rows"]), **sizes)
+    padding = plan.rows * plan.tiles - slots
     bias = jnp.where(visible, 0.0, MASKED)
     bias = jnp.pad(bias, [(0, 0), (0, 0), (0, padding)], constant_values=-jnp.inf)
     at = jnp.where(present[:, None], index, slots).astype(jnp.int32)
@@ -85,20 +76,20 @@ def step(q, new, stored, layer, index, visible, present, *, interpret: Any = Fal
     rows = lambda x: _codes(x).reshape(-1, slots, d)
     refs = [jax.new_ref(rows(x), memory_space=plgpu.GMEM) for x in stored]
     ones = functools.partial(jnp.asarray, dtype=jnp.int32)
-    buffer = plgpu.SMEM((sizes.stages, sizes.rows, d), refs[0].dtype)
+    buffer = plgpu.SMEM((plan.stages, plan.rows, d), refs[0].dtype)
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     scores, out, tops, sums = launch(
-        functools.partial(_body, sizes=sizes, dtype=dtype, slots=slots, scaled=quantised),
+        functools.partial(_body, plan=plan, scaled=quantised),
         (
-            shape((b, k, g, sizes.rows * sizes.tiles)),
-            shape((b, k, sizes.splits, g, d)),
-            shape((b, k, sizes.splits, g)),
-            shape((b, k, sizes.splits, g)),
+            shape((b, k, g, plan.rows * plan.tiles)),
+            shape((b, k, plan.splits, g, d)),
+            shape((b, k, plan.splits, g)),
+            shape((b, k, plan.splits, g)),
         ),
-        grid=(b, k, sizes.splits),
+        grid=(b, k, plan.splits),
         names=("row", "head", "split"),
         scratch=dict(
-            k_ring=buffer, v_ring=buffer, arrived=plgpu.Barrier(num_arrivals=2, num_barriers=sizes.stages)
+            k_ring=buffer, v_ring=buffer, arrived=plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages)
         ),
         name="decode_step",
         interpret=interpret,
@@ -125,7 +116,7 @@ def step_evict(q, new, stored, layer, index, held, numbers, present, rule: Rule,
     return out, numbers, rules.victim(rule, numbers, held)[..., 0], stored
 
 
-def _body(q, key, value, *refs, sizes: Plan, dtype: str, slots: int, scaled: bool, k_ring, v_ring, arrived):
+def _body(q, key, value, *refs, plan: _Plan, scaled: bool, k_ring, v_ring, arrived):
     """One block of threads: `split` of the slots of one row and kv head.
 
     q [B, K, G, D] float32 with the factor of the scores in it; key, value [B, K, D] as stored; if scaled, their scales
@@ -139,25 +130,25 @@ def _body(q, key, value, *refs, sizes: Plan, dtype: str, slots: int, scaled: boo
     a_set = h if bias.shape[1] > 1 else 0
     at = (layer[0] * q.shape[0] + b) * heads + h
     slot = index[b, a_set]
-    begin = c * sizes.tiles // sizes.splits
-    end = jnp.where(present[b] > 0, (c + 1) * sizes.tiles // sizes.splits, begin)
-    mine = (slot >= begin * sizes.rows) & (slot < jnp.minimum(end * sizes.rows, slots))
+    begin = c * plan.tiles // plan.splits
+    end = jnp.where(present[b] > 0, (c + 1) * plan.tiles // plan.splits, begin)
+    mine = (slot >= begin * plan.rows) & (slot < jnp.minimum(end * plan.rows, plan.slots))
     queries = [load(q.at[b, h, g], PER_COLUMN) for g in range(group)]
 
     def fetch(tile, stage):
-        rows = pl.ds(tile * sizes.rows, sizes.rows)  # what lies beyond the slots arrives as zeros
+        rows = pl.ds(tile * plan.rows, plan.rows)  # what lies beyond the slots arrives as zeros
         plgpu.copy_gmem_to_smem(keys.at[at, rows], k_ring.at[stage], arrived.at[stage])
         plgpu.copy_gmem_to_smem(values.at[at, rows], v_ring.at[stage], arrived.at[stage])
 
-    for stage in range(sizes.stages):
+    for stage in range(plan.stages):
         pl.when(begin + stage < end)(lambda stage=stage: fetch(begin + stage, stage))
 
     def fold(i, carry):
-        tile, stage = begin + i, lax.rem(i, sizes.stages)
+        tile, stage = begin + i, lax.rem(i, plan.stages)
         plgpu.barrier_wait(arrived.at[stage])
-        units = [tile * sizes.rows + u for u in range(0, sizes.rows, UNIT)]
-        part = [pl.ds(u, UNIT) for u in range(0, sizes.rows, UNIT)]
-        k = [numbers(load(k_ring.at[stage, rows], ROWS), dtype) for rows in part]
+        units = [tile * plan.rows + u for u in range(0, plan.rows, UNIT)]
+        part = [pl.ds(u, UNIT) for u in range(0, plan.rows, UNIT)]
+        k = [numbers(load(k_ring.at[stage, rows], ROWS), plan.dtype) for rows in part]
         biases, k_scale, v_scale = [], [], []
         for first in units:
             rows = pl.ds(first, UNIT)
@@ -182,13 +173,13 @@ def _body(q, key, value, *refs, sizes: Plan, dtype: str, slots: int, scaled: boo
             faded.append((higher, total, out * along_rows(fade, d)))
             probabilities.append(p if scale is None else [x * y for x, y in zip(p, v_scale, strict=True)])
         for u, rows in enumerate(part):
-            v = numbers(load(v_ring.at[stage, rows], ROWS), dtype)
+            v = numbers(load(v_ring.at[stage, rows], ROWS), plan.dtype)
             faded = [
                 (top, total, out + along_rows(p[u], d) * v)
                 for (top, total, out), p in zip(faded, probabilities, strict=True)
             ]
         plgpu.commit_smem()  # all threads have read before the buffer is filled again
-        pl.when(tile + sizes.stages < end)(lambda: fetch(tile + sizes.stages, stage))
+        pl.when(tile + plan.stages < end)(lambda: fetch(tile + plan.stages, stage))
         return tuple(faded)
 
     nothing = full((UNIT,), MASKED, PER_ROW), full((UNIT,), 0.0, PER_ROW), full((UNIT, d), 0.0, ROWS)
@@ -196,13 +187,13 @@ def _body(q, key, value, *refs, sizes: Plan, dtype: str, slots: int, scaled: boo
 
     scaled_by = lambda i: 1.0 if one_scale is None else one_scale[i][b, h].astype(jnp.float32)
     own_key, own_value = load(key.at[b, h], PER_COLUMN), load(value.at[b, h], PER_COLUMN)
-    own_bias = bias[b, a_set, jnp.minimum(slot, slots - 1)]
+    own_bias = bias[b, a_set, jnp.minimum(slot, plan.slots - 1)]
     for g, (query, (top, total, out)) in enumerate(zip(queries, done, strict=True)):
-        own = (query * numbers(own_key, dtype)).sum(0) * scaled_by(0)
+        own = (query * numbers(own_key, plan.dtype)).sum(0) * scaled_by(0)
         own = jnp.where(mine, jnp.where(own_bias == 0, own, own_bias), -jnp.inf)
         highest = jnp.maximum(top.max(0), own)
         fade, p = jnp.exp(top - highest), jnp.exp(own - highest)
-        o_out[b, h, c, g] = (out * along_rows(fade, d)).sum(0) + p * scaled_by(1) * numbers(own_value, dtype)
+        o_out[b, h, c, g] = (out * along_rows(fade, d)).sum(0) + p * scaled_by(1) * numbers(own_value, plan.dtype)
         m_out[b, h, c, g] = highest
         l_out[b, h, c, g] = (total * fade).sum(0) + p
 

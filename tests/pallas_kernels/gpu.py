@@ -28,6 +28,11 @@ def exported(function: Any, *args: Any) -> str:
         return jax.export.export(jax.jit(function), platforms=["cuda"])(*args).mlir_module()
 
 
+def compiled(function: Any) -> Any:
+    """Compiled in little time: what an interpreter makes of a kernel is long."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def races_found() -> bool:
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 

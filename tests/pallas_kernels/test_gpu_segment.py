@@ -19,7 +19,7 @@ from jaxcompress.policies import Policy
 from jaxcompress.recurrence import Advanced, advance
 from jaxcompress.state import KVState, empty, with_numbers
 
-from .gpu import exported, interpreted, normal, races_found
+from .gpu import compiled, exported, interpreted, normal, races_found
 
 B, K, D = 2, 2, 64
 
@@ -47,7 +47,7 @@ def read(policy: Policy, backend: Any, *, g: int, sets: int, dtype: str = "float
     draw = lambda seed, heads: jax.random.normal(jax.random.key(seed), (B, 2 * t, heads, D))
     q, k, v = draw(0, K * g), draw(1, K), draw(2, K)
     positions = jnp.stack([jnp.arange(2 * t), jnp.arange(2 * t) - 3]).clip(-1)
-    step = jax.jit(lambda q, k, v, at, state: advance(q, k, v, at, state, 1, policy, window=window, backend=backend))
+    step = compiled(lambda q, k, v, at, state: advance(q, k, v, at, state, 1, policy, window=window, backend=backend))
     _, state, *_ = step(q[:, :t], k[:, :t], v[:, :t], positions[:, :t], state)
     state = replace(state, seen=(positions[:, :t] >= 0).sum(-1))
     return step(q[:, t:], k[:, t:], v[:, t:], positions[:, t:], state), state
@@ -88,7 +88,7 @@ def test_no_races() -> None:
 
     interpreter = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     call = partial(segment, window=None, rule=Rule("last"), interpret=interpreter)
-    out, _, held, numbers, freed = jax.jit(call)(*arguments("bfloat16"))
+    out, _, held, numbers, freed = compiled(call)(*arguments("bfloat16"))
     assert not races_found()
     assert np.isfinite(out.astype(jnp.float32)).all()
     assert np.isfinite(numbers).all()
@@ -101,7 +101,7 @@ def test_equal_keys_free_the_youngest() -> None:
     """All masses equal: on a tie the older token stays."""
     q, (key, value), (keys, values), *rest = arguments("float32")
     new, stored = (jnp.ones_like(key), value), (jnp.ones_like(keys), values)
-    _, _, held, _, freed = jax.jit(partial(segment, window=None, rule=Rule("last"), interpret=True))(
+    _, _, held, _, freed = compiled(partial(segment, window=None, rule=Rule("last"), interpret=True))(
         q, new, stored, *rest
     )
     assert (freed[1] == jnp.arange(20, 31)).all()

@@ -14,17 +14,17 @@ from jaxcompress import policies
 from jaxcompress.attention import slot_step
 from jaxcompress.pallas_kernels import gpu
 from jaxcompress.pallas_kernels.contract import Call, Rule
-from jaxcompress.pallas_kernels.gpu_step import Plan, plan, step, step_evict
+from jaxcompress.pallas_kernels.gpu_step import step, step_evict
 from jaxcompress.recurrence import advance
 from jaxcompress.state import empty, with_numbers
 
-from .gpu import exported, interpreted, normal, races_found
+from .gpu import compiled, exported, interpreted, normal, races_found
 
 CASES = {
-    "bfloat16": dict(dtype="bfloat16", s=50, sizes=Plan(16, 4, 2, 2)),
-    "float32, a set per head": dict(dtype="float32", d=64, p=2, s=37, sizes=Plan(8, 5, 3, 1)),
+    "bfloat16": dict(dtype="bfloat16", s=50, sizes=dict(rows=16, stages=2, splits=2)),
+    "float32, a set per head": dict(dtype="float32", d=64, p=2, s=37, sizes=dict(rows=8, stages=3, splits=1)),
     "int8, a set per head": dict(dtype="int8", p=2, g=1, s=33),
-    "float8": dict(dtype="float8_e4m3fn", s=40, sizes=Plan(32, 2, 1, 2)),
+    "float8": dict(dtype="float8_e4m3fn", s=40, sizes=dict(rows=32, stages=1, splits=2)),
     "float16, one slot": dict(dtype="float16", s=1, k=1, g=3),
     "eight queries": dict(dtype="bfloat16", s=64, d=64, k=1, g=8),
 }
@@ -58,7 +58,7 @@ def test_equals_the_reference(name: str) -> None:
     case = CASES[name]
     args = arguments(**case)
     kernel = partial(step, sizes=case.get("sizes"), interpret=True)
-    out, weights, stored = jax.jit(kernel)(*args)
+    out, weights, stored = compiled(kernel)(*args)
     expected, probabilities, then = reference(*args)
     exact = case["dtype"] == "float32"
     # The reference rounds weights to the state's dtype before they meet the values; the kernel does not.
@@ -78,7 +78,7 @@ def test_no_races() -> None:
 
     args = arguments("bfloat16", s=50)
     interpreter = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    out, weights, _ = jax.jit(partial(step, sizes=Plan(8, 7, 2, 3), interpret=interpreter))(*args)
+    out, weights, _ = compiled(partial(step, sizes=dict(rows=8, stages=2, splits=3), interpret=interpreter))(*args)
     assert not races_found()
     np.testing.assert_allclose(weights, reference(*args)[1], atol=1e-6)
     assert np.isfinite(out.astype(jnp.float32)).all()
@@ -90,7 +90,7 @@ def test_equal_masses_stay_equal() -> None:
     q, new, (keys, values), layer, index, visible, present = arguments("bfloat16", s=50)
     keys = jnp.broadcast_to(keys[:, :, :, :1], keys.shape)
     args = q, new, (keys, values), layer, index, jnp.ones_like(visible), present
-    _, weights, _ = jax.jit(partial(step, sizes=Plan(8, 7, 2, 3), interpret=True))(*args)
+    _, weights, _ = compiled(partial(step, sizes=dict(rows=8, stages=2, splits=3), interpret=True))(*args)
     others = jnp.arange(50) != index[..., None]
     for row in range(2):
         assert (np.ptp(weights[row][..., others[row, 0]], axis=-1) == 0).all()
@@ -105,7 +105,7 @@ def test_follows_a_rule(rule: Rule) -> None:
     index = held.argmax(-1)
     numbers = None if rule.fold == "age" else jax.random.uniform(jax.random.key(9), held.shape)
     call = partial(step_evict, rule=rule, interpret=True)
-    out, after, goes, _ = jax.jit(call)(q, new, stored, layer, index, held, numbers, present)
+    out, after, goes, _ = compiled(call)(q, new, stored, layer, index, held, numbers, present)
     expected, weights, _ = reference(q, new, stored, layer, index, held >= 0, present)
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=2e-2, rtol=2e-2)
     assert goes[1, 0] == 3  # a free slot, so that nothing goes
@@ -134,7 +134,7 @@ def test_decoding_through_the_door() -> None:
             layers=range(2), batch=b, heads=k, sets=1, capacity=slots, slots=slots + 1, head_dim=d, dtype="float32"
         )
         state = with_numbers(state, jax.ShapeDtypeStruct((b, 1, 1), jnp.float32), ())
-        one = jax.jit(lambda q, k, v, at, state: advance(q, k, v, at, state, 1, policy, backend=backend)[:2])
+        one = compiled(lambda q, k, v, at, state: advance(q, k, v, at, state, 1, policy, backend=backend)[:2])
         outs = []
         for i in range(t):
             at = slice(i, i + 1)
@@ -162,7 +162,7 @@ def test_where_there_is_no_interpreter_it_says_so() -> None:
     if jax.__version_info__ >= (0, 11):
         pytest.skip("here there is one")
     with pytest.raises(ValueError, match=r"JAX 0\.11 or later"):
-        jax.jit(partial(step, interpret=True))(*arguments("bfloat16", s=8))
+        compiled(partial(step, interpret=True))(*arguments("bfloat16", s=8))
 
 
 @pytest.mark.parametrize(
@@ -190,15 +190,17 @@ def test_runs_on_hopper_and_later() -> None:
 
 
 def test_sizes_fit_the_device() -> None:
-    """Every slot belongs to one block of threads, and few rows are shared by many of these."""
+    """Few rows are shared by many blocks of threads, and sizes from the disk that are none are left."""
+    some = Call(1, 8, 4, 1025, 128, 1, 1, "bfloat16", "bfloat16")
     for batch in (1, 8, 256):
         for slots in (1, 17, 129, 1025, 8193):
-            for width, itemsize in ((64, 2), (128, 1), (128, 2), (256, 4)):
-                rows, tiles, stages, splits = plan(batch, 8, slots, width, itemsize)
-                assert rows % 8 == 0
-                assert rows * tiles >= slots > rows * (tiles - 1)
-                assert 1 <= splits <= tiles
-                assert stages >= 1
-                assert 2 * stages * rows * width * itemsize <= 100 * 1024
-    assert plan(1, 8, 1025, 128, 2).splits == 16
-    assert plan(256, 8, 1025, 128, 2).splits == 1
+            for width, dtype in ((64, "float16"), (128, "int8"), (128, "bfloat16"), (256, "float32")):
+                call = some._replace(batch=batch, slots=slots, head_dim=width, dtype=dtype)
+                size = gpu.step_sizes(call, measured=False)
+                assert gpu._step_fits(call, size)
+                assert 2 * size["stages"] * size["rows"] * width * gpu._itemsize(call) <= 100 * 1024
+    assert gpu.step_sizes(some, measured=False)["splits"] == 16
+    assert gpu.step_sizes(some._replace(batch=256), measured=False)["splits"] == 1
+    assert not gpu._step_fits(some, dict(rows=12, stages=1, splits=1))
+    assert not gpu._step_fits(some, dict(rows=32, stages=1, splits=40))
+    assert not gpu._step_fits(some, dict(rows=64, stages=9, splits=1))
