@@ -207,7 +207,7 @@ def train(name: str, params: Any, objective: Any, steps: int, args: Arguments) -
         if checkpoints.latest is not None:
             state, at = checkpoints.restore(state)
             data.set_state(at)
-        how = dict(steps=steps, checkpoints=checkpoints, save_every=args.save_every, log=[log, show])
+        how: dict[str, Any] = dict(steps=steps, checkpoints=checkpoints, save_every=args.save_every, log=[log, show])
         return fit(state, make_step(objective, optimizer), data, **how).params
 
 
@@ -216,7 +216,9 @@ def main(args: Arguments) -> None:
     rngs = nnx.Rngs(args.seed)
     model = Llava(CONFIG, rngs=rngs)
     print(f"{sum(x.size for x in jax.tree.leaves(model)):,} weights", flush=True)
-    tower = train("tower", {"tower": model.tower, "heads": Heads(rngs=rngs)}, tower_objective, args.steps[0], args)["tower"]
+    tower = train("tower", {"tower": model.tower, "heads": Heads(rngs=rngs)}, tower_objective, args.steps[0], args)[
+        "tower"
+    ]
     rest = {"projector": model.projector, "decoder": model.decoder}
     rest = train("answers", rest, answer_objective(tower), args.steps[1], args)
     model.tower, model.projector, model.decoder = tower, rest["projector"], rest["decoder"]

@@ -85,16 +85,20 @@ def load_tower(source: str | Path, *, dtype: Any = None, sharding: Shardings | N
     folder = find(source)
     settings = read_json(folder / "config.json")
     config = tower_config(settings)
-    alone = re.compile(r"(vision_model|vit|deit|classifier|cls_classifier|distillation_classifier)\.")
-    ignored = lambda name: not alone.match(name) or _unused(name)
+    kind = _type(settings)
+    inside = "vision_model." if kind in _WITH_WORDS.values() else f"{kind}."
+    # A tower that was saved alone may go without the prefix.
+    bare = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|layernorm|head)\.")
+    renamed = lambda name: inside + name if bare.match(name) else name
+    ignored = lambda name: not name.startswith(inside) and "classifier" not in name or _unused(name)
     make = lambda dtype: VisionTower(config, dtype=dtype, rngs=nnx.Rngs(0))
-    names = _clip_names if _type(settings) in _WITH_WORDS.values() else _vit_names(_type(settings), config)
+    names = _clip_names if inside == "vision_model." else _vit_names(kind, config)
 
     def weights_of(model: VisionTower) -> tuple[list[Weight], Any]:
         leaves, tree = jax.tree_util.tree_flatten_with_path(model)
         return [_tower_weight(dotted(path), leaf, config, names) for path, leaf in leaves], tree
 
-    model = fill(folder, settings, make, weights_of, ignored=ignored, dtype=dtype, sharding=sharding)
+    model = fill(folder, settings, make, weights_of, ignored=ignored, renamed=renamed, dtype=dtype, sharding=sharding)
     return LoadedTower(model, config, settings, folder)
 
 
@@ -305,7 +309,9 @@ def _unused(name: str) -> bool:
 
 
 def _older_name(name: str) -> str:
-    """transformers 5 may put `model.` before the parts and the head beside them; the hub's folders have it so."""
+    """As the hub's folders have it. transformers 5 may put `model.` before the parts, the head beside them, and leave
+    `vision_model.` out."""
     name = re.sub(r"^model\.(vision_tower|multi_modal_projector|image_newline)", r"\1", name)
     name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
+    name = re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
     return re.sub(r"^lm_head\.", "language_model.lm_head.", name)

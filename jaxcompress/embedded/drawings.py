@@ -10,6 +10,7 @@ patch or two), some all of it (how many): what a method drops shows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,10 @@ DIGITS = tuple("0123456789")
 KINDS = ("colour", "shape", "number", "row", "column", "count", "exists")
 """Of questions."""
 
+_FILLERS = (
+    "a", "are", "colour", "column", "how", "in", "is", "many", "no", "number", "row", "shape", "the", "there", "things",
+    "what", "which", "yes", "?",
+)  # fmt: skip
 # Three columns of five rows, bit by bit.
 _GLYPHS = (0x7B6F, 0x2C97, 0x73E7, 0x72CF, 0x5BC9, 0x79CF, 0x79EF, 0x7252, 0x7BEF, 0x7BCF)
 _INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -125,7 +130,7 @@ def questions(drawing: Drawing, rng: np.random.Generator, n: int) -> list[Questi
 
 
 def _asked(kind: str, things: tuple[Thing, ...]) -> list[Question]:
-    """All questions of a kind whose thing is the only one that fits; a token entry for kinds that are always asked."""
+    """All questions of a kind about a thing that is the only one that fits; one blank for kinds that always fit."""
     shapes = [thing for thing in things if thing.name in SHAPES]
     digits = [thing for thing in things if thing.name in DIGITS]
     only = lambda of, key: [t for t in of if sum(key(t) == key(other) for other in of) == 1]
@@ -144,21 +149,15 @@ def _asked(kind: str, things: tuple[Thing, ...]) -> list[Question]:
 
 def _exists(things: tuple[Thing, ...], rng: np.random.Generator) -> Question:
     """Half of the time yes. Where the answer is no, shape and colour mostly occur, but not together."""
-    present = {(t.colour, t.name) for t in things if t.name in SHAPES}
-    if present and rng.uniform() < 0.5:
-        colour, name = sorted(present)[int(rng.integers(len(present)))]
-    else:
-        while True:
-            near = present and rng.uniform() < 0.7
-            colour = str(rng.choice(sorted({c for c, _ in present}) if near else list(COLOURS)))
-            name = str(rng.choice(sorted({n for _, n in present}) if near else SHAPES))
-            if (colour, name) not in present:
-                break
-            if near and len(present) == len({c for c, _ in present}) * len({n for _, n in present}):
-                present_only = [(c, n) for c in COLOURS for n in SHAPES if (c, n) not in present]
-                colour, name = present_only[int(rng.integers(len(present_only)))]
-                break
-    return Question("exists", f"is there a {colour} {name} ?", "yes" if (colour, name) in present else "no")
+    there = sorted({(t.colour, t.name) for t in things if t.name in SHAPES})
+    absent = [pair for pair in product(COLOURS, SHAPES) if pair not in there]
+    near = [
+        (c, n) for c, n in absent if any(c == other for other, _ in there) and any(n == other for _, other in there)
+    ]
+    yes = bool(there) and rng.uniform() < 0.5
+    pairs = there if yes else near if near and rng.uniform() < 0.7 else absent
+    colour, name = pairs[int(rng.integers(len(pairs)))]
+    return Question("exists", f"is there a {colour} {name} ?", "yes" if yes else "no")
 
 
 def _count(things: tuple[Thing, ...], rng: np.random.Generator) -> Question:
@@ -173,8 +172,7 @@ def _count(things: tuple[Thing, ...], rng: np.random.Generator) -> Question:
 
 def words() -> list[str]:
     """Every word of questions and answers."""
-    other = "a are colour column exists how in is many no number row shape the there things what which yes ?".split()
-    return sorted({*other, *COLOURS, *SHAPES, *DIGITS} - {"exists"})
+    return sorted({*_FILLERS, *COLOURS, *SHAPES, *DIGITS})
 
 
 def patch_labels(drawing: Drawing, patch: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
@@ -194,7 +192,7 @@ def patch_labels(drawing: Drawing, patch: int) -> tuple[Int[np.ndarray, " n"], I
 
 
 def present(drawing: Drawing) -> Float[np.ndarray, " n"]:
-    """1 for each (name, colour) that occurs, names as in `patch_labels`, any digit's name beside its colour."""
+    """1 for each (name, colour) that occurs; names are numbered as in (*SHAPES, *DIGITS)."""
     names, colours = (*SHAPES, *DIGITS), list(COLOURS)
     out = np.zeros((len(names), len(colours)), np.float32)
     for thing in drawing.things:

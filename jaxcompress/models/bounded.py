@@ -165,11 +165,17 @@ def read(
     done, freed, died = [], [], []
     for layers, parts in runs(state):
         attend = _attend(config, policy.at(layers.start), layers.start, chunk, placement, recurrence)
-        x, parts, gone = model.run_layers(x, positions, attend, parts, layers=layers)
+        x, parts, gone = model.run_layers(x, _standing(positions, parts, state), attend, parts, layers=layers)
         done += [replace(part, seen=part.seen + nth[:, -1]) for part in parts]
         freed += [pair[0] for pair in gone]
         died += [pair[1] for pair in gone]
     return Read(model.norm(x), tuple(done), tuple(freed), tuple(died))
+
+
+def _standing(positions: Positions, parts: State, before: State) -> Positions:
+    """Positions as the layers of these parts count them, from those of layers before: they differ where tokens were
+    numbered anew on the way (see `read_block`)."""
+    return jnp.where(positions >= 0, positions + (parts[0].seen - before[0].seen)[:, None], -1)
 
 
 def _attend(
@@ -256,12 +262,11 @@ def read_block(
         raise ValueError(
             f"stages after layers {order}: give each layer once, in order, out of 0..{config.num_layers - 1}"
         )
-    begun, done = state[0].seen, []
+    begun, done = state, []
     for layers, parts in runs(state):
         mine = policy.at(layers.start)
-        shift = (parts[0].seen - begun)[:, None]
-        block = block._replace(positions=jnp.where(block.positions >= 0, block.positions + shift, -1))
-        begun = parts[0].seen
+        block = block._replace(positions=_standing(block.positions, parts, begun))
+        begun, last = parts, block.positions.max(-1) + 1
         ends = [layer + 1 for layer in order if layer in layers]
         for start, stop in pairwise(sorted({layers.start, *ends, layers.stop})):
             attend = _attend(config, mine, layers.start, chunk or block.positions.shape[1], placement, advance)
@@ -275,7 +280,6 @@ def read_block(
             else:
                 x, parts, _ = model.run_layers(block.hidden, block.positions, attend, parts, layers=piece)
                 block = block._replace(hidden=x)
-        last = block.positions.max(-1) + 1
         done += [replace(part, seen=jnp.maximum(part.seen, last)) for part in parts]
     return block._replace(hidden=model.norm(block.hidden)), tuple(done)
 
@@ -365,20 +369,34 @@ def check_mode(policy: Policy, mode: Mode) -> None:
         raise ValueError(f"policy {policy.name} selects from a whole prompt at once: it needs mode oneshot, not {mode}")
 
 
-def check_fits(config: DecoderConfig, policy: Policy, state: State, tokens: int, *, prompt: int | None = None) -> None:
+def check_fits(
+    config: DecoderConfig,
+    policy: Policy,
+    state: State,
+    tokens: int,
+    *,
+    prompt: int | None = None,
+    held: Sequence[int] | None = None,
+) -> None:
     """Raises ValueError if a policy that cannot make room is to hold more tokens than it has slots.
 
     Args:
       tokens: how many will have been read in all; a sliding-window layer needs no more slots than its window.
       prompt: how many of them are read at once at first, for a policy that then selects once.
+      held: where a prompt was read, and layers may have read different numbers of its tokens: how many each layer
+        holds. `tokens` are then those to come.
     """
     if policy.forgets:
         return
+    total = tokens
     for layers, parts in runs(state):
         for part, layer in product(parts, layers):
             mine, window = policy.at(layer), config.sliding[layer] if config.sliding else None
             capacity = part.capacity if part.owner is None else part.capacity // config.num_kv_heads
-            if mine.score is None:
+            if held is not None:
+                total = held[layer] + tokens
+                what, need = "keeps every token", min(total, window or total)
+            elif mine.score is None:
                 what, need = "keeps every token", min(tokens, window or tokens)
             elif mine.evict == "once" and prompt:
                 what, need = f"keeps {mine.keep} of {prompt} tokens and every later one", mine.keep + tokens - prompt
@@ -386,6 +404,6 @@ def check_fits(config: DecoderConfig, policy: Policy, state: State, tokens: int,
                 continue
             if capacity < need:
                 raise ValueError(
-                    f"policy {mine.name} {what}: {tokens} tokens do not fit into the {capacity} slots of layer "
+                    f"policy {mine.name} {what}: {total} tokens do not fit into the {capacity} slots of layer "
                     f"{layer}; give {need} slots or more, or a policy that evicts"
                 )

@@ -73,7 +73,7 @@ class Projector(nnx.Module):
         width = config.decoder.hidden_size
         self.up, self.down = linear(config.tower.hidden_size, width), linear(width, width)
 
-    def __call__(self, x: Float[Array, "*B N E"]) -> Float[Array, "*B N W"]:
+    def __call__(self, x: Float[Array, "*B N E"]) -> Float[Array, "*B N F"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
 
 
@@ -99,16 +99,16 @@ class Llava(nnx.Module):
         """The tower's tokens as the projector gets them, special ones included."""
         return self.tower.run_layers(self.tower.embed(pixels), range(self.config.feature_layers))[0]
 
-    def project(self, hidden: Float[Array, "*B N E"]) -> Float[Array, "*B N W"]:
+    def project(self, hidden: Float[Array, "*B N E"]) -> Float[Array, "*B N F"]:
         """Tokens of the tower, special ones left out by the caller, as tokens of the decoder."""
         return self.projector(hidden)
 
-    def images(self, pixels: Pixels) -> Float[Array, "C N E"]:
+    def images(self, pixels: Pixels) -> Float[Array, "B N E"]:
         """Every crop's visual tokens in raster order, all of them."""
         special = 0 if self.config.keep_special else self.config.tower.special
         return self.project(self.see(pixels).hidden[:, special:])
 
-    def pack(self, features: Float[Array, "C N E"], index: Int[Array, "B M"]) -> Hidden:
+    def pack(self, features: Float[Array, "crops N E"], index: Int[Array, "B M"]) -> Float[Array, "B M E"]:
         """The visual tokens of each row of a batch: patches and newlines in the order of its index.
 
         Args:
@@ -121,7 +121,7 @@ class Llava(nnx.Module):
             visual = jnp.where((index == NEWLINE)[..., None], self.newline[...].astype(visual.dtype), visual)
         return visual
 
-    def embed(self, tokens: Tokens, visual: Hidden) -> Hidden:
+    def embed(self, tokens: Tokens, visual: Float[Array, "B M E"]) -> Hidden:
         """Embeddings, with the nth image token of a row replaced by its nth visual token.
 
         How many there are is not checked here, where shapes are all that is known: see `check_placeholders`.
@@ -133,7 +133,7 @@ class Llava(nnx.Module):
             here[..., None], jnp.take_along_axis(visual, nth[..., None], axis=1).astype(words.dtype), words
         )
 
-    def __call__(self, tokens: Tokens, visual: Hidden, positions: Positions | None = None) -> Logits:
+    def __call__(self, tokens: Tokens, visual: Float[Array, "B M E"], positions: Positions | None = None) -> Logits:
         """Plain causal attention over words and patches, no state. Positions default to 0..T-1; -1 marks padding."""
         decoder = self.decoder
         return decoder.logits(decoder.norm(decoder.hidden_of(self.embed(tokens, visual), positions)))
@@ -224,7 +224,9 @@ def visual_index(
     return out
 
 
-def expand_placeholders(tokens: Sequence[int], image_token: int, counts: Sequence[int]) -> Int[np.ndarray, " T"]:
+def expand_placeholders(
+    tokens: Sequence[int] | np.ndarray, image_token: int, counts: Sequence[int]
+) -> Int[np.ndarray, " T"]:
     """A prompt in which every image token, one for each picture, stands as often as its picture has visual tokens.
 
     Raises:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxcompress.attention import MASKED, Shown, whole_attention
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
-Pixels = Float[Array, "B C W W"]
+Pixels = Float[Array, "B channels side side"]
 """Normalised by the checkpoint's image processor; channels first, as transformers has them."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
