@@ -13,4 +13,5 @@ from jaxcompress.checkpoints._vision import LoadedTower as LoadedTower
 from jaxcompress.checkpoints._vision import llava_config as llava_config
 from jaxcompress.checkpoints._vision import load_llava as load_llava
 from jaxcompress.checkpoints._vision import load_tower as load_tower
+from jaxcompress.checkpoints._vision import save_llava as save_llava
 from jaxcompress.checkpoints._vision import tower_config as tower_config
