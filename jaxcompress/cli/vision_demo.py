@@ -54,7 +54,7 @@ class VisionDemo:
         say("Tokens: visual tokens of a picture; in a layer: mean over the decoder's layers. FLOPs and time of reading")
         say("one prompt in the decoder, FLOPs as the compiler counts them; KV: bytes of its keys and values.\n")
         say(f"{'way':24}{'tokens':>7}{'in a layer':>12}{'accuracy':>10}{'MFLOPs':>9}{'KV KiB':>8}{'ms':>7}")
-        examiner, table, kept = Examiner(loaded.model, asked, bos=tokenizer.bos_id), [], {}
+        examiner, table, kept = Examiner(loaded.model, asked), [], {}
         try:
             for n in (patches, *sorted(set(self.tokens) - {patches}, reverse=True)):
                 for way in [Way("all")] if n == patches else _ways(n, patches):

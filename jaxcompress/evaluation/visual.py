@@ -73,6 +73,7 @@ class Exam(NamedTuple):
       asked: [I][Q] questions.
       words: [I * Q, W] token ids of the questions, padded at the end; `valid` says what is padding.
       answers: [I * Q], the right token.
+      bos: the token that prompts begin with.
     """
 
     drawings: tuple[Drawing, ...]
@@ -81,6 +82,7 @@ class Exam(NamedTuple):
     words: Int[np.ndarray, "R W"]
     valid: Bool[np.ndarray, "R W"]
     answers: Int[np.ndarray, " R"]
+    bos: int
 
 
 def exam(
@@ -104,7 +106,7 @@ def exam(
         words[row, : len(ids)], valid[row, : len(ids)] = ids, True
     answers = np.array([tokenizer.encode(question.answer, add_bos=False)[0] for question in flat])
     pixels = process([drawing.pixels for drawing in drawings], processor, model.config).pixels
-    return Exam(drawings, pixels, asked, words, valid, answers)
+    return Exam(drawings, pixels, asked, words, valid, answers, int(tokenizer.opening()[0]))
 
 
 def guessing(asked: Exam) -> float:
@@ -222,8 +224,8 @@ class Outcome(NamedTuple):
 class Examiner:
     """Measures ways to reduce on one exam. What two ways share is compiled once."""
 
-    def __init__(self, model: Llava, asked: Exam, *, bos: int, runs: int = 3):
-        self.model, self.asked, self.bos, self.runs = model, asked, bos, runs
+    def __init__(self, model: Llava, asked: Exam, *, runs: int = 3):
+        self.model, self.asked, self.runs = model, asked, runs
         self._read: dict[Any, Any] = {}
 
     def __call__(self, way: Way) -> Outcome:
@@ -237,7 +239,7 @@ class Examiner:
         given = (model, visual, asked.words, asked.valid)
         key = visual.place.shape, way.stages
         if key not in self._read:
-            self._read[key] = jax.jit(partial(ask, bos=self.bos, stages=way.stages)).lower(*given).compile()
+            self._read[key] = jax.jit(partial(ask, bos=asked.bos, stages=way.stages)).lower(*given).compile()
         compiled = self._read[key]
         took, done = [], None
         for _ in range(self.runs):

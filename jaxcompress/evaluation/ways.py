@@ -34,8 +34,8 @@ def at_random(n: int, seed: int = 0) -> Way:
     """n patches drawn anew for each picture: what every method has to beat."""
 
     def choose(patches: Patches, shown: Shown, grid: int) -> Array:
-        rows = jax.random.split(jax.random.key(seed), patches.size.shape[0])
-        return jax.vmap(lambda key: jax.random.permutation(key, grid**2)[:n])(rows)
+        draw = lambda row: jax.random.permutation(jax.random.fold_in(jax.random.key(seed), row), grid**2)[:n]
+        return jax.vmap(draw)(jnp.arange(patches.size.shape[0]))
 
     return _in_tower("random", choose)
 
