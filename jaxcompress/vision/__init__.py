@@ -1,0 +1,1 @@
+"""Vision tokens, dropped and merged."""
