@@ -57,7 +57,7 @@ class Arguments:
     """Trains the embedded vision-language model; writes checkpoints, a log and the model under `out`."""
 
     out: Path = Path("runs/vision")
-    steps: tuple[int, int] = (600, 1500)
+    steps: tuple[int, int] = (600, 800)
     """For the tower, and for the rest."""
     rows: int = 32
     """Pictures in a batch."""

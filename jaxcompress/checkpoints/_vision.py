@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxcompress.checkpoints._config import decoder_config
+from jaxcompress.checkpoints._config import decoder_config, hugging_face_config
 from jaxcompress.checkpoints._load import Shardings, fill, find, read_json
+from jaxcompress.checkpoints._save import one_dtype, tokenizer_files, whole_folder, write_json, write_weights
 from jaxcompress.checkpoints._weights import Weight, decoder_weight, dotted
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.vit import Activation, TowerConfig, VisionTower
@@ -37,6 +39,7 @@ _TEXTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": {**_LLAMA, "intermediate_size": 14336},
     "qwen2": {**_LLAMA, "vocab_size": 151936, "intermediate_size": 22016},
+    "qwen3": {**_LLAMA, "vocab_size": 151936, "intermediate_size": 22016},
 }
 _LLAVA_TOWER = {
     "model_type": "clip_vision_model", "intermediate_size": 4096, "hidden_size": 1024, "patch_size": 14,
@@ -118,6 +121,73 @@ def load_llava(source: str | Path, *, dtype: Any = None, sharding: Shardings | N
         folder, settings, make, llava_weights, ignored=ignored, renamed=_older_name, dtype=dtype, sharding=sharding
     )
     return LoadedLlava(model, config, settings, folder)
+
+
+def save_llava(
+    model: Llava,
+    folder: str | Path,
+    *,
+    processor: Mapping[str, Any],
+    tokenizer_from: str | Path | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Writes a LLaVA model as a folder that `load_llava` and transformers open; returns the folder.
+
+    The folder appears whole or not at all, as with `save`.
+
+    Args:
+      processor: preprocessor_config.json, what `image_processor` reads.
+      tokenizer_from: a folder whose tokenizer files are copied.
+
+    Raises:
+      FileExistsError, FileNotFoundError, ValueError: as `save`; a tower that is not CLIP's or SigLIP's.
+    """
+    folder = Path(folder).expanduser().absolute()
+    weights, _ = llava_weights(model)
+    config = hugging_face_llava_config(model.config) | {"dtype": one_dtype(weights)}
+    files = tokenizer_files(tokenizer_from)
+    with whole_folder(folder) as partial:
+        write_json(partial / "config.json", config)
+        write_json(partial / "preprocessor_config.json", dict(processor))
+        for file in files:
+            shutil.copyfile(file, partial / file.name)
+        write_weights(weights, partial, shard_bytes)
+    return folder
+
+
+def hugging_face_llava_config(config: LlavaConfig) -> dict[str, Any]:
+    """The config.json of this model: the inverse of `llava_config`.
+
+    Raises ValueError where no Hugging Face architecture has this tower or decoder.
+    """
+    tower, following = config.tower, bool(config.pinpoints)
+    clip = (tower.pre_norm, tower.patch_bias, tower.special, tower.pooling) == (True, False, 1, "class")
+    siglip = (tower.pre_norm, tower.patch_bias, tower.special) == (False, True, 0)
+    if not (clip or siglip) or tower.labels or following != config.newline:
+        raise ValueError("LLaVA in Hugging Face's layout has the tower of CLIP or SigLIP, and newlines if it has tiles")
+    activation = next(name for name, ours in _ACTIVATIONS.items() if ours == tower.activation)
+    vision = {
+        "model_type": "clip_vision_model" if clip else "siglip_vision_model",
+        "hidden_size": tower.hidden_size, "intermediate_size": tower.intermediate_size,
+        "num_hidden_layers": tower.num_layers, "num_attention_heads": tower.num_heads,
+        "image_size": tower.image_size, "patch_size": tower.patch_size, "num_channels": tower.channels,
+        "hidden_act": activation, "layer_norm_eps": tower.norm_eps,
+        **({} if clip else {"vision_use_head": tower.pooling == "attention"}),
+    }  # fmt: skip
+    return {
+        "architectures": ["LlavaNextForConditionalGeneration" if following else "LlavaForConditionalGeneration"],
+        "model_type": "llava_next" if following else "llava",
+        "image_token_index": config.image_token,
+        "image_seq_length": config.tokens_per_crop,
+        "vision_feature_layer": config.feature_layers - tower.num_layers - 1,
+        "vision_feature_select_strategy": "full" if config.keep_special or not tower.special else "default",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": config.projector_bias,
+        "vision_config": vision,
+        "text_config": hugging_face_config(config.decoder),
+        "tie_word_embeddings": config.decoder.tied,
+        **({"image_grid_pinpoints": [list(point) for point in config.pinpoints]} if following else {}),
+    }
 
 
 def image_processor(folder: Path) -> Any:
