@@ -13,6 +13,7 @@ The run can be stopped and started again.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from jaxcompress.checkpoints import save_llava
 from jaxcompress.embedded.drawings import COLOURS, DIGITS, SHAPES, SIDE, draw, patch_labels, present, questions, words
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.llava import Llava, LlavaConfig
@@ -222,6 +225,29 @@ def main(args: Arguments) -> None:
     rest = {"projector": model.projector, "decoder": model.decoder}
     rest = train("answers", rest, answer_objective(tower), args.steps[1], args)
     model.tower, model.projector, model.decoder = tower, rest["projector"], rest["decoder"]
+    export(model, args.out / "model")
+
+
+def export(model: Llava, folder: Path) -> None:
+    """Writes the Hugging Face folder that ships: bfloat16 weights, tokenizer and image processor."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *words()])}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    special = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    square = {"height": SIDE, "width": SIDE}
+    processor = dict(
+        image_processor_type="CLIPImageProcessor", do_resize=True, size=square, do_center_crop=True, crop_size=square,
+        do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=[MEAN] * 3, image_std=[STD] * 3,
+        do_convert_rgb=True, resample=3,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as files:
+        tokenizer.save(f"{files}/tokenizer.json", pretty=False)
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", **special)
+        Path(files, "tokenizer_config.json").write_text(json.dumps(config))
+        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+        saved = save_llava(half, folder, processor=processor, tokenizer_from=files)
+    print(f"{saved}: {sum(file.stat().st_size for file in saved.iterdir()) / 1e6:.1f} MB", flush=True)
 
 
 if __name__ == "__main__":
