@@ -139,6 +139,56 @@ def lifetime_attention(
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, n * block, kv, g, d)[:, :t]
 
 
+def whole_attention(q: Queries, k: Keys, v: Values, bias: Float[Array, "B T"]) -> AttentionOut:
+    """Every query attends to every key, wherever it stands: the attention of encoders.
+
+    Args:
+      bias: added to the scores of each key; `MASKED` for one that nobody sees.
+    """
+    b, t, h, d = q.shape
+    kv = k.shape[2]
+    q = q.reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4) * d**-0.5
+    every = jnp.ones((b, 1, t, t), bool)
+    bias = jnp.broadcast_to(bias[:, None].astype(jnp.float32), (b, kv, t))
+    out = _attend_block(q, k.swapaxes(1, 2), v.swapaxes(1, 2), every, bias, every)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+
+
+class Shown(NamedTuple):
+    """What one layer's attention compared: enough for any row of its probabilities, none of which is computed unasked.
+
+    Attributes:
+      queries: [B, T, H, D], as they met the keys: in a decoder rotated to their positions.
+      keys: [B, T, K, D], likewise.
+      bias: [B, T] float32, what was added to the scores of each key; `MASKED` for what nobody sees.
+      positions: [B, T], where tokens stand if attention is causal, -1 for padding; None if it is not (encoders).
+    """
+
+    queries: Queries
+    keys: Keys
+    bias: Float[Array, "B T"]
+    positions: Positions | None = None
+
+    def rows(self, index: Int[Array, "B R"]) -> Float[Array, "B H R T"]:
+        """The attention probabilities of some queries, float32; zero for those of padding.
+
+        Args:
+          index: which queries of each row of the batch.
+        """
+        b, t, h, d = self.queries.shape
+        kv = self.keys.shape[2]
+        q = jnp.take_along_axis(self.queries, index[..., None, None], axis=1).reshape(b, -1, kv, h // kv, d)
+        scores = jnp.einsum("brkgd,btkd->bkgrt", q, self.keys, preferred_element_type=jnp.float32) * d**-0.5
+        scores += self.bias[:, None, None, None]
+        visible = (self.bias > MASKED / 2)[:, None, None, None]
+        present = jnp.ones((b, 1, 1, index.shape[1], 1), bool)
+        if self.positions is not None:
+            at = jnp.take_along_axis(self.positions, index, axis=1)[:, None, None, :, None]
+            key = self.positions[:, None, None, None]
+            visible, present = visible & (key >= 0) & (key <= at), at >= 0
+        return masked_softmax(scores, visible, present).reshape(b, h, -1, t)
+
+
 class Summary(NamedTuple):
     """Stand-ins for evicted tokens that every query sees beside the slots.
 

@@ -224,7 +224,7 @@ def merge_nearest(threshold: float = 0.0) -> Reduce:
         other = _norm(jnp.take_along_axis(held.values, near.target[..., None], axis=2))
         passes = near.found & (near.cosine >= threshold)
         weight = jnp.where(passes, jnp.maximum(near.cosine, 0.0) * size / (size + other), 0.0)
-        total, weights = _poured(near.target, weight, gone, held)
+        total, weights = pour(near.target, weight, gone.values, held.values.shape[2])
         values = (held.values + total) / (1 + weights)[..., None]
         return Absorbed(values, weights > 0, numbers, held.memory)
 
@@ -248,7 +248,7 @@ def merge_weighted() -> Reduce:
     def absorb(size: Stats, held: Candidates, gone: Gone) -> Absorbed:
         near = nearest(held, gone)
         weight = jnp.where(near.found, gone.stats, 0.0)
-        total, weights = _poured(near.target, weight, gone, held)
+        total, weights = pour(near.target, weight, gone.values, held.values.shape[2])
         together = jnp.maximum(size + weights, 1.0)[..., None]
         values = jnp.where(weights[..., None] > 0, (size[..., None] * held.values + total) / together, held.values)
         return Absorbed(values, weights > 0, size + weights, held.memory)
@@ -333,7 +333,7 @@ def d2o(old: float = 0.5, new: float = 0.5) -> Reduce:
         limit = jnp.where(count > 0, limit, before.threshold)
         # A little slack, since the mean of equal numbers may be rounded up.
         weight = jnp.where(near.found & (cosine >= limit[..., None] - 1e-6), jnp.exp(near.cosine), 0.0)
-        total, weights = _poured(near.target, weight, gone, held)
+        total, weights = pour(near.target, weight, gone.values, held.values.shape[2])
         values = (math.e * held.values + total) / (math.e + weights)[..., None]
         started = jnp.maximum(before.started, count > 0)
         return Absorbed(values, weights > 0, numbers, _Limit(limit, started))
@@ -374,18 +374,25 @@ def nearest(held: Candidates, gone: Gone) -> Nearest:
     return Nearest(target, jnp.where(found, cosine, 0.0), found)
 
 
-def _poured(target: Array, weight: Array, gone: Gone, held: Candidates) -> tuple[Array, Array]:
-    """Sums of weight * value and of weight over what goes into each slot: [B, K, N, D] and [B, K, N].
+def pour(
+    target: Int[Array, "B K M"], weight: Float[Array, "B K M"], values: Float[Array, "B K M D"], n: int
+) -> tuple[Float[Array, "B K n D"], Float[Array, "B K n"]]:
+    """Sums of weight * value and of weight over what goes into each of n places.
 
     As products with one-hot rows: unlike a scatter they add in the same order every time.
+
+    Args:
+      target: where each value goes; out of 0..n-1: nowhere.
     """
-    slots = jnp.arange(held.positions.shape[-1])
+    places = jnp.arange(n)
 
     def block(sums: Any, parts: Any) -> Any:
         target, weight, values = parts
-        return _add(sums, jnp.where(target[..., None] == slots, weight[..., None], 0.0), values), ()
+        return _add(sums, jnp.where(target[..., None] == places, weight[..., None], 0.0), values), ()
 
-    return _in_blocks(block, _no_sums(held), (target, weight, gone.values))[0]
+    b, k, _, d = values.shape
+    nothing = jnp.zeros((b, k, n, d), jnp.float32), jnp.zeros((b, k, n), jnp.float32)
+    return _in_blocks(block, nothing, (target, weight, values))[0]
 
 
 def _no_sums(held: Candidates) -> tuple[Array, Array]:

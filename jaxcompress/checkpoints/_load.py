@@ -27,7 +27,8 @@ from jaxcompress.models.decoder import Decoder, DecoderConfig
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DOWNLOADED = (
     "config.json", "generation_config.json", "model*.safetensors", _INDEX, "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "preprocessor_config.json",
+    "processor_config.json",
 )  # fmt: skip
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -92,21 +93,54 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
       >>> where = lambda name, shape: columns if name.endswith("kernel") else whole
       >>> model = load("checkpoint", sharding=where).model  # doctest: +SKIP
     """
-    folder = _find(source)
-    settings = _read_json(folder / "config.json")
+    folder = find(source)
+    settings = read_json(folder / "config.json")
     config = decoder_config(settings)
-    with _open(_weight_files(folder)) as tensors:
+    # Older checkpoints hold the RoPE frequencies, and some tied ones the embedding twice.
+    ignored = lambda name: name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+    make = lambda dtype: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
+    model = fill(folder, settings, make, weights_of, ignored=ignored, dtype=dtype, sharding=sharding)
+    return Loaded(model, config, settings, folder)
+
+
+def fill(
+    folder: Path,
+    settings: Mapping[str, Any],
+    make: Callable[[Any], Any],
+    weights_of: Callable[[Any], tuple[list[Weight], Any]],
+    *,
+    ignored: Callable[[str], bool],
+    renamed: Callable[[str], str] = lambda name: name,
+    dtype: Any,
+    sharding: Shardings | None,
+) -> Any:
+    """A module with the weights of a folder.
+
+    Args:
+      settings: its config.json.
+      make: (dtype) -> the module; it is not run, only its shapes are asked for.
+      weights_of: (module) -> its arrays with their names in a checkpoint, and the tree to put them back.
+      ignored: whether a tensor, by name, may be left over.
+      renamed: a tensor's name in the files -> as `weights_of` has it.
+      dtype, sharding: as in `load`.
+
+    Raises:
+      ValueError, FileNotFoundError: as `load`.
+    """
+    with _open(_weight_files(folder)) as files:
+        tensors = {renamed(name): tensor for name, tensor in files.items()}
         target = _dtype(dtype, settings, tensors)
-        weights, tree = weights_of(jax.eval_shape(lambda: Decoder(config, dtype=target, rngs=nnx.Rngs(0))))
-        _check(weights, tensors, config, folder)
+        weights, tree = weights_of(jax.eval_shape(lambda: make(target)))
+        _check(weights, tensors, ignored, folder)
         not_finite: set[str] = set()
         arrays = [_array(weight, tensors, target, sharding, not_finite) for weight in weights]
     if not_finite:
         raise NotFinite(f"{folder} has weights that are not finite as {target.name}: {', '.join(sorted(not_finite))}")
-    return Loaded(jax.tree_util.tree_unflatten(tree, arrays), config, settings, folder)
+    return jax.tree_util.tree_unflatten(tree, arrays)
 
 
-def _find(source: str | Path) -> Path:
+def find(source: str | Path) -> Path:
+    """A checkpoint's folder, downloaded if it is a hub id. Raises FileNotFoundError."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -124,7 +158,8 @@ def _find(source: str | Path) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError, ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:
@@ -137,7 +172,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     if (folder / _INDEX).is_file():
-        files = [folder / name for name in sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(read_json(folder / _INDEX)["weight_map"].values()))]
         if absent := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{folder} lacks files that {_INDEX} names: {', '.join(absent)}")
         return files
@@ -171,10 +206,8 @@ def _dtype(asked: Any, settings: Mapping[str, Any], tensors: Mapping[str, Any]) 
     return dtype
 
 
-def _check(weights: list[Weight], tensors: Mapping[str, Any], config: DecoderConfig, folder: Path) -> None:
+def _check(weights: list[Weight], tensors: Mapping[str, Any], ignored: Callable[[str], bool], folder: Path) -> None:
     shapes = {name: weight.tensor_shape for weight in weights for name in weight.tensors}
-    # Older checkpoints hold the RoPE frequencies, and some tied ones the embedding twice.
-    ignored = lambda name: name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
     found = {name: tuple(tensors[name].get_shape()) for name in shapes if name in tensors}
     problems = {
         "missing": [name for name in shapes if name not in tensors],
@@ -212,7 +245,7 @@ def _read(
     blocks, names, inner = [out], weight.tensors, index
     if weight.stacked:
         blocks, names, inner = list(out), weight.tensors[index[0]], index[1:]
-    inner = inner[::-1] if weight.transposed else inner
+    inner = (0,) * weight.leading + (inner[::-1] if weight.transposed else inner)
     for block, name in zip(blocks, names, strict=True):
         part = tensors[name][inner]
         with np.errstate(over="ignore"):

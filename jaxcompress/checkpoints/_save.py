@@ -54,19 +54,19 @@ def save(
     """
     folder = Path(folder).expanduser().absolute()
     weights, _ = weights_of(model)
-    config = hugging_face_config(model.config) | {"dtype": _one_dtype(weights)}
-    tokenizer = _tokenizer_files(tokenizer_from)
+    config = hugging_face_config(model.config) | {"dtype": one_dtype(weights)}
+    tokenizer = tokenizer_files(tokenizer_from)
     config |= _special_tokens(tokenizer_from)
-    with _whole(folder) as partial:
-        _write_json(partial / "config.json", config)
+    with whole_folder(folder) as partial:
+        write_json(partial / "config.json", config)
         for file in tokenizer:
             shutil.copyfile(file, partial / file.name)
-        _write_weights(weights, partial, shard_bytes)
+        write_weights(weights, partial, shard_bytes)
     return folder
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into that becomes `folder` on leaving, or vanishes if something is raised."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; save into a new folder")
@@ -89,14 +89,16 @@ def _to_disk(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _one_dtype(weights: list[Weight]) -> str:
+def one_dtype(weights: list[Weight]) -> str:
+    """Raises ValueError if weights are of several dtypes."""
     dtypes = sorted({weight.array.dtype.name for weight in weights})
     if len(dtypes) > 1:
         raise ValueError(f"the weights are of several dtypes ({', '.join(dtypes)}); a checkpoint has one")
     return dtypes[0]
 
 
-def _tokenizer_files(source: str | Path | None) -> list[Path]:
+def tokenizer_files(source: str | Path | None) -> list[Path]:
+    """Raises FileNotFoundError if a folder is given that has none."""
     if source is None:
         return []
     source = Path(source).expanduser()
@@ -113,11 +115,13 @@ def _special_tokens(source: str | Path | None) -> dict[str, Any]:
     return {key: known.get(key) for key in _SPECIAL}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented, as the other files of such folders."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> None:
+def write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> None:
+    """model.safetensors, or several files with an index. config.json has to be there before."""
     shards = _shards(weights, shard_bytes)
     names = ["model.safetensors"]
     if len(shards) > 1:
@@ -130,7 +134,7 @@ def _write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> Non
     if len(shards) > 1:
         size = sum(weight.array.nbytes for weight in weights)
         files = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
 
 
 def _shards(weights: list[Weight], shard_bytes: int) -> list[dict[str, tuple[Weight, int]]]:
@@ -150,4 +154,4 @@ def _shards(weights: list[Weight], shard_bytes: int) -> list[dict[str, tuple[Wei
 
 def _on_host(weight: Weight, layer: int) -> np.ndarray:
     array = np.asarray(weight.array[layer] if weight.stacked else weight.array)
-    return np.ascontiguousarray(array.T) if weight.transposed else array
+    return np.ascontiguousarray(array.T if weight.transposed else array).reshape(weight.tensor_shape)

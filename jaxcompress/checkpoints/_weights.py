@@ -33,6 +33,7 @@ class Weight(NamedTuple):
       tensors: its names in a checkpoint, one per layer if the array is stacked, else one.
       stacked: whether the first axis is the layer.
       transposed: whether a tensor is [out, in] where the array is [in, out].
+      leading: how many axes of length 1 a tensor has in front of the array's.
     """
 
     name: str
@@ -40,25 +41,27 @@ class Weight(NamedTuple):
     tensors: tuple[str, ...]
     stacked: bool
     transposed: bool
+    leading: int = 0
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of one tensor in the checkpoint."""
         shape = self.array.shape[1:] if self.stacked else self.array.shape
-        return shape[::-1] if self.transposed else shape
+        return (1,) * self.leading + (shape[::-1] if self.transposed else shape)
 
 
 def weights_of(model: Decoder) -> tuple[list[Weight], Any]:
     """The arrays of a decoder (real or abstract) with their names in a checkpoint, and the tree to put them back."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(model)
-    return [_weight(_dotted(path), leaf, model.config.num_layers) for path, leaf in leaves], tree
+    return [decoder_weight(dotted(path), leaf, model.config.num_layers) for path, leaf in leaves], tree
 
 
-def _dotted(path: tuple[Any, ...]) -> str:
+def dotted(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def _weight(name: str, array: Any, layers: int) -> Weight:
+def decoder_weight(name: str, array: Any, layers: int) -> Weight:
+    """One array of a decoder with `layers` layers, by where it is in the module."""
     if name in _SINGLE:
         return Weight(name, array, (_SINGLE[name],), stacked=False, transposed=name == "head")
     module, leaf = name.rsplit(".", 1)

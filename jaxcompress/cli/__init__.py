@@ -16,6 +16,7 @@ from jaxcompress.cli.perplexity import Perplexity
 from jaxcompress.cli.retention import Retention
 from jaxcompress.cli.trace import Trace
 from jaxcompress.cli.train import Train, with_settings
+from jaxcompress.cli.vision_demo import VisionDemo
 
 DESCRIPTION = """Transformers that live in a fixed amount of memory.
 
@@ -32,6 +33,7 @@ COMMANDS = {
     "retention": Retention,
     "train": Train,
     "info": Info,
+    "vision-demo": VisionDemo,
 }
 
 

@@ -1,4 +1,4 @@
-"""The small language model that ships with the package, and the text it was made from."""
+"""The small models that ship with the package, for text and for pictures, and what they were made from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxcompress.checkpoints import LoadedLlava
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
 
@@ -21,3 +22,16 @@ def load_embedded(dtype: Any = "float32") -> tuple[Decoder, Tokenizer]:
     from jaxcompress.generation.text import Tokenizer
 
     return load(folder(), dtype=dtype).model, Tokenizer(folder())
+
+
+def vision_folder() -> Path:
+    """Where the embedded vision-language model lies: a Hugging Face folder."""
+    return Path(__file__).parent / "vision_model"
+
+
+def load_embedded_vision(dtype: Any = "float32") -> tuple[LoadedLlava, Tokenizer]:
+    """The embedded vision-language model and its tokenizer: LLaVA's shape, 144 patches, questions about drawings."""
+    from jaxcompress.checkpoints import load_llava
+    from jaxcompress.generation.text import Tokenizer
+
+    return load_llava(vision_folder(), dtype=dtype), Tokenizer(vision_folder())

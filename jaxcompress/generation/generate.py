@@ -16,7 +16,7 @@ from jaxcompress.generation.sampling import Sampler, remember, row_keys
 from jaxcompress.models.bounded import Mode, Slots, check_fits, check_mode, cut, init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Placement, Policy
-from jaxcompress.state import State
+from jaxcompress.state import State, runs
 
 
 @jax.tree_util.register_dataclass
@@ -120,7 +120,7 @@ def prefill(
         progress = _read(
             model, tokens[:, piece], valid[:, piece], progress, policy=policy, chunk=by, placement=placement
         )
-    _raise_if_broken(progress)
+    raise_if_broken(progress)
     return progress
 
 
@@ -204,10 +204,10 @@ def continue_(
             burst_done = np.asarray(pending.pop(0))
             yield burst_done
             if np.isin(burst_done[:, -1], [-1, *settings.stop]).all():
-                return _raise_if_broken(progress)
+                return raise_if_broken(progress)
     for tokens in pending:
         yield np.asarray(tokens)
-    _raise_if_broken(progress)
+    raise_if_broken(progress)
 
 
 def check_tokens(tokens: np.ndarray, vocabulary: int, what: str) -> None:
@@ -223,11 +223,18 @@ def check_room(model: Decoder, policy: Policy, progress: Progress, tokens: int, 
 
     Args:
       tokens: that will be read or written.
-      prompt: how many of them a fresh state reads at once; by default what it has read already.
+      prompt: how many of them a fresh state reads at once.
     """
-    if not policy.forgets:
-        seen = int(progress.state[0].seen.max())
-        check_fits(model.config, policy, progress.state, seen + tokens, prompt=seen or prompt)
+    if policy.forgets:
+        return
+    held = None
+    if int(progress.state[0].seen.max()):
+        pool = lambda part: 1 if part.owner is None else model.config.num_kv_heads
+        most = [
+            [-(-part.occupancy().max(axis=(1, 2)) // pool(part)) for part in parts] for _, parts in runs(progress.state)
+        ]
+        held = [int(n) for run in most for n in np.max(run, axis=0)]
+    check_fits(model.config, policy, progress.state, tokens, prompt=prompt, held=held)
 
 
 def read_on(
@@ -286,7 +293,7 @@ def _read(
     here = valid.any(axis=1)
     seen = remember(progress.seen, tokens, valid)
     logits = jnp.where(here[:, None], logits, progress.logits)
-    broken = _first_broken(progress.broken, logits, done.state)
+    broken = first_broken(progress.broken, logits, done.state)
     return Progress(done.state, logits, seen, progress.keys, progress.done, broken)
 
 
@@ -313,7 +320,7 @@ def _write(
         logits = model.logits(done.hidden)[:, 0]
         seen = remember(now.seen, token[:, None], ~now.done[:, None])
         stopped = now.done | (token[:, None] == stop).any(axis=1)
-        broken = _first_broken(now.broken, logits, done.state)
+        broken = first_broken(now.broken, logits, done.state)
         return step + 1, out, Progress(done.state, logits, seen, now.keys, stopped, broken)
 
     def going(loop: tuple[Array, Array, Progress]) -> Array:
@@ -325,12 +332,14 @@ def _write(
     return out, progress
 
 
-def _first_broken(broken: Array, logits: Array, state: State) -> Array:
+def first_broken(broken: Array, logits: Array, state: State) -> Array:
+    """`Progress.broken` after new logits."""
     finite = jnp.isfinite(logits).all(axis=-1)
     return jnp.where((broken < 0) & ~finite, state[0].seen - 1, broken)
 
 
-def _raise_if_broken(progress: Progress) -> None:
+def raise_if_broken(progress: Progress) -> None:
+    """Raises FloatingPointError if logits were not finite."""
     broken = np.asarray(progress.broken)
     if (broken >= 0).any():
         row = int((broken >= 0).argmax())

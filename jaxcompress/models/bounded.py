@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby, product
+from itertools import groupby, pairwise, product
 from operator import index
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.attention import Shown
+from jaxcompress.models.decoder import Attend, Decoder, DecoderConfig
 from jaxcompress.models.rope import rotate
 from jaxcompress.policies.policy import Around, Candidates, Placement, Policy, Rotate
 from jaxcompress.recurrence import Recurrence, advance
-from jaxcompress.shapes import Hidden, Tokens, Valid
+from jaxcompress.shapes import Hidden, Positions, Tokens, Valid
 from jaxcompress.state import KVState, State, empty, runs, with_numbers
 
 Slots = int | Sequence[int] | Sequence[Sequence[int]]
@@ -160,30 +161,146 @@ def read(
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     nth = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
     positions = jnp.where(valid, state[0].seen[:, None] + nth - 1, -1)
-    rope, windows = partial(rotate, rope=config.rope), config.windows
     x = model.embed(tokens)
     done, freed, died = [], [], []
     for layers, parts in runs(state):
-        mine = policy.at(layers.start)
-
-        def attend(q, k, v, positions, layer, index, carry: State, xs, *, first=layers.start, mine=mine):
-            window = None if windows is None else windows[index]
-            out = layer.attention.out.kernel[...].reshape(config.num_kv_heads, -1, config.head_dim, config.hidden_size)
-            results = []
-            for part in carry:
-                heads = _Heads(part.heads, config)
-                results.append(recurrence(
-                    heads.queries(q), heads.kv(k), heads.kv(v), positions, part, index - first, mine,
-                    chunk=chunk, rotate=rope, placement=placement, window=window, project=heads.project(out),
-                ))  # fmt: skip
-            gone = tuple((result.freed, result.died) for result in results)
-            return _together(results, carry, config), tuple(result.state for result in results), gone
-
-        x, parts, gone = model.run_layers(x, positions, attend, parts, layers=layers)
+        attend = _attend(config, policy.at(layers.start), layers.start, chunk, placement, recurrence)
+        x, parts, gone = model.run_layers(x, _standing(positions, parts, state), attend, parts, layers=layers)
         done += [replace(part, seen=part.seen + nth[:, -1]) for part in parts]
         freed += [pair[0] for pair in gone]
         died += [pair[1] for pair in gone]
     return Read(model.norm(x), tuple(done), tuple(freed), tuple(died))
+
+
+def _standing(positions: Positions, parts: State, before: State) -> Positions:
+    """Positions as the layers of these parts count them, from those of layers before: they differ where tokens were
+    numbered anew on the way (see `read_block`)."""
+    return jnp.where(positions >= 0, positions + (parts[0].seen - before[0].seen)[:, None], -1)
+
+
+def _attend(
+    config: DecoderConfig, policy: Policy, first: int, chunk: int, placement: Placement | None, recurrence: Recurrence
+) -> Attend:
+    """A step of the recurrence, for the layers of one run; `first` is their first. The carry is the run's parts."""
+    rope, windows = partial(rotate, rope=config.rope), config.windows
+
+    def attend(q, k, v, positions, layer, index, carry: State, xs):
+        window = None if windows is None else windows[index]
+        out = layer.attention.out.kernel[...].reshape(config.num_kv_heads, -1, config.head_dim, config.hidden_size)
+        results = []
+        for part in carry:
+            heads = _Heads(part.heads, config)
+            results.append(recurrence(
+                heads.queries(q), heads.kv(k), heads.kv(v), positions, part, index - first, policy,
+                chunk=chunk, rotate=rope, placement=placement, window=window, project=heads.project(out),
+            ))  # fmt: skip
+        gone = tuple((result.freed, result.died) for result in results)
+        return _together(results, carry, config), tuple(result.state for result in results), gone
+
+    return attend
+
+
+class Block(NamedTuple):
+    """Tokens between two layers of a decoder, words and patches alike.
+
+    Attributes:
+      hidden: [B, T, E], the residual stream.
+      positions: [B, T], growing along T; -1 for padding.
+      patch: [B, T] int32, which visual token of its row each is, counted from 0; -1 for a word or padding.
+    """
+
+    hidden: Hidden
+    positions: Positions
+    patch: Int[Array, "B T"]
+
+    def take(self, index: Int[Array, "B n"]) -> Block:
+        """The tokens at these indices; give them in ascending order."""
+        pick = lambda x: jnp.take_along_axis(x, index, axis=1)
+        return Block(jnp.take_along_axis(self.hidden, index[..., None], axis=1), pick(self.positions), pick(self.patch))
+
+
+class Stage(NamedTuple):
+    """What happens between two layers while a prompt is read.
+
+    Attributes:
+      layer: after which layer.
+      reduce: (tokens, what the attention of that layer compared) -> fewer tokens, as many in every row; padding where a
+        row has less. The last token of a row has to stay: what is written next follows it.
+    """
+
+    layer: int
+    reduce: Callable[[Block, Shown], Block]
+
+
+def read_block(
+    model: Decoder,
+    block: Block,
+    state: State,
+    policy: Policy,
+    *,
+    stages: Sequence[Stage] = (),
+    chunk: int | None = None,
+    placement: Placement | None = None,
+) -> tuple[Block, State]:
+    """Reads embeddings into the state, with tokens leaving between layers: later layers then hold fewer.
+
+    Pure; jit it with `policy`, `chunk`, `placement` and the stages static. Returns the tokens that are left after the
+    last layer, normed, and the state. A next token stands after the last position of each layer: where stages number
+    tokens anew, that differs between layers, as far as their states are apart (`init_state` with slots per layer).
+
+    Args:
+      stages: in ascending order of their layers.
+      chunk: tokens between two selections; all at once by default (one-shot).
+
+    Raises:
+      ValueError: stages that are out of order, or after a layer that does not exist.
+    """
+    config = model.config
+    after = {stage.layer: stage.reduce for stage in stages}
+    order = [stage.layer for stage in stages]
+    if order != sorted(after) or not set(order) <= set(range(config.num_layers)):
+        raise ValueError(
+            f"stages after layers {order}: give each layer once, in order, out of 0..{config.num_layers - 1}"
+        )
+    begun, done = state, []
+    for layers, parts in runs(state):
+        mine = policy.at(layers.start)
+        block = block._replace(positions=_standing(block.positions, parts, begun))
+        begun, last = parts, block.positions.max(-1) + 1
+        ends = [layer + 1 for layer in order if layer in layers]
+        for start, stop in pairwise(sorted({layers.start, *ends, layers.stop})):
+            attend = _attend(config, mine, layers.start, chunk or block.positions.shape[1], placement, advance)
+            piece = range(start, stop)
+            if stop - 1 in after:
+                shown = _nothing_shown(block, config)
+                x, (parts, shown), _ = model.run_layers(
+                    block.hidden, block.positions, _showing(attend, config), (parts, shown), layers=piece
+                )
+                block = after[stop - 1](block._replace(hidden=x), shown)
+            else:
+                x, parts, _ = model.run_layers(block.hidden, block.positions, attend, parts, layers=piece)
+                block = block._replace(hidden=x)
+        done += [replace(part, seen=jnp.maximum(part.seen, last)) for part in parts]
+    return block._replace(hidden=model.norm(block.hidden)), tuple(done)
+
+
+def _showing(attend: Attend, config: DecoderConfig) -> Attend:
+    """The same, with what was compared in the carry beside the state."""
+
+    def and_show(q, k, v, positions, layer, index, carry, xs):
+        out, parts, gone = attend(q, k, v, positions, layer, index, carry[0], xs)
+        at = positions[..., None]
+        shown = carry[1]._replace(queries=rotate(q, at, config.rope), keys=rotate(k, at, config.rope))
+        return out, (parts, shown), gone
+
+    return and_show
+
+
+def _nothing_shown(block: Block, config: DecoderConfig) -> Shown:
+    b, t = block.positions.shape
+    heads = lambda n: jnp.zeros((b, t, n, config.head_dim), block.hidden.dtype)
+    bias = jnp.zeros((b, t), jnp.float32)
+    return Shown(heads(config.num_heads), heads(config.num_kv_heads), bias, block.positions)
 
 
 class _Heads(NamedTuple):
@@ -252,20 +369,34 @@ def check_mode(policy: Policy, mode: Mode) -> None:
         raise ValueError(f"policy {policy.name} selects from a whole prompt at once: it needs mode oneshot, not {mode}")
 
 
-def check_fits(config: DecoderConfig, policy: Policy, state: State, tokens: int, *, prompt: int | None = None) -> None:
+def check_fits(
+    config: DecoderConfig,
+    policy: Policy,
+    state: State,
+    tokens: int,
+    *,
+    prompt: int | None = None,
+    held: Sequence[int] | None = None,
+) -> None:
     """Raises ValueError if a policy that cannot make room is to hold more tokens than it has slots.
 
     Args:
       tokens: how many will have been read in all; a sliding-window layer needs no more slots than its window.
       prompt: how many of them are read at once at first, for a policy that then selects once.
+      held: where a prompt was read, and layers may have read different numbers of its tokens: how many each layer
+        holds. `tokens` are then those to come.
     """
     if policy.forgets:
         return
+    total = tokens
     for layers, parts in runs(state):
         for part, layer in product(parts, layers):
             mine, window = policy.at(layer), config.sliding[layer] if config.sliding else None
             capacity = part.capacity if part.owner is None else part.capacity // config.num_kv_heads
-            if mine.score is None:
+            if held is not None:
+                total = held[layer] + tokens
+                what, need = "keeps every token", min(total, window or total)
+            elif mine.score is None:
                 what, need = "keeps every token", min(tokens, window or tokens)
             elif mine.evict == "once" and prompt:
                 what, need = f"keeps {mine.keep} of {prompt} tokens and every later one", mine.keep + tokens - prompt
@@ -273,6 +404,6 @@ def check_fits(config: DecoderConfig, policy: Policy, state: State, tokens: int,
                 continue
             if capacity < need:
                 raise ValueError(
-                    f"policy {mine.name} {what}: {tokens} tokens do not fit into the {capacity} slots of layer "
+                    f"policy {mine.name} {what}: {total} tokens do not fit into the {capacity} slots of layer "
                     f"{layer}; give {need} slots or more, or a policy that evicts"
                 )

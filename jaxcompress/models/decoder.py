@@ -200,8 +200,12 @@ class Decoder(nnx.Module):
 
     def hidden(self, tokens: Tokens, positions: Positions | None = None) -> Hidden:
         """The same up to the last layer, not normed."""
+        return self.hidden_of(self.embed(tokens), positions)
+
+    def hidden_of(self, x: Hidden, positions: Positions | None = None) -> Hidden:
+        """The same from embeddings, which need not be those of tokens."""
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
         windows = self.config.windows
 
         def attend(q, k, v, positions, layer, index, carry, xs):
@@ -210,7 +214,7 @@ class Decoder(nnx.Module):
             window = None if windows is None else windows[index]
             return causal_attention(q, k, v, positions, window=window), carry, xs
 
-        return self.run_layers(self.embed(tokens), positions, attend)[0]
+        return self.run_layers(x, positions, attend)[0]
 
 
 def _initializers(config: DecoderConfig) -> tuple[Any, Any]:

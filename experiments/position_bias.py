@@ -1,0 +1,132 @@
+"""Where attention looks whatever it is shown: kept tokens by place, averaged over pictures and over shuffled orders.
+
+    python experiments/position_bias.py --out docs/position_bias.png
+    python experiments/position_bias.py --tower DEIT_FOLDER --photos FOLDER --out deit.png
+
+Above, the embedded vision-language model on held-out drawings. Below, the same pictures with their patches in a random
+order, another for each picture: what is in a place has nothing to do with the place any more, so whatever pattern
+remains is the model's own (Kong et al. 2025, section 4 and appendix B). In the decoder the sequence is shuffled, behind
+a tower that saw the picture whole; for the tower the picture itself is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from jaxcompress.checkpoints import load_tower
+from jaxcompress.embedded import load_embedded_vision
+from jaxcompress.evaluation.dropped import draw_heat
+from jaxcompress.evaluation.visual import Examiner, Visual, Way, exam
+from jaxcompress.evaluation.ways import at_random, by_class_attention, by_last_word
+from jaxcompress.generation.pictures import process
+from jaxcompress.models.vit import VisionTower
+from jaxcompress.vision.uniformity import end_bias, gap, heat, position_bias
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Draws heat maps of kept tokens by place; prints how far they are from even."""
+
+    out: Path = Path("docs/position_bias.png")
+    kept: int = 36
+    """Visual tokens kept."""
+    pictures: int = 256
+    tower: Path | None = None
+    """A ViT or DeiT checkpoint: measure the attention of its class token instead."""
+    photos: Path | None = None
+    """A folder of pictures for it."""
+    shuffles: int = 16
+    """Random orders of each photograph."""
+
+
+def shuffled_pixels(pixels: np.ndarray, patch: int, rng: np.random.Generator) -> np.ndarray:
+    """Pictures [B, C, side, side] with their patches in a random order, another for each."""
+    b, c, side, _ = pixels.shape
+    n = side // patch
+    cells = pixels.reshape(b, c, n, patch, n, patch).transpose(0, 2, 4, 1, 3, 5).reshape(b, n * n, c, patch, patch)
+    order = rng.random((b, n * n)).argsort(1)
+    mixed = np.take_along_axis(cells, order[..., None, None, None], axis=1)
+    return mixed.reshape(b, n, n, c, patch, patch).transpose(0, 3, 1, 4, 2, 5).reshape(pixels.shape)
+
+
+def shuffled_order(seed: int, model: Any, pixels: jax.Array) -> Visual:
+    """All visual tokens, each at another's place."""
+    visual = model.images(pixels)
+    b, n = visual.shape[:2]
+    order = jax.vmap(lambda key: jax.random.permutation(key, n))(jax.random.split(jax.random.key(seed), b))
+    place = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
+    return Visual(jnp.take_along_axis(visual, order[..., None], axis=1), place)
+
+
+def by_tower(tower: VisionTower, pixels: Any, n: int, layer: int) -> jax.Array:
+    """The n patches [B, N] that the class token attends to most in a layer."""
+
+    @jax.jit
+    def run(tower: VisionTower, pixels: jax.Array) -> jax.Array:
+        patches, shown = tower.run_layers(tower.embed(pixels), range(layer + 1))
+        row = shown.rows(jnp.zeros((pixels.shape[0], 1), jnp.int32))[:, :, 0, tower.config.special :].mean(1)
+        index = jax.lax.top_k(row, n)[1]
+        return jnp.zeros(row.shape, bool).at[jnp.arange(row.shape[0])[:, None], index].set(True)
+
+    return jnp.concatenate([run(tower, pixels[at : at + 16]) for at in range(0, len(pixels), 16)])
+
+
+def tell(name: str, kept: jax.Array, grid: tuple[int, int]) -> np.ndarray:
+    measures = f"position bias {float(position_bias(kept)):.3f}  towards the end {float(end_bias(kept).mean()):+.3f}"
+    print(f"{name:42} {measures}  gap {float(gap(kept, grid).mean()):.2f}", flush=True)
+    return np.asarray(heat(kept, grid))
+
+
+def embedded(args: Arguments) -> dict[str, np.ndarray]:
+    loaded, tokenizer = load_embedded_vision()
+    model, tower = loaded.model, loaded.config.tower
+    grid = (tower.grid, tower.grid)
+    asked = exam(tokenizer, loaded.processor(), model, pictures=args.pictures, each=2)
+    mixed = asked._replace(pixels=shuffled_pixels(asked.pixels, tower.patch_size, np.random.default_rng(0)))
+    word = by_last_word(args.kept, tower.num_patches)
+    cases = {
+        "random": (at_random(args.kept), asked),
+        "class token": (by_class_attention(args.kept), asked),
+        "class token, patches shuffled": (by_class_attention(args.kept), mixed),
+        "last word": (word, asked),
+        "last word, order shuffled": (Way(word.name, partial(shuffled_order, 0), word.stages), asked),
+    }
+    return {
+        name: tell(name, jnp.asarray(Examiner(model, e, runs=1)(way).kept), grid) for name, (way, e) in cases.items()
+    }
+
+
+def photographs(args: Arguments) -> dict[str, np.ndarray]:
+    assert args.tower is not None
+    if args.photos is None:
+        raise ValueError("give a folder of pictures with --photos")
+    loaded = load_tower(args.tower)
+    tower, grid = loaded.model, (loaded.config.grid, loaded.config.grid)
+    files = sorted(file for file in args.photos.iterdir() if file.suffix in (".png", ".jpg", ".jpeg"))
+    pixels = process(files, loaded.processor(), loaded.config).pixels
+    rng, out = np.random.default_rng(0), {}
+    mixed = np.concatenate([shuffled_pixels(pixels, loaded.config.patch_size, rng) for _ in range(args.shuffles)])
+    random = rng.random((len(mixed), loaded.config.num_patches)).argsort(1).argsort(1) < args.kept
+    out["random"] = tell("random, as many as shuffled", jnp.asarray(random), grid)
+    for layer in (0, loaded.config.num_layers // 2, loaded.config.num_layers - 2):
+        for name, given in ((f"layer {layer}", pixels), (f"layer {layer}, shuffled", mixed)):
+            out[name] = tell(name, by_tower(tower, given, args.kept, layer), grid)
+    return out
+
+
+def main(args: Arguments) -> None:
+    maps = embedded(args) if args.tower is None else photographs(args)
+    what = "drawings" if args.tower is None else "photographs"
+    draw_heat(maps, args.out, f"How often each place is among the {args.kept} kept, over {what}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,96 @@
+"""Random against designed scores: right answers about drawings over visual tokens kept.
+
+    python experiments/random_against_designed.py --out docs/random_against_designed.png
+
+The first claim of the position paper (Kong et al. 2025, section 4): whatever chooses tokens has to beat chance, and an
+even spread. The embedded vision-language model, held-out pictures; random is the mean of several seeds, with their
+range.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from jaxcompress.embedded import load_embedded_vision
+from jaxcompress.evaluation.visual import Examiner, Outcome, Way, exam, guessing
+from jaxcompress.evaluation.ways import at_random, by_class_attention, by_last_word, on_a_lattice
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Draws accuracy over tokens kept, and over FLOPs."""
+
+    out: Path = Path("docs/random_against_designed.png")
+    tokens: tuple[int, ...] = (100, 64, 36, 25, 16, 9, 4)
+    pictures: int = 96
+    seeds: int = 3
+
+
+def main(args: Arguments) -> None:
+    loaded, tokenizer = load_embedded_vision()
+    patches = loaded.config.tower.num_patches
+    asked = exam(tokenizer, loaded.processor(), loaded.model, pictures=args.pictures)
+    examiner = Examiner(loaded.model, asked)
+    designed: dict[str, Callable[[int], Way]] = {
+        "lattice": on_a_lattice,
+        "class attention": by_class_attention,
+        "last word's attention": lambda n: by_last_word(n, patches),
+    }
+    rows: dict[str, list[Outcome]] = {name: [] for name in ["random", *designed]}
+    whole = examiner(Way("all"))
+    print(
+        f"all {patches}: {whole.accuracy:.1%}; guessing {guessing(asked):.1%}; {len(asked.answers)} questions",
+        flush=True,
+    )
+    spread: list[tuple[float, float]] = []
+    for n in args.tokens:
+        drawn = [examiner(at_random(n, seed)) for seed in range(args.seeds)]
+        right = [one.accuracy for one in drawn]
+        spread.append((min(right), max(right)))
+        rows["random"].append(drawn[0]._replace(accuracy=float(np.mean(right))))
+        for name, way in designed.items():
+            rows[name].append(examiner(way(n)))
+        print(n, {name: round(row[-1].accuracy, 3) for name, row in rows.items()}, flush=True)
+    draw(rows, whole, spread, guessing(asked), args)
+    table = {
+        name: [{k: v for k, v in one._asdict().items() if k != "kept"} for one in row] for name, row in rows.items()
+    }
+    args.out.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+def draw(
+    rows: dict[str, list[Outcome]], whole: Outcome, spread: list[tuple[float, float]], chance: float, args: Arguments
+) -> None:
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10.5, 4.0), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for name, row in rows.items():
+            style = dict(marker="o", markersize=4, color="0.4" if name == "random" else None, label=name)
+            right_answers = [one.accuracy for one in row]
+            line = left.plot(args.tokens, right_answers, **style)[0]
+            right.plot(
+                [one.flops / 1e6 for one in row], [one.accuracy for one in row], **style | {"color": line.get_color()}
+            )
+        low, high = zip(*spread, strict=True)
+        left.fill_between(args.tokens, low, high, color="0.4", alpha=0.2, linewidth=0)
+        left.set(xlabel=f"visual tokens kept of {whole.tokens}", ylabel="right answers", xscale="log")
+        right.set(xlabel="MFLOPs of a prompt in the decoder (compiler's count)", xscale="log")
+        for axes in (left, right):
+            axes.axhline(whole.accuracy, color="k", linestyle="--", linewidth=1, label="all tokens")
+            axes.axhline(chance, color="0.7", linestyle=":", linewidth=1, label="guessing without looking")
+            axes.grid(alpha=0.25)
+        left.legend(frameon=False)
+        figure.suptitle(f"{len(whole.kept)} questions about {args.pictures} drawings, embedded vision-language model")
+        figure.savefig(args.out, dpi=130)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

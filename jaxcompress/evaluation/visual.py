@@ -1,0 +1,277 @@
+"""What dropping visual tokens costs and saves: answers to questions about held-out drawings, FLOPs, bytes, time.
+
+A way to reduce says what leaves in the tower and what between the layers of the decoder (`Way`). Everything else is the
+same for all: words and patches stand at the positions they have in the whole prompt.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcompress.attention import Shown, causal_attention
+from jaxcompress.embedded.drawings import Drawing, Question, draw, questions
+from jaxcompress.generation.pictures import process
+from jaxcompress.generation.text import Tokenizer
+from jaxcompress.models.bounded import Block, Stage, init_state
+from jaxcompress.models.llava import Llava
+from jaxcompress.models.rope import rotate
+from jaxcompress.models.vit import Patches
+from jaxcompress.policies.full import full
+
+
+class Way(NamedTuple):
+    """One way to have fewer visual tokens.
+
+    Attributes:
+      name: for tables.
+      encode: (model, pixels) -> what the decoder gets of each picture: something with `visual` and `place`, as
+        `Visual` has them; None for everything.
+      stages: what leaves between layers of the decoder.
+    """
+
+    name: str
+    encode: Callable[[Llava, Any], Any] | None = None
+    stages: tuple[Stage, ...] = ()
+
+
+class Visual(NamedTuple):
+    """Visual tokens of pictures.
+
+    Attributes:
+      visual: [B, n, E], projected.
+      place: [B, n], the patch in raster order at which each stands; -1 for none (a summary of several).
+    """
+
+    visual: Float[Array, "B n E"]
+    place: Int[Array, "B n"]
+
+
+def visual_of(model: Llava, patches: Patches) -> Visual:
+    """A tower's tokens, special ones left out, at the first patch that went into each."""
+    group = patches.group[:, model.config.tower.special :]
+    n, m = patches.size.shape[1], group.shape[1]
+    mine = group[:, None] == jnp.arange(n)[:, None]
+    first = jnp.where(mine, jnp.arange(m), m).min(-1)
+    return Visual(model.project(patches.hidden), jnp.where(first < m, first, -1).astype(jnp.int32))
+
+
+class Exam(NamedTuple):
+    """Questions about pictures, as many about each.
+
+    Attributes:
+      drawings: I pictures.
+      pixels: [I, 3, side, side], processed.
+      asked: [I][Q] questions.
+      words: [I * Q, W] token ids of the questions, padded at the end; `valid` says what is padding.
+      answers: [I * Q], the right token.
+      bos: the token that prompts begin with.
+    """
+
+    drawings: tuple[Drawing, ...]
+    pixels: Float[np.ndarray, "I channels side side"]
+    asked: tuple[tuple[Question, ...], ...]
+    words: Int[np.ndarray, "R W"]
+    valid: Bool[np.ndarray, "R W"]
+    answers: Int[np.ndarray, " R"]
+    bos: int
+
+
+def exam(
+    tokenizer: Tokenizer, processor: Any, model: Llava, *, pictures: int = 64, each: int = 8, first: int = 0
+) -> Exam:
+    """Questions about held-out pictures, the same at every call.
+
+    Args:
+      first: number of the first picture.
+    """
+    drawings = tuple(draw(number, held_out=True) for number in range(first, first + pictures))
+    asked = tuple(
+        tuple(questions(drawing, np.random.default_rng((number, 11)), each))
+        for number, drawing in enumerate(drawings, first)
+    )
+    flat = [question for row in asked for question in row]
+    encoded = [tokenizer.encode(question.text, add_bos=False) for question in flat]
+    words = np.zeros((len(flat), max(map(len, encoded))), np.int32)
+    valid = np.zeros(words.shape, bool)
+    for row, ids in enumerate(encoded):
+        words[row, : len(ids)], valid[row, : len(ids)] = ids, True
+    answers = np.array([tokenizer.encode(question.answer, add_bos=False)[0] for question in flat])
+    pixels = process([drawing.pixels for drawing in drawings], processor, model.config).pixels
+    return Exam(drawings, pixels, asked, words, valid, answers, int(tokenizer.opening()[0]))
+
+
+def guessing(asked: Exam) -> float:
+    """The share that is right if every question of a kind gets the answer that is most often right for that kind."""
+    by_kind: dict[str, list[str]] = {}
+    for question in (q for row in asked.asked for q in row):
+        by_kind.setdefault(question.kind, []).append(question.answer)
+    right = sum(max(map(answers.count, set(answers))) for answers in by_kind.values())
+    return right / len(asked.answers)
+
+
+def encoded(model: Llava, pixels: Any, way: Way) -> Visual:
+    """What the decoder gets of each picture, in raster order; tokens without a place come last."""
+    if way.encode is None:
+        visual = model.images(pixels)
+        return Visual(visual, jnp.broadcast_to(jnp.arange(visual.shape[1], dtype=jnp.int32), visual.shape[:2]))
+    given = way.encode(model, pixels)
+    patches = model.config.tower.num_patches
+    order = jnp.argsort(jnp.where(given.place < 0, patches, given.place), axis=1, stable=True)
+    take = lambda x: jnp.take_along_axis(x, order, axis=1)
+    return Visual(jnp.take_along_axis(given.visual, order[..., None], axis=1), take(given.place))
+
+
+class Read(NamedTuple):
+    """What reading prompts gave.
+
+    Attributes:
+      logits: [R, V] after the last word.
+      kept: [R, N], at which patches there is still a token after the last layer.
+      counts: [L], the tokens of a prompt in each layer, padding included.
+    """
+
+    logits: Float[Array, "R V"]
+    kept: Bool[Array, "R N"]
+    counts: Int[Array, " L"]
+
+
+def ask(
+    model: Llava,
+    given: Visual,
+    words: Int[Array, "R W"],
+    valid: Bool[Array, "R W"],
+    *,
+    bos: int,
+    stages: tuple[Stage, ...],
+) -> Read:
+    """Reads each picture's tokens and then each of its questions, R / I in number.
+
+    Plain causal attention, layer after layer and nothing in a loop, so that the compiler's count of FLOPs is complete.
+    """
+    decoder, config = model.decoder, model.config
+    (pictures, n), r, total = given.place.shape, words.shape[0], config.tower.num_patches
+    each = lambda x: jnp.repeat(x, r // pictures, axis=0)
+    visual, place = each(given.visual), each(given.place)
+    places = jnp.where(place < 0, total - 1, place)
+    x = jnp.concatenate([decoder.embed(jnp.full((r, 1), bos)), visual, decoder.embed(words)], axis=1)
+    after = jnp.where(valid, 1 + total + jnp.cumsum(valid, axis=1) - 1, -1)
+    positions = jnp.concatenate([jnp.zeros((r, 1), jnp.int32), 1 + places, after.astype(jnp.int32)], axis=1)
+    nth = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (r, n))
+    patch = jnp.concatenate([jnp.full((r, 1), -1), nth, jnp.full(words.shape, -1)], axis=1)
+    block = Block(x.astype(visual.dtype), positions, patch)
+    after_layer, counts = {stage.layer: stage.reduce for stage in stages}, []
+    rope, windows = config.decoder.rope, config.decoder.windows
+
+    def attend(q, k, v, positions, layer, index, carry, xs):
+        q, k = (rotate(y, positions[..., None], rope) for y in (q, k))
+        shown = Shown(q, k, jnp.zeros(positions.shape, jnp.float32), positions)
+        window = None if windows is None else windows[index]
+        return causal_attention(q, k, v, positions, window=window), shown, xs
+
+    for layer in range(config.decoder.num_layers):
+        counts.append(block.positions.shape[1])
+        start = jnp.zeros((*block.positions.shape, 1, config.decoder.head_dim), block.hidden.dtype)
+        shape = lambda n, like=start: jnp.broadcast_to(like, (*like.shape[:2], n, like.shape[-1]))
+        nothing = Shown(
+            shape(config.decoder.num_heads), shape(config.decoder.num_kv_heads),
+            jnp.zeros(block.positions.shape, jnp.float32), block.positions,
+        )  # fmt: skip
+        x, shown, _ = decoder.run_layers(block.hidden, block.positions, attend, nothing, layers=range(layer, layer + 1))
+        block = block._replace(hidden=x)
+        if layer in after_layer:
+            block = after_layer[layer](block, shown)
+    last = block.positions.argmax(-1)[:, None, None]
+    logits = decoder.logits(decoder.norm(jnp.take_along_axis(block.hidden, last, axis=1)))[:, 0]
+    left = (block.patch[:, None] == jnp.arange(n)[:, None]).any(-1)  # [R, n]
+    kept = jnp.zeros((r, total), bool).at[jnp.arange(r)[:, None], jnp.where(left & (place >= 0), place, total)]
+    return Read(logits, kept.set(True, mode="drop"), jnp.array(counts))
+
+
+class Outcome(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+      way: its name.
+      tokens: visual tokens that go into the decoder.
+      left: visual tokens in a layer of the decoder, the mean over layers.
+      accuracy: share of right answers; `by_kind` of each kind of question.
+      flops: of reading one prompt in the decoder, by the compiler's count.
+      kv_bytes: of one prompt's keys, values and positions, in float32.
+      seconds: of reading one prompt in the decoder, the median of several runs over all prompts, divided.
+      kept: [R, N], at which patches there was still a token at the end.
+    """
+
+    way: str
+    tokens: int
+    left: float
+    accuracy: float
+    by_kind: dict[str, float]
+    flops: float
+    kv_bytes: int
+    seconds: float
+    kept: Bool[np.ndarray, "R N"]
+
+
+class Examiner:
+    """Measures ways to reduce on one exam. What two ways share is compiled once."""
+
+    def __init__(self, model: Llava, asked: Exam, *, runs: int = 3):
+        self.model, self.asked, self.runs = model, asked, runs
+        self._read: dict[Any, Any] = {}
+
+    def __call__(self, way: Way) -> Outcome:
+        """Measures one way.
+
+        Raises:
+          FloatingPointError: logits are not finite.
+        """
+        asked, model = self.asked, self.model
+        visual = jax.jit(partial(encoded, way=way))(model, asked.pixels)
+        given = (model, visual, asked.words, asked.valid)
+        key = visual.place.shape, way.stages
+        if key not in self._read:
+            self._read[key] = jax.jit(partial(ask, bos=asked.bos, stages=way.stages)).lower(*given).compile()
+        compiled = self._read[key]
+        took, done = [], None
+        for _ in range(self.runs):
+            begun = time.perf_counter()
+            done = jax.block_until_ready(compiled(*given))
+            took.append(time.perf_counter() - begun)
+        assert done is not None
+        logits, counts = np.asarray(done.logits), np.asarray(done.counts)
+        if not np.isfinite(logits).all():
+            raise FloatingPointError(f"{way.name}: logits are not finite")
+        right = logits.argmax(-1) == asked.answers
+        rows, words = len(asked.answers), 1 + asked.words.shape[1]
+        return Outcome(
+            way=way.name,
+            tokens=visual.place.shape[1],
+            left=float(counts.mean() - words),
+            accuracy=float(right.mean()),
+            by_kind=_by_kind(asked, right),
+            flops=compiled.cost_analysis()["flops"] / rows,
+            kv_bytes=kv_bytes(model, counts),
+            seconds=statistics.median(took) / rows,
+            kept=np.asarray(done.kept),
+        )
+
+
+def kv_bytes(model: Llava, counts: Sequence[int] | np.ndarray) -> int:
+    """Bytes of a state that holds so many tokens in each layer."""
+    slots = [int(n) for n in counts]
+    state = jax.eval_shape(lambda: init_state(model.config.decoder, full(), slots))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def _by_kind(asked: Exam, right: Bool[np.ndarray, " R"]) -> dict[str, float]:
+    kinds = np.array([question.kind for row in asked.asked for question in row])
+    return {str(kind): float(right[kinds == kind].mean()) for kind in dict.fromkeys(kinds)}

@@ -1,0 +1,168 @@
+"""Reading pictures among words, and writing on, in a fixed number of slots.
+
+    seen = look(model, [picture, ...])
+    progress = prefill_visual(model, prompts, seen, start(model.decoder, policy, slots, batch=2), policy)
+    for tokens in continue_(model.decoder, progress, policy, steps=8): ...
+
+A picture's patches are read like words, so that every policy decides about them; stages drop or merge them between
+layers while the prompt is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxcompress.generation.generate import Progress, check_room, check_tokens, first_broken, raise_if_broken
+from jaxcompress.generation.sampling import remember
+from jaxcompress.models.bounded import Block, Stage, check_mode, read_block
+from jaxcompress.models.llava import Llava, crops_of, expand_placeholders, picture_index, visual_index
+from jaxcompress.policies.policy import Placement, Policy
+
+
+class Seen(NamedTuple):
+    """The visual tokens of a batch.
+
+    Attributes:
+      visual: [B, M, E], of all pictures of a row, one after the other; padding at the end.
+      counts: for each row, how many belong to each of its pictures.
+    """
+
+    visual: Float[Array, "B M E"]
+    counts: tuple[tuple[int, ...], ...]
+
+
+def look(
+    model: Llava,
+    pixels: Float[np.ndarray, "crops channels side side"] | Array,
+    sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+) -> Seen:
+    """Shows pictures to the model: all their visual tokens.
+
+    Args:
+      pixels: [crops, channels, side, side], of all pictures of all rows one after the other (see
+        `jaxcompress.vision.pictures`).
+      sizes: for each row, (height, width) of each of its pictures before processing; by default one in each row, as
+        many rows as crops (LLaVA-1.5).
+
+    Raises:
+      ValueError: another number of crops than pictures of these sizes have.
+    """
+    config = model.config
+    if sizes is None:
+        if config.pinpoints:
+            raise ValueError("LLaVA-NeXT lays tiles out by the size of the picture; give sizes")
+        side = config.tower.image_size
+        sizes = [[(side, side)]] * len(pixels)
+    crops = [[crops_of(config, size) for size in row] for row in sizes]
+    total = sum(map(sum, crops))
+    if total != len(pixels):
+        raise ValueError(f"{len(pixels)} crops were given for pictures that have {total}; give those of every picture")
+    rows = [[picture_index(config, size) for size in row] for row in sizes]
+    index = visual_index(rows, crops, config.tokens_per_crop)
+    visual = _look(model, jnp.asarray(pixels, jnp.float32), jnp.asarray(index))
+    return Seen(visual, tuple(tuple(len(picture) for picture in row) for row in rows))
+
+
+@jax.jit
+def _look(model: Llava, pixels: Array, index: Array) -> Array:
+    return model.pack(model.images(pixels), index)
+
+
+class Prompt(NamedTuple):
+    """A batch of prompts, padded at the right.
+
+    Attributes:
+      tokens: [B, T], image tokens as often as there are visual tokens; 0 for padding.
+      positions: [B, T], -1 for padding.
+      patch: [B, T], which visual token of the row each is, -1 for words.
+    """
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    patch: Int[Array, "B T"]
+
+
+def prompt(model: Llava, prompts: Sequence[Sequence[int] | np.ndarray], seen: Seen) -> Prompt:
+    """Prompts with one image token for each picture, ready to be read with what was seen.
+
+    Raises:
+      ValueError: not one image token for each picture, an empty prompt, token ids outside the vocabulary.
+    """
+    token, vocabulary = model.config.image_token, model.config.decoder.vocab_size
+    if len(prompts) != len(seen.counts):
+        raise ValueError(f"{len(prompts)} prompts were given for the pictures of {len(seen.counts)} rows")
+    rows = []
+    for number, (ids, counts) in enumerate(zip(prompts, seen.counts, strict=True)):
+        ids = np.asarray(ids, np.int64).reshape(-1)
+        if not len(ids):
+            raise ValueError(f"prompt {number} is empty; give at least one token (a BOS token will do)")
+        check_tokens(np.where(ids == token, 0, ids), vocabulary, f"prompt {number}")
+        rows.append(expand_placeholders(ids, token, counts))
+    width = max(map(len, rows))
+    tokens, positions = np.zeros((len(rows), width), np.int32), np.full((len(rows), width), -1, np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)], positions[row, : len(ids)] = ids, np.arange(len(ids))
+    here = (tokens == token) & (positions >= 0)
+    patch = np.where(here, here.cumsum(1) - 1, -1).astype(np.int32)
+    return Prompt(jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(patch))
+
+
+def prefill_visual(
+    model: Llava,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    seen: Seen,
+    progress: Progress,
+    policy: Policy,
+    *,
+    stages: tuple[Stage, ...] = (),
+    chunk: int | None = None,
+    placement: Placement | None = None,
+) -> Progress:
+    """Reads a batch of prompts with pictures, each at once unless a chunk is given.
+
+    Args:
+      prompts: token ids, one image token for each picture.
+      progress: fresh, from `jaxcompress.generation.start(model.decoder, ...)`.
+      stages: what leaves between layers (see `jaxcompress.models.bounded.Stage`).
+      chunk: tokens between two selections of the policy.
+
+    Raises:
+      ValueError: see `prompt`; a policy that keeps everything and has too few slots.
+      FloatingPointError: logits are not finite: also where layers after a stage have too few slots for such a policy.
+    """
+    given = prompt(model, prompts, seen)
+    check_mode(policy, "oneshot" if chunk is None else "chunked")
+    if not stages:
+        longest = given.tokens.shape[1]
+        check_room(model.decoder, policy, progress, longest, prompt=longest)
+    progress = _prefill(
+        model, given, seen.visual, progress, policy=policy, stages=stages, chunk=chunk, placement=placement
+    )
+    raise_if_broken(progress)
+    return progress
+
+
+@partial(jax.jit, static_argnames=("policy", "stages", "chunk", "placement"), donate_argnames="progress")
+def _prefill(
+    model: Llava, given: Prompt, visual: Array, progress: Progress, *, policy: Policy, stages: Any, chunk: int | None,
+    placement: Placement | None,
+) -> Progress:  # fmt: skip
+    block = Block(model.embed(given.tokens, visual), given.positions, given.patch)
+    left, state = read_block(
+        model.decoder, block, progress.state, policy, stages=stages, chunk=chunk, placement=placement
+    )
+    last = left.positions.argmax(-1)[:, None, None]
+    logits = model.decoder.logits(jnp.take_along_axis(left.hidden, last, axis=1))[:, 0]
+    words = (given.positions >= 0) & (given.patch < 0)
+    return replace(
+        progress, state=state, logits=logits, seen=remember(progress.seen, given.tokens, words),
+        broken=first_broken(progress.broken, logits, state),
+    )  # fmt: skip

@@ -1,0 +1,358 @@
+"""Vision transformers as towers: ViT and DeiT, CLIP, SigLIP. One Flax NNX module, used as a pytree.
+
+A picture is cut into patches, and patches are tokens in no order. A tower runs in pieces, so that its tokens can be
+dropped or merged anywhere between:
+
+    patches = tower.embed(pixels)
+    patches, shown = tower.run_layers(patches, range(0, 3))  # what the last of these layers compared
+    patches = keep_some(patches, shown)
+    patches, _ = tower.run_layers(patches, range(3, 12))
+    tower.logits(patches)
+
+Between a layer's attention and its MLP, where ToMe merges, `run_layers(..., reduce=...)` calls back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxcompress.attention import MASKED, Shown, whole_attention
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Pixels = Float[Array, "B channels side side"]
+"""Normalised by the checkpoint's image processor; channels first, as transformers has them."""
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """Shape of a tower. Hashable, so that it can be a static argument under jit.
+
+    Attributes:
+      image_size, patch_size: side lengths in pixels.
+      special: tokens before the patches: 0, 1 (class token), or 2 (class and distillation token, DeiT).
+      patch_bias: bias of the patch embedding.
+      pre_norm: norm between embedding and first layer (CLIP).
+      pooling: `class`: the first token, normed; `attention`: a learned query attends to all tokens (SigLIP); `mean`.
+      labels: classes of the classifier, 0 for none.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    channels: int = 3
+    norm_eps: float = 1e-6
+    activation: Activation = "gelu"
+    special: int = 1
+    patch_bias: bool = True
+    pre_norm: bool = False
+    pooling: Literal["class", "attention", "mean"] = "class"
+    labels: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"a patch of {self.patch_size} pixels does not fit into an image of {self.image_size}")
+        if self.pooling == "class" and not self.special:
+            raise ValueError("pooling by the class token needs one: special is 0")
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Patches:
+    """Tokens of pictures inside a tower. Special tokens come first and stay where they are.
+
+    Attributes:
+      hidden: [B, N, E], the residual stream.
+      size: [B, N] float32, how many of the tower's tokens each stands for; 0 where there is none, which nobody attends
+        to (fixed shapes for methods that keep a different number in each picture).
+      group: [B, M] int32: where each of the M tokens of `embed` went: index of one of the N, -1 if it was dropped.
+    """
+
+    hidden: Float[Array, "B N E"]
+    size: Float[Array, "B N"]
+    group: Int[Array, "B M"]
+
+    def become(self, hidden: Float[Array, "B n E"], size: Float[Array, "B n"], into: Int[Array, "B N"]) -> Patches:
+        """Other tokens in their place.
+
+        Args:
+          into: which of the new tokens each present one went into, -1 if it was dropped.
+        """
+        followed = jnp.take_along_axis(into, jnp.maximum(self.group, 0), axis=1)
+        return Patches(hidden, size, jnp.where(self.group >= 0, followed, -1).astype(jnp.int32))
+
+    def take(self, index: Int[Array, "B n"]) -> Patches:
+        """Only the tokens at these indices, in this order; the others are dropped.
+
+        Args:
+          index: distinct in each row.
+        """
+        rows = jnp.arange(index.shape[0])[:, None]
+        into = jnp.full(self.size.shape, -1, jnp.int32)
+        into = into.at[rows, index].set(jnp.arange(index.shape[1], dtype=jnp.int32))
+        hidden = jnp.take_along_axis(self.hidden, index[..., None], axis=1)
+        return self.become(hidden, jnp.take_along_axis(self.size, index, axis=1), into)
+
+
+Reduce = Callable[[Patches, Shown, int], Patches]
+"""(tokens, what this layer's attention compared, number of the layer) -> fewer tokens."""
+
+
+class TowerAttention(nnx.Module):
+    """Projections around attention."""
+
+    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+        linear = lambda: _linear(config.hidden_size, config.hidden_size, dtype, rngs)
+        self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
+
+    def project(self, x: Float[Array, "B N E"], heads: int) -> tuple[Array, Array, Array]:
+        """[B, N, H, D] each."""
+        split = lambda y: y.reshape(*y.shape[:-1], heads, -1)
+        return split(self.query(x)), split(self.key(x)), split(self.value(x))
+
+
+class TowerMLP(nnx.Module):
+    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.up = _linear(config.hidden_size, config.intermediate_size, dtype, rngs)
+        self.down = _linear(config.intermediate_size, config.hidden_size, dtype, rngs)
+
+    def __call__(self, x: Float[Array, "*B E"], activation: Activation) -> Float[Array, "*B E"]:
+        return self.down(_ACTIVATIONS[activation](self.up(x)))
+
+
+class TowerLayer(nnx.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.attention_norm, self.mlp_norm = _norm(config, dtype, rngs), _norm(config, dtype, rngs)
+        self.attention = TowerAttention(config, dtype=dtype, rngs=rngs)
+        self.mlp = TowerMLP(config, dtype=dtype, rngs=rngs)
+
+
+class AttentionPool(nnx.Module):
+    """One learned query attends to all tokens (SigLIP's head).
+
+    Attributes:
+      probe: [E], the query before its projection.
+      kernel, bias: [3E, E] (out, in) and [3E], the projections of query, key and value.
+    """
+
+    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+        e = config.hidden_size
+        self.probe = nnx.Param(_small(rngs.params(), (e,), dtype))
+        self.kernel = nnx.Param(_small(rngs.params(), (3 * e, e), dtype))
+        self.bias = nnx.Param(jnp.zeros((3 * e,), dtype))
+        self.out = _linear(e, e, dtype, rngs)
+        self.norm = _norm(config, dtype, rngs)
+        self.mlp = TowerMLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B N E"], bias: Float[Array, "B N"], config: TowerConfig) -> Float[Array, "B E"]:
+        b, n, e = x.shape
+        kernels, biases = jnp.split(self.kernel[...], 3), jnp.split(self.bias[...], 3)
+        probe = jnp.broadcast_to(self.probe[...], (b, 1, e)).astype(x.dtype)
+        q, k, v = (y @ w.T + c for y, w, c in zip((probe, x, x), kernels, biases, strict=True))
+        split = lambda y: y.reshape(b, -1, config.num_heads, config.head_dim)
+        scores = jnp.einsum("bqhd,bnhd->bhqn", split(q), split(k), preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * config.head_dim**-0.5 + bias[:, None, None], axis=-1)
+        out = jnp.einsum("bhqn,bnhd->bqhd", weights.astype(v.dtype), split(v)).reshape(b, e)
+        out = self.out(out)
+        return out + self.mlp(self.norm(out), config.activation)
+
+
+class VisionTower(nnx.Module):
+    """A vision transformer.
+
+    Attributes:
+      config: its shape (static).
+      patch: [E, C, P, P], the patch embedding, with `patch_bias` [E] if it has one.
+      position: [special + patches, E].
+      class_token, distillation_token: [E], where there are such.
+      layers: one `TowerLayer` whose arrays have a leading axis L.
+      pre_norm, norm: before the first layer (CLIP), and after the last.
+      pool: SigLIP's.
+      classifier, distillation_classifier: of a classifier.
+    """
+
+    def __init__(self, config: TowerConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        e, p = config.hidden_size, config.patch_size
+        self.patch = nnx.Param(_small(rngs.params(), (e, config.channels, p, p), dtype))
+        if config.patch_bias:
+            self.patch_bias = nnx.Param(jnp.zeros((e,), dtype))
+        self.position = nnx.Param(_small(rngs.params(), (config.special + config.num_patches, e), dtype))
+        if config.special > 0:
+            self.class_token = nnx.Param(_small(rngs.params(), (e,), dtype))
+        if config.special > 1:
+            self.distillation_token = nnx.Param(_small(rngs.params(), (e,), dtype))
+        if config.pre_norm:
+            self.pre_norm = _norm(config, dtype, rngs)
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        self.layers = jax.vmap(lambda key: TowerLayer(config, dtype=dtype, rngs=nnx.Rngs(params=key)))(keys)
+        self.norm = _norm(config, dtype, rngs)
+        if config.pooling == "attention":
+            self.pool = AttentionPool(config, dtype=dtype, rngs=rngs)
+        if config.labels:
+            self.classifier = _linear(e, config.labels, dtype, rngs)
+            if config.special > 1:
+                self.distillation_classifier = _linear(e, config.labels, dtype, rngs)
+
+    def embed(self, pixels: Pixels) -> Patches:
+        """Patches in raster order after the special tokens, before the first layer.
+
+        Raises:
+          ValueError: pixels of another size or number of channels.
+        """
+        c = self.config
+        if pixels.shape[1:] != (c.channels, c.image_size, c.image_size):
+            given, expected = list(pixels.shape[1:]), [c.channels, c.image_size, c.image_size]
+            raise ValueError(f"the tower sees images of {expected}, not {given}; use the checkpoint's image processor")
+        b, p = pixels.shape[0], c.patch_size
+        pixels = pixels[:, :, : c.grid * p, : c.grid * p].astype(self.patch[...].dtype)
+        cells = pixels.reshape(b, c.channels, c.grid, p, c.grid, p)
+        x = jnp.einsum("bcipjq,ecpq->bije", cells, self.patch[...]).reshape(b, c.num_patches, -1)
+        if c.patch_bias:
+            x = x + self.patch_bias[...]
+        special = [self.class_token[...]] if c.special > 0 else []
+        special += [self.distillation_token[...]] if c.special > 1 else []
+        if special:
+            x = jnp.concatenate([jnp.broadcast_to(jnp.stack(special), (b, c.special, x.shape[-1])), x], axis=1)
+        x = x + self.position[...]
+        n = x.shape[1]
+        group = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
+        return Patches(self.pre_norm(x) if c.pre_norm else x, jnp.ones((b, n), jnp.float32), group)
+
+    def run_layers(
+        self,
+        patches: Patches,
+        layers: range | None = None,
+        *,
+        reduce: Reduce | None = None,
+        proportional: bool = False,
+    ) -> tuple[Patches, Shown]:
+        """Runs some layers, all by default; returns the tokens, and what the attention of the last layer compared.
+
+        Args:
+          reduce: called between attention and MLP of each of these layers. What is `Shown` is then of the tokens that
+            the layer began with.
+          proportional: a token of size s is attended to like s equal ones: log s is added to its scores (ToMe, 3.2).
+
+        Raises:
+          ValueError: no layers, or layers that the tower does not have.
+        """
+        every = range(self.config.num_layers)
+        layers = every if layers is None else layers
+        if not len(layers) or layers[0] not in every or layers[-1] not in every or layers.step != 1:
+            raise ValueError(f"cannot run layers {layers}: the tower has layers 0 to {every[-1]}")
+        if reduce is not None:
+            shown = None
+            for number in layers:
+                layer = jax.tree.map(lambda w, number=number: w[number], self.layers)
+                patches, shown = self._layer(layer, patches, proportional, lambda p, s, n=number: reduce(p, s, n))
+            assert shown is not None
+            return patches, shown
+
+        heads = jnp.zeros((*patches.size.shape, self.config.num_heads, self.config.head_dim), patches.hidden.dtype)
+        start = patches, Shown(heads, heads, _bias(patches.size, proportional))
+
+        def body(loop: tuple[Patches, Shown], inputs: Any) -> tuple[tuple[Patches, Shown], None]:
+            layer, index = inputs
+            if layer is None:
+                layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), self.layers)
+            return self._layer(layer, loop[0], proportional), None
+
+        # A part of the layers is indexed inside the loop: slicing the stacked weights would copy them at each call.
+        weights = self.layers if layers == every else None
+        return jax.lax.scan(body, start, (weights, jnp.arange(layers.start, layers.stop)))[0]
+
+    def _layer(
+        self,
+        layer: Any,
+        patches: Patches,
+        proportional: bool,
+        reduce: Callable[[Patches, Shown], Patches] | None = None,
+    ) -> tuple[Patches, Shown]:
+        x, bias = patches.hidden, _bias(patches.size, proportional)
+        q, k, v = layer.attention.project(layer.attention_norm(x), self.config.num_heads)
+        shown = Shown(q, k, bias)
+        x = x + layer.attention.out(whole_attention(q, k, v, bias).reshape(x.shape))
+        patches = Patches(x, patches.size, patches.group)
+        if reduce is not None:
+            patches = reduce(patches, shown)
+        x = patches.hidden
+        x = x + layer.mlp(layer.mlp_norm(x), self.config.activation)
+        return Patches(x, patches.size, patches.group), shown
+
+    def pooled(self, patches: Patches) -> Float[Array, "B E"]:
+        """One vector for each picture, from the tokens after the last layer."""
+        x = self.norm(patches.hidden)
+        if self.config.pooling == "class":
+            return x[:, 0]
+        if self.config.pooling == "attention":
+            return self.pool(x, _bias(patches.size, False), self.config)
+        weight = (patches.size / patches.size.sum(-1, keepdims=True))[..., None]
+        return (x * weight).sum(1).astype(x.dtype)
+
+    def logits(self, patches: Patches) -> Float[Array, "B V"]:
+        """Scores of the classes, from the tokens after the last layer; the mean of both heads if DeiT was distilled.
+
+        Raises:
+          ValueError: the tower has no classifier.
+        """
+        if not self.config.labels:
+            raise ValueError("this tower has no classifier; load a checkpoint that classifies images")
+        out = self.classifier(self.pooled(patches))
+        if self.config.special > 1:
+            out = (out + self.distillation_classifier(self.norm(patches.hidden)[:, 1])) / 2
+        return out.astype(jnp.float32)
+
+    def __call__(self, pixels: Pixels) -> Patches:
+        """The tokens after the last layer, not normed."""
+        return self.run_layers(self.embed(pixels))[0]
+
+
+_small = jax.nn.initializers.normal(0.02)
+
+
+def _bias(size: Float[Array, "B N"], proportional: bool) -> Float[Array, "B N"]:
+    present = size > 0
+    return jnp.where(present, jnp.log(jnp.where(present, size, 1.0)) if proportional else 0.0, MASKED)
+
+
+def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(n, m, kernel_init=_small, param_dtype=dtype, rngs=rngs)
+
+
+def _norm(config: TowerConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.norm_eps, param_dtype=dtype, use_fast_variance=False, rngs=rngs
+    )

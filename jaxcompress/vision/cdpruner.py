@@ -1,0 +1,68 @@
+"""CDPruner: a diverse set of patches that the question asks for (Zhang et al. 2025).
+
+A determinantal point process with kernel L_ij = q_i cos(x_i, x_j) q_j, maximised greedily: each step takes the patch
+with the largest determinant gained (Chen et al. 2018, "Fast Greedy MAP Inference").
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxcompress.vision.choose import check_budget, cosine, unit
+
+
+def question_relevance(image: Float[Array, "B N D"], text: Float[Array, "M D"]) -> Float[Array, "B N"]:
+    """How little a patch's CLIP embedding is like the question's, from 0 to 1 in each picture.
+
+    The minus sign is the authors'. They scale over all pictures of a batch together; flatten them to one for that.
+    """
+    like = jnp.einsum("bnd,md->bnm", unit(image), unit(text), precision="highest")
+    score = -like.mean(-1)
+    low, high = score.min(-1, keepdims=True), score.max(-1, keepdims=True)
+    return (score - low + 1e-6) / jnp.maximum(high - low, 1e-12)
+
+
+class Diverse(NamedTuple):
+    """Result of `diverse`.
+
+    Attributes:
+      order: [B, n], the chosen patches in the order in which they were.
+      gain: [B, N], what is left to gain of each patch, -inf for the chosen.
+      quality: [B, N], the kernel's diagonal.
+    """
+
+    order: Int[Array, "B n"]
+    gain: Float[Array, "B N"]
+    quality: Float[Array, "B N"]
+
+
+def diverse(x: Float[Array, "B N E"], relevance: Float[Array, "B N"], n: int) -> Diverse:
+    """The n patches with the largest determinant, greedily.
+
+    Where more are asked for than the kernel has rank, gains are rounding errors: which come then means nothing.
+
+    Raises:
+      ValueError: n above N.
+    """
+    b, total, _ = x.shape
+    check_budget(n, total)
+    kernel = relevance[:, :, None] * cosine(x, x) * relevance[:, None]
+    rows = jnp.arange(b)
+    diagonal = jnp.diagonal(kernel, axis1=1, axis2=2)
+
+    def step(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
+        factors, gain = carry  # factors: [n, B, N], rows of the Cholesky factor so far, zero for those to come
+        chosen = gain.argmax(-1)
+        before = jnp.einsum("tb,tbn->bn", factors[:, rows, chosen], factors, precision="highest")
+        root = jnp.sqrt(jnp.maximum(gain[rows, chosen], 1e-20))
+        row = (kernel[rows, chosen] - before) / root[:, None]
+        gain = (gain - jnp.square(row)).at[rows, chosen].set(-jnp.inf)
+        return (factors.at[i].set(row), gain), chosen
+
+    start = jnp.zeros((n, b, total)), diagonal
+    (_, gain), order = jax.lax.scan(step, start, jnp.arange(n))
+    return Diverse(order.T.astype(jnp.int32).reshape(b, n), gain, diagonal)

@@ -1,0 +1,74 @@
+"""DART: a few pivots, and the patches least like them: what is double goes (Wen et al. 2025).
+
+Pivots are the patches and words whose keys have the largest L1 norms, four of each. Every pivot in turn keeps the
+patches that are least like it, by the cosine of hidden states, of those that are left. No attention map is needed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcompress.select import keep_top
+from jaxcompress.vision.choose import best_first, check_budget, cosine, standing, take
+
+LAYER, PIVOTS = 2, 4
+"""Before this layer; pivots among the patches, and as many among the words."""
+
+
+class Dart(NamedTuple):
+    """Result of `dart`.
+
+    Attributes:
+      kept: [B, n], ascending.
+      pivots: [B, p], patches that are pivots.
+    """
+
+    kept: Int[Array, "B n"]
+    pivots: Int[Array, "B p"]
+
+
+def dart(
+    patches: Float[Array, "B V E"],
+    words: Float[Array, "B R E"],
+    patch_norm: Float[Array, "B V"],
+    word_norm: Float[Array, "B R"],
+    present: Bool[Array, "B R"],
+    n: int,
+    *,
+    pivots: int = PIVOTS,
+) -> Dart:
+    """Exactly n patches.
+
+    The released code lets every pivot take as many, and so keeps about n; here the first pivots take one more where
+    that does not divide. Pivots come in the order of their norms, patches before words.
+
+    Args:
+      patches, words: hidden states.
+      patch_norm, word_norm: L1 norms of the keys, all heads together.
+      present: which words are there.
+
+    Raises:
+      ValueError: n above V.
+    """
+    total = patches.shape[1]
+    check_budget(n, total, "patches")
+    own = min(pivots, n)
+    chosen = best_first(patch_norm, own)
+    word_norm = jnp.where(present, word_norm, -jnp.inf)
+    asking = best_first(word_norm, min(pivots, words.shape[1]))
+    counts = jnp.concatenate([jnp.ones_like(chosen, bool), take(present, asking)], axis=1)
+    pivot = jnp.concatenate([take(patches, chosen), take(words, asking)], axis=1)
+    unlike = -cosine(pivot, patches)
+    place = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), patch_norm.shape)
+    rows = jnp.arange(patches.shape[0])[:, None]
+    kept = jnp.zeros(patch_norm.shape, bool).at[rows, chosen].set(True)
+    many = counts.sum(1)
+    quota, more = (n - own) // many, (n - own) % many
+    nth = jnp.cumsum(counts, axis=1) - 1
+    for i in range(pivot.shape[1]):
+        take_now = jnp.where(counts[:, i], quota + (nth[:, i] < more), 0)
+        kept |= keep_top(unlike[:, i], jnp.where(kept, -1, place), take_now)
+    return Dart(standing(kept, n), chosen)

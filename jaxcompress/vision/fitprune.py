@@ -1,0 +1,98 @@
+"""FitPrune: in every layer as many patches go as change its attention least, found offline (Ye et al. 2025).
+
+At run time layer l drops the n_l patches with the smallest product of attention by the text and attention by other
+patches (largest over heads). The numbers n_l come from a bisection on one threshold over calibration prompts (`fit`);
+`RECIPES` are the authors' for LLaVA-1.5-7B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxcompress.select import rank
+
+RECIPES: dict[int, tuple[int, ...]] = {
+    40: (0, 1, 21, 13, 14, 11, 41, 53, 29, 15, 14, 5, 1, 4, 5, 1, 26, 1, 13, 28, 6, 27, 2, 1, 0, 0, 1, 1, 2, 0, 0, 0),
+    50: (3, 7, 49, 24, 29, 17, 59, 41, 26, 8, 10, 6, 2, 5, 7, 2, 30, 3, 13, 27, 5, 23, 2, 1, 0, 0, 1, 1, 2, 0, 0, 0),
+    60: (14, 33, 89, 36, 36, 20, 55, 21, 18, 4, 7, 5, 2, 5, 7, 4, 26, 5, 11, 24, 4, 18, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0),
+    70: (48, 79, 118, 41, 33, 17, 36, 9, 9, 2, 3, 2, 1, 3, 4, 8, 18, 7, 8, 20, 4, 13, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0),
+    80: (128, 127, 118, 35, 26, 8, 13, 3, 2, 1, 0, 0, 0, 2, 1, 8, 7, 8, 5, 11, 2, 6, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0),
+    90: (262, 153, 80, 19, 13, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 1, 2, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0),
+}
+"""Patches of 576 that leave in each of 32 layers, by the percentage of FLOPs saved."""
+
+
+def cross_attention(rows: Float[Array, "B H R V"], present: Bool[Array, "B R"]) -> Float[Array, "B V"]:
+    """Attention that patches get from the text after the picture: largest over heads, summed over words."""
+    return jnp.where(present[..., None], rows.max(1), 0.0).sum(1)
+
+
+def self_attention(rows: Float[Array, "B H V V"], present: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+    """Attention that patches get from patches: largest over heads, mean over patches."""
+    return jnp.where(present[..., None], rows.max(1), 0.0).sum(1) / jnp.maximum(present.sum(1), 1)[:, None]
+
+
+def importance(cross: Float[Array, "B V"], own: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Scores: the product of both."""
+    return cross * own
+
+
+def lowest_first(scores: Float[Array, "B V"]) -> Array:
+    """[B, V], the order in which patches go; of equals the later first."""
+    place = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32), scores.shape)
+    nth = scores.shape[1] - 1 - rank(scores, place)
+    return jnp.put_along_axis(jnp.zeros_like(place), nth, place, axis=1, inplace=False)
+
+
+def removable(mass: Float[np.ndarray, " V"], total: float, alpha: float) -> np.ndarray:
+    """The patches with the least mass that may go without more than a share alpha of `total` being lost, one less.
+
+    `total` is the mass that the whole picture had in this layer; what went in earlier layers counts as lost already.
+    The authors stop one patch before the bound, and so does this.
+    """
+    order = np.argsort(mass, kind="stable")
+    left = mass.sum() - np.concatenate([[0.0], np.cumsum(mass[order])])[: len(mass)]
+    over = np.flatnonzero(left < total * (1 - alpha))
+    n = max(int(over[0]) - 1, 0) if len(over) else len(mass)
+    return order[:n]
+
+
+def fit(
+    run: Callable[[float], tuple[float, Sequence[float]]], flops: float, *, tolerance: float = 0.01
+) -> tuple[tuple[int, ...], float]:
+    """The smallest threshold alpha with which a model stays within a number of FLOPs, and what leaves by layer then.
+
+    Bisection on alpha in 0..1 (algorithm 1).
+
+    Args:
+      run: (alpha) -> (FLOPs of a calibration prompt, mean number of patches that leave each layer), with what leaves
+        chosen by `removable`, in cross and self attention both.
+      flops: target.
+      tolerance: on alpha.
+
+    Raises:
+      ValueError: the target is not met even where everything goes that may.
+    """
+    low, high = 0.0, 1.0
+    spent, leaves = run(high)
+    if spent > flops:
+        raise ValueError(f"no threshold saves enough: {spent:.4g} FLOPs are left, the target is {flops:.4g}")
+    while high - low > tolerance + 1e-6:
+        middle = (low + high) / 2
+        spent, found = run(middle)
+        if spent <= flops:
+            high, leaves = middle, found
+        else:
+            low = middle
+    return tuple(int(n) for n in leaves), high
+
+
+def removable_both(
+    cross: Float[np.ndarray, " V"], own: Float[np.ndarray, " V"], totals: tuple[float, float], alpha: float
+) -> np.ndarray:
+    """The patches that may go by cross and by self attention, ascending."""
+    return np.intersect1d(removable(cross, totals[0], alpha), removable(own, totals[1], alpha))

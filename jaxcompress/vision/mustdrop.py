@@ -1,0 +1,97 @@
+"""MustDrop whole: vision-encoding, prefilling and decoding stage, each alone and together (Liu et al. 2024)."""
+
+from __future__ import annotations
+
+from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.llava import LlavaConfig
+from jaxcompress.vision import prefills
+from jaxcompress.vision.dual_attention import LAYERS, THRESHOLDS
+from jaxcompress.vision.encoders import whole, windowed, windowed_above
+from jaxcompress.vision.method import Cut, Method, Rule, renumbered
+from jaxcompress.vision.output_aware import output_aware
+from jaxcompress.vision.schedule import cuts_down_to, spread_over
+from jaxcompress.vision.windows import WINDOW
+
+
+def window_of(grid: int) -> int:
+    """The side of the windows that merge: 3 as published if such tile the grid, else the nearest that do; 1 if none."""
+    fits = [w for w in range(2, grid + 1) if not grid % w]
+    return min(fits, key=lambda w: abs(w - WINDOW)) if fits else 1
+
+
+def merging_windows(n: int, share: float = 0.25):
+    """(config) -> (side, how many merge): a quarter of the windows, but never so many that fewer than n are left."""
+
+    def count(config: LlavaConfig) -> tuple[int, int]:
+        window, grid = window_of(config.tower.grid), config.tower.grid
+        if window == 1:
+            return 1, 0
+        many = (grid // window) ** 2
+        return window, min(int(many * share), max(config.tower.num_patches - n, 0) // (window**2 - 1))
+
+    return count
+
+
+def encoding(n: int, share: float = 0.25) -> Method:
+    """The first stage alone: windows merge until n tokens are left, as nearly as whole windows allow, never fewer."""
+    count = merging_windows(n, 1.0)
+
+    def left(config: LlavaConfig) -> int:
+        window, many = count(config)
+        return config.tower.num_patches - many * (window**2 - 1)
+
+    return Method("mustdrop-encode", windowed(count, keys=False), left)
+
+
+def prefilling(n: int, *, protect: bool = False, compact: bool = False) -> Method:
+    """The second stage alone: after layers 2, 6, 10 and 14 of 32 patches go, until n are left."""
+    rule: Rule = prefills.mustdrop if protect else prefills.mustdrop_without_keys
+    rule = renumbered(rule) if compact else rule
+
+    def cuts(config: DecoderConfig, tokens: int) -> tuple[Cut, ...]:
+        return cuts_down_to(rule, spread_over(LAYERS, config.num_layers), tokens, n)
+
+    return Method("mustdrop-prefill", whole, cuts=cuts)
+
+
+def decoding() -> Method:
+    """The third stage alone: nothing goes before words are written."""
+    return Method("mustdrop-decode", whole, writing=output_aware)
+
+
+def mustdrop(n: int, *, compact: bool = False) -> Method:
+    """All three stages, with exact numbers: a quarter of the windows, then n patches, key tokens first.
+
+    Args:
+      compact: positions numbered anew at every stage, as in the released code; by default tokens stay where they were.
+    """
+    count = merging_windows(n)
+
+    def left(config: LlavaConfig) -> int:
+        window, many = count(config)
+        return config.tower.num_patches - many * (window**2 - 1)
+
+    second = prefilling(n, protect=True, compact=compact)
+    # A policy that goes by positions knows no patches where these are numbered anew.
+    extra = {} if compact else dict(writing=output_aware)
+    return Method("mustdrop", windowed(count, keys=True), left, second.cuts, **extra)
+
+
+def above_thresholds(average: int = 192, *, window: int = WINDOW) -> Method:
+    """All stages by the published thresholds, with fixed shapes: what goes leaves its place empty.
+
+    Args:
+      average: whose thresholds, 192, 128 or 64.
+
+    Raises:
+      ValueError: none were published for this number.
+    """
+    if average not in THRESHOLDS:
+        raise ValueError(f"thresholds were published for {sorted(THRESHOLDS)} tokens, not {average}")
+    rule = prefills.mustdrop_above(THRESHOLDS[average])
+
+    def cuts(config: DecoderConfig, tokens: int) -> tuple[Cut, ...]:
+        return tuple(Cut(layer, tokens, rule) for layer in spread_over(LAYERS, config.num_layers))
+
+    encode = windowed_above(window=window, keys=True)
+    return Method("mustdrop-thresholds", encode, cuts=cuts, writing=output_aware)

@@ -1,0 +1,86 @@
+"""MustDrop, the decoding stage: patches leave the cache that what is written does not look at (section 3.4).
+
+The paper names an "output-aware cache policy"; the released code only removes, after the prompt, what later layers
+dropped from earlier ones (`survivors`). `output_aware` is the policy: while words are written, the patches that they
+attend to least go one by one, down to a number, and words stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxcompress.policies.policy import Candidates, Observation, Policy
+from jaxcompress.shapes import SlotScores
+from jaxcompress.state import KVState, State, Stats
+
+
+@cache
+def output_aware(first: int, last: int) -> Policy:
+    """Keeps all words, and of the tokens at positions first..last - 1, the patches, those that the output attends to.
+
+    score[n] = mean over the tokens written so far of the attention that they gave token n, mean over heads. A layer's
+    heads share a set. What the prompt attended to does not count: only what is written does. When a written token finds
+    the state full, the patch with the lowest score goes; words go, oldest first, only where no patch is left.
+
+    Args:
+      first, last: where the patches stand in the sequence.
+
+    Raises:
+      ValueError: an empty or negative range.
+    """
+    if not 0 <= first < last:
+        raise ValueError(f"patches stand at positions first..last - 1, {first}..{last - 1} was given")
+
+    def init(incoming: Candidates) -> Stats:
+        return jnp.zeros(incoming.positions.shape, jnp.float32)
+
+    def observe(stats: Stats, seen: Observation) -> Stats:
+        written = (seen.queries >= last)[:, None, :, None]
+        return stats + jnp.where(written, seen.per_set("layer"), 0.0).sum(2)
+
+    def score(stats: Stats, held: Candidates) -> SlotScores:
+        patch = (held.positions >= first) & (held.positions < last)
+        # Words above every patch, the newest on top; positions beyond float32's whole numbers do not occur.
+        return jnp.where(patch, stats, 1e6 + held.positions.astype(jnp.float32))
+
+    return Policy(f"output_aware[{first}:{last}]", score, init, observe)
+
+
+def survivors(state: State, kept: Bool[Array, "B N"] | Int[Array, "B N"], layers: range) -> State:
+    """Frees, in these layers, the slots of tokens that the last layers do not hold: the released code's third stage.
+
+    Slots do not move; use `packed` for a smaller state.
+
+    Args:
+      kept: [B, N], the positions that stay, -1 for none.
+      layers: of the model, those after the first stage's and up to the last one's.
+    """
+    done = []
+    for part in state:
+        stays = (part.positions[..., None] == kept[:, None, None]).any(-1) | (part.positions < 0)
+        here = (part.layer >= layers.start) & (part.layer < layers.stop)
+        freed = jnp.where(here[:, None, None, None] & ~stays, -1, part.positions)
+        done.append(replace(part, positions=freed))
+    return tuple(done)
+
+
+def packed(state: KVState, capacity: int, slots: int) -> KVState:
+    """The state with its occupied slots moved together into `slots` of them, for a smaller one.
+
+    Every set has to have at most that many occupied. Tokens stand in the order of their positions.
+    """
+    order = jnp.argsort(
+        jnp.where(state.positions >= 0, state.positions, jnp.iinfo(jnp.int32).max), axis=-1, stable=True
+    )
+    order = order[..., :slots]
+
+    def pick(x: Array) -> Array:
+        index = jnp.broadcast_to(order, (*x.shape[:3], order.shape[-1]))
+        return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 4)), axis=3)
+
+    return replace(state, capacity=capacity, **jax.tree.map(pick, state.slotted()))

@@ -1,0 +1,147 @@
+"""PruMerge: outliers of the class token's attention, each with its neighbours added (Shang et al. 2024).
+
+A token that stays has sum a_i x_i of its 32 nearest added to it, by the cosine of keys, a being the attention of the
+class token; one more token is that sum over all that went. The sums are not divided by their weights, as in the
+authors' code. PruMerge+ also keeps tokens in even steps over the picture.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcompress.vision.choose import best_first, cosine, others, take
+
+NEIGHBOURS = 32
+
+
+def single_head_attention(q: Float[Array, "B N E"], k: Float[Array, "B N E"]) -> Float[Array, "B N"]:
+    """The class token's attention as the authors take it: one head as wide as the tower.
+
+    Args:
+      q, k: of the tower's last layer, all heads together, class token first.
+    """
+    scores = jnp.einsum("be,bne->bn", q[:, 0], k, precision="highest").astype(jnp.float32) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(scores, axis=-1)[:, 1:]
+
+
+def outliers(attention: Float[Array, "B N"]) -> Int[Array, " B"]:
+    """How many tokens lie above the third quartile by 1.5 times the quartiles' distance."""
+    low, high = jnp.percentile(attention.astype(jnp.float32), jnp.array([25.0, 75.0]), axis=1)
+    return (attention > (high + 1.5 * (high - low))[:, None]).sum(1)
+
+
+class PruMerged(NamedTuple):
+    """Result of `prumerge`.
+
+    Attributes:
+      x: [B, n + 1, E]: the kept tokens with their neighbours added, in the order of `kept`, then what went.
+      present: [B, n + 1], False where an adaptive rule keeps fewer.
+    """
+
+    x: Float[Array, "B n E"]
+    present: Bool[Array, "B n"]
+
+
+def prumerge(
+    x: Float[Array, "B N E"],
+    attention: Float[Array, "B N"],
+    keys: Float[Array, "B N E"],
+    kept: Int[Array, "B n"],
+    gone: Int[Array, "B m"],
+    present: Bool[Array, "B n"] | None = None,
+    left: Bool[Array, "B m"] | None = None,
+) -> PruMerged:
+    """Adds to each kept token its nearest of all others, kept or gone, and sums up what went.
+
+    Args:
+      attention, keys: of the class token, and of each token with all heads together.
+      kept: usually `best_first(attention, n)`.
+      gone: usually `others(kept, N)`.
+      present, left: which of `kept` and of `gone` count; all by default.
+    """
+    present = jnp.ones(kept.shape, bool) if present is None else present
+    left = jnp.ones(gone.shape, bool) if left is None else left
+    index, counts = jnp.concatenate([kept, gone], axis=1), jnp.concatenate([present, left], axis=1)
+    like = cosine(take(keys, kept), take(keys, index))
+    own = jnp.arange(kept.shape[1])[:, None] == jnp.arange(index.shape[1])
+    like = jnp.where(own | ~counts[:, None], -jnp.inf, like)
+    value, near = jax.lax.top_k(like, min(NEIGHBOURS, index.shape[1]))
+    weight = take(attention, index).astype(jnp.float32)
+    rows = jnp.arange(x.shape[0])[:, None, None]
+    share = jnp.where(jnp.isfinite(value), weight[rows, near], 0.0)
+    mixing = jnp.zeros(like.shape, jnp.float32).at[rows, jnp.arange(kept.shape[1])[:, None], near].add(share)
+    tokens = take(x, index).astype(jnp.float32)
+    added = jnp.einsum("bkn,bne->bke", mixing, tokens, precision="highest")
+    extra = jnp.where(left, weight[:, kept.shape[1] :], 0.0)
+    extra = jnp.einsum("bn,bne->be", extra, tokens[:, kept.shape[1] :], precision="highest")[:, None]
+    out = jnp.concatenate([tokens[:, : kept.shape[1]] + added, extra], axis=1).astype(x.dtype)
+    return PruMerged(out, jnp.concatenate([present, jnp.ones_like(present[:, :1])], axis=1))
+
+
+def prumerge_adaptive(
+    x: Float[Array, "B N E"], attention: Float[Array, "B N"], keys: Float[Array, "B N E"], *, stepped: bool = False
+) -> tuple[PruMerged, Int[Array, "B N"]]:
+    """The published adaptive rule with fixed shapes; also the kept tokens, in their order, N where there is none.
+
+    As many stay as there are outliers, one less in the few cases where the authors' int(N * (count / N)) rounds down.
+
+    Args:
+      stepped: PruMerge+.
+    """
+    n = x.shape[1]
+    found = outliers(attention)[:, None]
+    count = jnp.asarray([int(n * (c / n)) for c in range(n + 1)])[found]
+    kept, place = best_first(attention, n), jnp.arange(n)
+    if stepped:
+        kept, count = _with_steps(kept, count, jnp.asarray(_strides(n))[found])
+    present = place < count
+    # What is not kept follows in `kept`; it goes, in any order: only sums are taken over it.
+    done = prumerge(x, attention, keys, kept, kept, present, ~present)
+    return done, jnp.where(present, kept, n)
+
+
+def _with_steps(kept: Array, count: Array, stride: Array) -> tuple[Array, Array]:
+    """The outliers, then every stride-th token that is none of them."""
+    n = kept.shape[1]
+    place = jnp.arange(n)
+    order = jnp.put_along_axis(jnp.zeros_like(kept), kept, jnp.broadcast_to(place, kept.shape), axis=1, inplace=False)
+    outlier = order < count
+    # The authors' range ends before the last token.
+    stepped = ~outlier & (place % stride == 0) & (place < n - 1)
+    ranked = jnp.where(outlier, order, jnp.where(stepped, n + place, 2 * n + order))
+    return jnp.argsort(ranked, axis=1).astype(jnp.int32), (outlier | stepped).sum(1, keepdims=True)
+
+
+def _strides(n: int) -> np.ndarray:
+    """A third of N / outliers, both rounded down, by how many outliers there are.
+
+    At least 1, where the authors' code stops with an error.
+    """
+    return np.array([n] + [max(1, int(int(1 / (c / n)) / 3)) for c in range(1, n + 1)])
+
+
+def even_steps(patches: int, ratio: float) -> Int[np.ndarray, " n"]:
+    """The tokens that PruMerge+ adds to a fixed share: every (1 / ratio)-th, from half a step on."""
+    step = int(1 / ratio)
+    return np.arange(step // 2, patches - 1, step)
+
+
+def as_released(kept: Int[Array, "B n"], total: int) -> Int[Array, "B m"]:
+    """What goes by the authors' `complement_idx`: where `kept` names tokens twice, as many others are lost."""
+    rows = jnp.arange(kept.shape[0])[:, None]
+    place = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), (kept.shape[0], total))
+    return jnp.sort(place.at[rows, kept].set(0), axis=1)[:, kept.shape[1] :]
+
+
+def stepped_order(attention: Float[Array, "B N"], n: int) -> Int[Array, "B n"]:
+    """n tokens for PruMerge+ with an exact budget: half by attention, half in even steps over what is left."""
+    top = best_first(attention, n - n // 2)
+    rest = others(top, attention.shape[1])
+    m = n // 2
+    even = (np.arange(m) * rest.shape[1] + rest.shape[1] // 2) // max(m, 1)
+    return jnp.concatenate([top, rest[:, even]], axis=1)

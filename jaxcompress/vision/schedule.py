@@ -1,0 +1,71 @@
+"""After which layers tokens leave, and how many each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from jaxcompress.vision.choose import check_budget
+from jaxcompress.vision.method import Cut, Method, Rule
+
+DEPTH = 32
+"""Layers of the decoders for which numbers were published (LLaVA-1.5-7B)."""
+
+
+def spread_over(published: Sequence[int], layers: int) -> tuple[int, ...]:
+    """The published layers of 32 in a decoder of another depth: at the same share of it, distinct, and not the last."""
+    if layers >= DEPTH:
+        return tuple(published)
+    found = sorted({min(round(layer * layers / DEPTH), layers - 2) for layer in published})
+    return tuple(layer for layer in found if layer >= 0)
+
+
+def falling(tokens: int, n: int, steps: int) -> tuple[int, ...]:
+    """From `tokens` to n in so many steps, by the same factor each time.
+
+    Raises:
+      ValueError: n is not in 0..tokens.
+    """
+    check_budget(n, tokens, "visual tokens")
+    if n == tokens or not steps:
+        return (n,) * steps
+    left = [max(n, round(tokens * (max(n, 1) / tokens) ** ((i + 1) / steps))) for i in range(steps)]
+    return (*left[:-1], n)
+
+
+def cuts_down_to(rule: Rule, layers: Sequence[int], tokens: int, n: int) -> tuple[Cut, ...]:
+    """One rule after these layers, until n tokens are left."""
+    return tuple(Cut(layer, keep, rule) for layer, keep in zip(layers, falling(tokens, n, len(layers)), strict=True))
+
+
+def for_average(make: Callable[[int], Method], average: float, config, crops: int = 1) -> Method:
+    """The method with the largest final number whose mean over layers is no more than `average`.
+
+    Papers that drop in several layers report that mean.
+
+    Raises:
+      ValueError: the layers before the first cut alone hold more.
+    """
+    total = config.tower.num_patches * crops
+    fits = None
+    low, high = 1, total
+    while low <= high:
+        middle = (low + high) // 2
+        method = _try(make, middle, config, crops)
+        if method is not None and method.average(config, crops) <= average:
+            fits, low = method, middle + 1
+        else:
+            high = middle - 1
+    if fits is None:
+        least = _try(make, 1, config, crops)
+        held = "" if least is None else f"; with 1 token at the end it is {least.average(config, crops):.1f}"
+        raise ValueError(f"no final number of visual tokens has a mean of {average} over layers{held}")
+    return fits
+
+
+def _try(make: Callable[[int], Method], n: int, config, crops: int) -> Method | None:
+    try:
+        method = make(n)
+        method.counts(config, crops)
+    except ValueError:
+        return None
+    return method

@@ -1,0 +1,58 @@
+"""Video: what does not change from one frame to the next is one token.
+
+A patch that is like the patch in the same place one frame before goes into it, and through it into whatever that one
+went into: a run of frames in which nothing happens leaves one token, their mean, at the place and time of its first.
+Similar means by cosine of neighbouring frames' tokens. Exactly r patches go, the most similar ones; or, with a
+threshold, as many as reach it, and empty places are left.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcompress.select import keep_top
+from jaxcompress.vision.choose import check_budget, standing, take, unit
+from jaxcompress.vision.merging import Merging
+
+
+def stillness(x: Float[Array, "B F N E"]) -> Float[Array, "B F N"]:
+    """Cosine of each patch to the one before it; -inf in the first frame."""
+    x = unit(x)
+    like = jnp.einsum("bfne,bfne->bfn", x[:, 1:], x[:, :-1], precision="highest")
+    return (
+        jnp.concatenate([jnp.full_like(like[:, :1], -jnp.inf), like], axis=1)
+        if x.shape[1] > 1
+        else jnp.full(x.shape[:3], -jnp.inf)
+    )
+
+
+def first_of_run(goes: Bool[Array, "B F N"]) -> Int[Array, "B F N"]:
+    """For each patch the frame in which its run begins, where a patch that goes joins the run of the one before it."""
+    frame = jnp.arange(goes.shape[1], dtype=jnp.int32)[:, None]
+    return jax.lax.cummax(jnp.where(goes, -1, frame), axis=1)
+
+
+def merge_frames(like: Float[Array, "B F N"], r: int) -> Merging:
+    """Exactly r patches go, the most similar to the one before. For tokens [B, F * N, E], frame after frame.
+
+    Raises:
+      ValueError: r is negative or more than (F - 1) * N.
+    """
+    b, frames, patches = like.shape
+    check_budget(r, (frames - 1) * patches, "patches of later frames")
+    total = frames * patches
+    place = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), (b, total))
+    goes = keep_top(like.reshape(b, total), jnp.where(place < patches, -1, place), r)
+    kept = standing(~goes, total - r)
+    gone = standing(goes, r)
+    into = run_starts(goes.reshape(like.shape))
+    nth = jnp.cumsum(~goes, axis=1, dtype=jnp.int32) - 1  # of the result, for what stays
+    return Merging(kept, gone, take(nth, take(into, gone)))
+
+
+def run_starts(goes: Bool[Array, "B F N"]) -> Int[Array, "B FN"]:
+    """For each token, frame after frame, the one that its run begins with; `merge_in_place` takes these."""
+    b, _, patches = goes.shape
+    return (first_of_run(goes) * patches + jnp.arange(patches, dtype=jnp.int32)).reshape(b, -1)

@@ -1,0 +1,58 @@
+"""Baselines that look at nothing: random, every so many-th, even over the picture, averaged over the picture.
+
+Any designed score has to beat these ("Token Reduction Should Go Beyond Efficiency"; Wen et al. 2025).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxcompress.vision.choose import check_budget
+
+
+def random_scores(seed: int, index: Int[Array, "B N"]) -> Float[Array, "B N"]:
+    """One draw for each token that depends on the seed and the token's index only: nested sets for growing budgets."""
+    key = jax.random.key(seed)
+    draw = lambda i: jax.random.uniform(jax.random.fold_in(key, i))
+    return jnp.vectorize(draw)(jnp.maximum(index, 0))
+
+
+def stride(total: int, n: int) -> Int[np.ndarray, " n"]:
+    """Every (total / n)-th token, rounded down, from the first on."""
+    check_budget(n, total)
+    return (np.arange(n) * total // max(n, 1)).astype(np.int32)
+
+
+def cells(rows: int, columns: int, n: int) -> tuple[int, int]:
+    """A grid of n cells that fits into the picture's, as near to its shape as there is.
+
+    Raises:
+      ValueError: no such grid; the message has the nearest numbers that have one.
+    """
+    check_budget(n, rows * columns, "patches")
+    fits = lambda m: [(a, m // a) for a in range(1, rows + 1) if m and not m % a and m // a <= columns]
+    found = fits(n)
+    if not found:
+        near = sorted((m for m in range(1, rows * columns + 1) if fits(m)), key=lambda m: abs(m - n))[:4]
+        raise ValueError(
+            f"{n} cells do not lie in a grid inside {rows} x {columns} patches; the nearest numbers that do: {near}"
+        )
+    # The cell that is least elongated.
+    return min(found, key=lambda grid: abs(np.log((rows / grid[0]) / (columns / grid[1]))))
+
+
+def cell_of(rows: int, columns: int, n: int) -> Int[np.ndarray, " patches"]:
+    """Which of n cells each patch is in, raster order; the groups of `jaxcompress.vision.merging.grouped` (pooling)."""
+    down, across = cells(rows, columns, n)
+    row, column = np.arange(rows) * down // rows, np.arange(columns) * across // columns
+    return (row[:, None] * across + column).reshape(-1).astype(np.int32)
+
+
+def centres(rows: int, columns: int, n: int) -> Int[np.ndarray, " n"]:
+    """The patch in the middle of each of n cells, ascending: even over the picture in both directions."""
+    down, across = cells(rows, columns, n)
+    row, column = ((2 * np.arange(m) + 1) * side // (2 * m) for m, side in ((down, rows), (across, columns)))
+    return (row[:, None] * columns + column).reshape(-1).astype(np.int32)

@@ -1,0 +1,49 @@
+"""The vision-language model that ships."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.embedded import load_embedded_vision, vision_folder
+from jaxcompress.embedded.drawings import SIDE, draw, words
+from jaxcompress.evaluation.visual import Examiner, Way, exam, guessing
+
+
+def test_it_is_small_and_complete() -> None:
+    files = {file.name: file.stat().st_size for file in vision_folder().iterdir()}
+    assert sum(files.values()) < 4e6
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= set(files)
+    config = json.loads((vision_folder() / "config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["dtype"] == "bfloat16"
+
+
+def test_words_and_pictures_go_in() -> None:
+    loaded, tokenizer = load_embedded_vision()
+    for word in words():
+        (token,) = tokenizer.encode(word, add_bos=False)
+        assert tokenizer.decode([token]) == word
+    assert tokenizer.encode("<image> how many", add_bos=True).tolist()[:2] == [
+        tokenizer.bos_id,
+        loaded.config.image_token,
+    ]
+    drawing = draw(0)
+    pixels = loaded.processor()(images=[drawing.pixels], return_tensors="np")["pixel_values"]
+    assert pixels.shape == (1, 3, SIDE, SIDE)
+    np.testing.assert_allclose(pixels[0], (drawing.pixels.transpose(2, 0, 1) / 255 - 0.5) / 0.25, atol=1e-5)
+
+
+def test_it_answers_far_better_than_by_guessing() -> None:
+    loaded, tokenizer = load_embedded_vision()
+    asked = exam(tokenizer, loaded.processor(), loaded.model, pictures=24, each=8)
+    got = Examiner(loaded.model, asked, runs=1)(Way("all"))
+    assert guessing(asked) < 0.45
+    assert got.accuracy > 0.85
+    assert min(got.by_kind.values()) > 0.6
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.model)
+    rounded = Examiner(half, asked._replace(pixels=asked.pixels.astype(np.float32)), runs=1)(Way("all"))
+    assert abs(rounded.accuracy - got.accuracy) < 0.05

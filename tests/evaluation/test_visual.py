@@ -1,0 +1,152 @@
+"""The exam about drawings: what it measures is what the model does, and what leaves is what is said to leave."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcompress.embedded import load_embedded_vision
+from jaxcompress.evaluation.dropped import Panel, draw_dropped, draw_heat, greyed
+from jaxcompress.evaluation.visual import Exam, Examiner, Outcome, Way, exam, guessing, kv_bytes
+from jaxcompress.evaluation.ways import at_random, by_class_attention, by_last_word, lattice, on_a_lattice
+from jaxcompress.generation import continue_, start
+from jaxcompress.generation.visual import look, prefill_visual
+from jaxcompress.naming import named
+
+PICTURES, EACH, PATCHES = 4, 2, 144
+
+
+@cache
+def embedded() -> tuple[Any, Any]:
+    return load_embedded_vision()
+
+
+@cache
+def asked() -> Exam:
+    loaded, tokenizer = embedded()
+    return exam(tokenizer, loaded.processor(), loaded.model, pictures=PICTURES, each=EACH)
+
+
+@pytest.fixture(scope="module")
+def examiner() -> Examiner:
+    return Examiner(embedded()[0].model, asked(), runs=1)
+
+
+@pytest.fixture(scope="module")
+def whole(examiner: Examiner) -> Outcome:
+    return examiner(Way("all"))
+
+
+def prompts() -> list[list[int]]:
+    loaded, _ = embedded()
+    questions = zip(asked().words, asked().valid, strict=True)
+    return [[asked().bos, loaded.config.image_token, *words[valid].tolist()] for words, valid in questions]
+
+
+def test_it_is_the_same_exam_at_every_call() -> None:
+    loaded, tokenizer = embedded()
+    again = exam(tokenizer, loaded.processor(), loaded.model, pictures=2, each=EACH)
+    np.testing.assert_array_equal(again.pixels, asked().pixels[:2])
+    assert again.asked == asked().asked[:2]
+    later = exam(tokenizer, loaded.processor(), loaded.model, pictures=1, each=EACH, first=1)
+    assert later.asked == asked().asked[1:2]
+    assert 0 < guessing(asked()) <= 1
+
+
+def test_answers_are_those_that_the_model_writes(whole: Outcome) -> None:
+    """Through the bounded state, one token after the answer: that it is over."""
+    loaded, tokenizer = embedded()
+    model, policy = loaded.model, named("full")
+    pixels = np.repeat(asked().pixels, EACH, axis=0)
+    seen = look(model, pixels)
+    progress = start(model.decoder, policy, PATCHES + 16, batch=len(pixels))
+    progress = prefill_visual(model, prompts(), seen, progress, policy)
+    (written,) = continue_(model.decoder, progress, policy, steps=2)
+    right = written[:, 0] == asked().answers
+    assert right.mean() == whole.accuracy
+    assert set(written[:, 1]) == set(tokenizer.eos_ids)
+    assert sum(part.nbytes for part in progress.state) > kv_bytes(model, [PATCHES] * 4) * len(pixels)
+
+
+def test_what_the_state_costs() -> None:
+    model = embedded()[0].model
+    config = model.config.decoder
+    entry = 2 * config.num_kv_heads * config.head_dim * 4 + 4  # keys, values, a position
+    per_layer = kv_bytes(model, [9, 9, 9, 9]) - kv_bytes(model, [9, 9, 9, 8])
+    assert abs(per_layer - entry) < 64
+    assert kv_bytes(model, [16] * 4) < kv_bytes(model, [144] * 4) / 8
+
+
+def test_keeping_everything_is_keeping_everything(examiner: Examiner, whole: Outcome) -> None:
+    for way in (on_a_lattice(PATCHES), at_random(PATCHES), by_class_attention(PATCHES)):
+        got = examiner(way)
+        assert got.kept.all()
+        assert got.accuracy == whole.accuracy
+        assert got.flops == whole.flops
+    assert whole.tokens == whole.left == PATCHES
+
+
+@pytest.mark.parametrize("way", [at_random(16), on_a_lattice(16), by_class_attention(16)], ids=lambda way: way.name)
+def test_so_many_stay_in_the_tower_and_the_decoder_saves(way: Way, examiner: Examiner, whole: Outcome) -> None:
+    """At a ninth of the tokens (64 of 576) at least 80 % fewer FLOPs in the decoder."""
+    got = examiner(way)
+    assert got.tokens == got.left == 16
+    assert (got.kept.sum(1) == 16).all()
+    assert got.flops < 0.2 * whole.flops
+    assert got.kv_bytes < 0.2 * whole.kv_bytes
+    pictures = got.kept.reshape(PICTURES, EACH, -1)
+    assert (pictures == pictures[:, :1]).all()  # what leaves in the tower does not depend on the question
+
+
+def test_so_many_stay_in_the_decoder(examiner: Examiner, whole: Outcome) -> None:
+    got = examiner(by_last_word(16, PATCHES))
+    assert got.tokens == PATCHES
+    assert got.left == (PATCHES + PATCHES + 16 + 16) / 4
+    assert (got.kept.sum(1) == 16).all()
+    assert whole.flops * 0.4 < got.flops < whole.flops * 0.7
+
+
+def test_a_picture_alone_keeps_what_it_keeps_among_others(examiner: Examiner) -> None:
+    only = asked()._replace(pixels=asked().pixels[:1], words=asked().words[:EACH], valid=asked().valid[:EACH],
+                            answers=asked().answers[:EACH], asked=asked().asked[:1])  # fmt: skip
+    alone = Examiner(embedded()[0].model, only, runs=1)
+    for way in (at_random(16), by_class_attention(16)):
+        np.testing.assert_array_equal(alone(way).kept, examiner(way).kept[:EACH])
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 16, 36, 60, 72, 100, 143, 144])
+def test_a_lattice_is_even(n: int) -> None:
+    index = lattice(n, 12)
+    assert len(set(index.tolist())) == n
+    assert (np.diff(index) > 0).all()
+    rows = np.bincount(index // 12)
+    assert rows[rows > 0].max() - rows[rows > 0].min() <= 1
+    columns = index % 12
+    assert abs(columns.mean() - 5.5) < 1.5
+
+
+def test_dropped_patches_are_grey(tmp_path: Path) -> None:
+    pixels = np.full((8, 8, 3), (200, 10, 10), np.uint8)
+    out = greyed(pixels, np.array([True, False, False, True]))
+    np.testing.assert_array_equal(out[:4, :4], pixels[:4, :4])
+    assert (out[:4, 4:] == out[0, 7, 0]).all()
+    with pytest.raises(ValueError, match="3 patches are no square grid of a picture of 8 x 8"):
+        greyed(pixels, np.ones(3, bool))
+    draw_dropped(
+        pixels, [[Panel("all"), None], [None, Panel("half", np.array([True, False] * 2), "yes")]], tmp_path / "a.png"
+    )
+    draw_heat({"one": np.eye(3), "two": np.ones((2, 2))}, tmp_path / "b.png")
+    for name in ("a.png", "b.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_logits_that_are_not_finite_are_told() -> None:
+    model = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), embedded()[0].model)
+    with pytest.raises(FloatingPointError, match="all: logits are not finite"):
+        Examiner(model, asked(), runs=1)(Way("all"))

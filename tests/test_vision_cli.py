@@ -1,0 +1,38 @@
+"""jaxcompress vision-demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxcompress.cli import main
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vision-demo", "--out", str(tmp_path), "--pictures", "2", "--tokens", "16", "9", "--drawn", "1"]) == 0
+    table = json.loads((tmp_path / "vision_demo.json").read_text())
+    assert {row["budget"] for row in table} == {144, 16, 9}
+    assert table[0]["way"] == "all"
+    for row in table[1:]:
+        assert row["flops"] < table[0]["flops"]
+        assert row["kv_bytes"] < table[0]["kv_bytes"]
+    printed = capsys.readouterr().out
+    assert all(row["way"] in printed for row in table)
+    assert (tmp_path / "picture0.png").exists()
+    assert not (tmp_path / "picture1.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--tokens", "145"], "tokens: 145 of 144 patches cannot be kept; give numbers from 1 to 144"),
+        (["--tokens", "0"], "tokens: 0 of 144"),
+        (["--pictures", "0"], "pictures: at least 1 is needed, not 0"),
+    ],
+)
+def test_bad_input(given: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vision-demo", "--out", str(tmp_path), *given]) == 2
+    assert says in capsys.readouterr().err
