@@ -27,8 +27,8 @@ from jaxcompress.models.decoder import Decoder, DecoderConfig
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DOWNLOADED = (
     "config.json", "generation_config.json", "model*.safetensors", _INDEX, "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "preprocessor_config.json",
-    "processor_config.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "sentencepiece*", "chat_template*",
+    "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

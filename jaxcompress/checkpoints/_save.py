@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from jaxcompress.models.decoder import Decoder
 
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "vocab.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -52,21 +52,40 @@ def save(
     Example:
       >>> save(model, "trained", tokenizer_from=loaded.folder)  # doctest: +SKIP
     """
-    folder = Path(folder).expanduser().absolute()
     weights, _ = weights_of(model)
-    config = hugging_face_config(model.config) | {"dtype": one_dtype(weights)}
-    tokenizer = tokenizer_files(tokenizer_from)
-    config |= _special_tokens(tokenizer_from)
-    with whole_folder(folder) as partial:
-        write_json(partial / "config.json", config)
+    config = hugging_face_config(model.config) | _special_tokens(tokenizer_from)
+    return write_folder(folder, config, weights, tokenizer_from=tokenizer_from, shard_bytes=shard_bytes)
+
+
+def write_folder(
+    folder: str | Path,
+    config: dict[str, Any],
+    weights: list[Weight],
+    *,
+    tokenizer_from: str | Path | None = None,
+    shard_bytes: int = 5 * 10**9,
+    more: Mapping[str, dict[str, Any]] = {},
+) -> Path:
+    """Writes a checkpoint of any kind, whole or not at all; see `save`.
+
+    Args:
+      config: config.json, but for the dtype.
+      more: other JSON files, by name.
+    """
+    folder = Path(folder).expanduser().absolute()
+    config = config | {"dtype": _one_dtype(weights)}
+    tokenizer = _tokenizer_files(tokenizer_from)
+    with _whole(folder) as partial:
+        for name, content in {"config.json": config, **more}.items():
+            _write_json(partial / name, content)
         for file in tokenizer:
             shutil.copyfile(file, partial / file.name)
-        write_weights(weights, partial, shard_bytes)
+        _write_weights(weights, partial, shard_bytes)
     return folder
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def _whole(folder: Path) -> Iterator[Path]:
     """A folder to write into that becomes `folder` on leaving, or vanishes if something is raised."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; save into a new folder")
@@ -89,7 +108,7 @@ def _to_disk(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def one_dtype(weights: list[Weight]) -> str:
+def _one_dtype(weights: list[Weight]) -> str:
     """Raises ValueError if weights are of several dtypes."""
     dtypes = sorted({weight.array.dtype.name for weight in weights})
     if len(dtypes) > 1:
@@ -97,7 +116,7 @@ def one_dtype(weights: list[Weight]) -> str:
     return dtypes[0]
 
 
-def tokenizer_files(source: str | Path | None) -> list[Path]:
+def _tokenizer_files(source: str | Path | None) -> list[Path]:
     """Raises FileNotFoundError if a folder is given that has none."""
     if source is None:
         return []
@@ -115,12 +134,12 @@ def _special_tokens(source: str | Path | None) -> dict[str, Any]:
     return {key: known.get(key) for key in _SPECIAL}
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Indented, as the other files of such folders."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> None:
+def _write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> None:
     """model.safetensors, or several files with an index. config.json has to be there before."""
     shards = _shards(weights, shard_bytes)
     names = ["model.safetensors"]
@@ -134,7 +153,7 @@ def write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> None
     if len(shards) > 1:
         size = sum(weight.array.nbytes for weight in weights)
         files = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
 
 
 def _shards(weights: list[Weight], shard_bytes: int) -> list[dict[str, tuple[Weight, int]]]:

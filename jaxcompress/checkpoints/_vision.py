@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,8 @@ from flax import nnx
 
 from jaxcompress.checkpoints._config import decoder_config, hugging_face_config
 from jaxcompress.checkpoints._load import Shardings, fill, find, read_json
-from jaxcompress.checkpoints._save import one_dtype, tokenizer_files, whole_folder, write_json, write_weights
-from jaxcompress.checkpoints._weights import Weight, decoder_weight, dotted
+from jaxcompress.checkpoints._save import write_folder
+from jaxcompress.checkpoints._weights import DECODER, Names, Weight, dotted, named_weights, weight_named
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.vit import Activation, TowerConfig, VisionTower
 
@@ -97,10 +96,7 @@ def load_tower(source: str | Path, *, dtype: Any = None, sharding: Shardings | N
     make = lambda dtype: VisionTower(config, dtype=dtype, rngs=nnx.Rngs(0))
     names = _clip_names if inside == "vision_model." else _vit_names(kind, config)
 
-    def weights_of(model: VisionTower) -> tuple[list[Weight], Any]:
-        leaves, tree = jax.tree_util.tree_flatten_with_path(model)
-        return [_tower_weight(dotted(path), leaf, config, names) for path, leaf in leaves], tree
-
+    weights_of = lambda tower: named_weights(tower, names)
     model = fill(folder, settings, make, weights_of, ignored=ignored, renamed=renamed, dtype=dtype, sharding=sharding)
     return LoadedTower(model, config, settings, folder)
 
@@ -142,17 +138,10 @@ def save_llava(
     Raises:
       FileExistsError, FileNotFoundError, ValueError: as `save`; a tower that is not CLIP's or SigLIP's.
     """
-    folder = Path(folder).expanduser().absolute()
     weights, _ = llava_weights(model)
-    config = hugging_face_llava_config(model.config) | {"dtype": one_dtype(weights)}
-    files = tokenizer_files(tokenizer_from)
-    with whole_folder(folder) as partial:
-        write_json(partial / "config.json", config)
-        write_json(partial / "preprocessor_config.json", dict(processor))
-        for file in files:
-            shutil.copyfile(file, partial / file.name)
-        write_weights(weights, partial, shard_bytes)
-    return folder
+    more = {"preprocessor_config.json": dict(processor)}
+    config = hugging_face_llava_config(model.config)
+    return write_folder(folder, config, weights, tokenizer_from=tokenizer_from, shard_bytes=shard_bytes, more=more)
 
 
 def hugging_face_llava_config(config: LlavaConfig) -> dict[str, Any]:
@@ -286,91 +275,79 @@ def llava_weights(model: Llava) -> tuple[list[Weight], Any]:
     def named(name: str, array: Any) -> Weight:
         part, rest = name.split(".", 1) if "." in name else (name, "")
         if part == "decoder":
-            weight = decoder_weight(rest, array, config.decoder.num_layers)
+            weight = weight_named(rest, array, config.decoder.num_layers, DECODER)
             return weight._replace(name=name, tensors=tuple(f"language_model.{tensor}" for tensor in weight.tensors))
         if part == "tower":
-            weight = _tower_weight(rest, array, config.tower, _clip_names)
+            weight = weight_named(rest, array, config.tower.num_layers, _clip_names)
             return weight._replace(name=name, tensors=tuple(f"vision_tower.{tensor}" for tensor in weight.tensors))
-        if part == "newline":
-            return Weight(name, array, ("image_newline",), stacked=False, transposed=False)
-        module, leaf = rest.split(".")
-        tensor = f"multi_modal_projector.{_PROJECTOR[module]}.{_LEAF[leaf]}"
-        return Weight(name, array, (tensor,), stacked=False, transposed=leaf == "kernel")
+        return weight_named(name, array, 0, _PROJECTOR)
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(model)
     return [named(dotted(path), leaf) for path, leaf in leaves], tree
 
 
-class _Names(NamedTuple):
-    """What a family calls the parts of a tower.
-
-    Attributes:
-      layer: of a layer, with its number to be filled in.
-      modules: within a layer, and outside of the layers.
-      single: parameters that belong to no linear layer or norm; how many axes of length 1 they have in front.
-    """
-
-    layer: str
-    modules: Mapping[str, str]
-    single: Mapping[str, tuple[str, int]]
-
-
-_PROJECTOR = {"up": "linear_1", "down": "linear_2"}
-_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-_clip_names = _Names(
-    "vision_model.encoder.layers.{}.",
+_PROJECTOR = Names(
+    {"newline": "image_newline"},
+    {"projector.up": "multi_modal_projector.linear_1", "projector.down": "multi_modal_projector.linear_2"},
+    "",
+)
+_clip_names = Names(
     {
-        "attention_norm": "layer_norm1", "mlp_norm": "layer_norm2", "attention.query": "self_attn.q_proj",
-        "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
-        "attention.out": "self_attn.out_proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
-        "pre_norm": "vision_model.pre_layrnorm", "norm": "vision_model.post_layernorm",
-        "pool.out": "vision_model.head.attention.out_proj", "pool.norm": "vision_model.head.layernorm",
-        "pool.mlp.up": "vision_model.head.mlp.fc1", "pool.mlp.down": "vision_model.head.mlp.fc2",
+        "patch": "vision_model.embeddings.patch_embedding.weight",
+        "patch_bias": "vision_model.embeddings.patch_embedding.bias",
+        "position": "vision_model.embeddings.position_embedding.weight",
+        "class_token": "vision_model.embeddings.class_embedding",
+        "pool.probe": "vision_model.head.probe",
+        "pool.kernel": "vision_model.head.attention.in_proj_weight",
+        "pool.bias": "vision_model.head.attention.in_proj_bias",
     },
     {
-        "patch": ("vision_model.embeddings.patch_embedding.weight", 0),
-        "patch_bias": ("vision_model.embeddings.patch_embedding.bias", 0),
-        "position": ("vision_model.embeddings.position_embedding.weight", 0),
-        "class_token": ("vision_model.embeddings.class_embedding", 0),
-        "pool.probe": ("vision_model.head.probe", 2),
-        "pool.kernel": ("vision_model.head.attention.in_proj_weight", 0),
-        "pool.bias": ("vision_model.head.attention.in_proj_bias", 0),
+        "layers.attention_norm": "layer_norm1",
+        "layers.mlp_norm": "layer_norm2",
+        "layers.attention.query": "self_attn.q_proj",
+        "layers.attention.key": "self_attn.k_proj",
+        "layers.attention.value": "self_attn.v_proj",
+        "layers.attention.out": "self_attn.out_proj",
+        "layers.mlp.up": "mlp.fc1",
+        "layers.mlp.down": "mlp.fc2",
+        "pre_norm": "vision_model.pre_layrnorm",
+        "norm": "vision_model.post_layernorm",
+        "pool.out": "vision_model.head.attention.out_proj",
+        "pool.norm": "vision_model.head.layernorm",
+        "pool.mlp.up": "vision_model.head.mlp.fc1",
+        "pool.mlp.down": "vision_model.head.mlp.fc2",
     },
-)  # fmt: skip
+    "vision_model.encoder.layers.{layer}.",
+    leading={"pool.probe": 2},
+)
 
 
-def _vit_names(kind: str, config: TowerConfig) -> _Names:
-    first = "cls_classifier" if config.special > 1 else "classifier"
-    return _Names(
-        f"{kind}.encoder.layer.{{}}.",
+def _vit_names(kind: str, config: TowerConfig) -> Names:
+    embeddings = f"{kind}.embeddings"
+    return Names(
         {
-            "attention_norm": "layernorm_before", "mlp_norm": "layernorm_after",
-            "attention.query": "attention.attention.query", "attention.key": "attention.attention.key",
-            "attention.value": "attention.attention.value", "attention.out": "attention.output.dense",
-            "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "norm": f"{kind}.layernorm",
-            "classifier": first, "distillation_classifier": "distillation_classifier",
+            "patch": f"{embeddings}.patch_embeddings.projection.weight",
+            "patch_bias": f"{embeddings}.patch_embeddings.projection.bias",
+            "position": f"{embeddings}.position_embeddings",
+            "class_token": f"{embeddings}.cls_token",
+            "distillation_token": f"{embeddings}.distillation_token",
         },
         {
-            "patch": (f"{kind}.embeddings.patch_embeddings.projection.weight", 0),
-            "patch_bias": (f"{kind}.embeddings.patch_embeddings.projection.bias", 0),
-            "position": (f"{kind}.embeddings.position_embeddings", 1),
-            "class_token": (f"{kind}.embeddings.cls_token", 2),
-            "distillation_token": (f"{kind}.embeddings.distillation_token", 2),
+            "layers.attention_norm": "layernorm_before",
+            "layers.mlp_norm": "layernorm_after",
+            "layers.attention.query": "attention.attention.query",
+            "layers.attention.key": "attention.attention.key",
+            "layers.attention.value": "attention.attention.value",
+            "layers.attention.out": "attention.output.dense",
+            "layers.mlp.up": "intermediate.dense",
+            "layers.mlp.down": "output.dense",
+            "norm": f"{kind}.layernorm",
+            "classifier": "cls_classifier" if config.special > 1 else "classifier",
+            "distillation_classifier": "distillation_classifier",
         },
-    )  # fmt: skip
-
-
-def _tower_weight(name: str, array: Any, config: TowerConfig, names: _Names) -> Weight:
-    if name in names.single:
-        tensor, leading = names.single[name]
-        return Weight(name, array, (tensor,), stacked=False, transposed=False, leading=leading)
-    module, leaf = name.rsplit(".", 1)
-    kind, transposed = _LEAF[leaf], leaf == "kernel"
-    if not name.startswith("layers."):
-        return Weight(name, array, (f"{names.modules[module]}.{kind}",), stacked=False, transposed=transposed)
-    inside = names.modules[module.removeprefix("layers.")]
-    tensors = tuple(f"{names.layer.format(layer)}{inside}.{kind}" for layer in range(config.num_layers))
-    return Weight(name, array, tensors, stacked=True, transposed=transposed)
+        kind + ".encoder.layer.{layer}.",
+        leading={"position": 1, "class_token": 2, "distillation_token": 2},
+    )
 
 
 def _unused(name: str) -> bool:
