@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.pallas_kernels import launch
 from jaxcompress.pallas_kernels.contract import Backend, Call, Chosen, Rule, choose, describe, stored_as
-from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, SlotPositions, Valid, Values
+from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, SlotPositions, Values
 from jaxcompress.storage import Quantised, Stored, parts
 
 MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
@@ -84,20 +84,6 @@ def _causal(
     return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
-def bidirectional_attention(q: Queries, k: Keys, v: Values, valid: Valid) -> AttentionOut:
-    """Every query attends to every valid token of its row, before and after it.
-
-    What a query gets in a row without any valid token has no meaning but is finite. All T x T probabilities of a row
-    are in memory at once: this is for encoders, whose rows are short.
-    """
-    b, t, h, d = q.shape
-    kv = k.shape[2]
-    q = q.reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4) * d**-0.5
-    seen = jnp.broadcast_to(valid[:, None, None], (b, 1, t, t))
-    out = _attend_block(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
-
-
 def lifetime_attention(
     q: Float[Array, "B T K G D"],
     keys: Float[Array, "B K N D"],
@@ -154,7 +140,10 @@ def lifetime_attention(
 
 
 def whole_attention(q: Queries, k: Keys, v: Values, bias: Float[Array, "B T"]) -> AttentionOut:
-    """Every query attends to every key, wherever it stands: the attention of encoders.
+    """Every query attends to every key, wherever it stands: the attention of encoders, whose rows are short.
+
+    All T x T probabilities are in memory at once. In a row that nobody sees anything of, what is returned has no
+    meaning but is finite.
 
     Args:
       bias: added to the scores of each key; `MASKED` for one that nobody sees.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxcompress.attention import bidirectional_attention
+from jaxcompress.attention import MASKED, whole_attention
 from jaxcompress.shapes import Hidden, Positions, Tokens, Valid
 
 ACTIVATIONS = {
@@ -80,7 +80,8 @@ class EncoderAttention(nnx.Module):
 
     def __call__(self, x: Hidden, valid: Valid, config: EncoderConfig) -> Hidden:
         heads = lambda y: y.reshape(*y.shape[:-1], config.num_heads, -1)
-        out = bidirectional_attention(heads(self.query(x)), heads(self.key(x)), heads(self.value(x)), valid)
+        bias = jnp.where(valid, 0.0, MASKED)
+        out = whole_attention(heads(self.query(x)), heads(self.key(x)), heads(self.value(x)), bias)
         return self.out(out.reshape(x.shape))
 
 
