@@ -1,0 +1,1 @@
+"""Shorter prompts: words scored, the best kept."""
