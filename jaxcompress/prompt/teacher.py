@@ -31,7 +31,7 @@ to recover the meaning.
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Shortens a text; raises TeacherFailed, or anything else, if it cannot. Called from several threads if asked to."""
+    """Shortens a text; raises TeacherFailed, or anything else, if it cannot. Several threads may call it at once."""
 
     def __call__(self, instruction: str, text: str, /) -> str: ...
 
