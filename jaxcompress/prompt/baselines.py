@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxcompress.prompt.scoring import Scored, Scorer
 from jaxcompress.prompt.surface import is_word, words_of
 from jaxcompress.prompt.units import FUNCTION_WORDS, sentences
+from jaxcompress.prompt.word_scores import Scored, Scorer
 
 
 def random_words(seed: int = 0) -> Scorer:
@@ -82,7 +82,7 @@ def content_words() -> Scorer:
 def relevance_to(question: str, *, reach: int = 8) -> Scorer:
     """How near a word stands to the content words of a question: needs no model.
 
-      score(i) = max over places j that hold a word of the question of  idf(j) * (1 - |i - j| / (reach + 1)),  at least 0
+      score(i) = max over places j that hold a word of the question of idf(j) * (1 - |i - j| / (reach + 1)), at least 0
 
     Words are compared in lower case; idf is over the text's own sentences, so that a word of the question that is
     everywhere in the text says little. Mix it with a scorer that knows nothing of the question (`mixed`).

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from jaxcompress.prompt.annotation import WINDOW, annotate, faithful, rough_lemma
 from jaxcompress.prompt.endpoint import Refused
-from jaxcompress.prompt.surface import Word, words_of
+from jaxcompress.prompt.surface import Word, spelled, words_of
 from jaxcompress.prompt.teacher import INSTRUCTION, Teacher, TeacherFailed, cut_for_teacher
 
 
@@ -250,11 +250,6 @@ def label(
         alignment_gap=mean([annotations[i].alignment_gap for i in good]),
     )  # fmt: skip
     return examples, report
-
-
-def spelled(text: str, words: Sequence[Word] | None = None) -> list[str]:
-    """The words of a text as strings."""
-    return [text[word.start : word.end] for word in (words_of(text) if words is None else words)]
 
 
 def write_examples(examples: Iterable[Example], path: str | Path) -> None:

@@ -20,8 +20,9 @@ from jaxcompress.models.bounded import Slots, init_state, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies import window
 from jaxcompress.policies.policy import Placement, Policy
-from jaxcompress.prompt.scoring import Scored, Scorer
 from jaxcompress.prompt.surface import Word, words_of
+from jaxcompress.prompt.word_scores import Scored, Scorer
+from jaxcompress.prompt.words import align
 from jaxcompress.state import State
 from jaxcompress.training.loss import token_losses
 
@@ -139,16 +140,14 @@ def per_unit(units: Sequence[Word], read: Read) -> Float[np.ndarray, " U"]:
 
     A unit with a token that was not predicted scores +inf (nothing is known against it), one without any token -inf.
     """
-    scores = np.full(len(units), -np.inf, np.float32)
-    starts, ends = read.places[:, 0], read.places[:, 1]
-    # Tokens are in order, so those that touch a unit are neighbours.
-    first = np.searchsorted(ends, [unit.start for unit in units], side="right")
-    last = np.searchsorted(starts, [unit.end for unit in units], side="left")
-    for at, (low, high) in enumerate(zip(first, last, strict=True)):
-        if high > low:
-            mean = float(np.mean(read.nats[low:high]))
-            scores[at] = np.inf if np.isnan(mean) else mean
-    return scores
+    first, last = align(np.array(units, np.int64).reshape(-1, 2), read.places)
+    sums, unread = (
+        np.concatenate([[0], np.cumsum(x, dtype=np.float64)]) for x in (np.nan_to_num(read.nats), np.isnan(read.nats))
+    )
+    count = last - first
+    mean = (sums[last] - sums[first]) / np.maximum(count, 1)
+    known = np.where(unread[last] > unread[first], np.inf, mean)
+    return np.where(count > 0, known, -np.inf).astype(np.float32)
 
 
 def self_information(reader: Reader) -> Scorer:

@@ -52,7 +52,7 @@ class Rows:
     padding and every position is trained. A row begins and ends with the tokenizer's special tokens.
 
     Attributes:
-      tokenizer: of the classifier, with offsets.
+      tokens, labels: of each row, without special tokens; a label of -1 does not count.
       length: T.
       opening, closing: ids around every row ([CLS] and [SEP]).
       pad: id of padding.
@@ -86,9 +86,7 @@ def rows_of(examples: Sequence[Example], tokenizer: FastTokenizer, length: int) 
     """
     if not examples:
         raise ValueError("there are no examples to train on")
-    opening, closing, pad = (
-        _special(tokenizer, *names) for names in (("[CLS]", "<s>"), ("[SEP]", "</s>"), ("[PAD]", "<pad>"))
-    )
+    opening, closing, pad = special_ids(tokenizer)
     room = length - 2
     tokens, labels, ids, kept = [], [], np.zeros(0, np.int32), np.zeros(0, np.int32)
     for example in examples:
@@ -118,11 +116,19 @@ def tokenized(example: Example, tokenizer: FastTokenizer) -> tuple[Int[np.ndarra
     return np.array(encoding.ids, np.int32), np.where(inside, given[word], -1).astype(np.int32)
 
 
-def _special(tokenizer: FastTokenizer, *names: str) -> int:
-    found = [index for name in names if (index := tokenizer.token_to_id(name)) is not None]
-    if not found:
-        raise ValueError(f"the tokenizer has none of {', '.join(names)}; a classifier needs one")
-    return found[0]
+def special_ids(tokenizer: FastTokenizer) -> tuple[int, int, int]:
+    """What opens a text, closes it and fills it up: [CLS], [SEP] and [PAD], or <s>, </s> and <pad>.
+
+    Raises:
+      ValueError: the tokenizer lacks one.
+    """
+    found = []
+    for names in (("[CLS]", "<s>"), ("[SEP]", "</s>"), ("[PAD]", "<pad>")):
+        ids = [index for name in names if (index := tokenizer.token_to_id(name)) is not None]
+        if not ids:
+            raise ValueError(f"the tokenizer has neither {names[0]} nor {names[1]}; a classifier needs it")
+        found.append(ids[0])
+    return found[0], found[1], found[2]
 
 
 def batches(*sources: Rows, batch: int, seed: int, shares: Sequence[float] = ()) -> grain.DatasetIterator[Batch]:

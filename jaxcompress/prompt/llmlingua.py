@@ -1,8 +1,8 @@
 """LLMLingua (Jiang et al. 2023): words that a decoder expects, after what was kept so far, are left out.
 
-The compressed prefix is what the decoder has read when it judges the next segment, so that two words that say the same
-are not both kept for being unexpected, nor both dropped. It lives in the reader's bounded state: with the default window
-its oldest tokens but the first fall out, as in the authors' code beyond the model's length; with `full()` all of it stays.
+The compressed prefix is what the decoder has read when it judges the next segment: what was kept before is expected, what
+was dropped is not. It lives in the reader's bounded state: with the default window its oldest tokens but the first fall
+out, as in the authors' code beyond the model's length; with `full()` all of it stays.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxcompress.prompt.information import Context, Read, Reader, per_unit
-from jaxcompress.prompt.scoring import Scored, Scorer, Scores, chosen
 from jaxcompress.prompt.surface import Word, words_of
+from jaxcompress.prompt.word_scores import Scored, Scorer, Scores, chosen
+from jaxcompress.prompt.words import align
 
 
 def llmlingua(reader: Reader, *, rate: float = 0.5, before: str = "") -> Scorer:
@@ -21,7 +22,7 @@ def llmlingua(reader: Reader, *, rate: float = 0.5, before: str = "") -> Scorer:
 
       score(word) = mean over its tokens of -log p(token | before, kept words of earlier segments, this segment so far)
 
-    A segment is the words that fit into `reader.segment` tokens; of each, the best share `rate` goes on into the prefix.
+    A segment is the words that fit into `reader.segment` tokens; the best share `rate` of them goes on into the prefix.
 
     Args:
       rate: of the prefix; give `keep` the same for the paper's compression.
@@ -107,8 +108,7 @@ def _share(words: int, rate: float) -> int:
 def _segments(words: Sequence[Word], places: np.ndarray, most: int) -> list[tuple[slice, slice]]:
     """(tokens, words) of each segment: whole words, at most so many tokens; a longer word is cut, with the last part
     counted as its tokens."""
-    first = np.searchsorted(places[:, 1], [word.start for word in words], side="right")
-    last = np.searchsorted(places[:, 0], [word.end for word in words], side="left")
+    first, last = align(np.array(words, np.int64).reshape(-1, 2), places)
     segments, begin = [], 0
     while begin < len(words):
         end = begin + 1

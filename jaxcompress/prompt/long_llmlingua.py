@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxcompress.prompt.information import Reader
 from jaxcompress.prompt.llmlingua import after, contrastive
-from jaxcompress.prompt.scoring import Kept, Scorer, keep
 from jaxcompress.prompt.surface import Word, words_of
+from jaxcompress.prompt.word_scores import Kept, Scorer, keep
 
 RESTRICT = " We can get the answer to this question in the given documents."
 """Said after the question when documents are ranked (the paper's, section 4.1)."""

@@ -7,9 +7,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from jaxcompress.prompt.information import Read, Reader, per_unit
-from jaxcompress.prompt.scoring import Scored, Scorer
 from jaxcompress.prompt.surface import Word, words_of
 from jaxcompress.prompt.units import phrases, sentences
+from jaxcompress.prompt.word_scores import Scored, Scorer
 
 Unit = Literal["word", "phrase", "sentence"]
 _ROWS = 8
@@ -18,7 +18,7 @@ _ROWS = 8
 def selective_context(reader: Reader, unit: Unit = "phrase") -> Scorer:
     """Scores every word by its unit's self-information, the mean of -log p over the unit's tokens.
 
-    Each sentence is read on its own, after the begin token, as in the paper. Phrases are ours (`units.phrases`), for the
+    Each sentence is read on its own, after the begin token, as in the paper. Phrases are ours (`units.phrases`): the
     paper's noun chunks need a parser. `keep` then keeps an exact number of words, so that the last unit may be kept in
     part; the paper drops whole units below a percentile.
 

@@ -19,11 +19,10 @@ from jaxcompress.prompt.dataset import (
     label,
     read_examples,
     read_pairs,
-    spelled,
     write_examples,
 )
 from jaxcompress.prompt.endpoint import Refused
-from jaxcompress.prompt.surface import Word, words_of
+from jaxcompress.prompt.surface import Word, spelled, words_of
 from jaxcompress.prompt.teacher import TeacherFailed
 
 DOCUMENTS = [(f"d{n}", f"The {n}th text. It has two sentences, and three.") for n in range(6)]

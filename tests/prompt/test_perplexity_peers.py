@@ -20,9 +20,9 @@ from jaxcompress.prompt.long_llmlingua import (
     recover,
     relevance,
 )
-from jaxcompress.prompt.scoring import keep
 from jaxcompress.prompt.selective_context import selective_context
 from jaxcompress.prompt.surface import words_of
+from jaxcompress.prompt.word_scores import keep
 from jaxcompress.training.loss import token_losses
 
 TEXT = (
@@ -221,7 +221,7 @@ class TestLong:
         assert arranged([3, 1, 4, 0, 2], "ends") == [3, 4, 2, 0, 1]
 
     def test_recovers_what_was_between(self, reader: Reader) -> None:
-        from jaxcompress.prompt.scoring import Scored
+        from jaxcompress.prompt.word_scores import Scored
 
         text = "Dictionaries keep the order of insertion since version 3.7."
         words = words_of(text)

@@ -14,8 +14,8 @@ from jaxcompress.prompt.baselines import (
     relevance_to,
     tf_idf,
 )
-from jaxcompress.prompt.scoring import Scored, Scorer, joined, keep, mixed, ranks
 from jaxcompress.prompt.surface import words_of
+from jaxcompress.prompt.word_scores import Scored, Scorer, joined, keep, mixed, ranks
 
 TEXT = "The council will vote, on Monday. The budget (of 3.5 million) is large."
 

@@ -4,8 +4,8 @@
     kept = keep(scored, rate=0.5)
     kept.text, kept.labels, kept.scored.by
 
-A scorer is a function from text to `Scored`; scorers can be mixed, and a new one is a few lines. What stays is chosen by
-`jaxcompress.select`, as everywhere: exactly so many words, higher scores first, the earlier word on a tie.
+A scorer is a function from text to `Scored`; scorers can be mixed, and a new one is a few lines. What stays is chosen
+by `jaxcompress.select`, as everywhere: exactly so many words, higher scores first, the earlier word on a tie.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def chosen(scores: Scores, n: int) -> Bool[np.ndarray, " W"]:
 
 
 def _padded(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and positions [1, 1, N], filled up with free places to a power of two, so that few lengths are compiled."""
+    """Scores and positions [1, 1, N], N a power of two: what fills up is free, and few lengths are compiled."""
     fill = (0, max(16, 1 << (len(scores) - 1).bit_length()) - len(scores))
     positions = np.pad(np.arange(len(scores), dtype=np.int32), fill, constant_values=-1)
     return np.pad(scores, fill)[None, None], positions[None, None]

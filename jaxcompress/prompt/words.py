@@ -1,0 +1,110 @@
+"""Words of a text, and which subwords are theirs.
+
+    spans = segment("We don't know: 4,200?")  # We | don't | know | : | 4,200 | ?
+    groups = align(spans, offsets)  # offsets of subwords, from any tokenizer
+    of_words(numbers_of_subwords, groups)
+
+Words are found in the text, not in a tokenizer's pieces, so that all ways to score them (an encoder, a language
+model, counting) speak of the same words. A word lies between two places where a reader's character (a grapheme) may
+end: cutting between words never cuts an emoji, a syllable or a letter from its accents.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import regex
+from jaxtyping import Int, Num
+
+Spans = Int[np.ndarray, "W 2"]
+Offsets = Int[np.ndarray, "T 2"]
+
+_APART = r"\p{Han}\p{Hiragana}\p{Katakana}"  # scripts without spaces: cut where the script changes, Han at each sign
+_WORD = regex.compile(
+    r"""
+    \p{Nd}+ (?: [.,:] \p{Nd}+ )+                                        # 4,200  3.6  9:45
+    | \p{Han} \p{M}*
+    | [\p{Hiragana}ー] [\p{Hiragana}\p{M}ー]*
+    | \p{Katakana} [\p{Katakana}\p{M}ー]*
+    | [[\p{L}\p{N}\p{M}_]--[APART]] [[\p{L}\p{N}\p{M}_\u200c\u200d]--[APART]]*
+      (?: ['’] [[\p{L}\p{M}]--[APART]]+ )*                              # don't
+    | (?! \s ) \X                                                       # punctuation, signs, emoji
+    """.replace("APART", _APART),
+    regex.VERBOSE | regex.VERSION1,
+)
+_GRAPHEME = regex.compile(r"\X")
+# Without any of these every character is a grapheme of its own, except for line ends.
+_JOINS = regex.compile(
+    r"[^\p{GCB=Other}\p{GCB=LV}\p{GCB=LVT}\p{GCB=Control}\p{GCB=CR}\p{GCB=LF}]", regex.VERSION1
+)  # fmt: skip
+
+
+class Groups(NamedTuple):
+    """Which subwords are a word's: `first <= t < last`. A subword that covers several words is in all of them; a word
+    of which the tokenizer has nothing (a control character, say) has `first == last`."""
+
+    first: Int[np.ndarray, " W"]
+    last: Int[np.ndarray, " W"]
+
+
+def segment(text: str) -> Spans:
+    """Start and end of every word, in characters, in order; white space is in none.
+
+    A run of letters and digits is a word, also with an apostrophe inside or, between digits, with `.`, `,` or `:`. Han
+    characters are words by themselves, runs of hiragana and katakana are words, and so is everything else, one
+    grapheme at a time.
+    """
+    spans = np.array([match.span() for match in _WORD.finditer(text)], np.int64).reshape(-1, 2)
+    if text.isascii() or _JOINS.search(text) is None:
+        return spans
+    return _on_graphemes(spans, text)
+
+
+def _on_graphemes(spans: Spans, text: str) -> Spans:
+    """Spans grown to whole graphemes; those that then overlap become one."""
+    ends = np.array([0, *(match.end() for match in _GRAPHEME.finditer(text))])
+    starts = ends[np.searchsorted(ends, spans[:, 0], side="right") - 1]
+    stops = ends[np.searchsorted(ends, spans[:, 1], side="left")]
+    begins = np.concatenate([[True], starts[1:] >= np.maximum.accumulate(stops)[:-1]])[: len(spans)]
+    at = np.flatnonzero(begins)
+    return np.stack([starts[at], np.maximum.reduceat(stops, at)], axis=1) if len(at) else spans
+
+
+def align(spans: Spans, offsets: Offsets) -> Groups:
+    """The subwords of every word, from where in the text both are.
+
+    Args:
+      spans: of words, in order.
+      offsets: of subwords, in order, as Hugging Face tokenizers give them.
+    """
+    starts, ends = np.maximum.accumulate(offsets[:, 0]), np.maximum.accumulate(offsets[:, 1])
+    first = np.searchsorted(ends, spans[:, 0], side="right")
+    return Groups(first, np.maximum(np.searchsorted(starts, spans[:, 1], side="left"), first))
+
+
+def owners(groups: Groups, subwords: int) -> Int[np.ndarray, " T"]:
+    """The word of every subword, the first one where it covers several, -1 where it is in none."""
+    owner = np.full(subwords, -1)
+    filled = groups.last > groups.first
+    lengths = (groups.last - groups.first)[filled]
+    at = np.repeat(groups.first[filled] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+    word = np.repeat(np.flatnonzero(filled), lengths)
+    owner[at[::-1]] = word[::-1]  # the first word is written last
+    return owner
+
+
+def of_words(numbers: Num[np.ndarray, " T"], groups: Groups, how: Literal["mean", "first"] = "mean") -> np.ndarray:
+    """One number for each word, float32 [W]: the mean of its subwords' numbers, or the first; 0 where it has none.
+
+    Raises:
+      ValueError: `how` is neither.
+    """
+    if how not in ("mean", "first"):
+        raise ValueError(f"a word's number is the 'mean' of its subwords' or the 'first' one, not {how!r}")
+    numbers = np.append(numbers.astype(np.float64), 0.0)
+    count = groups.last - groups.first
+    if how == "first":
+        return np.where(count > 0, numbers[groups.first], 0.0).astype(np.float32)
+    sums = np.concatenate([[0.0], np.cumsum(numbers)])
+    return ((sums[groups.last] - sums[groups.first]) / np.maximum(count, 1)).astype(np.float32)
