@@ -152,7 +152,7 @@ def batches(*sources: Rows, batch: int, seed: int, shares: Sequence[float] = ())
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def classification(*, mask: int | None = None, masked: float = 0.1) -> Objective:
+def classification(*, mask: int | None = None, masked: Any = 0.1) -> Objective:
     """Cross-entropy of the labels that count. The parameters are a `Classifier`.
 
     Metrics: loss, and the accuracy over the same labels.

@@ -1,8 +1,8 @@
 """LLMLingua (Jiang et al. 2023): words that a decoder expects, after what was kept so far, are left out.
 
-The compressed prefix is what the decoder has read when it judges the next segment: what was kept before is expected, what
-was dropped is not. It lives in the reader's bounded state: with the default window its oldest tokens but the first fall
-out, as in the authors' code beyond the model's length; with `full()` all of it stays.
+The compressed prefix is what the decoder has read when it judges the next segment: what was kept before is expected,
+what was dropped is not. It lives in the reader's bounded state: with the default window its oldest tokens but the first
+fall out, as in the authors' code beyond the model's length; with `full()` all of it stays.
 """
 
 from __future__ import annotations
