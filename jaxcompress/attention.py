@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, Values
+from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, Valid, Values
 from jaxcompress.storage import Quantised, Stored, parts
 
 MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
@@ -78,6 +78,20 @@ def _causal(
         late = () if bias is None else (bias[:, :, :end], (key <= query - delay)[:, None])
         outs.append(_attend_block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], seen[:, None], *late))
     return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+
+
+def bidirectional_attention(q: Queries, k: Keys, v: Values, valid: Valid) -> AttentionOut:
+    """Every query attends to every valid token of its row, before and after it.
+
+    What a query gets in a row without any valid token has no meaning but is finite. All T x T probabilities of a row
+    are in memory at once: this is for encoders, whose rows are short.
+    """
+    b, t, h, d = q.shape
+    kv = k.shape[2]
+    q = q.reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4) * d**-0.5
+    seen = jnp.broadcast_to(valid[:, None, None], (b, 1, t, t))
+    out = _attend_block(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
 def lifetime_attention(

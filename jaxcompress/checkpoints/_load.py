@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 
 from jaxcompress.checkpoints._config import decoder_config
 from jaxcompress.checkpoints._policy import SavedPolicy, load_policy
-from jaxcompress.checkpoints._weights import Weight, weights_of
+from jaxcompress.checkpoints._weights import DECODER, Names, Weight, named_weights
 from jaxcompress.models.decoder import Decoder, DecoderConfig
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DOWNLOADED = (
     "config.json", "generation_config.json", "model*.safetensors", _INDEX, "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "sentencepiece*", "chat_template*",
 )  # fmt: skip
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -92,21 +92,44 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
       >>> where = lambda name, shape: columns if name.endswith("kernel") else whole
       >>> model = load("checkpoint", sharding=where).model  # doctest: +SKIP
     """
-    folder = _find(source)
-    settings = _read_json(folder / "config.json")
+    folder = find(source)
+    settings = read_json(folder / "config.json")
     config = decoder_config(settings)
+    # Older checkpoints hold the RoPE frequencies, and some tied ones the embedding twice.
+    unused = lambda name: name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+    build = lambda dtype: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
+    model = read_module(folder, settings, build, DECODER, unused, dtype, sharding)
+    return Loaded(model, config, settings, folder)
+
+
+def read_module(
+    folder: Path,
+    settings: Mapping[str, Any],
+    build: Callable[[Any], Any],
+    names: Names,
+    unused: Callable[[str], bool],
+    dtype: Any = None,
+    sharding: Shardings | None = None,
+) -> Any:
+    """The module that `build` makes for a dtype, filled from a folder's safetensors; see `load`.
+
+    Args:
+      settings: config.json, which may name the dtype.
+      unused: whether a tensor, by its name, is known and of no use to the module.
+    """
     with _open(_weight_files(folder)) as tensors:
         target = _dtype(dtype, settings, tensors)
-        weights, tree = weights_of(jax.eval_shape(lambda: Decoder(config, dtype=target, rngs=nnx.Rngs(0))))
-        _check(weights, tensors, config, folder)
+        weights, tree = named_weights(jax.eval_shape(lambda: build(target)), names)
+        _check(weights, tensors, unused, folder)
         not_finite: set[str] = set()
         arrays = [_array(weight, tensors, target, sharding, not_finite) for weight in weights]
     if not_finite:
         raise NotFinite(f"{folder} has weights that are not finite as {target.name}: {', '.join(sorted(not_finite))}")
-    return Loaded(jax.tree_util.tree_unflatten(tree, arrays), config, settings, folder)
+    return jax.tree_util.tree_unflatten(tree, arrays)
 
 
-def _find(source: str | Path) -> Path:
+def find(source: str | Path) -> Path:
+    """The folder of a checkpoint, downloaded if it is the name of a repository; see `load`."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -124,7 +147,8 @@ def _find(source: str | Path) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file that has to be there."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:
@@ -137,7 +161,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     if (folder / _INDEX).is_file():
-        files = [folder / name for name in sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(read_json(folder / _INDEX)["weight_map"].values()))]
         if absent := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{folder} lacks files that {_INDEX} names: {', '.join(absent)}")
         return files
@@ -171,14 +195,12 @@ def _dtype(asked: Any, settings: Mapping[str, Any], tensors: Mapping[str, Any]) 
     return dtype
 
 
-def _check(weights: list[Weight], tensors: Mapping[str, Any], config: DecoderConfig, folder: Path) -> None:
+def _check(weights: list[Weight], tensors: Mapping[str, Any], unused: Callable[[str], bool], folder: Path) -> None:
     shapes = {name: weight.tensor_shape for weight in weights for name in weight.tensors}
-    # Older checkpoints hold the RoPE frequencies, and some tied ones the embedding twice.
-    ignored = lambda name: name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
     found = {name: tuple(tensors[name].get_shape()) for name in shapes if name in tensors}
     problems = {
         "missing": [name for name in shapes if name not in tensors],
-        "left over": sorted(name for name in tensors if name not in shapes and not ignored(name)),
+        "left over": sorted(name for name in tensors if name not in shapes and not unused(name)),
         "of another shape": [
             f"{name} {list(shape)}, not {list(shapes[name])}" for name, shape in found.items() if shape != shapes[name]
         ],

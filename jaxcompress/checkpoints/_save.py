@@ -20,7 +20,7 @@ from jaxcompress.models.decoder import Decoder
 
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "vocab.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -54,9 +54,16 @@ def save(
     """
     folder = Path(folder).expanduser().absolute()
     weights, _ = weights_of(model)
-    config = hugging_face_config(model.config) | {"dtype": _one_dtype(weights)}
+    config = hugging_face_config(model.config) | _special_tokens(tokenizer_from)
+    return write_folder(folder, config, weights, tokenizer_from, shard_bytes)
+
+
+def write_folder(
+    folder: Path, config: dict[str, Any], weights: list[Weight], tokenizer_from: str | Path | None, shard_bytes: int
+) -> Path:
+    """Writes a checkpoint, whole or not at all; see `save`."""
+    config = config | {"dtype": _one_dtype(weights)}
     tokenizer = _tokenizer_files(tokenizer_from)
-    config |= _special_tokens(tokenizer_from)
     with _whole(folder) as partial:
         _write_json(partial / "config.json", config)
         for file in tokenizer:

@@ -1,31 +1,50 @@
-"""Which tensors of a Hugging Face checkpoint are which array of a `Decoder`."""
+"""Which tensors of a Hugging Face checkpoint are which array of a module with stacked layers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxcompress.models.decoder import Decoder
 
-_MODULES = {
-    "layers.attention_norm": "input_layernorm",
-    "layers.attention.query": "self_attn.q_proj",
-    "layers.attention.key": "self_attn.k_proj",
-    "layers.attention.value": "self_attn.v_proj",
-    "layers.attention.out": "self_attn.o_proj",
-    "layers.attention.query_norm": "self_attn.q_norm",
-    "layers.attention.key_norm": "self_attn.k_norm",
-    "layers.mlp_norm": "post_attention_layernorm",
-    "layers.mlp.gate": "mlp.gate_proj",
-    "layers.mlp.up": "mlp.up_proj",
-    "layers.mlp.down": "mlp.down_proj",
-}
-_SINGLE = {"embedding": "model.embed_tokens.weight", "norm.scale": "model.norm.weight", "head": "lm_head.weight"}
+
+class Names(NamedTuple):
+    """What a family of checkpoints calls things.
+
+    Attributes:
+      single: from arrays that are not stacked, by their dotted path in the module, to tensors.
+      modules: from modules within a layer, by their path ("layers.mlp.up"), to the checkpoint's.
+      layer: what comes before these, with a place for the number of the layer.
+    """
+
+    single: Mapping[str, str]
+    modules: Mapping[str, str]
+    layer: str
+
+
+DECODER = Names(
+    {"embedding": "model.embed_tokens.weight", "norm.scale": "model.norm.weight", "head": "lm_head.weight"},
+    {
+        "layers.attention_norm": "input_layernorm",
+        "layers.attention.query": "self_attn.q_proj",
+        "layers.attention.key": "self_attn.k_proj",
+        "layers.attention.value": "self_attn.v_proj",
+        "layers.attention.out": "self_attn.o_proj",
+        "layers.attention.query_norm": "self_attn.q_norm",
+        "layers.attention.key_norm": "self_attn.k_norm",
+        "layers.mlp_norm": "post_attention_layernorm",
+        "layers.mlp.gate": "mlp.gate_proj",
+        "layers.mlp.up": "mlp.up_proj",
+        "layers.mlp.down": "mlp.down_proj",
+    },
+    "model.layers.{layer}.",
+)
 
 
 class Weight(NamedTuple):
-    """One array of a decoder.
+    """One array of a module.
 
     Attributes:
       name: where it is in the module: "layers.attention.query.kernel".
@@ -50,18 +69,24 @@ class Weight(NamedTuple):
 
 def weights_of(model: Decoder) -> tuple[list[Weight], Any]:
     """The arrays of a decoder (real or abstract) with their names in a checkpoint, and the tree to put them back."""
+    return named_weights(model, DECODER)
+
+
+def named_weights(model: Any, names: Names) -> tuple[list[Weight], Any]:
+    """The same for any module with `config.num_layers` layers and the names of its arrays."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(model)
-    return [_weight(_dotted(path), leaf, model.config.num_layers) for path, leaf in leaves], tree
+    return [_weight(_dotted(path), leaf, model.config.num_layers, names) for path, leaf in leaves], tree
 
 
 def _dotted(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def _weight(name: str, array: Any, layers: int) -> Weight:
-    if name in _SINGLE:
-        return Weight(name, array, (_SINGLE[name],), stacked=False, transposed=name == "head")
-    module, leaf = name.rsplit(".", 1)
-    kind = "bias" if leaf == "bias" else "weight"
-    tensors = tuple(f"model.layers.{layer}.{_MODULES[module]}.{kind}" for layer in range(layers))
-    return Weight(name, array, tensors, stacked=True, transposed=leaf == "kernel")
+def _weight(name: str, array: Any, layers: int, names: Names) -> Weight:
+    module, _, leaf = name.rpartition(".")
+    transposed = leaf in ("kernel", "head")
+    if name in names.single:
+        return Weight(name, array, (names.single[name],), stacked=False, transposed=transposed)
+    within = f"{names.modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+    tensors = tuple(names.layer.format(layer=layer) + within for layer in range(layers))
+    return Weight(name, array, tensors, stacked=True, transposed=transposed)

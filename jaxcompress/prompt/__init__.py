@@ -1,1 +1,10 @@
-"""Shorter prompts: words scored, the best kept."""
+"""The first of three places where tokens are dropped: the prompt, before a model reads it."""
+
+from jaxcompress.prompt.scoring import keep_probability as keep_probability
+from jaxcompress.prompt.scoring import score as score
+from jaxcompress.prompt.tokenizer import EncoderTokenizer as EncoderTokenizer
+from jaxcompress.prompt.words import Groups as Groups
+from jaxcompress.prompt.words import align as align
+from jaxcompress.prompt.words import of_words as of_words
+from jaxcompress.prompt.words import owners as owners
+from jaxcompress.prompt.words import segment as segment

@@ -11,7 +11,7 @@ end: cutting between words never cuts an emoji, a syllable or a letter from its 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import regex
@@ -61,7 +61,7 @@ def segment(text: str) -> Spans:
     return _on_graphemes(spans, text)
 
 
-def _on_graphemes(spans: Spans, text: str) -> Spans:
+def _on_graphemes(spans: Spans, text: str) -> Int[np.ndarray, "N 2"]:
     """Spans grown to whole graphemes; those that then overlap become one."""
     ends = np.array([0, *(match.end() for match in _GRAPHEME.finditer(text))])
     starts = ends[np.searchsorted(ends, spans[:, 0], side="right") - 1]
@@ -94,7 +94,7 @@ def owners(groups: Groups, subwords: int) -> Int[np.ndarray, " T"]:
     return owner
 
 
-def of_words(numbers: Num[np.ndarray, " T"], groups: Groups, how: Literal["mean", "first"] = "mean") -> np.ndarray:
+def of_words(numbers: Num[np.ndarray, " T"], groups: Groups, how: str = "mean") -> np.ndarray:
     """One number for each word, float32 [W]: the mean of its subwords' numbers, or the first; 0 where it has none.
 
     Raises:

@@ -1,0 +1,160 @@
+"""One encoder for the BERT and XLM-RoBERTa families with a head that classifies tokens, as a Flax NNX module.
+
+BERT: Devlin et al. 2019; XLM-RoBERTa: Conneau et al. 2020, which differs in where its positions begin. Weights are
+stacked over layers, which are scanned. There is no dropout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxcompress.attention import bidirectional_attention
+from jaxcompress.shapes import Hidden, Positions, Tokens, Valid
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape of an encoder. Hashable, so that it can be a static argument under jit.
+
+    Attributes:
+      num_labels: classes of a token.
+      max_position: rows of the position table.
+      token_types: rows of the segment table, of which the first is added to every token.
+      padding_id: None for BERT, whose positions are 0, 1, 2, ...; for XLM-RoBERTa the id of `<pad>`: the tokens before
+        and at a place that are something else are counted, beginning with padding_id + 1, and `<pad>` stands at
+        padding_id.
+      activation: of the MLP, by the name that Hugging Face gives it; "gelu" is the exact one.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_labels: int = 2
+    max_position: int = 512
+    token_types: int = 2
+    norm_eps: float = 1e-12
+    padding_id: int | None = None
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+        if self.max_length < 1:
+            raise ValueError(f"no token fits: {self.max_position} positions, the first {self.first_position} unused")
+
+    @property
+    def first_position(self) -> int:
+        """The row of the position table for the first token."""
+        return 0 if self.padding_id is None else self.padding_id + 1
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens a row may have, special ones included."""
+        return self.max_position - self.first_position
+
+
+class EncoderAttention(nnx.Module):
+    """Projections around attention, all with biases."""
+
+    def __init__(self, config: EncoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+        linear = lambda: _linear(config.hidden_size, config.hidden_size, dtype, rngs)
+        self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
+
+    def __call__(self, x: Hidden, valid: Valid, config: EncoderConfig) -> Hidden:
+        heads = lambda y: y.reshape(*y.shape[:-1], config.num_heads, -1)
+        out = bidirectional_attention(heads(self.query(x)), heads(self.key(x)), heads(self.value(x)), valid)
+        return self.out(out.reshape(x.shape))
+
+
+class EncoderLayer(nnx.Module):
+    """Attention and MLP, each added to its input and normed after that."""
+
+    def __init__(self, config: EncoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.attention = EncoderAttention(config, dtype=dtype, rngs=rngs)
+        self.attention_norm, self.mlp_norm = _norm(config, dtype, rngs), _norm(config, dtype, rngs)
+        self.up = _linear(config.hidden_size, config.intermediate_size, dtype, rngs)
+        self.down = _linear(config.intermediate_size, config.hidden_size, dtype, rngs)
+
+    def __call__(self, x: Hidden, valid: Valid, config: EncoderConfig) -> Hidden:
+        x = self.attention_norm(x + self.attention(x, valid, config))
+        return self.mlp_norm(x + self.down(ACTIVATIONS[config.activation](self.up(x))))
+
+
+class Encoder(nnx.Module):
+    """A bidirectional transformer that classifies every token.
+
+    Attributes:
+      config: its shape (static).
+      embedding, position_embedding, type_embedding: [V, E], [max_position, E], [token_types, E].
+      layers: one `EncoderLayer` whose arrays have a leading axis L.
+      head: E to num_labels.
+    """
+
+    def __init__(self, config: EncoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        table = lambda rows: nnx.Param(_small(rngs.params(), (rows, config.hidden_size), dtype))
+        self.embedding, self.position_embedding = table(config.vocab_size), table(config.max_position)
+        self.type_embedding = table(config.token_types)
+        self.embedding_norm = _norm(config, dtype, rngs)
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        self.layers = jax.vmap(lambda key: EncoderLayer(config, dtype=dtype, rngs=nnx.Rngs(params=key)))(keys)
+        self.head = _linear(config.hidden_size, config.num_labels, dtype, rngs)
+
+    def __call__(self, tokens: Tokens, valid: Valid) -> Float[Array, "B T C"]:
+        """Logits of every token's classes, float32; of tokens that are not valid they have no meaning but are finite.
+
+        Args:
+          tokens: ids, at most `config.max_length` a row.
+          valid: False for padding, which nothing attends to.
+        """
+        return self.head(self.hidden(tokens, valid)).astype(jnp.float32)
+
+    def hidden(self, tokens: Tokens, valid: Valid) -> Hidden:
+        """The output of the last layer."""
+        config = self.config
+        body = lambda x, layer: (layer(x, valid, config), None)
+        return jax.lax.scan(body, self.embed(tokens), self.layers)[0]
+
+    def embed(self, tokens: Tokens) -> Hidden:
+        """What enters the first layer: token, position and segment, normed."""
+        positions = self.position_embedding[...][self.positions(tokens)]
+        return self.embedding_norm(self.embedding[...][tokens] + positions + self.type_embedding[...][0])
+
+    def positions(self, tokens: Tokens) -> Positions:
+        """Rows of the position table (see `EncoderConfig.padding_id`)."""
+        padding = self.config.padding_id
+        if padding is None:
+            return jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
+        counted = (tokens != padding).astype(jnp.int32)
+        return jnp.cumsum(counted, axis=-1) * counted + padding
+
+
+_small = jax.nn.initializers.normal(0.02)
+
+
+def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(n, m, kernel_init=_small, param_dtype=dtype, dtype=dtype, rngs=rngs)
+
+
+def _norm(config: EncoderConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.norm_eps, param_dtype=dtype, dtype=dtype, use_fast_variance=False, rngs=rngs
+    )

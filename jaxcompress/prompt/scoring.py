@@ -1,0 +1,71 @@
+"""Probabilities of subwords from an encoder: rows of any lengths, a fixed number of compiled shapes.
+
+Rows of about the same length are padded to one of `LENGTHS` and go through together. What a row gets does not depend
+on which rows it goes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcompress.models.encoder import Encoder
+from jaxcompress.shapes import Tokens, Valid
+
+LENGTHS = (32, 64, 128, 192, 256, 384, 512)
+TOKENS = 4096  # of one call, padding included
+
+
+@jax.jit
+def keep_probability(encoder: Encoder, tokens: Tokens, valid: Valid) -> Float[Array, "B T"]:
+    """The probability of the last class, "keep", for every token."""
+    return jax.nn.softmax(encoder(tokens, valid), axis=-1)[..., -1]
+
+
+def score(
+    encoder: Encoder,
+    rows: Sequence[Int[np.ndarray, "..."]],
+    valid: Sequence[Bool[np.ndarray, "..."]] | None = None,
+) -> list[np.ndarray]:
+    """Keep probabilities of every row, float32, of the row's length.
+
+    Args:
+      rows: ids, special tokens included.
+      valid: False for tokens that are not to be attended to; all are by default.
+
+    Raises:
+      ValueError: a row has more tokens than the encoder has positions.
+    """
+    lengths = np.array([len(row) for row in rows], int)
+    if len(rows) and lengths.max() > encoder.config.max_length:
+        raise ValueError(f"a row has {lengths.max()} tokens; the encoder takes at most {encoder.config.max_length}")
+    running = []
+    for at, length in _batches(lengths, encoder.config.max_length):
+        size = 1 << (len(at) - 1).bit_length()
+        tokens, seen = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
+        for n, row in enumerate(at):
+            tokens[n, : lengths[row]] = rows[row]
+            seen[n, : lengths[row]] = True if valid is None else valid[row]
+        running.append((at, keep_probability(encoder, jnp.asarray(tokens), jnp.asarray(seen))))
+    scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
+    for at, result in running:
+        for row, values in zip(at, np.asarray(result, np.float32), strict=False):
+            scores[row] = values[: lengths[row]]
+    return scores
+
+
+def _batches(lengths: np.ndarray, longest: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows that go together, and the length they are padded to."""
+    shapes = np.array([n for n in LENGTHS if n < longest] + [longest])
+    order = np.argsort(lengths, kind="stable")
+    padded = shapes[np.searchsorted(shapes, lengths[order])]
+    for length in np.unique(padded).tolist():
+        rows = order[padded == length]
+        most = max(1, TOKENS // length)
+        most = 1 << (most.bit_length() - 1)
+        for start in range(0, len(rows), most):
+            yield rows[start : start + most], length

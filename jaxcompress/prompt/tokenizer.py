@@ -1,0 +1,88 @@
+"""The tokenizer of an encoder: subwords with their places in the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import Tokenizer as FastTokenizer
+
+from jaxcompress.prompt.words import Offsets
+
+Kind = Literal["wordpiece", "sentencepiece"]
+_MODELS: dict[str, Kind] = {"WordPiece": "wordpiece", "Unigram": "sentencepiece"}
+_OPENING, _CLOSING = ("[CLS]", "<s>"), ("[SEP]", "</s>")
+_UNKNOWN, _PADDING = ("[UNK]", "<unk>"), ("[PAD]", "<pad>")
+
+
+class Subwords(NamedTuple):
+    """A text in pieces.
+
+    Attributes:
+      ids: without special tokens.
+      offsets: start and end of each in the text, in characters.
+    """
+
+    ids: Int[np.ndarray, " T"]
+    offsets: Offsets
+
+
+class EncoderTokenizer:
+    """Reads tokenizer.json of a BERT or XLM-RoBERTa folder.
+
+    Attributes:
+      folder: where it was read from.
+      fast: the `tokenizers` object; special tokens written out in a text are text to it.
+      kind: "wordpiece" (BERT: `##` continues a word) or "sentencepiece" (XLM-RoBERTa: `▁` begins one).
+      opening, closing, padding, unknown: ids of special tokens.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Raises FileNotFoundError without tokenizer.json, ValueError if it cannot be read or is of neither kind."""
+        self.folder = Path(folder).expanduser()
+        self.fast = read_tokenizer(self.folder)
+        self.fast.encode_special_tokens = True
+        model = type(self.fast.model).__name__
+        if model not in _MODELS:
+            raise ValueError(f"{self.folder} has a {model} tokenizer; known for encoders: {', '.join(_MODELS)}")
+        self.kind: Kind = _MODELS[model]
+        self.opening, self.closing = self._one_of(_OPENING), self._one_of(_CLOSING)
+        self.padding, self.unknown = self._one_of(_PADDING), self._one_of(_UNKNOWN)
+
+    def encode(self, text: str) -> Subwords:
+        """Subwords of a text, without special tokens."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Subwords]:
+        """The same of several, in parallel."""
+        return [
+            Subwords(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2))
+            for e in self.fast.encode_batch(list(texts), add_special_tokens=False)
+        ]
+
+    def count(self, text: str) -> int:
+        """How many subwords a text has."""
+        return len(self.fast.encode(text, add_special_tokens=False))
+
+    def _one_of(self, names: Sequence[str]) -> int:
+        for name in names:
+            if (token := self.fast.token_to_id(name)) is not None:
+                return token
+        raise ValueError(f"the tokenizer in {self.folder} has none of the special tokens {', '.join(names)}")
+
+
+def read_tokenizer(folder: Path) -> FastTokenizer:
+    """tokenizer.json of a folder, set to neither cut nor pad."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
+    try:
+        fast = FastTokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    fast.no_truncation()
+    fast.no_padding()
+    return fast

@@ -1,0 +1,131 @@
+"""The encoder against PyTorch's logits, and in batches of any shape."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxcompress.checkpoints import encoder_config, hugging_face_encoder_config, load_encoder, save_encoder
+from jaxcompress.models.encoder import Encoder, EncoderConfig
+from jaxcompress.prompt.scoring import LENGTHS, TOKENS, keep_probability, score
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
+FOLDERS = {"bert": FIXTURES / "bert", "xlmr": FIXTURES / "xlm-roberta"}
+NAMES = sorted(FOLDERS)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def encoder(name: str) -> Encoder:
+    return load_encoder(FOLDERS[name]).model
+
+
+def test_logits_equal_pytorch(name: str, encoder: Encoder) -> None:
+    with np.load(FIXTURES / "logits.npz") as saved:
+        tokens, mask, logits = (saved[f"{name}/{part}"] for part in ("input_ids", "mask", "logits"))
+    ours = jax.jit(lambda encoder, tokens, mask: encoder(tokens, mask))(encoder, tokens, mask)
+    np.testing.assert_allclose(np.asarray(ours)[mask], logits[mask], atol=2e-5, rtol=0)
+
+
+def test_hidden_states_equal_pytorch(name: str, encoder: Encoder) -> None:
+    with np.load(FIXTURES / "logits.npz") as saved:
+        tokens, mask = (jnp.asarray(saved[f"{name}/hidden/{part}"]) for part in ("input_ids", "mask"))
+        theirs = [saved[f"{name}/hidden/{layer}"] for layer in range(3)]
+    np.testing.assert_allclose(encoder.embed(tokens)[:, :40], theirs[0], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(encoder.hidden(tokens, mask)[:, :40], theirs[2], atol=5e-5, rtol=0)
+
+
+def test_a_row_does_not_depend_on_its_company(encoder: Encoder) -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(5, 2000, n).astype(np.int32) for n in (3, 200, 31, 512, 1, 64, 33)]
+    together = score(encoder, rows)
+    for row, scores in zip(rows, together, strict=True):
+        assert scores.shape == row.shape
+        np.testing.assert_allclose(score(encoder, [row])[0], scores, atol=2e-6)
+
+
+def test_masked_tokens_are_seen_by_nobody(encoder: Encoder) -> None:
+    rng = np.random.default_rng(1)
+    row = rng.integers(5, 2000, 20).astype(np.int32)
+    valid = np.arange(20) != 7
+    other = np.where(valid, row, 1234).astype(np.int32)
+    one, two = score(encoder, [row, other], [valid, valid])
+    np.testing.assert_allclose(one[valid], two[valid], atol=1e-6)
+    assert np.abs(one - score(encoder, [row])[0]).max() > 1e-3
+
+
+def test_shapes_are_few() -> None:
+    """Any prompts, whatever their lengths, share a bounded number of compiled programs."""
+    config = EncoderConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2)
+    encoder = Encoder(config, rngs=nnx.Rngs(0))
+    keep_probability.clear_cache()
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        score(encoder, [np.ones(n, np.int32) for n in rng.integers(1, 65, rng.integers(1, 9))])
+    assert keep_probability._cache_size() <= 2 * 4  # lengths up to 32 and 64; 1, 2, 4 or 8 rows
+    assert all(length <= TOKENS for length in LENGTHS)
+
+
+def test_too_long_a_row(encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match="513 tokens; the encoder takes at most 512"):
+        score(encoder, [np.ones(513, np.int32)])
+    assert score(encoder, []) == []
+
+
+def test_saved_and_loaded(tmp_path: Path, name: str, encoder: Encoder) -> None:
+    again = load_encoder(save_encoder(encoder, tmp_path / "saved", tokenizer_from=FOLDERS[name]))
+    assert again.model.config == encoder.config
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.model, encoder))
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+
+
+def test_bfloat16(name: str, encoder: Encoder) -> None:
+    half = load_encoder(FOLDERS[name], dtype="bfloat16").model
+    row = np.random.default_rng(2).integers(5, 2000, 40).astype(np.int32)
+    assert jax.tree.leaves(half)[0].dtype == jnp.bfloat16
+    assert np.abs(score(half, [row])[0] - score(encoder, [row])[0]).mean() < 0.05
+
+
+def test_transformers_reads_the_config(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    raw = json.loads((FOLDERS[name] / "config.json").read_text())
+    ours = hugging_face_encoder_config(encoder_config(raw))
+    assert encoder_config(ours) == encoder_config(raw)
+    read = transformers.AutoConfig.for_model(**ours)
+    assert (read.num_labels, read.pad_token_id, read.layer_norm_eps) == (2, raw["pad_token_id"], raw["layer_norm_eps"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(architectures=["BertForMaskedLM"]), "unknown architecture 'BertForMaskedLM'"),
+        (dict(hidden_size=None), "lacks hidden_size"),
+        (dict(position_embedding_type="relative_key"), "only 'absolute' is known"),
+        (dict(hidden_act="swiglu"), "unknown activation 'swiglu'"),
+        (dict(num_attention_heads=3), r"hidden_size \(32\) must be a multiple of num_heads \(3\)"),
+    ],
+)
+def test_configs_that_are_not_known(change: dict, message: str) -> None:
+    raw = json.loads((FOLDERS["bert"] / "config.json").read_text()) | change
+    with pytest.raises(ValueError, match=message):
+        encoder_config(raw)
+
+
+def test_positions_of_roberta() -> None:
+    config = EncoderConfig(9, 4, 4, 1, 1, max_position=10, padding_id=1)
+    encoder = Encoder(config, rngs=nnx.Rngs(0))
+    assert encoder.positions(jnp.array([[5, 1, 6, 3, 1]])).tolist() == [[2, 1, 3, 4, 1]]
+    assert config.max_length == 8
+    with pytest.raises(ValueError, match="no token fits"):
+        replace(config, max_position=2)
