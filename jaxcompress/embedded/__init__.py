@@ -1,4 +1,4 @@
-"""The small language model that ships with the package, and the text it was made from."""
+"""The small models that ship with the package, and the text they were made from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
+    from jaxcompress.prompt.word_scores import Scorer
 
 
 def folder() -> Path:
@@ -21,3 +22,18 @@ def load_embedded(dtype: Any = "float32") -> tuple[Decoder, Tokenizer]:
     from jaxcompress.generation.text import Tokenizer
 
     return load(folder(), dtype=dtype).model, Tokenizer(folder())
+
+
+def compressor_folder() -> Path:
+    """Where the embedded prompt compressor lies: a Hugging Face folder of a BERT that classifies tokens."""
+    return Path(__file__).parent / "compressor"
+
+
+def load_compressor() -> Scorer:
+    """The embedded prompt compressor as a scorer of words: English news and documentation (see docs/prompt_data.md)."""
+    from jaxcompress.checkpoints import load_encoder
+    from jaxcompress.prompt.classifier import token_classifier
+    from jaxcompress.prompt.tokenizer import EncoderTokenizer
+
+    folder = compressor_folder()
+    return token_classifier(load_encoder(folder, dtype="float32").model, EncoderTokenizer(folder), name="embedded")

@@ -1,70 +1,48 @@
-"""A token classifier as a scorer of the words of a text as it is written."""
+"""A token classifier as a scorer of words, beside those that need none."""
 
 from __future__ import annotations
 
-import jax
 import numpy as np
-from jaxtyping import Array
-from tokenizers import Tokenizer as FastTokenizer
+from jaxtyping import Int
 
-from jaxcompress.prompt.learning import Classifier, special_ids
+from jaxcompress.models.encoder import Encoder
+from jaxcompress.prompt.scoring import score as probabilities_of
 from jaxcompress.prompt.surface import words_of
+from jaxcompress.prompt.tokenizer import EncoderTokenizer
+from jaxcompress.prompt.units import sentences
 from jaxcompress.prompt.word_scores import Scored, Scorer
 from jaxcompress.prompt.words import align, of_words
 
-_ROWS = 4
 
-
-def token_classifier(
-    model: Classifier, tokenizer: FastTokenizer, *, length: int = 256, overlap: int = 32, name: str = "classifier"
-) -> Scorer:
+def token_classifier(encoder: Encoder, tokenizer: EncoderTokenizer, *, name: str = "classifier") -> Scorer:
     """Scores a word by the mean probability, over its subwords, that it stays.
 
-    Long texts are read in windows that overlap; each token counts in the window in which it stands deepest. All windows
-    have one shape, so that no prompt compiles anything. A word that the tokenizer does not know has the probability of
-    the unknown token where it stands.
-
-    Args:
-      length: tokens of a window, special tokens included.
-      overlap: tokens that two windows share.
-
-    Raises:
-      ValueError: windows of such a length and overlap do not advance.
+    A text is read in rows of whole sentences, as many as the encoder's length has room for. A word that the tokenizer
+    does not know has the probability of the unknown token where it stands.
     """
-    room = length - 2
-    if not 0 <= overlap < room:
-        raise ValueError(f"windows of {length} tokens hold {room} of the text and cannot share {overlap}")
-    opening, closing, pad = special_ids(tokenizer)
+    room = encoder.config.max_length - 2
 
     def score(text: str) -> Scored:
         words = words_of(text)
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        probabilities = _over_windows(np.array(encoding.ids, np.int32))
-        groups = align(np.array(words, np.int64).reshape(-1, 2), places)
-        return Scored(text, words, of_words(probabilities, groups), name)
-
-    def _over_windows(ids: np.ndarray) -> np.ndarray:
-        starts = list(range(0, max(len(ids) - overlap, 1), room - overlap))
-        rows = np.full((-(-len(starts) // _ROWS) * _ROWS, length), pad, np.int32)
-        valid = np.zeros(rows.shape, bool)
-        for row, start in enumerate(starts):
-            window = np.concatenate([[opening], ids[start : start + room], [closing]])
-            rows[row, : len(window)], valid[row, : len(window)] = window, True
-        valid[len(starts) :, 0] = True  # a row of padding sees something
-        batches = range(0, len(rows), _ROWS)
-        scores = np.concatenate(
-            [np.asarray(_kept(model, rows[at : at + _ROWS], valid[at : at + _ROWS])) for at in batches]
-        )
-        out = np.zeros(len(ids), np.float32)
-        for row, start in enumerate(starts):
-            skipped = overlap // 2 if row else 0  # the first half of what two windows share is the earlier one's
-            out[start + skipped : start + room] = scores[row, 1 + skipped : 1 + min(room, len(ids) - start)]
-        return out
+        subwords = tokenizer.encode(text)
+        starts = np.searchsorted(subwords.offsets[:, 1], [one.start for one in sentences(text)], side="right")
+        rows = [subwords.ids[part] for part in _rows(starts, len(subwords.ids), room)]
+        around = [np.concatenate([[tokenizer.opening], row, [tokenizer.closing]]).astype(np.int32) for row in rows]
+        probabilities = [row[1:-1] for row in probabilities_of(encoder, around)]
+        every = np.concatenate([np.zeros(0, np.float32), *probabilities])
+        groups = align(np.array(words, np.int64).reshape(-1, 2), subwords.offsets)
+        return Scored(text, words, of_words(every, groups), name)
 
     return score
 
 
-@jax.jit
-def _kept(model: Classifier, ids: Array, valid: Array) -> Array:
-    return jax.nn.softmax(model(ids, valid).astype("float32"), axis=-1)[..., 1]
+def _rows(starts: Int[np.ndarray, " S"], total: int, room: int) -> list[slice]:
+    """Cuts tokens where sentences start, so that each row has at most `room`; longer sentences are cut anywhere."""
+    cuts = [0]
+    ends = [*starts[1:].tolist(), total]
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        if end - cuts[-1] > room and start > cuts[-1]:
+            cuts.append(start)
+        while end - cuts[-1] > room:
+            cuts.append(cuts[-1] + room)
+    return [slice(one, other) for one, other in zip(cuts, [*cuts[1:], total], strict=True) if other > one]
