@@ -103,17 +103,31 @@ def read_shortened(
     whole, short = (tokenizer.encode(before + middle + after) for middle in (text, kept.text))
     progress = start(model, policy, slots, seeds=seed, dtype=dtype)
     progress = prefill(model, [short], progress, policy, **reading)
-    report = ReadingReport(
-        len(whole), len(short), held_tokens(model, progress), recovery(text, kept.text), kept.scored.by, policy.name
-    )
+    report = report_of(model, policy, progress, kept, original_tokens=len(whole), prompt_tokens=len(short))
     return ShortenedReading(progress, kept, report)
 
 
-def held_tokens(model: Decoder, progress: Progress) -> float:
-    """Slots in use, of a layer and kv head on average; of the first row."""
+def report_of(
+    model: Decoder,
+    policy: Policy,
+    progress: Progress,
+    kept: Kept,
+    *,
+    original_tokens: int,
+    prompt_tokens: int,
+    row: int = 0,
+) -> ReadingReport:
+    """What was done to a prompt that has been read, which is one row of `progress`."""
+    held = held_tokens(model, progress, row)
+    found = recovery(kept.scored.text, kept.text)
+    return ReadingReport(original_tokens, prompt_tokens, held, found, kept.scored.by, policy.name)
+
+
+def held_tokens(model: Decoder, progress: Progress, row: int = 0) -> float:
+    """Slots in use in a row, of a layer and kv head on average."""
     used = 0.0
     for part in progress.state:
-        occupied = (part.positions[:, 0] >= 0).sum()  # all sets of the part's layers
+        occupied = (part.positions[:, row] >= 0).sum()  # all sets of the part's layers
         sets = part.positions.shape[2]
         heads = model.config.num_kv_heads if part.owner is not None else len(part.heads) or model.config.num_kv_heads
         # In a pool every slot belongs to one head; elsewhere a set serves heads / sets of them.
