@@ -28,6 +28,9 @@ class Generate:
     """Read the prompt from here; - for standard input."""
     chat: bool = False
     """Wrap the prompt as a user's message in the tokenizer's chat template."""
+    shorten: float | None = None
+    """Keep only this share of the prompt's words, chosen by the embedded prompt compressor, and read what is left; what
+    both compressions came to is told on standard error. A file is then read whole."""
     model: str | None = None
     """Hugging Face folder or hub id; the embedded model if not given."""
     policy: str = "tova"
@@ -78,14 +81,18 @@ class Generate:
         slots = self.slots[0] if len(self.slots) == 1 else self.slots
         batch = max(len(self.prompt), 1)
         progress = start(model, policy, slots, batch=batch, seeds=self.seed, dtype=self.state_dtype)
-        if self.file is not None:
+        kept = self._shortened() if self.shorten is not None else []
+        if self.file is not None and not kept:
             progress, last = self._read_file(model, tokenizer, policy, progress)
             prompts = [last]
         else:
-            prompts = [self._encode(tokenizer, text) for text in self.prompt]
+            texts = [one.text for one in kept] or self.prompt
+            prompts = [self._encode(tokenizer, text) for text in texts]
             progress = prefill(
                 model, prompts, progress, policy, mode=self.mode, chunk=self.chunk, placement=self.placement
             )
+        if kept:
+            self._report(model, tokenizer, policy, progress, kept, prompts)
         self._warn(model, policy, progress)
         rows = [_Row(tokenizer, ids, self.stop) for ids in prompts]
         live = batch == 1 and not self.json
@@ -116,6 +123,24 @@ class Generate:
         if self.chat:
             return tokenizer.encode(tokenizer.apply_chat_template([dict(role="user", content=text)]), add_bos=False)
         return tokenizer.encode(text)
+
+    def _shortened(self):
+        from jaxcompress.cli.runtime import read_text
+        from jaxcompress.embedded import load_compressor
+        from jaxcompress.prompt.word_scores import keep
+
+        scorer = load_compressor()
+        return [keep(scorer(text), rate=self.shorten) for text in self.prompt or (read_text(self.file),)]
+
+    def _report(self, model, tokenizer, policy, progress, kept, prompts) -> None:
+        from jaxcompress.prompt.reading import report_of
+
+        for row, (one, ids) in enumerate(zip(kept, prompts, strict=True)):
+            whole = len(self._encode(tokenizer, one.scored.text))
+            told = report_of(
+                model, policy, progress, one, original_tokens=whole, prompt_tokens=len(ids), row=row
+            )  # fmt: skip
+            print(f"jaxcompress: {told}", file=sys.stderr)
 
     def _read_file(self, model, tokenizer, policy, progress):
         from contextlib import nullcontext

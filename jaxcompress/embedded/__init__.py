@@ -1,4 +1,4 @@
-"""The small models that ship with the package, for text and for pictures, and what they were made from."""
+"""The small models that ship with the package, for text, prompts and pictures, and what they were made from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from jaxcompress.checkpoints import LoadedLlava
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
+    from jaxcompress.prompt.word_scores import Scorer
 
 
 def folder() -> Path:
@@ -35,3 +36,18 @@ def load_embedded_vision(dtype: Any = "float32") -> tuple[LoadedLlava, Tokenizer
     from jaxcompress.generation.text import Tokenizer
 
     return load_llava(vision_folder(), dtype=dtype), Tokenizer(vision_folder())
+
+
+def compressor_folder() -> Path:
+    """Where the embedded prompt compressor lies: a Hugging Face folder of a BERT that classifies tokens."""
+    return Path(__file__).parent / "compressor"
+
+
+def load_compressor() -> Scorer:
+    """The embedded prompt compressor as a scorer of words: English news and documentation (see docs/prompt_data.md)."""
+    from jaxcompress.checkpoints import load_encoder
+    from jaxcompress.prompt.classifier import token_classifier
+    from jaxcompress.prompt.tokenizer import EncoderTokenizer
+
+    folder = compressor_folder()
+    return token_classifier(load_encoder(folder, dtype="float32").model, EncoderTokenizer(folder), name="embedded")

@@ -93,6 +93,11 @@ class Tokenizer:
         ids = self._fast.encode(text, add_special_tokens=False).ids
         return np.array(self.opening(add_bos) + ids, np.int32)
 
+    def encode_with_places(self, text: str) -> tuple[TokenIds, Int[np.ndarray, "T 2"]]:
+        """Token ids [T] without `opening`, and the characters text[start:end] that each stands for, [T, 2]."""
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
+
     def encode_after(self, context: str, text: str) -> TokenIds:
         """Token ids [T] int32 of a text as the continuation of `context`, whose own tokens are left out.
 

@@ -1,0 +1,143 @@
+"""What the embedded language model loses when the text before is shortened, by who chooses the words.
+
+    python experiments/prompt_continuation.py --data google_sentcomp_9k.jsonl
+
+Prints two tables: F1 of kept words on held-out human compressions (with --data), and the loss on the continuation of
+held-out documents as the rate falls. A document gives a context and the text after it; the context is shortened to an
+exact share of its words; the loss is over the same tokens whatever stands before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from jaxcompress import embedded
+from jaxcompress.embedded.corpus import held_out
+from jaxcompress.policies import full
+from jaxcompress.prompt.baselines import content_words, evenly_spread, random_words, tf_idf
+from jaxcompress.prompt.dataset import Pair, label
+from jaxcompress.prompt.information import Reader, self_information
+from jaxcompress.prompt.llmlingua import after, llmlingua
+from jaxcompress.prompt.surface import words_of
+from jaxcompress.prompt.word_scores import Scorer, keep
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measures the shipped compressor and its peers."""
+
+    data: Path | None = None
+    """JSON lines with "sentence" and "compression"; the last `--held-out` lines are used."""
+    held_out: int = 1000
+    rates: tuple[float, ...] = (1.0, 0.8, 0.65, 0.5, 0.35, 0.2)
+    contexts: int = 48
+    words: int = 220
+    """Of a context."""
+    tokens: int = 96
+    """Of a continuation."""
+    seeds: int = 3
+    """Of random words."""
+    kind: str = "topics/"
+    """Prefix of the held-out documents' names."""
+    out: Path | None = None
+    """JSON."""
+
+
+def scorers(reader: Reader) -> dict[str, Scorer]:
+    return {
+        "shipped classifier": embedded.load_compressor(),
+        "self-information": self_information(reader),
+        "llmlingua": llmlingua(reader),
+        "tf-idf": tf_idf(),
+        "content words": content_words(),
+        "uniform": evenly_spread(),
+    }
+
+
+def f1(kept: np.ndarray, gold: np.ndarray) -> float:
+    """2 |kept and gold| / (|kept| + |gold|); 1 if both are empty."""
+    total = int(kept.sum() + gold.sum())
+    return 2 * int((kept & gold).sum()) / total if total else 1.0
+
+
+def agreement(data: Path, last: int, chosen: Mapping[str, Scorer], seeds: int) -> dict[str, float]:
+    """Mean F1 of kept words over sentences; each method keeps as many words as people did."""
+    lines = data.read_text(encoding="utf-8").splitlines()[-last:]
+    pairs = [Pair("", at, given["sentence"], given["compression"]) for at, given in enumerate(map(json.loads, lines))]
+    examples, _ = label(pairs, variation=100.0, gap=100.0)
+    every = dict(chosen) | {f"random {seed}": random_words(seed) for seed in range(seeds)}
+    table = {}
+    for name, scorer in every.items():
+        found = [
+            f1(keep(scorer(example.text), words=sum(example.labels)).labels, np.array(example.labels))
+            for example in examples
+        ]  # fmt: skip
+        table[name] = float(np.mean(found))
+    random = [table.pop(f"random {seed}") for seed in range(seeds)]
+    return table | {"random": float(np.mean(random))}
+
+
+def places(arguments: Arguments) -> list[tuple[str, str]]:
+    """(context, continuation) of held-out documents, evenly spread."""
+    found = []
+    for document in held_out(arguments.kind):
+        words = words_of(document.text)
+        step = arguments.words + 120
+        for at in range(0, len(words) - step, step):
+            middle = words[at + arguments.words].start
+            context = document.text[words[at].start : middle].rstrip() + "\n"
+            found.append((context, document.text[middle : words[at + step].start]))
+    chosen = np.linspace(0, len(found) - 1, min(arguments.contexts, len(found))).astype(int)
+    return [found[at] for at in chosen]
+
+
+def continuation_loss(reader: Reader, context: str, ids: np.ndarray) -> float:
+    losses, _ = reader.losses(after(reader, reader.begin(), context), ids[None])
+    return float(losses.mean())
+
+
+def main(arguments: Arguments) -> None:
+    model, tokenizer = embedded.load_embedded()
+    scoring = Reader(model, tokenizer, slots=256)
+    judge = Reader(model, tokenizer, full(), slots=1024, segment=128)
+    chosen = scorers(scoring)
+    result: dict[str, object] = {}
+    if arguments.data is not None:
+        table = agreement(arguments.data, arguments.held_out, chosen, arguments.seeds)
+        result["f1"] = table
+        for name, value in sorted(table.items(), key=lambda row: -row[1]):
+            print(f"{name:22}{value:8.3f}", flush=True)
+    pieces = places(arguments)
+    rows = [(context, tokenizer.encode_with_places(rest)[0][: arguments.tokens]) for context, rest in pieces]
+    none = np.mean([continuation_loss(judge, "", ids) for _, ids in rows])
+    print(f"{len(rows)} contexts of {arguments.words} words; without any context {none:.3f} nats per token")
+    print(f"{'rate':22}" + "".join(f"{rate:8.2f}" for rate in arguments.rates))
+    losses: dict[str, list[float]] = {}
+    every = chosen | {f"random {seed}": random_words(seed) for seed in range(arguments.seeds)}
+    for name, scorer in every.items():
+        scored = [scorer(context) for context, _ in rows]
+        losses[name] = [
+            float(np.mean([
+                continuation_loss(judge, keep(one, rate=rate).text + "\n", ids)
+                for one, (_, ids) in zip(scored, rows, strict=True)
+            ]))
+            for rate in arguments.rates
+        ]  # fmt: skip
+        if not name.startswith("random"):
+            print(f"{name:22}" + "".join(f"{value:8.3f}" for value in losses[name]), flush=True)
+    random = np.mean([losses.pop(f"random {seed}") for seed in range(arguments.seeds)], axis=0)
+    losses["random"] = random.tolist()
+    print(f"{'random':22}" + "".join(f"{value:8.3f}" for value in random))
+    if arguments.out is not None:
+        result |= dict(rates=arguments.rates, losses=losses, without_context=float(none))
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,293 @@
+"""Making training data for a token classifier: texts -> a teacher's compressions -> labelled words.
+
+    collect(documents, teacher, "pairs.jsonl")              # may be stopped at any moment and started again
+    examples, report = label(read_pairs("pairs.jsonl"))
+    write_examples(examples, "examples.jsonl")
+
+Both files are JSON lines. Each pair is on disk before the next one counts as done, so that neither a teacher that fails
+nor `kill -9` loses a finished one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxcompress.prompt.annotation import WINDOW, annotate, faithful, rough_lemma
+from jaxcompress.prompt.endpoint import Refused
+from jaxcompress.prompt.surface import Word, spelled, words_of
+from jaxcompress.prompt.teacher import INSTRUCTION, Teacher, TeacherFailed, cut_for_teacher
+
+
+class Pair(NamedTuple):
+    """A piece of a document and its compression.
+
+    Attributes:
+      document: its name.
+      piece: which piece of it, from 0.
+    """
+
+    document: str
+    piece: int
+    original: str
+    compressed: str
+
+
+class Collected(NamedTuple):
+    """What a call of `collect` did.
+
+    Attributes:
+      done: pieces that the file has now, of those asked for.
+      asked: of them, how many the teacher was asked for in this call.
+      failed: (document, piece, why) of those that are still missing.
+    """
+
+    done: int
+    asked: int
+    failed: list[tuple[str, int, str]]
+
+
+def collect(
+    documents: Iterable[tuple[str, str]],
+    teacher: Teacher,
+    path: str | Path,
+    *,
+    instruction: str = INSTRUCTION,
+    cut: Callable[[str], Sequence[str]] = cut_for_teacher,
+    workers: int = 1,
+    patience: int = 5,
+    progress: Callable[[int], None] = lambda pieces: None,
+) -> Collected:
+    """Has a teacher shorten the pieces of documents that the file does not have yet, and adds them to it.
+
+    A piece is known by document, number, its own text and the instruction: a changed text is shortened again. A piece
+    whose teacher fails is left for the next call; so are all that are left when the teacher has failed `patience` times
+    in a row, or refuses altogether. White space alone is not sent.
+
+    Args:
+      documents: (name, text) each.
+      path: JSON lines; made if it is not there. A last line that was cut off is removed.
+      cut: into pieces for the teacher.
+      workers: requests at the same time; the teacher must then be safe to call from several threads.
+      patience: see above.
+      progress: called with the number of pieces done, as they are.
+
+    Raises:
+      ValueError: workers or patience is less than 1, or a line of the file is not a pair; names it.
+      OSError: the file cannot be written.
+    """
+    if workers < 1 or patience < 1:
+        raise ValueError(f"workers and patience are at least 1, not {workers} and {patience}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _mend(path)
+    known = {_key(pair, seal) for pair, seal in _read(path)} if path.exists() else set()
+    seal = zlib.crc32(instruction.encode())
+    todo = (
+        Pair(str(name), number, piece, "")
+        for name, text in documents
+        for number, piece in enumerate(cut(text))
+        if piece.strip()
+    )
+    done, asked, failed, in_a_row = 0, 0, [], 0
+    refused: str | None = None
+    flying: dict[Future[str], Pair] = {}
+    with open(path, "ab") as file, ThreadPoolExecutor(workers) as pool:
+        while True:
+            while len(flying) < workers and (pair := next(todo, None)) is not None:
+                if _key(pair, seal) in known:
+                    done += 1
+                    progress(1)
+                elif refused is not None:
+                    failed.append((pair.document, pair.piece, refused))
+                else:
+                    asked += 1
+                    flying[pool.submit(teacher, instruction, pair.original)] = pair
+            if not flying:
+                return Collected(done, asked, sorted(failed))
+            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                pair = flying.pop(future)
+                error = future.exception()
+                if error is None:
+                    _append(file, pair._replace(compressed=future.result()), seal)
+                    done, in_a_row = done + 1, 0
+                    progress(1)
+                    continue
+                if not isinstance(error, Exception):  # KeyboardInterrupt and the like
+                    raise error
+                why = str(error) if isinstance(error, TeacherFailed) else f"{type(error).__name__}: {error}"
+                failed.append((pair.document, pair.piece, why))
+                in_a_row += 1
+                if isinstance(error, Refused) or in_a_row >= patience:
+                    refused = f"not asked, for the teacher failed {in_a_row} times in a row: {why}"
+
+
+def _key(pair: Pair, seal: int) -> tuple[str, int, int, int]:
+    return pair.document, pair.piece, zlib.crc32(pair.original.encode()), seal
+
+
+def _append(file: Any, pair: Pair, seal: int) -> None:
+    """One line, in one write, on disk when this returns."""
+    file.write(json.dumps({**pair._asdict(), "instruction": seal}, ensure_ascii=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _mend(path: Path) -> None:
+    """Cuts off a last line that has no end: its writer was killed."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        data = file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            file.truncate(whole)
+
+
+def _read(path: str | Path) -> Iterator[tuple[Pair, int]]:
+    for number, value in _lines(path):
+        try:
+            pair = Pair(str(value["document"]), int(value["piece"]), value["original"], value["compressed"])
+            if not isinstance(pair.original, str) or not isinstance(pair.compressed, str):
+                raise TypeError("original and compressed must be texts")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not a pair with document, piece, original and compressed ({error})"
+            ) from None
+        yield pair, int(value.get("instruction", 0))
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """The pairs of a file in the order of documents (as first met) and pieces; of two of the same piece, the later.
+
+    Raises:
+      ValueError: a line is not a pair; names file and line.
+    """
+    order: dict[str, int] = {}
+    pairs: dict[tuple[int, int], Pair] = {}
+    for pair, _ in _read(path):
+        pairs[order.setdefault(pair.document, len(order)), pair.piece] = pair
+    return [pairs[key] for key in sorted(pairs)]
+
+
+class Example(NamedTuple):
+    """A text whose words are labelled.
+
+    Attributes:
+      words: where they stand in the text.
+      labels: one per word, True: kept.
+    """
+
+    text: str
+    words: list[Word]
+    labels: list[bool]
+
+
+class Report(NamedTuple):
+    """What became of the pairs.
+
+    Attributes:
+      pairs: how many there were.
+      empty: of them, texts without words.
+      unfaithful: left out by `faithful`.
+      kept_rate: share of words labelled as kept, of those that stay.
+      variation_rate, alignment_gap: means over those that stay.
+    """
+
+    pairs: int
+    empty: int
+    unfaithful: int
+    kept_rate: float
+    variation_rate: float
+    alignment_gap: float
+
+
+def label(
+    pairs: Iterable[Pair],
+    *,
+    window: int = WINDOW,
+    key: Callable[[str], str] = rough_lemma,
+    variation: float = 95.0,
+    gap: float = 90.0,
+) -> tuple[list[Example], Report]:
+    """Labels the words of each text by its compression, and leaves out pairs that are not faithful enough.
+
+    Words are those of the text as it is written, commas and all: the classifier will meet them so. (The authors train
+    on lemmas without commas.)
+
+    Args:
+      window, key: see `annotate`.
+      variation, gap: see `faithful`.
+    """
+    given = list(pairs)
+    texts = [(pair, words) for pair in given if (words := words_of(pair.original))]
+    annotations = [
+        annotate(spelled(pair.original, words), spelled(pair.compressed), window=window, key=key)
+        for pair, words in texts
+    ]  # fmt: skip
+    good = faithful(annotations, variation=variation, gap=gap)
+    examples = [Example(texts[i][0].original, texts[i][1], annotations[i].labels) for i in good]
+    mean = lambda values: sum(values) / len(values) if values else 0.0
+    report = Report(
+        len(given), len(given) - len(texts), len(texts) - len(good),
+        kept_rate=mean([label for example in examples for label in example.labels]),
+        variation_rate=mean([annotations[i].variation_rate for i in good]),
+        alignment_gap=mean([annotations[i].alignment_gap for i in good]),
+    )  # fmt: skip
+    return examples, report
+
+
+def write_examples(examples: Iterable[Example], path: str | Path) -> None:
+    """Writes a file of JSON lines with text, words ([start, end] each) and labels (0 or 1); whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        for text, words, labels in examples:
+            line = dict(text=text, words=[list(word) for word in words], labels=list(map(int, labels)))
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    part.replace(path)
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Reads such a file.
+
+    Raises:
+      ValueError: a line is not an example; names file and line and says why.
+    """
+    examples = []
+    for number, value in _lines(path):
+        try:
+            words = [Word(int(start), int(end)) for start, end in value["words"]]
+            example = Example(value["text"], words, [bool(label) for label in value["labels"]])
+            _check(example)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: not an example with text, words and labels ({error})") from None
+        examples.append(example)
+    return examples
+
+
+def _check(example: Example) -> None:
+    text, words, labels = example
+    if not isinstance(text, str):
+        raise TypeError("the text is not a string")
+    if len(words) != len(labels):
+        raise ValueError(f"{len(words)} words, {len(labels)} labels")
+    ends = [0, *(place for word in words for place in word), len(text)]
+    if ends != sorted(ends) or any(start == end for start, end in words):
+        raise ValueError("words do not follow each other inside the text")

@@ -1,0 +1,61 @@
+"""A prompt shortened, then read into a bounded state: two ratios and their product, none of them wishful."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxcompress.embedded import load_embedded
+from jaxcompress.generation import continue_, generate
+from jaxcompress.naming import named
+from jaxcompress.policies import full, tova
+from jaxcompress.prompt.baselines import content_words, evenly_spread
+from jaxcompress.prompt.reading import read_shortened
+
+TEXT = " ".join(f"Line {n} says that the value of item {n * 7} is not known to the reader." for n in range(12))
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    return load_embedded()
+
+
+def test_is_reading_what_is_left(loaded: Any) -> None:
+    model, tokenizer = loaded
+    read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=tova(), slots=32, after="\nSo")
+    short = tokenizer.encode(read.kept.text + "\nSo")
+    (expected,) = generate(model, [short], tova(), 32, steps=6)
+    (tokens,) = continue_(model, read.progress, tova(), steps=6)
+    assert tokens.tolist() == expected.tolist()
+    report = read.report
+    assert report.original_tokens == len(tokenizer.encode(TEXT + "\nSo"))
+    assert report.prompt_tokens == len(short)
+    assert report.held_tokens == 32
+    assert report.ratio == pytest.approx(report.prompt_ratio * report.state_ratio)
+    assert report.ratio == pytest.approx(report.original_tokens / 32)
+    assert "x in all" in str(report)
+
+
+def test_a_state_with_room_to_spare_is_no_compression(loaded: Any) -> None:
+    model, tokenizer = loaded
+    read = read_shortened(model, tokenizer, TEXT, content_words(), rate=0.3, policy=full(), slots=512)
+    assert read.report.held_tokens == read.report.prompt_tokens
+    assert read.report.state_ratio == 1
+    assert read.report.ratio == read.report.prompt_ratio > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "slots"), [("h2o", 24), ("ada-tova", 24), ("tova", [8, 16, 24, 32])])
+def test_held_is_what_slots_hold(loaded: Any, name: str, slots: Any) -> None:
+    model, tokenizer = loaded
+    read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=named(name), slots=slots)
+    assert read.report.held_tokens == pytest.approx(np.mean(slots), rel=0.01)
+
+
+def test_nothing_left(loaded: Any) -> None:
+    model, tokenizer = loaded
+    for text, rate in (("", 0.5), ("word", 0.1)):
+        with pytest.raises(ValueError, match="nothing is left"):
+            read_shortened(model, tokenizer, text, evenly_spread(), rate=rate, policy=tova(), slots=8)

@@ -1,0 +1,148 @@
+"""Keeping words: exact numbers, ties, protection, and a text that reads as it did."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxcompress.prompt.baselines import (
+    content_words,
+    evenly_spread,
+    random_words,
+    relevance_to,
+    tf_idf,
+)
+from jaxcompress.prompt.surface import words_of
+from jaxcompress.prompt.word_scores import Scored, Scorer, joined, keep, mixed, ranks
+
+TEXT = "The council will vote, on Monday. The budget (of 3.5 million) is large."
+
+
+def scored(text: str, scores: list[float]) -> Scored:
+    return Scored(text, words_of(text), np.array(scores, np.float32), "test")
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, float("nan"), -float("inf")]), max_size=40), st.floats(0.01, 1.0))
+def test_exactly_the_rate_stays(scores: list[float], rate: float) -> None:
+    kept = keep(scored(" ".join("w" for _ in scores), scores), rate=rate)
+    assert kept.labels.sum() == int(np.floor(len(scores) * rate + 0.5))
+    clean = np.nan_to_num(np.array(scores), nan=-np.inf, neginf=-np.inf)
+    if 0 < kept.labels.sum() < len(scores):
+        assert clean[kept.labels].min() >= clean[~kept.labels].max()
+
+
+def test_the_earlier_word_stays_on_a_tie() -> None:
+    assert keep(scored("a b c d", [1, 1, 1, 1]), words=2).text == "a b"
+
+
+def test_protected_words_stay_or_it_is_said() -> None:
+    infinite = float("inf")
+    assert keep(scored("a b c d", [0, infinite, 1, infinite]), words=2).text == "b d"
+    with pytest.raises(ValueError, match="2 words of 4 are protected, only 1"):
+        keep(scored("a b c d", [0, infinite, 1, infinite]), words=1)
+
+
+@pytest.mark.parametrize("asked", [dict(), dict(rate=0.5, words=1), dict(rate=0.0), dict(rate=1.5), dict(words=-1)])
+def test_what_cannot_be_asked(asked: dict) -> None:
+    with pytest.raises(ValueError):
+        keep(scored("a b", [0, 1]), **asked)
+
+
+def test_texts_without_words() -> None:
+    for text in ("", " \n "):
+        kept = keep(scored(text, []), rate=0.5)
+        assert (kept.text, kept.rate) == ("", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "expected"),
+    [
+        ("The vote, on  Monday.", "11111", "The vote, on  Monday"),
+        ("The vote, on Monday.", "010011", "vote Monday."),
+        ("The vote (on Monday) counts.", "0110011", "vote () counts"),
+        ('He said "stop it" loudly.', "11101101", 'He said "it".'),
+        ("x=y", "101", "x y"),
+        ("one\ntwo three\nfour", "1001", "one\nfour"),
+        ("会议将于10月", "10101", "会将10"),
+    ],
+)
+def test_text_of_what_stays(text: str, labels: str, expected: str) -> None:
+    words = words_of(text)
+    marks = [mark == "1" for mark in labels.ljust(len(words), "0")]
+    assert joined(text, words, marks) == expected
+
+
+@given(st.text(alphabet="ab .,(\n会é", max_size=40), st.data())
+def test_what_stays_is_a_subsequence(text: str, data: st.DataObject) -> None:
+    words = words_of(text)
+    labels = data.draw(st.lists(st.booleans(), min_size=len(words), max_size=len(words)))
+    bare = lambda text: "".join(text.split())
+    kept = [text[word.start : word.end] for word, stays in zip(words, labels, strict=True) if stays]
+    assert bare(joined(text, words, labels)) == bare("".join(kept))
+    assert joined(text, words, [True] * len(words)) == text.strip() or not words
+
+
+SCORERS = [random_words(1), evenly_spread(), tf_idf(), content_words(), relevance_to("When will the council vote?")]
+
+
+@pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: scorer("a").by)
+def test_every_scorer(scorer: Scorer) -> None:
+    for text in (TEXT, "", " ", "word", "会议将于10月开始。👍🏽"):
+        found = scorer(text)
+        assert found.words == words_of(text)
+        assert found.scores.shape == (len(found.words),)
+        assert found.scores.dtype == np.float32
+        assert np.isfinite(found.scores).all()
+        assert scorer(text).scores.tolist() == found.scores.tolist()
+
+
+def test_random_differs_by_seed() -> None:
+    assert random_words(0)(TEXT).scores.tolist() != random_words(1)(TEXT).scores.tolist()
+
+
+@given(st.integers(1, 200), st.floats(0.02, 1.0))
+def test_evenly_spread_words_are(total: int, rate: float) -> None:
+    labels = keep(evenly_spread()("w " * total), rate=rate).labels
+    places = np.flatnonzero(labels)
+    if len(places) > 1:
+        assert np.diff(places).max() <= 2 * total / len(places) + 2
+
+
+def test_every_second_word() -> None:
+    assert keep(evenly_spread()("a b c d e f g h"), words=4).text == "a c e g"
+
+
+def test_rare_words_score_higher() -> None:
+    background = ["the vote", "the budget", "the council"]
+    found = dict(zip(TEXT.split(), tf_idf(background)(TEXT.replace(",", "")).scores, strict=False))
+    assert found["council"] > found["The"]
+    assert tf_idf(background)("the ,").scores[1] == 0
+
+
+def test_words_of_the_question_and_around_them() -> None:
+    found = relevance_to("Who will vote?", reach=2)("a b c vote d e f")
+    assert found.scores.argmax() == 3
+    assert (found.scores > 0).tolist() == [False, True, True, True, True, True, False]
+
+
+def test_mixing_is_the_mean_of_ranks() -> None:
+    text = "a b c"
+    one = lambda text: scored(text, [3, 2, 1])
+    other = lambda text: scored(text, [10, 30, 20])
+    assert np.allclose(mixed((3.0, one), (1.0, other))(text).scores, [0.75, 0.625, 0.125])
+    assert np.allclose(mixed((1.0, one))(text).scores, ranks(np.array([3, 2, 1], np.float32)))
+    protected = lambda text: scored(text, [0, 0, float("inf")])
+    assert np.isposinf(mixed((1.0, one), (1.0, protected))(text).scores).tolist() == [False, False, True]
+    assert "0.75 test" in mixed((3.0, one), (1.0, other))(text).by
+
+
+def test_what_cannot_be_mixed() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        mixed()
+    with pytest.raises(ValueError, match="positive"):
+        mixed((-1.0, content_words()))
+    shorter = lambda text: Scored(text, words_of(text)[1:], np.zeros(len(words_of(text)) - 1, np.float32), "other")
+    with pytest.raises(ValueError, match="different words"):
+        mixed((1.0, content_words()), (1.0, shorter))("a b")
