@@ -137,14 +137,14 @@ def step_evict(*args: Any, interpret: Any = False, rule: Any):
     """See `Kernels.step_evict`."""
     from jaxcompress.pallas_kernels.tpu_step import step_evict
 
-    return step_evict(*args, rule, interpret=interpret)
+    return step_evict(*args, rule=rule, interpret=interpret)
 
 
 def segment(*args: Any, interpret: Any = False, rule: Any):
     """See `Kernels.segment`."""
     from jaxcompress.pallas_kernels.tpu_segment import segment
 
-    return segment(*args, rule, interpret=interpret)
+    return segment(*args, rule=rule, interpret=interpret)
 
 
 def block(*args: Any, interpret: Any = False):
