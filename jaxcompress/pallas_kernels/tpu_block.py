@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jaxcompress.pallas_kernels.contract import Call, stored_as
 from jaxcompress.pallas_kernels.tpu import VMEM, block_sizes
-from jaxcompress.pallas_kernels.tpu_slots import LANES, MASKED, multiply_dtype, product
+from jaxcompress.pallas_kernels.tpu_slots import LANES, MASKED, multiply_dtype, nbytes, product
 
 _NEVER = jnp.iinfo(jnp.int32).max
 
@@ -77,6 +77,11 @@ def block(q, at, keys, values, held, window, *, interpret=False):
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=6 * q.size * n,
+            transcendentals=2 * (q.size // d) * n,
+            bytes_accessed=nbytes(q, q) + steps * (2 * nbytes(keys) + nbytes(values)) + 8 * b * k * g * wide,
         ),
         interpret=interpret,
         name="block_with_mass",

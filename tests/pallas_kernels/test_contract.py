@@ -18,7 +18,7 @@ from jaxcompress import policies
 from jaxcompress.attention import decode_backend, slot_step
 from jaxcompress.models.bounded import init_state, read
 from jaxcompress.models.decoder import DecoderConfig
-from jaxcompress.pallas_kernels import contract, measured, tuning
+from jaxcompress.pallas_kernels import contract, measured, tpu, tuning
 from jaxcompress.pallas_kernels.contract import Call, Kernels, On, Rule, choose
 from jaxcompress.policies import Policy
 from jaxcompress.policies.combine import every, protect, sampled
@@ -109,7 +109,7 @@ def test_kernels_that_the_device_cannot_run() -> None:
     [
         (dict(head_dim=64), "heads are 64 wide"),
         (dict(dtype="int4"), "int4"),
-        (dict(slots=3), "3 slots are less than"),
+        (dict(slots=17), "17 slots of float32 are not a multiple of the 8 rows"),
     ],
 )
 def test_a_fallback_is_logged_once(change: Any, says: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -119,7 +119,7 @@ def test_a_fallback_is_logged_once(change: Any, says: str, caplog: pytest.LogCap
             assert choose("step", CALL._replace(**change), "tpu-interpret") is None
     assert len(caplog.messages) == 1
     assert says in caplog.messages[0]
-    assert "jnp computes it" in caplog.messages[0]
+    assert "jnp instead" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_reading_with_a_backend() -> None:
 
 def test_gradient_through_a_step() -> None:
     """Of what the kernel computes, by the jnp path."""
-    step = a_step(slots=12)
+    step = a_step(slots=16)
     visible = (step.held >= 0)[:, :, None]
 
     def loss(q: Any, new: Any, backend: Any) -> Any:
@@ -206,8 +206,8 @@ def a_mesh(rows: int, heads: int) -> Any:
 )
 def test_rows_and_heads_on_different_devices(rows: int, heads: int, name: str) -> None:
     policy, cut = POLICIES[name], lambda x: x[:2]
-    q, k, v, positions = map(cut, tokens(3))
-    state = init_state(DecoderConfig(7, 16, 16, 2, 4, 2, 128), policy, 8, batch=2)[0]
+    q, k, v, positions = map(cut, tokens(9))
+    state = init_state(DecoderConfig(7, 16, 16, 2, 4, 2, 128), policy, 7, batch=2)[0]
     spread = On("tpu-interpret", a_mesh(rows, heads), "data", "model")
     want = advance(q, k, v, positions, state, 1, policy, backend="jnp")
     run = compiled(partial(advance, layer=1, policy=policy, backend=spread))
@@ -293,6 +293,32 @@ def test_sizes_are_measured_and_kept() -> None:
         assert tuning.sizes("step", CALL, default, fits) == default  # another device
     with pytest.raises(ValueError, match="no candidate ran for step .*: too large"):
         tuning.tune("step", CALL, [dict(n=7)], run)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_candidates_are_what_kernels_are_traced_with() -> None:
+    seen = []
+
+    def run(size: dict[str, int]) -> None:
+        if size not in seen:  # as in tracing, once for each
+            assert tuning.sizes("step", CALL, dict(n=0), lambda size: size["n"] < 9) == size
+            seen.append(size)
+
+    assert tuning.tune("step", CALL, [dict(n=9), dict(n=2), dict(n=3)], run, repeats=1) in seen
+    assert seen == [dict(n=2), dict(n=3)]
+    assert tuning.sizes("step", CALL, dict(n=0), lambda size: False) == dict(n=0)
+
+
+@pytest.mark.parametrize("op", ["step", "step_evict", "segment", "block"])
+def test_sizes_to_try(op: Any) -> None:
+    """All fit, and there are some wherever the kernel does not decline."""
+    rule = Rule("last") if op in ("step_evict", "segment") else None
+    for slots, kv_heads, dtype in [(16, 2, "float32"), (512, 8, "bfloat16"), (8192, 8, "int8")]:
+        call = Call(8, kv_heads, 4, slots, 128, 1, 64, dtype, "bfloat16", rule)
+        if tpu.declines(op, call) is None:
+            tried = tpu.candidates(op, call)
+            assert tried
+            assert all(size.keys() == tried[0].keys() for size in tried)
 
 
 @pytest.mark.usefixtures("own_cache")
