@@ -125,8 +125,10 @@ def _attend(
         plgpu.copy_gmem_to_smem(keys.at[b, head, columns], k_ring.at[stage], arrived.at[stage])
         plgpu.copy_gmem_to_smem(values.at[b, head, columns], v_ring.at[stage], arrived.at[stage])
 
-    for stage in range(STAGES):
-        pl.when(stage < end)(lambda stage=stage: fetch(stage, stage))
+    @pl.loop(0, jnp.minimum(end, STAGES))
+    def _(j):
+        fetch(j, j)
+
     position = load(at.at[b, rows], QUERY)
     plgpu.barrier_wait(loaded)
 
@@ -182,8 +184,10 @@ def _mass(q, at, held, bounds, newest, logs, keys, *refs, group, scaled, k_tile,
     def fetch(i, stage):
         plgpu.copy_gmem_to_smem(q.at[b, h, pl.ds(i * TILE, TILE)], q_ring.at[stage], arrived.at[stage])
 
-    for stage in range(min(STAGES, tiles)):
-        fetch(stage, stage)
+    @pl.loop(0, min(STAGES, tiles))
+    def _(i):
+        fetch(i, i)
+
     key = load(held.at[b, a_set, columns], KEY)
     scale = load(refs[0].at[b, head, columns], KEY) if scaled else None
     plgpu.barrier_wait(loaded)
