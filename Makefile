@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint types unit slow clean
+.PHONY: demo test lint types unit slow aot clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,11 @@ unit: $(READY)
 
 slow: $(READY)
 	@$(BIN)/python -m pytest -n 2 -m slow
+
+# Compiles the kernels for accelerators that are not here. Their compilers are kept out of the way of everything else.
+aot: $(READY)
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/aot $$($(BIN)/python experiments/aot_kernels.py --needs)
+	@PYTHONPATH=$(VENV)/aot $(BIN)/python experiments/aot_kernels.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

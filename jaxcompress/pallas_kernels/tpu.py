@@ -47,7 +47,7 @@ def declines(op: Op, call: Call) -> str | None:
     if op == "segment":
         return _segment_declines(call)
     if op == "block":
-        return "there is no such kernel"
+        return _block_declines(call)
     if not _step_fits(op, call, step_sizes(op, call, measured=False)):
         return f"{call.kv_heads} kv heads that share {call.slots} slots do not fit into VMEM together"
     return None
@@ -91,6 +91,28 @@ def segment_sizes(call: Call) -> Sizes:
     return tuning.sizes("segment", call, default, lambda found: 0 < found["tokens"] <= min(call.tokens, 256))
 
 
+def block_sizes(call: Call) -> Sizes:
+    """Queries and keys of a tile of `block`."""
+    default = dict(tokens=min(128, -(-call.tokens // 16) * 16), keys=min(call.slots, 512))
+    return tuning.sizes("block", call, default, lambda found: _block_fits(call, found))
+
+
+def _block_fits(call: Call, size: Sizes) -> bool:
+    tokens, keys = size["tokens"], size["keys"]
+    if tokens % 16 or not 16 <= tokens <= 512 or not 1 <= keys <= call.slots or (keys % 128 and keys != call.slots):
+        return False
+    group = -(-call.group // 8) * 8
+    return 4 * group * call.slots * 4 + 8 * tokens * keys * 4 + 4 * call.group * tokens * call.head_dim * 4 <= VMEM // 2
+
+
+def _block_declines(call: Call) -> str | None:
+    if call.dtype not in PLAIN:
+        return f"a block attends to keys of {', '.join(PLAIN)}, not {call.dtype}"
+    if not _block_fits(call, dict(tokens=16, keys=min(call.slots, 512))):
+        return f"the mass of {call.slots} keys does not fit into VMEM"
+    return None
+
+
 def _segment_declines(call: Call) -> str | None:
     if call.dtype not in PLAIN:
         return f"a segment is streamed through a state of {', '.join(PLAIN)}, not {call.dtype}"
@@ -121,3 +143,10 @@ def segment(*args: Any, interpret: Any = False, rule: Any):
     from jaxcompress.pallas_kernels.tpu_segment import segment
 
     return segment(*args, rule, interpret=interpret)
+
+
+def block(*args: Any, interpret: Any = False):
+    """See `Kernels.block`."""
+    from jaxcompress.pallas_kernels.tpu_block import block
+
+    return block(*args, interpret=interpret)

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxcompress.pallas_kernels import rules
 from jaxcompress.pallas_kernels.contract import Call, Rule, stored_as
 from jaxcompress.pallas_kernels.tpu import VMEM, group_rows, segment_sizes
-from jaxcompress.pallas_kernels.tpu_slots import MASKED, in_hbm, multiply_dtype, places, product, with_row
+from jaxcompress.pallas_kernels.tpu_slots import MASKED, in_hbm, multiply_dtype, nbytes, places, product, with_row
 
 
 class _Plan(NamedTuple):
@@ -47,10 +47,8 @@ def segment(q, new, stored, layer, positions, held, numbers, window, rule, *, in
     plan = _Plan(
         tokens, t + pad, k, sets, s, dtype, rule, numbers is not None, window is not None, padded=not interpret
     )
-    # One axis in front of what is a row of a tile: indexing tokens and heads then costs nothing.
     longer = lambda x, fill=0: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)], constant_values=fill)
     at = longer(positions, -1).reshape(-1)
-    fresh = [longer(x)[:, :, :, None] for x in new]
     window = jnp.reshape(jnp.zeros((), jnp.int32) if window is None else window, 1).astype(jnp.int32)
 
     of_tokens = lambda *shape: pl.BlockSpec((None, tokens, *shape), lambda b, i, *_: (b, i, *[0] * len(shape)))
@@ -64,7 +62,7 @@ def segment(q, new, stored, layer, positions, held, numbers, window, rule, *, in
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(b, plan.total // tokens),
-            in_specs=[anywhere, anywhere, of_tokens(k, g, d), of_tokens(k, 1, d), of_tokens(k, 1, d), *slotted],
+            in_specs=[anywhere, anywhere, of_tokens(k, g, d), of_tokens(k, d), of_tokens(k, d), *slotted],
             out_specs=[anywhere, anywhere, of_tokens(k, g, d), of_row(sets, plan.total), *slotted],
             scratch_shapes=[
                 pltpu.VMEM((k, s, d), stored[0].dtype),
@@ -80,11 +78,15 @@ def segment(q, new, stored, layer, positions, held, numbers, window, rule, *, in
         ],
         input_output_aliases={3: 0, 4: 1},  # counted with the three that are prefetched
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * q.size * s, transcendentals=q.size // d * s,
+            bytes_accessed=nbytes(q, q, *new, held, held) + 4 * nbytes(stored[0]) // stored[0].shape[0],
+        ),
         interpret=interpret,
         name="stream_segment",
     )(
         jnp.reshape(layer, 1).astype(jnp.int32), at, window,
-        *(in_hbm(x, interpret) for x in stored), longer(q), *fresh, held, *folded,
+        *(in_hbm(x, interpret) for x in stored), longer(q), *map(longer, new), held, *folded,
     )  # fmt: skip
     return out[:, :t], (keys, values), held, folded[0] if folded else None, freed[..., :t]
 
@@ -157,7 +159,7 @@ def _write(plan: _Plan, state: Any, new: Any, head: int, slot: Array, i: Array) 
     def put(start: Any, size: int) -> None:
         group = pl.ds(start, size)
         for memory, fresh in zip(state, new, strict=True):
-            memory[head, group] = with_row(memory[head, group], slot - start, fresh[i, head])
+            memory[head, group] = with_row(memory[head, group], slot - start, fresh[i, pl.ds(head, 1)])
 
     for place in places(slot, 0, plan.slots, plan.slots, group_rows(plan.dtype), plan.padded):
         pl.when(place.here)(partial(put, place.start, place.size))

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxcompress.pallas_kernels.tpu import QUANTISED
+from jaxcompress.storage import Stored
 
 MASKED = -1e30  # as in `jaxcompress.attention`
 LANES = 128
@@ -106,3 +107,8 @@ def each(places: Iterator[Place], do: Callable[[Place], None]) -> None:
 def product(a: Array, b: Array, axis: int) -> Array:
     """a [G, D] by b [N, D] (axis 1), or a [G, N] by b [N, D] (axis 0), float32."""
     return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def nbytes(*arrays: Stored) -> int:
+    """Of all together."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))

@@ -30,6 +30,7 @@ from jaxcompress.pallas_kernels.tpu_slots import (
     each,
     in_hbm,
     multiply_dtype,
+    nbytes,
     places,
     product,
     with_row,
@@ -116,6 +117,13 @@ def _launch(q, new, stored, layer, index, seen, numbers, present, rule, interpre
         input_output_aliases={6: 0, 7: 1},  # counted with the three that are prefetched
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * q.size * s,
+            transcendentals=q.size // d * s,
+            bytes_accessed=2 * b * k * (wide + group_rows(dtype)) * d * codes[0].dtype.itemsize
+            + nbytes(q, q, *new, seen)
+            + (0 if rule else 4 * q.size // d * wide),
         ),
         interpret=interpret,
         name="decode_step" if rule is None else "decode_step_evict",

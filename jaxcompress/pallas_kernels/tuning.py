@@ -53,7 +53,7 @@ def tune(op: Op, call: Call, candidates: Sequence[Sizes], run: Callable[[Sizes],
         try:
             jax.block_until_ready(run(candidate))
         except Exception as error:  # a block that does not fit into memory is found out by compiling
-            errors.append(f"{candidate}: {str(error).splitlines()[0] if str(error) else error!r}")
+            errors.append(f"{candidate}: {(str(error) or type(error).__name__).splitlines()[0]}")
             continue
         seconds = []
         for _ in range(repeats):

@@ -38,7 +38,8 @@ def compiled(function: Any) -> Any:
 
 def some(every: Any, *quick: Any) -> list[Any]:
     """Cases, of which all but the quick ones are slow: each costs seconds of compiling."""
-    return [one if one in quick else pytest.param(one, marks=pytest.mark.slow) for one in every]
+    values = lambda one: one if isinstance(one, tuple) else (one,)
+    return [pytest.param(*values(one), marks=() if one in quick else pytest.mark.slow) for one in every]
 
 
 class Step(NamedTuple):
