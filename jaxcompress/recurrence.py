@@ -115,7 +115,7 @@ def advance(
     if t == 1:
         done = _token(_Block(q, keys, values, positions, bare, replaces), state, layer, how)
         return Advanced(done.out.reshape(b, 1, h, d).astype(q.dtype), done.state, done.freed[None], done.died[None])
-    if chunk == 1 and rule is not None:
+    if chunk == 1:
         done = _stream(_Block(q, keys, values, positions, bare, replaces), state, layer, how, rule)
         if done is not None:
             return done._replace(out=done.out.reshape(b, t, h, d).astype(q.dtype))
@@ -167,6 +167,11 @@ class _How(NamedTuple):
 def _rule(state: KVState, how: _How) -> Rule | None:
     """What a kernel may follow on its own, where all else is as kernels know it."""
     return how.policy.rule(state.capacity) if how.around.placement == "absolute" else None
+
+
+def _no_rule(rule: Rule | None, how: _How) -> str | None:
+    """Why a kernel that sees more than one token cannot do it."""
+    return None if rule else f"policy {how.policy.name}, or where it places tokens, follows no rule that kernels know"
 
 
 class _Block(NamedTuple):
@@ -372,11 +377,11 @@ def _with_numbers(state: KVState, layer: Any, numbers: Array | None) -> KVState:
     return replace(state, stats=jax.tree.map(lambda x: x.at[layer].set(numbers), state.stats))
 
 
-def _stream(block: _Block, state: KVState, layer: Any, how: _How, rule: Rule) -> Advanced | None:
+def _stream(block: _Block, state: KVState, layer: Any, how: _How, rule: Rule | None) -> Advanced | None:
     """All tokens in one launch of a kernel that follows the policy; None where there is none that will."""
     q, held = block.grouped(state), state.positions[layer]
-    chosen = choose("segment", call_of(q, state.keys, state.sets, rule), how.backend)
-    if chosen is None:
+    chosen = choose("segment", call_of(q, state.keys, state.sets, rule), how.backend, _no_rule(rule, how))
+    if chosen is None or rule is None:
         return None
     out, stored, held, numbers, freed = stream_attention(
         chosen, q, (block.k, block.v), (state.keys, state.values), layer, block.positions, held,
@@ -575,12 +580,9 @@ def _block(block: _Block, state: KVState, how: _How) -> _Done:
 
 def _fold(block: _Block, state: KVState, how: _How, whole: Any, q: Array) -> tuple[Any, Array] | None:
     """Stats and output by a kernel, where the policy follows a rule; None: where none will."""
-    rule = _rule(state, how)
-    if rule is None:
-        return None
-    held, positions = whole["positions"], block.positions
-    chosen = choose("block", call_of(q, whole["keys"], held.shape[1], rule), how.backend)
-    if chosen is None:
+    rule, held, positions = _rule(state, how), whole["positions"], block.positions
+    chosen = choose("block", call_of(q, whole["keys"], held.shape[1], rule), how.backend, _no_rule(rule, how))
+    if chosen is None or rule is None:
         return None
     out, last, total = block_attention(chosen, q, positions, whole["keys"], whole["values"], held, how.window)
     present = (positions.max(-1) >= 0)[:, None, None]

@@ -220,7 +220,7 @@ def choose(op: Op, call: Call, backend: Backend, never: str | None = None) -> Ch
     why = never or (mine if isinstance(mine, str) else kernels.declines(op, mine))
     if why is None:
         return Chosen(kernels, interpret, on)
-    _say(f"{name} kernel for a {_WORDS[op]} declined, jnp computes it: {why}")
+    _say(f"no {name} kernel for a {_WORDS[op]}, jnp instead: {why}")
     return None
 
 

@@ -40,10 +40,12 @@ def declines(op: Op, call: Call) -> str | None:
         return f"queries are {call.query}, not one of {', '.join(PLAIN)}"
     if call.head_dim % 128:
         return f"heads are {call.head_dim} wide, not a multiple of 128, the lanes of a TPU"
-    if op != "block" and call.slots < 8:
-        return f"{call.slots} slots are less than the 8 rows that are written together"
-    if call.dtype in QUANTISED and op != "block" and call.slots % 32:
-        return f"{call.slots} slots of {call.dtype} are not a multiple of the 32 rows that are written together"
+    rows = group_rows(call.dtype)
+    if op != "block" and call.slots % rows:
+        return (
+            f"{call.slots} slots of {call.dtype} are not a multiple of the {rows} rows that go together in memory, and "
+            f"the whole state would be copied: choose a capacity of {rows - 1}, {2 * rows - 1}, ..., {rows}n - 1"
+        )
     if op == "segment":
         return _segment_declines(call)
     if op == "block":
@@ -135,14 +137,14 @@ def step_evict(*args: Any, interpret: Any = False, rule: Any):
     """See `Kernels.step_evict`."""
     from jaxcompress.pallas_kernels.tpu_step import step_evict
 
-    return step_evict(*args, rule, interpret=interpret)
+    return step_evict(*args, rule=rule, interpret=interpret)
 
 
 def segment(*args: Any, interpret: Any = False, rule: Any):
     """See `Kernels.segment`."""
     from jaxcompress.pallas_kernels.tpu_segment import segment
 
-    return segment(*args, rule, interpret=interpret)
+    return segment(*args, rule=rule, interpret=interpret)
 
 
 def block(*args: Any, interpret: Any = False):

@@ -35,8 +35,9 @@ def key(op: Op, call: Call) -> str:
 def sizes(op: Op, call: Call, default: Sizes, fits: Callable[[Sizes], bool]) -> Sizes:
     """The sizes measured for a call; the default where there are none, or none that fit."""
     found = _read().get(key(op, call))
-    known = isinstance(found, dict) and found.keys() == default.keys()
-    return found if known and all(isinstance(x, int) for x in found.values()) and fits(found) else default
+    if not isinstance(found, dict) or found.keys() != default.keys():
+        return default
+    return found if all(isinstance(x, int) for x in found.values()) and fits(found) else default
 
 
 def tune(op: Op, call: Call, candidates: Sequence[Sizes], run: Callable[[Sizes], Any], *, repeats: int = 20) -> Sizes:
