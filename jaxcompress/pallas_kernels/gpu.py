@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxcompress.pallas_kernels import tuning
-from jaxcompress.pallas_kernels.contract import Call, Op
+from jaxcompress.pallas_kernels.contract import Call, Op, device
 from jaxcompress.pallas_kernels.tuning import Sizes
 from jaxcompress.storage import DTYPES
 
@@ -32,11 +32,11 @@ TOKENS, STAGES, PASS, LINE = 8, 2, 16, 128
 BLOCKS, FEWEST = 4 * 132, 64
 
 _QUANTISED = ("int8", "float8_e4m3fn")
-_KINDS = re.compile(r"H100|H200|H800|H20\b|GH200|B100|B200|B300|GB\d00")
+_HOPPER, _BLACKWELL = re.compile(r"H100|H200|H800|H20\b"), re.compile(r"B100|B200|B300|GB\d00")
 
 
 def runs_on(platform: str, kind: str) -> bool:
-    return platform in ("gpu", "cuda") and _KINDS.search(kind) is not None
+    return platform in ("gpu", "cuda") and any(x.search(kind) for x in (_HOPPER, _BLACKWELL))
 
 
 def step_sizes(call: Call, *, measured: bool = True) -> Sizes:
@@ -70,6 +70,8 @@ def declines(op: Op, call: Call) -> str | None:
 
 
 def _block_declines(call: Call) -> str | None:
+    if _BLACKWELL.search(device()[1]):
+        return "it uses Hopper's matrix units (wgmma), which Blackwell does not have"
     if call.head_dim not in (64, 128):
         return f"heads of {call.head_dim} numbers; the kernel for blocks takes 64 and 128"
     if call.query not in ("bfloat16", "float16"):

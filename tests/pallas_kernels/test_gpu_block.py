@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jaxcompress import policies
 from jaxcompress.attention import masked_softmax
-from jaxcompress.pallas_kernels import gpu
+from jaxcompress.pallas_kernels import contract, gpu
 from jaxcompress.pallas_kernels.contract import Call
 from jaxcompress.pallas_kernels.gpu_block import _ends, block
 from jaxcompress.recurrence import advance
@@ -118,3 +119,11 @@ def test_declines(change: dict[str, Any], why: str) -> None:
     assert gpu.declines("block", call) is None
     assert gpu.declines("block", call._replace(dtype="int8", group=16)) is None
     assert why in (gpu.declines("block", call._replace(**change)) or "")
+
+
+def test_declines_where_there_is_no_wgmma() -> None:
+    call = Call(2, 8, 4, 500, 128, 8, 100, "bfloat16", "bfloat16")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA B200", 148, "gpu"))):
+        assert gpu.runs_on(*contract.device())
+        assert "wgmma" in (gpu.declines("block", call) or "")
+        assert gpu.declines("step", call) is None
