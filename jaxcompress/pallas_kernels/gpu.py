@@ -1,4 +1,9 @@
-"""Kernels for NVIDIA GPUs, through Pallas' Mosaic GPU. See docs/kernels.md for what was proven of them."""
+"""Kernels for NVIDIA GPUs, through Pallas' Mosaic GPU. See docs/kernels.md for what was proven of them.
+
+step, step_evict   `gpu_step`      one token: keys and values are read once, a row of each is written
+segment            `gpu_segment`   many tokens, one after the other, with the slots in shared memory all along
+block              `gpu_block`     many queries at once, with the mass that policies fold over
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxcompress.pallas_kernels import tuning
-from jaxcompress.pallas_kernels.contract import Call, Op
+from jaxcompress.pallas_kernels.contract import Call, Op, device
 from jaxcompress.pallas_kernels.tuning import Sizes
 from jaxcompress.storage import DTYPES
 
@@ -27,11 +32,11 @@ TOKENS, STAGES, PASS, LINE = 8, 2, 16, 128
 BLOCKS, FEWEST = 4 * 132, 64
 
 _QUANTISED = ("int8", "float8_e4m3fn")
-_KINDS = re.compile(r"H100|H200|H800|H20\b|GH200|B100|B200|B300|GB\d00")
+_HOPPER, _BLACKWELL = re.compile(r"H100|H200|H800|H20\b"), re.compile(r"B100|B200|B300|GB\d00")
 
 
 def runs_on(platform: str, kind: str) -> bool:
-    return platform in ("gpu", "cuda") and _KINDS.search(kind) is not None
+    return platform in ("gpu", "cuda") and any(x.search(kind) for x in (_HOPPER, _BLACKWELL))
 
 
 def step_sizes(call: Call, *, measured: bool = True) -> Sizes:
@@ -54,7 +59,7 @@ def _step_fits(call: Call, size: Sizes) -> bool:
 
 def declines(op: Op, call: Call) -> str | None:
     if op == "block":
-        return "there is no such kernel"
+        return _block_declines(call)
     if call.head_dim not in WIDTHS:
         return f"heads of {call.head_dim} numbers; it takes {', '.join(map(str, WIDTHS))}"
     if call.dtype == "int4":
@@ -62,6 +67,18 @@ def declines(op: Op, call: Call) -> str | None:
     if call.group > GROUP:
         return f"{call.group} query heads share a kv head; it takes up to {GROUP}"
     return _segment_declines(call) if op == "segment" else None
+
+
+def _block_declines(call: Call) -> str | None:
+    if _BLACKWELL.search(device()[1]):
+        return "it uses Hopper's matrix units (wgmma), which Blackwell does not have"
+    if call.head_dim not in (64, 128):
+        return f"heads of {call.head_dim} numbers; the kernel for blocks takes 64 and 128"
+    if call.query not in ("bfloat16", "float16"):
+        return f"queries in {call.query}; matrix units multiply bfloat16 or float16 exactly"
+    if call.dtype not in (call.query, *_QUANTISED):
+        return f"a state of {call.dtype} and queries in {call.query}; their products take one of these"
+    return None
 
 
 def _segment_declines(call: Call) -> str | None:
@@ -106,3 +123,9 @@ def segment(*args: Any, **options: Any) -> Any:
     from jaxcompress.pallas_kernels import gpu_segment
 
     return gpu_segment.segment(*args, **options)
+
+
+def block(*args: Any, **options: Any) -> Any:
+    from jaxcompress.pallas_kernels import gpu_block
+
+    return gpu_block.block(*args, **options)

@@ -33,6 +33,11 @@ def load(ref: Any, layout: Any) -> Array:
     return plgpu.load(ref, *[()] * _OLD, layout=layout, optimized=False)
 
 
+def transposed(ref: Any) -> Any:
+    """A matrix in shared memory, rows for columns."""
+    return plgpu.transpose_ref(ref, (1, 0)) if _OLD else ref.transpose((1, 0))
+
+
 def full(shape: tuple[int, ...], value: float, layout: Any, dtype: Any = jnp.float32) -> Array:
     return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
 
