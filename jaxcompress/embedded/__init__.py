@@ -21,3 +21,15 @@ def load_embedded(dtype: Any = "float32") -> tuple[Decoder, Tokenizer]:
     from jaxcompress.generation.text import Tokenizer
 
     return load(folder(), dtype=dtype).model, Tokenizer(folder())
+
+
+def compressor_folder() -> Path:
+    """Where the classifier for prompt compression lies that ships with the package: a Hugging Face folder.
+
+    Raises:
+      FileNotFoundError: this build of the package has none.
+    """
+    path = Path(__file__).parent / "compressor"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError("no prompt compressor ships with this build; give the folder or hub id of an encoder")
+    return path
