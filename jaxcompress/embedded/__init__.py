@@ -25,6 +25,20 @@ def load_embedded(dtype: Any = "float32") -> tuple[Decoder, Tokenizer]:
     return load(folder(), dtype=dtype).model, Tokenizer(folder())
 
 
+def compressor_folder() -> Path:
+    """Where the prompt compressor lies that ships with the package: a Hugging Face folder of a BERT that classifies
+    tokens."""
+    return Path(__file__).parent / "compressor"
+
+
+def load_compressor() -> Scorer:
+    """The same as a scorer of words, to be mixed and compared with others (see docs/prompt_data.md)."""
+    from jaxcompress.prompt.classifier import token_classifier
+    from jaxcompress.prompt.compressor import Compressor
+
+    return token_classifier(Compressor.load(dtype="float32"), name="embedded classifier")
+
+
 def vision_folder() -> Path:
     """Where the embedded vision-language model lies: a Hugging Face folder."""
     return Path(__file__).parent / "vision_model"
@@ -36,18 +50,3 @@ def load_embedded_vision(dtype: Any = "float32") -> tuple[LoadedLlava, Tokenizer
     from jaxcompress.generation.text import Tokenizer
 
     return load_llava(vision_folder(), dtype=dtype), Tokenizer(vision_folder())
-
-
-def compressor_folder() -> Path:
-    """Where the embedded prompt compressor lies: a Hugging Face folder of a BERT that classifies tokens."""
-    return Path(__file__).parent / "compressor"
-
-
-def load_compressor() -> Scorer:
-    """The embedded prompt compressor as a scorer of words: English news and documentation (see docs/prompt_data.md)."""
-    from jaxcompress.checkpoints import load_encoder
-    from jaxcompress.prompt.classifier import token_classifier
-    from jaxcompress.prompt.tokenizer import EncoderTokenizer
-
-    folder = compressor_folder()
-    return token_classifier(load_encoder(folder, dtype="float32").model, EncoderTokenizer(folder), name="embedded")
