@@ -75,7 +75,7 @@ def agreement(data: Path, last: int, chosen: Mapping[str, Scorer], seeds: int) -
     table = {}
     for name, scorer in every.items():
         found = [
-            f1(keep(scorer(example.text), words=sum(example.labels)).labels, np.array(example.labels))
+            f1(keep(scorer(example.text), n=sum(example.labels)).labels, np.array(example.labels))
             for example in examples
         ]  # fmt: skip
         table[name] = float(np.mean(found))

@@ -1,0 +1,53 @@
+"""From kept words back to a text: their own characters, with spaces where something was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import regex
+from jaxtyping import Bool
+
+from jaxcompress.prompt.words import Spans
+
+_BEGINS, _ENDS = regex.compile(r"[\p{L}\p{N}_]"), regex.compile(r"[\p{L}\p{N}_]\p{M}*\Z")
+
+
+def join(text: str, spans: Spans, kept: Bool[np.ndarray, " W"], breaks: Sequence[str] = ()) -> str:
+    """The kept words. Neighbours keep what stands between them.
+
+    Where words are left out between two, there is one of `breaks` if the text has it there; else nothing, if there is
+    no white space in between or the second is a sign that follows its word directly (a comma); else a space. Letters
+    and digits that did not touch never do.
+
+    Args:
+      breaks: white space that is to stay, the first that is found.
+    """
+    at = np.flatnonzero(kept)
+    if not len(at):
+        return ""
+    cut = np.flatnonzero(np.diff(at) > 1)
+    starts = spans[at[np.concatenate([[0], cut + 1])], 0].tolist()
+    ends = spans[at[np.concatenate([cut, [len(at) - 1]])], 1].tolist()
+    parts = [text[starts[0] : ends[0]]]
+    for end, start, stop in zip(ends[:-1], starts[1:], ends[1:], strict=True):
+        parts += [_between(text, end, start, breaks), text[start:stop]]
+    return "".join(parts)
+
+
+def _between(text: str, end: int, start: int, breaks: Sequence[str]) -> str:
+    left_out = text[end:start]
+    for kept in breaks:
+        if kept in left_out:
+            return kept
+    begins = _BEGINS.match(text, start) is not None
+    if not begins and not text[start - 1].isspace():
+        return ""
+    if any(map(str.isspace, left_out)):
+        return " "
+    return " " if begins and _touches(text[end - 1], text[start]) and _ENDS.search(text, 0, end) else ""
+
+
+def _touches(before: str, after: str) -> bool:
+    """Whether two letters would look like one word: not so in scripts without spaces."""
+    return not (ord(before) >= 0x2E80 and ord(after) >= 0x2E80)
