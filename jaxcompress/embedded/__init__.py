@@ -25,15 +25,20 @@ def load_embedded(dtype: Any = "float32") -> tuple[Decoder, Tokenizer]:
 
 
 def compressor_folder() -> Path:
-    """Where the embedded prompt compressor lies: a Hugging Face folder of a BERT that classifies tokens."""
-    return Path(__file__).parent / "compressor"
+    """Where the classifier for prompt compression lies that ships with the package: a Hugging Face folder.
+
+    Raises:
+      FileNotFoundError: this build of the package has none.
+    """
+    path = Path(__file__).parent / "compressor"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError("no prompt compressor ships with this build; give the folder or hub id of an encoder")
+    return path
 
 
 def load_compressor() -> Scorer:
-    """The embedded prompt compressor as a scorer of words: English news and documentation (see docs/prompt_data.md)."""
-    from jaxcompress.checkpoints import load_encoder
+    """The same as a scorer of words, to be mixed and compared with others (see docs/prompt_data.md)."""
     from jaxcompress.prompt.classifier import token_classifier
-    from jaxcompress.prompt.tokenizer import EncoderTokenizer
+    from jaxcompress.prompt.compressor import Compressor
 
-    folder = compressor_folder()
-    return token_classifier(load_encoder(folder, dtype="float32").model, EncoderTokenizer(folder), name="embedded")
+    return token_classifier(Compressor.load(dtype="float32"), name="embedded classifier")

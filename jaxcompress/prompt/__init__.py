@@ -1,5 +1,10 @@
 """The first of three places where tokens are dropped: the prompt, before a model reads it."""
 
+from jaxcompress.prompt.compressor import Compressed as Compressed
+from jaxcompress.prompt.compressor import Compressor as Compressor
+from jaxcompress.prompt.compressor import Contexts as Contexts
+from jaxcompress.prompt.compressor import Document as Document
+from jaxcompress.prompt.official import OfficialCompressor as OfficialCompressor
 from jaxcompress.prompt.scoring import keep_probability as keep_probability
 from jaxcompress.prompt.scoring import score as score
 from jaxcompress.prompt.tokenizer import EncoderTokenizer as EncoderTokenizer

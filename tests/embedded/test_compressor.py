@@ -26,9 +26,10 @@ def test_is_small() -> None:
     assert 0 < sum(path.stat().st_size for path in files) <= 6_000_000
 
 
-@pytest.mark.parametrize(
-    "text", ["", " \n", "word", "会议将于10月开始。", "👩\u200d👩\u200d👧 Grüße 회의", "x" * 3000, "a b " * 400]
-)
+TEXTS = ["", " \n", "word", "会议将于10月开始。", "👩\u200d👩\u200d👧 Grüße 회의", "x" * 3000, "a b " * 400]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_scores_any_text(scorer: Any, text: str) -> None:
     found = scorer(text)
     assert found.scores.shape == (len(found.words),)
@@ -37,7 +38,7 @@ def test_scores_any_text(scorer: Any, text: str) -> None:
 
 def test_keeps_what_a_sentence_is_about(scorer: Any) -> None:
     text = (
-        "A woman was seriously injured by a falling tree in the north of the city on Monday, according to the police."
+        "A woman was seriously injured by a falling tree in the north of the city, according to the police."
     )
     kept = keep(scorer(text), rate=0.5).text
     assert "woman" in kept

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from jaxcompress.models.encoder import Encoder, EncoderConfig
 from jaxcompress.prompt.classifier import token_classifier
+from jaxcompress.prompt.compressor import Compressor
 from jaxcompress.prompt.dataset import Example
 from jaxcompress.prompt.learning import batches, classification, label_losses, rows_of, special_ids, tokenized
 from jaxcompress.prompt.surface import words_of
@@ -154,7 +155,7 @@ def trained(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Any:
                 data.set_state(where)
             state = fit(state, step, data, steps=steps, checkpoints=checkpoints, log=log, bar=False)
     tokenizer.save(str(folder / "tokenizer.json"))
-    return token_classifier(state.params, EncoderTokenizer(folder)), losses
+    return token_classifier(Compressor(state.params, EncoderTokenizer(folder))), losses
 
 
 def test_learns_with_the_trainer(trained: Any) -> None:

@@ -1,0 +1,262 @@
+"""The default compressor: the budget is met to the token, and what comes out are words of the text in their order."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxcompress.prompt import Compressed, Compressor, Contexts
+from jaxcompress.prompt.budget import apportion, choose
+from jaxcompress.prompt.chunks import chunks
+from jaxcompress.prompt.joining import join
+from jaxcompress.prompt.words import segment
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
+FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
+TEXT = (
+    "John: So, um, I've been looking at the budget, and I think we can't afford the second phase until 2025.\n"
+    "Maria: I don't agree. We've already spent $4,200 on permits; it's cheaper to finish than to wait!\n"
+    f"회의는 3시에 시작합니다. 会议将于三点开始。 会議は三時に始まります。 Die Straßen {FAMILY} sind cafe\u0301 😀😀."
+)
+OTHER = "The harbor was quiet that night. Ships, ships, and more ships lay at anchor; nobody spoke."
+
+
+@pytest.fixture(scope="module", params=["bert", "xlm-roberta"])
+def compressor(request: pytest.FixtureRequest) -> Compressor:
+    return Compressor.load(FIXTURES / request.param)
+
+
+@pytest.fixture(scope="module")
+def bert() -> Compressor:
+    return Compressor.load(FIXTURES / "bert")
+
+
+def counted(text: str) -> int:
+    return len(re.findall(r"\w{1,4}|\W", text))
+
+
+def is_made_of(result: Compressed) -> None:
+    """Every text is its kept words in their order with nothing but white space added, and cuts no grapheme."""
+    for document in result.documents:
+        kept = [word for word, label in zip(document.words, document.labels, strict=True) if label]
+        assert "".join(document.text.split()) == "".join("".join(kept).split())
+        whole = regex.findall(r"\X", document.source)
+        assert set(regex.findall(r"\X", document.text)) <= {*whole, " ", "\n"}
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 30, 55, 80])
+@pytest.mark.parametrize("scope", ["chunk", "document", "corpus"])
+def test_exactly_as_many_tokens_as_asked(compressor: Compressor, n: int, scope: Any) -> None:
+    result = compressor.compress([TEXT, OTHER], tokens=n, scope=scope)
+    assert result.asked == result.tokens_after == n
+    assert sum(compressor.tokenizer.count(document.text) for document in result.documents) == n
+    is_made_of(result)
+
+
+@pytest.mark.parametrize("n", [4, 19, 50, 101])
+def test_exactly_as_many_of_another_model(bert: Compressor, n: int) -> None:
+    result = replace(bert, count=counted).compress([TEXT, OTHER], tokens=n)
+    assert counted(result.text) == result.tokens_after == n
+    assert result.tokens_before == counted(TEXT) + counted(OTHER)
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.5, 0.5), (0.33, 0.33), (1, 1.0), (1e-9, 1 / 140)])
+def test_rates(compressor: Compressor, rate: float, kept: float) -> None:
+    result = compressor.compress(TEXT, rate=rate)
+    assert result.tokens_after == max(1, int(kept * result.tokens_before + 0.5))
+    assert result.saved == result.tokens_before - result.tokens_after
+    if rate == 1:
+        assert result.text == TEXT
+
+
+def test_the_best_words_stay(compressor: Compressor) -> None:
+    """No dropped word is better than a kept one, but for those that close the last gap."""
+    (document,) = compressor.compress(TEXT, rate=0.5).documents
+    kept, p = document.kept, document.probabilities
+    worse = [n for n in np.flatnonzero(kept) if p[n] < p[~kept].max()]
+    assert len(worse) <= 4
+    assert p[kept].mean() > p[~kept].mean() + 0.2
+
+
+def test_each_context_may_have_a_rate(compressor: Compressor) -> None:
+    result = compressor.compress([TEXT, OTHER], rate=[0.3, 1.0])
+    alone = compressor.compress(TEXT, rate=0.3)
+    assert result.documents[0].text == alone.text
+    assert result.documents[1].text == OTHER
+
+
+def test_a_context_does_not_depend_on_its_company(compressor: Compressor) -> None:
+    together = compressor.compress([OTHER, TEXT, TEXT], rate=[0.5, 0.5, 0.4])
+    for text, rate, document in zip([OTHER, TEXT, TEXT], [0.5, 0.5, 0.4], together.documents, strict=True):
+        assert compressor.compress(text, rate=rate).text == document.text
+
+
+def test_forced_words_stay_and_count(compressor: Compressor) -> None:
+    result = compressor.compress(TEXT, tokens=40, force=[".", "I think", "\n", "no such words"], digits=True)
+    (document,) = result.documents
+    assert result.tokens_after == 40
+    forced = [word for word, must in zip(document.words, document.forced, strict=True) if must]
+    assert forced.count(".") == 4 - TEXT[-1:].count("!")
+    assert {"I", "think", "2025", "4,200"} <= set(forced)
+    assert all(document.kept[document.forced])
+    assert "2025.\n" in result.text
+    is_made_of(result)
+
+
+def test_too_much_is_forced(compressor: Compressor) -> None:
+    with pytest.raises(ValueError, match=r"forced has \d+ tokens, more than the 3 asked for"):
+        compressor.compress(TEXT, tokens=3, force=[".", ","], digits=True)
+    result = compressor.compress(TEXT, rate=0.01, force=[".", ","], digits=True)  # a rate gives way
+    assert result.documents[0].kept.tolist() == result.documents[0].forced.tolist()
+
+
+def test_repeats_of_forced_words(compressor: Compressor) -> None:
+    text = "One. Two. Three. Four. Five. Six seven eight nine ten."
+    plain = compressor.compress(text, tokens=8, force=["."])
+    once = compressor.compress(text, tokens=8, force=["."], drop_consecutive=True)
+    words = [word for word, label in zip(once.words, once.labels, strict=True) if label]
+    assert once.tokens_after == 8
+    assert all(pair != (".", ".") for pair in pairwise(words))
+    assert plain.text.count(".") == 6 > once.text.count(".")
+
+
+def test_whole_contexts_are_dropped_first(compressor: Compressor) -> None:
+    contexts = [TEXT, OTHER, TEXT[:100], OTHER[:50]]
+    means = [d.probabilities.mean() for d in compressor.compress(contexts).documents]
+    two = compressor.compress(contexts, tokens=20, filter=Contexts(count=2))
+    left = [n for n, document in enumerate(two.documents) if document.text]
+    assert left == sorted(np.argsort(means)[-2:].tolist())
+    assert two.tokens_after == 20
+    worst = int(np.argmin(means))
+    forced = compressor.compress(contexts, rate=0.2, filter=Contexts(rate=0.25, force=(worst,)))
+    assert [n for n, document in enumerate(forced.documents) if document.text] == [worst]
+    few = compressor.compress(contexts, rate=1, filter=Contexts(tokens=150))
+    assert 0 < few.tokens_after <= 150
+    assert few.text == "\n\n".join(d.source for d in few.documents if d.text)
+    with pytest.raises(ValueError, match="no context 4: there are 4"):
+        compressor.compress(contexts, filter=Contexts(count=1, force=(4,)))
+    with pytest.raises(ValueError, match="one of rate, count and tokens"):
+        compressor.compress(contexts, filter=Contexts())
+
+
+@pytest.mark.parametrize("text", ["", " ", " \n\t "])
+def test_nothing(compressor: Compressor, text: str) -> None:
+    for rate in (0.5, 1):
+        result = compressor.compress(text, rate=rate)
+        assert (result.text, result.tokens_after, result.words, result.ratio) == ("", 0, [], 1.0)
+    assert compressor.compress([]).text == ""
+    assert compressor.compress([text, OTHER], tokens=9).tokens_after == 9
+
+
+def test_one_huge_word(compressor: Compressor) -> None:
+    """Longer than a chunk: scored in parts, kept or dropped as one."""
+    huge = "ab" * 1500
+    result = compressor.compress(f"Here is {huge} now.", tokens=3)
+    assert result.tokens_after == 3
+    is_made_of(result)
+    whole = compressor.compress(huge, rate=0.5)
+    assert whole.text in ("", huge)  # no set of whole words has half of it
+
+
+def test_a_long_text_is_cut_between_sentences(compressor: Compressor) -> None:
+    text = (OTHER + "\n") * 40
+    pieces, spans = compressor.tokenizer.encode(text), segment(text)
+    cuts = chunks(text, pieces.offsets, spans, 510)
+    assert cuts[0, 0] == 0
+    assert cuts[-1, 1] == len(pieces.ids)
+    assert (cuts[1:, 0] == cuts[:-1, 1]).all()
+    assert ((cuts[:, 1] - cuts[:, 0]) <= 510).all()
+    assert all(text[pieces.offsets[end - 1, 0]] == "." for _, end in cuts)
+    result = compressor.compress(text, rate=0.3, scope="chunk")
+    assert result.tokens_after == int(result.tokens_before * 0.3 + 0.5)
+    (document,) = result.documents
+    shares = [document.costs[document.kept & (document.chunk == n)].sum() for n in range(len(cuts))]
+    assert np.abs(np.array(shares) - 0.3 * (cuts[:, 1] - cuts[:, 0])).max() < 2
+
+
+def test_names_of_special_tokens_are_text(compressor: Compressor) -> None:
+    text = "a [SEP] b [PAD] c <s> d </s> e <pad> f"
+    assert compressor.compress(text, rate=1).text == text
+    for name in ("[MASK]", "<mask>"):
+        assert compressor.tokenizer.fast.token_to_id(name) not in compressor.tokenizer.encode(name).ids
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, r"rate must be in \(0, 1\]", dict(rate=0)),
+        (ValueError, r"rate must be in \(0, 1\]", dict(rate=1.5)),
+        (ValueError, r"rate must be in \(0, 1\]", dict(rate=float("nan"))),
+        (ValueError, "2 rates for 1 contexts", dict(rate=[0.5, 0.5])),
+        (ValueError, "tokens must be at least 1, not 0", dict(tokens=0)),
+        (ValueError, "not both", dict(tokens=5, rate=0.5)),
+        (ValueError, "empty string", dict(force=["."  , ""])),
+        (TypeError, "list of strings", dict(force=".")),
+        (ValueError, "'mean' of its subwords' or the 'first' one, not 'max'", dict(word="max")),
+    ],
+)  # fmt: skip
+def test_refused(bert: Compressor, error: type[Exception], message: str, options: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        bert.compress(TEXT, **options)
+
+
+def test_no_compressor(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Compressor.load(tmp_path)
+
+
+PIECES = st.sampled_from(
+    ["the ", "budget", ", ", "\n", "4,200 ", ". ", "don't ", "cafe\u0301 ", FAMILY, "\U0001f1e9\U0001f1ea", "한국어 ",
+     "\u1112\u1161\u11ab", "会議は", "カー", "Straße ", "\u0301", "\u200b", "unbelievably ", "$", "鑫鑫"]
+)  # fmt: skip
+
+
+@settings(max_examples=25)
+@given(st.lists(PIECES, min_size=1, max_size=30).map("".join), st.integers(1, 30))
+def test_any_text(bert: Compressor, text: str, n: int) -> None:
+    result = bert.compress(text, tokens=n)
+    assert result.tokens_after <= n
+    assert bert.tokenizer.count(result.text) == result.tokens_after
+    is_made_of(result)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1, width=32), st.integers(1, 5)), min_size=1, max_size=12), st.integers(0, 40))
+def test_choice_against_all_subsets(words: list[tuple[float, int]], n: int) -> None:
+    """As many tokens as any subset has within the budget; the best such subset where all words cost the same."""
+    scores, costs = np.array([w[0] for w in words], np.float32), np.array([w[1] for w in words])
+    kept = choose(scores, costs, n)
+    sums = {0}
+    for cost in costs.tolist():
+        sums |= {s + cost for s in sums}
+    assert costs[kept].sum() == max(s for s in sums if s <= n)
+    same = choose(scores, np.ones_like(costs), n)
+    best = sorted(range(len(words)), key=lambda i: (-scores[i], i))[:n]
+    assert np.flatnonzero(same).tolist() == sorted(best)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.floats(0, 1)), min_size=1, max_size=8), st.floats(0, 1))
+def test_shares(units: list[tuple[int, float]], where: float) -> None:
+    weights = np.array([w for w, _ in units])
+    least = np.array([int(w * f) for w, f in units])
+    total = int(least.sum() + where * (weights - least).sum())
+    shares = apportion(total, weights, least)
+    assert shares.sum() == total
+    assert ((least <= shares) & (shares <= weights)).all()
+
+
+def test_joining() -> None:
+    text = "So, um, the cat sat, mat no. 22-0417 is $4,200.\nNext 会议は東京で。"
+    spans = segment(text)
+    kept = np.array([text[a:b] in ("So", ",", "cat", "mat", "22", "0417", "Next", "会", "は", "京") for a, b in spans])
+    assert join(text, spans, kept) == "So,, cat, mat 22 0417 Next 会は京"
+    assert join(text, spans, kept, ["\n"]) == "So,, cat, mat 22 0417\nNext 会は京"
+    assert join(text, spans, np.ones(len(spans), bool)) == text
