@@ -37,9 +37,7 @@ def test_scores_any_text(scorer: Any, text: str) -> None:
 
 
 def test_keeps_what_a_sentence_is_about(scorer: Any) -> None:
-    text = (
-        "A woman was seriously injured by a falling tree in the north of the city, according to the police."
-    )
+    text = "A woman was seriously injured by a falling tree in the north of the city, according to the police."
     kept = keep(scorer(text), rate=0.5).text
     assert "woman" in kept
     assert "injured" in kept
