@@ -20,7 +20,7 @@ import tyro
 from jaxcompress import embedded
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.policies import full
-from jaxcompress.prompt.baselines import content_words, evenly_spread, random_words, tf_idf
+from jaxcompress.prompt.baselines import content_words, evenly_spread, first_words, random_words, tf_idf
 from jaxcompress.prompt.dataset import Pair, label
 from jaxcompress.prompt.information import Reader, self_information
 from jaxcompress.prompt.llmlingua import llmlingua
@@ -59,6 +59,7 @@ def scorers(reader: Reader) -> dict[str, Scorer]:
         "tf-idf": tf_idf(),
         "content words": content_words(),
         "uniform": evenly_spread(),
+        "first words": first_words(),
     }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxcompress.cli import main
+from jaxcompress.cli.runtime import open_model
 from jaxcompress.embedded import load_compressor, load_embedded
 from jaxcompress.generation import continue_, generate
 from jaxcompress.naming import named
@@ -65,15 +66,17 @@ def test_nothing_left(loaded: Any) -> None:
             read_shortened(model, tokenizer, text, evenly_spread(), rate=rate, policy=tova(), slots=8)
 
 
-def test_on_the_command_line(loaded: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
+    model, tokenizer = open_model(None)
+    short = keep(load_compressor()(TEXT), rate=0.5).text
+    (expected,) = generate(model, [tokenizer.encode(short)], tova(), 32, steps=4)
     for source in (["--prompt", TEXT], ["--file", str(file)]):
         assert main(["generate", *source, "--shorten", "0.5", "--slots", "32", "--steps", "4"]) == 0
         told = capsys.readouterr()
-        scorer = load_compressor()
-        (expected,) = generate(loaded[0], [loaded[1].encode(keep(scorer(TEXT), rate=0.5).text)], tova(), 32, steps=4)
-        assert loaded[1].decode(expected[0]).strip() == told.out.strip()
+        assert told.out.strip() == tokenizer.decode(expected[0]).strip()
         assert re.search(r"tokens -> \d+ .*32 held .*x in all; recovered \d+% of the content words", told.err)
     assert main(["generate", "--prompt", TEXT, "--shorten", "1.5"]) == 2
     assert "(0, 1]" in capsys.readouterr().err

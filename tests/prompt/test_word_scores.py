@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jaxcompress.prompt.baselines import (
     content_words,
     evenly_spread,
+    first_words,
     random_words,
     relevance_to,
     tf_idf,
@@ -74,7 +75,14 @@ def test_text_of_what_stays() -> None:
     assert keep(scored(text, [0] * 8 + [1]), n=1).text == "."
 
 
-SCORERS = [random_words(1), evenly_spread(), tf_idf(), content_words(), relevance_to("When will the council vote?")]
+SCORERS = [
+    random_words(1),
+    evenly_spread(),
+    first_words(),
+    tf_idf(),
+    content_words(),
+    relevance_to("When will the council vote?"),
+]
 
 
 @pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: scorer("a").by)
@@ -98,6 +106,10 @@ def test_evenly_spread_words_are(total: int, rate: float) -> None:
     places = np.flatnonzero(labels)
     if len(places) > 1:
         assert np.diff(places).max() <= 2 * total / len(places) + 2
+
+
+def test_first_words() -> None:
+    assert keep(first_words()("a b c d"), n=2).text == "a b"
 
 
 def test_every_second_word() -> None:
