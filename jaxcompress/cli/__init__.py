@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import tyro
 
 from jaxcompress.cli.compare import Compare
+from jaxcompress.cli.compress_prompt import CompressPrompt
 from jaxcompress.cli.demo import Demo
 from jaxcompress.cli.generate import Generate
 from jaxcompress.cli.info import Info
@@ -26,6 +27,7 @@ Example: jaxcompress generate --prompt 'def main(' --policy tova --slots 128"""
 COMMANDS = {
     "demo": Demo,
     "compare": Compare,
+    "compress-prompt": CompressPrompt,
     "generate": Generate,
     "perplexity": Perplexity,
     "trace": Trace,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -208,15 +208,35 @@ class Compressor:
         texts = [contexts] if isinstance(contexts, str) else list(contexts)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a context is a string; give one or a list of them")
-        rates = _rates(rate, tokens, len(texts))
+        _rates(rate, tokens, len(texts))  # before anything is computed
+        options: dict[str, Any] = dict(force=protect.checked(force), digits=digits, drop_consecutive=drop_consecutive)
+        return self.select(self.score(texts, word), rate=rate, tokens=tokens, scope=scope, filter=filter, **options)
+
+    def select(
+        self,
+        scored: Sequence[Scored],
+        *,
+        rate: Rate | Sequence[Rate] | None = None,
+        tokens: int | None = None,
+        scope: Scope = "document",
+        force: Sequence[str] = (),
+        digits: bool = False,
+        drop_consecutive: bool = False,
+        filter: Contexts | None = None,
+    ) -> Compressed:
+        """The second half of `compress`, for texts whose words have scores already, from wherever: higher stays.
+
+        Example:
+          >>> mine = [one._replace(probabilities=of_my_own(one)) for one in compressor.score(texts)]  # doctest: +SKIP
+        """
+        rates = _rates(rate, tokens, len(scored))
         if scope not in ("chunk", "document", "corpus"):
             raise ValueError(f"unknown scope {scope!r}; known: 'chunk', 'document', 'corpus'")
         force = protect.checked(force)
-        scored = self.score(texts, word)
         present = self._present(scored, filter)
         marked = [protect.forced(one.source, one.spans, force, digits) for one in scored]
-        job = _Job(self, scored, present, marked, tuple(f for f in force if f.isspace()), drop_consecutive, scope)
-        return job.run(rates, tokens)
+        breaks = tuple(string for string in force if string.isspace())
+        return _Job(self, scored, present, marked, breaks, drop_consecutive, scope).run(rates, tokens)
 
     def score(self, texts: Sequence[str], word: str = "mean") -> list[Scored]:
         """Words with probabilities and costs, of every text; see `compress`."""
@@ -247,7 +267,7 @@ class Compressor:
         probabilities = of_words(np.concatenate([np.zeros(0, np.float32), *scores]), groups, word)
         return Scored(text, spans, probabilities, costs, chunk[groups.first], tokens)
 
-    def _present(self, scored: list[Scored], filter: Contexts | None) -> Bool[np.ndarray, " N"]:
+    def _present(self, scored: Sequence[Scored], filter: Contexts | None) -> Bool[np.ndarray, " N"]:
         present = np.ones(len(scored), bool)
         if filter is None or len(scored) < 2:
             return present
@@ -275,7 +295,7 @@ class _Job(NamedTuple):
     """One call, all texts scored."""
 
     owner: Compressor
-    scored: list[Scored]
+    scored: Sequence[Scored]
     present: Bool[np.ndarray, " N"]
     marked: list[Bool[np.ndarray, " W"]]
     breaks: tuple[str, ...]

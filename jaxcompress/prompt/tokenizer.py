@@ -51,6 +51,7 @@ class EncoderTokenizer:
         self.kind: Kind = _MODELS[model]
         self.opening, self.closing = self._one_of(_OPENING), self._one_of(_CLOSING)
         self.padding, self.unknown = self._one_of(_PADDING), self._one_of(_UNKNOWN)
+        self._special = np.array([n for n, token in self.fast.get_added_tokens_decoder().items() if token.special])
 
     def encode(self, text: str) -> Subwords:
         """Subwords of a text, without special tokens."""
@@ -58,14 +59,18 @@ class EncoderTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Subwords]:
         """The same of several, in parallel."""
-        return [
-            Subwords(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2))
-            for e in self.fast.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        encodings = self.fast.encode_batch(list(texts), add_special_tokens=False)
+        return [Subwords(self._plain(e.ids), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
 
     def count(self, text: str) -> int:
         """How many subwords a text has."""
         return len(self.fast.encode(text, add_special_tokens=False))
+
+    def _plain(self, ids: Sequence[int]) -> Int[np.ndarray, " T"]:
+        """SentencePiece has the names of special tokens among its pieces: written out in a text, they are unknown."""
+        plain = np.array(ids, np.int32)
+        plain[np.isin(plain, self._special)] = self.unknown
+        return plain
 
     def _one_of(self, names: Sequence[str]) -> int:
         for name in names:

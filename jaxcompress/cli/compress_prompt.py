@@ -1,0 +1,181 @@
+"""jaxcompress compress-prompt"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from jaxcompress.prompt import Compressed, Compressor
+
+
+@dataclass(frozen=True)
+class CompressPrompt:
+    """Drops the words of a text that a classifier would not miss (LLMLingua-2).
+
+    Reads files or standard input, writes the shorter text to standard output, and what was saved to standard error.
+    Exactly the asked number of tokens stays.
+
+    Example: jaxcompress compress-prompt --file minutes.txt --rate 0.33 --force . '\\n' --digits > shorter.txt
+    """
+
+    file: tuple[Path, ...] = ()
+    """One context each; standard input if not given, and for -."""
+    model: str | None = None
+    """Hugging Face folder or hub id of an encoder that classifies tokens; the one that ships if not given."""
+    rate: float | None = None
+    """The share of tokens that stays; 0.5 if neither this nor --tokens is given."""
+    tokens: int | None = None
+    """How many tokens stay, of all files together."""
+    scope: Literal["chunk", "document", "corpus"] = "document"
+    """Where words compete for the budget."""
+    force: tuple[str, ...] = ()
+    """Words, signs or white space (\\n) that stay."""
+    digits: bool = False
+    """Keep words with a digit."""
+    drop_consecutive: bool = False
+    """Of equal forced words in a row, keep the first."""
+    word: Literal["mean", "first"] = "mean"
+    """How a word's probability comes from its subwords'."""
+    contexts: int | None = None
+    """Keep only so many of the files, the best ones, before words are dropped."""
+    budget: Literal["exact", "official"] = "exact"
+    """official: the published arithmetic, percentiles of each chunk, with all its quirks."""
+    structured: bool = False
+    """The text has tags: <llmlingua, rate=0.3>...</llmlingua>, <llmlingua, compress=False>...</llmlingua>."""
+    json_text: bool = False
+    """The text is JSON: its strings are compressed, the rest stays."""
+    stream: bool = False
+    """Read and write in windows, in constant memory."""
+    show: bool = False
+    """Print the whole text with kept words in colour instead."""
+    json: bool = False
+    """Print JSON: text, tokens, words, labels, probabilities."""
+    dtype: str | None = None
+    """Of weights; the checkpoint's if not given."""
+
+    def run(self) -> None:
+        from jaxcompress.cli import runtime
+
+        self._check()
+        runtime.prepare()
+        from jaxcompress.prompt import Compressor
+
+        compressor = Compressor.load(self.model, dtype=self.dtype)
+        if self.stream:
+            return self._streamed(compressor)
+        texts = [runtime.read_text(path) for path in self.file or (Path("-"),)]
+        if self.budget == "official":
+            return self._official(compressor, texts)
+        result, text = self._compressed(compressor, texts)
+        if self.json:
+            runtime.write_json(
+                dict(
+                    text=text, tokens_before=result.tokens_before, tokens_after=result.tokens_after, ratio=result.ratio,
+                    words=result.words, labels=result.labels, probabilities=result.probabilities.round(6).tolist(),
+                )
+            )  # fmt: skip
+        elif self.show:
+            from jaxcompress.prompt.compressor import shown
+
+            print("\n\n".join("".join(shown(document)) for document in result.documents).rstrip("\n"))
+        else:
+            print(text)
+        _report(result.tokens_before, result.tokens_after)
+        return None
+
+    def _check(self) -> None:
+        if self.rate is not None and self.tokens is not None:
+            raise ValueError("give --rate or --tokens, not both")
+        modes = dict(structured=self.structured, json_text=self.json_text, stream=self.stream, official=self.official)
+        given = [name.replace("_", "-") for name, on in modes.items() if on]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} cannot be had together; choose one")
+        if given and given != ["official"] and self.tokens is not None:
+            raise ValueError(f"--{given[0]} needs --rate: it knows no number of tokens")
+        if given in (["structured"], ["json-text"]) and len(self.file) > 1:
+            raise ValueError(f"--{given[0]} takes one file, not {len(self.file)}")
+        if given and self.contexts is not None:
+            raise ValueError(f"--contexts does not go with {given[0]}")
+        if given in (["stream"], ["official"]) and (self.show or self.json):
+            raise ValueError(f"--show and --json do not go with {given[0]}")
+
+    @property
+    def official(self) -> bool:
+        return self.budget == "official"
+
+    def _options(self) -> dict[str, Any]:
+        force = [string.replace("\\n", "\n").replace("\\t", "\t") for string in self.force]
+        return dict(scope=self.scope, force=force, digits=self.digits, drop_consecutive=self.drop_consecutive)
+
+    def _compressed(self, compressor: Compressor, texts: list[str]) -> tuple[Compressed, str]:
+        from jaxcompress.prompt import Contexts, compress_json, compress_structured
+
+        options = dict(self._options(), word=self.word)
+        rate = 0.5 if self.rate is None else self.rate
+        if self.structured:
+            result = compress_structured(compressor, texts[0], rate=rate, **options)
+        elif self.json_text:
+            import json
+
+            try:
+                value = json.loads(texts[0])
+            except ValueError as error:
+                raise ValueError(f"the text is not JSON: {error}") from None
+            value, result = compress_json(compressor, value, rate=rate, **options)
+            return result, json.dumps(value, ensure_ascii=False)
+        else:
+            filter = None if self.contexts is None else Contexts(count=self.contexts)
+            result = compressor.compress(texts, rate=self.rate, tokens=self.tokens, filter=filter, **options)
+        return result, result.text
+
+    def _official(self, compressor: Compressor, texts: list[str]) -> None:
+        rate = 0.5 if self.rate is None else self.rate
+        if not 0 < rate <= 1:
+            raise ValueError(f"a rate must be in (0, 1], the share of tokens that stays, not {rate}")
+        options = self._options()
+        try:
+            output = compressor.official.compress(
+                texts, rate, target_token=-1 if self.tokens is None else self.tokens, token_to_word=self.word,
+                force_tokens=options["force"], force_reserve_digit=self.digits, drop_consecutive=self.drop_consecutive,
+            ).output  # fmt: skip
+        except (IndexError, ZeroDivisionError, AssertionError) as error:
+            raise ValueError(f"the published code fails for this text and these options: {error}") from error
+        print(output["compressed_prompt"])
+        _report(output["origin_tokens"], output["compressed_tokens"])
+
+    def _streamed(self, compressor: Compressor) -> None:
+        from jaxcompress.prompt import compress_stream
+
+        options: dict[str, Any] = dict(self._options(), word=self.word)
+        before = after = 0
+        rate = 0.5 if self.rate is None else self.rate
+        for result in compress_stream(compressor, self._pieces(), rate=rate, **options):
+            print(result.text, end="", flush=True)
+            before, after = before + result.tokens_before, after + result.tokens_after
+        print()
+        _report(before, after)
+
+    def _pieces(self) -> Any:
+        import codecs
+        from contextlib import nullcontext
+
+        for path in self.file or (Path("-"),):
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+                while data := file.read(1 << 16):
+                    yield self._decoded(decoder, data, False, path)
+                yield self._decoded(decoder, b"", True, path)
+
+    def _decoded(self, decoder: Any, data: bytes, final: bool, path: Path) -> str:
+        try:
+            return decoder.decode(data, final)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error.reason}") from None
+
+
+def _report(before: int, after: int) -> None:
+    ratio = f"{before / after:.2f}" if after else "-"
+    print(f"jaxcompress: {before:,} tokens to {after:,}, ratio {ratio}, {before - after:,} saved", file=sys.stderr)

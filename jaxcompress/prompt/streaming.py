@@ -1,0 +1,94 @@
+"""Texts longer than memory: compressed window by window, in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import regex
+
+from jaxcompress.prompt.compressor import Compressed, Compressor, Rate
+
+WINDOW = 1 << 18  # characters
+# Where a window is cut, the best first: after a paragraph, a line, a sentence, a word.
+_CUTS = tuple(regex.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"[.!?]\s+|[。！？]", r"\s+"))
+_GRAPHEME, _EXTENDS = regex.compile(r"\X"), regex.compile(r"[\p{M}\p{Grapheme_Extend}\u200d]")
+
+
+def compress_stream(
+    compressor: Compressor,
+    pieces: Iterable[str],
+    *,
+    rate: Rate = 0.5,
+    window: int = WINDOW,
+    word: str = "mean",
+    **options: Any,
+) -> Iterator[Compressed]:
+    """Compresses a text that comes in pieces; the `text` of what is yielded, joined, is the result.
+
+    What a window rounds up or down is made up for by the next, so that after any of them the tokens kept are the
+    rate's share of those read, but for what is forced. Words compete within a window.
+
+    Args:
+      pieces: of the text, cut anywhere; white space at its ends is lost.
+      rate: the share of tokens that stays, in (0, 1].
+      window: characters read before any are written; a window ends at a paragraph, line, sentence or word.
+      options: as for `Compressor.compress`: scope, force, digits, drop_consecutive.
+      word: as there.
+
+    Raises:
+      ValueError: as `Compressor.compress`; a window below 1.
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"a rate must be in (0, 1], the share of tokens that stays, not {rate}")
+    if window < 1:
+        raise ValueError(f"a window must have at least 1 character, not {window}")
+    read = kept = 0
+    gap = ""  # white space that has been read and not written
+    begun = False
+    for text in _windows(pieces, window):
+        body = text.strip()
+        gap += text[: len(text) - len(text.lstrip())]
+        if not body:
+            continue
+        scored = compressor.score([body], word)
+        read += scored[0].tokens
+        wanted = max(1, int(rate * read + 0.5) - kept)
+        result = compressor.select(scored, rate=min(1.0, wanted / max(scored[0].tokens, 1)), **options)
+        kept += result.tokens_after
+        if result.text:
+            yield replace(result, text=(_lead(gap, rate, options.get("force", ())) if begun else "") + result.text)
+            begun, gap = True, ""
+        gap += text[len(text.rstrip()) :]
+
+
+def _lead(gap: str, rate: Rate, breaks: Sequence[str]) -> str:
+    """What stands between two windows for the white space that was there."""
+    if rate == 1:
+        return gap
+    return next((kept for kept in breaks if kept.isspace() and kept in gap), " " if gap else "")
+
+
+def _windows(pieces: Iterable[str], window: int) -> Iterator[str]:
+    """The text in parts of about a window; joined they are the text."""
+    held = ""
+    for piece in pieces:
+        for start in range(0, len(piece), window):
+            held += piece[start : start + window]
+            while len(held) > window and (cut := _cut(held, window)):
+                yield held[:cut]
+                held = held[cut:]
+    if held:
+        yield held
+
+
+def _cut(text: str, window: int) -> int | None:
+    """Where a window may end that is followed by more; None if all of the text may be one grapheme."""
+    for pattern in _CUTS:
+        ends = [match.end() for match in pattern.finditer(text, window // 2, window)]
+        ends = [end for end in ends if not _EXTENDS.match(text, end)]
+        if ends:
+            return ends[-1]
+    ends = [match.end() for match in _GRAPHEME.finditer(text)][:-1]  # the last one may go on
+    return max((end for end in ends if end <= window), default=ends[0] if ends else None)

@@ -1,0 +1,150 @@
+"""Prompts of several parts: each with a rate of its own, or left as it is; and JSON.
+
+    <llmlingua, compress=False>Answer briefly.</llmlingua><llmlingua, rate=0.3>The long part ...</llmlingua>
+
+The tags are LLMLingua's (Jiang et al. 2023). What they say not to compress comes out character by character.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from jaxcompress.prompt.compressor import Compressed, Compressor, Rate
+
+_TAG = re.compile(r"<llmlingua(?P<settings>[^<>]*)>(?P<text>.*?)</llmlingua>", re.DOTALL)
+_STRAY = re.compile(r"</?llmlingua\b[^<>]*>")
+_SETTING = re.compile(r"\s*,\s*(rate|compress)\s*=\s*([^\s,]+)\s*")
+
+
+class Segment(NamedTuple):
+    """A part of a prompt.
+
+    Attributes:
+      text: of the part.
+      rate: the share of its tokens that stays; None for that of the whole, 1 for what is not compressed.
+    """
+
+    text: str
+    rate: Rate | None = None
+
+
+def parse(text: str) -> list[Segment]:
+    """The parts of a tagged text; what stands outside of tags is a part without settings.
+
+    Raises:
+      ValueError: a tag that is not closed or nested, an unknown setting, a rate outside (0, 1].
+    """
+    found, at = [], 0
+    for match in _TAG.finditer(text):
+        found += [Segment(text[at : match.start()]), Segment(match["text"], _rate(match["settings"]))]
+        at = match.end()
+    found.append(Segment(text[at:]))
+    for segment in found:
+        if stray := _STRAY.search(segment.text):
+            raise ValueError(f"the tag {stray[0]!r} is not closed, not opened, or inside another one")
+    return [segment for segment in found if segment.text]
+
+
+def _rate(settings: str) -> Rate | None:
+    given = {match[1]: match[2] for match in _SETTING.finditer(settings)}
+    if _SETTING.sub("", settings).strip():
+        raise ValueError(f"unknown settings {settings!r} in a tag; known: rate=0.3, compress=True, compress=False")
+    if given.get("compress", "True") not in ("True", "False"):
+        raise ValueError(f"compress is True or False, not {given['compress']!r}")
+    if given.get("compress") == "False":
+        return 1
+    try:
+        rate = float(given["rate"]) if "rate" in given else None
+    except ValueError:
+        rate = 0.0
+    if rate is not None and not 0 < rate <= 1:
+        raise ValueError(f"a rate must be in (0, 1], the share of tokens that stays, not {given['rate']}")
+    return rate
+
+
+def compress_structured(
+    compressor: Compressor, prompt: str | Sequence[Segment], *, rate: Rate = 0.5, **options: Any
+) -> Compressed:
+    """Compresses the parts of a prompt, each to its rate, and puts them together again.
+
+    White space at the beginning and end of a part stays.
+
+    Args:
+      prompt: a text with tags, or parts.
+      rate: of parts that name none.
+      options: as for `Compressor.compress`: scope, force, digits, drop_consecutive, word.
+    """
+    parts = parse(prompt) if isinstance(prompt, str) else list(prompt)
+    rates = [rate if part.rate is None else part.rate for part in parts]
+    inner = [part.text.strip() for part in parts]
+    result = compressor.compress(inner, rate=rates, **options)
+    texts = [
+        part.text if own == 1 else part.text.replace(text, document.text, 1) if text else part.text
+        for part, own, text, document in zip(parts, rates, inner, result.documents, strict=True)
+    ]
+    return replace(result, text="".join(texts))
+
+
+class Rule(NamedTuple):
+    """What becomes of the texts under a key of a JSON object.
+
+    Attributes:
+      rate: the share of tokens that stays; None for that of the whole.
+      compress: False leaves all under the key as it is.
+      remove: the key goes if nothing is left of its text.
+    """
+
+    rate: Rate | None = None
+    compress: bool = True
+    remove: bool = False
+
+
+def compress_json(
+    compressor: Compressor,
+    value: Any,
+    rules: Mapping[str, Rule] | None = None,
+    *,
+    rate: Rate = 0.5,
+    **options: Any,
+) -> tuple[Any, Compressed]:
+    """The strings of a JSON value compressed; keys, numbers, true, false and null stay, and so does the structure.
+
+    Args:
+      value: as `json.loads` gives it.
+      rules: by the key of an object, however deep; the innermost counts.
+      rate: of strings without a rule.
+      options: as for `Compressor.compress`.
+
+    Returns:
+      The value, and what was done to its strings, in order.
+    """
+    rules = rules or {}
+    found = list(_strings(value, rules, Rule()))
+    rates = [1 if not rule.compress else rate if rule.rate is None else rule.rate for _, rule in found]
+    result = compressor.compress([text for text, _ in found], rate=rates, **options)
+    texts = (text if own == 1 else document.text for (text, _), own, document in
+             zip(found, rates, result.documents, strict=True))  # fmt: skip
+    return _put_back(value, rules, texts), result
+
+
+def _strings(value: Any, rules: Mapping[str, Rule], rule: Rule) -> Iterator[tuple[str, Rule]]:
+    if isinstance(value, str):
+        yield value, rule
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _strings(inner, rules, rules.get(key, rule))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner, rules, rule)
+
+
+def _put_back(value: Any, rules: Mapping[str, Rule], texts: Iterator[str]) -> Any:
+    if isinstance(value, str):
+        return next(texts)
+    if isinstance(value, Mapping):
+        new = {key: _put_back(inner, rules, texts) for key, inner in value.items()}
+        return {key: inner for key, inner in new.items() if inner != "" or not rules.get(key, Rule()).remove}
+    return [_put_back(inner, rules, texts) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,93 @@
+"""jaxcompress compress-prompt: what it prints where, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxcompress.cli import main
+from jaxcompress.prompt import Compressor
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "prompt" / "bert"
+TEXT = "The harbor was quiet that night in 2021. Ships, ships, and more ships lay at anchor;\nnobody spoke. 会議は。"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "as it is")
+
+    def run(*arguments: Any, text: str = TEXT) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-8"))))
+        code = main(["compress-prompt", "--model", str(FOLDER), *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_from_standard_input(run: Any) -> None:
+    compressor = Compressor.load(FOLDER)
+    code, out, err = run("--tokens", 12, "--force", ".", "\\n", "--digits")
+    expected = compressor.compress(TEXT, tokens=12, force=[".", "\n"], digits=True)
+    assert (code, out) == (0, expected.text + "\n")
+    assert f"{expected.tokens_before} tokens to 12, ratio {expected.ratio:.2f}, {expected.saved} saved" in err
+
+
+def test_files_and_json(run: Any, tmp_path: Path) -> None:
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file in files:
+        file.write_text(TEXT, encoding="utf-8")
+    code, out, _ = run("--file", *files, "--rate", 0.3, "--scope", "corpus", "--json", "--contexts", 1)
+    printed = json.loads(out)
+    assert code == 0
+    assert printed["tokens_after"] == int(0.3 * printed["tokens_before"] + 0.5)
+    assert len(printed["words"]) == len(printed["labels"]) == len(printed["probabilities"])
+
+
+def test_shown_in_colour(run: Any) -> None:
+    code, out, _ = run("--show")
+    assert code == 0
+    assert re.sub(r"\x1b\[[\d;]*m", "", out).rstrip("\n") == TEXT
+    kept = re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", out)
+    (document,) = Compressor.load(FOLDER).compress(TEXT).documents
+    assert kept == [word for word, label in zip(document.words, document.labels, strict=True) if label]
+
+
+def test_other_ways(run: Any) -> None:
+    compressor = Compressor.load(FOLDER)
+    assert run("--budget", "official")[1] == compressor.official.compress(TEXT).output["compressed_prompt"] + "\n"
+    assert run("--stream")[1] == compressor.compress(TEXT).text + "\n"
+    tagged = f"<llmlingua, compress=False>Keep this.</llmlingua><llmlingua, rate=0.2>{TEXT}</llmlingua>"
+    assert run("--structured", text=tagged)[1] == "Keep this." + compressor.compress(TEXT, rate=0.2).text + "\n"
+    assert json.loads(run("--json-text", text=json.dumps({"a": TEXT}))[1]) == {"a": compressor.compress(TEXT).text}
+    assert run(text="")[:2] == (0, "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rate", 0], "rate must be in (0, 1]"),
+        (["--rate", 1.1, "--budget", "official"], "rate must be in (0, 1]"),
+        (["--rate", 0.5, "--tokens", 5], "not both"),
+        (["--tokens", 1, "--force", "."], "more than the 1 asked for"),
+        (["--stream", "--tokens", 5], "--stream needs --rate"),
+        (["--stream", "--structured"], "structured and stream cannot be had together"),
+        (["--json-text"], "the text is not JSON"),
+        (["--file", "no-such-file"], "no-such-file"),
+        (["--budget", "official", "--json"], "do not go with official"),
+    ],
+)
+def test_refused(run: Any, arguments: list[Any], message: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress-prompt", "--model", "/no/such/folder"]) == 2
+    assert "there is no folder /no/such/folder" in capsys.readouterr().err

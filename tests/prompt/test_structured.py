@@ -1,0 +1,97 @@
+"""Prompts in parts, JSON, and texts that come in pieces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxcompress.prompt import Compressor, Rule, Segment, compress_json, compress_stream, compress_structured
+from jaxcompress.prompt.streaming import _windows
+from jaxcompress.prompt.structured import parse
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
+LONG = "The harbor was quiet that night. Ships, ships, and more ships lay at anchor; nobody spoke."
+ASK = "  Answer in one   word:\n"
+
+
+@pytest.fixture(scope="module")
+def compressor() -> Compressor:
+    return Compressor.load(FIXTURES / "bert")
+
+
+def test_parts_have_rates_of_their_own(compressor: Compressor) -> None:
+    prompt = (
+        f"<llmlingua, compress=False>{ASK}</llmlingua>"
+        f"<llmlingua, rate=0.3, compress=True>{LONG}</llmlingua>\n---\n<llmlingua>{LONG}</llmlingua>"
+    )
+    result = compress_structured(compressor, prompt, rate=0.6)
+    first, second = (compressor.compress(LONG, rate=rate).text for rate in (0.3, 0.6))
+    assert result.text.startswith(f"{ASK}{first}\n")
+    assert result.text.endswith(f"\n{second}")
+    segments = [Segment(ASK, 1), Segment(LONG, 0.3), Segment("\n---\n"), Segment(LONG)]
+    assert compress_structured(compressor, segments, rate=0.6).text == result.text
+    assert parse(prompt) == segments
+    assert compress_structured(compressor, "", rate=0.6).text == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("<llmlingua>open", "'<llmlingua>' is not closed"),
+        ("<llmlingua>a<llmlingua>b</llmlingua></llmlingua>", "inside another one"),
+        ("closed</llmlingua>", "not opened"),
+        ("<llmlingua, rate=2>a</llmlingua>", r"rate must be in \(0, 1\].*not 2"),
+        ("<llmlingua, rate=x>a</llmlingua>", "not x"),
+        ("<llmlingua, compress=no>a</llmlingua>", "compress is True or False, not 'no'"),
+        ("<llmlingua, ratio=0.3>a</llmlingua>", "unknown settings"),
+    ],
+)
+def test_tags_that_are_wrong(compressor: Compressor, prompt: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compress_structured(compressor, prompt)
+
+
+def test_json(compressor: Compressor) -> None:
+    value = {"id": 7, "name": "Maria Delgado", "notes": [LONG, {"deep": LONG, "ok": True}], "junk": "  ", "none": None}
+    rules = {"name": Rule(compress=False), "deep": Rule(rate=0.25), "junk": Rule(remove=True)}
+    shorter, result = compress_json(compressor, value, rules, rate=0.5)
+    half, quarter = (compressor.compress(LONG, rate=rate).text for rate in (0.5, 0.25))
+    assert shorter == {"id": 7, "name": "Maria Delgado", "notes": [half, {"deep": quarter, "ok": True}], "none": None}
+    assert json.loads(json.dumps(shorter)) == shorter
+    assert result.tokens_after < result.tokens_before
+    assert compress_json(compressor, 3)[0] == 3
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_a_stream_does_not_depend_on_its_pieces(compressor: Compressor, size: int) -> None:
+    text = "\n\n".join([LONG, LONG[:33] + " e\u0301", "会議は三時に始まります。", LONG])
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    results = list(compress_stream(compressor, pieces, rate=0.4, window=70, force=["\n"]))
+    whole = list(compress_stream(compressor, [text], rate=0.4, window=70, force=["\n"]))
+    assert [r.text for r in results] == [r.text for r in whole]
+    assert len(results) > 3
+    read, kept = sum(r.tokens_before for r in results), sum(r.tokens_after for r in results)
+    assert kept == int(read * 0.4 + 0.5)
+    assert read == compressor.tokenizer.count(text)
+    assert "\n" in "".join(r.text for r in results)
+
+
+def test_windows_are_the_text() -> None:
+    text = "A b c. " * 30 + "x" * 100 + "e\u0301\u0301" * 30 + "\n\nend"
+    for window in (1, 5, 40):
+        parts = list(_windows([text], window))
+        assert "".join(parts) == text
+        assert not any(part.startswith("\u0301") for part in parts)
+        assert max(map(len, parts)) <= max(window, 3)
+
+
+def test_a_stream_at_rate_1(compressor: Compressor) -> None:
+    text = "\n\n".join([LONG] * 3)
+    assert "".join(r.text for r in compress_stream(compressor, [text], rate=1, window=100)) == text
+    assert list(compress_stream(compressor, ["", "  \n"])) == []
+    with pytest.raises(ValueError, match="window must have at least 1"):
+        list(compress_stream(compressor, [text], window=0))
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        list(compress_stream(compressor, [text], rate=0))
