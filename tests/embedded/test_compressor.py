@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from jaxcompress import embedded
+from jaxcompress.cli import main
 from jaxcompress.prompt.baselines import content_words, random_words, tf_idf
 from jaxcompress.prompt.dataset import Pair, label
+from jaxcompress.prompt.recovery import recovery
 from jaxcompress.prompt.word_scores import keep
 
 
@@ -41,6 +43,18 @@ def test_keeps_what_a_sentence_is_about(scorer: Any) -> None:
     kept = keep(scorer(text), rate=0.5).text
     assert "woman" in kept
     assert "injured" in kept
+
+
+def test_report_of_what_is_recovered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "The council of 12 members will vote on the budget of 3.5 million on Monday, said the mayor of the city."
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    assert main(["compress-prompt", "--file", str(file), "--rate", "0.5", "--report"]) == 0
+    told = capsys.readouterr()
+    assert f"recovered {recovery(text, told.out)}" in told.err
+    assert main(["compress-prompt", "--file", str(file), "--budget", "official", "--report"]) == 0
+    assert "recovered" in capsys.readouterr().err
+    assert main(["compress-prompt", "--file", str(file), "--stream", "--report"]) == 2
 
 
 def test_agrees_with_people_more_than_what_needs_no_training(scorer: Any) -> None:
