@@ -95,6 +95,8 @@ def test_rows_hold_everything_once_and_count_nothing_else(tokenizer: Tokenizer) 
 def test_what_has_no_rows(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="no examples"):
         rows_of([], tokenizer, 16)
+    with pytest.raises(ValueError, match="at least 3"):
+        rows_of([example("a", "a")], tokenizer, 2)
     with pytest.raises(ValueError, match="neither"):
         rows_of([example("a", "a")], Tokenizer(models.WordLevel()), 16)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="less than one batch"):
