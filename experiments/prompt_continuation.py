@@ -20,12 +20,14 @@ import tyro
 from jaxcompress import embedded
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.policies import full
-from jaxcompress.prompt.baselines import content_words, evenly_spread, random_words, tf_idf
+from jaxcompress.prompt.baselines import content_words, evenly_spread, first_words, random_words, tf_idf
 from jaxcompress.prompt.dataset import Pair, label
 from jaxcompress.prompt.information import Reader, self_information
-from jaxcompress.prompt.llmlingua import after, llmlingua
+from jaxcompress.prompt.llmlingua import llmlingua
 from jaxcompress.prompt.surface import words_of
 from jaxcompress.prompt.word_scores import Scorer, keep
+
+ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Arguments:
 
     data: Path | None = None
     """JSON lines with "sentence" and "compression"; the last `--held-out` lines are used."""
-    held_out: int = 1000
+    held_out: int = 500
     rates: tuple[float, ...] = (1.0, 0.8, 0.65, 0.5, 0.35, 0.2)
-    contexts: int = 48
+    contexts: int = 32
     words: int = 220
     """Of a context."""
     tokens: int = 96
@@ -57,6 +59,7 @@ def scorers(reader: Reader) -> dict[str, Scorer]:
         "tf-idf": tf_idf(),
         "content words": content_words(),
         "uniform": evenly_spread(),
+        "first words": first_words(),
     }
 
 
@@ -75,7 +78,7 @@ def agreement(data: Path, last: int, chosen: Mapping[str, Scorer], seeds: int) -
     table = {}
     for name, scorer in every.items():
         found = [
-            f1(keep(scorer(example.text), words=sum(example.labels)).labels, np.array(example.labels))
+            f1(keep(scorer(example.text), n=sum(example.labels)).labels, np.array(example.labels))
             for example in examples
         ]  # fmt: skip
         table[name] = float(np.mean(found))
@@ -97,14 +100,24 @@ def places(arguments: Arguments) -> list[tuple[str, str]]:
     return [found[at] for at in chosen]
 
 
-def continuation_loss(reader: Reader, context: str, ids: np.ndarray) -> float:
-    losses, _ = reader.losses(after(reader, reader.begin(), context), ids[None])
-    return float(losses.mean())
+def continuation_losses(reader: Reader, contexts: list[str], rests: list[np.ndarray]) -> float:
+    """The mean loss of equally long continuations, each after its context."""
+    losses = []
+    for first in range(0, len(contexts), ROWS):
+        part = slice(first, first + ROWS)
+        encoded = [reader.tokenizer.encode_with_places(context)[0] for context in contexts[part]]
+        tokens = np.full((ROWS, max(1, *map(len, encoded))), -1, np.int32)
+        rest = np.full((ROWS, len(rests[0])), -1, np.int32)
+        for row, ids in enumerate(encoded):
+            tokens[row, : len(ids)], rest[row] = ids, rests[first + row]
+        _, state = reader.losses(reader.begin(ROWS), tokens)
+        losses.append(reader.losses(state, rest)[0][: len(encoded)])
+    return float(np.concatenate(losses).mean())
 
 
 def main(arguments: Arguments) -> None:
     model, tokenizer = embedded.load_embedded()
-    scoring = Reader(model, tokenizer, slots=256)
+    scoring = Reader(model, tokenizer, slots=256, segment=64)
     judge = Reader(model, tokenizer, full(), slots=1024, segment=128)
     chosen = scorers(scoring)
     result: dict[str, object] = {}
@@ -114,28 +127,28 @@ def main(arguments: Arguments) -> None:
         for name, value in sorted(table.items(), key=lambda row: -row[1]):
             print(f"{name:22}{value:8.3f}", flush=True)
     pieces = places(arguments)
-    rows = [(context, tokenizer.encode_with_places(rest)[0][: arguments.tokens]) for context, rest in pieces]
-    none = np.mean([continuation_loss(judge, "", ids) for _, ids in rows])
-    print(f"{len(rows)} contexts of {arguments.words} words; without any context {none:.3f} nats per token")
+    rests = [tokenizer.encode_with_places(rest)[0][: arguments.tokens] for _, rest in pieces]
+    measured: dict[str, float] = {}
+
+    def loss(contexts: list[str]) -> float:
+        key = json.dumps(contexts)
+        if key not in measured:
+            measured[key] = continuation_losses(judge, contexts, rests)
+        return measured[key]
+
+    print(f"{len(pieces)} contexts of {arguments.words} words; without any context {loss([''] * len(pieces)):.3f} nats")
     print(f"{'rate':22}" + "".join(f"{rate:8.2f}" for rate in arguments.rates))
     losses: dict[str, list[float]] = {}
-    every = chosen | {f"random {seed}": random_words(seed) for seed in range(arguments.seeds)}
-    for name, scorer in every.items():
-        scored = [scorer(context) for context, _ in rows]
-        losses[name] = [
-            float(np.mean([
-                continuation_loss(judge, keep(one, rate=rate).text + "\n", ids)
-                for one, (_, ids) in zip(scored, rows, strict=True)
-            ]))
-            for rate in arguments.rates
-        ]  # fmt: skip
+    for name, scorer in (chosen | {f"random {seed}": random_words(seed) for seed in range(arguments.seeds)}).items():
+        scored = [scorer(context) for context, _ in pieces]
+        losses[name] = [loss([keep(one, rate=rate).text + "\n" for one in scored]) for rate in arguments.rates]
         if not name.startswith("random"):
             print(f"{name:22}" + "".join(f"{value:8.3f}" for value in losses[name]), flush=True)
     random = np.mean([losses.pop(f"random {seed}") for seed in range(arguments.seeds)], axis=0)
     losses["random"] = random.tolist()
     print(f"{'random':22}" + "".join(f"{value:8.3f}" for value in random))
     if arguments.out is not None:
-        result |= dict(rates=arguments.rates, losses=losses, without_context=float(none))
+        result |= dict(rates=arguments.rates, losses=losses, without_context=loss([""] * len(pieces)))
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

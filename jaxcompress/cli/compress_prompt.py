@@ -51,6 +51,8 @@ class CompressPrompt:
     """Read and write in windows, in constant memory."""
     show: bool = False
     """Print the whole text with kept words in colour instead."""
+    report: bool = False
+    """Tell, too, how many of the content words and numbers are still there, and which are not."""
     json: bool = False
     """Print JSON: text, tokens, words, labels, probabilities."""
     dtype: str | None = None
@@ -84,6 +86,8 @@ class CompressPrompt:
         else:
             print(text)
         _report(result.tokens_before, result.tokens_after)
+        if self.report:
+            _recovered(texts, text)
         return None
 
     def _check(self) -> None:
@@ -101,6 +105,8 @@ class CompressPrompt:
             raise ValueError(f"--contexts does not go with {given[0]}")
         if given in (["stream"], ["official"]) and (self.show or self.json):
             raise ValueError(f"--show and --json do not go with {given[0]}")
+        if self.stream and self.report:
+            raise ValueError("--report compares whole texts and does not go with stream")
 
     @property
     def official(self) -> bool:
@@ -145,6 +151,8 @@ class CompressPrompt:
             raise ValueError(f"the published code fails for this text and these options: {error}") from error
         print(output["compressed_prompt"])
         _report(output["origin_tokens"], output["compressed_tokens"])
+        if self.report:
+            _recovered(texts, output["compressed_prompt"])
 
     def _streamed(self, compressor: Compressor) -> None:
         from jaxcompress.prompt import compress_stream
@@ -179,3 +187,9 @@ class CompressPrompt:
 def _report(before: int, after: int) -> None:
     ratio = f"{before / after:.2f}" if after else "-"
     print(f"jaxcompress: {before:,} tokens to {after:,}, ratio {ratio}, {before - after:,} saved", file=sys.stderr)
+
+
+def _recovered(texts: list[str], shorter: str) -> None:
+    from jaxcompress.prompt.recovery import recovery
+
+    print(f"jaxcompress: recovered {recovery(chr(10).join(texts), shorter)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What every method must beat: random words, evenly spread words, rare words, words that are no function words."""
+"""What every method must beat: random words, evenly spread words, the first words, rare words, content words."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def random_words(seed: int = 0) -> Scorer:
     def score(text: str) -> Scored:
         words = words_of(text)
         return Scored(text, words, np.random.default_rng(seed).random(len(words), np.float32), "random")
+
+    return score
+
+
+def first_words() -> Scorer:
+    """The beginning of the text."""
+
+    def score(text: str) -> Scored:
+        words = words_of(text)
+        return Scored(text, words, -np.arange(len(words), dtype=np.float32), "first words")
 
     return score
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from jaxcompress.prompt.teacher import TeacherFailed
 
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # may succeed later; everything else will not
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # may succeed later
+_NEVER = {401, 403, 404, 405, 501}  # no text will ever succeed
 
 
 class Refused(TeacherFailed):
@@ -42,8 +43,9 @@ class Endpoint:
       extra: more fields of the request's body.
 
     Raises (when called):
-      Refused: a request like this will never succeed (400, 401, 403, 404, ...).
-      TeacherFailed: no answer after all attempts, an answer cut off by max_tokens, or one that makes no sense.
+      Refused: no request will ever succeed (status 401, 403, 404, 405, 501).
+      TeacherFailed: this text was refused (other statuses, at once), no answer after all attempts, an answer cut off by
+        max_tokens, or one that makes no sense.
     """
 
     url: str
@@ -80,7 +82,8 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 why = f"status {error.code}: {_told(error)}"
                 if error.code not in _AGAIN:
-                    raise Refused(f"{self.url} refused the request for model {self.model!r}: {why}") from None
+                    kind = Refused if error.code in _NEVER else TeacherFailed
+                    raise kind(f"{self.url} refused the request for model {self.model!r}: {why}") from None
                 asked = _retry_after(error.headers.get("Retry-After"))
             except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
                 why, asked = str(getattr(error, "reason", error)), None

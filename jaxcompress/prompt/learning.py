@@ -82,10 +82,12 @@ def rows_of(examples: Sequence[Example], tokenizer: FastTokenizer, length: int) 
     """Tokenizes examples and packs them into rows, in order.
 
     Raises:
-      ValueError: no examples, or the tokenizer lacks [CLS], [SEP] or [PAD] (or <s>, </s>, <pad>).
+      ValueError: no examples, a length below 3, or the tokenizer lacks [CLS], [SEP] or [PAD] (or <s>, </s>, <pad>).
     """
     if not examples:
         raise ValueError("there are no examples to train on")
+    if length < 3:
+        raise ValueError(f"a row has room for a token and two special ones: at least 3, not {length}")
     opening, closing, pad = special_ids(tokenizer)
     room = length - 2
     tokens, labels, ids, kept = [], [], np.zeros(0, np.int32), np.zeros(0, np.int32)
@@ -102,7 +104,7 @@ def rows_of(examples: Sequence[Example], tokenizer: FastTokenizer, length: int) 
 
 
 def tokenized(example: Example, tokenizer: FastTokenizer) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
-    """Ids [T] without special tokens, and the label of the word that each token begins in, -1 where it is in none."""
+    """Ids [T] without special tokens, and the label of the word that each token ends in, -1 where it is in none."""
     encoding = tokenizer.encode(example.text, add_special_tokens=False)
     starts = np.array([word.start for word in example.words], np.int64)
     ends = np.array([word.end for word in example.words], np.int64)

@@ -121,7 +121,7 @@ def long_llmlingua(
     rates = dynamic_rates(range(len(chosen)), local, spread)
     counts = _shared(budget, rates * sizes[chosen], sizes[chosen])
     kept = {
-        document: keep(scorer(documents[document]), words=count)
+        document: keep(scorer(documents[document]), n=count)
         for document, count in zip(chosen, counts, strict=True)
         if count
     }  # fmt: skip

@@ -36,6 +36,11 @@ class Recovery:
     missing: tuple[str, ...]
     missing_numbers: tuple[str, ...]
 
+    def __str__(self) -> str:
+        words = f"{self.kinds:.0%} of the content words, {self.mentions:.0%} of their mentions"
+        lost = ", ".join((*self.missing, *self.missing_numbers))
+        return f"{words}, {self.numbers:.0%} of the numbers" + (f"; lost: {lost}" if lost else "")
+
 
 def recovery(original: str, compressed: str) -> Recovery:
     """Compares a text with its compression."""

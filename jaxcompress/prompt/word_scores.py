@@ -10,20 +10,17 @@ by `jaxcompress.select`, as everywhere: exactly so many words, higher scores fir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from jaxcompress.prompt.surface import Word, is_word
-from jaxcompress.select import keep_top, rank
+from jaxcompress.prompt.budget import best_first, choose
+from jaxcompress.prompt.joining import join
+from jaxcompress.prompt.surface import Word
 
 Scores = Float[np.ndarray, " W"]
-
-
-_CLOSING, _OPENING = frozenset(".,;:!?%)]}”’»…。、，！？\"'"), frozenset("([{“‘«\"'")
 
 
 class Scored(NamedTuple):
@@ -49,8 +46,7 @@ class Kept(NamedTuple):
 
     Attributes:
       labels: [W], True: kept.
-      text: the kept words, with the white space they had; where words between two of them are gone, one space (or line
-        break, if there was one).
+      text: the kept words (`jaxcompress.prompt.joining`); a line break over a gap stays one.
     """
 
     scored: Scored
@@ -63,60 +59,37 @@ class Kept(NamedTuple):
         return float(self.labels.mean()) if len(self.labels) else 1.0
 
 
-def keep(scored: Scored, *, rate: float | None = None, words: int | None = None) -> Kept:
+def keep(
+    scored: Scored, *, rate: float | None = None, n: int | None = None, costs: Int[np.ndarray, " W"] | None = None
+) -> Kept:
     """Keeps exactly so many words, those that score highest.
 
-    Give either `rate`, of which the nearest whole number of words is kept, or `words`.
+    Give either `rate`, of which the nearest whole number is kept, or `n`.
+
+    Args:
+      costs: what each word costs, in tokens of whoever will read, say. Rate and n then are of these: what stays costs
+        exactly n, or the most below it that any words do (`jaxcompress.prompt.budget`).
 
     Raises:
-      ValueError: neither or both are given, the rate is not in (0, 1], a number of words below 0, or more words are
-        protected (+inf) than may stay.
+      ValueError: neither or both are given, the rate is not in (0, 1], n is negative, or more is protected (+inf) than
+        may stay.
     """
-    total = len(scored.words)
-    if (rate is None) == (words is None):
-        raise ValueError(f"give either rate or words, not {'neither' if rate is None else 'both'}")
+    words = len(scored.words)
+    total = words if costs is None else int(costs.sum())
+    if (rate is None) == (n is None):
+        raise ValueError(f"give either rate or n, not {'neither' if rate is None else 'both'}")
     if rate is not None and not 0 < rate <= 1:
-        raise ValueError(f"a rate lies in (0, 1], {rate} does not: it is the share of words that stays")
-    if words is not None and words < 0:
-        raise ValueError(f"at least 0 words stay, not {words}")
-    n = min(total, words if words is not None else int(np.floor(total * (rate or 0) + 0.5)))
-    protected = int(np.isposinf(scored.scores).sum())
-    if protected > n:
-        raise ValueError(f"{protected} words of {total} are protected, only {n} may stay: raise the rate")
-    if not total:
-        return Kept(scored, np.zeros(0, bool), "")
-    labels = chosen(scored.scores, n)
-    return Kept(scored, labels, joined(scored.text, scored.words, labels))
-
-
-def joined(text: str, words: Sequence[Word], labels: Sequence[bool] | Bool[np.ndarray, " W"]) -> str:
-    """The text of the words that stay.
-
-    Neighbours keep the white space between them. Over a gap it becomes one space or line break; punctuation that was
-    attached to a word stays attached to whatever it meets, and two words never run together that were two.
-    """
-    out: list[str] = []
-    before: Word | None = None
-    gap = False
-    for word, stays in zip(words, labels, strict=True):
-        if not stays:
-            gap = True
-            continue
-        if before is not None:
-            space = "".join(filter(str.isspace, text[before.end : word.start]))
-            out.append(_over_gap(text, before, word, space) if gap else space)
-        out.append(text[word.start : word.end])
-        before, gap = word, False
-    return "".join(out)
-
-
-def _over_gap(text: str, before: Word, word: Word, space: str) -> str:
-    if not space:
-        words = is_word(text[before.start : before.end]) and is_word(text[word.start : word.end])
-        return " " if words and text[before.end - 1].isascii() else ""  # x=y without the sign is not xy
-    closes = text[word.start] in _CLOSING and not text[word.start - 1].isspace()
-    opens = text[before.start] in _OPENING and (before.start == 0 or not text[before.start - 1].isalnum())
-    return "" if closes or opens else "\n" if "\n" in space else " "
+        raise ValueError(f"a rate lies in (0, 1], {rate} does not: it is the share that stays")
+    if n is not None and n < 0:
+        raise ValueError(f"at least 0 words stay, not {n}")
+    n = min(total, n if n is not None else int(np.floor(total * (rate or 0) + 0.5)))
+    protected = np.isposinf(scored.scores)
+    least = int(protected.sum() if costs is None else costs[protected].sum())
+    if least > n:
+        raise ValueError(f"{least} of {total} are protected, only {n} may stay: raise the rate")
+    labels = chosen(scored.scores, n) if costs is None else choose(scored.scores, costs, n)
+    spans = np.array(scored.words, np.int64).reshape(-1, 2)
+    return Kept(scored, labels, join(scored.text, spans, labels, breaks=("\n",)))
 
 
 def ranks(scores: Scores) -> Scores:
@@ -124,8 +97,9 @@ def ranks(scores: Scores) -> Scores:
     n = len(scores)
     if n < 2:
         return np.ones(n, np.float32)
-    better = np.asarray(_rank(*_padded(scores)))[0, 0, :n]
-    return ((n - 1 - better) / (n - 1)).astype(np.float32)
+    places = np.empty(n, np.float32)
+    places[best_first(scores)] = np.linspace(1, 0, n)
+    return places
 
 
 def mixed(*weighted: tuple[float, Scorer]) -> Scorer:
@@ -156,18 +130,8 @@ def mixed(*weighted: tuple[float, Scorer]) -> Scorer:
     return score
 
 
-_rank, _keep_top = jax.jit(rank), jax.jit(keep_top)
-
-
 def chosen(scores: Scores, n: int) -> Bool[np.ndarray, " W"]:
     """Marks the n best."""
-    if not len(scores):
-        return np.zeros(0, bool)
-    return np.asarray(_keep_top(*_padded(scores), n))[0, 0, : len(scores)]
-
-
-def _padded(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and positions [1, 1, N], N a power of two: what fills up is free, and few lengths are compiled."""
-    fill = (0, max(16, 1 << (len(scores) - 1).bit_length()) - len(scores))
-    positions = np.pad(np.arange(len(scores), dtype=np.int32), fill, constant_values=-1)
-    return np.pad(scores, fill)[None, None], positions[None, None]
+    labels = np.zeros(len(scores), bool)
+    labels[best_first(scores)[:n]] = True
+    return labels

@@ -226,7 +226,7 @@ class TestLong:
         text = "Dictionaries keep the order of insertion since version 3.7."
         words = words_of(text)
         scores = np.array([1, 1, 0, 1, 0, 1, 0, 0, 1, 0], np.float32)
-        kept = keep(Scored(text, words, scores, "test"), words=5)
+        kept = keep(Scored(text, words, scores, "test"), n=5)
         assert kept.text == "Dictionaries keep order insertion 3.7"
         assert recover([kept], "They say: keep order insertion, I think.") == (
             "They say: keep the order of insertion, I think."

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from jaxcompress.embedded import load_embedded
+from jaxcompress.cli import main
+from jaxcompress.cli.runtime import open_model
+from jaxcompress.embedded import load_compressor, load_embedded
 from jaxcompress.generation import continue_, generate
 from jaxcompress.naming import named
 from jaxcompress.policies import full, tova
 from jaxcompress.prompt.baselines import content_words, evenly_spread
 from jaxcompress.prompt.reading import read_shortened
+from jaxcompress.prompt.word_scores import keep
 
 TEXT = " ".join(f"Line {n} says that the value of item {n * 7} is not known to the reader." for n in range(12))
 
@@ -59,3 +64,19 @@ def test_nothing_left(loaded: Any) -> None:
     for text, rate in (("", 0.5), ("word", 0.1)):
         with pytest.raises(ValueError, match="nothing is left"):
             read_shortened(model, tokenizer, text, evenly_spread(), rate=rate, policy=tova(), slots=8)
+
+
+@pytest.mark.slow
+def test_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    model, tokenizer = open_model(None)
+    short = keep(load_compressor()(TEXT), rate=0.5).text
+    (expected,) = generate(model, [tokenizer.encode(short)], tova(), 32, steps=4)
+    for source in (["--prompt", TEXT], ["--file", str(file)]):
+        assert main(["generate", *source, "--shorten", "0.5", "--slots", "32", "--steps", "4"]) == 0
+        told = capsys.readouterr()
+        assert told.out.strip() == tokenizer.decode(expected[0]).strip()
+        assert re.search(r"tokens -> \d+ .*32 held .*x in all; recovered \d+% of the content words", told.err)
+    assert main(["generate", "--prompt", TEXT, "--shorten", "1.5"]) == 2
+    assert "(0, 1]" in capsys.readouterr().err

@@ -36,6 +36,13 @@ def test_a_number_must_be_whole() -> None:
     assert recovery("It costs 1,250 dollars.", "costs 1,250").numbers == 1
 
 
+def test_what_is_told() -> None:
+    told = str(recovery(TEXT, "council vote budget 3.5 2021"))
+    assert told.startswith("50% of the content words, 43% of their mentions, 67% of the numbers; lost: ")
+    assert told.endswith(", 2021")
+    assert "lost" not in str(recovery(TEXT, TEXT))
+
+
 def test_a_text_without_content() -> None:
     found = recovery("and of the", "")
     assert (found.kinds, found.mentions, found.numbers) == (1, 1, 1)

@@ -139,11 +139,12 @@ class TestEndpoint:
         assert not isinstance(failed.value, Refused)
         assert len(server.seen) == 3
 
-    @pytest.mark.parametrize("status", [400, 401, 404])
-    def test_a_refusal_is_final(self, server: Server, status: int) -> None:
-        server.reply = lambda number, body: (status, {}, b"no such model")
-        with pytest.raises(Refused, match=f"{status}.*no such model"):
+    @pytest.mark.parametrize(("status", "for_all"), [(400, False), (413, False), (401, True), (404, True)])
+    def test_a_refusal_is_final(self, server: Server, status: int, for_all: bool) -> None:
+        server.reply = lambda number, body: (status, {}, b"not this")
+        with pytest.raises(TeacherFailed, match=f"{status}.*not this") as failed:
             server.endpoint()(INSTRUCTION, "text")
+        assert isinstance(failed.value, Refused) == for_all
         assert len(server.seen) == 1
 
     @pytest.mark.parametrize(
