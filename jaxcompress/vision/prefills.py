@@ -13,7 +13,7 @@ from jaxcompress.vision.dart import dart
 from jaxcompress.vision.dual_attention import dual_attention, passes, relevance
 from jaxcompress.vision.fastv import by_window, last_word
 from jaxcompress.vision.fitprune import cross_attention, importance, self_attention
-from jaxcompress.vision.method import Given, Look, Rule, compact, ranked
+from jaxcompress.vision.method import Given, Look, Rule, compact, emptied, ranked
 from jaxcompress.vision.windows import square, window_table
 
 
@@ -43,7 +43,8 @@ def _rated(given: Given, look: Look) -> Array:
     return sparsevlm.rated(look.from_words(), given.words & look.after)
 
 
-def _rated_plus(given: Given, look: Look) -> Array:
+def rated_plus(given: Given, look: Look) -> Array:
+    """SparseVLM+: corrected for RoPE, by the heads that look at the picture most."""
     rates = given.words & look.after
     rows, at = look.from_words(), take(look.block.positions, look.words)
     d = look.shown.queries.shape[-1]
@@ -56,11 +57,12 @@ def _by_chance(given: Given, look: Look) -> Array:
 
 
 fastv = ranked(_last_word)
+fastv_emptied = emptied(_last_word)
 window_fastv = ranked(_last_word_by_window)
 mustdrop = ranked(_dual, protect=True)
 mustdrop_without_keys = ranked(_dual)
 fitprune = ranked(_fitprune)
-sparsevlm_plus = ranked(_rated_plus)
+sparsevlm_plus = ranked(rated_plus)
 random = ranked(_by_chance)
 
 
