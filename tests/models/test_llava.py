@@ -35,6 +35,7 @@ from jaxcompress.naming import named
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "vision_models"
 NAMES = ("llava", "llava_siglip", "llava_next")
 FULL = named("full")
+SLOW = pytest.mark.slow
 
 
 @cache
@@ -109,7 +110,7 @@ def test_logits_of_a_ragged_batch_are_those_of_pytorch(name: str, side: str) -> 
     np.testing.assert_allclose(logits[mask], alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["llava", "llava_next", pytest.param("llava_siglip", marks=SLOW)])
 def test_it_writes_what_pytorch_writes(name: str) -> None:
     """A batch of two prompts of different lengths, through a state that holds everything."""
     model = loaded(name).model
@@ -121,7 +122,9 @@ def test_it_writes_what_pytorch_writes(name: str) -> None:
     np.testing.assert_array_equal(tokens, np.concatenate([io(name)["written_0"], io(name)["written_1"]]))
 
 
-@pytest.mark.parametrize(("policy", "slots"), [("tova", 9), ("window+4", 9), ("snapkv+4", 9), ("h2o", 9)])
+@pytest.mark.parametrize(
+    ("policy", "slots"), [("tova", 9), pytest.param("snapkv+4", 9, marks=SLOW), pytest.param("h2o", 9, marks=SLOW)]
+)
 def test_a_policy_decides_about_patches_like_about_words(policy: str, slots: int) -> None:
     """Reading embeddings at once keeps what reading tokens at once keeps, where a picture's are those of words."""
     from jaxcompress.models.bounded import read as read_tokens

@@ -152,6 +152,7 @@ def test_a_token_of_size_3_is_attended_to_like_three(tower: VisionTower, pixels:
     assert jnp.abs(run(tower, once)[0].hidden - one.hidden).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_pooling_leaves_out_what_is_not_there() -> None:
     for pooling in ("attention", "mean"):
         config = TowerConfig(8, 12, 1, 2, 12, 4, special=0, pooling=pooling)
@@ -172,6 +173,7 @@ def test_an_image_that_patches_do_not_fill(pixels: jax.Array) -> None:
     assert model.config.num_patches == 16
 
 
+@pytest.mark.slow
 def test_bfloat16(pixels: jax.Array) -> None:
     model = load_tower(FIXTURES / "vit", dtype="bfloat16").model
     patches = run(model, embed(model, pixels))[0]
