@@ -31,7 +31,7 @@ class Arguments:
     out: Path = Path("docs/random_against_designed.png")
     tokens: tuple[int, ...] = (64, 36, 16, 9)
     methods: tuple[str, ...] = ("grid", "pool", "fastervlm", "visionzip", "fastv", "mustdrop")
-    pictures: int = 64
+    pictures: int = 48
     seeds: int = 3
 
 

@@ -85,6 +85,7 @@ def test_the_whole_is_its_pieces(loaded: LoadedTower) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_rows(tower: VisionTower, pixels: jax.Array) -> None:
     whole = jax.jit(lambda model, pixels: model.logits(model(pixels)))
     both = whole(tower, pixels)
@@ -141,6 +142,7 @@ def test_a_token_of_size_0_is_not_there(tower: VisionTower, pixels: jax.Array) -
     assert (rows(shown)[..., 1] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_token_of_size_3_is_attended_to_like_three(tower: VisionTower, pixels: jax.Array) -> None:
     start = embed(tower, pixels)
     thrice = start.take(jnp.arange(17)[None].repeat(2, 0))
@@ -164,6 +166,7 @@ def test_pooling_leaves_out_what_is_not_there() -> None:
         np.testing.assert_allclose(masked, out_of(model, start.take(index)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_image_that_patches_do_not_fill(pixels: jax.Array) -> None:
     """The strip at the end that is narrower than a patch is not seen, as with a convolution."""
     model = make(TowerConfig(8, 12, 1, 2, 30, 7))
