@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from vision_parity_models import MODELS
 
 from jaxcompress.vision import cdpruner, choose, dual_attention, fastv, fitprune, merging, sparsevlm, tome, windows
 from jaxcompress.vision.cdpruner import question_relevance
@@ -262,7 +263,7 @@ CHECKS: dict[str, dict[str, Callable[[Case], None]]] = {
 
 def check(path: Path) -> list[tuple[str, bool, str]] | None:
     """What was compared in a file, whether it is equal, and by how much not; None for weights and unknown files."""
-    known = CHECKS.get(path.parent.name, {})
+    known = {**CHECKS.get(path.parent.name, {}), **MODELS.get(path.parent.name, {})}
     kind = next((kind for kind in sorted(known, key=len, reverse=True) if path.stem.startswith(kind)), None)
     if kind is None or "weights" in path.stem:
         return None

@@ -15,14 +15,33 @@ def best(scores: Float[Array, "B N"], n: int, what: str = "tokens") -> Int[Array
       ValueError: n is negative or above N.
     """
     check_budget(n, scores.shape[1], what)
-    return standing(keep_top(scores, _places(scores), n), n)
+    return standing(top(scores, n), n)
 
 
 def best_first(scores: Float[Array, "B N"], n: int, what: str = "tokens") -> Int[Array, "B n"]:
     """The same tokens in the order of their scores."""
     check_budget(n, scores.shape[1], what)
+    return order(scores)[:, :n]
+
+
+def order(scores: Float[Array, "B N"]) -> Int[Array, "B N"]:
+    """All tokens, the best first; of equals the earlier."""
     place = _places(scores)
-    return jnp.put_along_axis(jnp.zeros_like(place), rank(scores, place), place, axis=1, inplace=False)[:, :n]
+    return jnp.put_along_axis(place, nth_best(scores), place, axis=1, inplace=False)
+
+
+def nth_best(scores: Float[Array, "B N"]) -> Int[Array, "B N"]:
+    """How many tokens of its row are better than each."""
+    return rank(scores[:, None], _places(scores)[:, None])[:, 0]
+
+
+def top(
+    scores: Float[Array, "B N"], n: Int[Array, " B"] | int, among: Bool[Array, "B N"] | None = None
+) -> Bool[Array, "B N"]:
+    """Marks the n best of those that are `among` (all by default)."""
+    place = _places(scores)
+    place = place if among is None else jnp.where(among, place, -1)
+    return keep_top(scores[:, None], place[:, None], jnp.reshape(n, (-1, 1)))[:, 0]
 
 
 def standing(marked: Bool[Array, "B N"], n: int) -> Int[Array, "B n"]:

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.select import keep_top
-from jaxcompress.vision.choose import best_first, check_budget, cosine, standing, take
+from jaxcompress.vision.choose import best_first, check_budget, cosine, standing, take, top
 
 LAYER, PIVOTS = 2, 4
 """Before this layer; pivots among the patches, and as many among the words."""
@@ -62,7 +61,6 @@ def dart(
     counts = jnp.concatenate([jnp.ones_like(chosen, bool), take(present, asking)], axis=1)
     pivot = jnp.concatenate([take(patches, chosen), take(words, asking)], axis=1)
     unlike = -cosine(pivot, patches)
-    place = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), patch_norm.shape)
     rows = jnp.arange(patches.shape[0])[:, None]
     kept = jnp.zeros(patch_norm.shape, bool).at[rows, chosen].set(True)
     many = counts.sum(1)
@@ -70,5 +68,5 @@ def dart(
     nth = jnp.cumsum(counts, axis=1) - 1
     for i in range(pivot.shape[1]):
         take_now = jnp.where(counts[:, i], quota + (nth[:, i] < more), 0)
-        kept |= keep_top(unlike[:, i], jnp.where(kept, -1, place), take_now)
+        kept |= top(unlike[:, i], take_now, ~kept)
     return Dart(standing(kept, n), chosen)

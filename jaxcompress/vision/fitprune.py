@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxcompress.select import rank
+from jaxcompress.vision.choose import order
 
 RECIPES: dict[int, tuple[int, ...]] = {
     40: (0, 1, 21, 13, 14, 11, 41, 53, 29, 15, 14, 5, 1, 4, 5, 1, 26, 1, 13, 28, 6, 27, 2, 1, 0, 0, 1, 1, 2, 0, 0, 0),
@@ -43,9 +43,7 @@ def importance(cross: Float[Array, "B V"], own: Float[Array, "B V"]) -> Float[Ar
 
 def lowest_first(scores: Float[Array, "B V"]) -> Array:
     """[B, V], the order in which patches go; of equals the later first."""
-    place = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32), scores.shape)
-    nth = scores.shape[1] - 1 - rank(scores, place)
-    return jnp.put_along_axis(jnp.zeros_like(place), nth, place, axis=1, inplace=False)
+    return order(scores)[:, ::-1]
 
 
 def removable(mass: Float[np.ndarray, " V"], total: float, alpha: float) -> np.ndarray:

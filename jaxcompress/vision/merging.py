@@ -48,10 +48,10 @@ def merge(
     values = take(x, how.gone).astype(jnp.float32)
     # One head: `pour` has an axis for heads.
     total, more = (y[:, 0] for y in pour(how.target[:, None], weights[:, None], values[:, None], how.kept.shape[1]))
-    own = take(size, how.kept)
+    own, x = take(size, how.kept), take(x, how.kept)
     out = own + more
-    mean = (own[..., None] * take(x, how.kept).astype(jnp.float32) + total) / jnp.maximum(out, 1e-12)[..., None]
-    return mean.astype(x.dtype), out
+    mean = (own[..., None] * x.astype(jnp.float32) + total) / jnp.maximum(out, 1e-12)[..., None]
+    return jnp.where((more > 0)[..., None], mean.astype(x.dtype), x), out
 
 
 def merge_in_place(

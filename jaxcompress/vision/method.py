@@ -195,6 +195,17 @@ def ranked(scores: Callable[[Given, Look], Float[Array, "B M"]], *, protect: boo
     return rule
 
 
+def emptied(scores: Callable[[Given, Look], Float[Array, "B M"]]) -> Rule:
+    """The same choice as `ranked`, but what goes leaves its place empty: nobody attends to it, and shapes stay."""
+
+    def rule(given: Given, block: Block, shown: Shown, n: int) -> Block:
+        look = Look.at(given, block, shown)
+        of = jnp.where(look.there, scores(given, look).astype(jnp.float32), -jnp.inf)
+        return look.empty(marks(best(of, n), of.shape[1]))
+
+    return rule
+
+
 def renumbered(rule: Rule) -> Rule:
     """The rule, after which tokens stand close together again, as in released code that numbers from 0 anew."""
 

@@ -8,12 +8,12 @@ from jaxtyping import Array, Bool, Float
 from jaxcompress.attention import Shown
 from jaxcompress.models.bounded import Block
 from jaxcompress.vision import sparsevlm, uniform
-from jaxcompress.vision.choose import best, best_first, check_budget, marks, others, take
+from jaxcompress.vision.choose import best, best_first, check_budget, marks, order, others, take, top
 from jaxcompress.vision.dart import dart
 from jaxcompress.vision.dual_attention import dual_attention, passes, relevance
 from jaxcompress.vision.fastv import by_window, last_word
 from jaxcompress.vision.fitprune import cross_attention, importance, self_attention
-from jaxcompress.vision.method import Given, Look, Rule, compact, ranked
+from jaxcompress.vision.method import Given, Look, Rule, compact, emptied, ranked
 from jaxcompress.vision.windows import square, window_table
 
 
@@ -43,7 +43,8 @@ def _rated(given: Given, look: Look) -> Array:
     return sparsevlm.rated(look.from_words(), given.words & look.after)
 
 
-def _rated_plus(given: Given, look: Look) -> Array:
+def rated_plus(given: Given, look: Look) -> Array:
+    """SparseVLM+: corrected for RoPE, by the heads that look at the picture most."""
     rates = given.words & look.after
     rows, at = look.from_words(), take(look.block.positions, look.words)
     d = look.shown.queries.shape[-1]
@@ -56,11 +57,12 @@ def _by_chance(given: Given, look: Look) -> Array:
 
 
 fastv = ranked(_last_word)
+fastv_emptied = emptied(_last_word)
 window_fastv = ranked(_last_word_by_window)
 mustdrop = ranked(_dual, protect=True)
 mustdrop_without_keys = ranked(_dual)
 fitprune = ranked(_fitprune)
-sparsevlm_plus = ranked(_rated_plus)
+sparsevlm_plus = ranked(rated_plus)
 random = ranked(_by_chance)
 
 
@@ -158,8 +160,8 @@ def after_patches(
     )
     stays = jnp.concatenate([stays, jnp.ones((b, c), bool)], axis=1)
     n = look.words.shape[1] + kept.shape[1] + c
-    order = jnp.argsort(jnp.where(stays, place, 4 * total), axis=1, stable=True)[:, :n]
-    return compact(joined.take(order.astype(jnp.int32)))
+    sequence = jnp.argsort(jnp.where(stays, place, 4 * total), axis=1, stable=True)[:, :n]
+    return compact(joined.take(sequence.astype(jnp.int32)))
 
 
 def by_rank(scale: float, bias: float, noise: Float[Array, "B m"] | None = None) -> Rule:
@@ -174,17 +176,15 @@ def by_rank(scale: float, bias: float, noise: Float[Array, "B m"] | None = None)
         scores = jnp.where(look.there, sparsevlm.rated(rows, rates), -jnp.inf)
         width = look.there.sum(1)
         budget = sparsevlm.rank_budget(rows, rates, look.there, scale, bias)
-        order = best_first(scores, total)
-        places = jnp.broadcast_to(jnp.arange(total, dtype=order.dtype), order.shape)
-        nth = jnp.put_along_axis(places, order, places, axis=1, inplace=False)
-        stays = look.there & (nth < budget[:, None])
+        ranking = order(scores)
+        stays = top(scores, budget, look.there)
         goes = width - budget
         many = jnp.asarray([sparsevlm.recycled(g)[0] if g else 0 for g in range(total + 1)])[goes]
         count = jnp.asarray([sparsevlm.recycled(g)[1] if g else 0 for g in range(total + 1)])[goes]
         most, clusters = sparsevlm.recycled(total)
         # What goes, best first: it follows what stays in the order of scores.
         start = budget[:, None] + jnp.arange(most)
-        recycled = take(order, jnp.minimum(start, total - 1))
+        recycled = take(ranking, jnp.minimum(start, total - 1))
         there = jnp.arange(most) < many[:, None]
         hidden = take(block.hidden, take(look.patches, recycled))
         extra = None if noise is None else jnp.pad(noise, [(0, 0), (0, most - noise.shape[1])])

@@ -109,7 +109,9 @@ def _with_steps(kept: Array, count: Array, stride: Array) -> tuple[Array, Array]
     """The outliers, then every stride-th token that is none of them."""
     n = kept.shape[1]
     place = jnp.arange(n)
-    order = jnp.put_along_axis(jnp.zeros_like(kept), kept, jnp.broadcast_to(place, kept.shape), axis=1, inplace=False)
+    order = jnp.put_along_axis(
+        kept, kept, jnp.broadcast_to(place.astype(kept.dtype), kept.shape), axis=1, inplace=False
+    )
     outlier = order < count
     # The authors' range ends before the last token.
     stepped = ~outlier & (place % stride == 0) & (place < n - 1)

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.select import keep_top
-from jaxcompress.vision.choose import check_budget, standing, take, unit
+from jaxcompress.vision.choose import check_budget, standing, take, top, unit
 from jaxcompress.vision.merging import Merging
 
 
@@ -43,8 +42,8 @@ def merge_frames(like: Float[Array, "B F N"], r: int) -> Merging:
     b, frames, patches = like.shape
     check_budget(r, (frames - 1) * patches, "patches of later frames")
     total = frames * patches
-    place = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), (b, total))
-    goes = keep_top(like.reshape(b, total), jnp.where(place < patches, -1, place), r)
+    later = jnp.broadcast_to(jnp.arange(total) >= patches, (b, total))
+    goes = top(like.reshape(b, total), r, later)
     kept = standing(~goes, total - r)
     gone = standing(goes, r)
     into = run_starts(goes.reshape(like.shape))

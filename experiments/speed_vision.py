@@ -1,0 +1,161 @@
+"""Prefill with fewer visual tokens: FLOPs of the language part, time, and bytes of the KV cache.
+
+    python experiments/speed_vision.py [--keep 64] [--methods fastv mustdrop ...] [--out runs/speed_vision.json]
+
+A random model in the shape of LLaVA-1.5 (32 layers, 576 patches), narrow enough for a laptop. Figures depend on shapes
+only, not on weights. FLOPs are the compiler's count (`cost_analysis`) of every layer at the length that it sees, and of
+what decides and moves tokens between them; layer by layer, since that count takes the body of a loop once. Time is the
+median of whole prefills, one method after the other in every round; ratios are to all 576.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxcompress.attention import Shown, causal_attention
+from jaxcompress.models.bounded import Block, init_state, read_block
+from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.models.llava import LlavaConfig
+from jaxcompress.models.rope import rotate
+from jaxcompress.models.vit import TowerConfig
+from jaxcompress.policies import full
+from jaxcompress.vision import Method, named, named_for_average, slots
+from jaxcompress.vision.method import Given
+from jaxcompress.vision.reading import stages
+
+BEFORE, AFTER, WRITTEN = 35, 29, 16
+"""Words before the picture (LLaVA's system prompt), after it, and room for those written."""
+PROGRESSIVE = ("mustdrop", "sparsevlm", "sparsevlm+", "fitprune")
+"""Methods that drop in several layers: their number is the mean over layers, as their papers count."""
+
+
+def shape(layers: int, width: int) -> LlavaConfig:
+    tower = TowerConfig(64, 128, 24, 4, 96, 4, pre_norm=True)  # 24 x 24 patches; not run here
+    decoder = DecoderConfig(1000, width, width * 43 // 16 // 8 * 8, layers, width // 32, width // 32, 32)
+    return LlavaConfig(tower, decoder, image_token=999, feature_layers=23)
+
+
+def start(config: LlavaConfig, tokens: int, visual: int, seed: int = 0) -> Block:
+    """A prompt of words and `visual` patches, `tokens` in all."""
+    hidden = jax.random.normal(jax.random.key(seed), (1, tokens, config.decoder.hidden_size))
+    place = jnp.arange(tokens, dtype=jnp.int32)[None]
+    patch = jnp.where((place >= BEFORE) & (place < BEFORE + visual), place - BEFORE, -1)
+    return Block(hidden, place, patch)
+
+
+def flops(model: Decoder, config: LlavaConfig, method: Method) -> float:
+    """Of all layers and cuts, each compiled by itself."""
+    counts = method.counts(config)
+    words = BEFORE + AFTER
+    layers = sum(_layer_flops(model, words + count) for count in counts)
+    cuts = method.cuts(config.decoder, counts[0])
+    between = sum(_cut_flops(config, words + counts[cut.layer], counts[cut.layer], counts[0], cut) for cut in cuts)
+    return layers + between
+
+
+@cache
+def _layer_flops(model: Decoder, tokens: int) -> float:
+    def one(model: Decoder, x: Any, positions: Any) -> Any:
+        def attend(q, k, v, positions, layer, index, carry, xs):
+            at = positions[..., None]
+            rope = model.config.rope
+            return causal_attention(rotate(q, at, rope), rotate(k, at, rope), v, positions), carry, xs
+
+        return model.run_layers(x, positions, attend, layers=range(1))[0]
+
+    x = jax.ShapeDtypeStruct((1, tokens, model.config.hidden_size), jnp.float32)
+    return _count(jax.jit(one).lower(model, x, jax.ShapeDtypeStruct((1, tokens), jnp.int32)))
+
+
+def _cut_flops(config: LlavaConfig, tokens: int, left: int, visual: int, cut: Any) -> float:
+    decoder = config.decoder
+
+    def one(hidden: Any, positions: Any, patch: Any, q: Any, k: Any, key: Any) -> Any:
+        block = Block(hidden, positions, patch)
+        given = Given(jnp.ones((1, tokens - left), bool), key, decoder.rope)
+        shown = Shown(q, k, jnp.zeros((1, tokens)), positions)
+        return cut.rule(given, block, shown, cut.keep)
+
+    like = lambda *size, dtype=jnp.float32: jax.ShapeDtypeStruct((1, *size), dtype)
+    ints = like(tokens, dtype=jnp.int32)
+    q, k = (like(tokens, heads, decoder.head_dim) for heads in (decoder.num_heads, decoder.num_kv_heads))
+    key = like(visual, dtype=jnp.bool_)
+    return _count(jax.jit(one).lower(like(tokens, decoder.hidden_size), ints, ints, q, k, key))
+
+
+def _count(lowered: Any) -> float:
+    return float(lowered.compile().cost_analysis()["flops"])
+
+
+@partial(jax.jit, static_argnames=("config", "method"))
+def prefill(model: Decoder, block: Block, config: LlavaConfig, method: Method) -> Any:
+    counts = method.counts(config)
+    words = block.patch.shape[1] - counts[0]
+    room = words + WRITTEN
+    given = Given(jnp.ones((1, words), bool), jnp.zeros((1, counts[0]), bool), config.decoder.rope)
+    state = init_state(config.decoder, full(), slots(method, config, room))
+    cuts = method.cuts(config.decoder, counts[0])
+    return read_block(model, block, state, full(), stages=stages(given, cuts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=int, default=64)
+    parser.add_argument("--methods", nargs="+", default=["grid", "fastv", "sparsevlm+", "mustdrop"])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    config = shape(options.layers, options.width)
+    model = Decoder(config.decoder, rngs=nnx.Rngs(0))
+    methods = {"full": named("full")}
+    for name in options.methods:
+        average = name in PROGRESSIVE
+        methods[name] = named_for_average(name, options.keep, config) if average else named(name, options.keep)
+    blocks, took = {}, {name: [] for name in methods}
+    for name, method in methods.items():
+        visual = method.counts(config)[0]
+        blocks[name] = start(config, BEFORE + AFTER + visual, visual)
+        jax.block_until_ready(prefill(model, blocks[name], config, method))
+    for _ in range(options.runs):
+        for name, method in methods.items():
+            began = time.perf_counter()
+            jax.block_until_ready(prefill(model, blocks[name], config, method))
+            took[name].append(time.perf_counter() - began)
+    rows = []
+    for name, method in methods.items():
+        counts = method.counts(config)
+        state = jax.eval_shape(lambda m=method: init_state(config.decoder, full(), slots(m, config, BEFORE + AFTER)))
+        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        seconds = statistics.median(took[name])
+        rows.append(dict(method=name, last=counts[-1], mean=method.average(config), flops=flops(model, config, method),
+                         kv_bytes=held, seconds=seconds))  # fmt: skip
+    whole = rows[0]
+    print(f"{options.layers} layers, width {options.width}, {BEFORE + AFTER} words, 576 patches, {jax.devices()[0]}")
+    print(
+        f"{'method':<14}{'last':>6}{'mean':>8}{'GFLOPs':>9}{'saved':>8}{'ms':>9}{'saved':>8}{'KV MiB':>9}{'saved':>8}"
+    )
+    for row in rows:
+        saved = {key: 1 - row[key] / whole[key] for key in ("flops", "seconds", "kv_bytes")}
+        row.update({f"{key}_saved": value for key, value in saved.items()})
+        print(f"{row['method']:<14}{row['last']:>6}{row['mean']:>8.1f}{row['flops'] / 1e9:>9.2f}{saved['flops']:>8.1%}"
+              f"{row['seconds'] * 1e3:>9.1f}{saved['seconds']:>8.1%}{row['kv_bytes'] / 2**20:>9.2f}"
+              f"{saved['kv_bytes']:>8.1%}")  # fmt: skip
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Whole methods on a tiny LLaVA."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxcompress.models.bounded import init_state, read
+from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.llava import Llava, LlavaConfig
+from jaxcompress.models.vit import TowerConfig
+from jaxcompress.policies import full
+from jaxcompress.vision import NAMES, Method, encode, mustdrop, named, named_for_average, prefills, read_encoded, slots
+from jaxcompress.vision.encoders import tome_counts, whole, zip_split
+from jaxcompress.vision.method import Cut
+
+TOWER = TowerConfig(16, 24, 3, 2, 36, 6, activation="quick_gelu", pre_norm=True)  # 6 x 6 patches
+DECODER = DecoderConfig(64, 16, 24, 4, 2, 1, 8)
+CONFIG = LlavaConfig(TOWER, DECODER, image_token=63, feature_layers=2)
+PATCHES, BEFORE, AFTER, ROOM = 36, 3, 5, 3
+ALL = ("full", "mustdrop-decode", "mustdrop-thresholds")
+QUICK = ("grid", "pool", "fastv", "mustdrop")
+
+
+@cache
+def model() -> Llava:
+    return Llava(CONFIG, rngs=nnx.Rngs(0))
+
+
+def pixels(rows: int = 2) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (rows, 3, 36, 36))
+
+
+@partial(jax.jit, static_argnames=("method", "crops", "left"))
+def run(model: Llava, pixels: Any, method: Method, crops: int = 1, left: int = 0) -> Any:
+    """`left`: tokens of padding at the left."""
+    rows = pixels.shape[0]
+    encoded = encode(model, pixels if crops == 1 else pixels[:, None].repeat(crops, 1), method)
+    m = encoded.visual.shape[1]
+    words = jnp.arange(1, 1 + BEFORE + AFTER)
+    line = jnp.concatenate([words[:BEFORE], jnp.full(m, 63), words[BEFORE:]])
+    tokens = jnp.broadcast_to(jnp.concatenate([jnp.zeros(left, line.dtype), line]), (rows, left + line.shape[0]))
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]) - left, tokens.shape)
+    positions = jnp.maximum(positions, -1)
+    room = BEFORE + AFTER + ROOM
+    state = init_state(DECODER, full(), slots(method, CONFIG, room, crops), batch=rows)
+    block, state = read_encoded(model, tokens, positions, encoded, state, full(), method)
+    return encoded, block, state
+
+
+def budget(name: str, keep: int = 9) -> Method:
+    return named(name) if name in ALL else named(name, keep)
+
+
+named_methods = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
+)
+
+
+@named_methods
+def test_exactly_as_many_stay_and_rows_are_independent(name: str) -> None:
+    method = budget(name)
+    encoded, block, state = run(model(), pixels(), method)
+    counts = method.counts(CONFIG)
+    held = np.concatenate([np.asarray(part.occupancy()) for part in state])[:, :, 0]
+    if name != "mustdrop-thresholds":
+        np.testing.assert_array_equal(held, np.asarray(counts)[:, None] + BEFORE + AFTER + np.zeros((1, 2)))
+        assert int((block.patch >= 0).sum()) == 2 * counts[-1]
+    if name not in (*ALL, "mustdrop-encode"):
+        assert counts[-1] == 9
+    assert encoded.visual.shape[1] == method.encoded(CONFIG)
+    np.testing.assert_allclose(encoded.size.sum(1), PATCHES if name in MERGING else encoded.size.sum(1), rtol=1e-6)
+    assert bool(jnp.isfinite(block.hidden).all())
+    for row in range(2):
+        _, alone, _ = run(model(), pixels()[row : row + 1], method)
+        np.testing.assert_array_equal(alone.positions[0], block.positions[row])
+        there = np.asarray(block.positions)[row] >= 0
+        np.testing.assert_allclose(alone.hidden[0][there], block.hidden[row][there], atol=2e-5)
+
+
+MERGING = ("full", "pool", "tome", "visionzip", "prumerge", "prumerge+", "mustdrop", "mustdrop-encode")
+
+
+@named_methods
+def test_keeping_everything_is_the_model_itself(name: str) -> None:
+    if name in ("prumerge", "prumerge+", "mustdrop-thresholds", "visionzip"):
+        pytest.skip("adds to what it keeps, or has no number")
+    _, expected, _ = run(model(), pixels(), named("full"))
+    _, block, _ = run(model(), pixels(), budget(name, PATCHES))
+    np.testing.assert_allclose(block.hidden, expected.hidden, atol=1e-5)
+    # ... which is the plain forward pass of the decoder.
+    tokens = jnp.concatenate([jnp.arange(1, 4), jnp.full(PATCHES, 63), jnp.arange(4, 9)])[None].repeat(2, 0)
+    plain = model()(tokens, model().images(pixels()))
+    np.testing.assert_allclose(model().decoder.logits(block.hidden), plain, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fastv", "dart", "sparsevlm", "sparsevlm+", "fitprune", "mustdrop"])
+def test_padding_at_the_left_changes_nothing(name: str) -> None:
+    _, block, _ = run(model(), pixels(), named(name, 9))
+    _, padded, _ = run(model(), pixels(), named(name, 9), left=4)
+    np.testing.assert_array_equal(padded.positions[:, 4:], block.positions)
+    np.testing.assert_allclose(padded.hidden[:, 4:], block.hidden, atol=2e-5)
+
+
+def test_an_emptied_place_is_a_token_that_is_not_there() -> None:
+    gather = Method("a", whole, cuts=lambda config, tokens: (Cut(1, 9, prefills.fastv),))
+    mask = Method("b", whole, cuts=lambda config, tokens: (Cut(1, 9, prefills.fastv_emptied),))
+    _, short, few = run(model(), pixels(), gather)
+    _, long, many = run(model(), pixels(), mask)
+    there = np.asarray(long.positions) >= 0
+    np.testing.assert_array_equal(np.asarray(long.positions)[there].reshape(2, -1), short.positions)
+    np.testing.assert_allclose(np.asarray(long.hidden)[there].reshape(short.hidden.shape), short.hidden, atol=1e-5)
+    occupied = lambda state: np.concatenate([np.asarray(part.occupancy()) for part in state])
+    np.testing.assert_array_equal(occupied(few), occupied(many))
+
+
+def test_tokens_stay_where_they_stood_or_are_numbered_anew() -> None:
+    _, block, state = run(model(), pixels(), named("mustdrop", 9))
+    m = named("mustdrop", 9).encoded(CONFIG)
+    np.testing.assert_array_equal(
+        block.positions[:, -AFTER:], np.arange(BEFORE + m, BEFORE + m + AFTER)[None].repeat(2, 0)
+    )
+    np.testing.assert_array_equal(state[-1].seen, [BEFORE + m + AFTER] * 2)
+    patch = np.asarray(block.patch)
+    np.testing.assert_array_equal(np.asarray(block.positions)[patch >= 0], patch[patch >= 0] + BEFORE)
+
+
+@pytest.mark.slow
+def test_numbered_anew_as_released() -> None:
+    _, block, state = run(model(), pixels(), named("mustdrop-compact", 9))
+    np.testing.assert_array_equal(block.positions, np.arange(BEFORE + 9 + AFTER)[None].repeat(2, 0))
+    left = dict.fromkeys(named("mustdrop-compact", 9).counts(CONFIG))
+    assert [int(part.seen[0]) for part in state] == [n + BEFORE + AFTER for n in left]
+
+
+def test_words_written_after_a_method_continue_the_prompt() -> None:
+    _, block, state = run(model(), pixels(), named("fastv", 9))
+    tokens = model().decoder.logits(block.hidden)[:, -1].argmax(-1)[:, None]
+    done = read(model().decoder, tokens, state, full())
+    assert bool(jnp.isfinite(done.hidden).all())
+    np.testing.assert_array_equal(done.state[0].seen, [BEFORE + PATCHES + AFTER + 1] * 2)
+
+
+@pytest.mark.slow
+def test_the_third_stage_evicts_patches_while_words_are_written() -> None:
+    method = named("mustdrop", 9)
+    m = method.encoded(CONFIG)
+    policy = method.writing(BEFORE, BEFORE + m)
+    room = BEFORE + AFTER  # nothing for what is written: patches make place
+    encoded = jax.jit(encode, static_argnames="method")(model(), pixels(), method=method)
+    line = jnp.concatenate([jnp.arange(1, 1 + BEFORE), jnp.full(m, 63), jnp.arange(4, 4 + AFTER)])
+    tokens, positions = line[None].repeat(2, 0), jnp.arange(line.shape[0])[None].repeat(2, 0)
+    state = init_state(DECODER, policy, slots(method, CONFIG, room), batch=2)
+    reading = jax.jit(read_encoded, static_argnames=("policy", "method"))
+    block, state = reading(model(), tokens, positions, encoded, state, policy=policy, method=method)
+    step = jax.jit(read, static_argnames="policy")
+    token = model().decoder.logits(block.hidden)[:, -1].argmax(-1)[:, None]
+    for written in range(1, 8):
+        done = step(model().decoder, token, state, policy=policy)
+        state, token = done.state, model().decoder.logits(done.hidden)[:, -1].argmax(-1)[:, None]
+        for part in state:
+            held = np.asarray(part.positions)
+            patches = ((held >= BEFORE) & (held < BEFORE + m)).sum(-1)
+            words = ((held >= 0).sum(-1) - patches)[:, :, 0]
+            assert (words == BEFORE + AFTER + written).all()  # no word ever goes
+            assert ((held >= 0).sum(-1) <= part.capacity).all()
+
+
+def test_budgets_that_papers_report() -> None:
+    """192, 128 and 64 tokens of 576 and 320 and 160 of 2,880, the mean over layers, in LLaVA's shape."""
+    tower = TowerConfig(1024, 4096, 24, 16, 336, 14, activation="quick_gelu", pre_norm=True)
+    config = LlavaConfig(tower, DecoderConfig(32000, 4096, 11008, 32, 32, 32, 128), image_token=1, feature_layers=23)
+    for average, crops in ((192, 1), (128, 1), (64, 1), (320, 5), (160, 5)):
+        method = mustdrop_for(config, average, crops)
+        counts = method.counts(config, crops)
+        assert average - 2 < method.average(config, crops) <= average
+        assert counts[0] == counts[2] > counts[3] > counts[7] > counts[11] > counts[15] == counts[31]
+    with pytest.raises(ValueError, match="no final number of visual tokens has a mean of 20"):
+        mustdrop_for(config, 20, 1)
+    assert named("sparsevlm", 64).counts(config)[-1] == 64
+    assert named("fitprune", 64).counts(config)[-1] == 64
+    assert named("fastv", 64).counts(config)[:3] == (576, 576, 64)
+    assert named("tome", 64).counts(config)[0] == 64
+
+
+def mustdrop_for(config: LlavaConfig, average: float, crops: int) -> Method:
+    return named_for_average("mustdrop", average, config, crops)
+
+
+def test_crops_of_one_picture_come_one_after_the_other() -> None:
+    encoded, block, _ = run(model(), pixels(), named("grid", 9), crops=2)
+    assert encoded.visual.shape[1] == 18
+    np.testing.assert_array_equal(encoded.place[:, 9:], encoded.place[:, :9] + PATCHES)
+    np.testing.assert_allclose(encoded.visual[:, 9:], encoded.visual[:, :9], atol=1e-6)
+    assert int((block.patch >= 0).sum()) == 36
+
+
+def test_wrong_input() -> None:
+    with pytest.raises(ValueError, match="unknown method 'fastw'; known: full, random"):
+        named("fastw", 3)
+    with pytest.raises(ValueError, match="fastv needs to know how many visual tokens stay"):
+        named("fastv")
+    with pytest.raises(ValueError, match="fastv needs to know"):
+        named("fastv", 0)
+    with pytest.raises(ValueError, match="full keeps every visual token of the prompt; leave keep out"):
+        named("full", 3)
+    with pytest.raises(ValueError, match="thresholds were published for"):
+        named("mustdrop-thresholds", 100)
+    for name in ("random", "fastv", "tome", "mustdrop-prefill", "visionzip", "sparsevlm", "cdpruner", "prumerge"):
+        with pytest.raises(ValueError, match="37"):
+            run(model(), pixels(), named(name, 37))
+    with pytest.raises(ValueError, match="7 cells do not lie in a grid inside 6 x 6 patches; the nearest numbers"):
+        run(model(), pixels(), named("grid", 7))
+    with pytest.raises(ValueError, match="2 layers cannot merge 36 patches into 3; keep 9 or more"):
+        tome_counts(36, 3, 2)
+    assert tome_counts(36, 9, 2) == (14, 11) or sum(tome_counts(36, 9, 2)) == 27
+
+
+def test_windows_follow_the_grid() -> None:
+    assert [mustdrop.window_of(side) for side in (24, 14, 27, 16, 7, 1)] == [3, 2, 3, 2, 7, 1]
+    assert zip_split(64) == (54, 10)
+    assert sum(zip_split(40)) == 40
