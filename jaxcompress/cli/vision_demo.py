@@ -22,7 +22,7 @@ class VisionDemo:
         "random", "grid", "pool", "tome", "fastervlm", "visionzip", "fastv", "sparsevlm+", "dart", "mustdrop",
     )  # fmt: skip
     """Names of methods; see docs/vision.md."""
-    tokens: tuple[int, ...] = (64, 36, 16)
+    tokens: tuple[int, ...] = (36, 16)
     """Visual tokens left in the end, of 144."""
     pictures: int = 48
     """Held-out pictures, with eight questions about each."""

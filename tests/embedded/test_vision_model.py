@@ -25,7 +25,7 @@ def test_it_is_small_and_complete() -> None:
 def test_words_and_pictures_go_in() -> None:
     loaded, tokenizer = load_embedded_vision()
     for word in words():
-        (token,) = tokenizer.encode(word, add_bos=False)
+        (token,) = tokenizer.encode(word, add_bos=False).tolist()
         assert tokenizer.decode([token]) == word
     assert tokenizer.encode("<image> how many", add_bos=True).tolist()[:2] == [
         tokenizer.bos_id,
