@@ -64,7 +64,12 @@ class VisionDemo:
         examiner, table, kept, last = Examiner(loaded.model, asked), [], {}, patches
         try:
             for n, method in chosen:
-                got = examiner(method)
+                try:
+                    got = examiner(method)
+                except ValueError as error:  # a number that this method cannot reach here; the others can
+                    say(("\n" if n != last else "") + f"{method.name:14}{n:6}  {error}")
+                    last = n
+                    continue
                 kept[got.method, n] = got.kept
                 table.append(dict(budget=n, **{k: v for k, v in got._asdict().items() if k != "kept"}))
                 say(
