@@ -12,7 +12,6 @@ a tower that saw the picture whole; for the tower the picture itself is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ import tyro
 from jaxcompress.checkpoints import load_tower
 from jaxcompress.embedded import load_embedded_vision
 from jaxcompress.evaluation.dropped import draw_heat
-from jaxcompress.evaluation.visual import Examiner, Visual, Way, exam
-from jaxcompress.evaluation.ways import at_random, by_class_attention, by_last_word
+from jaxcompress.evaluation.visual import Examiner, exam
 from jaxcompress.generation.pictures import process
 from jaxcompress.models.vit import VisionTower
+from jaxcompress.vision import Encoded, Method, named
+from jaxcompress.vision.encoders import chosen, whole
 from jaxcompress.vision.uniformity import end_bias, gap, heat, position_bias
 
 
@@ -38,7 +38,7 @@ class Arguments:
     out: Path = Path("docs/position_bias.png")
     kept: int = 36
     """Visual tokens kept."""
-    pictures: int = 256
+    pictures: int = 192
     tower: Path | None = None
     """A ViT or DeiT checkpoint: measure the attention of its class token instead."""
     photos: Path | None = None
@@ -57,13 +57,18 @@ def shuffled_pixels(pixels: np.ndarray, patch: int, rng: np.random.Generator) ->
     return mixed.reshape(b, n, n, c, patch, patch).transpose(0, 3, 1, 4, 2, 5).reshape(pixels.shape)
 
 
-def shuffled_order(seed: int, model: Any, pixels: jax.Array) -> Visual:
-    """All visual tokens, each at another's place."""
-    visual = model.images(pixels)
-    b, n = visual.shape[:2]
-    order = jax.vmap(lambda key: jax.random.permutation(key, n))(jax.random.split(jax.random.key(seed), b))
-    place = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
-    return Visual(jnp.take_along_axis(visual, order[..., None], axis=1), place)
+def shuffled_order(model: Any, pixels: jax.Array) -> Encoded:
+    """All visual tokens, each at another's place, in another order for each picture."""
+    given = whole(model, pixels)
+    draw = lambda row: jax.random.permutation(jax.random.fold_in(jax.random.key(0), row), given.place.shape[1])
+    order = jax.vmap(draw)(jnp.arange(given.place.shape[0]))
+    return given._replace(visual=jnp.take_along_axis(given.visual, order[..., None], axis=1))
+
+
+def anew(model: Any, patches: Any, shown: Any) -> jax.Array:
+    """Random scores, other ones for each picture."""
+    draw = lambda row: jax.random.uniform(jax.random.fold_in(jax.random.key(0), row), (model.config.tower.num_patches,))
+    return jax.vmap(draw)(jnp.arange(patches.size.shape[0]))
 
 
 def by_tower(tower: VisionTower, pixels: Any, n: int, layer: int) -> jax.Array:
@@ -91,17 +96,19 @@ def embedded(args: Arguments) -> dict[str, np.ndarray]:
     grid = (tower.grid, tower.grid)
     asked = exam(tokenizer, loaded.processor(), model, pictures=args.pictures, each=2)
     mixed = asked._replace(pixels=shuffled_pixels(asked.pixels, tower.patch_size, np.random.default_rng(0)))
-    word = by_last_word(args.kept, tower.num_patches)
+    word = named("fastv", args.kept)
     cases = {
-        "random": (at_random(args.kept), asked),
-        "class token": (by_class_attention(args.kept), asked),
-        "class token, patches shuffled": (by_class_attention(args.kept), mixed),
+        "random": (Method("random", chosen(anew, args.kept), lambda config: args.kept), asked),
+        "class token": (named("fastervlm", args.kept), asked),
+        "class token, patches shuffled": (named("fastervlm", args.kept), mixed),
         "last word": (word, asked),
-        "last word, order shuffled": (Way(word.name, partial(shuffled_order, 0), word.stages), asked),
+        "last word, order shuffled": (word._replace(encode=shuffled_order), asked),
     }
-    return {
-        name: tell(name, jnp.asarray(Examiner(model, e, runs=1)(way).kept), grid) for name, (way, e) in cases.items()
-    }
+    out = {}
+    for name, (method, given) in cases.items():
+        kept = jnp.asarray(Examiner(model, given, runs=1)(method).kept)
+        out[name] = tell(name, kept, grid)
+    return out
 
 
 def photographs(args: Arguments) -> dict[str, np.ndarray]:

@@ -10,7 +10,6 @@ range.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,9 @@ import tyro
 from matplotlib.figure import Figure
 
 from jaxcompress.embedded import load_embedded_vision
-from jaxcompress.evaluation.visual import Examiner, Outcome, Way, exam, guessing
-from jaxcompress.evaluation.ways import at_random, by_class_attention, by_last_word, on_a_lattice
+from jaxcompress.evaluation.visual import Examiner, Outcome, exam, guessing
+from jaxcompress.vision import Method, named
+from jaxcompress.vision.encoders import by_chance, chosen
 
 
 @dataclass(frozen=True)
@@ -29,35 +29,29 @@ class Arguments:
     """Draws accuracy over tokens kept, and over FLOPs."""
 
     out: Path = Path("docs/random_against_designed.png")
-    tokens: tuple[int, ...] = (100, 64, 36, 25, 16, 9, 4)
-    pictures: int = 96
+    tokens: tuple[int, ...] = (64, 36, 16, 9)
+    methods: tuple[str, ...] = ("grid", "pool", "fastervlm", "visionzip", "fastv", "mustdrop")
+    pictures: int = 48
     seeds: int = 3
 
 
 def main(args: Arguments) -> None:
     loaded, tokenizer = load_embedded_vision()
-    patches = loaded.config.tower.num_patches
     asked = exam(tokenizer, loaded.processor(), loaded.model, pictures=args.pictures)
     examiner = Examiner(loaded.model, asked)
-    designed: dict[str, Callable[[int], Way]] = {
-        "lattice": on_a_lattice,
-        "class attention": by_class_attention,
-        "last word's attention": lambda n: by_last_word(n, patches),
-    }
-    rows: dict[str, list[Outcome]] = {name: [] for name in ["random", *designed]}
-    whole = examiner(Way("all"))
-    print(
-        f"all {patches}: {whole.accuracy:.1%}; guessing {guessing(asked):.1%}; {len(asked.answers)} questions",
-        flush=True,
-    )
+    rows: dict[str, list[Outcome]] = {name: [] for name in ["random", *args.methods]}
+    whole = examiner(named("full"))
+    print(f"full: {whole.accuracy:.1%}; guessing {guessing(asked):.1%}; {len(asked.answers)} questions", flush=True)
     spread: list[tuple[float, float]] = []
     for n in args.tokens:
-        drawn = [examiner(at_random(n, seed)) for seed in range(args.seeds)]
+        drawn = [
+            examiner(Method("random", chosen(by_chance(seed), n), lambda config, n=n: n)) for seed in range(args.seeds)
+        ]
         right = [one.accuracy for one in drawn]
         spread.append((min(right), max(right)))
         rows["random"].append(drawn[0]._replace(accuracy=float(np.mean(right))))
-        for name, way in designed.items():
-            rows[name].append(examiner(way(n)))
+        for name in args.methods:
+            rows[name].append(examiner(named(name, n)))
         print(n, {name: round(row[-1].accuracy, 3) for name, row in rows.items()}, flush=True)
     draw(rows, whole, spread, guessing(asked), args)
     table = {
@@ -81,10 +75,10 @@ def draw(
             )
         low, high = zip(*spread, strict=True)
         left.fill_between(args.tokens, low, high, color="0.4", alpha=0.2, linewidth=0)
-        left.set(xlabel=f"visual tokens kept of {whole.tokens}", ylabel="right answers", xscale="log")
+        left.set(xlabel=f"visual tokens left in the end, of {whole.tokens}", ylabel="right answers", xscale="log")
         right.set(xlabel="MFLOPs of a prompt in the decoder (compiler's count)", xscale="log")
         for axes in (left, right):
-            axes.axhline(whole.accuracy, color="k", linestyle="--", linewidth=1, label="all tokens")
+            axes.axhline(whole.accuracy, color="k", linestyle="--", linewidth=1, label="every token")
             axes.axhline(chance, color="0.7", linestyle=":", linewidth=1, label="guessing without looking")
             axes.grid(alpha=0.25)
         left.legend(frameon=False)

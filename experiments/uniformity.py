@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from jaxcompress.embedded import load_embedded_vision
 from jaxcompress.embedded.drawings import draw
 from jaxcompress.evaluation.visual import Examiner, exam
-from jaxcompress.evaluation.ways import at_random, by_class_attention, by_last_word, on_a_lattice
 from jaxcompress.generation.pictures import process
+from jaxcompress.vision import named
 from jaxcompress.vision.uniformity import gap, spatial_evenness, temporal_evenness
 
 
@@ -32,25 +32,25 @@ class Arguments:
     """Draws uniformity in space against accuracy, and shares of a budget over the frames of a video."""
 
     out: Path = Path("docs/uniformity.png")
-    tokens: tuple[int, ...] = (64, 36, 16, 9)
-    pictures: int = 64
+    tokens: tuple[int, ...] = (36, 16)
+    methods: tuple[str, ...] = ("random", "grid", "fastervlm", "visionzip", "fastv", "mustdrop")
+    pictures: int = 48
     frames: int = 8
 
 
 def space(args: Arguments) -> list[tuple[str, int, float, float, float]]:
     loaded, tokenizer = load_embedded_vision()
-    patches, side = loaded.config.tower.num_patches, loaded.config.tower.grid
-    grid = (side, side)
+    grid = (loaded.config.tower.grid, loaded.config.tower.grid)
     examiner = Examiner(loaded.model, exam(tokenizer, loaded.processor(), loaded.model, pictures=args.pictures), runs=1)
     out = []
-    print(f"{'way':24}{'kept':>5}{'gap':>7}{'evenness':>10}{'right':>8}")
+    print(f"{'method':14}{'kept':>5}{'gap':>7}{'evenness':>10}{'right':>8}")
     for n in args.tokens:
-        for way in (at_random(n), on_a_lattice(n), by_class_attention(n), by_last_word(n, patches)):
-            got = examiner(way)
+        for name in args.methods:
+            got = examiner(named(name, n))
             kept = jnp.asarray(got.kept)
             apart, even = float(gap(kept, grid).mean()), float(spatial_evenness(kept, grid).mean())
-            out.append((way.name, n, apart, even, got.accuracy))
-            print(f"{way.name:24}{n:5}{apart:7.2f}{even:10.3f}{got.accuracy:8.1%}", flush=True)
+            out.append((name, n, apart, even, got.accuracy))
+            print(f"{name:14}{n:5}{apart:7.2f}{even:10.3f}{got.accuracy:8.1%}", flush=True)
     return out
 
 

@@ -12,15 +12,17 @@ from jaxcompress.cli import main
 
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["vision-demo", "--out", str(tmp_path), "--pictures", "2", "--tokens", "16", "9", "--drawn", "1"]) == 0
+    how = "--pictures 2 --drawn 1 --tokens 16 9 --methods grid tome fastv"
+    assert main(["vision-demo", "--out", str(tmp_path), *how.split()]) == 0
+    printed = capsys.readouterr().out
     table = json.loads((tmp_path / "vision_demo.json").read_text())
     assert {row["budget"] for row in table} == {144, 16, 9}
-    assert table[0]["way"] == "all"
+    assert table[0]["method"] == "full"
+    assert "3 layers cannot merge 144 patches into 16; keep 29 or more" in printed
     for row in table[1:]:
         assert row["flops"] < table[0]["flops"]
         assert row["kv_bytes"] < table[0]["kv_bytes"]
-    printed = capsys.readouterr().out
-    assert all(row["way"] in printed for row in table)
+    assert all(row["method"] in printed for row in table)
     assert (tmp_path / "picture0.png").exists()
     assert not (tmp_path / "picture1.png").exists()
 
@@ -30,6 +32,7 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--tokens", "145"], "tokens: 145 of 144 patches cannot be kept; give numbers from 1 to 144"),
         (["--tokens", "0"], "tokens: 0 of 144"),
+        (["--methods", "nearest"], "unknown method 'nearest'; known: full, random"),
         (["--pictures", "0"], "pictures: at least 1 is needed, not 0"),
     ],
 )

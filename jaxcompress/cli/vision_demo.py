@@ -18,8 +18,12 @@ class VisionDemo:
 
     out: Path = Path("vision-demo")
     """Folder for the table (JSON) and the pictures."""
-    tokens: tuple[int, ...] = (72, 36, 16)
-    """Visual tokens kept of 144; perfect squares can be laid out as a grid."""
+    methods: tuple[str, ...] = (
+        "random", "grid", "pool", "tome", "fastervlm", "visionzip", "fastv", "sparsevlm+", "dart", "mustdrop",
+    )  # fmt: skip
+    """Names of methods; see docs/vision.md."""
+    tokens: tuple[int, ...] = (36, 16)
+    """Visual tokens left in the end, of 144."""
     pictures: int = 48
     """Held-out pictures, with eight questions about each."""
     drawn: int = 4
@@ -35,7 +39,8 @@ class VisionDemo:
         prepare()
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: it is not needed
         from jaxcompress.embedded import load_embedded_vision
-        from jaxcompress.evaluation.visual import Examiner, Way, exam, guessing
+        from jaxcompress.evaluation.visual import Examiner, exam, guessing
+        from jaxcompress.vision import named
 
         self.out.mkdir(parents=True, exist_ok=True)
         loaded, tokenizer = load_embedded_vision()
@@ -44,6 +49,8 @@ class VisionDemo:
             raise ValueError(
                 f"tokens: {wrong[0]} of {patches} patches cannot be kept; give numbers from 1 to {patches}"
             )
+        budgets = sorted(set(self.tokens), reverse=True)
+        chosen = [(patches, named("full")), *((n, named(name, n)) for n in budgets for name in self.methods)]
         if self.pictures < 1:
             raise ValueError(f"pictures: at least 1 is needed, not {self.pictures}")
         say = (lambda *text: None) if self.json else lambda *text: print(*text, flush=True)
@@ -51,33 +58,31 @@ class VisionDemo:
         example = asked.asked[0][0]
         say(f"{self.pictures} pictures that the model has never seen, {len(asked.answers)} questions about them,")
         say(f"e.g. “{example.text}” — {example.answer}. Guessing well without looking: {guessing(asked):.0%}.")
-        say("Tokens: visual tokens of a picture; in a layer: mean over the decoder's layers. FLOPs and time of reading")
-        say("one prompt in the decoder, FLOPs as the compiler counts them; KV: bytes of its keys and values.\n")
-        say(f"{'way':24}{'tokens':>7}{'in a layer':>12}{'accuracy':>10}{'MFLOPs':>9}{'KV KiB':>8}{'ms':>7}")
-        examiner, table, kept = Examiner(loaded.model, asked), [], {}
+        say("Left: visual tokens after the last layer; mean: over the decoder's layers. FLOPs and time of reading one")
+        say("prompt in the decoder, FLOPs as the compiler counts them; KV: bytes of its keys and values.\n")
+        say(f"{'method':14}{'left':>6}{'mean':>8}{'accuracy':>10}{'MFLOPs':>9}{'KV KiB':>8}{'ms':>7}")
+        examiner, table, kept, last = Examiner(loaded.model, asked), [], {}, patches
         try:
-            for n in (patches, *sorted(set(self.tokens) - {patches}, reverse=True)):
-                for way in [Way("all")] if n == patches else _ways(n, patches):
-                    got = examiner(way)
-                    kept[way.name, n] = got.kept
-                    table.append(dict(budget=n, **{k: v for k, v in got._asdict().items() if k != "kept"}))
-                    say(
-                        f"{got.way:24}{n:7}{got.left:12.1f}{got.accuracy:10.1%}{got.flops / 1e6:9.1f}"
-                        f"{got.kv_bytes / 1024:8.0f}{got.seconds * 1e3:7.2f}"
-                    )
-                say("")
+            for n, method in chosen:
+                try:
+                    got = examiner(method)
+                except ValueError as error:  # a number that this method cannot reach here; the others can
+                    say(("\n" if n != last else "") + f"{method.name:14}{n:6}  {error}")
+                    last = n
+                    continue
+                kept[got.method, n] = got.kept
+                table.append(dict(budget=n, **{k: v for k, v in got._asdict().items() if k != "kept"}))
+                say(
+                    ("\n" if n != last else "") + f"{got.method:14}{n:6}{got.left:8.1f}{got.accuracy:10.1%}"
+                    f"{got.flops / 1e6:9.1f}{got.kv_bytes / 1024:8.0f}{got.seconds * 1e3:7.2f}"
+                )
+                last = n
         finally:
             write_json(table, self.out / "vision_demo.json")
         if self.json:
             write_json(table)
         names = _draw(self, asked, kept)
-        say(f"Everything is in {self.out}/: vision_demo.json, {', '.join(names)}")
-
-
-def _ways(n: int, patches: int) -> list:
-    from jaxcompress.evaluation.ways import at_random, by_class_attention, by_last_word, on_a_lattice
-
-    return [at_random(n), on_a_lattice(n), by_class_attention(n), by_last_word(n, patches)]
+        say(f"\nEverything is in {self.out}/: vision_demo.json, {', '.join(names)}")
 
 
 def _draw(how: VisionDemo, asked, kept) -> list[str]:
@@ -91,7 +96,7 @@ def _draw(how: VisionDemo, asked, kept) -> list[str]:
         rows: list[list[Panel | None]] = []
         for n in budgets:
             first = None if rows else Panel(f"{whole}, {patches}")
-            panels = [Panel(f"{way}, {m}", masks[number * each]) for (way, m), masks in kept.items() if m == n]
+            panels = [Panel(f"{name}, {m}", masks[number * each]) for (name, m), masks in kept.items() if m == n]
             rows.append([first, *panels])
         names.append(f"picture{number}.png")
         draw_dropped(

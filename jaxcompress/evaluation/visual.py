@@ -1,14 +1,14 @@
 """What dropping visual tokens costs and saves: answers to questions about held-out drawings, FLOPs, bytes, time.
 
-A way to reduce says what leaves in the tower and what between the layers of the decoder (`Way`). Everything else is the
-same for all: words and patches stand at the positions they have in the whole prompt.
+For every `jaxcompress.vision.Method` the same: words and visual tokens stand at the positions they have in the whole
+prompt, a merged token at that of its first patch.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,47 +21,13 @@ from jaxcompress.attention import Shown, causal_attention
 from jaxcompress.embedded.drawings import Drawing, Question, draw, questions
 from jaxcompress.generation.pictures import process
 from jaxcompress.generation.text import Tokenizer
-from jaxcompress.models.bounded import Block, Stage, init_state
+from jaxcompress.models.bounded import init_state
 from jaxcompress.models.llava import Llava
 from jaxcompress.models.rope import rotate
-from jaxcompress.models.vit import Patches
 from jaxcompress.policies.full import full
-
-
-class Way(NamedTuple):
-    """One way to have fewer visual tokens.
-
-    Attributes:
-      name: for tables.
-      encode: (model, pixels) -> what the decoder gets of each picture: something with `visual` and `place`, as
-        `Visual` has them; None for everything.
-      stages: what leaves between layers of the decoder.
-    """
-
-    name: str
-    encode: Callable[[Llava, Any], Any] | None = None
-    stages: tuple[Stage, ...] = ()
-
-
-class Visual(NamedTuple):
-    """Visual tokens of pictures.
-
-    Attributes:
-      visual: [B, n, E], projected.
-      place: [B, n], the patch in raster order at which each stands; -1 for none (a summary of several).
-    """
-
-    visual: Float[Array, "B n E"]
-    place: Int[Array, "B n"]
-
-
-def visual_of(model: Llava, patches: Patches) -> Visual:
-    """A tower's tokens, special ones left out, at the first patch that went into each."""
-    group = patches.group[:, model.config.tower.special :]
-    n, m = patches.size.shape[1], group.shape[1]
-    mine = group[:, None] == jnp.arange(n)[:, None]
-    first = jnp.where(mine, jnp.arange(m), m).min(-1)
-    return Visual(model.project(patches.hidden), jnp.where(first < m, first, -1).astype(jnp.int32))
+from jaxcompress.vision.choose import take
+from jaxcompress.vision.method import Encoded, Given, Method
+from jaxcompress.vision.reading import encode, place, stages
 
 
 class Exam(NamedTuple):
@@ -118,16 +84,12 @@ def guessing(asked: Exam) -> float:
     return right / len(asked.answers)
 
 
-def encoded(model: Llava, pixels: Any, way: Way) -> Visual:
+def encoded(model: Llava, pixels: Any, method: Method) -> Encoded:
     """What the decoder gets of each picture, in raster order; tokens without a place come last."""
-    if way.encode is None:
-        visual = model.images(pixels)
-        return Visual(visual, jnp.broadcast_to(jnp.arange(visual.shape[1], dtype=jnp.int32), visual.shape[:2]))
-    given = way.encode(model, pixels)
-    patches = model.config.tower.num_patches
-    order = jnp.argsort(jnp.where(given.place < 0, patches, given.place), axis=1, stable=True)
-    take = lambda x: jnp.take_along_axis(x, order, axis=1)
-    return Visual(jnp.take_along_axis(given.visual, order[..., None], axis=1), take(given.place))
+    given = encode(model, pixels[:, None], method)
+    place = jnp.where(given.place < 0, model.config.tower.num_patches - 1, given.place)
+    order = jnp.argsort(place, axis=1, stable=True)
+    return Encoded(*(take(x, order) for x in given._replace(place=place)))
 
 
 class Read(NamedTuple):
@@ -145,13 +107,7 @@ class Read(NamedTuple):
 
 
 def ask(
-    model: Llava,
-    given: Visual,
-    words: Int[Array, "R W"],
-    valid: Bool[Array, "R W"],
-    *,
-    bos: int,
-    stages: tuple[Stage, ...],
+    model: Llava, given: Encoded, words: Int[Array, "R W"], valid: Bool[Array, "R W"], *, bos: int, method: Method
 ) -> Read:
     """Reads each picture's tokens and then each of its questions, R / I in number.
 
@@ -159,16 +115,17 @@ def ask(
     """
     decoder, config = model.decoder, model.config
     (pictures, n), r, total = given.place.shape, words.shape[0], config.tower.num_patches
-    each = lambda x: jnp.repeat(x, r // pictures, axis=0)
-    visual, place = each(given.visual), each(given.place)
-    places = jnp.where(place < 0, total - 1, place)
-    x = jnp.concatenate([decoder.embed(jnp.full((r, 1), bos)), visual, decoder.embed(words)], axis=1)
-    after = jnp.where(valid, 1 + total + jnp.cumsum(valid, axis=1) - 1, -1)
-    positions = jnp.concatenate([jnp.zeros((r, 1), jnp.int32), 1 + places, after.astype(jnp.int32)], axis=1)
-    nth = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (r, n))
-    patch = jnp.concatenate([jnp.full((r, 1), -1), nth, jnp.full(words.shape, -1)], axis=1)
-    block = Block(x.astype(visual.dtype), positions, patch)
-    after_layer, counts = {stage.layer: stage.reduce for stage in stages}, []
+    given = Encoded(*(jnp.repeat(x, r // pictures, axis=0) for x in given))
+    first, image = jnp.full((r, 1), bos), jnp.full((r, n), config.image_token)
+    tokens = jnp.concatenate([first, image, words], axis=1)
+    after = jnp.where(valid, total + jnp.cumsum(valid, axis=1), -1)
+    positions = jnp.concatenate([jnp.zeros((r, 1), jnp.int32), 1 + given.place, after.astype(jnp.int32)], axis=1)
+    block = place(model, tokens, positions, given)
+    rates = jnp.ones((r, tokens.shape[1] - n), bool)
+    if method.rates is not None:
+        rates = method.rates(block, rates.shape[1])
+    rules = stages(Given(rates, given.key, config.decoder.rope), method.cuts(config.decoder, n))
+    after_layer, counts = {stage.layer: stage.reduce for stage in rules}, []
     rope, windows = config.decoder.rope, config.decoder.windows
 
     def attend(q, k, v, positions, layer, index, carry, xs):
@@ -192,7 +149,9 @@ def ask(
     last = block.positions.argmax(-1)[:, None, None]
     logits = decoder.logits(decoder.norm(jnp.take_along_axis(block.hidden, last, axis=1)))[:, 0]
     left = (block.patch[:, None] == jnp.arange(n)[:, None]).any(-1)  # [R, n]
-    kept = jnp.zeros((r, total), bool).at[jnp.arange(r)[:, None], jnp.where(left & (place >= 0), place, total)]
+    kept = jnp.zeros((r, total), bool).at[
+        jnp.arange(r)[:, None], jnp.where(left & (given.size > 0), given.place, total)
+    ]
     return Read(logits, kept.set(True, mode="drop"), jnp.array(counts))
 
 
@@ -200,7 +159,7 @@ class Outcome(NamedTuple):
     """One line of the table.
 
     Attributes:
-      way: its name.
+      method: its name.
       tokens: visual tokens that go into the decoder.
       left: visual tokens in a layer of the decoder, the mean over layers.
       accuracy: share of right answers; `by_kind` of each kind of question.
@@ -210,7 +169,7 @@ class Outcome(NamedTuple):
       kept: [R, N], at which patches there was still a token at the end.
     """
 
-    way: str
+    method: str
     tokens: int
     left: float
     accuracy: float
@@ -222,24 +181,24 @@ class Outcome(NamedTuple):
 
 
 class Examiner:
-    """Measures ways to reduce on one exam. What two ways share is compiled once."""
+    """Measures methods on one exam. What two of them share is compiled once."""
 
     def __init__(self, model: Llava, asked: Exam, *, runs: int = 3):
         self.model, self.asked, self.runs = model, asked, runs
         self._read: dict[Any, Any] = {}
 
-    def __call__(self, way: Way) -> Outcome:
-        """Measures one way.
+    def __call__(self, method: Method) -> Outcome:
+        """Measures one method.
 
         Raises:
           FloatingPointError: logits are not finite.
         """
         asked, model = self.asked, self.model
-        visual = jax.jit(partial(encoded, way=way))(model, asked.pixels)
+        visual = jax.jit(partial(encoded, method=method))(model, asked.pixels)
         given = (model, visual, asked.words, asked.valid)
-        key = visual.place.shape, way.stages
+        key = visual.place.shape, method.cuts(model.config.decoder, visual.place.shape[1]), method.rates
         if key not in self._read:
-            self._read[key] = jax.jit(partial(ask, bos=asked.bos, stages=way.stages)).lower(*given).compile()
+            self._read[key] = jax.jit(partial(ask, bos=asked.bos, method=method)).lower(*given).compile()
         compiled = self._read[key]
         took, done = [], None
         for _ in range(self.runs):
@@ -249,11 +208,11 @@ class Examiner:
         assert done is not None
         logits, counts = np.asarray(done.logits), np.asarray(done.counts)
         if not np.isfinite(logits).all():
-            raise FloatingPointError(f"{way.name}: logits are not finite")
+            raise FloatingPointError(f"{method.name}: logits are not finite")
         right = logits.argmax(-1) == asked.answers
         rows, words = len(asked.answers), 1 + asked.words.shape[1]
         return Outcome(
-            way=way.name,
+            method=method.name,
             tokens=visual.place.shape[1],
             left=float(counts.mean() - words),
             accuracy=float(right.mean()),

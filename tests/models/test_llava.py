@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from jaxcompress.naming import named
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "vision_models"
 NAMES = ("llava", "llava_siglip", "llava_next")
 FULL = named("full")
+SLOW = pytest.mark.slow
 
 
 @cache
@@ -88,7 +90,7 @@ def block(name: str) -> Block:
     return block_of(model, prompt(model, short_prompts(name), seen(name)), seen(name).visual)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["llava", "llava_next", pytest.param("llava_siglip", marks=SLOW)])
 def test_visual_tokens_are_those_of_pytorch(name: str) -> None:
     for row in range(2):
         expected = io(name)[f"visual_{row}"]
@@ -97,8 +99,11 @@ def test_visual_tokens_are_those_of_pytorch(name: str) -> None:
         assert (np.asarray(seen(name).visual[row, len(expected) :]) == 0).all()
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", NAMES)
+FAST = (("llava", "left"), ("llava_next", "right"))
+BATCHES = [case if case in FAST else pytest.param(*case, marks=SLOW) for case in product(NAMES, ("left", "right"))]
+
+
+@pytest.mark.parametrize(("name", "side"), BATCHES)
 def test_logits_of_a_ragged_batch_are_those_of_pytorch(name: str, side: str) -> None:
     given = io(name)
     mask = given[f"{side}_mask"].astype(bool)
@@ -109,7 +114,7 @@ def test_logits_of_a_ragged_batch_are_those_of_pytorch(name: str, side: str) -> 
     np.testing.assert_allclose(logits[mask], alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["llava", *(pytest.param(name, marks=SLOW) for name in NAMES[1:])])
 def test_it_writes_what_pytorch_writes(name: str) -> None:
     """A batch of two prompts of different lengths, through a state that holds everything."""
     model = loaded(name).model
@@ -121,7 +126,9 @@ def test_it_writes_what_pytorch_writes(name: str) -> None:
     np.testing.assert_array_equal(tokens, np.concatenate([io(name)["written_0"], io(name)["written_1"]]))
 
 
-@pytest.mark.parametrize(("policy", "slots"), [("tova", 9), ("window+4", 9), ("snapkv+4", 9), ("h2o", 9)])
+@pytest.mark.parametrize(
+    ("policy", "slots"), [("tova", 9), pytest.param("snapkv+4", 9, marks=SLOW), pytest.param("h2o", 9, marks=SLOW)]
+)
 def test_a_policy_decides_about_patches_like_about_words(policy: str, slots: int) -> None:
     """Reading embeddings at once keeps what reading tokens at once keeps, where a picture's are those of words."""
     from jaxcompress.models.bounded import read as read_tokens
@@ -199,6 +206,7 @@ def test_layers_after_a_stage_see_what_is_left() -> None:
     np.testing.assert_array_equal(held[1].seen, lengths)  # the next token stands after the prompt as it was
 
 
+@SLOW
 def test_where_the_next_token_stands_if_a_stage_numbers_anew() -> None:
     model = loaded("llava").model
     ids, pictures = short_prompts("llava"), seen("llava")
@@ -212,6 +220,7 @@ def test_where_the_next_token_stands_if_a_stage_numbers_anew() -> None:
         np.testing.assert_array_equal(np.asarray(part.positions[0, :, 0]).max(-1), then + 2)
 
 
+@SLOW
 def test_what_a_stage_is_shown() -> None:
     model, tokens = loaded("llava").model, block("llava")
     rows = []
@@ -234,6 +243,7 @@ def test_what_a_stage_is_shown() -> None:
     assert (attention[:, :, 1, :21] > 0).all()
 
 
+@SLOW
 def test_a_batch_is_its_rows() -> None:
     model, tokens = loaded("llava_next").model, block("llava_next")
     how: dict[str, Any] = dict(policy=named("tova"), stages=(Stage(0, keep_half),))
@@ -290,6 +300,7 @@ def test_indices_of_a_batch() -> None:
     np.testing.assert_array_equal(index, [[0, 1, NEWLINE, 8, 11], [14, *[NOTHING] * 4]])
 
 
+@SLOW
 def test_pictures_of_a_row_and_rows_without_one() -> None:
     model, given = loaded("llava").model, io("llava")
     pixels = given["pixels"][:, 0].astype(np.float32)

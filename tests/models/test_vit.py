@@ -85,6 +85,7 @@ def test_the_whole_is_its_pieces(loaded: LoadedTower) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_rows(tower: VisionTower, pixels: jax.Array) -> None:
     whole = jax.jit(lambda model, pixels: model.logits(model(pixels)))
     both = whole(tower, pixels)
@@ -141,6 +142,7 @@ def test_a_token_of_size_0_is_not_there(tower: VisionTower, pixels: jax.Array) -
     assert (rows(shown)[..., 1] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_token_of_size_3_is_attended_to_like_three(tower: VisionTower, pixels: jax.Array) -> None:
     start = embed(tower, pixels)
     thrice = start.take(jnp.arange(17)[None].repeat(2, 0))
@@ -152,6 +154,7 @@ def test_a_token_of_size_3_is_attended_to_like_three(tower: VisionTower, pixels:
     assert jnp.abs(run(tower, once)[0].hidden - one.hidden).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_pooling_leaves_out_what_is_not_there() -> None:
     for pooling in ("attention", "mean"):
         config = TowerConfig(8, 12, 1, 2, 12, 4, special=0, pooling=pooling)
@@ -163,6 +166,7 @@ def test_pooling_leaves_out_what_is_not_there() -> None:
         np.testing.assert_allclose(masked, out_of(model, start.take(index)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_image_that_patches_do_not_fill(pixels: jax.Array) -> None:
     """The strip at the end that is narrower than a patch is not seen, as with a convolution."""
     model = make(TowerConfig(8, 12, 1, 2, 30, 7))
@@ -172,6 +176,7 @@ def test_an_image_that_patches_do_not_fill(pixels: jax.Array) -> None:
     assert model.config.num_patches == 16
 
 
+@pytest.mark.slow
 def test_bfloat16(pixels: jax.Array) -> None:
     model = load_tower(FIXTURES / "vit", dtype="bfloat16").model
     patches = run(model, embed(model, pixels))[0]

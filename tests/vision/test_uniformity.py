@@ -29,13 +29,18 @@ def kept(*places: tuple[int, int]) -> jax.Array:
     return jnp.asarray(out.reshape(1, -1))
 
 
+in_windows = jax.jit(lambda mask: spatial_evenness(mask, GRID, windows=2))
+towards_end = jax.jit(end_bias)
+distance_of = jax.jit(lambda mask: gap(mask, GRID))
+
+
 @hypothesis.given(hnp.arrays(np.bool_, (2, 48)))
 def test_bounds(mask: np.ndarray) -> None:
-    even = np.asarray(spatial_evenness(jnp.asarray(mask), GRID, windows=2))
+    even = np.asarray(in_windows(jnp.asarray(mask)))
     assert ((even >= -1e-6) & (even <= 1 + 1e-6)).all()
-    bias = np.asarray(end_bias(jnp.asarray(mask)))
+    bias = np.asarray(towards_end(jnp.asarray(mask)))
     assert ((bias >= -1 - 1e-6) & (bias <= 1 + 1e-6)).all()
-    for row, distance in zip(mask, np.asarray(gap(jnp.asarray(mask), GRID)), strict=True):
+    for row, distance in zip(mask, np.asarray(distance_of(jnp.asarray(mask))), strict=True):
         assert np.isinf(distance) if not row.any() else distance <= np.hypot(5, 7)
         assert (distance == 0) == row.all()
 
