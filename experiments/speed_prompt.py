@@ -91,7 +91,7 @@ def compare(folder: Path, theirs: Any, prompts: list[str], args: Arguments) -> N
 
 
 def _package(folder: Path) -> Any:
-    tiktoken = importlib.import_module("tiktoken")
+    tiktoken: Any = importlib.import_module("tiktoken")
     tiktoken.encoding_for_model = lambda name: SimpleNamespace(encode=_TOKENS.findall)
     package = importlib.import_module("llmlingua").PromptCompressor
     return package(str(folder), device_map="cpu", use_llmlingua2=True)
