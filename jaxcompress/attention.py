@@ -143,7 +143,8 @@ def whole_attention(q: Queries, k: Keys, v: Values, bias: Float[Array, "B T"]) -
     """Every query attends to every key, wherever it stands: the attention of encoders, whose rows are short.
 
     All T x T probabilities are in memory at once. On a CPU rows are taken one by one, so that they stay in its cache (4
-    times faster at 8 rows of 512). In a row that nobody sees anything of, what is returned has no meaning but is finite.
+    times faster at 8 rows of 512). In a row of which nobody sees anything, what is returned has no meaning but is
+    finite.
 
     Args:
       bias: added to the scores of each key; `MASKED` for one that nobody sees.
