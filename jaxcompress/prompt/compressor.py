@@ -236,7 +236,7 @@ class Compressor:
         present = self._present(scored, filter)
         marked = [protect.forced(one.source, one.spans, force, digits) for one in scored]
         breaks = tuple(string for string in force if string.isspace())
-        return _Job(self, scored, present, marked, breaks, drop_consecutive, scope).run(rates, tokens)
+        return _Job(self, scored, present, marked, breaks, drop_consecutive, scope, {}).run(rates, tokens)
 
     def score(self, texts: Sequence[str], word: str = "mean") -> list[Scored]:
         """Words with probabilities and costs, of every text; see `compress`."""
@@ -301,6 +301,7 @@ class _Job(NamedTuple):
     breaks: tuple[str, ...]
     drop: bool
     scope: Scope
+    memo: dict[Any, Any]  # what a correction of the budget leaves as it was is not computed again
 
     def run(self, rates: list[Rate] | None, tokens: int | None) -> Compressed:
         before = [one.tokens for one in self.scored]
@@ -353,8 +354,7 @@ class _Job(NamedTuple):
             if budget in tried:
                 break
             masks = self._select(budget, most, least, which)
-            texts = [join(self.scored[n].source, self.scored[n].spans, mask, self.breaks)
-                     for n, mask in zip(which, masks, strict=True)]  # fmt: skip
+            texts = [self._text(n, mask) for n, mask in zip(which, masks, strict=True)]
             after = self._measure(texts)
             tried[budget] = masks, texts, after
             if after == total:
@@ -381,7 +381,7 @@ class _Job(NamedTuple):
             mask[w] = True
             if self.drop and protect.repeats(one.source, one.spans, mask, self.marked[which[i]]).any():
                 continue
-            changed = [*texts[:i], join(one.source, one.spans, mask, self.breaks), *texts[i + 1 :]]
+            changed = [*texts[:i], self._text(which[i], mask), *texts[i + 1 :]]
             if after < (now := self._measure(changed)) <= total:
                 masks, texts, after = [*masks[:i], mask, *masks[i + 1 :]], changed, now
         return masks, texts, after
@@ -389,7 +389,18 @@ class _Job(NamedTuple):
     def _measure(self, texts: list[str]) -> int:
         if self.owner.count is not None:
             return self.owner.count(_joined(texts))
-        return sum(len(e) for e in self.owner.tokenizer.fast.encode_batch(texts, add_special_tokens=False))
+        new = [text for text in dict.fromkeys(texts) if ("tokens", text) not in self.memo]
+        for text, encoding in zip(
+            new, self.owner.tokenizer.fast.encode_batch(new, add_special_tokens=False), strict=True
+        ):
+            self.memo["tokens", text] = len(encoding)
+        return sum(self.memo["tokens", text] for text in texts)
+
+    def _text(self, n: int, mask: np.ndarray) -> str:
+        key = "text", n, mask.tobytes()
+        if key not in self.memo:
+            self.memo[key] = join(self.scored[n].source, self.scored[n].spans, mask, self.breaks)
+        return self.memo[key]
 
     def _select(self, total: int, most: list[int], least: list[int], which: range) -> list[np.ndarray]:
         """Words of some texts with so many tokens in sum."""
@@ -398,10 +409,15 @@ class _Job(NamedTuple):
             kept = self._keep(one, total)
             return np.split(kept, np.cumsum([len(self.scored[n].spans) for n in which])[:-1])
         shares = apportion(total, np.array(most, np.int64), np.array(least, np.int64)).tolist()
-        if self.scope == "document":
-            return [self._keep(self._words([n]), share) for n, share in zip(which, shares, strict=True)]
-        return [self._by_chunk(self._words([n]), share, self.scored[n].chunk)
-                for n, share in zip(which, shares, strict=True)]  # fmt: skip
+        return [self._of_one(n, share) for n, share in zip(which, shares, strict=True)]
+
+    def _of_one(self, n: int, share: int) -> np.ndarray:
+        key = "words", n, share
+        if key not in self.memo:
+            one = self._words([n])
+            by_chunk = self.scope == "chunk"
+            self.memo[key] = self._by_chunk(one, share, self.scored[n].chunk) if by_chunk else self._keep(one, share)
+        return self.memo[key]
 
     def _by_chunk(self, one: _Words, share: int, chunk: np.ndarray) -> np.ndarray:
         kept = np.zeros(len(chunk), bool)

@@ -12,6 +12,8 @@ from jaxcompress.prompt.words import Spans
 
 _BEGINS, _ENDS = regex.compile(r"[\p{L}\p{N}_]"), regex.compile(r"[\p{L}\p{N}_]\p{M}*\Z")
 
+_MARKS = 16  # characters looked back over for a letter with accents
+
 
 def join(text: str, spans: Spans, kept: Bool[np.ndarray, " W"], breaks: Sequence[str] = ()) -> str:
     """The kept words. Neighbours keep what stands between them.
@@ -45,7 +47,9 @@ def _between(text: str, end: int, start: int, breaks: Sequence[str]) -> str:
         return ""
     if any(map(str.isspace, left_out)):
         return " "
-    return " " if begins and _touches(text[end - 1], text[start]) and _ENDS.search(text, 0, end) else ""
+    return (
+        " " if begins and _touches(text[end - 1], text[start]) and _ENDS.search(text, max(end - _MARKS, 0), end) else ""
+    )
 
 
 def _touches(before: str, after: str) -> bool:

@@ -48,7 +48,7 @@ def test_hidden_states_equal_pytorch(name: str, encoder: Encoder) -> None:
 
 def test_a_row_does_not_depend_on_its_company(encoder: Encoder) -> None:
     rng = np.random.default_rng(0)
-    rows = [rng.integers(5, 2000, n).astype(np.int32) for n in (3, 200, 31, 512, 1, 64, 33)]
+    rows = [rng.integers(5, 2000, n).astype(np.int32) for n in (3, 60, 31, 1, 33)]
     together = score(encoder, rows)
     for row, scores in zip(rows, together, strict=True):
         assert scores.shape == row.shape
@@ -72,8 +72,8 @@ def test_shapes_are_few() -> None:
     keep_probability.clear_cache()
     rng = np.random.default_rng(0)
     for _ in range(12):
-        score(encoder, [np.ones(n, np.int32) for n in rng.integers(1, 65, rng.integers(1, 9))])
-    assert keep_probability._cache_size() <= 2 * 4  # lengths up to 32 and 64; 1, 2, 4 or 8 rows
+        score(encoder, [np.ones(n, np.int32) for n in rng.integers(1, 65, rng.integers(1, 5))])
+    assert keep_probability._cache_size() <= 2 * 3  # lengths up to 32 and 64; 1, 2 or 4 rows
     assert all(length <= TOKENS for length in LENGTHS)
 
 
