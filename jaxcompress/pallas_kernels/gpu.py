@@ -107,25 +107,29 @@ def rounded(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def step(*args: Any, **options: Any) -> Any:
+def step(*args: Any, interpret: Any = False) -> Any:
+    """See `Kernels.step`."""
     from jaxcompress.pallas_kernels import gpu_step
 
-    return gpu_step.step(*args, **options)
+    return gpu_step.step(*args, interpret=interpret)
 
 
-def step_evict(*args: Any, **options: Any) -> Any:
+def step_evict(*args: Any, rule: Any, interpret: Any = False) -> Any:
+    """See `Kernels.step_evict`."""
     from jaxcompress.pallas_kernels import gpu_step
 
-    return gpu_step.step_evict(*args, **options)
+    return gpu_step.step_evict(*args, rule=rule, interpret=interpret)
 
 
-def segment(*args: Any, **options: Any) -> Any:
+def segment(*args: Any, rule: Any, interpret: Any = False) -> Any:
+    """See `Kernels.segment`."""
     from jaxcompress.pallas_kernels import gpu_segment
 
-    return gpu_segment.segment(*args, **options)
+    return gpu_segment.segment(*args, rule=rule, interpret=interpret)
 
 
-def block(*args: Any, **options: Any) -> Any:
+def block(*args: Any, interpret: Any = False) -> Any:
+    """See `Kernels.block`."""
     from jaxcompress.pallas_kernels import gpu_block
 
-    return gpu_block.block(*args, **options)
+    return gpu_block.block(*args, interpret=interpret)
