@@ -126,6 +126,19 @@ def _segment_declines(call: Call) -> str | None:
     return None
 
 
+def candidates(op: Op, call: Call) -> list[Sizes]:
+    """Sizes that are worth trying (see `tuning.tune`)."""
+    if op == "segment":
+        return [dict(tokens=n) for n in (8, 16, 32, 64, 128) if n <= call.tokens]
+    slots = sorted({n for n in (128, 256, 512, 1024, 2048, 4096) if n < call.slots} | {call.slots})
+    if op == "block":
+        tokens = [n for n in (16, 32, 64, 128, 256, 512) if n < call.tokens + 16]
+        tried = [dict(tokens=n, keys=m) for n in tokens for m in slots]
+        return [size for size in tried if _block_fits(call, size)]
+    heads = [n for n in range(1, call.kv_heads + 1) if call.kv_heads % n == 0]
+    return [size for n in heads for m in slots if _step_fits(op, call, size := dict(heads=n, slots=m))]
+
+
 def step(*args: Any, interpret: Any = False):
     """See `Kernels.step`."""
     from jaxcompress.pallas_kernels.tpu_step import step

@@ -20,6 +20,8 @@ from jaxcompress.pallas_kernels.contract import Call, Op, device
 
 Sizes = dict[str, int]
 
+_TRIED: dict[str, Sizes] = {}  # while `tune` runs
+
 
 def path() -> Path:
     """Where sizes are kept."""
@@ -34,6 +36,11 @@ def key(op: Op, call: Call) -> str:
 
 def sizes(op: Op, call: Call, default: Sizes, fits: Callable[[Sizes], bool]) -> Sizes:
     """The sizes measured for a call; the default where there are none, or none that fit."""
+    tried = _TRIED.get(key(op, call))
+    if tried is not None:
+        if not fits(tried):
+            raise ValueError(f"{tried} does not fit")
+        return tried
     found = _read().get(key(op, call))
     if not isinstance(found, dict) or found.keys() != default.keys():
         return default
@@ -44,18 +51,22 @@ def tune(op: Op, call: Call, candidates: Sequence[Sizes], run: Callable[[Sizes],
     """Times candidates on the default device and keeps the best, on disk.
 
     Args:
-      run: computes with the sizes given; what it returns is waited for. The first call compiles and is not timed.
+      run: computes; what it returns is waited for. Kernels that are traced in it get the candidate's sizes, which it is
+        also given, so that it can be compiled for each anew. The first call is not timed.
 
     Raises:
       ValueError: no candidate ran.
     """
     medians, errors = [], []
     for candidate in candidates:
+        _TRIED[key(op, call)] = candidate
         try:
             jax.block_until_ready(run(candidate))
         except Exception as error:  # a block that does not fit into memory is found out by compiling
             errors.append(f"{candidate}: {(str(error) or type(error).__name__).splitlines()[0]}")
             continue
+        finally:
+            del _TRIED[key(op, call)]
         seconds = []
         for _ in range(repeats):
             before = time.perf_counter()

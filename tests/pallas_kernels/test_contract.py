@@ -18,7 +18,7 @@ from jaxcompress import policies
 from jaxcompress.attention import decode_backend, slot_step
 from jaxcompress.models.bounded import init_state, read
 from jaxcompress.models.decoder import DecoderConfig
-from jaxcompress.pallas_kernels import contract, measured, tuning
+from jaxcompress.pallas_kernels import contract, measured, tpu, tuning
 from jaxcompress.pallas_kernels.contract import Call, Kernels, On, Rule, choose
 from jaxcompress.policies import Policy
 from jaxcompress.policies.combine import every, protect, sampled
@@ -293,6 +293,32 @@ def test_sizes_are_measured_and_kept() -> None:
         assert tuning.sizes("step", CALL, default, fits) == default  # another device
     with pytest.raises(ValueError, match="no candidate ran for step .*: too large"):
         tuning.tune("step", CALL, [dict(n=7)], run)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_candidates_are_what_kernels_are_traced_with() -> None:
+    seen = []
+
+    def run(size: dict[str, int]) -> None:
+        if size not in seen:  # as in tracing, once for each
+            assert tuning.sizes("step", CALL, dict(n=0), lambda size: size["n"] < 9) == size
+            seen.append(size)
+
+    assert tuning.tune("step", CALL, [dict(n=9), dict(n=2), dict(n=3)], run, repeats=1) in seen
+    assert seen == [dict(n=2), dict(n=3)]
+    assert tuning.sizes("step", CALL, dict(n=0), lambda size: False) == dict(n=0)
+
+
+@pytest.mark.parametrize("op", ["step", "step_evict", "segment", "block"])
+def test_sizes_to_try(op: Any) -> None:
+    """All fit, and there are some wherever the kernel does not decline."""
+    rule = Rule("last") if op in ("step_evict", "segment") else None
+    for slots, kv_heads, dtype in [(16, 2, "float32"), (512, 8, "bfloat16"), (8192, 8, "int8")]:
+        call = Call(8, kv_heads, 4, slots, 128, 1, 64, dtype, "bfloat16", rule)
+        if tpu.declines(op, call) is None:
+            tried = tpu.candidates(op, call)
+            assert tried
+            assert all(size.keys() == tried[0].keys() for size in tried)
 
 
 @pytest.mark.usefixtures("own_cache")
