@@ -39,15 +39,24 @@ def runs_on(platform: str, kind: str) -> bool:
     return platform in ("gpu", "cuda") and any(x.search(kind) for x in (_HOPPER, _BLACKWELL))
 
 
-def step_sizes(call: Call, *, measured: bool = True) -> Sizes:
-    """Of `step`: slots that arrive together (a multiple of 8), how many times so many are under way, and blocks of
-    threads that share the slots of a row and kv head."""
+def step_sizes(op: Op, call: Call, *, measured: bool = True) -> Sizes:
+    """Of `step` and `step_evict`: slots that arrive together (a multiple of 8), how many times so many are under way, and
+    blocks of threads that share the slots of a row and kv head."""
     rows = 32 if call.head_dim * _itemsize(call) <= 256 else 16
     wanted = -(-BLOCKS // (call.batch * call.kv_heads))
     splits = max(1, min(wanted, call.slots // FEWEST))
     stages = min(4 if _itemsize(call) == 1 else 3, -(-call.slots // (rows * splits)))
     default = dict(rows=rows, stages=stages, splits=splits)
-    return tuning.sizes("step", call, default, lambda found: _step_fits(call, found)) if measured else default
+    return tuning.sizes(op, call, default, lambda found: _step_fits(call, found)) if measured else default
+
+
+def candidates(op: Op, call: Call) -> list[Sizes]:
+    """Sizes that are worth trying (see `tuning.tune`); those of a segment and a block are what they are."""
+    if op in ("segment", "block"):
+        return [{}]
+    splits = sorted({1, 2, 4, 8, 16, 32, 64} | {step_sizes(op, call, measured=False)["splits"]})
+    tried = [dict(rows=n, stages=m, splits=k) for n in (16, 32, 64) for m in (2, 3, 4) for k in splits]
+    return [size for size in tried if _step_fits(call, size)]
 
 
 def _step_fits(call: Call, size: Sizes) -> bool:
