@@ -40,8 +40,8 @@ def runs_on(platform: str, kind: str) -> bool:
 
 
 def step_sizes(op: Op, call: Call, *, measured: bool = True) -> Sizes:
-    """Of `step` and `step_evict`: slots that arrive together (a multiple of 8), how many times so many are under way, and
-    blocks of threads that share the slots of a row and kv head."""
+    """Of `step` and `step_evict`: slots that arrive together (a multiple of 8), how many times so many are under way,
+    and blocks of threads that share the slots of a row and kv head."""
     rows = 32 if call.head_dim * _itemsize(call) <= 256 else 16
     wanted = -(-BLOCKS // (call.batch * call.kv_heads))
     splits = max(1, min(wanted, call.slots // FEWEST))
