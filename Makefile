@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint types unit slow aot clean
+.PHONY: demo test lint types unit slow aot aot-gpu clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,12 @@ slow: $(READY)
 aot: $(READY)
 	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/aot $$($(BIN)/python experiments/aot_kernels.py --needs)
 	@PYTHONPATH=$(VENV)/aot $(BIN)/python experiments/aot_kernels.py
+
+# JAX's CUDA plugin compiles for a GPU that is not here from 0.11 on, which takes Python 3.12; 4 GB of compilers.
+aot-gpu:
+	@test -x $(VENV)/gpu/bin/python || python3.12 -m venv $(VENV)/gpu
+	@$(VENV)/gpu/bin/python -m pip install --quiet --editable . "jax[cuda13]>=0.11.2"
+	@$(VENV)/gpu/bin/python experiments/aot_gpu.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

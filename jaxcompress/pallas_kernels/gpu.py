@@ -1,15 +1,135 @@
-"""Kernels for NVIDIA GPUs: none yet."""
+"""Kernels for NVIDIA GPUs, through Pallas' Mosaic GPU. See docs/kernels.md for what was proven of them.
+
+step, step_evict   `gpu_step`      one token: keys and values are read once, a row of each is written
+segment            `gpu_segment`   many tokens, one after the other, with the slots in shared memory all along
+block              `gpu_block`     many queries at once, with the mass that policies fold over
+"""
 
 from __future__ import annotations
 
-from jaxcompress.pallas_kernels.contract import Call, Op
+import re
+from typing import Any
 
-needs = "an NVIDIA GPU of compute capability 9.0 (Hopper) or later"
+import jax.numpy as jnp
+
+from jaxcompress.pallas_kernels import tuning
+from jaxcompress.pallas_kernels.contract import Call, Op, device
+from jaxcompress.pallas_kernels.tuning import Sizes
+from jaxcompress.storage import DTYPES
+
+needs = "an NVIDIA GPU of compute capability 9.0 or later (Hopper, Blackwell)"
+
+GROUP = 8  # queries per kv head whose sums fit into registers
+WIDTHS = (64, 128, 192, 256)  # of a head
+SHARED = 222 * 1024  # bytes of shared memory for a kernel's arrays, of the 227 KiB that a block of threads may have
+
+# Of the kernel for a whole segment: tokens that arrive together, how many such groups are under way, slots that are
+# attended to at once, and what arrays over slots are rounded up to.
+TOKENS, STAGES, PASS, LINE = 8, 2, 16, 128
+
+# Of the kernel for a step: blocks of threads to have work for, four on each multiprocessor of an H100, and slots that
+# are worth a block of their own.
+BLOCKS, FEWEST = 4 * 132, 64
+
+_QUANTISED = ("int8", "float8_e4m3fn")
+_HOPPER, _BLACKWELL = re.compile(r"H100|H200|H800|H20\b"), re.compile(r"B100|B200|B300|GB\d00")
 
 
 def runs_on(platform: str, kind: str) -> bool:
-    return False
+    return platform in ("gpu", "cuda") and any(x.search(kind) for x in (_HOPPER, _BLACKWELL))
+
+
+def step_sizes(call: Call, *, measured: bool = True) -> Sizes:
+    """Of `step`: slots that arrive together (a multiple of 8), how many times so many are under way, and blocks of
+    threads that share the slots of a row and kv head."""
+    rows = 32 if call.head_dim * _itemsize(call) <= 256 else 16
+    wanted = -(-BLOCKS // (call.batch * call.kv_heads))
+    splits = max(1, min(wanted, call.slots // FEWEST))
+    stages = min(4 if _itemsize(call) == 1 else 3, -(-call.slots // (rows * splits)))
+    default = dict(rows=rows, stages=stages, splits=splits)
+    return tuning.sizes("step", call, default, lambda found: _step_fits(call, found)) if measured else default
+
+
+def _step_fits(call: Call, size: Sizes) -> bool:
+    rows, stages, splits = size["rows"], size["stages"], size["splits"]
+    if rows < 8 or rows % 8 or rows > 64 or stages < 1 or not 1 <= splits <= -(-call.slots // rows):
+        return False
+    return 2 * stages * rows * call.head_dim * _itemsize(call) <= SHARED
 
 
 def declines(op: Op, call: Call) -> str | None:
-    return "there is no such kernel"
+    if op == "block":
+        return _block_declines(call)
+    if call.head_dim not in WIDTHS:
+        return f"heads of {call.head_dim} numbers; it takes {', '.join(map(str, WIDTHS))}"
+    if call.dtype == "int4":
+        return f"a state of int4; it takes {', '.join(x for x in DTYPES if x != 'int4')}"
+    if call.group > GROUP:
+        return f"{call.group} query heads share a kv head; it takes up to {GROUP}"
+    return _segment_declines(call) if op == "segment" else None
+
+
+def _block_declines(call: Call) -> str | None:
+    if _BLACKWELL.search(device()[1]):
+        return "it uses Hopper's matrix units (wgmma), which Blackwell does not have"
+    if call.head_dim not in (64, 128):
+        return f"heads of {call.head_dim} numbers; the kernel for blocks takes 64 and 128"
+    if call.query not in ("bfloat16", "float16"):
+        return f"queries in {call.query}; matrix units multiply bfloat16 or float16 exactly"
+    if call.dtype not in (call.query, *_QUANTISED):
+        return f"a state of {call.dtype} and queries in {call.query}; their products take one of these"
+    return None
+
+
+def _segment_declines(call: Call) -> str | None:
+    if call.sets == 1 and call.kv_heads > 1 and call.rule is not None and call.rule.fold != "age":
+        return "heads share a set, and would have to wait for each other at every token"
+    size = segment_bytes(call)
+    if size > SHARED:
+        return f"{call.slots} slots take {size:,} bytes of shared memory per kv head; there are {SHARED:,}"
+    return None
+
+
+def segment_bytes(call: Call) -> int:
+    """Shared memory that a block of threads takes for a segment: its slots, incoming tokens, and scores."""
+    size, scaled = _itemsize(call), call.dtype in _QUANTISED
+    rows, flat = rounded(call.slots, PASS), rounded(call.slots, LINE)
+    state = 2 * rows * call.head_dim * size + 8 * flat * scaled
+    incoming = STAGES * TOKENS * call.head_dim * (call.group * jnp.dtype(call.query).itemsize + 2 * size)
+    return state + incoming + 4 * flat * (call.group + 1)
+
+
+def _itemsize(call: Call) -> int:
+    return 1 if call.dtype in _QUANTISED else jnp.dtype(call.dtype).itemsize
+
+
+def rounded(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def step(*args: Any, interpret: Any = False) -> Any:
+    """See `Kernels.step`."""
+    from jaxcompress.pallas_kernels import gpu_step
+
+    return gpu_step.step(*args, interpret=interpret)
+
+
+def step_evict(*args: Any, rule: Any, interpret: Any = False) -> Any:
+    """See `Kernels.step_evict`."""
+    from jaxcompress.pallas_kernels import gpu_step
+
+    return gpu_step.step_evict(*args, rule=rule, interpret=interpret)
+
+
+def segment(*args: Any, rule: Any, interpret: Any = False) -> Any:
+    """See `Kernels.segment`."""
+    from jaxcompress.pallas_kernels import gpu_segment
+
+    return gpu_segment.segment(*args, rule=rule, interpret=interpret)
+
+
+def block(*args: Any, interpret: Any = False) -> Any:
+    """See `Kernels.block`."""
+    from jaxcompress.pallas_kernels import gpu_block
+
+    return gpu_block.block(*args, interpret=interpret)
