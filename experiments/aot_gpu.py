@@ -306,7 +306,8 @@ def main() -> None:
         row = (
             case.policy, case.dtype, case.slots, case.batch, case.heads // KV_HEADS, case.layers,
             f"{case.tokens}, {case.chunk}", case.backend, f"{found.aliased:.4f}", f"{found.temporary:.4f}",
-            found.copies, found.launches, found.others, found.registers or "", f"{found.moved:.2f}" if once(case) else "",
+            found.copies, found.launches, found.others, found.registers or "",
+            f"{found.moved:.2f}" if once(case) else "",
         )  # fmt: skip
         print("|", " | ".join(map(str, row)), "|", *(f"**{one}**" for one in found.wrong), flush=True)
     if args.json:

@@ -39,15 +39,24 @@ def runs_on(platform: str, kind: str) -> bool:
     return platform in ("gpu", "cuda") and any(x.search(kind) for x in (_HOPPER, _BLACKWELL))
 
 
-def step_sizes(call: Call, *, measured: bool = True) -> Sizes:
-    """Of `step`: slots that arrive together (a multiple of 8), how many times so many are under way, and blocks of
-    threads that share the slots of a row and kv head."""
+def step_sizes(op: Op, call: Call, *, measured: bool = True) -> Sizes:
+    """Of `step` and `step_evict`: slots that arrive together (a multiple of 8), how many times so many are under way,
+    and blocks of threads that share the slots of a row and kv head."""
     rows = 32 if call.head_dim * _itemsize(call) <= 256 else 16
     wanted = -(-BLOCKS // (call.batch * call.kv_heads))
     splits = max(1, min(wanted, call.slots // FEWEST))
     stages = min(4 if _itemsize(call) == 1 else 3, -(-call.slots // (rows * splits)))
     default = dict(rows=rows, stages=stages, splits=splits)
-    return tuning.sizes("step", call, default, lambda found: _step_fits(call, found)) if measured else default
+    return tuning.sizes(op, call, default, lambda found: _step_fits(call, found)) if measured else default
+
+
+def candidates(op: Op, call: Call) -> list[Sizes]:
+    """Sizes that are worth trying (see `tuning.tune`); those of a segment and a block are what they are."""
+    if op in ("segment", "block"):
+        return [{}]
+    splits = sorted({1, 2, 4, 8, 16, 32, 64} | {step_sizes(op, call, measured=False)["splits"]})
+    tried = [dict(rows=n, stages=m, splits=k) for n in (16, 32, 64) for m in (2, 3, 4) for k in splits]
+    return [size for size in tried if _step_fits(call, size)]
 
 
 def _step_fits(call: Call, size: Sizes) -> bool:
@@ -107,25 +116,29 @@ def rounded(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def step(*args: Any, **options: Any) -> Any:
+def step(*args: Any, interpret: Any = False) -> Any:
+    """See `Kernels.step`."""
     from jaxcompress.pallas_kernels import gpu_step
 
-    return gpu_step.step(*args, **options)
+    return gpu_step.step(*args, interpret=interpret)
 
 
-def step_evict(*args: Any, **options: Any) -> Any:
+def step_evict(*args: Any, rule: Any, interpret: Any = False) -> Any:
+    """See `Kernels.step_evict`."""
     from jaxcompress.pallas_kernels import gpu_step
 
-    return gpu_step.step_evict(*args, **options)
+    return gpu_step.step_evict(*args, rule=rule, interpret=interpret)
 
 
-def segment(*args: Any, **options: Any) -> Any:
+def segment(*args: Any, rule: Any, interpret: Any = False) -> Any:
+    """See `Kernels.segment`."""
     from jaxcompress.pallas_kernels import gpu_segment
 
-    return gpu_segment.segment(*args, **options)
+    return gpu_segment.segment(*args, rule=rule, interpret=interpret)
 
 
-def block(*args: Any, **options: Any) -> Any:
+def block(*args: Any, interpret: Any = False) -> Any:
+    """See `Kernels.block`."""
     from jaxcompress.pallas_kernels import gpu_block
 
-    return gpu_block.block(*args, **options)
+    return gpu_block.block(*args, interpret=interpret)

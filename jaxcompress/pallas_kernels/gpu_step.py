@@ -62,7 +62,7 @@ def step(q, new, stored, layer, index, visible, present, *, interpret: Any = Fal
     keys, values = stored
     b, k, g, d = q.shape
     slots, dtype = _codes(keys).shape[3], stored_as(keys)
-    sizes = sizes or step_sizes(Call(b, k, g, slots, d, index.shape[1], 1, dtype, q.dtype.name))
+    sizes = sizes or step_sizes("step", _call(q, keys, index))
     plan = _Plan(dtype, slots, pl.cdiv(slots, sizes["rows"]), **sizes)
     padding = plan.rows * plan.tiles - slots
     bias = jnp.where(visible, 0.0, MASKED)
@@ -109,7 +109,8 @@ def step(q, new, stored, layer, index, visible, present, *, interpret: Any = Fal
 
 def step_evict(q, new, stored, layer, index, held, numbers, present, rule: Rule, *, interpret: Any = False):
     """See `Kernels.step_evict`. The rule is followed outside: blocks of threads do not wait for each other."""
-    out, weights, stored = step(q, new, stored, layer, index, held >= 0, present, interpret=interpret)
+    sizes = step_sizes("step_evict", _call(q, stored[0], index, rule))
+    out, weights, stored = step(q, new, stored, layer, index, held >= 0, present, interpret=interpret, sizes=sizes)
     if numbers is not None:
         mass = weights.mean((1, 2))[:, None] if held.shape[1] == 1 else weights.mean(2)
         numbers = rules.fold(rule, numbers, mass, present[:, None, None])
@@ -205,6 +206,11 @@ def _body(q, key, value, *refs, plan: _Plan, scaled: bool, k_ring, v_ring, arriv
     def _():
         keys[at, slot] = own_key
         values[at, slot] = own_value
+
+
+def _call(q: Array, keys: Stored, index: Array, rule: Rule | None = None) -> Call:
+    b, k, g, d = q.shape
+    return Call(b, k, g, _codes(keys).shape[3], d, index.shape[1], 1, stored_as(keys), q.dtype.name, rule)
 
 
 def _is_stored(x: Any) -> bool:

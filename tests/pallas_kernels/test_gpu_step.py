@@ -196,11 +196,12 @@ def test_sizes_fit_the_device() -> None:
         for slots in (1, 17, 129, 1025, 8193):
             for width, dtype in ((64, "float16"), (128, "int8"), (128, "bfloat16"), (256, "float32")):
                 call = some._replace(batch=batch, slots=slots, head_dim=width, dtype=dtype)
-                size = gpu.step_sizes(call, measured=False)
+                size = gpu.step_sizes("step", call, measured=False)
                 assert gpu._step_fits(call, size)
                 assert 2 * size["stages"] * size["rows"] * width * gpu._itemsize(call) <= 100 * 1024
-    assert gpu.step_sizes(some, measured=False)["splits"] == 16
-    assert gpu.step_sizes(some._replace(batch=256), measured=False)["splits"] == 1
+    assert gpu.step_sizes("step", some, measured=False)["splits"] == 16
+    assert gpu.step_sizes("step", some._replace(batch=256), measured=False)["splits"] == 1
+    assert gpu.step_sizes("step", some, measured=False) in gpu.candidates("step", some)
     assert not gpu._step_fits(some, dict(rows=12, stages=1, splits=1))
     assert not gpu._step_fits(some, dict(rows=32, stages=1, splits=40))
     assert not gpu._step_fits(some, dict(rows=64, stages=9, splits=1))
