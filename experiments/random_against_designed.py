@@ -9,7 +9,6 @@ range.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +53,6 @@ def main(args: Arguments) -> None:
             rows[name].append(examiner(named(name, n)))
         print(n, {name: round(row[-1].accuracy, 3) for name, row in rows.items()}, flush=True)
     draw(rows, whole, spread, guessing(asked), args)
-    table = {
-        name: [{k: v for k, v in one._asdict().items() if k != "kept"} for one in row] for name, row in rows.items()
-    }
-    args.out.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 def draw(
@@ -76,6 +71,8 @@ def draw(
         low, high = zip(*spread, strict=True)
         left.fill_between(args.tokens, low, high, color="0.4", alpha=0.2, linewidth=0)
         left.set(xlabel=f"visual tokens left in the end, of {whole.tokens}", ylabel="right answers", xscale="log")
+        left.set(xticks=args.tokens, xticklabels=list(map(str, args.tokens)))
+        left.minorticks_off()
         right.set(xlabel="MFLOPs of a prompt in the decoder (compiler's count)", xscale="log")
         for axes in (left, right):
             axes.axhline(whole.accuracy, color="k", linestyle="--", linewidth=1, label="every token")
