@@ -127,7 +127,8 @@ def test_it_writes_what_pytorch_writes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "slots"), [("tova", 9), pytest.param("snapkv+4", 9, marks=SLOW), pytest.param("h2o", 9, marks=SLOW)]
+    ("policy", "slots"),
+    [pytest.param("tova", 9, marks=SLOW), pytest.param("snapkv+4", 9, marks=SLOW), pytest.param("h2o", 9, marks=SLOW)],
 )
 def test_a_policy_decides_about_patches_like_about_words(policy: str, slots: int) -> None:
     """Reading embeddings at once keeps what reading tokens at once keeps, where a picture's are those of words."""
@@ -177,6 +178,7 @@ def test_a_stage_that_keeps_everything_changes_nothing() -> None:
         np.testing.assert_allclose(logits[row, : len(expected)], expected, atol=1e-4)
 
 
+@SLOW
 def test_layers_after_a_stage_see_what_is_left() -> None:
     """Against running the layers one after the other with plain attention."""
     from jaxcompress.attention import causal_attention
