@@ -5,7 +5,7 @@
 
 Above, the embedded vision-language model on held-out drawings. Below, the same pictures with their patches in a random
 order, another for each picture: what is in a place has nothing to do with the place any more, so whatever pattern
-remains is the model's own (Kong et al. 2025, section 4 and appendix B). In the decoder the sequence is shuffled, behind
+remains is the model's own (Liu et al. 2025, section 4 and appendix B). In the decoder the sequence is shuffled, behind
 a tower that saw the picture whole; for the tower the picture itself is.
 """
 

@@ -2,7 +2,7 @@
 
     python experiments/random_against_designed.py --out docs/random_against_designed.png
 
-The first claim of the position paper (Kong et al. 2025, section 4): whatever chooses tokens has to beat chance, and an
+The first claim of the position paper (Liu et al. 2025, section 4): whatever chooses tokens has to beat chance, and an
 even spread. The embedded vision-language model, held-out pictures; random is the mean of several seeds, with their
 range.
 """

@@ -1,6 +1,7 @@
 """Baselines that look at nothing: random, every so many-th, even over the picture, averaged over the picture.
 
-Any designed score has to beat these ("Token Reduction Should Go Beyond Efficiency"; Wen et al. 2025).
+Any designed score has to beat these (Liu et al. 2025, "Shifting AI Efficiency From
+Model-Centric to Data-Centric Compression", section 4).
 """
 
 from __future__ import annotations

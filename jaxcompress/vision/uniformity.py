@@ -1,6 +1,6 @@
 """How evenly kept tokens lie over a picture and over the frames of a video, and which places are favoured.
 
-A designed score may look at the same corner of every picture; a random one cannot. The position paper (Kong et al.
+A designed score may look at the same corner of every picture; a random one cannot. The position paper (Liu et al.
 2025, section 4) holds that tokens kept evenly over space and time often serve better than tokens that attention chose,
 and that attention favours the end of the sequence. These are the numbers to see it by.
 """
