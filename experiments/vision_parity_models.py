@@ -151,7 +151,7 @@ def prumerge_case(case: Case) -> None:
     source = next((path for path in sorted(case.folder.glob("adv_[0-9]*.npz")) if _same_picture(case, path)), None)
     stepped, fixed = case.name.startswith("plus"), "fixed" in case.name
     attention = jnp.asarray(case["cls_attn"])
-    given = numbers(source) if source is not None else {}
+    given: dict[str, Any] = numbers(source) if source is not None else {}
     if "q_layer23" in given:
         q, k, x = (jnp.asarray(given[key]) for key in ("q_layer23", "k_layer23", "features_m2"))
         ours = prumerge.single_head_attention(q, k)
@@ -236,7 +236,7 @@ def tome_deit(case: Case) -> None:
     model = deit(Path(assets) / "weights" / "deit_tiny")
     images = numbers(case.folder / "deit_images.npz")
     pixels = images["images_u8"].astype(np.float32) / 255
-    pixels = (pixels - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    pixels = (pixels - np.array([0.485, 0.456, 0.406], np.float32)) / np.array([0.229, 0.224, 0.225], np.float32)
     start = model.embed(jnp.asarray(pixels.transpose(0, 3, 1, 2)))
     if case.name == "deit_images":
         patches, _ = _layers(model, start, 0, model.config.num_layers)
@@ -478,7 +478,8 @@ def _cached(state: State, layer: int, what: str) -> np.ndarray:
     at = int(np.flatnonzero(np.asarray(part.layer) == layer)[0])
     positions = np.asarray(part.positions[at, 0, 0])
     order = np.argsort(positions, kind="stable")[(positions < 0).sum() :]
-    return np.asarray((part.keys if what == "k" else part.values)[at])[:, :, order]
+    held: Any = part.keys if what == "k" else part.values
+    return np.asarray(held[at])[:, :, order]
 
 
 def mustdrop_e2e(case: Case) -> None:

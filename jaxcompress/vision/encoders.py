@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -92,13 +93,22 @@ def in_tower(n: int) -> Encode:
 def tome_counts(patches: int, n: int, layers: int) -> tuple[int, ...]:
     """How many merge in each layer so that n are left: evenly, as far as no layer can merge more than half."""
     check_budget(n, patches, "patches")
-    goes, out, left = patches - n, [], patches
-    for layer in range(layers):
-        r = min(-(-goes // (layers - layer)), left // 2, goes)
+
+    def least(left: int, layers: int) -> int:
+        for _ in range(layers):
+            left -= left // 2
+        return left
+
+    if least(patches, layers) > n:
+        few = least(patches, layers)
+        raise ValueError(f"{layers} layers cannot merge {patches} patches into {n}; keep {few} or more")
+    out, left = [], patches
+    for later in reversed(range(layers)):
+        r = min(-(-(left - n) // (later + 1)), left // 2)
+        while least(left - r, later) > n:  # later layers could not merge the rest
+            r += 1
         out.append(r)
-        goes, left = goes - r, left - r
-    if goes:
-        raise ValueError(f"{layers} layers cannot merge {patches} patches into {n}; keep {left} or more")
+        left -= r
     return tuple(out)
 
 
@@ -134,7 +144,7 @@ def by_chance(seed: int) -> Callable[[Llava, Patches, Shown], Array]:
     return score
 
 
-def at_places(places: Callable[[int, int], Array], n: int) -> Encode:
+def at_places(places: Callable[[int, int], Any], n: int) -> Encode:
     """The patches that a table (grid side, n) names."""
 
     def score(model: Llava, patches: Patches, shown: Shown) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.llava import LlavaConfig
 from jaxcompress.vision import prefills
@@ -19,8 +21,8 @@ def window_of(grid: int) -> int:
     return min(fits, key=lambda w: abs(w - WINDOW)) if fits else 1
 
 
-def merging_windows(n: int, share: float = 0.25):
-    """(config) -> (side, how many merge): a quarter of the windows, but never so many that fewer than n are left."""
+def merging_windows(n: int, share: float = 0.25) -> Callable[[LlavaConfig], tuple[int, int]]:
+    """(config) -> (side, how many merge): a share of the windows, but never so many that fewer than n are left."""
 
     def count(config: LlavaConfig) -> tuple[int, int]:
         window, grid = window_of(config.tower.grid), config.tower.grid
@@ -59,13 +61,14 @@ def decoding() -> Method:
     return Method("mustdrop-decode", whole, writing=output_aware)
 
 
-def mustdrop(n: int, *, compact: bool = False) -> Method:
-    """All three stages, with exact numbers: a quarter of the windows, then n patches, key tokens first.
+def mustdrop(n: int, *, share: float = 0.25, compact: bool = False) -> Method:
+    """All three stages, with exact numbers: a share of the windows merges, then n patches stay, key tokens first.
 
     Args:
+      share: of the windows, as far as no fewer than n tokens are left.
       compact: positions numbered anew at every stage, as in the released code; by default tokens stay where they were.
     """
-    count = merging_windows(n)
+    count = merging_windows(n, share)
 
     def left(config: LlavaConfig) -> int:
         window, many = count(config)
@@ -73,8 +76,8 @@ def mustdrop(n: int, *, compact: bool = False) -> Method:
 
     second = prefilling(n, protect=True, compact=compact)
     # A policy that goes by positions knows no patches where these are numbered anew.
-    extra = {} if compact else dict(writing=output_aware)
-    return Method("mustdrop", windowed(count, keys=True), left, second.cuts, **extra)
+    whole_method = Method("mustdrop", windowed(count, keys=True), left, second.cuts)
+    return whole_method if compact else whole_method._replace(writing=output_aware)
 
 
 def above_thresholds(average: int = 192, *, window: int = WINDOW) -> Method:

@@ -106,13 +106,21 @@ def named(name: str, keep: int | None = None) -> Method:
     return _NAMED[name](keep)._replace(name=name)
 
 
-def named_for_average(name: str, average: float, config: LlavaConfig, crops: int = 1) -> Method:
+def named_for_average(name: str, average: float | int, config: LlavaConfig, crops: int = 1) -> Method:
     """The method that keeps `average` tokens over the decoder's layers, the way papers count.
 
     Raises:
       ValueError: see `named` and `jaxcompress.vision.schedule.for_average`.
     """
-    return for_average(lambda n: named(name, n), average, config, crops)
+    if name != "mustdrop":
+        return for_average(lambda n: named(name, n), average, config, crops)
+    # As few windows merge as leave the decoder's first layers room.
+    for share in (0.25, 0.5, 0.75):
+        try:
+            return for_average(partial(mustdrop.mustdrop, share=share), average, config, crops)
+        except ValueError:
+            continue
+    return for_average(partial(mustdrop.mustdrop, share=1.0), average, config, crops)
 
 
 def _without(name: str, keep: int | None, method: Method) -> Method:

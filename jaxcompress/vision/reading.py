@@ -21,7 +21,7 @@ from jaxcompress.state import State
 from jaxcompress.vision.method import Cut, Encoded, Given, Method
 
 
-def encode(model: Llava, pixels: Float[Array, "B crops C W W"], method: Method) -> Encoded:
+def encode(model: Llava, pixels: Float[Array, "B *crops C W W"], method: Method) -> Encoded:
     """The visual tokens of one picture for each row, its crops one after the other.
 
     Raises:

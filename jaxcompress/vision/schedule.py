@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from jaxcompress.models.llava import LlavaConfig
 from jaxcompress.vision.choose import check_budget
 from jaxcompress.vision.method import Cut, Method, Rule
 
@@ -37,7 +38,7 @@ def cuts_down_to(rule: Rule, layers: Sequence[int], tokens: int, n: int) -> tupl
     return tuple(Cut(layer, keep, rule) for layer, keep in zip(layers, falling(tokens, n, len(layers)), strict=True))
 
 
-def for_average(make: Callable[[int], Method], average: float, config, crops: int = 1) -> Method:
+def for_average(make: Callable[[int], Method], average: float | int, config: LlavaConfig, crops: int = 1) -> Method:
     """The method with the largest final number whose mean over layers is no more than `average`.
 
     Papers that drop in several layers report that mean.
@@ -62,7 +63,7 @@ def for_average(make: Callable[[int], Method], average: float, config, crops: in
     return fits
 
 
-def _try(make: Callable[[int], Method], n: int, config, crops: int) -> Method | None:
+def _try(make: Callable[[int], Method], n: int, config: LlavaConfig, crops: int) -> Method | None:
     try:
         method = make(n)
         method.counts(config, crops)

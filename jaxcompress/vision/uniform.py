@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxcompress.vision.choose import check_budget
 
 
-def random_scores(seed: int, index: Int[Array, "B N"]) -> Float[Array, "B N"]:
+def random_scores(seed: int, index: Int[Array, "*B N"]) -> Float[Array, "*B N"]:
     """One draw for each token that depends on the seed and the token's index only: nested sets for growing budgets."""
     key = jax.random.key(seed)
     draw = lambda i: jax.random.uniform(jax.random.fold_in(key, i))
@@ -55,5 +55,10 @@ def cell_of(rows: int, columns: int, n: int) -> Int[np.ndarray, " patches"]:
 def centres(rows: int, columns: int, n: int) -> Int[np.ndarray, " n"]:
     """The patch in the middle of each of n cells, ascending: even over the picture in both directions."""
     down, across = cells(rows, columns, n)
-    row, column = ((2 * np.arange(m) + 1) * side // (2 * m) for m, side in ((down, rows), (across, columns)))
+
+    def middle(m: int, side: int) -> np.ndarray:
+        first = -(-np.arange(m + 1) * side // m)  # of each cell, as `cell_of` has them
+        return (first[:-1] + first[1:]) // 2
+
+    row, column = middle(down, rows), middle(across, columns)
     return (row[:, None] * columns + column).reshape(-1).astype(np.int32)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcompress.attention import Shown
 from jaxcompress.models.vit import Patches
 from jaxcompress.vision import temporal, tome, uniform, windows
 from jaxcompress.vision.merging import Merging, followed, grouped, merge, merge_in_place, unmerge
@@ -81,7 +82,8 @@ def test_tome_with_nothing_to_merge_is_the_identity() -> None:
     np.testing.assert_array_equal(after, size)
     reduce = tome.tome((0, 0), 1)
     patches = Patches(x, size, jnp.broadcast_to(jnp.arange(N), (B, N)))
-    assert reduce(patches, None, 1) is patches  # type: ignore[arg-type]
+    heads = x[:, :, None]
+    assert reduce(patches, Shown(heads, heads, jnp.zeros((B, N))), 1) is patches
 
 
 def test_special_tokens_stay_alone() -> None:

@@ -182,8 +182,8 @@ def test_budgets_that_papers_report() -> None:
         counts = method.counts(config, crops)
         assert average - 2 < method.average(config, crops) <= average
         assert counts[0] == counts[2] > counts[3] > counts[7] > counts[11] > counts[15] == counts[31]
-    with pytest.raises(ValueError, match="no final number of visual tokens has a mean of 20"):
-        mustdrop_for(config, 20, 1)
+    with pytest.raises(ValueError, match="no final number of visual tokens has a mean of 3"):
+        mustdrop_for(config, 3, 1)
     assert named("sparsevlm", 64).counts(config)[-1] == 64
     assert named("fitprune", 64).counts(config)[-1] == 64
     assert named("fastv", 64).counts(config)[:3] == (576, 576, 64)
@@ -220,7 +220,8 @@ def test_wrong_input() -> None:
         run(model(), pixels(), named("grid", 7))
     with pytest.raises(ValueError, match="2 layers cannot merge 36 patches into 3; keep 9 or more"):
         tome_counts(36, 3, 2)
-    assert tome_counts(36, 9, 2) == (14, 11) or sum(tome_counts(36, 9, 2)) == 27
+    assert tome_counts(36, 9, 2) == (18, 9)
+    assert tome_counts(36, 24, 3) == (4, 4, 4)
 
 
 def test_windows_follow_the_grid() -> None:
