@@ -58,8 +58,9 @@ def diverse(x: Float[Array, "B N E"], relevance: Float[Array, "B N"], n: int) ->
         factors, gain = carry  # factors: [n, B, N], rows of the Cholesky factor so far, zero for those to come
         chosen = gain.argmax(-1)
         before = jnp.einsum("tb,tbn->bn", factors[:, rows, chosen], factors, precision="highest")
-        root = jnp.sqrt(jnp.maximum(gain[rows, chosen], 1e-20))
-        row = (kernel[rows, chosen] - before) / root[:, None]
+        most = gain[rows, chosen][:, None]
+        row = (kernel[rows, chosen] - before) / jnp.sqrt(jnp.maximum(most, 1e-10))
+        row = jnp.where(most > 1e-10, row, 0.0)  # beyond the kernel's rank there is nothing left to gain
         gain = (gain - jnp.square(row)).at[rows, chosen].set(-jnp.inf)
         return (factors.at[i].set(row), gain), chosen
 
