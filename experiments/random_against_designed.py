@@ -73,7 +73,7 @@ def draw(
         left.set(xlabel=f"visual tokens left in the end, of {whole.tokens}", ylabel="right answers", xscale="log")
         left.set(xticks=args.tokens, xticklabels=list(map(str, args.tokens)))
         left.minorticks_off()
-        right.set(xlabel="MFLOPs of a prompt in the decoder (compiler's count)", xscale="log")
+        right.set(xlabel="MFLOPs of a prompt in the decoder (matrix products)", xscale="log")
         for axes in (left, right):
             axes.axhline(whole.accuracy, color="k", linestyle="--", linewidth=1, label="every token")
             axes.axhline(chance, color="0.7", linestyle=":", linewidth=1, label="guessing without looking")

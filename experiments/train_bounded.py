@@ -29,7 +29,6 @@ the full cache of the model that was trained with it on as many tokens.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -49,6 +48,7 @@ import jaxcompress as jc
 from jaxcompress.attention import causal_attention
 from jaxcompress.checkpoints import SavedPolicy, save, save_policy
 from jaxcompress.embedded.corpus import documents, held_out
+from jaxcompress.evaluation.operations import matmul_flops
 from jaxcompress.evaluation.perplexity import perplexity
 from jaxcompress.evaluation.recall import Recall, answers, exam, wording
 from jaxcompress.models.decoder import Decoder
@@ -272,25 +272,6 @@ def text_rows(tokenizer: jc.Tokenizer, folder: Path, args: Arguments) -> np.ndar
     return np.stack(rows[: args.tasks]).astype(np.int32)
 
 
-def operations(objective: Callable[..., Any], model: Decoder, args: Arguments) -> float:
-    """Floating-point operations of the matrix products in one step, loops counted as often as they run."""
-    batch = Batch(jnp.zeros((args.rows, args.context + 1), jnp.int32), jnp.ones((args.rows, args.context)))
-
-    def count(jaxpr: Any) -> float:
-        total = 0.0
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                shape = equation.invars[0].aval.shape
-                total += 2 * math.prod(shape[i] for i in contracted) * math.prod(equation.outvars[0].aval.shape)
-            inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
-            inner = [getattr(x, "jaxpr", x) for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
-            total += equation.params.get("length", 1) * sum(map(count, inner))
-        return total
-
-    return count(jax.make_jaxpr(lambda *a: objective(*a, 0, jax.random.key(0)))(model, batch).jaxpr)
-
-
 def steps_of(method: str, seed: int, model: Decoder, args: Arguments) -> int:
     """As many as told, or what costs as much as `tova`."""
     if method == "full-time":
@@ -299,9 +280,10 @@ def steps_of(method: str, seed: int, model: Decoder, args: Arguments) -> int:
         )
         return round(args.steps * tova / plain)
     if method == "full-flops":
-        each = [operations(objective, model, args) for objective in through_states(named("tova"), args)]
-        extra = operations(with_foresight(causal(), args), model, args) - (plain := operations(causal(), model, args))
-        return round(args.steps * (sum(each) / len(each) + extra) / (plain + extra))
+        batch = Batch(jnp.zeros((args.rows, args.context + 1), jnp.int32), jnp.ones((args.rows, args.context)))
+        count = lambda objective: matmul_flops(lambda *a: objective(*a, 0, jax.random.key(0)), model, batch)
+        each = [count(with_foresight(objective, args)) for objective in through_states(named("tova"), args)]
+        return round(args.steps * sum(each) / len(each) / count(with_foresight(causal(), args)))
     return args.steps
 
 

@@ -201,12 +201,13 @@ def test_kvzip_reads_compresses_and_goes_on() -> None:
     assert (one[0] != other[0]).any()
 
 
-def test_growing_takes_what_there_is_room_for_and_complains_after() -> None:
+def test_growing_takes_what_there_is_room_for_and_no_more() -> None:
     now = kvzip(MODEL, [CONTEXT], GROWING, 6, repeat=ASK, room=3)
-    bursts = continue_(MODEL, now, GROWING, steps=4, burst=2)
-    assert (next(bursts) >= 0).all()
-    with pytest.raises(FloatingPointError, match="by position 26"):
-        list(bursts)
+    with pytest.raises(ValueError, match="10 tokens do not fit into the 9 slots"):
+        next(continue_(MODEL, now, GROWING, steps=4, burst=2))
+    tokens = np.concatenate(list(continue_(MODEL, now, GROWING, steps=3, burst=1)), axis=1)
+    assert tokens.shape == (1, 3)
+    assert (tokens >= 0).all()
 
 
 def test_asking_is_the_authors_words() -> None:

@@ -59,7 +59,7 @@ class VisionDemo:
         say(f"{self.pictures} pictures that the model has never seen, {len(asked.answers)} questions about them,")
         say(f"e.g. “{example.text}” — {example.answer}. Guessing well without looking: {guessing(asked):.0%}.")
         say("Left: visual tokens after the last layer; mean: over the decoder's layers. FLOPs and time of reading one")
-        say("prompt in the decoder, FLOPs as the compiler counts them; KV: bytes of its keys and values.\n")
+        say("prompt in the decoder, FLOPs of its matrix products; KV: bytes of its keys and values.\n")
         say(f"{'method':14}{'left':>6}{'mean':>8}{'accuracy':>10}{'MFLOPs':>9}{'KV KiB':>8}{'ms':>7}")
         examiner, table, kept, last = Examiner(loaded.model, asked), [], {}, patches
         try:

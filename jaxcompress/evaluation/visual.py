@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.attention import Shown, causal_attention
 from jaxcompress.embedded.drawings import Drawing, Question, draw, questions
+from jaxcompress.evaluation.operations import matmul_flops
 from jaxcompress.generation.pictures import process
 from jaxcompress.generation.text import Tokenizer
 from jaxcompress.models.bounded import init_state
@@ -163,7 +164,7 @@ class Outcome(NamedTuple):
       tokens: visual tokens that go into the decoder.
       left: visual tokens in a layer of the decoder, the mean over layers.
       accuracy: share of right answers; `by_kind` of each kind of question.
-      flops: of reading one prompt in the decoder, by the compiler's count.
+      flops: of the matrix products in reading one prompt in the decoder (see `jaxcompress.evaluation.operations`).
       kv_bytes: of one prompt's keys, values and positions, in float32.
       seconds: of reading one prompt in the decoder, the median of several runs over all prompts, divided.
       kept: [R, N], at which patches there was still a token at the end.
@@ -198,8 +199,9 @@ class Examiner:
         given = (model, visual, asked.words, asked.valid)
         key = visual.place.shape, method.cuts(model.config.decoder, visual.place.shape[1]), method.rates
         if key not in self._read:
-            self._read[key] = jax.jit(partial(ask, bos=asked.bos, method=method)).lower(*given).compile()
-        compiled = self._read[key]
+            read = jax.jit(partial(ask, bos=asked.bos, method=method))
+            self._read[key] = read.lower(*given).compile(), matmul_flops(read, *given)
+        compiled, flops = self._read[key]
         took, done = [], None
         for _ in range(self.runs):
             begun = time.perf_counter()
@@ -217,7 +219,7 @@ class Examiner:
             left=float(counts.mean() - words),
             accuracy=float(right.mean()),
             by_kind=_by_kind(asked, right),
-            flops=compiled.cost_analysis()["flops"] / rows,
+            flops=flops / rows,
             kv_bytes=kv_bytes(model, counts),
             seconds=statistics.median(took) / rows,
             kept=np.asarray(done.kept),
