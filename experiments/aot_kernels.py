@@ -50,10 +50,11 @@ class Case(NamedTuple):
     """What is compiled.
 
     Attributes:
-      slots: allocated, the incoming token's included.
+      slots: allocated, the incoming token's included, and those that stay free.
       tokens, chunk: of a read; 1 and 1 are a decoding step.
       spread: over a 2 x 2 mesh, by rows and by kv heads.
       layers: fewer, where the state of all would not fit.
+      spare: slots that stay free, since rows of 8 lie together.
       backend: `jnp` for comparison; nothing is checked then.
     """
 
@@ -65,6 +66,7 @@ class Case(NamedTuple):
     chunk: int = 1
     spread: bool = False
     layers: int = LAYERS
+    spare: int = 0
     backend: Literal["tpu", "jnp"] = "tpu"
 
     @property
@@ -79,6 +81,8 @@ CASES = (
     Case("tova", 512, 8, "float32"), Case("tova", 512, 8, "int8"), Case("tova-kv_head", 512, 8, "float8_e4m3fn"),
     Case("observed_attention", 512, 8, "int8"), Case("tova", 24, 64), Case("tova", 8192, 1),
     Case("tova", 32768, 1, layers=4), Case("tova-kv_head", 32768, 1, "int8", layers=4),
+    Case("tova", 136, 8, spare=7), Case("tova-kv_head", 512, 8, "int8", spare=31),
+    Case("tova", 136, 8, tokens=512, spare=7),
     Case("tova", 512, 8, tokens=512), Case("tova", 512, 8, tokens=512, backend="jnp"),
     Case("h2o-kv_head", 512, 8, tokens=512), Case("window+4", 512, 8, tokens=512),
     Case("tova", 8192, 1, tokens=64, layers=4),
@@ -111,8 +115,10 @@ def compiled_for(topology: str, case: Case) -> Any:
     kind = AbstractDevice(device.device_kind, 1, "tpu")  # type: ignore
     policy = named(case.policy)
     config = DecoderConfig(8, HEADS * WIDTH, 8, case.layers, HEADS, KV_HEADS, WIDTH)
-    capacity = case.slots - 1
-    state = jax.eval_shape(lambda: init_state(config, policy, capacity, batch=case.batch, dtype=case.dtype)[0])
+    around = AbstractMesh((), (), abstract_device=kind)
+    capacity = case.slots - 1 - case.spare
+    with jax.sharding.use_abstract_mesh(around):
+        state = jax.eval_shape(lambda: init_state(config, policy, capacity, batch=case.batch, dtype=case.dtype)[0])
     shape = lambda heads: jax.ShapeDtypeStruct((case.batch, case.tokens, heads, WIDTH), query_dtype(case))
     block = shape(HEADS), shape(KV_HEADS), shape(KV_HEADS), jax.ShapeDtypeStruct((case.batch, case.tokens), jnp.int32)
 
@@ -131,7 +137,6 @@ def compiled_for(topology: str, case: Case) -> Any:
             seen=on(state.seen, "data"), layer=on(state.layer),
         )  # fmt: skip
     else:
-        around = AbstractMesh((), (), abstract_device=kind)
         block, state = jax.tree.map(lambda x: place(x, SingleDeviceSharding(device)), (block, state))
 
     def model(state: KVState, q: Any, k: Any, v: Any, positions: Any) -> Any:

@@ -166,7 +166,8 @@ class _How(NamedTuple):
 
 def _rule(state: KVState, how: _How) -> Rule | None:
     """What a kernel may follow on its own, where all else is as kernels know it."""
-    return how.policy.rule(state.capacity) if how.around.placement == "absolute" else None
+    rule = how.policy.rule(state.capacity) if how.around.placement == "absolute" else None
+    return rule and rule._replace(spare=_spare(state, how))
 
 
 def _no_rule(rule: Rule | None, how: _How) -> str | None:
@@ -343,6 +344,9 @@ def _enter(state: KVState, layer: Any, entries: _Entries, how: _How) -> tuple[KV
     # A free slot has -1, so it comes before all others.
     index = held.argmin(-1, keepdims=True) if m == 1 else jax.lax.top_k(-held, m)[1]
     free = jnp.take_along_axis(held, index, axis=-1) < 0
+    spare = _spare(state, how)
+    if spare and not how.policy.forgets:  # else there is room at every step
+        free &= (held < 0).sum(-1, keepdims=True) >= m + spare
     index = jnp.where(free & (entries.positions >= 0), index, slots)  # [B, P, M]; out of bounds: dropped
     stats = how.policy.init(_candidates(state, layer, how, entries))
 
@@ -411,9 +415,9 @@ def _evict(state: KVState, layer: Any, how: _How, rows: Array | None = None) -> 
         return jax.lax.stop_gradient(score(stats, _candidates(state, layer, how)))
 
     if n == 1:
-        goes = jnp.arange(held.shape[-1]) == worst(ranked(), held)[..., None]
+        goes = jnp.arange(held.shape[-1]) == worst(ranked(), held, _spare(state, how))[..., None]
     else:
-        full = (held >= 0).sum(-1) > held.shape[-1] - _entries_per_token(state, how)
+        full = (held < 0).sum(-1) < _entries_per_token(state, how) + _spare(state, how)
 
         def lowest() -> Array:
             stay = (held >= 0).sum(-1) - jnp.where(full, n, 0)
@@ -439,6 +443,11 @@ def _evict(state: KVState, layer: Any, how: _How, rows: Array | None = None) -> 
             after = merged() if policy.frees == 1 else jax.lax.cond((gone >= 0).any(), merged, lambda: after)
         freed = _by_owner(gone, index, jax.tree.map(lambda x: x[layer], state.owner), how)
     return after, freed
+
+
+def _spare(state: KVState, how: _How) -> int:
+    """Slots that are allocated and stay free (see `init_state`)."""
+    return state.positions.shape[-1] - how.policy.slots(state.capacity, _entries_per_token(state, how))
 
 
 def _entries_per_token(state: KVState, how: _How) -> int:
@@ -573,7 +582,7 @@ def _block(block: _Block, state: KVState, how: _How) -> _Done:
         died = jnp.concatenate([jnp.broadcast_to(oldest[:, None, None], freed_before.shape), died], axis=-1)
         freed = jnp.concatenate([freed_before, freed], axis=-1)
     if not policy.forgets:
-        lost = (kept.sum(-1) > slots)[:, None, :, None, None]
+        lost = (kept.sum(-1) > slots - _spare(state, how))[:, None, :, None, None]
         out = jnp.where(lost, jnp.nan, out)
     return _Done(out, settled, freed, died)
 

@@ -41,14 +41,19 @@ def keep_top(scores: SlotScores, positions: SlotPositions, n: Int[Array, "..."] 
     return (positions >= 0) & (rank(scores, positions) < jnp.asarray(n)[..., None])
 
 
-def worst(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P"]:
-    """The slot of each set to free: a free one if there is any, else lowest score, youngest on a tie.
+def worst(scores: SlotScores, positions: SlotPositions, spare: int = 0) -> Int[Array, "B P"]:
+    """The slot of each set to free: a free one if more than `spare` are, else lowest score, youngest on a tie.
 
-    Two reductions. Freeing what is free changes nothing, so that nobody needs to count the occupied slots.
+    Two reductions. Freeing what is free changes nothing, so that nobody needs to count the occupied slots, but where
+    there are some to spare.
     """
     occupied = positions >= 0
-    candidate = jnp.where(occupied, _comparable(scores), -jnp.inf)
-    youth = jnp.where(occupied, positions, _NEVER)
+    of_free, youth_of_free = -jnp.inf, jnp.asarray(_NEVER)
+    if spare:
+        room = (~occupied).sum(-1, keepdims=True) > spare
+        of_free, youth_of_free = jnp.where(room, -jnp.inf, jnp.inf), jnp.where(room, _NEVER, -1)
+    candidate = jnp.where(occupied, _comparable(scores), of_free)
+    youth = jnp.where(occupied, positions, youth_of_free)
     return jnp.where(candidate == candidate.min(-1, keepdims=True), youth, -1).argmax(-1)
 
 

@@ -44,11 +44,13 @@ class Rule(NamedTuple):
         (H2O); `age`: there are no numbers (Window).
       first: positions below this never go.
       recent: nor do so many of the newest.
+      spare: slots that stay free for good: allocated beyond the capacity (see `together`).
     """
 
     fold: Literal["last", "sum", "age"]
     first: int = 0
     recent: int = 0
+    spare: int = 0
 
 
 class Call(NamedTuple):
@@ -261,6 +263,15 @@ def device() -> tuple[str, str]:
     default = jax.config.jax_default_device  # type: ignore
     found = default if isinstance(default, jax.Device) else jax.devices(default)[0]
     return found.platform, found.device_kind
+
+
+def together(dtype: str) -> int:
+    """Slots that lie together in memory, in a state of a dtype, where this machine's default device has kernels.
+
+    Where slots are a multiple of that, kernels write into the state in place. Elsewhere any number will do: 1.
+    """
+    kernels = load("tpu")
+    return kernels.group_rows(dtype) if kernels.runs_on(*device()) else 1
 
 
 def check_device(name: Name) -> None:

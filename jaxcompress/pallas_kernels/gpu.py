@@ -91,6 +91,8 @@ def _block_declines(call: Call) -> str | None:
 
 
 def _segment_declines(call: Call) -> str | None:
+    if call.rule is not None and call.rule.spare:
+        return f"{call.rule.spare} slots are to stay free, as on a TPU"
     if call.sets == 1 and call.kv_heads > 1 and call.rule is not None and call.rule.fold != "age":
         return "heads share a set, and would have to wait for each other at every token"
     size = segment_bytes(call)

@@ -36,11 +36,17 @@ def scores(
 
 
 def victim(rule: Rule, numbers: Float[Array, "*set S"] | None, held: Int[Array, "*set S"]) -> Int[Array, "*set 1"]:
-    """The slot that goes: a free one if there is any, else lowest score, youngest on a tie (`jaxcompress.select`)."""
+    """The slot that goes: a free one if more than `spare` are, else lowest score, youngest on a tie (as
+    `jaxcompress.select.worst`)."""
     newest = held.max(-1, keepdims=True)
     occupied = held >= 0
-    candidate = jnp.where(occupied, scores(rule, numbers, held, newest), -jnp.inf)
-    youth = jnp.where(occupied, held, _NEVER)
+    of_free, youth_of_free = jnp.float32(-jnp.inf), jnp.int32(_NEVER)
+    if rule.spare:
+        free = jnp.where(occupied, 0.0, 1.0).sum(-1, keepdims=True)
+        room = jnp.broadcast_to(free > rule.spare, held.shape)
+        of_free, youth_of_free = jnp.where(room, -jnp.inf, jnp.inf), jnp.where(room, _NEVER, -1)
+    candidate = jnp.where(occupied, scores(rule, numbers, held, newest), of_free)
+    youth = jnp.where(occupied, held, youth_of_free)
     lowest = jnp.where(candidate == candidate.min(-1, keepdims=True), youth, -1)
     return first(lowest == lowest.max(-1, keepdims=True))
 

@@ -44,7 +44,7 @@ def declines(op: Op, call: Call) -> str | None:
     if op != "block" and call.slots % rows:
         return (
             f"{call.slots} slots of {call.dtype} are not a multiple of the {rows} rows that go together in memory, and "
-            f"the whole state would be copied: choose a capacity of {rows - 1}, {2 * rows - 1}, ..., {rows}n - 1"
+            f"the whole state would be copied: make it with init_state(..., together={rows})"
         )
     if op == "segment":
         return _segment_declines(call)

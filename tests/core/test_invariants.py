@@ -73,6 +73,32 @@ def same_tokens(a: KVState, b: KVState, exactly: bool = True) -> None:
             close(x[0, row, s][one][there], y[0, row, s][two][there])
 
 
+SPARE = [Case("tova"), Case("streaming-before", "chunked"), Case("every-tova"), Case("full"), Case("tova-pool")]
+MORE = [Case("h2o", "one-shot"), Case("every"), Case("window+2", "chunked"), Case("then"), Case("h2o", window=6)]
+SPARE += [pytest.param(case, marks=pytest.mark.slow) for case in MORE]  # type: ignore
+
+
+@pytest.mark.parametrize("case", SPARE, ids=name_of)
+def test_slots_that_stay_free(case: Case) -> None:
+    """Slots allocated in multiples, as on a TPU: the same tokens stay."""
+    rows = data(3)._replace(valid=np.array([[True] * T, [False, True] * (T // 2) + [True] * (T % 2), [False] * T]))
+    config = DecoderConfig(8, 8, 8, 1, H, case.kv_heads, D)
+    wide = init_state(config, RULES[case.policy][0], case.bound, batch=B, together=32)[0]
+    assert wide.positions.shape[-1] % 32 == 0
+    many, exact = run(case, rows, wide), run(case, rows)
+    np.testing.assert_array_equal(deaths(many), deaths(exact))
+    np.testing.assert_allclose(many.out, exact.out, 1e-5, 1e-5)
+    assert (many.states.positions >= 0).sum(-1).max() == (exact.states.positions >= 0).sum(-1).max()
+
+
+def test_slots_that_stay_free_are_no_room_for_more() -> None:
+    """A full cache that was told 8 does not take 9, though more slots were allocated."""
+    wide = init_state(DecoderConfig(8, 8, 8, 1, H, K, D), policies.full(), C, batch=B, together=32)[0]
+    out = run(Case("full", window=None), data(3), wide).out
+    assert np.isfinite(out[:, :C]).all()
+    assert np.isnan(out[:, C:]).all()
+
+
 @every
 @few
 @given(rows=ragged())

@@ -40,10 +40,12 @@ def tokens(t: int, seed: int = 0, padded: bool = True) -> tuple[Any, ...]:
 
 def fresh(policy: Policy, dtype: str = "float32", capacity: int = C) -> KVState:
     config = DecoderConfig(7, 16, 16, 2, K * G, K, D)
-    return init_state(config, policy, capacity, batch=B, dtype=dtype)[0]
+    return init_state(config, policy, capacity, batch=B, dtype=dtype, together=8)[0]
 
 
-def streamed(policy: Policy, backend: str, window: int | None = None, dtype: str = "float32", t: int = 26) -> Any:
+def streamed(
+    policy: Policy, backend: str, window: int | None = None, dtype: str = "float32", t: int = 26, capacity: int = C
+) -> Any:
     """Two reads, so that the second starts from a state that is full."""
 
     def run(state: KVState, first: Any, second: Any) -> Any:
@@ -54,7 +56,7 @@ def streamed(policy: Policy, backend: str, window: int | None = None, dtype: str
         two = advance(*second[:3], later, middle, 1, policy, **how)
         return one, two
 
-    return compiled(run)(fresh(policy, dtype), tokens(t), tokens(t, seed=1))
+    return compiled(run)(fresh(policy, dtype, capacity), tokens(t), tokens(t, seed=1))
 
 
 def same(got: Any, want: Any, tolerance: float = 1e-5) -> None:
@@ -82,15 +84,23 @@ def test_a_segment_in_one_launch(name: str) -> None:
     assert (np.asarray(got[1].freed) >= 0).any()
 
 
-@pytest.mark.parametrize("name", some(["tova", "h2o"], "tova"))
-def test_decoding(name: str) -> None:
+@pytest.mark.parametrize("name", some(["tova", "window+2"], "tova"))
+def test_slots_that_stay_free(name: str) -> None:
+    """A capacity for which more slots are allocated, since rows of 8 lie together."""
+    got = streamed(POLICIES[name], "tpu-interpret", capacity=12)
+    same(got, streamed(POLICIES[name], "jnp", capacity=12))
+    assert (np.asarray(got[1].state.positions) >= 0).sum(-1).max() == 12
+
+
+@pytest.mark.parametrize(("name", "capacity"), some([("tova", C), ("h2o", C), ("tova", 12)], ("tova", 12)))
+def test_decoding(name: str, capacity: int) -> None:
     """Step by step, with the eviction in the kernel."""
     policy = POLICIES[name]
     step = {
         backend: compiled(partial(advance, layer=1, policy=policy, rotate=ROPE, backend=backend))
         for backend in ("jnp", "tpu-interpret")
     }
-    states = dict.fromkeys(step, fresh(policy))
+    states = dict.fromkeys(step, fresh(policy, capacity=capacity))
     q, k, v, positions = tokens(16)
     for i in range(16):
         here = slice(i, i + 1)

@@ -162,7 +162,7 @@ def test_what_is_declined() -> None:
         (dict(dtype="int4"), "int4"),
         (dict(dtype="float16"), "float16"),
         (dict(query="float16"), "queries are float16"),
-        (dict(slots=513), "choose a capacity of 7, 15, ..., 8n - 1"),
+        (dict(slots=513), "init_state(..., together=8)"),
         (dict(dtype="int8", slots=513), "multiple of the 32 rows"),
         (dict(slots=2**20), "do not fit into VMEM"),
     ]:
