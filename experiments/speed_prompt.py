@@ -48,6 +48,8 @@ class Arguments:
     rate: float = 0.5
     width: int | None = None
     layers: int = 6
+    dtype: str | None = None
+    """Of weights and products here, `bfloat16` for instance; the package's stay float32."""
 
 
 def main(args: Arguments) -> None:
@@ -63,7 +65,7 @@ def main(args: Arguments) -> None:
 
 def compare(folder: Path, theirs: Any, prompts: list[str], args: Arguments) -> None:
     """The package, its algorithm here, and the default here, in turn over the same prompts."""
-    compressor = Compressor.load(folder)
+    compressor = Compressor.load(folder, dtype=args.dtype)
     ours = OfficialCompressor(compressor.encoder, compressor.tokenizer, _count)
     runs: dict[str, Callable[[], Any]] = {
         "package": lambda: theirs.compress_prompt_llmlingua2(prompts, rate=args.rate),

@@ -9,9 +9,10 @@ into them, as in `train_embedded.py`; nothing held out is read).
   full             trained with the full cache
   a policy         trained through a state of 1/8, 1/16 and 1/4 of the context, in turn
   retention        a retention head of the layers of the untrained model; the model is left alone
-  retention+model  a third of the steps for that, the rest for the model through a state with this policy
+  distilled-retention  model and retention head together: the model through a state from which the head, as it is by
+                   then, decides what goes, and the head from watching the model
   dms              model and DMS head together, the share of tokens kept going down to 1/8
-  distilled-...    as a policy, with the untrained model and its full cache as teacher beside the language loss
+  distilled-...    with the untrained model and its full cache as teacher beside the language loss
   full-time        with the full cache for as many seconds as `tova` took
   full-flops       with the full cache for as many floating-point operations as `tova` took
 
@@ -54,7 +55,7 @@ from jaxcompress.evaluation.recall import Recall, answers, exam, wording
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
 from jaxcompress.naming import named
-from jaxcompress.policies import full
+from jaxcompress.policies import full, retention
 from jaxcompress.training.data import Batch
 from jaxcompress.training.foresight import foresight_loss
 from jaxcompress.training.forgetting import init_retention, retention_loss
@@ -69,8 +70,8 @@ class Arguments:
     """Trains and measures; a run that was stopped goes on with what is missing."""
 
     methods: tuple[str, ...] = (
-        "untrained", "full", "tova", "retention+model", "retention", "window+4", "h2o-layer", "dms", "distilled-tova",
-        "full-time", "full-flops",
+        "untrained", "full", "tova", "distilled-tova", "window+4", "h2o-layer", "retention", "distilled-retention",
+        "dms", "full-time", "full-flops",
     )  # fmt: skip
     context: int = 1024
     fractions: tuple[int, ...] = (4, 8, 16)
@@ -169,6 +170,27 @@ def watching(model: Decoder) -> Objectives:
     return [objective]
 
 
+def with_retention(teacher: Decoder, args: Arguments) -> Objectives:
+    """Of a model and a retention head, for each size of the state in turn."""
+
+    def at(fraction: int) -> Callable[..., Any]:
+        how: dict[str, Any] = dict(segment=args.segment, reach=args.reach, teacher=teacher, language=0.5)
+
+        def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[dict[str, Any], Any]:
+            model, head = params
+            policy = retention(jax.lax.stop_gradient(head), "layer")
+            through = with_foresight(distilled(policy, args.context // fraction, **how), args)
+            metrics, slope = through(model, batch, step, key)
+            watched = batch.tokens[: args.watched, :-1]
+            apart, change = jax.value_and_grad(lambda head: retention_loss(model, head, watched, scope="layer"))(head)
+            return metrics | {"retention": apart}, (slope, change)
+
+        return objective
+
+    by_size = {fraction: at(fraction) for fraction in args.turns}
+    return [by_size[fraction] for fraction in args.turns]
+
+
 class Trained(NamedTuple):
     """What training gave.
 
@@ -192,15 +214,14 @@ def train(model: Decoder, method: str, batches: Batches, args: Arguments, *, ste
     if method.startswith("full"):
         model, seconds = run(model, also([causal()]), steps)
         return Trained(model, None, seconds)
-    if method.startswith("retention"):
-        watched = steps // 3 if method == "retention+model" else steps
+    if method.endswith("retention"):
         head = init_retention(model.config, jax.random.key(0))
-        head, seconds = run(head, watching(model), watched, adam=True)
-        saved = SavedPolicy("retention", {"scope": "layer"}, head._asdict())
-        if watched < steps:
-            model, more = run(model, also(through_states(saved.make(), args)), steps - watched, start=watched)
-            seconds += more
-        return Trained(model, saved, seconds)
+        if method == "retention":
+            head, seconds = run(head, watching(model), steps, how=heads)
+        else:
+            both = lambda peak: optax.partition({"model": models(peak), "head": heads(peak)}, ("model", "head"))
+            (model, head), seconds = run((model, head), with_retention(model, args), steps, how=both)
+        return Trained(model, SavedPolicy("retention", {"scope": "layer"}, head._asdict()), seconds)
     if method == "dms":
         learned = learning("dms", model, jax.random.key(0), steps=steps, ratio=8.0)
         params, seconds = run(learned.params, [learned.objective], steps)
@@ -212,6 +233,15 @@ def train(model: Decoder, method: str, batches: Batches, args: Arguments, *, ste
     return Trained(model, SavedPolicy(name, {}, {}), seconds)
 
 
+def models(peak: Callable[[float], optax.Schedule]) -> optax.GradientTransformation:
+    return muon_for_decoder(peak(1))
+
+
+def heads(peak: Callable[[float], optax.Schedule]) -> optax.GradientTransformation:
+    """Networks that learn to forget start from nothing."""
+    return optax.adam(peak(3))
+
+
 def optimise(
     batches: Batches,
     args: Arguments,
@@ -219,18 +249,16 @@ def optimise(
     objectives: Objectives,
     steps: int,
     *,
-    start: int = 0,
-    adam: bool = False,
+    how: Callable[[Callable[[float], optax.Schedule]], optax.GradientTransformation] = models,
 ) -> tuple[Any, float]:
-    """`steps` steps on the rows from step `start` on; the objectives take turns."""
-    schedule = warmup_stable_decay(3 * args.peak if adam else args.peak, steps, warmup=max(steps // 10, 1), decay=0.5)
-    optimizer = optax.adam(schedule) if adam else muon_for_decoder(schedule)
+    """`steps` steps; the objectives take turns."""
+    optimizer = how(lambda times: warmup_stable_decay(times * args.peak, steps, warmup=max(steps // 10, 1), decay=0.5))
     state, times = init_train_state(params, optimizer), []
     made = {objective: make_step(objective, optimizer) for objective in objectives}
     turns = [made[objective] for objective in objectives]
     stage = Stage(args.steps, args.rows, args.context, args.text)
     for number in range(steps):
-        tokens, weights = batches(start + number, stage)
+        tokens, weights = batches(number, stage)
         batch = Batch(jnp.asarray(tokens, jnp.int32), jnp.asarray(weights, jnp.float32))
         begun = time.perf_counter()
         state, metrics = turns[number % len(turns)](state, batch)
@@ -335,7 +363,7 @@ def table(args: Arguments) -> None:
     mean = lambda rows, what: float(np.mean([row[what] for row in rows]))
     spread = lambda rows, what: float(np.ptp([row[what] for row in rows]))
     best = mean(found["full", "full", args.context], "nats") if ("full", "full", args.context) in found else None
-    print(f"\n{'method':18}{'policy':12}{'slots':>6}{'seeds':>6}{'nats':>16}{'recall':>14}{'closed':>8}{'text':>8}")
+    print(f"\n{'method':20}{'policy':12}{'slots':>6}{'seeds':>6}{'nats':>16}{'recall':>14}{'closed':>8}{'text':>8}")
     for (method, policy, slots), rows in found.items():
         nats, recall = mean(rows, "nats"), mean(rows, "recall")
         before = found.get(("untrained", policy if policy in UNLEARNED else "tova", slots))
@@ -345,7 +373,7 @@ def table(args: Arguments) -> None:
             closed = f"{(was - nats) / (was - best):.0%}"
         text = f"{mean(rows, 'text'):.3f}" if "text" in rows[0] else ""
         print(
-            f"{method:18}{policy:12}{slots:6}{len(rows):6}{nats:10.3f} ±{spread(rows, 'nats') / 2:.3f}"
+            f"{method:20}{policy:12}{slots:6}{len(rows):6}{nats:10.3f} ±{spread(rows, 'nats') / 2:.3f}"
             f"{recall:8.0%} ±{spread(rows, 'recall') / 2:4.0%}{closed:>8}{text:>8}"
         )
 

@@ -139,19 +139,31 @@ def lifetime_attention(
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, n * block, kv, g, d)[:, :t]
 
 
+CACHED = 6 * 2**20
+"""Bytes of probabilities that a CPU computes at once: 2 to 4 times faster than all of 8 rows of 512, whose memory has
+to be had from the system each time, and up to 1.8 times faster than row by row where rows are short."""
+
+
 def whole_attention(q: Queries, k: Keys, v: Values, bias: Float[Array, "B T"]) -> AttentionOut:
     """Every query attends to every key, wherever it stands: the attention of encoders, whose rows are short.
 
-    All T x T probabilities are in memory at once. On a CPU rows are taken one by one, so that they stay in its cache (4
-    times faster at 8 rows of 512). In a row of which nobody sees anything, what is returned has no meaning but is
-    finite.
+    All T x T probabilities are in memory at once; on a CPU those of a few rows, so that they stay in its cache
+    (`CACHED`). In a row of which nobody sees anything, what is returned has no meaning but is finite.
 
     Args:
       bias: added to the scores of each key; `MASKED` for one that nobody sees.
     """
-    one = lambda row: _whole(*(x[None] for x in row))[0]
-    rows = lambda *batch: jax.lax.map(one, batch)
-    return jax.lax.platform_dependent(q, k, v, bias, cpu=rows, default=_whole)
+    b, t, h, _ = q.shape
+    most = max(1, CACHED // (4 * h * t * t))
+    n = max(n for n in range(1, b + 1) if b % n == 0 and n <= most)
+
+    def some(*batch: Array) -> Array:
+        if n == b:
+            return _whole(*batch)
+        cut = lambda x: x.reshape(b // n, n, *x.shape[1:])
+        return jax.lax.map(lambda rows: _whole(*rows), tuple(map(cut, batch))).reshape(q.shape)
+
+    return jax.lax.platform_dependent(q, k, v, bias, cpu=some, default=_whole)
 
 
 def _whole(q: Queries, k: Keys, v: Values, bias: Float[Array, "B T"]) -> AttentionOut:

@@ -7,28 +7,17 @@ gap is closed among the words around the threshold, by dynamic programming over 
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxcompress.select import rank
-
 CORE = 64  # words around the threshold among which the gap is closed; doubled until it can be
-_rank = jax.jit(rank)
 
 
 def best_first(scores: Float[np.ndarray, " W"]) -> Int[np.ndarray, " W"]:
-    """Words from the highest score to the lowest, the earlier first on a tie (`select.rank`)."""
-    words = len(scores)
-    size = max(64, 1 << max(words - 1, 0).bit_length())  # few compiled shapes
-    padded = np.zeros((1, 1, size), np.float32)
-    padded[0, 0, :words] = scores
-    positions = np.where(np.arange(size) < words, np.arange(size), -1).astype(np.int32)[None, None]
-    ranks = np.asarray(_rank(jnp.asarray(padded), jnp.asarray(positions)))[0, 0, :words]
-    order = np.empty(words, np.int64)
-    order[ranks] = np.arange(words)
-    return order
+    """Words from the highest score to the lowest, the earlier first on a tie: the order of `select.rank`, on the host
+    where texts are, since a call of a device takes longer than the sort."""
+    scores = scores.astype(np.float32)
+    return np.argsort(-np.where(np.isnan(scores), -np.inf, scores), kind="stable")
 
 
 def choose(scores: Float[np.ndarray, " W"], costs: Int[np.ndarray, " W"], n: int) -> Bool[np.ndarray, " W"]:

@@ -391,7 +391,7 @@ class _Job(NamedTuple):
             return self.owner.count(_joined(texts))
         new = [text for text in dict.fromkeys(texts) if ("tokens", text) not in self.memo]
         for text, encoding in zip(
-            new, self.owner.tokenizer.fast.encode_batch(new, add_special_tokens=False), strict=True
+            new, self.owner.tokenizer.fast.encode_batch_fast(new, add_special_tokens=False), strict=True
         ):
             self.memo["tokens", text] = len(encoding)
         return sum(self.memo["tokens", text] for text in texts)

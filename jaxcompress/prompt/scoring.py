@@ -65,7 +65,15 @@ def _batches(lengths: np.ndarray, longest: int) -> Iterator[tuple[np.ndarray, in
     padded = shapes[np.searchsorted(shapes, lengths[order])]
     for length in np.unique(padded).tolist():
         rows = order[padded == length]
-        most = max(1, TOKENS // length)
-        most = 1 << (most.bit_length() - 1)
-        for start in range(0, len(rows), most):
-            yield rows[start : start + most], length
+        most = _power_of_two(max(1, TOKENS // length))
+        while len(rows):
+            size = min(most, len(rows))
+            if size < most and size % 8 != 7:  # 5 rows are 4 and 1, rather than 8 of which 3 are padding
+                size = _power_of_two(size)
+            yield rows[:size], length
+            rows = rows[size:]
+
+
+def _power_of_two(n: int) -> int:
+    """The largest that is not above n."""
+    return 1 << (n.bit_length() - 1)

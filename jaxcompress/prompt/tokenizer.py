@@ -64,7 +64,7 @@ class EncoderTokenizer:
 
     def count(self, text: str) -> int:
         """How many subwords a text has."""
-        return len(self.fast.encode(text, add_special_tokens=False))
+        return len(self.fast.encode_batch_fast([text], add_special_tokens=False)[0])
 
     def _plain(self, ids: Sequence[int]) -> Int[np.ndarray, " T"]:
         """SentencePiece has the names of special tokens among its pieces: written out in a text, they are unknown."""

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import regex
@@ -15,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcompress.prompt import Compressed, Compressor, Contexts
-from jaxcompress.prompt.budget import apportion, choose
+from jaxcompress.prompt.budget import apportion, best_first, choose
 from jaxcompress.prompt.chunks import chunks
 from jaxcompress.prompt.joining import join
 from jaxcompress.prompt.words import segment
+from jaxcompress.select import rank
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
@@ -227,6 +229,13 @@ def test_any_text(bert: Compressor, text: str, n: int) -> None:
     assert result.tokens_after <= n
     assert bert.tokenizer.count(result.text) == result.tokens_after
     is_made_of(result)
+
+
+@given(st.lists(st.sampled_from([0.0, -0.0, 0.25, 0.5, np.inf, -np.inf, np.nan]), min_size=1, max_size=20))
+def test_words_are_ranked_as_everything_else(scores: list[float]) -> None:
+    """`jaxcompress.select` has the rule; here it is followed on the host."""
+    ranks = rank(jnp.array([[scores]], jnp.float32), jnp.arange(len(scores))[None, None])[0, 0]
+    assert np.argsort(np.asarray(ranks)).tolist() == best_first(np.array(scores)).tolist()
 
 
 @given(st.lists(st.tuples(st.floats(0, 1, width=32), st.integers(1, 5)), min_size=1, max_size=12), st.integers(0, 40))
