@@ -46,6 +46,8 @@ class Arguments:
     width: int = 256
     """Of the model: 6 layers of random weights."""
     repeats: int = 3
+    beside: bool = True
+    """Also `jax.nn.dot_product_attention`, which holds all probabilities at once."""
     memory: bool = True
     out: Path | None = None
     """Also write the results here (JSON)."""
@@ -92,9 +94,11 @@ def measure_time(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
                 for form, function in FORMS.items()
                 for reach in (1, None)
             }
-            plain = dict(full=partial(full, model, tokens), dot_product_attention=partial(full, model, tokens, False))
+            plain = dict(full=partial(full, model, tokens))
+            if args.beside:
+                plain["dot_product_attention"] = partial(full, model, tokens, False)
             seconds = in_turn(args.repeats, **runs, **plain)
-            for run in [*runs, "dot_product_attention"]:
+            for run in [*runs, *list(plain)[1:]]:
                 row = dict(part="time", policy=name, length=length, rows=batch, form=run,
                            ratio=round(seconds[run] / seconds["full"], 3), seconds=round(seconds[run], 3))  # fmt: skip
                 rows.append(row)
