@@ -55,12 +55,12 @@ from jaxcompress.evaluation.recall import Recall, answers, exam, wording
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
 from jaxcompress.naming import named
-from jaxcompress.policies import full, retention
+from jaxcompress.policies import full
 from jaxcompress.training.data import Batch
 from jaxcompress.training.foresight import foresight_loss
 from jaxcompress.training.forgetting import init_retention, retention_loss
 from jaxcompress.training.learning import learning
-from jaxcompress.training.objectives import bounded, causal, distilled
+from jaxcompress.training.objectives import beside_retention, bounded, causal, distilled
 from jaxcompress.training.optimizer import muon_for_decoder, warmup_stable_decay
 from jaxcompress.training.trainer import init_train_state, make_step
 
@@ -175,17 +175,8 @@ def with_retention(teacher: Decoder, args: Arguments) -> Objectives:
 
     def at(fraction: int) -> Callable[..., Any]:
         how: dict[str, Any] = dict(segment=args.segment, reach=args.reach, teacher=teacher, language=0.5)
-
-        def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[dict[str, Any], Any]:
-            model, head = params
-            policy = retention(jax.lax.stop_gradient(head), "layer")
-            through = with_foresight(distilled(policy, args.context // fraction, **how), args)
-            metrics, slope = through(model, batch, step, key)
-            watched = batch.tokens[: args.watched, :-1]
-            apart, change = jax.value_and_grad(lambda head: retention_loss(model, head, watched, scope="layer"))(head)
-            return metrics | {"retention": apart}, (slope, change)
-
-        return objective
+        through = lambda policy: with_foresight(distilled(policy, args.context // fraction, **how), args)
+        return beside_retention(through, scope="layer", watched=args.watched)
 
     by_size = {fraction: at(fraction) for fraction in args.turns}
     return [by_size[fraction] for fraction in args.turns]

@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jaxcompress.generation.text import Tokenizer
+    from jaxcompress.models.decoder import Decoder
+    from jaxcompress.policies.policy import Policy
     from jaxcompress.training.data import PackedRows
     from jaxcompress.training.trainer import Objective
+
+LANGUAGE = 0.5  # weight of the text itself beside the teacher
+HEAD_RATE = 10  # a network that starts from nothing learns so many times faster than the model beside it
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,10 @@ class Train:
     """Of a dataset."""
     policy: str = "tova"
     """See `jaxcompress info` for the names; `full` is plain causal attention. Learned with the model: dms, dms-pool,
-    dmc; learned from the model, which stays as it is: retention, retention-layer, retention-pool."""
+    dmc; learned from the model, which stays as it is without --distill: retention, retention-layer, retention-pool."""
+    distill: bool = False
+    """The model is taught, beside the text, by what it predicts with its full cache as it is before training. A
+    retention head then learns together with it, at ten times the learning rate."""
     slots: tuple[int, ...] = (128,)
     """Capacity: one for all layers, or one for each."""
     segment: int = 256
@@ -102,13 +110,16 @@ class Train:
 
         loaded = open_weights(self.model, "float32")
         import jax
+        import optax
 
         from jaxcompress.checkpoints import save, save_policy
         from jaxcompress.generation.text import Tokenizer
+        from jaxcompress.naming import named
         from jaxcompress.training.checkpointing import Checkpoints
         from jaxcompress.training.data import batches, split
         from jaxcompress.training.learning import LEARNABLE, learning
         from jaxcompress.training.metrics import MetricsFile, flops_per_token, mean_attended
+        from jaxcompress.training.objectives import causal
         from jaxcompress.training.optimizer import OPTIMIZERS, SCHEDULES
         from jaxcompress.training.trainer import fit, init_train_state, make_evaluate, make_step
 
@@ -117,15 +128,25 @@ class Train:
         learned = None
         if self.policy in LEARNABLE:
             key = jax.random.key(self.seed)
-            learned = learning(self.policy, loaded.model, key, steps=self.steps, ratio=self.ratio, window=self.window)
+            through = partial(self._through, teacher=loaded.model) if self.distill else None
+            learned = learning(
+                self.policy, loaded.model, key, steps=self.steps, ratio=self.ratio, window=self.window, through=through
+            )
             params, objective = learned.params, learned.objective
+        elif self.policy == "full":
+            params, objective = loaded.model, causal()
         else:
-            params, objective = loaded.model, self._objective()
+            params = loaded.model
+            objective = self._through(named(self.policy), teacher=loaded.model if self.distill else None)
         rows = self._rows(tokenizer, loaded.config.vocab_size)
         parts = split(rows, batch=self.rows, held_out=self.held_out, held_out_batch=self.rows // self.accumulate)
         data = batches(rows, batch=self.rows, seed=self.seed, train=parts.train)
         schedule = SCHEDULES[self.schedule](self.learning_rate, self.steps, warmup=self.warmup)
         optimizer = OPTIMIZERS[self.optimizer](schedule, clip=self.clip, weight_decay=self.weight_decay)
+        if learned is not None and self.distill:
+            faster = SCHEDULES[self.schedule](HEAD_RATE * self.learning_rate, self.steps, warmup=self.warmup)
+            own = OPTIMIZERS["adamw"](faster, clip=self.clip, weight_decay=0.0)
+            optimizer = optax.partition({"model": optimizer, "head": own}, ("model", "head"))
         step = make_step(objective, optimizer, accumulate=self.accumulate, compute_dtype=dtype)
         evaluate = make_evaluate(objective, compute_dtype=dtype)
         parts_of = (lambda params: (params, None)) if learned is None else learned.parts
@@ -176,20 +197,24 @@ class Train:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.rows % self.accumulate:
             raise ValueError(f"--rows {self.rows} cannot be taken in --accumulate {self.accumulate} equal parts")
+        if self.distill and (self.policy == "full" or self.policy.startswith(("dms", "dmc"))):
+            raise ValueError(
+                f"--distill is for states that evict by a policy or a retention head, not for {self.policy}"
+            )
         if not self.resume and any(any(self.out.glob(name)) for name in ("run.json", "checkpoints/*", "model")):
             raise ValueError(f"{self.out} holds a run already; give --resume to go on with it, or another --out")
 
-    def _objective(self) -> Objective:
-        from jaxcompress.naming import named
-        from jaxcompress.training.objectives import bounded, causal
+    def _through(self, policy: Policy, teacher: Decoder | None) -> Objective:
+        """What a model is trained for with a policy that evicts."""
+        from jaxcompress.training.objectives import bounded, distilled
 
-        if self.policy == "full":
-            return causal()
         if self.length < self.segment:
             raise ValueError(f"--length {self.length} is less than one --segment of {self.segment} tokens")
         slots = self.slots[0] if len(self.slots) == 1 else self.slots
         how: dict[str, Any] = dict(segment=self.segment, reach=self.reach, chunk=self.chunk, placement=self.placement)
-        return bounded(named(self.policy), slots, **how)
+        if teacher is None:
+            return bounded(policy, slots, **how)
+        return distilled(policy, slots, teacher=teacher, language=LANGUAGE, **how)
 
     def _rows(self, tokenizer: Tokenizer, vocab_size: int) -> PackedRows:
         from jaxcompress.cli.runtime import progress

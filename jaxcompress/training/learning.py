@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.learned import ForgetHead
-from jaxcompress.policies.policy import Scope
+from jaxcompress.policies.policy import Policy, Scope
 from jaxcompress.training.data import Batch
 from jaxcompress.training.forgetting import (
     dms_loss,
@@ -21,6 +21,7 @@ from jaxcompress.training.forgetting import (
     temperature_schedule,
 )
 from jaxcompress.training.merging import init_gates, merging_loss
+from jaxcompress.training.objectives import beside_retention
 from jaxcompress.training.trainer import Metrics, Objective
 
 LEARNABLE = ("retention", "retention-layer", "retention-pool", "dms", "dms-pool", "dmc")
@@ -56,19 +57,23 @@ def learning(
     window: int = 16,
     pressure: float = 5.0,
     hidden: int = 64,
+    through: Callable[[Policy], Objective] | None = None,
 ) -> Learning:
     """What to train for a policy of `LEARNABLE`.
 
-    `retention` trains its head and leaves the model alone. `dms` and `dmc` train both; the share of tokens kept goes
-    down to 1 / ratio, and the temperature to 0.1, over the first two thirds of the steps.
+    `retention` trains its head and leaves the model alone, or trains both (see `through`). `dms` and `dmc` train both;
+    the share of tokens kept goes down to 1 / ratio, and the temperature to 0.1, over the first two thirds of the steps.
 
     Args:
       window: tokens before `dms` evicts.
       pressure: weight of the share that is kept too much.
       hidden: width of the network that reads a token's key and value.
+      through: for `retention`, what the model is trained for with this policy (see `beside_retention`); None: it stays
+        as it is.
 
     Raises:
-      ValueError: an unknown name, fewer than 2 steps, or numbers out of range (see `jaxcompress.training.forgetting`).
+      ValueError: an unknown name, `through` for something else than `retention`, fewer than 2 steps, or numbers out of
+        range (see `jaxcompress.training.forgetting`).
     """
     if name not in LEARNABLE:
         raise ValueError(f"unknown learned policy {name!r}; known: {', '.join(LEARNABLE)}")
@@ -77,17 +82,25 @@ def learning(
     kind, _, scope = name.partition("-")
     scope = cast(Scope, scope or "kv_head")
     assert scope in get_args(Scope)
+    if through is not None and kind != "retention":
+        raise ValueError(f"{name} trains the model by a loss of its own; `through` is for retention")
     if kind == "retention":
         watched = model  # by reference: there is no second copy of it
+        block_of = lambda batch: min(61, max((batch.tokens.shape[1] - 1) // 2, 1))
 
         def watch(head: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-            tokens = batch.tokens[:, :-1]
-            block = min(61, max(tokens.shape[1] // 2, 1))
+            tokens, block = batch.tokens[:, :-1], block_of(batch)
             loss = lambda head: retention_loss(watched, head, tokens, scope=scope, block=block)
             value, slope = jax.value_and_grad(loss)(head)
             return {"loss": value}, slope
 
         head = init_retention(model.config, key, hidden=hidden)
+        if through is not None:
+
+            def both(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+                return beside_retention(through, scope=scope, block=block_of(batch))(params, batch, step, key)
+
+            return Learning(kind, {"scope": scope}, (model, head), both, lambda params: params)
         return Learning(kind, {"scope": scope}, head, watch, lambda head: (watched, head))
 
     down = max(steps * 2 // 3, 1)

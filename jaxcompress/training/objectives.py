@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 
 from jaxcompress.models.bounded import Slots
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.policies.learned import retention
+from jaxcompress.policies.policy import Placement, Policy, Scope
 from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import distilled_value_and_grad
+from jaxcompress.training.forgetting import retention_loss
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import bounded_value_and_grad
 from jaxcompress.training.trainer import Metrics, Objective
@@ -61,5 +64,31 @@ def distilled(policy: Policy, slots: Slots, **how: Any) -> Objective:
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
         return distilled_value_and_grad(params, batch.tokens, batch.weights, policy=policy, slots=slots, **how)
+
+    return objective
+
+
+def beside_retention(
+    through: Callable[[Policy], Objective], *, scope: Scope = "kv_head", block: int = 64, watched: int | None = None
+) -> Objective:
+    """A model and a retention head that learn together, each from the other as it is by then.
+
+    The model is trained by `through(policy)`, where the head decides what goes; the head watches the model read with
+    everything in sight (`retention_loss`). No gradient goes from one to the other. The parameters are
+    (model, head), with the head of `init_retention`.
+
+    Args:
+      through: makes an objective of a decoder, such as `partial(distilled, slots=128, segment=256, teacher=before)`.
+      scope, block: see `retention_loss`.
+      watched: for how many rows of a step the head watches, which costs a pass of its own; all if None.
+    """
+
+    def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+        model, head = params
+        metrics, slope = through(retention(jax.lax.stop_gradient(head), scope))(model, batch, step, key)
+        tokens = batch.tokens[:watched, :-1]
+        watch = lambda head: retention_loss(model, head, tokens, scope=scope, block=block)
+        apart, change = jax.value_and_grad(watch)(head)
+        return {**metrics, "retention": apart}, (slope, change)
 
     return objective

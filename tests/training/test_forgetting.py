@@ -19,6 +19,7 @@ from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.policies import ForgetHead, Policy
 from jaxcompress.policies.learned import EPSILON, TOVA, token_numbers
 from jaxcompress.recurrence import advance
+from jaxcompress.training.data import Batch
 from jaxcompress.training.forgetting import (
     dms_loss,
     future_attention_loss,
@@ -30,6 +31,7 @@ from jaxcompress.training.forgetting import (
     share_schedule,
     temperature_schedule,
 )
+from jaxcompress.training.objectives import beside_retention, bounded
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 MODEL = tiny_decoder()
@@ -217,6 +219,23 @@ def test_only_the_network_learns_from_foresight(scope: Any) -> None:
     assert float(run(MODEL, head, padded, jnp.arange(32)[None] >= jnp.array([[8], [8]]))[0]) == pytest.approx(
         float(value), rel=1e-4
     )
+
+
+def test_a_head_beside_its_model() -> None:
+    """Each learns what it would learn alone, while the other stands still."""
+    head = noisy(init_retention(MODEL.config, jax.random.key(0), hidden=4), 0.3)
+    batch = Batch(TOKENS, jnp.ones((2, 23)))
+    how: dict[str, Any] = dict(slots=8, segment=8)
+    both = beside_retention(partial(bounded, **how), scope="layer", block=8, watched=1)
+    metrics, (model_slope, slope) = jitted(lambda *params: both(params, batch, 0, None))(MODEL, head)
+    alone = jitted(lambda model: bounded(policies.retention(head, "layer"), **how)(model, batch, 0, None))
+    told, expected = alone(MODEL)
+    assert float(metrics["loss"]) == pytest.approx(float(told["loss"]), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), model_slope, expected)
+    watch = lambda head: retention_loss(MODEL, head, TOKENS[:1, :-1], scope="layer", block=8)
+    apart, expected = jitted(jax.value_and_grad(watch))(head)
+    assert float(metrics["retention"]) == pytest.approx(float(apart), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), slope, expected)
 
 
 T, K, H, D, MARKED = 96, 2, 4, 8, 3

@@ -172,6 +172,7 @@ def test_the_loss_is_that_of_the_rows(run: Any, tmp_path: Path, model: Decoder) 
         ),
         (("--data", "{book}", "--policy", "tova", "--segment", 32), "--length 16 is less than one --segment of 32"),
         (("--data", "{book}", "--policy", "tovaa", "--segment", 8), "unknown policy 'tovaa'"),
+        (("--data", "{book}", "--policy", "dms", "--distill"), "--distill is for states that evict by a policy"),
         (("--data", "{book}", "--policy", "tova", "--segment", 8, "--reach", 3), "cannot be cut into windows of 3"),
         (("--data", "{book}", "--length", 100_000), "give more data, shorter rows (--length) or fewer (--rows)"),
         (("--data", "{book}", "--rows", 1000), "one step needs 1000"),
@@ -301,18 +302,23 @@ def test_kill_9_at_any_moment(folder: Path, book: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "name"),
+    ("policy", "name", "more"),
     [
-        ("retention-layer", "retention-layer"),
-        pytest.param("dms-pool", "dms-pool", marks=pytest.mark.slow),
-        pytest.param("dmc", "dmc-tova-kv_head", marks=pytest.mark.slow),
+        ("retention-layer", "retention-layer", ("--distill", "--segment", 8)),
+        pytest.param("retention-layer", "retention-layer", (), marks=pytest.mark.slow),
+        pytest.param("dms-pool", "dms-pool", (), marks=pytest.mark.slow),
+        pytest.param("dmc", "dmc-tova-kv_head", (), marks=pytest.mark.slow),
     ],
 )
-def test_a_policy_that_is_learned(run: Any, book: Path, folder: Path, tmp_path: Path, policy: str, name: str) -> None:
+def test_a_policy_that_is_learned(
+    run: Any, book: Path, folder: Path, tmp_path: Path, policy: str, name: str, more: tuple[Any, ...]
+) -> None:
     """It is saved with the model, comes back with it, and is what `own` stands for."""
     out = tmp_path / "run"
-    ran = run("train", "--data", book, "--out", out, "--policy", policy, "--window", 3, "--slots", 12, *SMALL)
+    ran = run("train", "--data", book, "--out", out, "--policy", policy, "--window", 3, "--slots", 12, *SMALL, *more)
     assert (ran.code, ran.err) == (0, "")
+    ran = run("train", "--out", out, "--resume")
+    assert (ran.code, "going on from step 6" in ran) == (0, True)
     loaded = load(out / "model")
     saved = loaded.policy()
     assert saved is not None
@@ -320,7 +326,7 @@ def test_a_policy_that_is_learned(run: Any, book: Path, folder: Path, tmp_path: 
     assert saved.settings["slots"] == [12]
     before, after = load(folder).model, loaded.model
     same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
-    assert same == (policy == "retention-layer")
+    assert same == (policy == "retention-layer" and not more)
     assert any(np.abs(saved.weights["outer"]).reshape(-1) > 0)
     reading = "--text", book, "--slots", 12, "--context", 64, "--json"
     ran = run("perplexity", *reading, "--policies", "own", "own/recent2", model=out / "model")
