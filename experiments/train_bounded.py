@@ -84,7 +84,8 @@ class Arguments:
     reach: int | None = None
     """Segments over which the gradient goes back; all of them if not given."""
     turns: tuple[int, ...] = (8, 16, 4)
-    """Sizes of the state, as fractions of the context, through which training goes in turn."""
+    """Sizes of the state, as fractions of the context, through which training goes in turn; 1, of distilled-retention
+    only, is the full cache."""
     foresight: float = 0.3
     """Weight of the auxiliary loss."""
     watched: int = 2
@@ -175,7 +176,9 @@ def with_retention(teacher: Decoder, args: Arguments) -> Objectives:
 
     def at(fraction: int) -> Callable[..., Any]:
         how: dict[str, Any] = dict(segment=args.segment, reach=args.reach, teacher=teacher, language=0.5)
-        through = lambda policy: with_foresight(distilled(policy, args.context // fraction, **how), args)
+        through = lambda policy: with_foresight(
+            causal() if fraction == 1 else distilled(policy, args.context // fraction, **how), args
+        )
         return beside_retention(through, scope="layer", watched=args.watched)
 
     by_size = {fraction: at(fraction) for fraction in args.turns}
