@@ -167,7 +167,7 @@ class Train:
             print(f"{facts['tokens']:,} tokens, {parts.train:,} rows to train on; see {self.out / 'metrics.jsonl'}")
             if before is not None:
                 unit = f"divergence from the full cache + {LANGUAGE} of the loss" if self.distill else "nats per token"
-            print(f"held-out loss before: {before:.4f} ({unit})", flush=True)
+                print(f"held-out loss before: {before:.4f} ({unit})", flush=True)
             settings, source = loaded.settings, tokenizer.folder
             del loaded, begin, params  # the state has its own copy
             with MetricsFile(self.out / "metrics.jsonl", after=done) as lines:

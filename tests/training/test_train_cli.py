@@ -162,6 +162,11 @@ def test_the_loss_is_that_of_the_rows(run: Any, tmp_path: Path, model: Decoder) 
     assert told == pytest.approx(float(losses[0, :-1].mean()), abs=2e-4)  # <s> after </s> is not learned
 
 
+def test_nothing_is_held_out(run: Any, book: Path, tmp_path: Path) -> None:
+    ran = run("train", "--data", book, "--out", tmp_path / "run", *FULL, "--steps", 2, "--held-out", 0)
+    assert (ran.code, ran.err, "held-out" in ran) == (0, "", False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
