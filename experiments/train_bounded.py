@@ -123,7 +123,12 @@ def through_states(policy: jc.Policy, args: Arguments, **how: Any) -> Objectives
     """One objective for each size of the state."""
     how |= dict(segment=args.segment, reach=args.reach)
     make = distilled if "teacher" in how else bounded
-    by_size = {fraction: make(policy, args.context // fraction, **how) for fraction in args.turns}
+    return in_turn(lambda fraction: make(policy, args.context // fraction, **how), args)
+
+
+def in_turn(make: Callable[[int], Callable[..., Any]], args: Arguments) -> Objectives:
+    """One objective for each turn; turns of one size share it, and what is compiled for it."""
+    by_size = {fraction: make(fraction) for fraction in args.turns}
     return [by_size[fraction] for fraction in args.turns]
 
 
@@ -181,8 +186,7 @@ def with_retention(teacher: Decoder, args: Arguments) -> Objectives:
         )
         return beside_retention(through, scope="layer", watched=args.watched)
 
-    by_size = {fraction: at(fraction) for fraction in args.turns}
-    return [by_size[fraction] for fraction in args.turns]
+    return in_turn(at, args)
 
 
 class Trained(NamedTuple):

@@ -15,10 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxcompress.attention import MASKED, whole_attention
+from jaxcompress.models.activations import gelu
 from jaxcompress.shapes import Hidden, Positions, Tokens, Valid
 
 ACTIVATIONS = {
-    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)),  # as torch has it; jax's takes 1 - erf, twice as long
+    "gelu": gelu,
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,

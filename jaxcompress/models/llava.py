@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxcompress.models.activations import gelu
 from jaxcompress.models.decoder import Decoder, DecoderConfig
 from jaxcompress.models.vit import Patches, Pixels, TowerConfig, VisionTower
 from jaxcompress.shapes import Hidden, Logits, Positions, Tokens
@@ -74,7 +75,7 @@ class Projector(nnx.Module):
         self.up, self.down = linear(config.tower.hidden_size, width), linear(width, width)
 
     def __call__(self, x: Float[Array, "*B N E"]) -> Float[Array, "*B N F"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return self.down(gelu(self.up(x)))
 
 
 class Llava(nnx.Module):

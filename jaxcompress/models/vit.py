@@ -24,13 +24,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.attention import MASKED, Shown, whole_attention
+from jaxcompress.models.activations import gelu
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 Pixels = Float[Array, "B channels side side"]
 """Normalised by the checkpoint's image processor; channels first, as transformers has them."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
