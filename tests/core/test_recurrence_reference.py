@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress.recurrence import Placement, place
+from jaxcompress.placement import place
+from jaxcompress.policies.policy import Placement
 
 from .harness import RULES, B, Case, T, data, deaths, expected, held, name_of, ragged, run
 from .reference import places

@@ -12,7 +12,7 @@ import pytest
 from core.harness import FAST_COMPILE
 from tiny import candidates
 
-from jaxcompress import policies, recurrence
+from jaxcompress import _many_tokens, policies
 from jaxcompress.models.bounded import init_state
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.rope import RopeConfig, rotate
@@ -198,7 +198,7 @@ def test_then() -> None:
 def test_queries_in_several_blocks(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of more queries than attend at once: what is observed is a fold."""
     want, kept = ours(policy, 4, 2, 16)
-    monkeypatch.setattr(recurrence, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(_many_tokens, "QUERY_BLOCK", 7)
     got, also = ours(policy, 4, 2, 16)
     same(got, want)
     assert also == kept

@@ -1,0 +1,208 @@
+"""One layer of a state while it is read into: what a policy sees of it, and what both ways to read share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxcompress.attention import Extra
+from jaxcompress.pallas_kernels.contract import Backend, Rule
+from jaxcompress.policies.policy import Around, Candidates, Gone, Incoming, Observation, Policy
+from jaxcompress.shapes import SlotPositions
+from jaxcompress.state import KVState
+from jaxcompress.storage import Stored, load, store
+
+
+class How(NamedTuple):
+    """What does not change while a layer is read into."""
+
+    policy: Policy
+    around: Around
+    window: Any
+    backend: Backend
+
+
+def rule_of(state: KVState, how: How) -> Rule | None:
+    """What a kernel may follow on its own, where all else is as kernels know it."""
+    rule = how.policy.rule(state.capacity) if how.around.placement == "absolute" else None
+    return rule and rule._replace(spare=spare_slots(state, how))
+
+
+def why_no_rule(rule: Rule | None, how: How) -> str | None:
+    """Why a kernel that sees more than one token cannot do it."""
+    return None if rule else f"policy {how.policy.name}, or where it places tokens, follows no rule that kernels know"
+
+
+class Block(NamedTuple):
+    """T tokens: q [B, T, H, D], k and v [B, T, K, D] as the cache stores them, and `bare`, all three before RoPE;
+    `replaces` as in `Entering`, or None."""
+
+    q: Array
+    k: Stored
+    v: Stored
+    positions: Array
+    bare: Incoming
+    replaces: Array | None
+
+    def grouped(self, state: KVState) -> Array:
+        """Queries as [B, T, K, G, D] for the heads of a state."""
+        return self.q.reshape(*self.q.shape[:2], state.kv_heads, -1, self.q.shape[-1])
+
+
+class Entries(NamedTuple):
+    """What goes into slots: one entry per token, or in a pool one per token and kv head. Keys and values are stored."""
+
+    keys: Any  # [B, K, M, D]
+    values: Any
+    positions: Array  # [B, P, M]
+    owner: Array | None  # [B, 1, M]
+
+
+class Done(NamedTuple):
+    """As `jaxcompress.recurrence.Advanced`, of one call and with out [B, T, K, G, D]."""
+
+    out: Array
+    state: KVState
+    freed: Array
+    died: Array
+
+
+def entries_of(block: Block, state: KVState) -> Entries:
+    b, t, heads = jax.tree.leaves(block.k)[0].shape[:3]
+    if state.owner is None:
+        held = jnp.broadcast_to(block.positions[:, None], (b, state.sets, t))
+        owner, turn = None, lambda x: x.swapaxes(1, 2)
+    else:
+        held = jnp.repeat(block.positions, heads, axis=1)[:, None]
+        turn = lambda x: x.reshape(b, 1, t * heads, *x.shape[3:])
+        owner = jnp.broadcast_to(jnp.tile(jnp.arange(heads), t), held.shape)
+    return Entries(jax.tree.map(turn, block.k), jax.tree.map(turn, block.v), held, owner)
+
+
+def candidates_of(state: KVState, layer: Any, how: How, entries: Entries | None = None) -> Candidates:
+    """One layer as a policy sees it: its slots, or entries that come in."""
+    at = lambda x: jax.tree.map(lambda y: y[layer], x)
+    if entries is None:
+        entries = Entries(at(state.keys), at(state.values), state.positions[layer], at(state.owner))
+    return Candidates(
+        load(entries.keys), load(entries.values), entries.positions, entries.owner, state.seen,
+        state.layer[layer], at(state.memory), state.capacity, how.around,
+    )  # fmt: skip
+
+
+def remembered(state: KVState, layer: Any, policy: Policy, bare: Incoming) -> KVState:
+    old = jax.tree.map(lambda x: x[layer], state.memory)
+    new = policy.remember(old, jax.lax.stop_gradient(bare))
+    return replace(state, memory=with_layer(state.memory, layer, new))
+
+
+def with_layer(stack: Any, layer: Any, one: Any) -> Any:
+    return jax.tree.map(lambda x, y: x.at[layer].set(y), stack, one)
+
+
+def seen_by(held: Array, owner: Array | None, heads: int, group: int) -> Array:
+    """[B, P or K, 1 or G, N]: the slots in which a head's tokens may be."""
+    occupied = (held >= 0)[:, :, None]
+    if owner is None:
+        return occupied
+    return occupied & (owner[:, :, None] == (jnp.arange(heads) // group)[:, None])
+
+
+def replaced_by_next(held: SlotPositions, block: Block, seen: Int[Array, " B"]) -> Array:
+    """[B, P, N] bool: which tokens have a next one, in the block, that takes their slot."""
+    assert block.replaces is not None
+    b, t = block.positions.shape
+    nth = jnp.where(block.positions >= 0, block.positions - seen[:, None], t)
+    table = jnp.zeros((b, held.shape[1], t), bool)
+    rows, sets = jnp.indices((b, held.shape[1], 1), sparse=True)[:2]
+    table = table.at[rows, sets, nth[:, None]].set(block.replaces.swapaxes(1, 2), mode="drop")
+    following = held + 1 - seen[:, None, None]
+    found = jnp.take_along_axis(table, following.clip(0, t - 1), axis=-1)
+    return found & (held >= 0) & (following >= 0) & (following < t)
+
+
+def extra_of(state: KVState, layer: Any, how: How) -> Extra:
+    """What a policy adds to attention: a bias on the slots, stand-ins for what was evicted."""
+    policy, at = how.policy, lambda x: jax.tree.map(lambda y: y[layer], x)
+    bias = None if policy.bias is None else policy.bias(at(state.stats))
+    return Extra(bias, None if policy.summary is None else policy.summary(at(state.memory), how.around))
+
+
+def with_stored(state: KVState, stored: tuple[Stored, Stored]) -> KVState:
+    return replace(state, keys=stored[0], values=stored[1])
+
+
+def rule_numbers(state: KVState, layer: Any) -> Array | None:
+    """The one number per slot of a policy that a kernel follows, [B, P, S], if it has any."""
+    numbers = jax.tree.leaves(state.stats)
+    return numbers[0][layer] if numbers else None
+
+
+def with_rule_numbers(state: KVState, layer: Any, numbers: Array | None) -> KVState:
+    if numbers is None:
+        return state
+    return replace(state, stats=jax.tree.map(lambda x: x.at[layer].set(numbers), state.stats))
+
+
+def observed(state: KVState, layer: Any, policy: Policy, seen: Observation) -> KVState:
+    old = jax.tree.map(lambda x: x[layer], state.stats)
+    return replace(state, stats=with_layer(state.stats, layer, policy.observe(old, jax.lax.stop_gradient(seen))))
+
+
+def spare_slots(state: KVState, how: How) -> int:
+    """Slots that are allocated and stay free (see `init_state`)."""
+    return state.positions.shape[-1] - how.policy.slots(state.capacity, entries_per_token(state, how))
+
+
+def entries_per_token(state: KVState, how: How) -> int:
+    return 1 if state.owner is None else how.around.heads[1]
+
+
+def by_owner(freed: Array, index: Array, owner: Array | None, how: How) -> Array:
+    """Freed entries of a pool [B, 1, M] -> of each kv head [B, K, M]."""
+    if owner is None:
+        return freed
+    whose = jnp.take_along_axis(owner, index, axis=-1)
+    return jnp.where(whose == jnp.arange(how.around.heads[1])[:, None], freed, -1)
+
+
+def gone_at(state: KVState, layer: Any, index: Array, freed: Array) -> Gone:
+    """The tokens at these slots."""
+
+    def at(x: Array) -> Array:
+        x = x[layer]
+        where = jnp.broadcast_to(index, (*x.shape[:2], index.shape[-1]))
+        return jnp.take_along_axis(x, where.reshape(*where.shape, *[1] * (x.ndim - 3)), axis=2)
+
+    pick = lambda x: jax.tree.map(at, x)
+    return Gone(load(pick(state.keys)), load(pick(state.values)), freed, pick(state.stats), pick(state.owner))
+
+
+def absorbed(state: KVState, layer: Any, how: How, gone: Gone) -> KVState:
+    """Merges evicted tokens into what stays; only slots that change are stored anew."""
+    assert how.policy.absorb is not None
+    stats = jax.tree.map(lambda x: x[layer], state.stats)
+    done = how.policy.absorb(stats, candidates_of(state, layer, how), gone)
+    fresh = store(done.values, jax.tree.map(lambda x: x[layer], state.values))
+
+    def put(old: Array, new: Array) -> Array:
+        changed = done.changed.reshape(*done.changed.shape, *[1] * (new.ndim - 3))
+        return old.at[layer].set(jnp.where(changed, new, old[layer]))
+
+    return replace(
+        state,
+        values=jax.tree.map(put, state.values, fresh),
+        stats=with_layer(state.stats, layer, done.stats),
+        memory=with_layer(state.memory, layer, done.memory),
+    )
+
+
+def within_window(held: SlotPositions, now: Int[Array, " B"], window: Any) -> SlotPositions:
+    """Without the tokens that have left a sliding window for good."""
+    if window is None:
+        return held
+    return jnp.where(held > (now - window)[:, None, None], held, -1)
