@@ -52,7 +52,8 @@ def diverse(x: Float[Array, "B N E"], relevance: Float[Array, "B N"], n: int) ->
     check_budget(n, total)
     kernel = relevance[:, :, None] * cosine(x, x) * relevance[:, None]
     rows = jnp.arange(b)
-    diagonal = jnp.diagonal(kernel, axis1=1, axis2=2)
+    # A cosine with itself is 1 up to rounding, by which ties would be told apart, differently in each batch.
+    diagonal = jnp.square(relevance) * x.any(-1)
 
     def step(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
         factors, gain = carry  # factors: [n, B, N], rows of the Cholesky factor so far, zero for those to come
