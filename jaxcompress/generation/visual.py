@@ -4,6 +4,12 @@
     progress = prefill_visual(model, prompts, seen, start(model.decoder, policy, slots, batch=2), policy)
     for tokens in continue_(model.decoder, progress, policy, steps=8): ...
 
+With a method that keeps fewer patches:
+
+    encoded = encode(model, pixels, method)  # or laid_out(seen, method), LLaVA-NeXT's rows and newlines
+    progress = start(model.decoder, policy, slots(method, model.config, room), batch=2)
+    progress = prefill_encoded(model, prompts, encoded, progress, policy, method)
+
 A picture's patches are read like words, so that every policy decides about them; stages drop or merge them between
 layers while the prompt is read.
 """
@@ -25,6 +31,10 @@ from jaxcompress.generation.sampling import remember
 from jaxcompress.models.bounded import Block, Stage, check_mode, read_block
 from jaxcompress.models.llava import Llava, crops_of, expand_placeholders, picture_index, visual_index
 from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.state import State
+from jaxcompress.vision.encoders import whole
+from jaxcompress.vision.method import Encoded, Method
+from jaxcompress.vision.reading import read_encoded
 
 
 class Seen(NamedTuple):
@@ -159,6 +169,80 @@ def _prefill(
     left, state = read_block(
         model.decoder, block, progress.state, policy, stages=stages, chunk=chunk, placement=placement
     )
+    return _after(model, given, left, state, progress)
+
+
+def laid_out(seen: Seen, method: Method) -> Encoded:
+    """Pictures as LLaVA-NeXT lays them out (tiles without the bars beside the picture, a newline after each row of
+    patches), for a method that takes nothing in the tower; the end of shorter rows is empty. `place` counts newlines.
+
+    Args:
+      seen: from `look`, one picture in each row.
+
+    Raises:
+      ValueError: several pictures in a row, or a method that acts in the tower, which goes crop by crop (`encode`).
+    """
+    if method.encode is not whole:
+        raise ValueError(
+            f"{method.name} acts in the tower, crop by crop and without newlines; use `jaxcompress.vision.encode`"
+        )
+    if max(map(len, seen.counts)) > 1:
+        raise ValueError("methods choose among the tokens of one picture in each row; use `prefill_visual` for several")
+    b, m = seen.visual.shape[:2]
+    there = jnp.arange(m, dtype=jnp.int32) < jnp.array([sum(counts) for counts in seen.counts])[:, None]
+    place = jnp.where(there, jnp.arange(m, dtype=jnp.int32), -1)
+    return Encoded(seen.visual, place, there.astype(jnp.float32), jnp.zeros((b, m), bool))
+
+
+def prefill_encoded(
+    model: Llava,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    encoded: Encoded,
+    progress: Progress,
+    policy: Policy,
+    method: Method,
+    *,
+    counts: Sequence[int] | None = None,
+    chunk: int | None = None,
+) -> Progress:
+    """Reads a batch of prompts, each with one picture, while a method drops visual tokens between layers.
+
+    Args:
+      prompts: token ids, one image token in each.
+      encoded: from `jaxcompress.vision.encode` with the same method, or `laid_out`.
+      progress: fresh, from `start(model.decoder, policy, jaxcompress.vision.slots(method, ...))`.
+      policy: decides about all tokens, also while words are written: `full()`, or `method.writing(first, last)`.
+      counts: visual tokens of each row, where `laid_out` gives rows of different length; all by default.
+      chunk: tokens between two selections of the policy.
+
+    Raises:
+      ValueError: not one image token in each prompt, an empty prompt, token ids outside the vocabulary.
+      FloatingPointError: logits are not finite: also where layers have too few slots for a policy that keeps all.
+    """
+    b, m = encoded.visual.shape[:2]
+    check_mode(policy, "oneshot" if chunk is None else "chunked")
+    given = prompt(model, prompts, Seen(encoded.visual, ((m,),) * b))
+    if counts is not None:  # words follow the last token that is there
+        after = (given.patch < 0) & (given.positions >= 0) & (jnp.cumsum(given.patch >= 0, axis=1) == m)
+        given = given._replace(positions=given.positions - after * (m - jnp.array(counts, jnp.int32))[:, None])
+    progress = _prefill_encoded(model, given, encoded, progress, policy=policy, method=method, chunk=chunk)
+    raise_if_broken(progress)
+    return progress
+
+
+@partial(jax.jit, static_argnames=("policy", "method", "chunk"), donate_argnames="progress")
+def _prefill_encoded(
+    model: Llava, given: Prompt, encoded: Encoded, progress: Progress, *, policy: Policy, method: Method,
+    chunk: int | None,
+) -> Progress:  # fmt: skip
+    left, state = read_encoded(
+        model, given.tokens, given.positions, encoded, progress.state, policy, method, chunk=chunk
+    )
+    return _after(model, given, left, state, progress)
+
+
+def _after(model: Llava, given: Prompt, left: Block, state: State, progress: Progress) -> Progress:
+    """Where the rows stand when a prompt was read, of which this is left after the last layer."""
     last = left.positions.argmax(-1)[:, None, None]
     logits = model.decoder.logits(jnp.take_along_axis(left.hidden, last, axis=1))[:, 0]
     words = (given.positions >= 0) & (given.patch < 0)

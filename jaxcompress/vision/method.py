@@ -94,12 +94,15 @@ class Method(NamedTuple):
 
     def counts(self, config: LlavaConfig, crops: int = 1) -> tuple[int, ...]:
         """How many visual tokens each layer of the decoder attends to: what the KV cache holds of them."""
-        left = self.encoded(config) * crops
-        cuts = {cut.layer: cut.keep for cut in self.cuts(config.decoder, left)}
+        return self.held(config.decoder, self.encoded(config) * crops)
+
+    def held(self, config: DecoderConfig, tokens: int) -> tuple[int, ...]:
+        """The same of so many visual tokens before the first layer."""
+        cuts = {cut.layer: cut.keep for cut in self.cuts(config, tokens)}
         out = []
-        for layer in range(config.decoder.num_layers):
-            out.append(left)
-            left = cuts.get(layer, left)
+        for layer in range(config.num_layers):
+            out.append(tokens)
+            tokens = cuts.get(layer, tokens)
         return tuple(out)
 
     def average(self, config: LlavaConfig, crops: int = 1) -> float:

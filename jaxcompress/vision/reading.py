@@ -38,9 +38,17 @@ def encode(model: Llava, pixels: Float[Array, "B *crops C W W"], method: Method)
     return Encoded(*(join(x) for x in one._replace(place=place)))
 
 
-def slots(method: Method, config: LlavaConfig, room: int, crops: int = 1) -> tuple[int, ...]:
-    """How many slots each layer needs for the visual tokens, and for `room` words, read and written."""
-    return tuple(count + room for count in method.counts(config, crops))
+def slots(
+    method: Method, config: LlavaConfig, room: int, crops: int = 1, *, tokens: int | None = None
+) -> tuple[int, ...]:
+    """How many slots each layer needs for the visual tokens, and for `room` words, read and written.
+
+    Args:
+      tokens: visual tokens before the first layer, where they do not follow from the crops
+        (`jaxcompress.generation.visual.laid_out`).
+    """
+    counts = method.counts(config, crops) if tokens is None else method.held(config.decoder, tokens)
+    return tuple(count + room for count in counts)
 
 
 def read_encoded(

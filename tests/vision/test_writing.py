@@ -1,0 +1,136 @@
+"""A method between a picture and what is written about it, with PyTorch's models of random weights."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcompress.checkpoints import LoadedLlava, load_llava
+from jaxcompress.generation import start, write
+from jaxcompress.generation.visual import Seen, laid_out, look, prefill_encoded, prefill_visual
+from jaxcompress.naming import named as policy_named
+from jaxcompress.policies import full
+from jaxcompress.vision import encode, named, slots
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "vision_models"
+FULL = full()
+ROOM = 24  # words of the longest prompt, and what is written
+
+
+@cache
+def loaded(name: str) -> LoadedLlava:
+    return load_llava(FIXTURES / name, dtype="float32")
+
+
+@cache
+def io(name: str) -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / name / "io.npz") as file:
+        return dict(file)
+
+
+@cache
+def pictures(name: str) -> tuple[np.ndarray, list[Any] | None]:
+    """Crops of both pictures one after the other, and the pictures' sizes where they matter."""
+    given = io(name)
+    crops = [row[:n] for row, n in zip(given["pixels"].astype(np.float32), given["crops"], strict=True)]
+    return np.concatenate(crops), (
+        [[tuple(map(int, size))] for size in given["sizes"]] if loaded(name).config.pinpoints else None
+    )
+
+
+def seen(name: str, row: int | None = None) -> Seen:
+    crops, sizes = pictures(name)
+    if row is not None:
+        at = np.cumsum([0, *io(name)["crops"]])
+        crops, sizes = crops[at[row] : at[row + 1]], None if sizes is None else sizes[row : row + 1]
+    return look(loaded(name).model, crops, sizes)
+
+
+def prompts(name: str) -> list[list[int]]:
+    token, out = loaded(name).config.image_token, []
+    for row in range(2):
+        ids = io(name)[f"tokens_{row}"][0].tolist()
+        first = ids.index(token)
+        out.append([*ids[: first + 1], *(i for i in ids[first:] if i != token)])
+    return out
+
+
+def written(name: str, method: str, keep: int | None, row: int | None = None, *, wide: bool = False) -> np.ndarray:
+    """Eight greedy tokens after prompts with pictures as the model lays them out; of both rows or of one, which may be
+    as wide as both."""
+    model, how = loaded(name).model, named(method, keep)
+    one = seen(name, row)
+    if wide:
+        more = seen(name).visual.shape[1] - one.visual.shape[1]
+        one = one._replace(visual=jnp.pad(one.visual, [(0, 0), (0, more), (0, 0)]))
+    given = laid_out(one, how)
+    ids = prompts(name) if row is None else prompts(name)[row : row + 1]
+    held = slots(how, model.config, ROOM, tokens=given.visual.shape[1])
+    progress = start(model.decoder, FULL, held, batch=len(ids))
+    counts = [sum(counts) for counts in one.counts]
+    progress = prefill_encoded(model, ids, given, progress, FULL, how, counts=counts)
+    return np.asarray(write(model.decoder, progress, FULL, 8)[0])
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_keeping_everything_it_writes_what_pytorch_writes(name: str) -> None:
+    """Rows of a batch whose pictures have different numbers of tiles, newlines and all."""
+    expected = np.concatenate([io(name)["written_0"], io(name)["written_1"]])
+    np.testing.assert_array_equal(written(name, "full", None), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fastv", "dart", "sparsevlm", "fitprune", "mustdrop-prefill"])
+def test_rows_of_a_ragged_batch_are_those_alone(method: str) -> None:
+    """How many stay between the first cut and the last follows from the longest picture, so that a row alone is as
+    wide; methods with one cut do not care."""
+    both = written("llava_next", method, 6)
+    for row in range(2):
+        np.testing.assert_array_equal(written("llava_next", method, 6, row, wide=True)[0], both[row])
+        if method in ("fastv", "dart"):
+            np.testing.assert_array_equal(written("llava_next", method, 6, row)[0], both[row])
+
+
+@pytest.mark.slow
+def test_patches_that_leave_make_room_and_change_what_is_written() -> None:
+    model, how = loaded("llava").model, named("mustdrop", 6)
+    given = encode(model, jnp.asarray(pictures("llava")[0]), how)
+    first = prompts("llava")[0].index(model.config.image_token)
+    policy = how.writing(first, first + given.visual.shape[1])
+    held = slots(how, model.config, 10)
+    progress = start(model.decoder, policy, held, batch=2)
+    progress = prefill_encoded(model, prompts("llava"), given, progress, policy, how)
+    tokens, progress = write(model.decoder, progress, policy, 12)
+    assert ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < model.config.decoder.vocab_size)).all()
+    capacities = np.concatenate([np.asarray(part.occupancy()) for part in progress.state])[:, :, 0]
+    assert (capacities <= np.asarray(held)[:, None] + 1).all()  # twelve words were written into ten places
+
+
+@pytest.mark.slow
+def test_a_bounded_state_reads_pictures_by_method_or_by_stage_alike() -> None:
+    """`full` as a method and no stages at all, through TOVA."""
+    model, how, tova = loaded("llava").model, named("full"), policy_named("tova")
+    one = seen("llava")
+    begin = lambda: start(model.decoder, tova, 12, batch=2)
+    mine = prefill_encoded(model, prompts("llava"), laid_out(one, how), begin(), tova, how)
+    other = prefill_visual(model, prompts("llava"), one, begin(), tova)
+    np.testing.assert_allclose(mine.logits, other.logits, atol=1e-5)
+    for part, same in zip(mine.state, other.state, strict=True):
+        np.testing.assert_array_equal(part.positions, same.positions)
+
+
+def test_wrong_input() -> None:
+    model, one = loaded("llava").model, seen("llava")
+    with pytest.raises(ValueError, match="pool acts in the tower"):
+        laid_out(one, named("pool", 4))
+    with pytest.raises(ValueError, match="one picture in each row"):
+        laid_out(Seen(one.visual, ((8, 8), (16,))), named("full"))
+    given = laid_out(one, named("full"))
+    progress = start(model.decoder, FULL, 40, batch=2)
+    with pytest.raises(ValueError, match="2 image tokens"):
+        prefill_encoded(model, [[63, 63], [63]], given, progress, FULL, named("full"))
