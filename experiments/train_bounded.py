@@ -1,11 +1,13 @@
-"""What training through the bounded state gains: the embedded model, trained further in several ways on equal tokens.
+"""What training through the bounded state gains: one model, trained further in several ways on equal tokens.
 
-    python experiments/train_bounded.py --out runs/bounded [--texts folder/]
+    python experiments/train_embedded.py --out runs/embedded
+    python experiments/train_bounded.py --model runs/embedded/model --out runs/bounded [--texts folder/]
 
-Every method starts from the model that ships and sees the same rows in the same order (documents and recall tasks woven
-into them, as in `train_embedded.py`; nothing held out is read).
+Every method starts from the model that `train_embedded.py` makes and sees the same rows in the same order (documents
+and recall tasks woven into them, as there; nothing held out is read). The model that ships is one of these, trained
+with `distilled-retention` on longer rows (docs/embedded_model.md).
 
-  untrained        the model as it ships
+  untrained        the model as it is given
   full             trained with the full cache
   a policy         trained through a state of 1/8, 1/16 and 1/4 of the context, in turn
   retention        a retention head of the layers of the untrained model; the model is left alone
@@ -46,6 +48,7 @@ import tyro
 from train_embedded import SAMPLED, Batches, Stage
 
 import jaxcompress as jc
+from jaxcompress import embedded
 from jaxcompress.attention import causal_attention
 from jaxcompress.checkpoints import SavedPolicy, save, save_policy
 from jaxcompress.embedded.corpus import documents, held_out
@@ -95,6 +98,8 @@ class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2)
     tasks: int = 16
     """Held-out rows, the same for all."""
+    model: Path | None = None
+    """Where training starts, a folder with a tokenizer; the model that ships if not given."""
     texts: Path | None = None
     """A folder of text files, on which the loss is measured too."""
     out: Path = Path("runs/bounded")
@@ -318,7 +323,8 @@ UNLEARNED = "window+4", "h2o-layer", "tova"
 
 def main(args: Arguments) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = jc.load_embedded()
+    source = embedded.folder() if args.model is None else args.model
+    model, tokenizer = jc.load(source, dtype="float32").model, jc.Tokenizer(source)
     tasks = held_out_rows(tokenizer, args)
     texts = None if args.texts is None else text_rows(tokenizer, args.texts, args)
     unlearned = [named(name) for name in UNLEARNED]
@@ -334,7 +340,7 @@ def main(args: Arguments) -> None:
             if method != "untrained":
                 now = train(model, method, batches, args, steps=steps)
                 shutil.rmtree(folder, ignore_errors=True)
-                save(now.model, folder)
+                save(jax.tree.map(lambda x: x.astype(jnp.bfloat16), now.model), folder, tokenizer_from=source)
                 if now.policy is not None:
                     save_policy(folder, *now.policy)
             policies = unlearned if now.policy is None else [now.policy.make()]

@@ -109,32 +109,32 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
 
     import numpy as np
 
+    from jaxcompress.cli.runtime import policy_named, words_of
     from jaxcompress.cli.runtime import progress as bar
-    from jaxcompress.cli.runtime import words_of
     from jaxcompress.embedded.corpus import held_out
     from jaxcompress.evaluation.figures import Point, against_slots
     from jaxcompress.evaluation.recall import answers, exam
     from jaxcompress.evaluation.sweep import rows_of_text, sweep
-    from jaxcompress.naming import named
 
     context, slots = model.config.max_position, (64, 128, 256)
     text = np.concatenate([tokenizer.encode(document.text, add_bos=False) for document in held_out()])
     rows = rows_of_text(text, context, 4, tokenizer.bos_id)
     tasks = exam(text, words_of(tokenizer), rows=4, length=context, bos=tokenizer.bos_id)
-    names = ("full", "window", "window+4", "h2o-layer", "tova", "random")
-    policies = [named(name) for name in names]
+    names = ("full", "window", "window+4", "h2o-layer", "tova", "own", "random")
+    policies = {policy.name: policy for policy in (policy_named(name, tokenizer.folder) for name in names)}
     say(f"Held-out text in rows of {context} tokens, read token by token through a bounded state.")
     say("With facts: perplexity of such rows into which facts and, 500 to 2,000 tokens later, questions about them")
-    say("are woven. Recall: how many of the questions are answered in full.\n")
+    say("are woven. Recall: how many of the questions are answered in full. retention-layer is the model's own policy,")
+    say("a network that learnt beside it what will be needed.\n")
     titles = f"{'perplexity':>12}{'with facts':>12}{'recall':>9}{'tokens/s':>10}{'state KiB':>11}"
-    say(f"{'policy':12}{'slots':>6}{titles}")
+    say(f"{'policy':16}{'slots':>6}{titles}")
     table = []
     with bar(rows.size * (1 + len(slots) * (len(names) - 1)), "comparing") as advance:
-        for row in sweep(model, rows, policies, slots, progress=advance):
-            given = answers(model, tasks, named(row.policy), row.slots)
+        for row in sweep(model, rows, list(policies.values()), slots, progress=advance):
+            given = answers(model, tasks, policies[row.policy], row.slots)
             table.append(dict(row._asdict(), with_facts=math.exp(given.nats.mean()), recall=given.accuracy))
             say(
-                f"{row.policy:12}{row.slots:6}{row.perplexity:12.2f}{math.exp(given.nats.mean()):12.2f}{given.accuracy:9.0%}"
+                f"{row.policy:16}{row.slots:6}{row.perplexity:12.2f}{math.exp(given.nats.mean()):12.2f}{given.accuracy:9.0%}"
                 f"{row.tokens_per_second:10,.0f}{row.state_bytes / len(rows) / 1024:11,.0f}"
             )
     columns = {"perplexity": "perplexity", "perplexity with facts": "with_facts", "recall": "recall"}

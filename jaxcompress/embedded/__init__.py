@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from jaxcompress.checkpoints import LoadedLlava
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
+    from jaxcompress.policies import Policy
     from jaxcompress.prompt.word_scores import Scorer
 
 
@@ -23,6 +24,16 @@ def load_embedded(dtype: Any = "float32") -> tuple[Decoder, Tokenizer]:
     from jaxcompress.generation.text import Tokenizer
 
     return load(folder(), dtype=dtype).model, Tokenizer(folder())
+
+
+def load_embedded_policy() -> Policy:
+    """The policy that learnt beside the embedded model: a retention head, one set of slots per layer. `own` on the
+    command line."""
+    from jaxcompress.checkpoints import load_policy
+
+    saved = load_policy(folder())
+    assert saved is not None
+    return saved.make()
 
 
 def compressor_folder() -> Path:

@@ -168,3 +168,18 @@ def test_the_embedded_model_answers_from_what_it_holds() -> None:
     assert everything.accuracy >= little.accuracy + 0.5
     with pytest.raises(ValueError, match="256 tokens do not fit into the 255 slots"):
         answers(model, tasks, full(), 255)
+
+
+@pytest.mark.slow
+def test_the_embedded_model_and_its_own_policy_keep_facts_where_tova_loses_them() -> None:
+    from jaxcompress.embedded.corpus import held_out
+    from jaxcompress.policies import tova
+
+    model, tokenizer = embedded.load_embedded()
+    encode = lambda text: tokenizer.encode(text, add_bos=False)
+    filler = np.concatenate([encode(document.text) for document in held_out("topics/")[:3]])
+    words: Wording = wording(tokenizer.vocabulary(), encode)
+    tasks = exam(filler, words, rows=2, length=1024, seed=5, bos=tokenizer.bos_id)
+    own = answers(model, tasks, embedded.load_embedded_policy(), 64)
+    other = answers(model, tasks, tova(), 64)
+    assert own.accuracy >= other.accuracy + 0.3, (own.accuracy, other.accuracy)
