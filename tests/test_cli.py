@@ -239,7 +239,7 @@ def test_trace_of_text(run: Any, text: Path, tmp_path: Path, model: Decoder, tok
 
 def test_info(run: Any) -> None:
     facts = run("info", "--json", model=None).json
-    assert facts["policies"] == list(NAMES)
+    assert facts["policies"] == [*NAMES, "own"]
     assert {"jax", "flax"} <= facts["versions"].keys()
     assert facts["devices"]
     assert facts["attention"] == "jnp on cpu"
