@@ -22,7 +22,8 @@ MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
 
 
 QUERIES = 128
-"""Most queries that attend at once. More hold more memory and are slower on a CPU: 256 of them 1.4 times at rows of 4,096"""
+"""Most queries that attend at once. More hold more memory and are slower on a CPU: 256 of them 1.4 times at rows of
+4,096."""
 
 
 def causal_attention(
