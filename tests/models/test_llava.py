@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -13,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_llava import io, loaded, seen, short_prompts
 
 from jaxcompress.attention import Shown
-from jaxcompress.checkpoints import LoadedLlava, load_llava
 from jaxcompress.generation import start, write
-from jaxcompress.generation.visual import Seen, look, prefill_visual, prompt
+from jaxcompress.generation.visual import look, prefill_visual, prompt
 from jaxcompress.models.bounded import Block, Stage, init_state, read_block
 from jaxcompress.models.llava import (
     NEWLINE,
@@ -33,40 +32,9 @@ from jaxcompress.models.llava import (
 )
 from jaxcompress.naming import named
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "vision_models"
 NAMES = ("llava", "llava_siglip", "llava_next")
 FULL = named("full")
 SLOW = pytest.mark.slow
-
-
-@cache
-def loaded(name: str) -> LoadedLlava:
-    return load_llava(FIXTURES / name, dtype="float32")
-
-
-@cache
-def io(name: str) -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / name / "io.npz") as file:
-        return dict(file)
-
-
-@cache
-def seen(name: str) -> Seen:
-    """Both pictures, in a batch of two rows."""
-    given, config = io(name), loaded(name).config
-    crops = [row[:n] for row, n in zip(given["pixels"].astype(np.float32), given["crops"], strict=True)]
-    sizes = [[tuple(map(int, size))] for size in given["sizes"]] if config.pinpoints else None
-    return look(loaded(name).model, np.concatenate(crops), sizes)
-
-
-def short_prompts(name: str) -> list[list[int]]:
-    """With one image token for each picture."""
-    token, out = loaded(name).config.image_token, []
-    for row in range(2):
-        ids = io(name)[f"tokens_{row}"][0].tolist()
-        first = ids.index(token)
-        out.append([*ids[: first + 1], *(i for i in ids[first:] if i != token)])
-    return out
 
 
 @jax.jit

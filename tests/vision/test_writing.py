@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_llava import io, loaded, pictures, seen, short_prompts
 
-from jaxcompress.checkpoints import LoadedLlava, load_llava
 from jaxcompress.generation import start, write
-from jaxcompress.generation.visual import Seen, laid_out, look, prefill_encoded, prefill_visual
+from jaxcompress.generation.visual import Seen, laid_out, prefill_encoded, prefill_visual
 from jaxcompress.naming import named as policy_named
 from jaxcompress.policies import full
 from jaxcompress.vision import encode, named, slots
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "vision_models"
 FULL = full()
 ROOM = 24  # words of the longest prompt, and what is written
-
-
-@cache
-def loaded(name: str) -> LoadedLlava:
-    return load_llava(FIXTURES / name, dtype="float32")
-
-
-@cache
-def io(name: str) -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / name / "io.npz") as file:
-        return dict(file)
-
-
-@cache
-def pictures(name: str) -> tuple[np.ndarray, list[Any] | None]:
-    """Crops of both pictures one after the other, and the pictures' sizes where they matter."""
-    given = io(name)
-    crops = [row[:n] for row, n in zip(given["pixels"].astype(np.float32), given["crops"], strict=True)]
-    return np.concatenate(crops), (
-        [[tuple(map(int, size))] for size in given["sizes"]] if loaded(name).config.pinpoints else None
-    )
-
-
-def seen(name: str, row: int | None = None) -> Seen:
-    crops, sizes = pictures(name)
-    if row is not None:
-        at = np.cumsum([0, *io(name)["crops"]])
-        crops, sizes = crops[at[row] : at[row + 1]], None if sizes is None else sizes[row : row + 1]
-    return look(loaded(name).model, crops, sizes)
-
-
-def prompts(name: str) -> list[list[int]]:
-    token, out = loaded(name).config.image_token, []
-    for row in range(2):
-        ids = io(name)[f"tokens_{row}"][0].tolist()
-        first = ids.index(token)
-        out.append([*ids[: first + 1], *(i for i in ids[first:] if i != token)])
-    return out
 
 
 def written(name: str, method: str, keep: int | None, row: int | None = None, *, wide: bool = False) -> np.ndarray:
@@ -69,7 +26,7 @@ def written(name: str, method: str, keep: int | None, row: int | None = None, *,
         more = seen(name).visual.shape[1] - one.visual.shape[1]
         one = one._replace(visual=jnp.pad(one.visual, [(0, 0), (0, more), (0, 0)]))
     given = laid_out(one, how)
-    ids = prompts(name) if row is None else prompts(name)[row : row + 1]
+    ids = short_prompts(name) if row is None else short_prompts(name)[row : row + 1]
     held = slots(how, model.config, ROOM, tokens=given.visual.shape[1])
     progress = start(model.decoder, FULL, held, batch=len(ids))
     counts = [sum(counts) for counts in one.counts]
@@ -100,11 +57,11 @@ def test_rows_of_a_ragged_batch_are_those_alone(method: str) -> None:
 def test_patches_that_leave_make_room_and_change_what_is_written() -> None:
     model, how = loaded("llava").model, named("mustdrop", 6)
     given = encode(model, jnp.asarray(pictures("llava")[0]), how)
-    first = prompts("llava")[0].index(model.config.image_token)
+    first = short_prompts("llava")[0].index(model.config.image_token)
     policy = how.writing(first, first + given.visual.shape[1])
     held = slots(how, model.config, 10)
     progress = start(model.decoder, policy, held, batch=2)
-    progress = prefill_encoded(model, prompts("llava"), given, progress, policy, how)
+    progress = prefill_encoded(model, short_prompts("llava"), given, progress, policy, how)
     tokens, progress = write(model.decoder, progress, policy, 12)
     assert ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < model.config.decoder.vocab_size)).all()
     capacities = np.concatenate([np.asarray(part.occupancy()) for part in progress.state])[:, :, 0]
@@ -117,8 +74,8 @@ def test_a_bounded_state_reads_pictures_by_method_or_by_stage_alike() -> None:
     model, how, tova = loaded("llava").model, named("full"), policy_named("tova")
     one = seen("llava")
     begin = lambda: start(model.decoder, tova, 12, batch=2)
-    mine = prefill_encoded(model, prompts("llava"), laid_out(one, how), begin(), tova, how)
-    other = prefill_visual(model, prompts("llava"), one, begin(), tova)
+    mine = prefill_encoded(model, short_prompts("llava"), laid_out(one, how), begin(), tova, how)
+    other = prefill_visual(model, short_prompts("llava"), one, begin(), tova)
     np.testing.assert_allclose(mine.logits, other.logits, atol=1e-5)
     for part, same in zip(mine.state, other.state, strict=True):
         np.testing.assert_array_equal(part.positions, same.positions)
