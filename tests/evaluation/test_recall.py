@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxcompress import embedded
 from jaxcompress.evaluation.recall import WORDS_PER_SIDE, Recall, Wording, answers, exam, one_by_one, weave, wording
+from jaxcompress.models.decoder import Decoder
 
 SPELLED = ["".join(letters) for letters in product("abcdefgh", repeat=3)][:100]
 VOCABULARY = {f"Ġ{word}": 1000 + i for i, word in enumerate(SPELLED)} | {"Ġab": 1, "Ġabc1": 2, "abc": 3, "ĠAbc": 4}
@@ -149,16 +150,22 @@ def test_one_question_at_a_time() -> None:
         assert not any(task.distance[:context])
 
 
-@pytest.mark.slow
-def test_the_embedded_model_answers_from_what_it_holds() -> None:
+def embedded_exam(**how: int) -> tuple[Decoder, list[Recall]]:
+    """The embedded model, and two rows of what it has not seen with questions about facts."""
     from jaxcompress.embedded.corpus import held_out
-    from jaxcompress.policies import full, window
 
     model, tokenizer = embedded.load_embedded()
     encode = lambda text: tokenizer.encode(text, add_bos=False)
     filler = np.concatenate([encode(document.text) for document in held_out("topics/")[:3]])
     words: Wording = wording(tokenizer.vocabulary(), encode)
-    tasks = exam(filler, words, rows=2, length=256, notes=6, questions=6, bos=tokenizer.bos_id)
+    return model, exam(filler, words, rows=2, bos=tokenizer.bos_id, **how)
+
+
+@pytest.mark.slow
+def test_the_embedded_model_answers_from_what_it_holds() -> None:
+    from jaxcompress.policies import full, window
+
+    model, tasks = embedded_exam(length=256, notes=6, questions=6)
     everything = answers(model, tasks, full(), 256)
     little = answers(model, tasks, window(), 16)
     assert everything.right.shape == everything.distance.shape == (12,)
@@ -172,14 +179,9 @@ def test_the_embedded_model_answers_from_what_it_holds() -> None:
 
 @pytest.mark.slow
 def test_the_embedded_model_and_its_own_policy_keep_facts_where_tova_loses_them() -> None:
-    from jaxcompress.embedded.corpus import held_out
     from jaxcompress.policies import tova
 
-    model, tokenizer = embedded.load_embedded()
-    encode = lambda text: tokenizer.encode(text, add_bos=False)
-    filler = np.concatenate([encode(document.text) for document in held_out("topics/")[:3]])
-    words: Wording = wording(tokenizer.vocabulary(), encode)
-    tasks = exam(filler, words, rows=2, length=1024, seed=5, bos=tokenizer.bos_id)
+    model, tasks = embedded_exam(length=1024, seed=5)
     own = answers(model, tasks, embedded.load_embedded_policy(), 64)
     other = answers(model, tasks, tova(), 64)
     assert own.accuracy >= other.accuracy + 0.3, (own.accuracy, other.accuracy)

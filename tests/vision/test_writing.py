@@ -54,7 +54,7 @@ def test_rows_of_a_ragged_batch_are_those_alone(method: str) -> None:
 
 
 @pytest.mark.slow
-def test_patches_that_leave_make_room_and_change_what_is_written() -> None:
+def test_patches_make_room_for_what_is_written() -> None:
     model, how = loaded("llava").model, named("mustdrop", 6)
     given = encode(model, jnp.asarray(pictures("llava")[0]), how)
     first = short_prompts("llava")[0].index(model.config.image_token)
