@@ -154,9 +154,10 @@ def lifetime_attention(
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, n * block, kv, g, d)[:, :t]
 
 
-CACHED = 6 * 2**20
-"""Bytes of probabilities that a CPU computes at once: 2 to 4 times faster than all of 8 rows of 512, whose memory has
-to be had from the system each time, and up to 1.8 times faster than head by head where rows are short."""
+CACHED = 2 * 2**20
+"""Bytes of probabilities that a CPU computes at once, about what a core has as its own cache: 2 to 4 times faster than
+all of 8 rows of 512, whose memory has to be had from the system each time, and up to 1.8 times faster than head by head
+where rows are short."""
 
 
 def whole_attention(q: Queries, k: Keys, v: Values, bias: Float[Array, "B T"]) -> AttentionOut:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-CORE = 64  # words around the threshold among which the gap is closed; doubled until it can be
+CORE = 16  # words around the threshold among which the gap is closed; doubled until it can be
 
 
 def best_first(scores: Float[np.ndarray, " W"]) -> Int[np.ndarray, " W"]:

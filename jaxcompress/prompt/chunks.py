@@ -8,6 +8,8 @@ from jaxtyping import Int
 from jaxcompress.prompt.words import Offsets, Spans
 
 SENTENCE_ENDS = ".!?…。！？．｡।؟"
+_ENDS_SENTENCE = np.zeros(0x10000, bool)
+_ENDS_SENTENCE[[ord(c) for c in SENTENCE_ENDS]] = True
 _LEAST = 0.25  # of a row: rather than cut earlier at the end of a sentence, one is cut at the end of a word
 
 
@@ -42,7 +44,7 @@ def _ends(text: str, offsets: Offsets, spans: Spans) -> tuple[np.ndarray, np.nda
     inside = np.searchsorted(spans[:, 0], ends, side="left")  # after the last word that begins before the cut
     between = (starts >= ends) & (ends >= np.append(0, spans[:, 1])[inside])
     lines = np.concatenate([[0], np.cumsum(code == ord("\n"))])
-    sentence = np.isin(code[np.maximum(ends - 1, 0)], [ord(c) for c in SENTENCE_ENDS])
+    sentence = _ENDS_SENTENCE[np.minimum(code[np.maximum(ends - 1, 0)], len(_ENDS_SENTENCE) - 1)]
     sentence |= lines[np.maximum(starts, ends)] > lines[ends]
     return np.flatnonzero(between) + 1, np.flatnonzero(between & sentence) + 1
 

@@ -11,7 +11,8 @@ as fit the budget exactly; reduce: the others are dropped. The published arithme
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ from jaxcompress.models.encoder import Encoder
 from jaxcompress.prompt import protect
 from jaxcompress.prompt.budget import apportion, best_first, choose
 from jaxcompress.prompt.chunks import chunks
+from jaxcompress.prompt.counting import Counts
 from jaxcompress.prompt.joining import join
 from jaxcompress.prompt.official import OfficialCompressor
 from jaxcompress.prompt.scoring import score
@@ -236,12 +238,14 @@ class Compressor:
         present = self._present(scored, filter)
         marked = [protect.forced(one.source, one.spans, force, digits) for one in scored]
         breaks = tuple(string for string in force if string.isspace())
-        return _Job(self, scored, present, marked, breaks, drop_consecutive, scope, {}).run(rates, tokens)
+        return _Job(self, scored, present, marked, breaks, drop_consecutive, scope).run(rates, tokens)
 
     def score(self, texts: Sequence[str], word: str = "mean") -> list[Scored]:
         """Words with probabilities and costs, of every text; see `compress`."""
-        pieces = self.tokenizer.encode_batch(texts)
-        spans = [segment(text) for text in texts]
+        with ThreadPoolExecutor(1) as beside:  # the tokenizer runs outside of Python
+            encoded = beside.submit(self.tokenizer.encode_batch, texts)
+            spans = [segment(text) for text in texts]
+        pieces = encoded.result()
         most = self.encoder.config.max_length - 2
         cuts = [chunks(*item, most) for item in zip(texts, (p.offsets for p in pieces), spans, strict=True)]
         opening, closing = [self.tokenizer.opening], [self.tokenizer.closing]
@@ -291,17 +295,18 @@ class Compressor:
         return choose(means, np.ones(len(scored), np.int64), max(number or 0, 1, len(set(filter.force))))
 
 
-class _Job(NamedTuple):
+@dataclass(frozen=True)
+class _Job:
     """One call, all texts scored."""
 
     owner: Compressor
     scored: Sequence[Scored]
     present: Bool[np.ndarray, " N"]
-    marked: list[Bool[np.ndarray, " W"]]
+    marked: list[Bool[np.ndarray, "..."]]
     breaks: tuple[str, ...]
     drop: bool
     scope: Scope
-    memo: dict[Any, Any]  # what a correction of the budget leaves as it was is not computed again
+    memo: dict[Any, Any] = field(default_factory=dict)  # of what a correction of the budget leaves as it was
 
     def run(self, rates: list[Rate] | None, tokens: int | None) -> Compressed:
         before = [one.tokens for one in self.scored]
@@ -371,10 +376,11 @@ class _Job(NamedTuple):
     ) -> tuple[list[np.ndarray], list[str], int]:
         """The same with small words added, one by one, as long as tokens are missing."""
         masks, texts, after = result
-        out = [(float(self.scored[n].probabilities[w]), i, int(w))
-               for i, n in enumerate(which) if self.present[n]
-               for w in np.flatnonzero(~masks[i] & (self.scored[n].costs <= total - after))]  # fmt: skip
-        for _, i, w in sorted(out, reverse=True)[:_FILLERS]:
+        small = [~mask & self.present[n] & (self.scored[n].costs <= total - after)
+                 for n, mask in zip(which, masks, strict=True)]  # fmt: skip
+        out = [(i, w) for i, mask in enumerate(small) for w in np.flatnonzero(mask).tolist()]
+        scores = np.concatenate([self.scored[n].probabilities[mask] for n, mask in zip(which, small, strict=True)])
+        for i, w in (out[at] for at in best_first(scores)[:_FILLERS].tolist()):
             if after == total:
                 break
             one, mask = self.scored[which[i]], masks[i].copy()
@@ -389,12 +395,15 @@ class _Job(NamedTuple):
     def _measure(self, texts: list[str]) -> int:
         if self.owner.count is not None:
             return self.owner.count(_joined(texts))
-        new = [text for text in dict.fromkeys(texts) if ("tokens", text) not in self.memo]
-        for text, encoding in zip(
-            new, self.owner.tokenizer.fast.encode_batch_fast(new, add_special_tokens=False), strict=True
-        ):
-            self.memo["tokens", text] = len(encoding)
+        for text in texts:
+            if ("tokens", text) not in self.memo:
+                self.memo["tokens", text] = self.counts.of(text)
         return sum(self.memo["tokens", text] for text in texts)
+
+    @cached_property
+    def counts(self) -> Counts:
+        read = [(one.source, one.spans, one.costs) for one in self.scored if one.costs.sum() == one.tokens]
+        return Counts(self.owner.tokenizer, read)
 
     def _text(self, n: int, mask: np.ndarray) -> str:
         key = "text", n, mask.tobytes()

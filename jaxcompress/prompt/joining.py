@@ -38,18 +38,16 @@ def join(text: str, spans: Spans, kept: Bool[np.ndarray, " W"], breaks: Sequence
 
 
 def _between(text: str, end: int, start: int, breaks: Sequence[str]) -> str:
-    left_out = text[end:start]
     for kept in breaks:
-        if kept in left_out:
+        if text.find(kept, end, start) >= 0:
             return kept
-    begins = _BEGINS.match(text, start) is not None
-    if not begins and not text[start - 1].isspace():
-        return ""
-    if any(map(str.isspace, left_out)):
+    if text[start - 1].isspace():
         return " "
-    return (
-        " " if begins and _touches(text[end - 1], text[start]) and _ENDS.search(text, max(end - _MARKS, 0), end) else ""
-    )
+    if _BEGINS.match(text, start) is None:
+        return ""
+    if any(map(str.isspace, text[end:start])):
+        return " "
+    return " " if _touches(text[end - 1], text[start]) and _ENDS.search(text, max(end - _MARKS, 0), end) else ""
 
 
 def _touches(before: str, after: str) -> bool:

@@ -7,9 +7,10 @@ on which rows it goes with.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -24,6 +25,12 @@ TOKENS = 4096  # of one call, padding included
 def keep_probability(encoder: Encoder, tokens: Tokens, valid: Valid) -> Float[Array, "B T"]:
     """The probability of the last class, "keep", for every token."""
     return jax.nn.softmax(encoder(tokens, valid), axis=-1)[..., -1]
+
+
+@partial(jax.jit, static_argnums=0)
+def _of_leaves(structure: Any, leaves: list[Array], tokens: Tokens, valid: Valid) -> Float[Array, "B T"]:
+    """The same of a module taken apart, which takes longer than a call: so it is done once for many."""
+    return keep_probability(jax.tree.unflatten(structure, leaves), tokens, valid)
 
 
 def score(
@@ -43,6 +50,7 @@ def score(
     lengths = np.array([len(row) for row in rows], int)
     if len(rows) and lengths.max() > encoder.config.max_length:
         raise ValueError(f"a row has {lengths.max()} tokens; the encoder takes at most {encoder.config.max_length}")
+    leaves, structure = jax.tree.flatten(encoder)
     running = []
     for at, length in _batches(lengths, encoder.config.max_length):
         size = 1 << (len(at) - 1).bit_length()
@@ -50,7 +58,7 @@ def score(
         for n, row in enumerate(at):
             tokens[n, : lengths[row]] = rows[row]
             seen[n, : lengths[row]] = True if valid is None else valid[row]
-        running.append((at, keep_probability(encoder, jnp.asarray(tokens), jnp.asarray(seen))))
+        running.append((at, _of_leaves(structure, leaves, tokens, seen)))
     scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
     for at, result in running:
         for row, values in zip(at, np.asarray(result, np.float32), strict=False):

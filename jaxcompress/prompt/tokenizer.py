@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,6 +17,7 @@ from jaxcompress.prompt.words import Offsets
 Kind = Literal["wordpiece", "sentencepiece"]
 _MODELS: dict[str, Kind] = {"WordPiece": "wordpiece", "Unigram": "sentencepiece"}
 _OPENING, _CLOSING = ("[CLS]", "<s>"), ("[SEP]", "</s>")
+_PART = re.compile(r" *[^ ]+| +")
 _UNKNOWN, _PADDING = ("[UNK]", "<unk>"), ("[PAD]", "<pad>")
 
 
@@ -51,7 +54,10 @@ class EncoderTokenizer:
         self.kind: Kind = _MODELS[model]
         self.opening, self.closing = self._one_of(_OPENING), self._one_of(_CLOSING)
         self.padding, self.unknown = self._one_of(_PADDING), self._one_of(_UNKNOWN)
-        self._special = np.array([n for n, token in self.fast.get_added_tokens_decoder().items() if token.special])
+        self._cuts_at_spaces = _cuts_at_spaces(self.fast)
+        special = [n for n, token in self.fast.get_added_tokens_decoder().items() if token.special]
+        self._special = np.zeros(max(special) + 2, bool)  # the last one stands for all ids above
+        self._special[special] = True
 
     def encode(self, text: str) -> Subwords:
         """Subwords of a text, without special tokens."""
@@ -60,16 +66,21 @@ class EncoderTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[Subwords]:
         """The same of several, in parallel."""
         encodings = self.fast.encode_batch(list(texts), add_special_tokens=False)
-        return [Subwords(self._plain(e.ids), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
+        return [Subwords(self._plain(e.ids), _array(e.offsets)) for e in encodings]
 
     def count(self, text: str) -> int:
         """How many subwords a text has."""
         return len(self.fast.encode_batch_fast([text], add_special_tokens=False)[0])
 
+    def apart(self, text: str) -> list[str]:
+        """A text cut into parts whose subwords are the text's: before every space, or nowhere if this tokenizer has
+        subwords that reach over a space."""
+        return _PART.findall(text) if self._cuts_at_spaces else [text]
+
     def _plain(self, ids: Sequence[int]) -> Int[np.ndarray, " T"]:
         """SentencePiece has the names of special tokens among its pieces: written out in a text, they are unknown."""
         plain = np.array(ids, np.int32)
-        plain[np.isin(plain, self._special)] = self.unknown
+        plain[self._special[np.minimum(plain, len(self._special) - 1)]] = self.unknown
         return plain
 
     def _one_of(self, names: Sequence[str]) -> int:
@@ -77,6 +88,17 @@ class EncoderTokenizer:
             if (token := self.fast.token_to_id(name)) is not None:
                 return token
         raise ValueError(f"the tokenizer in {self.folder} has none of the special tokens {', '.join(names)}")
+
+
+def _cuts_at_spaces(fast: FastTokenizer) -> bool:
+    cut = fast.pre_tokenizer
+    plain = all(token.special for token in fast.get_added_tokens_decoder().values())  # others may take spaces along
+    return plain and cut is not None and len(cut.pre_tokenize_str("a b")) == 2
+
+
+def _array(offsets: Sequence[tuple[int, int]]) -> Offsets:
+    """As numpy makes one of a list of pairs, in a third of the time."""
+    return np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2)
 
 
 def read_tokenizer(folder: Path) -> FastTokenizer:

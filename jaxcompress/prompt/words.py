@@ -11,6 +11,7 @@ end: cutting between words never cuts an emoji, a syllable or a letter from its 
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,13 @@ from jaxtyping import Int, Num
 
 Spans = Int[np.ndarray, "W 2"]
 Offsets = Int[np.ndarray, "T 2"]
+Costs = Int[np.ndarray, " W"]  # tokens of words
 
 _APART = r"\p{Han}\p{Hiragana}\p{Katakana}"  # scripts without spaces: cut where the script changes, Han at each sign
 _WORD = regex.compile(
     r"""
+    ( \s*+ )  # what stands before a word, so that matches lie end to end
+    (
     \p{Nd}+ (?: [.,:] \p{Nd}+ )+                                        # 4,200  3.6  9:45
     | \p{Han} \p{M}*
     | [\p{Hiragana}ー] [\p{Hiragana}\p{M}ー]*
@@ -30,6 +34,7 @@ _WORD = regex.compile(
     | [[\p{L}\p{N}\p{M}_]--[APART]] [[\p{L}\p{N}\p{M}_\u200c\u200d]--[APART]]*
       (?: ['’] [[\p{L}\p{M}]--[APART]]+ )*                              # don't
     | (?! \s ) \X                                                       # punctuation, signs, emoji
+    )
     """.replace("APART", _APART),
     regex.VERBOSE | regex.VERSION1,
 )
@@ -55,7 +60,8 @@ def segment(text: str) -> Spans:
     characters are words by themselves, runs of hiragana and katakana are words, and so is everything else, one
     grapheme at a time.
     """
-    spans = np.array([match.span() for match in _WORD.finditer(text)], np.int64).reshape(-1, 2)
+    lengths = map(len, chain.from_iterable(_WORD.findall(text)))
+    spans = np.cumsum(np.fromiter(lengths, np.int64)).reshape(-1, 2)
     if text.isascii() or _JOINS.search(text) is None:
         return spans
     return _on_graphemes(spans, text)
@@ -84,14 +90,10 @@ def align(spans: Spans, offsets: Offsets) -> Groups:
 
 
 def owners(groups: Groups, subwords: int) -> Int[np.ndarray, " T"]:
-    """The word of every subword, the first one where it covers several, -1 where it is in none."""
-    owner = np.full(subwords, -1)
-    filled = groups.last > groups.first
-    lengths = (groups.last - groups.first)[filled]
-    at = np.repeat(groups.first[filled] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-    word = np.repeat(np.flatnonzero(filled), lengths)
-    owner[at[::-1]] = word[::-1]  # the first word is written last
-    return owner
+    """The word that every subword is a cost of: the first one where it covers several, the next one where it is in none
+    (a lone `▁`, say), the last one at the end; -1 if there are no words."""
+    upto = np.maximum.accumulate(groups.last)
+    return np.minimum(np.searchsorted(upto, np.arange(subwords), side="right"), len(upto) - 1)
 
 
 def of_words(numbers: Num[np.ndarray, " T"], groups: Groups, how: str = "mean") -> np.ndarray:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxcompress.checkpoints import encoder_config, hugging_face_encoder_config, load_encoder, save_encoder
 from jaxcompress.models.encoder import Encoder, EncoderConfig
-from jaxcompress.prompt.scoring import LENGTHS, TOKENS, _batches, keep_probability, score
+from jaxcompress.prompt.scoring import LENGTHS, TOKENS, _batches, _of_leaves, score
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
 FOLDERS = {"bert": FIXTURES / "bert", "xlmr": FIXTURES / "xlm-roberta"}
@@ -69,11 +69,11 @@ def test_shapes_are_few() -> None:
     """Any prompts, whatever their lengths, share a bounded number of compiled programs."""
     config = EncoderConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2)
     encoder = Encoder(config, rngs=nnx.Rngs(0))
-    keep_probability.clear_cache()
+    _of_leaves.clear_cache()
     rng = np.random.default_rng(0)
     for _ in range(12):
         score(encoder, [np.ones(n, np.int32) for n in rng.integers(1, 65, rng.integers(1, 5))])
-    assert keep_probability._cache_size() <= 2 * 3  # lengths up to 32 and 64; 1, 2 or 4 rows
+    assert _of_leaves._cache_size() <= 2 * 3  # lengths up to 32 and 64; 1, 2 or 4 rows
     assert all(length <= TOKENS for length in LENGTHS)
 
 
