@@ -56,7 +56,7 @@ class EncoderTokenizer:
         self.padding, self.unknown = self._one_of(_PADDING), self._one_of(_UNKNOWN)
         self._cuts_at_spaces = _cuts_at_spaces(self.fast)
         special = [n for n, token in self.fast.get_added_tokens_decoder().items() if token.special]
-        self._special = np.zeros(max(special) + 2, bool)  # the last one stands for all ids above
+        self._special = np.zeros(max(special, default=-1) + 2, bool)  # the last one stands for all ids above
         self._special[special] = True
 
     def encode(self, text: str) -> Subwords:
@@ -91,9 +91,11 @@ class EncoderTokenizer:
 
 
 def _cuts_at_spaces(fast: FastTokenizer) -> bool:
-    cut = fast.pre_tokenizer
+    if fast.pre_tokenizer is None:
+        return False
+    text = "a b" if fast.normalizer is None else fast.normalizer.normalize_str("a b")
     plain = all(token.special for token in fast.get_added_tokens_decoder().values())  # others may take spaces along
-    return plain and cut is not None and len(cut.pre_tokenize_str("a b")) == 2
+    return plain and len(fast.pre_tokenizer.pre_tokenize_str(text)) == 2
 
 
 def _array(offsets: Sequence[tuple[int, int]]) -> Offsets:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from jaxcompress.prompt.counting import Counts
 from jaxcompress.prompt.joining import join
@@ -18,8 +18,8 @@ from jaxcompress.prompt.words import align, owners, segment
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
 TOKENIZERS = [EncoderTokenizer(FIXTURES / name) for name in ("bert", "xlm-roberta")]
 PIECES = st.sampled_from(
-    ["the", "Budget", "(", ")", ",", ".", " ", "  ", "\n", "\u00a0", "\u3000", "\u2581", "<s>", "[SEP]", "4,200",
-     "\u0301", "e\u0301", "\u0600", "\x00", "会", "東京", "カー", "한국어", "\U0001f469\u200d\U0001f469",
+    ["the", "Budget", "(", ")", ",", ".", " ", "  ", "\n", "\u00a0", "\u3000", "\u2581", "<s>", "[SEP]", "<mask>",
+     "4,200", "\u0301", "e\u0301", "\u0600", "\x00", "会", "東京", "カー", "한국어", "\U0001f469\u200d\U0001f469",
      "don't", "##ing"]
 )  # fmt: skip
 texts = st.lists(st.one_of(PIECES, st.just(" "), st.characters()), max_size=14).map("".join)
@@ -59,12 +59,17 @@ def test_tokenizers_that_reach_over_spaces(tmp_path: Path) -> None:
     """A piece of two words, or an added token that takes the space before it along: then a text is one part."""
     vocabulary = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<pad>", 0.0), ("a b", -1.0), ("a", -2.0), (" ", -2.0)]
     fast = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    assert len(EncoderTokenizer(folder_of(fast, tmp_path)).encode("a b a").ids) == 3  # no token of it is special
     fast.add_special_tokens(["<unk>", "<s>", "</s>", "<pad>"])
     reaching = EncoderTokenizer(folder_of(fast, tmp_path))
     assert reaching.apart("a b a") == ["a b a"]
     counts = Counts(reaching, [("a b", np.array([[0, 1], [2, 3]]), np.array([1, 0]))])
     assert counts.of("a b a") == reaching.count("a b a") == 3
     fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert EncoderTokenizer(folder_of(fast, tmp_path)).apart("a b a") == ["a", " b", " a"]
+    fast.normalizer = normalizers.Replace(" ", "")
+    assert EncoderTokenizer(folder_of(fast, tmp_path)).apart("a b a") == ["a b a"]
+    fast.normalizer = normalizers.Lowercase()
     assert EncoderTokenizer(folder_of(fast, tmp_path)).apart("a b a") == ["a", " b", " a"]
     fast.add_tokens([AddedToken("b", lstrip=True)])
     assert EncoderTokenizer(folder_of(fast, tmp_path)).apart("a b a") == ["a b a"]
