@@ -39,6 +39,7 @@ def test_as_the_tokenizer_counts(tokenizer: EncoderTokenizer, data: st.DataObjec
 
 
 def test_what_was_read_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading all of what is left would count the same, only slower: so what the tokenizer is given is noted."""
     read: list[str] = []
     encode = EncoderTokenizer.encode
     monkeypatch.setattr(EncoderTokenizer, "encode", lambda self, text: read.append(text) or encode(self, text))
