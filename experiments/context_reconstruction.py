@@ -25,8 +25,8 @@ from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import exam, wording
 from jaxcompress.evaluation.perplexity import predictions
 from jaxcompress.generation import prefill, start
-from jaxcompress.policies import Policy, h2o, tova, window
-from jaxcompress.reconstruction import GROWING, Repeat, asking, read_whole, reconstruct, shrink
+from jaxcompress.policies import H2O, TOVA, Policy, Window
+from jaxcompress.reconstruction import Growing, Repeat, asking, read_whole, reconstruct, shrink
 from jaxcompress.state import State
 
 
@@ -70,16 +70,16 @@ def main(arguments: Arguments) -> None:
         begun = time.perf_counter()
         scores[name] = reconstruct(model, contexts, whole, repeat, chunk=arguments.chunk)
         say(f"{name}: {time.perf_counter() - begun:.0f} s after {reading:.0f} s of reading, compilation included")
-    scores["tova"] = stats(tova())
-    scores["tova-kv_head"] = stats(tova("kv_head"))
-    scores["h2o-kv_head"] = stats(h2o(0, "kv_head"))
+    scores["tova"] = stats(TOVA())
+    scores["tova-kv_head"] = stats(TOVA("kv_head"))
+    scores["h2o-kv_head"] = stats(H2O(0, "kv_head"))
     newest = jnp.where(whole[0].positions < 4, jnp.inf, whole[0].positions * 1.0)
-    scores[window(4).name] = newest
+    scores[Window(4).name] = newest
     table = []
     say(f"\n{'score':22}{'shared':10}{'slots':>6}{'after':>12}{'recall':>8}")
 
     def line(name: str, shared: str, slots: int, state: State) -> None:
-        parts = list(predictions(model, tokens, state, GROWING, [(read, context - 1, 1)]))
+        parts = list(predictions(model, tokens, state, Growing(), [(read, context - 1, 1)]))
         right = np.concatenate([part.right for part in parts], axis=1)  # of the token after each
         losses = np.concatenate([part.losses for part in parts], axis=1)
         given = right[asked[:, read + 1 :]].reshape(-1, 2).all(1)
@@ -92,14 +92,14 @@ def main(arguments: Arguments) -> None:
         arguments.out.write_text(json.dumps(table, indent=1))
 
     room = context - read
-    line("all", "", read, shrink(model, whole, newest, GROWING, read, room=room))
+    line("all", "", read, shrink(model, whole, newest, Growing(), read, room=room))
     for slots in arguments.slots:
         for name, score in scores.items():
             shares: dict[str, Any] = {"uniform": slots}
             if name == "kvzip":
                 shares["by score"] = from_scores(score, slots, least=8)
             for shared, given in shares.items():
-                line(name, shared, slots, shrink(model, whole, score, GROWING, given, room=room))
+                line(name, shared, slots, shrink(model, whole, score, Growing(), given, room=room))
 
 
 if __name__ == "__main__":

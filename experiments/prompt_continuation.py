@@ -19,7 +19,7 @@ import tyro
 
 from jaxcompress import embedded
 from jaxcompress.embedded.corpus import held_out
-from jaxcompress.policies import full
+from jaxcompress.policies import Full
 from jaxcompress.prompt.baselines import content_words, evenly_spread, first_words, random_words, tf_idf
 from jaxcompress.prompt.dataset import Pair, label
 from jaxcompress.prompt.information import Reader, self_information
@@ -118,7 +118,7 @@ def continuation_losses(reader: Reader, contexts: list[str], rests: list[np.ndar
 def main(arguments: Arguments) -> None:
     model, tokenizer = embedded.load_embedded()
     scoring = Reader(model, tokenizer, slots=256, segment=64)
-    judge = Reader(model, tokenizer, full(), slots=1024, segment=128)
+    judge = Reader(model, tokenizer, Full(), slots=1024, segment=128)
     chosen = scorers(scoring)
     result: dict[str, object] = {}
     if arguments.data is not None:

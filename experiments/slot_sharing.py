@@ -24,7 +24,7 @@ from jaxcompress.budgets import proportional, pyramid, retrieval_split, total
 from jaxcompress.calibration import attention_spread, retrieval_heads
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import answers, exam, perplexity, rows_of_text, wording
-from jaxcompress.policies import full, h2o, tova, window
+from jaxcompress.policies import H2O, TOVA, Full, Window
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ def main(arguments: Arguments) -> None:
     near = arguments.near + 4
     duo = retrieval_split(found.retrieval, context, near)
     mean = total(duo) // heads
-    line(full(), "", context)
-    line(window(4, scope="kv_head"), "retrieval", duo)
-    line(window(4, scope="kv_head"), "not retrieval", retrieval_split(~found.retrieval, context, near))
-    line(window(4, scope="kv_head"), "uniform", mean)
-    line(tova("kv_head"), "uniform", mean)
+    line(Full(), "", context)
+    line(Window(4, scope="kv_head"), "retrieval", duo)
+    line(Window(4, scope="kv_head"), "not retrieval", retrieval_split(~found.retrieval, context, near))
+    line(Window(4, scope="kv_head"), "uniform", mean)
+    line(TOVA("kv_head"), "uniform", mean)
     for mean in arguments.slots:
         retrieval = found.retrieval.sum()
         rest = mean * heads - (heads - retrieval) * arguments.streaming
@@ -106,11 +106,11 @@ def main(arguments: Arguments) -> None:
             "retrieval": retrieval_split(found.retrieval, int(rest // retrieval), arguments.streaming),
         }
         for shared, slots in shares.items():
-            line(tova("kv_head"), shared, slots)
-        line(tova(), "uniform", mean)
-        line(tova(), "pyramid", shares["pyramid"])
-        line(tova(), "gates", proportional(found.gates.sum(1), mean, least=arguments.streaming))  # of each layer
-        for policy in (h2o(0.5, "kv_head"), window(4, scope="kv_head")):
+            line(TOVA("kv_head"), shared, slots)
+        line(TOVA(), "uniform", mean)
+        line(TOVA(), "pyramid", shares["pyramid"])
+        line(TOVA(), "gates", proportional(found.gates.sum(1), mean, least=arguments.streaming))  # of each layer
+        for policy in (H2O(0.5, "kv_head"), Window(4, scope="kv_head")):
             for shared in ("uniform", "gates"):
                 line(policy, shared, shares[shared])
 

@@ -69,7 +69,7 @@ def in_turn(repeats: int, **runs: Callable[[], Any]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-@partial(jax.jit, static_argnames=("policy", "steps"))
+@partial(jax.jit, static_argnames="steps")
 def decode(model: Decoder, state: jc.State, policy: jc.Policy, steps: int):
     """Greedy decoding, `steps` tokens."""
 
@@ -147,13 +147,13 @@ def measure_flat(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
     ]
 
 
-@partial(jax.jit, static_argnames="policy")
+@jax.jit
 def stream(model: Decoder, ids: Any, state: jc.State, policy: jc.Policy):
     done = jc.read(model, ids, state, policy)
     return model.logits(done.hidden[:, -1:]), done.state
 
 
-@partial(jax.jit, static_argnames="policy")
+@jax.jit
 def one_by_one(model: Decoder, ids: Any, state: jc.State, policy: jc.Policy):
     def step(state, token):
         done = jc.read(model, token[None, None], state, policy)

@@ -333,7 +333,7 @@ def reader(policy: policies.Policy, backend: Any, chunk: int) -> Callable[..., A
     return jax.jit(lambda q, k, v, at, state: advance(q, k, v, at, state, 0, policy, chunk=chunk, backend=backend)[:3])
 
 
-SEGMENT, BLOCK = policies.tova("kv_head"), policies.h2o(0.5, "kv_head")
+SEGMENT, BLOCK = policies.TOVA("kv_head"), policies.H2O(0.5, "kv_head")
 
 
 def same_tokens(on: Bench, policy: policies.Policy, slots: int, tokens: int, chunk: int) -> tuple[float, float]:

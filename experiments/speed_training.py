@@ -73,7 +73,7 @@ def full(model: Decoder, tokens: jax.Array, library: bool = True) -> Any:
     return jax.value_and_grad(loss)(model)
 
 
-@partial(jax.jit, static_argnames=("policy", "slots", "segment", "reach", "recurrence"))
+@partial(jax.jit, static_argnames=("slots", "segment", "reach", "recurrence"))
 def bounded(model: Decoder, tokens: jax.Array, *, policy: jc.Policy, **how: Any) -> Any:
     weights = jnp.ones((tokens.shape[0], tokens.shape[1] - 1))
     return bounded_value_and_grad(model, tokens, weights, policy=policy, **how)

@@ -28,7 +28,7 @@ from jaxcompress.models.decoder import Decoder, DecoderConfig
 from jaxcompress.models.llava import LlavaConfig
 from jaxcompress.models.rope import rotate
 from jaxcompress.models.vit import TowerConfig
-from jaxcompress.policies import full
+from jaxcompress.policies import Full
 from jaxcompress.vision import Method, named, named_for_average, slots
 from jaxcompress.vision.method import Given
 from jaxcompress.vision.reading import stages
@@ -103,9 +103,9 @@ def prefill(model: Decoder, block: Block, config: LlavaConfig, method: Method) -
     words = block.patch.shape[1] - counts[0]
     room = words + WRITTEN
     given = Given(jnp.ones((1, words), bool), jnp.zeros((1, counts[0]), bool), config.decoder.rope)
-    state = init_state(config.decoder, full(), slots(method, config, room))
+    state = init_state(config.decoder, Full(), slots(method, config, room))
     cuts = method.cuts(config.decoder, counts[0])
-    return read_block(model, block, state, full(), stages=stages(given, cuts))
+    return read_block(model, block, state, Full(), stages=stages(given, cuts))
 
 
 def main() -> None:
@@ -136,7 +136,7 @@ def main() -> None:
     rows = []
     for name, method in methods.items():
         counts = method.counts(config)
-        state = jax.eval_shape(lambda m=method: init_state(config.decoder, full(), slots(m, config, BEFORE + AFTER)))
+        state = jax.eval_shape(lambda m=method: init_state(config.decoder, Full(), slots(m, config, BEFORE + AFTER)))
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         seconds = statistics.median(took[name])
         rows.append(dict(method=name, last=counts[-1], mean=method.average(config), flops=flops(model, config, method),

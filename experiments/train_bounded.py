@@ -58,7 +58,7 @@ from jaxcompress.evaluation.recall import Recall, answers, exam, wording
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
 from jaxcompress.naming import named
-from jaxcompress.policies import full
+from jaxcompress.policies import Full
 from jaxcompress.training.data import Batch
 from jaxcompress.training.foresight import foresight_loss
 from jaxcompress.training.forgetting import init_retention, retention_loss
@@ -279,7 +279,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Loss and recall at each size of the state, and with the full cache."""
     rows = []
-    for policy, slots in [(full(), args.context)] + [(p, args.context // f) for p in policies for f in args.fractions]:
+    for policy, slots in [(Full(), args.context)] + [(p, args.context // f) for p in policies for f in args.fractions]:
         given = answers(model, tasks, policy, slots)
         row = dict(policy=policy.name, slots=slots, nats=float(given.nats.mean()), recall=given.accuracy)
         if texts is not None:

@@ -20,7 +20,7 @@ from jaxcompress.checkpoints import load, load_tower
 from jaxcompress.models.bounded import Block, init_state, read, read_block
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.vit import VisionTower
-from jaxcompress.policies import full
+from jaxcompress.policies import Full
 from jaxcompress.state import State
 from jaxcompress.vision import choose, prefills, prumerge, sparsevlm, windows
 from jaxcompress.vision.dual_attention import LAYERS, dual_attention, passes
@@ -300,9 +300,9 @@ def _run(
 
             return both
 
-        state = init_state(model.config, full(), slots)
+        state = init_state(model.config, Full(), slots)
         cut = tuple(one._replace(rule=watched(one.rule)) for one in cuts)
-        block, state = read_block(model, start, state, full(), stages=stages(given, cut))
+        block, state = read_block(model, start, state, Full(), stages=stages(given, cut))
         return block, state, log, given.words
 
     block, state, log, words = go(model, hidden, jnp.asarray(keys))
@@ -438,7 +438,7 @@ def _mustdrop(
 
 @jax.jit
 def _next(model: Decoder, tokens: Any, state: State) -> tuple[Any, State]:
-    done = read(model, tokens, state, full())
+    done = read(model, tokens, state, Full())
     return model.logits(done.hidden)[:, -1], done.state
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from jaxcompress.attention import Extra
 from jaxcompress.pallas_kernels.contract import Backend, Rule
-from jaxcompress.policies.policy import Around, Candidates, Gone, Incoming, Observation, Policy
+from jaxcompress.policies.base import Around, Candidates, Gone, Incoming, Observation, Policy, Schedule
 from jaxcompress.shapes import SlotPositions
 from jaxcompress.state import KVState
 from jaxcompress.storage import Stored, load, store
@@ -28,7 +28,9 @@ class How(NamedTuple):
 
 def rule_of(state: KVState, how: How) -> Rule | None:
     """What a kernel may follow on its own, where all else is as kernels know it."""
-    rule = how.policy.rule(state.capacity) if how.around.placement == "absolute" else None
+    policy = how.policy
+    plain = policy.schedule == Schedule() and policy.scope != "pool" and not policy.joins and not policy.reduces
+    rule = policy.rule(state.capacity) if plain and how.around.placement == "absolute" else None
     return rule and rule._replace(spare=spare_slots(state, how))
 
 
@@ -83,14 +85,20 @@ def entries_of(block: Block, state: KVState) -> Entries:
     return Entries(jax.tree.map(turn, block.k), jax.tree.map(turn, block.v), held, owner)
 
 
-def candidates_of(state: KVState, layer: Any, how: How, entries: Entries | None = None) -> Candidates:
-    """One layer as a policy sees it: its slots, or entries that come in."""
+def candidates_of(
+    state: KVState, layer: Any, how: How, stay: int | None = None, entries: Entries | None = None
+) -> Candidates:
+    """One layer as a policy sees it: its slots, or entries that come in.
+
+    Args:
+      stay: how many of a set stay when these are selected from; by default as many as in a step (see `stay_in_step`).
+    """
     at = lambda x: jax.tree.map(lambda y: y[layer], x)
     if entries is None:
         entries = Entries(at(state.keys), at(state.values), state.positions[layer], at(state.owner))
     return Candidates(
         load(entries.keys), load(entries.values), entries.positions, entries.owner, state.seen,
-        state.layer[layer], at(state.memory), state.capacity, how.around,
+        state.layer[layer], at(state.memory), stay_in_step(state, how) if stay is None else stay, how.around,
     )  # fmt: skip
 
 
@@ -128,8 +136,7 @@ def replaced_by_next(held: SlotPositions, block: Block, seen: Int[Array, " B"]) 
 def extra_of(state: KVState, layer: Any, how: How) -> Extra:
     """What a policy adds to attention: a bias on the slots, stand-ins for what was evicted."""
     policy, at = how.policy, lambda x: jax.tree.map(lambda y: y[layer], x)
-    bias = None if policy.bias is None else policy.bias(at(state.stats))
-    return Extra(bias, None if policy.summary is None else policy.summary(at(state.memory), how.around))
+    return Extra(policy.bias(at(state.stats)), policy.summary(at(state.memory), how.around))
 
 
 def with_stored(state: KVState, stored: tuple[Stored, Stored]) -> KVState:
@@ -150,12 +157,20 @@ def with_rule_numbers(state: KVState, layer: Any, numbers: Array | None) -> KVSt
 
 def observed(state: KVState, layer: Any, policy: Policy, seen: Observation) -> KVState:
     old = jax.tree.map(lambda x: x[layer], state.stats)
-    return replace(state, stats=with_layer(state.stats, layer, policy.observe(old, jax.lax.stop_gradient(seen))))
+    return replace(state, stats=with_layer(state.stats, layer, policy.observed(old, seen)))
 
 
 def spare_slots(state: KVState, how: How) -> int:
     """Slots that are allocated and stay free (see `init_state`)."""
     return state.positions.shape[-1] - how.policy.slots(state.capacity, entries_per_token(state, how))
+
+
+def stay_in_step(state: KVState, how: How) -> int:
+    """How many tokens of a set stay when a full state takes a token; after `once`, how many stayed of the prompt."""
+    entries, schedule = entries_per_token(state, how), how.policy.schedule
+    if schedule.when == "once":
+        return schedule.keep * entries
+    return max(state.capacity - entries * (schedule.frees - (schedule.when == "after")), 0)
 
 
 def entries_per_token(state: KVState, how: How) -> int:
@@ -184,7 +199,6 @@ def gone_at(state: KVState, layer: Any, index: Array, freed: Array) -> Gone:
 
 def absorbed(state: KVState, layer: Any, how: How, gone: Gone) -> KVState:
     """Merges evicted tokens into what stays; only slots that change are stored anew."""
-    assert how.policy.absorb is not None
     stats = jax.tree.map(lambda x: x[layer], state.stats)
     done = how.policy.absorb(stats, candidates_of(state, layer, how), gone)
     fresh = store(done.values, jax.tree.map(lambda x: x[layer], state.values))

@@ -31,8 +31,8 @@ from jaxcompress._layer import (
 from jaxcompress.attention import block_attention, call_of, masked_softmax
 from jaxcompress.pallas_kernels.contract import choose
 from jaxcompress.placement import place
-from jaxcompress.policies.policy import Observation
-from jaxcompress.select import keep_top
+from jaxcompress.policies.base import Observation
+from jaxcompress.select import keep_top, unranked
 from jaxcompress.state import KVState
 from jaxcompress.storage import load, split
 
@@ -48,12 +48,14 @@ def many_tokens(block: Block, state: KVState, how: How) -> Done:
     newest = positions.max(-1)
     oldest = jnp.where(positions >= 0, positions, newest[:, None]).min(-1)  # -1 in rows without a token
     freed_before = None
-    if policy.evict == "before":
+    once = policy.schedule.when == "once"
+    stay = policy.schedule.keep * entries_per_token(state, how) if once else state.capacity
+    if policy.schedule.when == "before":
         state = replace(state, positions=within_window(state.positions[0], oldest, how.window)[None])
-        state, freed_before = _make_room(state, how, (positions >= 0).sum(-1))
+        state, freed_before = _make_room(state, how, positions >= 0)
     state = remembered(state, 0, policy, block.bare)
     entries = entries_of(block, state)
-    fresh = policy.init(candidates_of(state, 0, how, entries))
+    fresh = policy.init(candidates_of(state, 0, how, stay, entries))
     fresh = jax.tree.map(lambda x: jnp.broadcast_to(x, (*entries.positions.shape, *x.shape[3:])), fresh)
     old = state.slotted()
     new = dict(keys=entries.keys, values=entries.values, positions=entries.positions, owner=entries.owner, stats=fresh)
@@ -78,8 +80,9 @@ def many_tokens(block: Block, state: KVState, how: How) -> Done:
         scores = jnp.einsum("btkgd,bknd->bkgtn", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         if key_scale is not None:
             scores *= key_scale[:, :, None, None]
-        if policy.bias is not None:
-            scores += policy.bias(stats)[:, :, None, None]
+        bias = policy.bias(stats)
+        if bias is not None:
+            scores += bias[:, :, None, None]
         visible = held[:, :, None] <= at[:, None, :, None]
         if how.window is not None:
             visible &= held[:, :, None] > at[:, None, :, None] - how.window
@@ -98,7 +101,7 @@ def many_tokens(block: Block, state: KVState, how: How) -> Done:
         if summary is not None:
             out += jnp.einsum("bkgtm,bkmd->btkgd", shares, summary.values).astype(out.dtype)
         seen = Observation(weights, at, visible.sum(-1, dtype=jnp.float32).mean(2), around.group)
-        return policy.observe(stats, jax.lax.stop_gradient(seen)), out
+        return policy.observed(stats, seen), out
 
     folded = _fold(block, state, how, whole, q)
     stats, out = _scan_queries(attend, stats, q, positions) if folded is None else folded
@@ -106,18 +109,20 @@ def many_tokens(block: Block, state: KVState, how: How) -> Done:
     lived = within_window(held, now, how.window)
     alive = jnp.where(replaced, -1, lived)
     everything = replace(state, **jax.tree.map(lambda x: x[None], dict(whole, positions=alive, stats=stats)))
-    if policy.score is None:
+    if not policy.evicts:
         kept = alive >= 0
     else:
-        scores = jax.lax.stop_gradient(policy.score(stats, candidates_of(everything, 0, how)))
-        most = jnp.full(state.seen.shape, state.capacity)
-        if policy.evict == "once":
-            most = jnp.where(state.seen == 0, policy.keep * entries_per_token(state, how), alive.shape[-1])
+        scores = policy.scores(stats, candidates_of(everything, 0, how, stay))
+        most = jnp.full(state.seen.shape, stay)
+        if once:
+            most = jnp.where(state.seen == 0, stay, alive.shape[-1])
         kept = keep_top(scores, alive, most[:, None])
+        unclear = unranked(scores, alive) & (kept.sum(-1) < (alive >= 0).sum(-1))
+        out = jnp.where(unclear.any(-1)[:, None, None, None, None], jnp.nan, out)  # nothing said what should stay
     freed = jnp.where((lived >= 0) & ~kept, lived, -1)
     slots = state.positions.shape[-1]
     settled = _settle(everything, kept, slots)
-    if policy.absorb is not None:
+    if policy.reduces:
         index = jax.lax.top_k(freed, freed.shape[-1] - min(state.capacity, freed.shape[-1] - 1))[1]
         gone = gone_at(everything, 0, index, jnp.take_along_axis(freed, index, axis=-1))
         settled = absorbed(settled, 0, how, gone)
@@ -146,12 +151,12 @@ def _fold(block: Block, state: KVState, how: How, whole: Any, q: Array) -> tuple
     return jax.tree.map(observed, whole["stats"]), out  # no stats where nothing is folded
 
 
-def _make_room(state: KVState, how: How, coming: Array) -> tuple[KVState, Array]:
+def _make_room(state: KVState, how: How, valid: Array) -> tuple[KVState, Array]:
     """Evicts before a block, so that slots and block together fill the capacity."""
-    held = state.positions[0]
-    assert how.policy.score is not None
-    scores = how.policy.score(jax.tree.map(lambda x: x[0], state.stats), candidates_of(state, 0, how))
-    kept = keep_top(jax.lax.stop_gradient(scores), held, jnp.maximum(state.capacity - coming, 0)[:, None])
+    held, coming, block_length = state.positions[0], valid.sum(-1), valid.shape[1]
+    stay = max(state.capacity - block_length, 0)
+    scores = how.policy.scores(jax.tree.map(lambda x: x[0], state.stats), candidates_of(state, 0, how, stay))
+    kept = keep_top(scores, held, jnp.maximum(state.capacity - coming, 0)[:, None])
     freed = jnp.where((held >= 0) & ~kept, held, -1)
     return replace(state, positions=jnp.where(kept, held, -1)[None]), freed
 

@@ -35,8 +35,8 @@ from jaxcompress._layer import (
 from jaxcompress.attention import call_of, slot_attention, slot_step, slot_step_by_rule, slot_write
 from jaxcompress.pallas_kernels.contract import choose
 from jaxcompress.placement import place
-from jaxcompress.policies.policy import Observation
-from jaxcompress.select import keep_top, worst
+from jaxcompress.policies.base import Observation
+from jaxcompress.select import keep_top, unranked, worst
 from jaxcompress.state import KVState
 from jaxcompress.storage import load
 
@@ -44,7 +44,7 @@ from jaxcompress.storage import load
 def one_token(block: Block, state: KVState, layer: Int[Array, ""] | int, how: How) -> Done:
     """One token: into a free slot, attend, evict by marking slots free. K and V are read once, never moved."""
     policy, position = how.policy, block.positions[:, 0]
-    freed, died, replaced = None, position, None
+    freed, died, replaced, unclear = None, position, None, None
     if how.window is not None:  # first of all: what has left the window takes no other token's place
         held = within_window(state.positions[layer], position, how.window)
         state = replace(state, positions=state.positions.at[layer].set(held))
@@ -53,8 +53,8 @@ def one_token(block: Block, state: KVState, layer: Int[Array, ""] | int, how: Ho
         goes = replaced_by_next(held, block, state.seen)
         replaced = jnp.where(goes, held, -1).max(-1, keepdims=True)
         state = replace(state, positions=state.positions.at[layer].set(jnp.where(goes, -1, held)))
-    if policy.evict == "before":
-        state, freed = _evict(state, layer, how, rows=position >= 0)
+    if policy.schedule.when == "before":
+        state, freed, unclear = _evict(state, layer, how, rows=position >= 0)
         died = position
     state = remembered(state, layer, policy, block.bare)
     entries = entries_of(block, state)
@@ -95,9 +95,11 @@ def one_token(block: Block, state: KVState, layer: Int[Array, ""] | int, how: Ho
     count = visible.sum(-1, dtype=jnp.float32).mean(-1, keepdims=True)
     seen = Observation(weights[:, :, :, None], position[:, None], count, how.around.group)
     state = observed(state, layer, policy, seen)
-    if policy.evict == "after":
-        state, freed = _evict(state, layer, how)
+    if policy.schedule.when == "after":
+        state, freed, unclear = _evict(state, layer, how)
         died = position + 1
+    if unclear is not None:  # no score says what should have stayed: this must not go unnoticed
+        out = jnp.where(unclear[:, None, None, None], jnp.nan, out)
     if freed is None:
         freed, died = jnp.full((*held.shape[:2], 1), -1, jnp.int32), position
     died = jnp.broadcast_to(jnp.reshape(died, (-1, 1, 1)), freed.shape)
@@ -121,7 +123,7 @@ def _enter(state: KVState, layer: Any, entries: Entries, how: How) -> tuple[KVSt
     if spare and not how.policy.forgets:  # else there is room at every step
         free &= (held < 0).sum(-1, keepdims=True) >= m + spare
     index = jnp.where(free & (entries.positions >= 0), index, slots)  # [B, P, M]; out of bounds: dropped
-    stats = how.policy.init(candidates_of(state, layer, how, entries))
+    stats = how.policy.init(candidates_of(state, layer, how, entries=entries))
 
     def put(old: Array, new: Array) -> Array:
         """old [L, B, P, S, ...], new [B, P, M, ...]"""
@@ -138,43 +140,51 @@ def _enter(state: KVState, layer: Any, entries: Entries, how: How) -> tuple[KVSt
     return replace(state, **{name: jax.tree.map(put, old[name], value) for name, value in new.items()}), index
 
 
-def _evict(state: KVState, layer: Any, how: How, rows: Array | None = None) -> tuple[KVState, Array]:
-    """Frees slots of each set in which there is no room for another token; returns the freed positions, -1 for none."""
-    policy, held, score = how.policy, state.positions[layer], how.policy.score
-    if score is None:
-        return state, jnp.full((*held.shape[:2], 1), -1, jnp.int32)
-    n = policy.frees * entries_per_token(state, how)
+def _evict(state: KVState, layer: Any, how: How, rows: Array | None = None) -> tuple[KVState, Array, Array | None]:
+    """Frees slots of each set in which there is no room for another token.
+
+    Returns the state, the freed positions, -1 for none, and [B] the rows in which something went though no score said
+    what.
+    """
+    policy, held = how.policy, state.positions[layer]
+    if not policy.evicts:
+        return state, jnp.full((*held.shape[:2], 1), -1, jnp.int32), None
+    n = policy.schedule.frees * entries_per_token(state, how)
 
     def ranked() -> Array:
         stats = jax.tree.map(lambda x: x[layer], state.stats)
-        return jax.lax.stop_gradient(score(stats, candidates_of(state, layer, how)))
+        return policy.scores(stats, candidates_of(state, layer, how))
 
     if n == 1:
-        goes = jnp.arange(held.shape[-1]) == worst(ranked(), held, spare_slots(state, how))[..., None]
+        scores = ranked()
+        goes = jnp.arange(held.shape[-1]) == worst(scores, held, spare_slots(state, how))[..., None]
+        unclear = unranked(scores, held)
     else:
         full = (held < 0).sum(-1) < entries_per_token(state, how) + spare_slots(state, how)
 
-        def lowest() -> Array:
-            stay = (held >= 0).sum(-1) - jnp.where(full, n, 0)
-            return (held >= 0) & ~keep_top(ranked(), held, stay)
+        def lowest() -> tuple[Array, Array]:
+            scores, stay = ranked(), (held >= 0).sum(-1) - jnp.where(full, n, 0)
+            return (held >= 0) & ~keep_top(scores, held, stay), unranked(scores, held)
 
-        goes = jax.lax.cond(full.any(), lowest, lambda: jnp.zeros(held.shape, bool))
+        nothing = lambda: (jnp.zeros(held.shape, bool), jnp.zeros(held.shape[:2], bool))
+        goes, unclear = jax.lax.cond(full.any(), lowest, nothing)
     if rows is not None:
         goes &= rows[:, None, None]
     marked = jnp.where(goes, held, -1)
+    unclear = (unclear & (marked >= 0).any(-1)).any(-1)
     if n == 1:
         freed = marked.max(-1, keepdims=True)
-    elif policy.absorb is None and state.owner is None:
+    elif not policy.reduces and state.owner is None:
         freed = jax.lax.top_k(marked, n)[0]
     else:
         freed = None
     after = replace(state, positions=state.positions.at[layer].set(jnp.where(goes, -1, held)))
-    if freed is None or policy.absorb is not None:
+    if freed is None or policy.reduces:
         index = jax.lax.top_k(jnp.where(goes, held, -1), n)[1]
         gone = jnp.take_along_axis(marked, index, axis=-1)
-        if policy.absorb is not None:
+        if policy.reduces:
             merged = lambda: absorbed(after, layer, how, gone_at(state, layer, index, gone))
             # Where many are freed at once, most steps free nothing.
-            after = merged() if policy.frees == 1 else jax.lax.cond((gone >= 0).any(), merged, lambda: after)
+            after = merged() if policy.schedule.frees == 1 else jax.lax.cond((gone >= 0).any(), merged, lambda: after)
         freed = by_owner(gone, index, jax.tree.map(lambda x: x[layer], state.owner), how)
-    return after, freed
+    return after, freed, unclear

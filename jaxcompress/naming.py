@@ -6,57 +6,57 @@ import re
 from collections.abc import Callable
 
 from jaxcompress.policies.adaptive import adaptive
+from jaxcompress.policies.base import Policy
 from jaxcompress.policies.chunks import by_chunks, within_chunks
 from jaxcompress.policies.combine import every, once, protect, sampled
 from jaxcompress.policies.critical import critical
-from jaxcompress.policies.expected import expected_attention
-from jaxcompress.policies.full import full
-from jaxcompress.policies.geometry import cur, keydiff, knorm, lagkv
-from jaxcompress.policies.h2o import h2o
-from jaxcompress.policies.nacl import nacl
-from jaxcompress.policies.observed import observed_attention
-from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.expected import ExpectedAttention
+from jaxcompress.policies.full import Full
+from jaxcompress.policies.geometry import CUR, KeyDiff, KNorm, LagKV
+from jaxcompress.policies.h2o import H2O
+from jaxcompress.policies.nacl import NACL
+from jaxcompress.policies.observed import ObservedAttention
 from jaxcompress.policies.pooled import pooled
-from jaxcompress.policies.random import random
-from jaxcompress.policies.rkv import rkv
-from jaxcompress.policies.scissorhands import scissorhands
-from jaxcompress.policies.snapkv import snapkv
-from jaxcompress.policies.tova import tova
-from jaxcompress.policies.window import streaming_llm, window
+from jaxcompress.policies.random import Random
+from jaxcompress.policies.rkv import RKV
+from jaxcompress.policies.scissorhands import Scissorhands
+from jaxcompress.policies.snapkv import SnapKV
+from jaxcompress.policies.tova import TOVA
+from jaxcompress.policies.window import StreamingLLM, Window
 from jaxcompress.reduce import cam, d2o, low_rank, mean_slots, merge_nearest, merge_weighted, with_reduce
 
 _NAMED: dict[str, Callable[[int], Policy]] = {
-    "full": lambda n: full(),
-    "window": lambda n: window(),
-    "window+N": lambda n: window(n),
-    "streaming_llm": lambda n: streaming_llm(),
-    "streaming_llm+N": lambda n: streaming_llm(n),
-    "streaming_llm+N-before": lambda n: streaming_llm(n, evict="before"),
-    "tova": lambda n: tova(),
-    "tova-kv_head": lambda n: tova("kv_head"),
-    "tova-query_head": lambda n: tova("query_head"),
-    "h2o": lambda n: h2o(),
-    "h2o-kv_head": lambda n: h2o(scope="kv_head"),
-    "h2o-layer": lambda n: h2o(scope="layer"),
-    "observed_attention": lambda n: observed_attention(),
-    "scissorhands": lambda n: scissorhands(),
-    "snapkv": lambda n: snapkv(),
-    "snapkv+N": lambda n: snapkv(n),
-    "snapkv+N-layer": lambda n: snapkv(n, scope="layer"),
-    "snapkv+N-query_head": lambda n: snapkv(n, scope="query_head"),
-    "ada-snapkv+N": lambda n: adaptive(snapkv(n, scope="pool")),
-    "ada-h2o": lambda n: adaptive(h2o(scope="pool")),
-    "ada-tova": lambda n: adaptive(tova("pool")),
-    "nacl": lambda n: nacl(),
-    "knorm": lambda n: knorm(),
-    "keydiff": lambda n: keydiff(),
-    "lagkv+N": lambda n: lagkv(n),
-    "lagkv+N-cross": lambda n: lagkv(n, cross=True),
-    "cur": lambda n: cur(),
-    "expected_attention": lambda n: expected_attention(),
-    "rkv": lambda n: rkv(),
-    "rkv-sketchN": lambda n: rkv(sketch=n),
-    "random": lambda n: random(),
+    "full": lambda n: Full(),
+    "window": lambda n: Window(),
+    "window+N": lambda n: Window(n),
+    "streaming_llm": lambda n: StreamingLLM(),
+    "streaming_llm+N": lambda n: StreamingLLM(n),
+    "streaming_llm+N-before": lambda n: StreamingLLM(n, evict="before"),
+    "tova": lambda n: TOVA(),
+    "tova-kv_head": lambda n: TOVA("kv_head"),
+    "tova-query_head": lambda n: TOVA("query_head"),
+    "h2o": lambda n: H2O(),
+    "h2o-kv_head": lambda n: H2O(scope="kv_head"),
+    "h2o-layer": lambda n: H2O(scope="layer"),
+    "observed_attention": lambda n: ObservedAttention(),
+    "scissorhands": lambda n: Scissorhands(),
+    "snapkv": lambda n: SnapKV(),
+    "snapkv+N": lambda n: SnapKV(n),
+    "snapkv+N-layer": lambda n: SnapKV(n, scope="layer"),
+    "snapkv+N-query_head": lambda n: SnapKV(n, scope="query_head"),
+    "ada-snapkv+N": lambda n: adaptive(SnapKV(n, scope="pool")),
+    "ada-h2o": lambda n: adaptive(H2O(scope="pool")),
+    "ada-tova": lambda n: adaptive(TOVA("pool")),
+    "nacl": lambda n: NACL(),
+    "knorm": lambda n: KNorm(),
+    "keydiff": lambda n: KeyDiff(),
+    "lagkv+N": lambda n: LagKV(n),
+    "lagkv+N-cross": lambda n: LagKV(n, cross=True),
+    "cur": lambda n: CUR(),
+    "expected_attention": lambda n: ExpectedAttention(),
+    "rkv": lambda n: RKV(),
+    "rkv-sketchN": lambda n: RKV(sketch=n),
+    "random": lambda n: Random(),
 }
 NAMES = tuple(_NAMED)
 """Names that `named` knows; N stands for a number."""
@@ -68,14 +68,14 @@ _MODIFIED: dict[str, Callable[[Policy, int], Policy]] = {
     "chunksN": lambda policy, n: by_chunks(policy, n),
     "withinN": lambda policy, n: within_chunks(policy, n),
     "critical": lambda policy, n: critical(policy),
-    "sampledN": lambda policy, n: sampled(n, policy),
+    "sampledN": lambda policy, n: sampled(policy, n),
     "merge_nearest": lambda policy, n: with_reduce(policy, merge_nearest()),
     "merge_weighted": lambda policy, n: with_reduce(policy, merge_weighted()),
     "camN": lambda policy, n: with_reduce(policy, cam(n)),
     "d2o": lambda policy, n: with_reduce(policy, d2o()),
     "mean_slotsN": lambda policy, n: with_reduce(policy, mean_slots(n)),
     "low_rankN": lambda policy, n: with_reduce(policy, low_rank(n)),
-    "everyN": lambda policy, n: every(n, policy),
+    "everyN": lambda policy, n: every(policy, n),
     "onceN": lambda policy, n: once(policy, n),
 }
 MODIFIERS = tuple(_MODIFIED)
@@ -94,6 +94,8 @@ def named(name: str, own: Policy | None = None) -> Policy:
     first, *modifiers = name.split("/")
     pattern, n = _pattern(first)
     if first == "own" and own is not None:
+        if not isinstance(own, Policy):
+            raise TypeError(f"own must be a policy, such as load(folder).policy().make(), not {own!r}")
         policy = own
     elif pattern in _NAMED:
         policy = _NAMED[pattern](n)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxcompress.attention import lifetime_attention
 from jaxcompress.pallas_kernels.contract import Backend
-from jaxcompress.policies.policy import Placement, Policy, Rotate
+from jaxcompress.policies.base import Placement, Policy, Rotate
 from jaxcompress.recurrence import Advanced, advance, death_times
 from jaxcompress.shapes import Keys, Positions, Queries, Values
 from jaxcompress.state import KVState
@@ -30,9 +30,8 @@ def check_parallel(policy: Policy, placement: Placement | None = None) -> None:
     """Raises ValueError if death times are not all that a policy decides; says what else it does."""
     for mine in policy.layers or (policy,):
         reasons = {
-            "changes what it keeps": mine.absorb is not None or mine.enter is not None,
-            "adds to attention scores": mine.bias is not None,
-            "shows stand-ins for what it evicted": mine.summary is not None,
+            "changes what enters": mine.joins,
+            "merges or summarises what it evicts": mine.reduces,
             "moves tokens to other positions": (placement or mine.placement) != "absolute",
         }
         for reason, applies in reasons.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.policies.policy import Placement
+from jaxcompress.policies.base import Placement
 from jaxcompress.shapes import SlotPositions
 
 

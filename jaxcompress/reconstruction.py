@@ -26,21 +26,31 @@ from jaxcompress.generation.generate import Progress, prefill, start
 from jaxcompress.models.bounded import Slots, init_state, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
-from jaxcompress.policies.policy import Around, Candidates, Observation, Placement, Policy
+from jaxcompress.policies.base import Around, Candidates, Observation, Placement, Policy, Schedule, policy
 from jaxcompress.select import keep_top
 from jaxcompress.shapes import SlotScores, Tokens, Valid
 from jaxcompress.state import KVState, State, Stats
 from jaxcompress.storage import load, store
 
 
-def _oldest(stats: Stats, held: Candidates) -> SlotScores:
-    """A full state takes nothing more."""
-    return -held.positions.astype(jnp.float32)
+class _OldestFirst(Policy):
+    scope = "kv_head"
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        """A full state takes nothing more."""
+        return -held.positions.astype(jnp.float32)
 
 
-GROWING = Policy("growing", _oldest, scope="kv_head", evict="once")
-"""What was kept stays, and whatever comes is added: for a shrunk state that has `room`, as in KVzip's code. A token
-that finds no room is an error. Means nothing in a fresh state."""
+@policy
+class Growing(_OldestFirst):
+    """What was kept stays, and whatever comes is added: for a shrunk state that has `room`, as in KVzip's code.
+
+    A token that finds no room is an error. Means nothing in a fresh state.
+    """
+
+    name = "growing"  # type: ignore[assignment]
+    schedule = Schedule("once")
+
 
 READ_CHUNK = 512  # tokens of a context that are read at once
 
@@ -137,8 +147,8 @@ def read_whole(
         raise ValueError("no prompts were given")
     longest = max(1, *map(len, prompts))
     size = min(READ_CHUNK, longest)
-    empty = start(model, _READING, longest, batch=len(prompts), seeds=seeds)
-    return prefill(model, prompts, empty, _READING, mode="chunked", chunk=size, segment=size, placement=placement)
+    empty = start(model, _Reading(), longest, batch=len(prompts), seeds=seeds)
+    return prefill(model, prompts, empty, _Reading(), mode="chunked", chunk=size, segment=size, placement=placement)
 
 
 def reconstruct(
@@ -260,19 +270,23 @@ class _Watched(NamedTuple):
     best: Float[Array, "..."]
 
 
-def _init(incoming: Candidates) -> Stats:
-    return _Watched(jnp.ones(incoming.positions.shape, bool), jnp.zeros(incoming.positions.shape))
+@policy
+class _Reading(_OldestFirst):
+    """Has the numbers of `_Watching` and leaves them as they are."""
+
+    name = "kvzip"  # type: ignore[assignment]
+
+    def init(self, incoming: Candidates) -> Stats:
+        return _Watched(jnp.ones(incoming.positions.shape, bool), jnp.zeros(incoming.positions.shape))
 
 
-def _observe(stats: Stats, seen: Observation) -> Stats:
-    weights = seen.weights * stats.inside[:, :, None, None]
-    whole = weights.sum(-1, keepdims=True)
-    weights = weights / jnp.where(whole > 0, whole, 1.0)
-    return _Watched(stats.inside, jnp.maximum(stats.best, weights.max((2, 3))))
-
-
-_WATCHING = Policy("kvzip", _oldest, _init, _observe, scope="kv_head")
-_READING = _WATCHING._replace(observe=lambda stats, seen: stats)
+@policy
+class _Watching(_Reading):
+    def observe(self, stats: Stats, seen: Observation) -> Stats:
+        weights = seen.weights * stats.inside[:, :, None, None]
+        whole = weights.sum(-1, keepdims=True)
+        weights = weights / jnp.where(whole > 0, whole, 1.0)
+        return _Watched(stats.inside, jnp.maximum(stats.best, weights.max((2, 3))))
 
 
 def _question(row: np.ndarray, span: tuple[int, int], repeat: Repeat, sinks: int) -> np.ndarray:
@@ -304,12 +318,12 @@ def _repeated(
         replace(part, stats=_Watched(one | two, jnp.zeros(one.shape)))
         for part, one, two in zip(state, here, first, strict=True)
     )
-    done = read(model, tokens, aimed, _WATCHING, valid=valid, chunk=tokens.shape[1], placement=placement).state
+    done = read(model, tokens, aimed, _Watching(), valid=valid, chunk=tokens.shape[1], placement=placement).state
     # What is held stays in its slots. Free slots may have taken tokens of the repetition: they are not `here`.
     return tuple(jnp.where(mine, part.stats.best, old) for mine, part, old in zip(here, done, best, strict=True))
 
 
-@partial(jax.jit, static_argnames=("policy", "room", "layers"))
+@partial(jax.jit, static_argnames=("room", "layers"))
 def _filled(
     model: Decoder, new: KVState, state: State, scores: Array, *, policy: Policy, room: int, layers: tuple[int, ...]
 ) -> KVState:

@@ -36,7 +36,7 @@ from jaxcompress._many_tokens import many_tokens
 from jaxcompress._one_token import one_token
 from jaxcompress.attention import call_of, stream_attention
 from jaxcompress.pallas_kernels.contract import Backend, Rule, choose
-from jaxcompress.policies.policy import Around, Incoming, Placement, Policy, Rotate
+from jaxcompress.policies.base import Around, Incoming, Placement, Policy, Rotate
 from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, Values
 from jaxcompress.state import KVState
 from jaxcompress.storage import store
@@ -98,7 +98,7 @@ def advance(
     around = Around(rotate, placement, project, (h, k.shape[2]), state.heads or tuple(range(state.kv_heads)))
     bare = Incoming(q, k, v, positions)
     replaces = None
-    if policy.enter is not None:
+    if policy.joins:
         entering = policy.enter(jax.tree.map(lambda x: x[layer], state.memory), bare, state.layer[layer], around)
         k, v, replaces = entering.k, entering.v, entering.replaces
         state = replace(state, memory=with_layer(state.memory, layer, jax.lax.stop_gradient(entering.memory)))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -23,110 +22,166 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.attention import Summary
+from jaxcompress.policies.base import (
+    Absorbed,
+    Around,
+    Candidates,
+    Entering,
+    Gone,
+    Incoming,
+    Observation,
+    Policy,
+    leaf,
+    policy,
+    wrapper,
+)
+from jaxcompress.policies.combine import per_layer
 from jaxcompress.policies.draws import per_token
-from jaxcompress.policies.policy import Absorbed, Around, Candidates, Gone, Observation, Policy
+from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Memory, Stats
+from jaxcompress.values import Value, value
 
 BLOCK = 128  # evicted tokens compared at once with what stays: bounds the memory of a one-shot prompt
 _NEVER = jnp.iinfo(jnp.int32).max
 _TINY = 1e-16  # squared norms below this count as this: what depends on the norm of a zero vector has a finite gradient
 
 
-class Reduce(NamedTuple):
+class Reduction(Value):
     """What becomes of evicted tokens. Every kv head is seen on its own, whoever shares a set in the policy.
 
     Attributes:
-      name: for tables and messages.
-      absorb: (numbers, what stays, what goes) -> what is held then. Positions and numbers are [B, K, N] or [B, K, M],
-        keys and values float32, `owner` is None; memory is the reduction's own.
-      init: (positions of incoming tokens [B, K, T]) -> their numbers, of that shape each.
-      observe: (numbers, mass [B, K, N] from a block of queries, the mean over a group's heads) -> numbers.
-      memory: (B, K, D) -> fresh memory of zeros, [B, K, ...] each.
-      bias: (numbers) -> [B, K, N], added to attention scores; None for none.
-      summary: (memory, around) -> stand-ins seen beside the slots; None for none.
+      weighs: whether slots get a bias from it (see `bias`).
+      summarises: whether queries see stand-ins beside the slots (see `summary`).
     """
 
-    name: str
-    absorb: Callable[[Stats, Candidates, Gone], Absorbed]
-    init: Callable[[Int[Array, "B K T"]], Stats] = lambda positions: ()
-    observe: Callable[[Stats, Float[Array, "B K N"]], Stats] = lambda numbers, mass: numbers
-    memory: Callable[[int, int, int], Memory] = lambda rows, heads, width: ()
-    bias: Callable[[Stats], Float[Array, "B K N"]] | None = None
-    summary: Callable[[Memory, Around], Summary] | None = None
+    weighs: bool = False
+    summarises: bool = False
+
+    @property
+    def name(self) -> str:
+        """For tables and messages."""
+        return type(self).__name__
+
+    def absorb(self, numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
+        """What is held after tokens have gone. Positions and numbers are [B, K, N] or [B, K, M], keys and values
+        float32, `owner` is None; memory is the reduction's own."""
+        raise NotImplementedError
+
+    def init(self, positions: Int[Array, "B K T"]) -> Stats:
+        """The numbers of incoming tokens, of the shape of their positions each."""
+        return ()
+
+    def observe(self, numbers: Stats, mass: Float[Array, "B K N"]) -> Stats:
+        """The numbers after a block of queries that gave this mass, the mean over a group's heads."""
+        return numbers
+
+    def memory(self, rows: int, heads: int, width: int) -> Memory:
+        """Fresh memory of zeros, [B, K, ...] each."""
+        return ()
+
+    def bias(self, numbers: Stats) -> Float[Array, "B K N"]:
+        """Added to attention scores, if it `weighs`."""
+        raise NotImplementedError
+
+    def summary(self, memory: Memory, around: Around) -> Summary:
+        """Stand-ins seen beside the slots, if it `summarises`."""
+        raise NotImplementedError
 
 
-@cache
-def with_reduce(policy: Policy, reduce: Reduce) -> Policy:
+def with_reduce(policy: Policy, reduction: Reduction) -> Policy:
     """The policy, with evicted tokens reduced instead of dropped. What is kept follows the same rule as without.
 
     The policy's stats become (its own, the reduction's), and so does its memory. Of a policy with layers of their own,
-    those that forget are given the reduction. Whatever works on scores may come before or after: `every(16, p)` and
+    those that forget are given the reduction. Whatever works on scores may come before or after: `every(p, 16)` and
     `protect(p, first=4)` of a reduced p are the same as reducing these.
 
     Raises:
       ValueError: nothing is ever evicted, evicted before the new token is seen, or reduced already; or a summary where
         tokens do not stand at absolute positions.
     """
-    if policy.layers:
-        layers = tuple(one if one.score is None else with_reduce(one, reduce) for one in policy.layers)
-        if layers == policy.layers:
-            raise ValueError(f"policy {policy.name} never forgets, so there is nothing to reduce; give one that evicts")
-        return policy._replace(name=f"{policy.name}/{reduce.name}", layers=layers)
-    if policy.score is None:
-        raise ValueError(f"policy {policy.name} never forgets, so there is nothing to reduce; give one that evicts")
-    if policy.evict == "before":
-        raise ValueError(f"policy {policy.name} makes room before it sees a token; a reduction needs evict='after'")
-    if policy.absorb is not None or policy.summary is not None:
-        raise ValueError(f"policy {policy.name} reduces what it evicts already; give the policy without")
-    _check_placement(policy.name, policy.placement, reduce)
-    heads = _PerHead(policy)
-    score, other_bias = policy.score, policy.bias
-    own = lambda held: held._replace(memory=held.memory[0])
+    if not isinstance(reduction, Reduction):
+        raise TypeError(f"with_reduce needs a reduction such as merge_nearest(), not {reduction!r}")
+    if policy.layers and any(one.evicts for one in policy.layers):
+        return per_layer(*(reduced(one, reduction) if one.evicts else one for one in policy.layers))
+    return reduced(policy, reduction)
 
-    def absorb(stats: Stats, held: Candidates, gone: Gone) -> Absorbed:
-        _check_placement(policy.name, held.around.placement, reduce)
+
+@policy
+class reduced(wrapper):
+    """What `with_reduce` makes of a policy that is the same in all layers."""
+
+    reduction: Reduction = leaf()
+    reduces = True  # type: ignore[assignment]
+
+    def check(self) -> None:
+        one = self.policy
+        if not one.evicts:
+            raise ValueError(f"policy {one.name} never forgets, so there is nothing to reduce; give one that evicts")
+        if one.schedule.when == "before":
+            raise ValueError(f"policy {one.name} makes room before it sees a token; a reduction needs evict='after'")
+        if one.reduces:
+            raise ValueError(f"policy {one.name} reduces what it evicts already; give the policy without")
+        _check_placement(one.name, one.placement, self.reduction)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.policy.name}/{self.reduction.name}"
+
+    def __repr__(self) -> str:
+        return f"with_reduce({self.policy!r}, {self.reduction!r})"
+
+    @property
+    def _heads(self) -> _PerHead:
+        return _PerHead(self.policy)
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        return self.policy.score(stats[0], held._replace(memory=held.memory[0]))
+
+    def init(self, incoming: Candidates) -> Stats:
+        mine = self._heads.pack(self.reduction.init(self._heads.positions(incoming)))
+        return self.policy.init(incoming._replace(memory=incoming.memory[0])), mine
+
+    def observe(self, stats: Stats, seen: Observation) -> Stats:
+        mass = seen.per_set("pool" if self.scope == "pool" else "kv_head").sum(2)
+        mine = self._heads.pack(self.reduction.observe(self._heads.numbers(stats[1]), mass))
+        return self.policy.observe(stats[0], seen), mine
+
+    def memory(self, held: Candidates) -> Memory:
+        rows, width = held.keys.shape[0], held.keys.shape[-1]
+        return self.policy.memory(held), self.reduction.memory(rows, self._heads.count(held), width)
+
+    def remember(self, memory: Memory, incoming: Incoming) -> Memory:
+        return self.policy.remember(memory[0], incoming), memory[1]
+
+    def enter(self, memory: Memory, incoming: Incoming, layer: Int[Array, ""], around: Around) -> Entering:
+        entering = self.policy.enter(memory[0], incoming, layer, around)
+        return entering._replace(memory=(entering.memory, memory[1]))
+
+    def absorb(self, stats: Stats, held: Candidates, gone: Gone) -> Absorbed:
+        _check_placement(self.policy.name, held.around.placement, self.reduction)
+        heads = self._heads
         kept, lost = heads.split(held), heads.split_gone(gone, held.around)
         numbers = jax.tree.map(lambda x: jnp.broadcast_to(x, kept.positions.shape), heads.numbers(stats[1]))
-        done = reduce.absorb(numbers, kept._replace(memory=held.memory[1]), lost)
+        done = self.reduction.absorb(numbers, kept._replace(memory=held.memory[1]), lost)
         values, changed, numbers = heads.join(done, kept.positions)
         return Absorbed(values, changed, (stats[0], numbers), (held.memory[0], done.memory))
 
-    def observe(stats: Stats, seen: Observation) -> Stats:
-        mass = seen.per_set("pool" if policy.scope == "pool" else "kv_head").sum(2)
-        mine = heads.pack(reduce.observe(heads.numbers(stats[1]), mass))
-        return policy.observe(stats[0], seen), mine
+    def bias(self, stats: Stats) -> Float[Array, "B K N"] | None:
+        theirs = self.policy.bias(stats[0])
+        if not self.reduction.weighs:
+            return theirs
+        mine = self.reduction.bias(self._heads.numbers(stats[1]))
+        return mine if theirs is None else mine + theirs
 
-    def bias(stats: Stats) -> Array:
-        theirs = 0.0 if other_bias is None else other_bias(stats[0])
-        mine = 0.0 if reduce.bias is None else reduce.bias(heads.numbers(stats[1]))
-        return jnp.asarray(theirs + mine)
-
-    def summary(memory: Memory, around: Around) -> Summary:
-        assert reduce.summary is not None
-        _check_placement(policy.name, around.placement, reduce)
-        return heads.shown(reduce.summary(memory[1], around), around)
-
-    def init(incoming: Candidates) -> Stats:
-        return policy.init(own(incoming)), heads.pack(reduce.init(heads.positions(incoming)))
-
-    def memory(held: Candidates) -> Memory:
-        return policy.memory(held), reduce.memory(held.keys.shape[0], heads.count(held), held.keys.shape[-1])
-
-    return policy._replace(
-        name=f"{policy.name}/{reduce.name}",
-        init=init,
-        observe=observe,
-        score=lambda stats, held: score(stats[0], own(held)),
-        memory=memory,
-        remember=lambda memory, incoming: (policy.remember(memory[0], incoming), memory[1]),
-        absorb=absorb,
-        bias=None if reduce.bias is None and other_bias is None else bias,
-        summary=None if reduce.summary is None else summary,
-    )
+    def summary(self, memory: Memory, around: Around) -> Summary | None:
+        if not self.reduction.summarises:
+            return None
+        _check_placement(self.policy.name, around.placement, self.reduction)
+        return self._heads.shown(self.reduction.summary(memory[1], around), around)
 
 
-def _check_placement(name: str, placement: str, reduce: Reduce) -> None:
-    if reduce.summary is not None and placement != "absolute":
+def _check_placement(name: str, placement: str, reduce: Reduction) -> None:
+    if reduce.summarises and placement != "absolute":
         raise ValueError(
             f"{reduce.name} needs tokens at absolute positions, policy {name} places them by {placement}; "
             "use placement='absolute' or merge instead"
@@ -206,8 +261,8 @@ class _PerHead(NamedTuple):
 # Merging: values of what goes are added to values of what stays.
 
 
-@cache
-def merge_nearest(threshold: float = 0.0) -> Reduce:
+@value
+class merge_nearest(Reduction):
     """Merges an evicted value into the kept token with the most similar key (kvpress's MergingPress).
 
     For evicted e and its target t, the kept token whose cached key has the largest cosine to e's:
@@ -216,23 +271,29 @@ def merge_nearest(threshold: float = 0.0) -> Reduce:
 
     The sums go over all tokens evicted at once into t. What is less similar than `threshold` is dropped.
     """
-    _check_share("threshold", threshold, -1.0)
 
-    def absorb(numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
+    threshold: float | int = 0.0
+
+    def check(self) -> None:
+        _check_share("threshold", self.threshold, -1.0)
+
+    @property
+    def name(self) -> str:
+        return f"merge_nearest(threshold={self.threshold:g})" if self.threshold else "merge_nearest"
+
+    def absorb(self, numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
         near = nearest(held, gone)
         size = _norm(gone.values)
         other = _norm(jnp.take_along_axis(held.values, near.target[..., None], axis=2))
-        passes = near.found & (near.cosine >= threshold)
+        passes = near.found & (near.cosine >= self.threshold)
         weight = jnp.where(passes, jnp.maximum(near.cosine, 0.0) * size / (size + other), 0.0)
         total, weights = pour(near.target, weight, gone.values, held.values.shape[2])
         values = (held.values + total) / (1 + weights)[..., None]
         return Absorbed(values, weights > 0, numbers, held.memory)
 
-    return Reduce(f"merge_nearest(threshold={threshold:g})" if threshold else "merge_nearest", absorb)
 
-
-@cache
-def merge_weighted() -> Reduce:
+@value
+class merge_weighted(Reduction):
     """Merges an evicted value into the kept token with the most similar key: a mean of all that the slot stands for.
 
     Each slot carries n, how many tokens it stands for, and attention adds log n to its score (the proportional
@@ -245,23 +306,25 @@ def merge_weighted() -> Reduce:
     attention as all of them and drowns what single tokens say: recall of single facts is lost.
     """
 
-    def absorb(size: Stats, held: Candidates, gone: Gone) -> Absorbed:
+    weighs = True
+
+    def absorb(self, numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
         near = nearest(held, gone)
         weight = jnp.where(near.found, gone.stats, 0.0)
         total, weights = pour(near.target, weight, gone.values, held.values.shape[2])
-        together = jnp.maximum(size + weights, 1.0)[..., None]
-        values = jnp.where(weights[..., None] > 0, (size[..., None] * held.values + total) / together, held.values)
-        return Absorbed(values, weights > 0, size + weights, held.memory)
+        together = jnp.maximum(numbers + weights, 1.0)[..., None]
+        values = jnp.where(weights[..., None] > 0, (numbers[..., None] * held.values + total) / together, held.values)
+        return Absorbed(values, weights > 0, numbers + weights, held.memory)
 
-    return Reduce(
-        "merge_weighted", absorb,
-        init=lambda positions: jnp.ones(positions.shape, jnp.float32),
-        bias=lambda size: jnp.log(jnp.maximum(size, 1.0)),
-    )  # fmt: skip
+    def init(self, positions: Int[Array, "B K T"]) -> Stats:
+        return jnp.ones(positions.shape, jnp.float32)
+
+    def bias(self, numbers: Stats) -> Float[Array, "B K N"]:
+        return jnp.log(jnp.maximum(numbers, 1.0))
 
 
-@cache
-def cam(targets: int = 32, seed: int = 0) -> Reduce:
+@value
+class cam(Reduction):
     """Spreads an evicted value evenly over the next kept tokens, by chance (Zhang et al. 2024, "CaM: Cache Merging").
 
     With the m <= `targets` oldest of the kept tokens younger than e, and mass a = all attention that a token received:
@@ -271,35 +334,45 @@ def cam(targets: int = 32, seed: int = 0) -> Reduce:
     The draw depends on seed, layer, head and position only. What is moved is mass, not a mean: values grow with every
     eviction, without bound where every step evicts.
     """
-    if targets < 1:
-        raise ValueError(f"targets must be at least 1 token, not {targets}")
 
-    def absorb(mass: Stats, held: Candidates, gone: Gone) -> Absorbed:
+    targets: int = 32
+    seed: int = 0
+
+    def check(self) -> None:
+        if self.targets < 1:
+            raise ValueError(f"targets must be at least 1 token, not {self.targets}")
+
+    @property
+    def name(self) -> str:
+        return f"cam{self.targets}"
+
+    def absorb(self, numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
         kept = held.positions >= 0
         age = jnp.where(kept, held.positions, _NEVER)
         slots = jnp.broadcast_to(jnp.arange(age.shape[-1], dtype=jnp.int32), age.shape)
         order = jax.lax.sort((age, slots), num_keys=1)[1]
         rank = jnp.put_along_axis(jnp.zeros_like(order), order, slots, axis=-1, inplace=False)
-        draw = per_token(seed, held._replace(positions=gone.positions))
+        draw = per_token(self.seed, held._replace(positions=gone.positions))
 
         def block(sums: Any, parts: Any) -> Any:
             there, position, own, draw, values = parts
             older = (kept[:, :, None] & (age[:, :, None] <= position[..., None])).sum(-1, keepdims=True)
             nth = rank[:, :, None] - older
-            chosen = (kept[:, :, None] & (nth >= 0) & (nth < targets)).astype(jnp.float32)  # [B, K, m, N]
+            chosen = (kept[:, :, None] & (nth >= 0) & (nth < self.targets)).astype(jnp.float32)  # [B, K, m, N]
             count = jnp.maximum(chosen.sum(-1), 1.0)
-            mean = jnp.einsum("bkmn,bkn->bkm", chosen, mass, precision="highest") / count
+            mean = jnp.einsum("bkmn,bkn->bkm", chosen, numbers, precision="highest") / count
             share = jnp.where(there & (draw * mean < own), 1 / count, 0.0)[..., None] * chosen
             return _add(sums, share, values), ()
 
         parts = gone.positions >= 0, gone.positions, gone.stats, draw, gone.values
         (total, weights), _ = _in_blocks(block, _no_sums(held), parts)
-        return Absorbed(held.values + total, weights > 0, mass, held.memory)
+        return Absorbed(held.values + total, weights > 0, numbers, held.memory)
 
-    return Reduce(
-        f"cam{targets}", absorb,
-        init=lambda positions: jnp.zeros(positions.shape, jnp.float32), observe=lambda old, mass: old + mass,
-    )  # fmt: skip
+    def init(self, positions: Int[Array, "B K T"]) -> Stats:
+        return jnp.zeros(positions.shape, jnp.float32)
+
+    def observe(self, numbers: Stats, mass: Float[Array, "B K N"]) -> Stats:
+        return numbers + mass
 
 
 class _Limit(NamedTuple):
@@ -309,8 +382,8 @@ class _Limit(NamedTuple):
     started: Float[Array, "B K"]
 
 
-@cache
-def d2o(old: float = 0.5, new: float = 0.5) -> Reduce:
+@value
+class d2o(Reduction):
     """Merges an evicted value into the most similar kept token if it is similar enough (Wan et al. 2024, "D2O").
 
     "Enough" is a running mean of the largest cosines c_e between the keys of what went and of what stayed, one per row
@@ -321,15 +394,20 @@ def d2o(old: float = 0.5, new: float = 0.5) -> Reduce:
 
     The weights are the paper's; its code also merges rotated keys, which this does not.
     """
-    _check_share("old", old)
-    _check_share("new", new)
 
-    def absorb(numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
+    old: float | int = 0.5
+    new: float | int = 0.5
+
+    def check(self) -> None:
+        _check_share("old", self.old)
+        _check_share("new", self.new)
+
+    def absorb(self, numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
         near, before = nearest(held, gone), held.memory
         cosine = jax.lax.stop_gradient(near.cosine)
         count = near.found.sum(-1)
         mean = jnp.where(near.found, cosine, 0.0).sum(-1) / jnp.maximum(count, 1)
-        limit = jnp.where(before.started > 0, old * before.threshold + new * mean, mean)
+        limit = jnp.where(before.started > 0, self.old * before.threshold + self.new * mean, mean)
         limit = jnp.where(count > 0, limit, before.threshold)
         # A little slack, since the mean of equal numbers may be rounded up.
         weight = jnp.where(near.found & (cosine >= limit[..., None] - 1e-6), jnp.exp(near.cosine), 0.0)
@@ -338,10 +416,8 @@ def d2o(old: float = 0.5, new: float = 0.5) -> Reduce:
         started = jnp.maximum(before.started, count > 0)
         return Absorbed(values, weights > 0, numbers, _Limit(limit, started))
 
-    return Reduce(
-        "d2o", absorb,
-        memory=lambda rows, heads, width: _Limit(jnp.zeros((rows, heads)), jnp.zeros((rows, heads))),
-    )  # fmt: skip
+    def memory(self, rows: int, heads: int, width: int) -> _Limit:
+        return _Limit(jnp.zeros((rows, heads)), jnp.zeros((rows, heads)))
 
 
 class Nearest(NamedTuple):
@@ -442,8 +518,8 @@ class MeanSlots(NamedTuple):
     count: Float[Array, "B K n"]
 
 
-@cache
-def mean_slots(n: int = 4) -> Reduce:
+@value
+class mean_slots(Reduction):
     """Summarises what was evicted by n means per kv head, which every query sees beside the slots.
 
     An evicted token joins the stand-in whose mean key, before rotation, has the largest cosine to its own; empty ones
@@ -454,14 +530,23 @@ def mean_slots(n: int = 4) -> Reduce:
     Tokens that are evicted together join one after the other, the oldest first. Costs n * (2 D + 2) float32 numbers per
     row and kv head, as much as about n slots of float32.
     """
-    if n < 1:
-        raise ValueError(f"mean_slots needs at least 1 stand-in, not {n}")
 
-    def memory(rows: int, heads: int, width: int) -> MeanSlots:
-        vectors, numbers = jnp.zeros((rows, heads, n, width)), jnp.zeros((rows, heads, n))
+    n: int = 4
+    summarises = True
+
+    def check(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"mean_slots needs at least 1 stand-in, not {self.n}")
+
+    @property
+    def name(self) -> str:
+        return f"mean_slots{self.n}"
+
+    def memory(self, rows: int, heads: int, width: int) -> MeanSlots:
+        vectors, numbers = jnp.zeros((rows, heads, self.n, width)), jnp.zeros((rows, heads, self.n))
         return MeanSlots(vectors, vectors, numbers, numbers)
 
-    def absorb(numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
+    def absorb(self, numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
         around, there = held.around, gone.positions >= 0
         # Rotating multiplies by the factor that some models put on cos and sin (YaRN): once in the cache, once here.
         factor = _norm(around.rotate(jnp.ones(gone.keys.shape[-1]), jnp.zeros(()))) / gone.keys.shape[-1] ** 0.5
@@ -471,7 +556,7 @@ def mean_slots(n: int = 4) -> Reduce:
             key, value, position, there = token  # [B, K, D], [B, K]
             like = jnp.einsum("bknd,bkd->bkn", _unit(old.keys), _unit(key), precision="highest")
             to = jnp.where(old.count == 0, jnp.inf, jax.lax.stop_gradient(like)).argmax(-1)
-            here = (jnp.arange(n) == to[..., None]) & there[..., None]
+            here = (jnp.arange(self.n) == to[..., None]) & there[..., None]
             count = old.count + here
             share = jnp.where(here, 1 / jnp.maximum(count, 1.0), 0.0)
             means = old.keys, old.values, old.position[..., None]
@@ -487,11 +572,9 @@ def mean_slots(n: int = 4) -> Reduce:
             new, _ = jax.lax.scan(join, held.memory, tuple(jnp.moveaxis(x, 2, 0) for x in tokens), reverse=True)
         return Absorbed(held.values, jnp.zeros(held.positions.shape, bool), numbers, new)
 
-    def summary(memory: MeanSlots, around: Around) -> Summary:
+    def summary(self, memory: MeanSlots, around: Around) -> Summary:
         bias = jnp.where(memory.count > 0, jnp.log(jnp.maximum(memory.count, 1.0)), -jnp.inf)
         return Summary(around.rotate(memory.keys, memory.position), memory.values, bias[:, :, None])
-
-    return Reduce(f"mean_slots{n}", absorb, memory=memory, summary=summary)
 
 
 class LowRank(NamedTuple):
@@ -508,8 +591,8 @@ class LowRank(NamedTuple):
     started: Float[Array, "B K"]
 
 
-@cache
-def low_rank(rank: int = 8, seed: int = 0) -> Reduce:
+@value
+class low_rank(Reduction):
     """Summarises what was evicted by linear attention with r positive random features (Choromanski et al. 2021).
 
       phi_i(x) = exp(w_i . x / D^(1/4) - |x|^2 / (2 sqrt D)) / sqrt(r)     w_i ~ N(0, 1), orthogonal in blocks of D
@@ -522,15 +605,29 @@ def low_rank(rank: int = 8, seed: int = 0) -> Reduce:
 
     Costs r * (D + 1) + 1 float32 numbers per row and kv head.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1 feature, not {rank}")
 
-    def memory(rows: int, heads: int, width: int) -> LowRank:
-        return LowRank(jnp.zeros((rows, heads, rank, width)), jnp.zeros((rows, heads, rank)), jnp.zeros((rows, heads)))
+    rank: int = 8
+    seed: int = 0
+    summarises = True
 
-    def absorb(numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
+    def check(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1 feature, not {self.rank}")
+
+    @property
+    def name(self) -> str:
+        return f"low_rank{self.rank}"
+
+    def memory(self, rows: int, heads: int, width: int) -> LowRank:
+        return LowRank(
+            jnp.zeros((rows, heads, self.rank, width)), jnp.zeros((rows, heads, self.rank)), jnp.zeros((rows, heads))
+        )
+
+    def absorb(self, numbers: Stats, held: Candidates, gone: Gone) -> Absorbed:
         old, there, d = held.memory, (gone.positions >= 0)[..., None], gone.keys.shape[-1]
-        features = jnp.einsum("bkmd,rd->bkmr", gone.keys, _features(rank, d, seed) * d**-0.25, precision="highest")
+        features = jnp.einsum(
+            "bkmd,rd->bkmr", gone.keys, _features(self.rank, d, self.seed) * d**-0.25, precision="highest"
+        )
         features -= jnp.square(gone.keys).sum(-1, keepdims=True) * (d**-0.5 / 2)
         # Sums of exponentials, relative to the largest: shares of old and new in what is held then.
         nothing = -1e30
@@ -545,13 +642,13 @@ def low_rank(rank: int = 8, seed: int = 0) -> Reduce:
         new = LowRank(values, jnp.where(some[..., None], mass, 0.0), some.astype(jnp.float32))
         return Absorbed(held.values, jnp.zeros(held.positions.shape, bool), numbers, new)
 
-    def summary(memory: LowRank, around: Around) -> Summary:
+    def summary(self, memory: LowRank, around: Around) -> Summary:
         b, k, r, d = memory.values.shape
-        bias = jnp.where(memory.started[..., None] > 0, memory.log_mass - math.log(rank), -jnp.inf)
-        keys = jnp.broadcast_to(_features(rank, d, seed) * d**0.25, (b, k, r, d))  # Summary divides by sqrt(d)
+        bias = jnp.where(memory.started[..., None] > 0, memory.log_mass - math.log(self.rank), -jnp.inf)
+        keys = jnp.broadcast_to(
+            _features(self.rank, d, self.seed) * d**0.25, (b, k, r, d)
+        )  # Summary divides by sqrt(d)
         return Summary(keys, memory.values, bias[:, :, None], norm=d**-0.5 / 2)
-
-    return Reduce(f"low_rank{rank}", absorb, memory=memory, summary=summary)
 
 
 def _features(rank: int, width: int, seed: int) -> Float[Array, "r D"]:

@@ -57,6 +57,11 @@ def worst(scores: SlotScores, positions: SlotPositions, spare: int = 0) -> Int[A
     return jnp.where(candidate == candidate.min(-1, keepdims=True), youth, -1).argmax(-1)
 
 
+def unranked(scores: SlotScores, positions: SlotPositions) -> Bool[Array, "B P"]:
+    """Marks sets of tokens whose scores are all NaN, so that nothing says which should stay."""
+    return (jnp.isnan(scores) | (positions < 0)).all(-1) & (positions >= 0).any(-1)
+
+
 def _comparable(scores: SlotScores) -> SlotScores:
     """float32, with NaN as the lowest score, so that the order is total."""
     scores = scores.astype(jnp.float32)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxcompress.models.bounded import Mode, Read, Slots, check_fits, check_mode, cut, init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.policies.base import Placement, Policy
 from jaxcompress.recurrence import death_times
 from jaxcompress.state import KVState, State, runs
 
@@ -81,7 +81,7 @@ def trace(
     return Trace(positions, logits, death)
 
 
-@partial(jax.jit, static_argnames=("policy", "prompt", "chunk", "placement"))
+@partial(jax.jit, static_argnames=("prompt", "chunk", "placement"))
 def _traced(model, tokens, state, *, policy, prompt, chunk, placement):
     def facts(done: Read):
         held = tuple(_held(part, model.config.num_kv_heads) for part in done.state)

@@ -25,7 +25,7 @@ from jaxcompress.evaluation.sweep import Row
 from jaxcompress.generation import Tokenizer, generate
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.naming import NAMES
-from jaxcompress.policies import tova
+from jaxcompress.policies import TOVA
 from jaxcompress.tracing import trace
 
 SENTENCE = "The slots of a small memory hold what the newest query looked at; the rest is gone.\n"
@@ -103,7 +103,7 @@ GREEDY = ("--policy", "tova", "--slots", 6, "--steps", 10)
 
 def expected(model: Decoder, tokenizer: Tokenizer, *prompts: str) -> list[np.ndarray]:
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    return list(np.concatenate(list(generate(model, ids, tova(), 6, steps=10, burst=8)), axis=1))
+    return list(np.concatenate(list(generate(model, ids, TOVA(), 6, steps=10, burst=8)), axis=1))
 
 
 class TestGenerate:
@@ -202,7 +202,7 @@ def _check_trace(out: Path, model: Decoder, ids: np.ndarray) -> None:
         "logits": ((steps, batch, model.config.vocab_size), np.float32),
         "death": ((2, batch, 1, total), np.int32),
     }
-    same = trace(model, ids, tova(), 4, prompt=6)
+    same = trace(model, ids, TOVA(), 4, prompt=6)
     np.testing.assert_array_equal(arrays["positions"], same.positions)
     np.testing.assert_array_equal(arrays["death"], same.death)
     np.testing.assert_allclose(arrays["logits"], same.logits, atol=1e-4)

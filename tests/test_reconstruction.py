@@ -18,18 +18,18 @@ from jaxcompress.budgets import from_scores, retrieval_split, total
 from jaxcompress.generation import continue_, prefill
 from jaxcompress.models.bounded import Slots, init_state, read
 from jaxcompress.models.rope import rotate
-from jaxcompress.policies import Policy, full, h2o, per_layer, streaming_llm, tova
-from jaxcompress.reconstruction import GROWING, Repeat, asking, kvzip, read_whole, reconstruct, shrink
+from jaxcompress.policies import H2O, TOVA, Full, Policy, StreamingLLM, per_layer, policy
+from jaxcompress.reconstruction import Growing, Repeat, asking, kvzip, read_whole, reconstruct, shrink
 from jaxcompress.state import State
 
 MODEL = tiny_decoder()
 CONTEXT = random_tokens(23)
 ASK = Repeat(first=(5, 9, 2), later=(7, 7), after=(1,), lead=3)
-MIXED = per_layer(tova(), streaming_llm(2))
+MIXED = per_layer(TOVA(), StreamingLLM(2))
 LAYERS, HEADS = MODEL.config.num_layers, MODEL.config.num_kv_heads
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
-reading = jax.jit(read, static_argnames=("policy", "chunk"), compiler_options=FAST_COMPILE)
+reading = jax.jit(read, static_argnames="chunk", compiler_options=FAST_COMPILE)
 plain = jax.jit(lambda model, tokens: model(tokens), compiler_options=FAST_COMPILE)
 
 
@@ -100,7 +100,7 @@ def test_rows_are_independent() -> None:
     for row, n in enumerate(lengths):
         np.testing.assert_allclose(together[:, row, :, :n], expected(CONTEXT[:n], 2, 8), 1e-4, 1e-6)
         assert np.isneginf(together[:, row, :, n:]).all()
-    small = shrink(MODEL, whole(*lengths).state, jnp.asarray(together), tova("kv_head"), 5)
+    small = shrink(MODEL, whole(*lengths).state, jnp.asarray(together), TOVA("kv_head"), 5)
     assert small[0].seen.tolist() == list(lengths)
     for row, n in enumerate(lengths):
         best = reference.top(expected(CONTEXT[:n], 2, 8), 5)
@@ -123,7 +123,7 @@ BUDGETS: dict[str, Slots] = {"one": 7, "per layer": (9, 5), "per head": ((3, 11)
 @pytest.mark.parametrize("slots", BUDGETS.values(), ids=BUDGETS.keys())
 def test_the_best_stay_and_no_more_is_allocated(slots: Slots) -> None:
     given = scores()
-    state = shrink(MODEL, whole(23).state, given, tova("kv_head"), slots)
+    state = shrink(MODEL, whole(23).state, given, TOVA("kv_head"), slots)
     capacity = np.broadcast_to(np.array(slots).reshape(-1, 1) if np.ndim(slots) < 2 else slots, (LAYERS, HEADS))
     for layer, head in np.ndindex(LAYERS, HEADS):
         best = reference.top(np.asarray(given)[layer, 0, head, :23], capacity[layer, head])
@@ -135,7 +135,7 @@ def test_the_best_stay_and_no_more_is_allocated(slots: Slots) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "chunk"),
-    [(tova("kv_head"), 1), (h2o(2, "kv_head"), 4), (GROWING, 1), (tova(), 4)],
+    [(TOVA("kv_head"), 1), (H2O(2, "kv_head"), 4), (Growing(), 1), (TOVA(), 4)],
     ids=lambda x: getattr(x, "name", None),
 )
 def test_a_state_that_lost_nothing_goes_on_as_if_nothing_had_happened(policy: Policy, chunk: int) -> None:
@@ -147,9 +147,17 @@ def test_a_state_that_lost_nothing_goes_on_as_if_nothing_had_happened(policy: Po
     np.testing.assert_allclose(MODEL.logits(done.hidden)[0], expected, 1e-3, 1e-3)
 
 
+@policy
+class Pool(Policy):
+    scope = "pool"
+
+    def score(self, stats: Any, held: Any) -> Any:
+        return held.positions * 1.0
+
+
 def test_pools_and_layers_share_by_score() -> None:
     given = scores()
-    pool = Policy("pool", lambda stats, held: held.positions * 1.0, scope="pool")
+    pool = Pool()
     (part,) = shrink(MODEL, whole(23).state, given, pool, 6)
     assert part.capacity == 6 * HEADS
     for layer in range(LAYERS):
@@ -158,7 +166,7 @@ def test_pools_and_layers_share_by_score() -> None:
         positions, owner = np.asarray(part.positions)[layer, 0, 0], np.asarray(part.owner)[layer, 0, 0]
         mine = sorted((owner * 23 + positions)[positions >= 0].tolist())
         assert mine == best.tolist()
-    state = shrink(MODEL, whole(23).state, given, tova(), 6)
+    state = shrink(MODEL, whole(23).state, given, TOVA(), 6)
     for layer in range(LAYERS):
         mean = np.asarray(given)[layer, 0, :, :23].mean(0)
         assert held(state, layer, 0) == reference.top(mean, 6).tolist()
@@ -166,14 +174,14 @@ def test_pools_and_layers_share_by_score() -> None:
 
 def test_a_full_cache_can_shrink_by_any_score() -> None:
     """Read by the policy `full`, scored by age; the rest is then decoded with a window per head."""
-    state = init_state(MODEL.config, full(), 23)
-    state = reading(MODEL, jnp.asarray(CONTEXT)[None], state, full(), chunk=23).state
+    state = init_state(MODEL.config, Full(), 23)
+    state = reading(MODEL, jnp.asarray(CONTEXT)[None], state, Full(), chunk=23).state
     age = jnp.broadcast_to(state[0].positions * 1.0, (LAYERS, 1, HEADS, 23))
-    small = shrink(MODEL, state, age, tova("kv_head"), 4)
+    small = shrink(MODEL, state, age, TOVA("kv_head"), 4)
     assert all(held(small, layer, head) == [19, 20, 21, 22] for layer in range(LAYERS) for head in range(HEADS))
-    quantised = shrink(MODEL, state, age, tova("kv_head"), 4, dtype="int8")
+    quantised = shrink(MODEL, state, age, TOVA("kv_head"), 4, dtype="int8")
     assert sum(part.nbytes for part in quantised) < sum(part.nbytes for part in small)
-    assert np.isfinite(reading(MODEL, jnp.asarray([[3]]), quantised, tova("kv_head")).hidden).all()
+    assert np.isfinite(reading(MODEL, jnp.asarray([[3]]), quantised, TOVA("kv_head")).hidden).all()
 
 
 def test_budgets_from_scores_are_what_a_threshold_over_all_heads_gives() -> None:
@@ -189,7 +197,7 @@ def test_kvzip_reads_compresses_and_goes_on() -> None:
     """Ragged rows; what one gives does not depend on what stands in the other."""
     contexts, questions = [CONTEXT, random_tokens(23, seed=9), CONTEXT[:9]], random_tokens(3, 3, seed=1)
     slots = retrieval_split(np.array([[True, False]] * LAYERS), 12, 3)
-    policy = tova("kv_head")
+    policy = TOVA("kv_head")
 
     def written(which: list[int]) -> np.ndarray:
         now = kvzip(MODEL, [contexts[i] for i in which], policy, slots, repeat=ASK, sinks=2, chunk=8)
@@ -202,10 +210,10 @@ def test_kvzip_reads_compresses_and_goes_on() -> None:
 
 
 def test_growing_takes_what_there_is_room_for_and_no_more() -> None:
-    now = kvzip(MODEL, [CONTEXT], GROWING, 6, repeat=ASK, room=3)
+    now = kvzip(MODEL, [CONTEXT], Growing(), 6, repeat=ASK, room=3)
     with pytest.raises(ValueError, match="10 tokens do not fit into the 9 slots"):
-        next(continue_(MODEL, now, GROWING, steps=4, burst=2))
-    tokens = np.concatenate(list(continue_(MODEL, now, GROWING, steps=3, burst=1)), axis=1)
+        next(continue_(MODEL, now, Growing(), steps=4, burst=2))
+    tokens = np.concatenate(list(continue_(MODEL, now, Growing(), steps=3, burst=1)), axis=1)
     assert tokens.shape == (1, 3)
     assert (tokens >= 0).all()
 
@@ -221,15 +229,15 @@ def test_asking_is_the_authors_words() -> None:
         (lambda: reconstruct(MODEL, [CONTEXT[:5]], whole(23).state, ASK), "the state has read"),
         (lambda: reconstruct(MODEL, [CONTEXT], whole(23).state, ASK, sinks=-1), "sinks must be 0"),
         (lambda: reconstruct(MODEL, [CONTEXT], whole(23).state, ASK, chunk=0), "a chunk 1 token"),
-        (lambda: reconstruct(MODEL, [CONTEXT], init_state(MODEL.config, full(), 23), ASK), "read_whole"),
-        (lambda: shrink(MODEL, whole(23).state, scores()[..., 1:], tova("kv_head"), 5), "one for each slot"),
-        (lambda: shrink(MODEL, whole(23).state, scores(), tova("query_head"), 5), "per kv head"),
-        (lambda: shrink(MODEL, whole(23).state, scores(), tova("kv_head"), 5, room=-1), "room is"),
-        (lambda: shrink(MODEL, whole(23).state, scores(), tova(), ((3, 5), (4, 4))), "scope"),
-        (lambda: shrink(MODEL, whole(23).state[:0], scores(), tova("kv_head"), 5), "together"),
-        (lambda: kvzip(tiny_decoder(sliding=(8, None)), [CONTEXT], GROWING, 5, repeat=ASK), "sliding window"),
-        (lambda: kvzip(MODEL, [[]], GROWING, 5, repeat=ASK), "empty"),
-        (lambda: kvzip(MODEL, [], GROWING, 5, repeat=ASK), "no prompts"),
+        (lambda: reconstruct(MODEL, [CONTEXT], init_state(MODEL.config, Full(), 23), ASK), "read_whole"),
+        (lambda: shrink(MODEL, whole(23).state, scores()[..., 1:], TOVA("kv_head"), 5), "one for each slot"),
+        (lambda: shrink(MODEL, whole(23).state, scores(), TOVA("query_head"), 5), "per kv head"),
+        (lambda: shrink(MODEL, whole(23).state, scores(), TOVA("kv_head"), 5, room=-1), "room is"),
+        (lambda: shrink(MODEL, whole(23).state, scores(), TOVA(), ((3, 5), (4, 4))), "scope"),
+        (lambda: shrink(MODEL, whole(23).state[:0], scores(), TOVA("kv_head"), 5), "together"),
+        (lambda: kvzip(tiny_decoder(sliding=(8, None)), [CONTEXT], Growing(), 5, repeat=ASK), "sliding window"),
+        (lambda: kvzip(MODEL, [[]], Growing(), 5, repeat=ASK), "empty"),
+        (lambda: kvzip(MODEL, [], Growing(), 5, repeat=ASK), "no prompts"),
         (lambda: kvzip(MODEL, [CONTEXT], MIXED, 5, repeat=ASK), r"\['absolute', 'slot'\]"),
     ],
 )

@@ -16,7 +16,7 @@ from jaxcompress.evaluation.compare import Compared
 from jaxcompress.generation import Tokenizer, generate
 from jaxcompress.models.bounded import init_state
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies import tova
+from jaxcompress.policies import TOVA
 from jaxcompress.storage import DTYPES
 from jaxcompress.tracing import trace
 
@@ -58,7 +58,7 @@ def test_help(command: str, run: Any, capsys: pytest.CaptureFixture[str]) -> Non
 def test_generate(run: Any, model: Decoder, tokenizer: Tokenizer) -> None:
     how = ("--prompt", SENTENCE, "--policy", "tova", "--slots", 6, "--steps", 10, "--json")
     ids = [tokenizer.encode(SENTENCE)]
-    tokens = np.concatenate(list(generate(model, ids, tova(), 6, steps=10, burst=8, dtype="int4")), axis=1)
+    tokens = np.concatenate(list(generate(model, ids, TOVA(), 6, steps=10, burst=8, dtype="int4")), axis=1)
     (told,) = run("generate", *how, "--state-dtype", "int4").json
     assert told["text"] == tokenizer.decode(tokens[0])
     assert told["text"] != run("generate", *how).json[0]["text"]  # of sharp random weights
@@ -77,7 +77,7 @@ def test_perplexity_reports_the_bytes_of_codes_and_scales(run: Any, text: Path, 
         assert told[name]["state_dtype"] == name
         (row,) = told[name]["table"]
         assert row["state_bytes"] == numbers * vector + rest
-        assert row["state_bytes"] == sum(part.nbytes for part in init_state(config, tova(), 4, batch=2, dtype=name)) - (
+        assert row["state_bytes"] == sum(part.nbytes for part in init_state(config, TOVA(), 4, batch=2, dtype=name)) - (
             4 * config.num_layers * 2 * 5  # TOVA's own numbers
         )
     (exact,), (int8,), (int4,) = (told[name]["table"] for name in ("float32", "int8", "int4"))
@@ -90,7 +90,7 @@ def test_trace(run: Any, text: Path, tmp_path: Path, model: Decoder, tokenizer: 
     how = ("--text", text, "--limit", 12, "--prompt", 6, "--policy", "tova", "--slots", 4, "--out", out)
     assert run("trace", *how, "--state-dtype", "int4").code == 0
     ids = tokenizer.encode(TEXT)[None, :12]
-    same, exact = (trace(model, ids, tova(), 4, prompt=6, dtype=name) for name in ("int4", None))
+    same, exact = (trace(model, ids, TOVA(), 4, prompt=6, dtype=name) for name in ("int4", None))
     with np.load(out) as file:
         np.testing.assert_array_equal(file["positions"], same.positions)
         np.testing.assert_array_equal(file["death"], same.death)

@@ -16,7 +16,7 @@ from jaxcompress.models.bounded import init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
 from jaxcompress.naming import named
-from jaxcompress.policies import full
+from jaxcompress.policies import Full
 from jaxcompress.tracing import Trace, trace
 
 TOTAL, PROMPT, SLOTS = 16, 7, 4
@@ -92,7 +92,7 @@ def test_deaths_of_a_window() -> None:
     np.testing.assert_array_equal(traced("window+1", "streaming").death, np.broadcast_to(expected, (2, 2, 1, TOTAL)))
 
 
-@partial(jax.jit, static_argnames=("policy", "chunk"))
+@partial(jax.jit, static_argnames="chunk")
 def _read(model: Decoder, tokens: Any, state: Any, policy: Any, chunk: int) -> Any:
     done = read(model, tokens, state, policy, chunk=chunk)
     return model.logits(last_hidden(done, None))[:, 0], done.state
@@ -139,7 +139,7 @@ def test_plain_attention_under_the_death_times_is_the_recurrence(model: Decoder,
 
 
 def test_full_forgets_nothing(model: Decoder) -> None:
-    done = trace(model, TOKENS, full(), TOTAL, prompt=PROMPT)
+    done = trace(model, TOKENS, Full(), TOTAL, prompt=PROMPT)
     assert (done.death == TOTAL).all()
     np.testing.assert_allclose(
         done.logits, np.asarray(model(jnp.asarray(TOKENS))).swapaxes(0, 1)[PROMPT - 1 :], atol=1e-3

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxcompress.models.decoder import Decoder, DecoderConfig
-from jaxcompress.policies.policy import Around, Candidates
+from jaxcompress.policies.base import Around, Candidates
 
 VOCABULARY = 61
 

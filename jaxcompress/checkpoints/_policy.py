@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxcompress.naming import named
-from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.base import Policy
 from jaxcompress.policies.registry import LEARNED, learned_policy
 
 _SETTINGS, _WEIGHTS = "policy.json", "policy.safetensors"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
-    from jaxcompress.policies.policy import Policy
+    from jaxcompress.policies.base import Policy
     from jaxcompress.training.data import PackedRows
     from jaxcompress.training.trainer import Objective
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcompress.evaluation.recall import WORDS_PER_SIDE, Recall, Wording, answers, exam, one_by_one
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.base import Policy
 from jaxcompress.storage import vector_bytes
 
 
@@ -120,7 +120,7 @@ def compare(
     """
     context = len(tasks.whole[0].tokens)
     for policy in policies:
-        for capacity in [context] if not policy.forgets and policy.score is None else sorted(slots, reverse=True):
+        for capacity in [context] if not policy.evicts else sorted(slots, reverse=True):
             if capacity >= policy.needs and (tasks.single or not policy.oneshot_only):
                 yield _compared(model, tasks, policy, capacity, dtype)
 

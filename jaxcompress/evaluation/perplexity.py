@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from jaxcompress.models.bounded import Mode, Slots, check_fits, check_mode, cut, init_state, read
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.policies.base import Placement, Policy
 from jaxcompress.state import State
 from jaxcompress.training.loss import token_losses
 
@@ -155,7 +155,7 @@ def predictions(
         yield Predictions(start, losses, np.asarray(right)[:, : end - start], seconds, state)
 
 
-@partial(jax.jit, static_argnames=("policy", "chunk", "placement"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("chunk", "placement"), donate_argnames="state")
 def _predict(
     model: Decoder,
     tokens: Array,

@@ -16,7 +16,7 @@ import numpy as np
 from jaxcompress.evaluation.perplexity import predictions
 from jaxcompress.models.bounded import Slots, check_fits, check_mode, init_state
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.policies.base import Placement, Policy
 
 WORDS_PER_SIDE = 2
 

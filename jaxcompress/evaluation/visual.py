@@ -25,7 +25,7 @@ from jaxcompress.generation.text import Tokenizer
 from jaxcompress.models.bounded import init_state
 from jaxcompress.models.llava import Llava
 from jaxcompress.models.rope import rotate
-from jaxcompress.policies.full import full
+from jaxcompress.policies.full import Full
 from jaxcompress.vision.choose import take
 from jaxcompress.vision.method import Encoded, Given, Method
 from jaxcompress.vision.reading import encode, place, stages
@@ -229,7 +229,7 @@ class Examiner:
 def kv_bytes(model: Llava, counts: Sequence[int] | np.ndarray) -> int:
     """Bytes of a state that holds so many tokens in each layer."""
     slots = [int(n) for n in counts]
-    state = jax.eval_shape(lambda: init_state(model.config.decoder, full(), slots))
+    state = jax.eval_shape(lambda: init_state(model.config.decoder, Full(), slots))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 

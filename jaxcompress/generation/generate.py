@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxcompress.generation.sampling import Sampler, remember, row_keys
 from jaxcompress.models.bounded import Mode, Slots, check_fits, check_mode, cut, init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.policies.base import Placement, Policy
 from jaxcompress.state import State, runs
 
 
@@ -277,7 +277,7 @@ def read_on(
         raise ValueError("the text is empty; there is nothing to read")
 
 
-@partial(jax.jit, static_argnames=("policy", "chunk", "placement"), donate_argnames="progress")
+@partial(jax.jit, static_argnames=("chunk", "placement"), donate_argnames="progress")
 def _read(
     model: Decoder,
     tokens: Array,
@@ -297,7 +297,7 @@ def _read(
     return Progress(done.state, logits, seen, progress.keys, progress.done, broken)
 
 
-@partial(jax.jit, static_argnames=("policy", "room", "settings", "placement"), donate_argnames="progress")
+@partial(jax.jit, static_argnames=("room", "settings", "placement"), donate_argnames="progress")
 def _write(
     model: Decoder,
     progress: Progress,

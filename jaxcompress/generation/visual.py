@@ -30,7 +30,7 @@ from jaxcompress.generation.generate import Progress, check_room, check_tokens, 
 from jaxcompress.generation.sampling import remember
 from jaxcompress.models.bounded import Block, Stage, check_mode, read_block
 from jaxcompress.models.llava import Llava, crops_of, expand_placeholders, picture_index, visual_index
-from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.policies.base import Placement, Policy
 from jaxcompress.state import State
 from jaxcompress.vision.encoders import whole
 from jaxcompress.vision.method import Encoded, Method
@@ -160,7 +160,7 @@ def prefill_visual(
     return progress
 
 
-@partial(jax.jit, static_argnames=("policy", "stages", "chunk", "placement"), donate_argnames="progress")
+@partial(jax.jit, static_argnames=("stages", "chunk", "placement"), donate_argnames="progress")
 def _prefill(
     model: Llava, given: Prompt, visual: Array, progress: Progress, *, policy: Policy, stages: Any, chunk: int | None,
     placement: Placement | None,
@@ -230,7 +230,7 @@ def prefill_encoded(
     return progress
 
 
-@partial(jax.jit, static_argnames=("policy", "method", "chunk"), donate_argnames="progress")
+@partial(jax.jit, static_argnames=("method", "chunk"), donate_argnames="progress")
 def _prefill_encoded(
     model: Llava, given: Prompt, encoded: Encoded, progress: Progress, *, policy: Policy, method: Method,
     chunk: int | None,

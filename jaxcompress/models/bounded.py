@@ -18,7 +18,7 @@ from jaxcompress.attention import Shown
 from jaxcompress.models.decoder import Attend, Decoder, DecoderConfig
 from jaxcompress.models.rope import rotate
 from jaxcompress.pallas_kernels.contract import together as rows_together
-from jaxcompress.policies.policy import Around, Candidates, Placement, Policy, Rotate
+from jaxcompress.policies.base import Around, Candidates, Placement, Policy, Rotate
 from jaxcompress.recurrence import Recurrence, advance
 from jaxcompress.shapes import Hidden, Positions, Tokens, Valid
 from jaxcompress.state import KVState, State, empty, runs, with_numbers
@@ -416,10 +416,13 @@ def check_fits(
             if held is not None:
                 total = held[layer] + tokens
                 what, need = "keeps every token", min(total, window or total)
-            elif mine.score is None:
+            elif not mine.evicts:
                 what, need = "keeps every token", min(tokens, window or tokens)
-            elif mine.evict == "once" and prompt:
-                what, need = f"keeps {mine.keep} of {prompt} tokens and every later one", mine.keep + tokens - prompt
+            elif mine.schedule.when == "once" and prompt:
+                what, need = (
+                    f"keeps {mine.schedule.keep} of {prompt} tokens and every later one",
+                    mine.schedule.keep + tokens - prompt,
+                )
             else:
                 continue
             if capacity < need:

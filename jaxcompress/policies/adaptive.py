@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxcompress.policies.policy import Candidates, Policy
+from jaxcompress.policies.base import Candidates, policy, wrapper
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
 
 
-@cache
-def adaptive(policy: Policy, floor: float = 0.2) -> Policy:
+@policy
+class adaptive(wrapper):
     """Lets the kv heads of a layer compete for one pool of slots, with a guaranteed share for each.
 
     The best `floor` * capacity tokens of every head are safe; the rest of the pool goes to the highest scores of all
@@ -22,26 +20,34 @@ def adaptive(policy: Policy, floor: float = 0.2) -> Policy:
     split, in a batch too, and a slot that is freed can take any head's next token. Queries meet the whole pool under a
     mask, so that attention reads the same bytes as ever and computes K times as many products.
 
-    Args:
-      policy: of scope "pool", e.g. `snapkv(scope="pool")`.
+    Attributes:
+      policy: of scope "pool", e.g. `SnapKV(scope="pool")`.
       floor: kvpress's safeguard; the authors blend an even and an adaptive split instead.
 
     Raises:
       ValueError: a policy of another scope, or a floor outside 0..1.
     """
-    if policy.scope != "pool" or policy.score is None:
-        raise ValueError(f'adaptive needs a policy of scope "pool"; {policy.name} has scope {policy.scope!r}')
-    if not 0 <= floor <= 1:
-        raise ValueError(f"floor must be in 0..1, not {floor}")
-    base = policy.score
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
-        scores = base(stats, held)
+    floor: float | int = 0.2
+
+    def check(self) -> None:
+        super().check()
+        if self.policy.scope != "pool":
+            raise ValueError(
+                f'adaptive needs a policy of scope "pool"; {self.policy.name} has scope {self.policy.scope!r}'
+            )
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor must be in 0..1, not {self.floor}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"ada-{self.policy.name.removesuffix('-pool')}"
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        scores = self.policy.score(stats, held)
         heads = held.around.heads[1]
-        safe = int(round(held.capacity // heads * floor, 6))
+        safe = int(round(held.capacity // heads * self.floor, 6))
         return jnp.where(_rank_in_head(scores, held) < safe, jnp.inf, scores)
-
-    return policy._replace(name=f"ada-{policy.name.removesuffix('-pool')}", score=score)
 
 
 def _rank_in_head(scores: SlotScores, held: Candidates) -> Int[Array, "B P N"]:

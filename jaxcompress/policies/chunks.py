@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxcompress.policies.policy import Candidates, Policy
+from jaxcompress.policies.base import Candidates, policy, wrapper
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
 
 _LAST = jnp.iinfo(jnp.int32).max
 
 
-@cache
-def by_chunks(policy: Policy, length: int = 20) -> Policy:
+@policy
+class _chunked(wrapper):
+    length: int = 20
+
+    def check(self) -> None:
+        super().check()
+        if self.length < 1:
+            raise ValueError(f"a chunk has at least 1 token, not {self.length}")
+        if self.policy.scope == "pool":
+            raise ValueError(f"chunks need a policy that scores the tokens of a layer or head; not {self.policy.name}")
+
+
+@policy
+class by_chunks(_chunked):
     """ChunkKV: keeps whole chunks of `length` tokens, so that what stays can be read (Liu et al. 2025).
 
     score[n] = mean score of the tokens held of chunk floor(position / length). Where the capacity is no multiple of the
@@ -26,11 +36,14 @@ def by_chunks(policy: Policy, length: int = 20) -> Policy:
     Raises:
       ValueError: a length below 1, a pool, or a policy that never evicts.
     """
-    base = _checked(policy, length)
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
-        scores = base(stats, held)
-        chunk, order = _chunks(held, length)
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.policy.name}/chunks{self.length}"
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        scores = self.policy.score(stats, held)
+        chunk, order = _chunks(held, self.length)
         part = _segments(jnp.take_along_axis(chunk, order, axis=-1))
         mine = jnp.where(held.occupied, scores, 0.0)
         sums = _sum(jnp.take_along_axis(mine, order, axis=-1), part)
@@ -38,11 +51,9 @@ def by_chunks(policy: Policy, length: int = 20) -> Policy:
         mean = jnp.take_along_axis(sums / jnp.maximum(counts, 1), part, axis=-1)
         return jnp.put_along_axis(jnp.zeros_like(mean), order, mean, axis=-1, inplace=False)
 
-    return policy._replace(name=f"{policy.name}/chunks{length}", score=score)
 
-
-@cache
-def within_chunks(policy: Policy, length: int) -> Policy:
+@policy
+class within_chunks(_chunked):
     """Keeps equally many tokens of every chunk of `length` tokens (Corallo and Papotti 2024, FINCH).
 
     score[n] = - rank of the token within chunk floor(position / length). Costs a sort.
@@ -50,27 +61,20 @@ def within_chunks(policy: Policy, length: int) -> Policy:
     Raises:
       ValueError: a length below 1, a pool, or a policy that never evicts.
     """
-    base = _checked(policy, length)
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
-        scores = base(stats, held).astype(jnp.float32)
-        chunk, _ = _chunks(held, length)
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.policy.name}/within{self.length}"
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        scores = self.policy.score(stats, held).astype(jnp.float32)
+        chunk, _ = _chunks(held, self.length)
         slot = jnp.broadcast_to(jnp.arange(chunk.shape[-1], dtype=jnp.int32), chunk.shape)
         chunk, _, _, order = jax.lax.sort((chunk, -scores, held.positions, slot), num_keys=3)
         index = jnp.broadcast_to(jnp.arange(chunk.shape[-1]), chunk.shape)
         start = jax.lax.cummax(jnp.where(_begins(chunk), index, 0), axis=2)
         ranks = (start - index).astype(jnp.float32)
         return jnp.put_along_axis(jnp.zeros_like(ranks), order, ranks, axis=-1, inplace=False)
-
-    return policy._replace(name=f"{policy.name}/within{length}", score=score)
-
-
-def _checked(policy: Policy, length: int):
-    if length < 1:
-        raise ValueError(f"a chunk has at least 1 token, not {length}")
-    if policy.score is None or policy.scope == "pool" or policy.layers:
-        raise ValueError(f"chunks need a policy that scores the tokens of a layer or head; {policy.name} does not")
-    return policy.score
 
 
 def _chunks(held: Candidates, length: int) -> tuple[Array, Array]:

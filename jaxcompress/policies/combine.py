@@ -1,48 +1,67 @@
-"""Policies made of policies."""
+"""Policies made of policies. Each is a value that holds what it is made of, and prints as it was made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from math import lcm
-from typing import Any
 
 import jax.numpy as jnp
 
 from jaxcompress.pallas_kernels.contract import Rule
-from jaxcompress.policies.policy import Candidates, Incoming, Observation, Policy, protect_newest
+from jaxcompress.policies.base import (
+    Candidates,
+    Incoming,
+    Observation,
+    Placement,
+    Policy,
+    Schedule,
+    Scope,
+    leaf,
+    policy,
+    protect_newest,
+    wrapper,
+)
 from jaxcompress.select import rank
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Memory, Stats
 
 
-@cache
-def protect(policy: Policy, first: int = 0, recent: int = 0) -> Policy:
+@policy
+class protect(wrapper):
     """Never evicts the `first` tokens of the sequence nor the `recent` newest ones.
 
     Raises:
       ValueError: negative numbers, or a policy that never evicts.
     """
-    base = _scored(policy, "protect")
-    if first < 0 or recent < 0:
-        raise ValueError(f"first and recent must be 0 or more, not {first} and {recent}")
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
-        scores = jnp.where(held.positions < first, jnp.inf, base(stats, held))
-        return protect_newest(scores, held, recent)
+    first: int = 0
+    recent: int = 0
 
-    name = policy.name + f"/first{first}" * (first > 0) + f"/recent{recent}" * (recent > 0)
-    protected = policy._replace(name=name, score=score, needs=max(policy.needs, first + recent + policy.frees))
+    def check(self) -> None:
+        super().check()
+        if self.first < 0 or self.recent < 0:
+            raise ValueError(f"first and recent must be 0 or more, not {self.first} and {self.recent}")
 
-    def rule(capacity: int) -> Rule | None:
-        base = policy.rule(capacity)
-        return base and base._replace(first=max(base.first, first), recent=max(base.recent, recent))
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        more = f"/first{self.first}" * (self.first > 0) + f"/recent{self.recent}" * (self.recent > 0)
+        return self.policy.name + more
 
-    return protected.follow(rule)
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return max(self.policy.needs, self.first + self.recent + self.schedule.frees)
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        scores = jnp.where(held.positions < self.first, jnp.inf, self.policy.score(stats, held))
+        return protect_newest(scores, held, self.recent)
+
+    def rule(self, capacity: int) -> Rule | None:
+        base = self.policy.rule(capacity)
+        return base and base._replace(first=max(base.first, self.first), recent=max(base.recent, self.recent))
 
 
-@cache
-def ranked(policy: Policy) -> Policy:
+@policy
+class ranked(wrapper):
     """Replaces scores by their rank among the tokens held, from 0 to 1: a common scale for `mix`. Costs a sort.
 
     Protected tokens (+inf) stay protected.
@@ -50,19 +69,190 @@ def ranked(policy: Policy) -> Policy:
     Raises:
       ValueError: a policy that never evicts.
     """
-    base = _scored(policy, "ranked")
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
-        scores = base(stats, held)
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.policy.name}/ranked"
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        scores = self.policy.score(stats, held)
         count = held.occupied.sum(-1, keepdims=True)
         share = 1 - rank(scores, held.positions) / jnp.maximum(count - 1, 1)
         return jnp.where(jnp.isposinf(scores), jnp.inf, share)
 
-    return policy._replace(name=f"{policy.name}/ranked", score=score)
+
+@policy
+class every(wrapper):
+    """Frees n slots at once when the state is full, so that scores are computed only every n-th step.
+
+    Between, between capacity - n + 1 and capacity tokens are held: the memory is the same, and a policy whose scores
+    cost a pass over the keys or a sort decodes at nearly the cost of plain attention. This is also "on overflow, by a
+    block". Shares that a policy protects are of what stays.
+
+    Raises:
+      ValueError: n below 1, or a policy that evicts before a step, once, or never.
+    """
+
+    n: int
+
+    def check(self) -> None:
+        super().check()
+        if self.n < 1:
+            raise ValueError(f"every needs 1 step or more, not {self.n}")
+        when = self.policy.schedule.when
+        if when != "after":
+            raise ValueError(
+                f"every({self.policy.name}, {self.n}): only a policy that evicts after a step can wait, not {when}"
+            )
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.policy.name}/every{self.n}"
+
+    @property
+    def schedule(self) -> Schedule:  # type: ignore[override]
+        return Schedule("after", frees=self.n)
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.policy.needs - self.policy.schedule.frees + self.n
 
 
-def mix(*parts: tuple[float, Policy]) -> Policy:
-    """Weighted sum of scores: `mix((0.7, ranked(tova())), (0.3, ranked(window())))`.
+@policy
+class once(wrapper):
+    """Reduces the prompt, read at once, to `keep` tokens per set; after that nothing is evicted.
+
+    The rest of the capacity is room for what is read and written later. A token that finds no room is an error, as in a
+    full cache. This is how SnapKV and most prefill methods were published. Shares that a policy protects are of `keep`.
+
+    Raises:
+      ValueError: keep below what the policy needs, or a policy that never evicts or evicts before a step.
+    """
+
+    keep: int
+    oneshot_only = True  # type: ignore[assignment]
+
+    def check(self) -> None:
+        super().check()
+        when = self.policy.schedule.when
+        if when != "after":
+            raise ValueError(
+                f"once({self.policy.name}): only a policy that evicts after a block can do so once, not {when}"
+            )
+        if self.keep < self.policy.needs:
+            raise ValueError(
+                f"policy {self.policy.name} needs at least {self.policy.needs} slots, not keep={self.keep}"
+            )
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.policy.name}/once{self.keep}"
+
+    @property
+    def schedule(self) -> Schedule:  # type: ignore[override]
+        return Schedule("once", keep=self.keep)
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.keep + 1
+
+
+@policy
+class sampled(wrapper):
+    """Watches only every n-th query of each sequence: an approximation that saves the bookkeeping of the others.
+
+    The n newest tokens are protected, since nothing may have looked at them yet.
+
+    Raises:
+      ValueError: n below 1, or a policy that never evicts.
+    """
+
+    n: int
+
+    def check(self) -> None:
+        super().check()
+        if self.n < 1:
+            raise ValueError(f"sampled needs every 1st query or fewer, not every {self.n}th")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.policy.name}/sampled{self.n}"
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return max(self.policy.needs, self.n + self.schedule.frees)
+
+    def observe(self, stats: Stats, seen: Observation) -> Stats:
+        watched = (seen.queries >= 0) & (seen.queries % self.n == 0)
+        queries = jnp.where(watched, seen.queries, -1)
+        weights = jnp.where(watched[:, None, None, :, None], seen.weights, 0.0)
+        every, present = lcm(self.n, seen.every or 1), seen.queries if seen.present is None else seen.present
+        return self.policy.observe(stats, seen._replace(weights=weights, queries=queries, every=every, present=present))
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        return protect_newest(self.policy.score(stats, held), held, self.n)
+
+
+class _several(Policy):
+    """Policies side by side: the numbers of all are kept."""
+
+    @property
+    def parts(self) -> tuple[Policy, ...]:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        what = type(self).__name__
+        for one in self.parts:
+            if not isinstance(one, Policy):
+                raise TypeError(f"{what} is made of policies, such as TOVA(), not of {one!r}")
+            if one.layers:
+                raise ValueError(f"{what} goes inside per_layer, not around it: {one.name}")
+            if not one.evicts:
+                raise ValueError(f"policy {one.name} never evicts: {what} can do nothing with it")
+        first = self.parts[0]
+        for one in self.parts:
+            traits = [("scope", first.scope, one.scope), ("placement", first.placement, one.placement)]
+            for trait, mine, other in (*traits, ("evict", first.schedule.when, one.schedule.when)):
+                if mine != other:
+                    raise ValueError(
+                        f"{what}: {first.name} has {trait} {mine}, {one.name} has {other}; they must agree"
+                    )
+            if one.reduces or one.schedule.frees > 1 or one.schedule.when == "once":
+                raise ValueError(f"{what}: apply merging, every and once to the {what}, not to its part {one.name}")
+
+    scope = property(lambda self: self.parts[0].scope)  # type: ignore[assignment]
+    placement = property(lambda self: self.parts[0].placement)  # type: ignore[assignment]
+    schedule = property(lambda self: self.parts[0].schedule)  # type: ignore[assignment]
+    needs = property(lambda self: max(one.needs for one in self.parts))  # type: ignore[assignment]
+    oneshot_only = property(lambda self: any(one.oneshot_only for one in self.parts))  # type: ignore[assignment]
+
+    def scores(self, stats: Sequence[Stats], held: Candidates) -> list[SlotScores]:
+        """Of each part."""
+        memories = held.memory or ((),) * len(self.parts)
+        return [
+            one.score(numbers, held._replace(memory=memory))
+            for one, numbers, memory in zip(self.parts, stats, memories, strict=True)
+        ]
+
+    def init(self, incoming: Candidates) -> Stats:
+        memories = incoming.memory or ((),) * len(self.parts)
+        return tuple(
+            one.init(incoming._replace(memory=memory)) for one, memory in zip(self.parts, memories, strict=True)
+        )
+
+    def observe(self, stats: Stats, seen: Observation) -> Stats:
+        return tuple(one.observe(numbers, seen) for one, numbers in zip(self.parts, stats, strict=True))
+
+    def memory(self, held: Candidates) -> Memory:
+        return tuple(one.memory(held) for one in self.parts)
+
+    def remember(self, memory: Memory, incoming: Incoming) -> Memory:
+        return tuple(one.remember(mine, incoming) for one, mine in zip(self.parts, memory, strict=True))
+
+
+@policy
+class mix(_several):
+    """Weighted sum of scores: `mix((0.7, ranked(TOVA())), (0.3, ranked(Window())))`.
 
     Scores are added as they are; `ranked` brings them to a common scale. What any part protects is protected.
 
@@ -71,169 +261,100 @@ def mix(*parts: tuple[float, Policy]) -> Policy:
         eviction or placement, a part that never evicts, that merges, or that frees several slots at once (apply these
         to the mix).
     """
-    return _mix(parts)
 
+    weights: tuple[float, ...]
+    policies: tuple[Policy, ...] = leaf()
 
-@cache
-def _mix(parts: tuple[tuple[float, Policy], ...]) -> Policy:
-    if len(parts) < 2 or any(not weight > 0 for weight, _ in parts):
-        raise ValueError(f"a mix needs two parts or more, each with a positive weight, not {parts}")
-    policies = [policy for _, policy in parts]
-    bases = [_scored(policy, "mix") for policy in policies]
-    _together(policies, "mix")
+    def __init__(self, *parts: tuple[float, Policy]) -> None:
+        pairs = [part for part in parts if isinstance(part, tuple) and len(part) == 2]
+        if len(parts) < 2 or len(pairs) < len(parts) or any(not weight > 0 for weight, _ in pairs):
+            raise ValueError(f"a mix needs two parts or more, each with a positive weight, not {parts}")
+        object.__setattr__(self, "weights", tuple(float(weight) for weight, _ in parts))
+        object.__setattr__(self, "policies", tuple(one for _, one in parts))
+        self.__post_init__()
 
-    def score(stats: Sequence[Stats], held: Candidates) -> SlotScores:
-        scores = [
-            weight * base(stats[i], held._replace(memory=held.memory[i]))
-            for i, ((weight, _), base) in enumerate(zip(parts, bases, strict=True))
-        ]
+    def __repr__(self) -> str:
+        return f"mix({', '.join(f'({w!r}, {one!r})' for w, one in zip(self.weights, self.policies, strict=True))})"
+
+    parts = property(lambda self: self.policies)  # type: ignore[assignment]
+
+    @property
+    def name(self) -> str:
+        parts = (f"{weight:g}*{one.name}" for weight, one in zip(self.weights, self.policies, strict=True))
+        return f"({'+'.join(parts)})"
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        scores = [weight * mine for weight, mine in zip(self.weights, self.scores(stats, held), strict=True)]
         protected = jnp.isposinf(jnp.stack(scores)).any(0)
         return jnp.where(protected, jnp.inf, sum(scores))
 
-    name = "+".join(f"{weight:g}*{policy.name}" for weight, policy in parts)
-    return _side_by_side(policies)._replace(name=f"({name})", score=score)
 
-
-@cache
-def then(first: Policy, later: Policy) -> Policy:
+@policy
+class then(_several):
     """Selects from the first block (the prompt, read at once) with one policy and from then on with another.
 
-    `then(snapkv(), window(4))` compresses the prompt by what its end looks at, and keeps decoding in the same slots.
+    `then(SnapKV(), Window(4))` compresses the prompt by what its end looks at, and keeps decoding in the same slots.
     Both watch from the start.
 
     Raises:
       ValueError: policies that do not fit together (see `mix`).
     """
-    policies = [first, later]
-    bases = [_scored(policy, "then") for policy in policies]
-    _together(policies, "then")
 
-    def score(stats: Sequence[Stats], held: Candidates) -> SlotScores:
-        one, other = (bases[i](stats[i], held._replace(memory=held.memory[i])) for i in (0, 1))
+    first: Policy = leaf()
+    later: Policy = leaf()
+
+    parts = property(lambda self: (self.first, self.later))  # type: ignore[assignment]
+
+    @property
+    def name(self) -> str:
+        return f"{self.first.name}>{self.later.name}"
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        one, other = self.scores(stats, held)
         return jnp.where((held.seen == 0)[:, None, None], one, other)
 
-    return _side_by_side(policies)._replace(name=f"{first.name}>{later.name}", score=score)
 
-
-@cache
-def every(n: int, policy: Policy) -> Policy:
-    """Frees n slots at once when the state is full, so that scores are computed only every n-th step.
-
-    Between, between capacity - n + 1 and capacity tokens are held: the memory is the same, and a policy whose scores
-    cost a pass over the keys or a sort decodes at nearly the cost of plain attention. This is also "on overflow, by a
-    block".
-
-    Raises:
-      ValueError: n below 1, or a policy that evicts before a step, once, or never.
-    """
-    _scored(policy, "every")
-    if n < 1:
-        raise ValueError(f"every needs 1 step or more, not {n}")
-    if policy.evict != "after":
-        raise ValueError(
-            f"every({n}, {policy.name}): only a policy that evicts after a step can wait, not {policy.evict}"
-        )
-    return policy._replace(name=f"{policy.name}/every{n}", frees=n, needs=policy.needs - policy.frees + n)
-
-
-@cache
-def once(policy: Policy, keep: int) -> Policy:
-    """Reduces the prompt, read at once, to `keep` tokens per set; after that nothing is evicted.
-
-    The rest of the capacity is room for what is read and written later. A token that finds no room is an error, as in a
-    full cache. This is how SnapKV and most prefill methods were published.
-
-    Raises:
-      ValueError: keep below what the policy needs, or a policy that never evicts or evicts before a step.
-    """
-    _scored(policy, "once")
-    if policy.evict != "after":
-        raise ValueError(
-            f"once({policy.name}): only a policy that evicts after a block can do so once, not {policy.evict}"
-        )
-    if keep < policy.needs:
-        raise ValueError(f"policy {policy.name} needs at least {policy.needs} slots, not keep={keep}")
-    return policy._replace(
-        name=f"{policy.name}/once{keep}", evict="once", keep=keep, needs=keep + 1, frees=1, oneshot_only=True
-    )
-
-
-@cache
-def sampled(n: int, policy: Policy) -> Policy:
-    """Watches only every n-th query of each sequence: an approximation that saves the bookkeeping of the others.
-
-    The n newest tokens are protected, since nothing may have looked at them yet.
-
-    Raises:
-      ValueError: n below 1, or a policy that never evicts.
-    """
-    _scored(policy, "sampled")
-    if n < 1:
-        raise ValueError(f"sampled needs every 1st query or fewer, not every {n}th")
-
-    def observe(stats: Stats, seen: Observation) -> Stats:
-        watched = (seen.queries >= 0) & (seen.queries % n == 0)
-        queries = jnp.where(watched, seen.queries, -1)
-        weights = jnp.where(watched[:, None, None, :, None], seen.weights, 0.0)
-        every, present = lcm(n, seen.every or 1), seen.queries if seen.present is None else seen.present
-        return policy.observe(stats, seen._replace(weights=weights, queries=queries, every=every, present=present))
-
-    return protect(policy._replace(name=f"{policy.name}/sampled{n}", observe=observe), recent=n)
-
-
-def per_layer(*policies: Policy) -> Policy:
-    """A policy for each layer of the model, first to last: `per_layer(*[window(4)] * 2, *[tova()] * 30)`.
+@policy
+class per_layer(Policy):
+    """A policy for each layer of the model, first to last: `per_layer(*[Window(4)] * 2, *[TOVA()] * 30)`.
 
     Layers may differ in scope, eviction and placement; consecutive layers of one policy are stacked.
 
     Raises:
       ValueError: no policies, or nested ones.
     """
-    if not policies or any(policy.layers for policy in policies):
-        raise ValueError("per_layer needs one plain policy for each layer of the model")
-    names = list(dict.fromkeys(policy.name for policy in policies))
-    return policies[0]._replace(
-        name="|".join(names), layers=tuple(policies), needs=max(policy.needs for policy in policies),
-        oneshot_only=any(policy.oneshot_only for policy in policies),
-    )  # fmt: skip
 
+    layers: tuple[Policy, ...] = leaf()
 
-def _scored(policy: Policy, what: str) -> Any:
-    if policy.layers:
-        raise ValueError(f"{what} goes inside per_layer, not around it: {policy.name}")
-    if policy.score is None:
-        raise ValueError(f"policy {policy.name} never evicts: {what} can do nothing with it")
-    return policy.score
+    def __init__(self, *layers: Policy) -> None:
+        object.__setattr__(self, "layers", layers)
+        self.__post_init__()
 
+    def check(self) -> None:
+        if not self.layers or any(not isinstance(one, Policy) or one.layers for one in self.layers):
+            raise ValueError("per_layer needs one plain policy for each layer of the model")
 
-def _together(policies: Sequence[Policy], what: str) -> None:
-    a = policies[0]
-    for b in policies[1:]:
-        for trait in ("scope", "evict", "placement"):
-            if getattr(a, trait) != getattr(b, trait):
-                mine, other = getattr(a, trait), getattr(b, trait)
-                raise ValueError(f"{what}: {a.name} has {trait} {mine}, {b.name} has {other}; they must agree")
-    for policy in policies:
-        if policy.absorb is not None or policy.frees > 1 or policy.evict == "once":
-            raise ValueError(f"{what}: apply merging, every and once to the {what}, not to its part {policy.name}")
+    def __repr__(self) -> str:
+        return f"per_layer({', '.join(map(repr, self.layers))})"
 
+    @property
+    def name(self) -> str:
+        return "|".join(dict.fromkeys(one.name for one in self.layers))
 
-def _side_by_side(policies: Sequence[Policy]) -> Policy:
-    """A policy that keeps the numbers of all."""
-    observe = lambda stats, seen: tuple(p.observe(s, seen) for p, s in zip(policies, stats, strict=True))
+    @property
+    def scope(self) -> Scope:  # type: ignore[override]
+        """Of the first layer."""
+        return self.layers[0].scope
 
-    def init(incoming: Candidates) -> Stats:
-        of = lambda i: incoming.memory[i] if incoming.memory else ()
-        return tuple(policy.init(incoming._replace(memory=of(i))) for i, policy in enumerate(policies))
+    @property
+    def placement(self) -> Placement:  # type: ignore[override]
+        """Of the first layer."""
+        return self.layers[0].placement
 
-    def remember(memory: Memory, incoming: Incoming) -> Memory:
-        return tuple(policy.remember(m, incoming) for policy, m in zip(policies, memory, strict=True))
+    @property
+    def evicts(self) -> bool:  # type: ignore[override]
+        """Whether any layer does."""
+        return any(one.evicts for one in self.layers)
 
-    return policies[0]._replace(
-        init=init,
-        observe=observe,
-        memory=lambda held: tuple(policy.memory(held) for policy in policies),
-        remember=remember,
-        needs=max(policy.needs for policy in policies),
-        oneshot_only=any(policy.oneshot_only for policy in policies),
-    )
+    needs = property(lambda self: max(one.needs for one in self.layers))  # type: ignore[assignment]
+    oneshot_only = property(lambda self: any(one.oneshot_only for one in self.layers))  # type: ignore[assignment]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcompress.policies.base import Candidates, Observation, policy, wrapper
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.policies.policy import Candidates, Observation, Policy
 from jaxcompress.select import keep_top
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
 
 
-@cache
-def critical(policy: Policy, share: float = 0.5, epsilon: float = 1e-4) -> Policy:
+@policy
+class critical(wrapper):
     """Keeps a share of the slots by score, and fills the others by score times the size of what values write.
 
     For those not chosen by score: (score + epsilon) |W_o v_n|_1, averaged over the query heads of the group, where W_o
@@ -25,24 +23,31 @@ def critical(policy: Policy, share: float = 0.5, epsilon: float = 1e-4) -> Polic
     Raises:
       ValueError: a share outside 0..1, a policy that never evicts; when used without a model (`advance(project=...)`).
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be in 0..1, not {share}")
-    if policy.score is None or policy.layers:
-        raise ValueError(f"critical needs a policy that scores tokens; {policy.name} does not")
-    base = policy.score
 
-    def init(incoming: Candidates) -> Stats:
-        return policy.init(incoming), _written(incoming)
+    share: float | int = 0.5
+    epsilon: float | int = 1e-4
 
-    def observe(stats: Stats, seen: Observation) -> Stats:
-        return policy.observe(stats[0], seen), stats[1]
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must be in 0..1, not {self.share}")
+        if self.policy.reduces:
+            raise ValueError(f"critical: apply merging to it, not to the policy in it: {self.policy.name}")
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
-        scores = base(stats[0], held)
-        sure = keep_top(scores, held.positions, int(round(held.capacity * share, 6)))
-        return jnp.where(sure | jnp.isposinf(scores), jnp.inf, (scores + epsilon) * stats[1])
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.policy.name}/critical"
 
-    return policy._replace(name=f"{policy.name}/critical", init=init, observe=observe, score=score)
+    def init(self, incoming: Candidates) -> Stats:
+        return self.policy.init(incoming), _written(incoming)
+
+    def observe(self, stats: Stats, seen: Observation) -> Stats:
+        return self.policy.observe(stats[0], seen), stats[1]
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        scores = self.policy.score(stats[0], held)
+        sure = keep_top(scores, held.positions, int(round(held.capacity * self.share, 6)))
+        return jnp.where(sure | jnp.isposinf(scores), jnp.inf, (scores + self.epsilon) * stats[1])
 
 
 def _written(held: Candidates) -> Float[Array, "B P N"]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxcompress.policies.policy import Candidates
+from jaxcompress.policies.base import Candidates
 
 
 def per_token(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.base import Policy, policy
 
 
-@cache
-def full() -> Policy:
+@policy
+class Full(Policy):
     """Keeps every token: an ordinary KV cache of fixed allocation.
 
     Reading more tokens than the capacity is an error (see `jaxcompress.models.bounded.read`).
     """
-    return Policy("full", score=None)
+
+    evicts = False
+    name = "full"  # type: ignore[assignment]

@@ -7,26 +7,35 @@ stand where the last token of the run stands: the mean of keys that are rotated 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcompress.policies.base import Around, Candidates, Entering, Incoming, Policy, leaf, policy, wrapper
 from jaxcompress.policies.learned import ForgetHead, token_numbers
-from jaxcompress.policies.policy import Around, Candidates, Entering, Incoming, Policy
-from jaxcompress.policies.tova import tova
-from jaxcompress.state import Memory
+from jaxcompress.policies.tova import TOVA
+from jaxcompress.shapes import SlotScores
+from jaxcompress.state import Memory, Stats
+from jaxcompress.values import Value, value
 
 APART = (-5.0, 0.0)
-"""What `dmc` starts from: no token joins another, and all weigh the same."""
-
-Gates = Callable[[Incoming, Array, Around], tuple[Float[Array, "B T K"], Float[Array, "B T K"]]]
-"""(incoming, layer, around) -> logit of joining the token before, and weight in the mean, positive."""
+"""What `DMC` starts from: no token joins another, and all weigh the same."""
 
 
-def gated(policy: Policy, gates: Gates, name: str = "dmc") -> Policy:
+class Gates(Value):
+    """Says of each token whether it joins the one before it."""
+
+    name: str = "dmc"
+
+    def __call__(
+        self, incoming: Incoming, layer: Array, around: Around
+    ) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
+        """The logit of joining the token before, and the weight in the mean, positive."""
+        raise NotImplementedError
+
+
+@policy
+class gated(wrapper):
     """A policy whose tokens are joined by gates before it chooses among what there is.
 
     A token joins where its logit is positive: it takes the slot of the token before it, and holds the mean of both.
@@ -35,40 +44,74 @@ def gated(policy: Policy, gates: Gates, name: str = "dmc") -> Policy:
     Raises:
       ValueError: the policy's heads share a set, or it changes what enters or what stays itself.
     """
-    if policy.scope != "kv_head":
-        raise ValueError(
-            f"gates join tokens in each kv head: {policy.name} with scope {policy.scope} chooses for several"
-        )
-    if policy.enter is not None or policy.absorb is not None or policy.summary is not None:
-        raise ValueError(f"gates come before a policy that only evicts; {policy.name} merges or summarises")
 
-    def memory(held: Candidates) -> Memory:
+    gates: Gates = leaf()
+    joins = True  # type: ignore[assignment]
+
+    def check(self) -> None:
+        one = self.policy
+        if not isinstance(one, Policy) or one.layers:
+            raise ValueError(f"gates go around one plain policy, not around {one!r}")
+        if one.scope != "kv_head":
+            raise ValueError(
+                f"gates join tokens in each kv head: {one.name} with scope {one.scope} chooses for several"
+            )
+        if one.joins or one.reduces:
+            raise ValueError(f"gates come before a policy that only evicts; {one.name} merges or summarises")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.gates.name}-{self.policy.name}"
+
+    def memory(self, held: Candidates) -> Memory:
         b, kv, _, d = held.keys.shape
-        return policy.memory(held), jnp.zeros((b, kv, 1 + 2 * d), jnp.float32)
+        return self.policy.memory(held), jnp.zeros((b, kv, 1 + 2 * d), jnp.float32)
 
-    def remember(both: Memory, incoming: Incoming) -> Memory:
-        return policy.remember(both[0], incoming), both[1]
+    def remember(self, memory: Memory, incoming: Incoming) -> Memory:
+        return self.policy.remember(memory[0], incoming), memory[1]
 
-    def enter(both: Memory, incoming: Incoming, layer: Array, around: Around) -> Entering:
-        logits, weights = gates(incoming, layer, around)
+    def enter(self, memory: Memory, incoming: Incoming, layer: Array, around: Around) -> Entering:
+        logits, weights = self.gates(incoming, layer, around)
         joins = logits > 0
-        sums = running_sums(both[1], incoming, joins.astype(jnp.float32), weights)
+        sums = running_sums(memory[1], incoming, joins.astype(jnp.float32), weights)
         k, v = means(sums, incoming)
-        return Entering(k, v, joins & (incoming.positions >= 0)[..., None], (both[0], sums[:, -1]))
+        return Entering(k, v, joins & (incoming.positions >= 0)[..., None], (memory[0], sums[:, -1]))
 
-    def score(stats: Any, held: Candidates) -> Array:
-        assert policy.score is not None
-        return policy.score(stats, held._replace(memory=held.memory[0]))
+    def init(self, incoming: Candidates) -> Stats:
+        return self.policy.init(incoming._replace(memory=incoming.memory[0]))
 
-    return policy._replace(
-        name=f"{name}-{policy.name}", memory=memory, remember=remember, enter=enter,
-        init=lambda incoming: policy.init(incoming._replace(memory=incoming.memory[0])),
-        score=None if policy.score is None else score,
-    )  # fmt: skip
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        return self.policy.score(stats, held._replace(memory=held.memory[0]))
+
+
+@value
+class LearnedGates(Gates):
+    """Gates that were learned (see `jaxcompress.training.merging`).
+
+    Attributes:
+      head: R = 2, the logit of joining and the logarithm of the weight.
+
+    Raises:
+      ValueError: weights that give another number of numbers.
+    """
+
+    head: ForgetHead = leaf()
+
+    def check(self) -> None:
+        if self.head.outer_bias.shape[-1] != len(APART):
+            raise ValueError(
+                f"gates need {len(APART)} numbers per token, the weights give {self.head.outer_bias.shape[-1]}"
+            )
+
+    def __call__(
+        self, incoming: Incoming, layer: Array, around: Around
+    ) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
+        which = jnp.array(around.which)
+        return gate_numbers(jax.tree.map(lambda x: x[layer][which], self.head), incoming)
 
 
 def dmc(head: ForgetHead, policy: Policy | None = None) -> Policy:
-    """Gates that were learned (see `jaxcompress.training.merging`), before a policy: TOVA per kv head if none is given.
+    """Learned gates before a policy: TOVA per kv head if none is given.
 
     Other than in the paper, where the cache grows with the number of runs, a full state evicts; and the gates are read
     from a token's key and value instead of from borrowed neurons of its key and query.
@@ -79,14 +122,7 @@ def dmc(head: ForgetHead, policy: Policy | None = None) -> Policy:
     Raises:
       ValueError: see `gated`; weights that give another number of numbers.
     """
-    if head.outer_bias.shape[-1] != len(APART):
-        raise ValueError(f"gates need {len(APART)} numbers per token, the weights give {head.outer_bias.shape[-1]}")
-
-    def gates(incoming: Incoming, layer: Array, around: Around) -> tuple[Array, Array]:
-        which = jnp.array(around.which)
-        return gate_numbers(jax.tree.map(lambda x: x[layer][which], head), incoming)
-
-    return gated(tova("kv_head") if policy is None else policy, gates)
+    return gated(TOVA("kv_head") if policy is None else policy, LearnedGates(head))
 
 
 def gate_numbers(head: ForgetHead, incoming: Incoming) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:

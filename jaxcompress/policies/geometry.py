@@ -2,51 +2,61 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcompress.policies.base import Candidates, Policy, Scope, policy
+from jaxcompress.policies.naming import scoped
 from jaxcompress.policies.order import by_age
-from jaxcompress.policies.policy import Candidates, Policy, Scope
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
 
 
-@cache
-def knorm(scope: Scope = "kv_head") -> Policy:
+@policy
+class KNorm(Policy):
     """Keeps the keys of smallest norm (Devoto et al. 2024, "A Simple and Effective L2 Norm-Based Strategy").
 
     score[n] = -|k_n|, measured once, when the token enters. RoPE does not change it: repeated tokens tie in layer 0.
     The authors leave the first two layers alone (`per_layer`).
     """
 
-    def init(incoming: Candidates) -> Stats:
+    scope: Scope = "kv_head"
+
+    @property
+    def name(self) -> str:
+        return scoped("knorm", self.scope, "kv_head")
+
+    def init(self, incoming: Candidates) -> Stats:
         return for_set(-jnp.linalg.norm(incoming.keys.astype(jnp.float32), axis=-1), incoming)
 
-    return Policy(_named("knorm", scope), score=lambda stats, held: stats, init=init, scope=scope)
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        return stats
 
 
-@cache
-def keydiff(scope: Scope = "kv_head") -> Policy:
+@policy
+class KeyDiff(Policy):
     """Keeps keys that point away from the mean direction (Park et al. 2025, "KeyDiff").
 
     score[n] = -cos(k_n, mean of k/|k| over the tokens held). Reads all keys once more at every selection: combine with
     `every` for decoding.
     """
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
+    scope: Scope = "kv_head"
+
+    @property
+    def name(self) -> str:
+        return scoped("keydiff", self.scope, "kv_head")
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
         keys = _unit(held.keys.astype(jnp.float32), 1e-12)
         mine = whose(held)  # [B, K, N, heads]
         anchors = jnp.einsum("bknd,bknh->bkhd", keys, mine)
         anchor = jnp.einsum("bkhd,bknh->bknd", _unit(anchors, 1e-8), mine)
         return for_set(-(keys * anchor).sum(-1), held)
 
-    return Policy(_named("keydiff", scope), score=score, scope=scope)
 
-
-@cache
-def lagkv(lag: int = 128, sinks: int = 4, cross: bool = False, scope: Scope = "kv_head") -> Policy:
+@policy
+class LagKV(Policy):
     """Keeps tokens whose channels spread widely within the range of the chunk after theirs (Liang et al. 2025).
 
     By age, the tokens after the `sinks` first are cut into chunks of `lag`; x = (k - min) / (max - min) per channel,
@@ -58,12 +68,27 @@ def lagkv(lag: int = 128, sinks: int = 4, cross: bool = False, scope: Scope = "k
     Raises:
       ValueError: a lag below 2 tokens, or a pool, in which tokens of different heads have no common order.
     """
-    if lag < 2 or sinks < 0:
-        raise ValueError(f"lag must be at least 2 tokens and sinks 0 or more, not {lag} and {sinks}")
-    _no_pool("lagkv", scope)
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
-        order = by_age(held)
+    lag: int = 128
+    sinks: int = 4
+    cross: bool = False
+    scope: Scope = "kv_head"
+
+    def check(self) -> None:
+        if self.lag < 2 or self.sinks < 0:
+            raise ValueError(f"lag must be at least 2 tokens and sinks 0 or more, not {self.lag} and {self.sinks}")
+        _no_pool("lagkv", self.scope)
+
+    @property
+    def name(self) -> str:
+        return scoped(f"lagkv+{self.lag}" + "-cross" * self.cross, self.scope, "kv_head")
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.sinks + 2 * self.lag
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        lag, sinks, order = self.lag, self.sinks, by_age(held)
         n = held.positions.shape[-1]
         count = order.occupied.sum(-1)[..., None]  # [B, P, 1]
         chunks = max(-(-(n - sinks) // lag), 2)
@@ -78,7 +103,7 @@ def lagkv(lag: int = 128, sinks: int = 4, cross: bool = False, scope: Scope = "k
             parts.append(jnp.exp(spread - spread.max(-1, keepdims=True)))
             parts[-1] /= parts[-1].sum(-1, keepdims=True)
         part = for_set((parts[0] + parts[1]) / 2, held)  # [B, P, chunks, lag]
-        if not cross:
+        if not self.cross:
             part = part.argsort(-1, stable=True).argsort(-1, stable=True) / lag
         part = jnp.pad(part.reshape(*part.shape[:2], -1), [(0, 0), (0, 0), (sinks, 0)], constant_values=jnp.inf)[
             ..., :n
@@ -90,12 +115,9 @@ def lagkv(lag: int = 128, sinks: int = 4, cross: bool = False, scope: Scope = "k
         newest_first = jnp.where(held.positions < sinks, jnp.inf, -age)
         return jnp.where(count < sinks + 2 * lag, newest_first, scores)
 
-    name = _named(f"lagkv+{lag}" + "-cross" * cross, scope)
-    return Policy(name, score=score, scope=scope, needs=sinks + 2 * lag)
 
-
-@cache
-def cur(local: int = 16, sinks: int = 4, scope: Scope = "kv_head") -> Policy:
+@policy
+class CUR(Policy):
     """Keeps tokens of large keys and values, relative to their surroundings (Sengupta et al. 2025, "CurDKV").
 
     score[n] = |k|^2 |v|^2, each as a share of its sum over windows of `local` tokens by age: cheap leverage scores of a
@@ -105,28 +127,40 @@ def cur(local: int = 16, sinks: int = 4, scope: Scope = "kv_head") -> Policy:
     Raises:
       ValueError: a window below 1 token, or a pool, in which tokens of different heads have no common order.
     """
-    if local < 1 or sinks < 0:
-        raise ValueError(f"local must be at least 1 token and sinks 0 or more, not {local} and {sinks}")
-    _no_pool("cur", scope)
 
-    def init(incoming: Candidates) -> Stats:
+    local: int = 16
+    sinks: int = 4
+    scope: Scope = "kv_head"
+
+    def check(self) -> None:
+        if self.local < 1 or self.sinks < 0:
+            raise ValueError(f"local must be at least 1 token and sinks 0 or more, not {self.local} and {self.sinks}")
+        _no_pool("cur", self.scope)
+
+    @property
+    def name(self) -> str:
+        return scoped("cur", self.scope, "kv_head")
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.sinks + 1
+
+    def init(self, incoming: Candidates) -> Stats:
         square = lambda x: jnp.square(x.astype(jnp.float32)).sum(-1)
         return for_set(square(incoming.keys), incoming), for_set(square(incoming.values), incoming)
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
         order = by_age(held)
         n = held.positions.shape[-1]
 
         def share(x: Array) -> Array:
             x = jnp.where(order.occupied, order.take(x), 0.0)
-            wide = jnp.pad(x, [(0, 0), (0, 0), (0, -n % local)]).reshape(*x.shape[:2], -1, local)
+            wide = jnp.pad(x, [(0, 0), (0, 0), (0, -n % self.local)]).reshape(*x.shape[:2], -1, self.local)
             return (wide / jnp.maximum(wide.sum(-1, keepdims=True), 1e-30)).reshape(*x.shape[:2], -1)[..., :n]
 
         product = share(stats[0]) * share(stats[1])
         scores = order.put(product / jnp.maximum(product.sum(-1, keepdims=True), 1e-30))
-        return jnp.where(held.positions < sinks, jnp.inf, scores)
-
-    return Policy(_named("cur", scope), score=score, init=init, scope=scope, needs=sinks + 1)
+        return jnp.where(held.positions < self.sinks, jnp.inf, scores)
 
 
 def for_set(x: Float[Array, "B K ..."], held: Candidates) -> Float[Array, "B P ..."]:
@@ -144,10 +178,6 @@ def whose(held: Candidates) -> Float[Array, "B K N heads"]:
 
 def _unit(x: Array, least: float) -> Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), least)
-
-
-def _named(name: str, scope: Scope) -> str:
-    return name if scope == "kv_head" else f"{name}-{scope}"
 
 
 def _no_pool(name: str, scope: Scope) -> None:

@@ -1,7 +1,7 @@
 """Policies that were learned: a small network reads each token's key and value once, when it enters.
 
-The network is a pytree of arrays, trained by `jaxcompress.training.forgetting`; a policy closes over it. Policies are
-compared by identity, so that two made of the same weights are compiled apart: make one, and keep it.
+The network is a pytree of arrays, trained by `jaxcompress.training.forgetting`, and a leaf of its policy: other weights
+compile nothing.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcompress.policies.base import Candidates, Observation, Policy, Scope, leaf, policy, protect_newest
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.policies.policy import Candidates, Observation, Policy, Scope, protect_newest
+from jaxcompress.policies.naming import scoped
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
 
 KEEP_EVERYTHING = (5.0,)
-"""What `dms` starts from: a keep logit of 5 for every token (Łańcucki et al. 2025, section 3.1)."""
-TOVA = (0.0, 1.0, 0.0, 0.0)
-"""What `retention` starts from: the logarithm of the newest query's attention."""
+"""What `DMS` starts from: a keep logit of 5 for every token (Łańcucki et al. 2025, section 3.1)."""
+LIKE_TOVA = (0.0, 1.0, 0.0, 0.0)
+"""What `Retention` starts from: the logarithm of the newest query's attention."""
 EPSILON = 1e-8  # below it, attention is none
 
 
@@ -97,7 +98,8 @@ def _features(keys: Float[Array, "B K N D"], values: Float[Array, "B K N D"]) ->
     return jnp.concatenate([*parts, *sizes], axis=-1)
 
 
-def dms(head: ForgetHead, window: int = 16, scope: Scope = "kv_head") -> Policy:
+@policy
+class DMS(Policy):
     """Keeps the tokens of highest logit among those that are older than `window` tokens; newer ones are protected.
 
     Dynamic memory sparsification (Łańcucki et al. 2025, "Inference-Time Hyper-Scaling with KV Cache Compression"): what
@@ -106,7 +108,7 @@ def dms(head: ForgetHead, window: int = 16, scope: Scope = "kv_head") -> Policy:
     from key and value instead of a borrowed neuron of the query. An untrained one, whose logits are all the same, keeps
     the first tokens and the `window` newest.
 
-    Args:
+    Attributes:
       head: R = 1.
       window: as in training.
       scope: "kv_head", or "pool": heads then share a layer's slots as their logits ask for, as in the paper, where
@@ -116,22 +118,34 @@ def dms(head: ForgetHead, window: int = 16, scope: Scope = "kv_head") -> Policy:
       ValueError: weights that do not fit together, a negative window, or another scope; when it is used, a model whose
         heads the weights are not for.
     """
-    head = _checked(head, 1, "dms")
-    _check_scope("dms", scope, ("kv_head", "pool"))
-    if window < 0:
-        raise ValueError(f"a window of {window} tokens: give 0 or more")
 
-    def init(incoming: Candidates) -> Stats:
-        return _entering(head, incoming)[..., 0]
+    head: ForgetHead = leaf()
+    window: int = 16
+    scope: Scope = "kv_head"
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
-        return protect_newest(stats, held, window)
+    def check(self) -> None:
+        _check_head(self.head, 1, "dms")
+        _check_scope("dms", self.scope, ("kv_head", "pool"))
+        if self.window < 0:
+            raise ValueError(f"a window of {self.window} tokens: give 0 or more")
 
-    return Policy(_named("dms", scope, "kv_head"), score, init, scope=scope, needs=window + 1)
+    @property
+    def name(self) -> str:
+        return scoped("dms", self.scope, "kv_head")
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.window + 1
+
+    def init(self, incoming: Candidates) -> Stats:
+        return _entering(self.head, incoming)[..., 0]
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        return protect_newest(stats, held, self.window)
 
 
 class Looked(NamedTuple):
-    """What `retention` knows of a token, [B, P, N] each.
+    """What `Retention` knows of a token, [B, P, N] each.
 
     Attributes:
       weights: a, b1, b2, b3.
@@ -144,7 +158,8 @@ class Looked(NamedTuple):
     total: Array
 
 
-def retention(head: ForgetHead, scope: Scope = "kv_head") -> Policy:
+@policy
+class Retention(Policy):
     """Keeps the tokens that are going to be attended to most, as foreseen by a network.
 
     The network gives each token four numbers when it enters; with the attention that it received since,
@@ -153,7 +168,7 @@ def retention(head: ForgetHead, scope: Scope = "kv_head") -> Policy:
 
     An untrained one has a, b2, b3 = 0 and b1 = 1 and is TOVA of the same scope.
 
-    Args:
+    Attributes:
       head: R = 4.
       scope: "kv_head", "pool" (heads share a layer's slots), or "layer" (one set; numbers are averaged over kv heads).
 
@@ -161,27 +176,34 @@ def retention(head: ForgetHead, scope: Scope = "kv_head") -> Policy:
       ValueError: weights that do not fit together or another scope; when it is used, a model whose heads the weights
         are not for.
     """
-    head = _checked(head, len(TOVA), "retention")
-    _check_scope("retention", scope, ("kv_head", "layer", "pool"))
 
-    def init(incoming: Candidates) -> Stats:
-        weights = for_set(_entering(head, incoming), incoming)
+    head: ForgetHead = leaf()
+    scope: Scope = "kv_head"
+
+    def check(self) -> None:
+        _check_head(self.head, len(LIKE_TOVA), "retention")
+        _check_scope("retention", self.scope, ("kv_head", "layer", "pool"))
+
+    @property
+    def name(self) -> str:
+        return scoped("retention", self.scope, "kv_head")
+
+    def init(self, incoming: Candidates) -> Stats:
+        weights = for_set(_entering(self.head, incoming), incoming)
         nothing = jnp.zeros_like(incoming.positions, jnp.float32)
-        return Looked(tuple(weights[..., i] for i in range(len(TOVA))), nothing, nothing)
+        return Looked(tuple(weights[..., i] for i in range(len(LIKE_TOVA))), nothing, nothing)
 
-    def observe(stats: Looked, seen: Observation) -> Stats:
-        received = seen.per_set(scope)
+    def observe(self, stats: Looked, seen: Observation) -> Stats:
+        received = seen.per_set(self.scope)
         row, present = seen.last(received)
         return stats._replace(last=jnp.where(present, row, stats.last), total=stats.total + received.sum(2))
 
-    def score(stats: Looked, held: Candidates) -> SlotScores:
+    def score(self, stats: Looked, held: Candidates) -> SlotScores:
         return foreseen(stats, held.newest - held.positions)
-
-    return Policy(_named("retention", scope, "kv_head"), score, init, observe, scope=scope)
 
 
 def foreseen(seen: Looked, age: Any) -> SlotScores:
-    """The score of `retention`, and in training the logit of future attention; `age` in tokens."""
+    """The score of `Retention`, and in training the logit of future attention; `age` in tokens."""
     start, last, mean, old = seen.weights
     age = age.astype(jnp.float32) + 1
     log = lambda x: jnp.log(x + EPSILON)
@@ -217,22 +239,17 @@ def _check_used(head: ForgetHead, which: tuple[int, ...], head_dim: int) -> None
         )
 
 
-def _checked(head: ForgetHead, outputs: int, name: str) -> ForgetHead:
+def _check_head(head: ForgetHead, outputs: int, name: str) -> None:
     shapes = [tuple(x.shape) for x in head]
     *front, size, hidden = shapes[0] if len(shapes[0]) == 4 else (0,) * 4
     wanted = [(*front, size, hidden), (*front, hidden), (*front, hidden, outputs), (*front, outputs)]
-    if shapes == wanted and size % 2 == 0 and size >= 4:
-        return head
-    raise ValueError(
-        f"{name} needs weights [L, K, 2D + 2, M], [L, K, M], [L, K, M, {outputs}] and [L, K, {outputs}], not "
-        f"{', '.join(str(list(shape)) for shape in shapes)}"
-    )
+    if shapes != wanted or size % 2 or size < 4:
+        raise ValueError(
+            f"{name} needs weights [L, K, 2D + 2, M], [L, K, M], [L, K, M, {outputs}] and [L, K, {outputs}], not "
+            f"{', '.join(str(list(shape)) for shape in shapes)}"
+        )
 
 
 def _check_scope(name: str, scope: str, known: tuple[str, ...]) -> None:
     if scope not in known:
         raise ValueError(f"{name} has numbers per kv head: its scope is {' or '.join(known)}, not {scope}")
-
-
-def _named(name: str, scope: str, usual: str) -> str:
-    return name if scope == usual else f"{name}-{scope}"

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import jax.numpy as jnp
 
-from jaxcompress.policies.policy import Candidates, Observation, Policy, Scope
+from jaxcompress.policies.base import Candidates, Observation, Policy, Scope, policy
+from jaxcompress.policies.naming import scoped
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
 
 
-@cache
-def observed_attention(scope: Scope = "kv_head") -> Policy:
+@policy
+class ObservedAttention(Policy):
     """Keeps the tokens that received most attention per query that could see them.
 
     score[n] = sum of the probabilities given to token n / number of queries since it came, its own included. Unlike
-    `h2o` nothing is protected, and old tokens have no advantage from having been seen more often.
+    `H2O` nothing is protected, and old tokens have no advantage from having been seen more often.
     """
 
-    def init(incoming: Candidates) -> Stats:
+    scope: Scope = "kv_head"
+
+    @property
+    def name(self) -> str:
+        return scoped("observed_attention", self.scope, "kv_head")
+
+    def init(self, incoming: Candidates) -> Stats:
         return jnp.zeros_like(incoming.positions, jnp.float32)
 
-    def observe(stats: Stats, seen: Observation) -> Stats:
-        return stats + seen.per_set(scope).sum(2)
+    def observe(self, stats: Stats, seen: Observation) -> Stats:
+        return stats + seen.per_set(self.scope).sum(2)
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
         return stats / (held.newest - held.positions + 1)
-
-    name = "observed_attention" if scope == "kv_head" else f"observed_attention-{scope}"
-    return Policy(name, score, init, observe, scope=scope)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxcompress.policies.policy import Candidates
+from jaxcompress.policies.base import Candidates
 
 _LAST = jnp.iinfo(jnp.int32).max
 

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from jaxcompress.policies.base import Candidates, policy, wrapper
 from jaxcompress.policies.order import by_age, shift
-from jaxcompress.policies.policy import Candidates, Policy
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
 
 Pool = Literal["avg", "max"]
 
 
-@cache
-def pooled(policy: Policy, kernel: int = 5, pool: Pool = "avg") -> Policy:
+@policy
+class pooled(wrapper):
     """Pools a policy's scores over `kernel` tokens that are neighbours among those held. Costs a sort.
 
     Protected tokens (+inf) stay protected and lend nothing to their neighbours.
 
     Raises:
-      ValueError: an even kernel, or a policy that never scores.
+      ValueError: an even kernel, or a policy that never evicts.
     """
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel must be an odd number of tokens, not {kernel}")
-    if policy.score is None:
-        raise ValueError(f"policy {policy.name} keeps everything: there are no scores to pool")
-    base = policy.score
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
-        scores = base(stats, held)
+    kernel: int = 5
+    pool: Pool = "avg"
+
+    def check(self) -> None:
+        super().check()
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be an odd number of tokens, not {self.kernel}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.policy.name}/pooled{self.kernel}"
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        scores = self.policy.score(stats, held)
         protected = jnp.isposinf(scores)
-        return jnp.where(protected, scores, neighbours(scores, held, ~protected, kernel, pool))
-
-    return policy._replace(name=f"{policy.name}/pooled{kernel}", score=score)
+        return jnp.where(protected, scores, neighbours(scores, held, ~protected, self.kernel, self.pool))
 
 
 def neighbours(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from functools import cache
-
+from jaxcompress.policies.base import Candidates, Policy, Scope, policy
 from jaxcompress.policies.draws import per_token
-from jaxcompress.policies.policy import Candidates, Policy, Scope
+from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
 
 
-@cache
-def random(seed: int = 0, scope: Scope = "layer") -> Policy:
+@policy
+class Random(Policy):
     """Keeps a uniformly random subset of all tokens so far (reservoir sampling, Vitter 1985).
 
     score[n] = a uniform number that depends on seed, layer, head and position only: the same subset results however
     the sequence is cut into chunks, and rows of a batch do not depend on one another.
     """
 
-    def init(incoming: Candidates) -> Stats:
-        return per_token(seed, incoming)
+    seed: int = 0
+    scope: Scope = "layer"
+    name = "random"  # type: ignore[assignment]
 
-    return Policy("random", score=lambda stats, held: stats, init=init, scope=scope)
+    def init(self, incoming: Candidates) -> Stats:
+        return per_token(self.seed, incoming)
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        return stats

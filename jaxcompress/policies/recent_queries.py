@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.policies.policy import Candidates, Observation, Scope
+from jaxcompress.policies.base import Candidates, Observation, Scope
 
 Ring = Float[Array, "B P N w"]
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from jaxcompress.policies.base import Policy
 from jaxcompress.policies.gates import dmc
-from jaxcompress.policies.learned import ForgetHead, dms, retention
-from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.learned import DMS, ForgetHead, Retention
 
 
 class Kind(NamedTuple):
@@ -21,8 +21,8 @@ class Kind(NamedTuple):
 
 LEARNED = {
     "dmc": Kind(dmc, ()),
-    "dms": Kind(dms, ("window", "scope")),
-    "retention": Kind(retention, ("scope",)),
+    "dms": Kind(DMS, ("window", "scope")),
+    "retention": Kind(Retention, ("scope",)),
 }
 
 

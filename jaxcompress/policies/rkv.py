@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcompress.policies.base import Candidates, Observation, Policy, policy, protect_newest
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.policies.policy import Candidates, Observation, Policy, protect_newest
+from jaxcompress.policies.naming import scoped
 from jaxcompress.policies.pooled import neighbours
 from jaxcompress.policies.recent_queries import Ring, empty_ring, record
 from jaxcompress.shapes import SlotScores
@@ -18,11 +18,8 @@ from jaxcompress.shapes import SlotScores
 _ROWS = 256  # keys compared with all others at once
 
 
-@cache
-def rkv(
-    mix: float = 0.1, window: int = 8, kernel: int = 7, threshold: float = 0.5, sketch: int | None = None,
-    scope: Literal["layer", "kv_head"] = "kv_head",
-) -> Policy:  # fmt: skip
+@policy
+class RKV(Policy):
     """Keeps what is important and not redundant; made for long generations, in which models repeat themselves.
 
     score[n] = mix * importance - (1 - mix) * redundancy; +inf for the last `window` tokens. Importance: the mean
@@ -38,31 +35,41 @@ def rkv(
     Raises:
       ValueError: a mix outside 0..1, a window below 1, an even kernel or a sketch below 1.
     """
-    if not 0 <= mix <= 1 or window < 1 or kernel % 2 == 0 or (sketch is not None and sketch < 1):
-        raise ValueError(
-            "rkv needs mix in 0..1, window >= 1, an odd kernel and sketch >= 1, "
-            f"not {mix=}, {window=}, {kernel=}, {sketch=}"
-        )
 
-    def init(incoming: Candidates) -> Ring:
-        return empty_ring(incoming, window)
+    mix: float | int = 0.1
+    window: int = 8
+    kernel: int = 7
+    threshold: float | int = 0.5
+    sketch: int | None = None
+    scope: Literal["layer", "kv_head"] = "kv_head"
 
-    def observe(ring: Ring, seen: Observation) -> Ring:
-        return record(ring, seen, scope)
+    def check(self) -> None:
+        sketched = self.sketch is None or self.sketch >= 1
+        if not 0 <= self.mix <= 1 or self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0 or not sketched:
+            raise ValueError(f"rkv needs mix in 0..1, window >= 1, an odd kernel and sketch >= 1, not {self}")
 
-    def score(ring: Ring, held: Candidates) -> SlotScores:
-        prefix = held.occupied & (held.positions <= held.newest - window)
-        mass = jnp.where(prefix[..., None], ring, 0.0)
+    @property
+    def name(self) -> str:
+        return scoped("rkv" if self.sketch is None else f"rkv-sketch{self.sketch}", self.scope, "kv_head")
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.window + 1
+
+    def init(self, incoming: Candidates) -> Ring:
+        return empty_ring(incoming, self.window)
+
+    def observe(self, stats: Ring, seen: Observation) -> Ring:
+        return record(stats, seen, self.scope)
+
+    def score(self, stats: Ring, held: Candidates) -> SlotScores:
+        prefix = held.occupied & (held.positions <= held.newest - self.window)
+        mass = jnp.where(prefix[..., None], stats, 0.0)
         mass = (mass / jnp.maximum(mass.sum(2, keepdims=True), 1e-30)).mean(-1)
-        importance = neighbours(mass, held, prefix, kernel, "max")
-        alike = for_set(similarity(_sketched(held.keys, sketch), held, threshold), held)
+        importance = neighbours(mass, held, prefix, self.kernel, "max")
+        alike = for_set(similarity(_sketched(held.keys, self.sketch), held, self.threshold), held)
         alike = jax.nn.softmax(jnp.where(held.occupied, alike, -jnp.inf), axis=-1)
-        return protect_newest(mix * importance - (1 - mix) * alike, held, window)
-
-    name = "rkv" if sketch is None else f"rkv-sketch{sketch}"
-    return Policy(
-        name if scope == "kv_head" else f"{name}-{scope}", score, init, observe, scope=scope, needs=window + 1
-    )
+        return protect_newest(self.mix * importance - (1 - self.mix) * alike, held, self.window)
 
 
 def similarity(keys: Float[Array, "B K N R"], held: Candidates, threshold: float) -> Float[Array, "B K N"]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt16
 
-from jaxcompress.policies.policy import Candidates, Observation, Policy, protect_newest
+from jaxcompress.policies.base import Candidates, Observation, Policy, policy, protect_newest
+from jaxcompress.policies.naming import scoped
 from jaxcompress.shapes import SlotScores
 
 BITS = 16
@@ -17,48 +17,62 @@ BITS = 16
 Bits = UInt16[Array, "B P N words"]
 
 
-@cache
-def scissorhands(
-    history: int = 400, recent: int = 10, scope: Literal["layer", "kv_head", "query_head"] = "kv_head"
-) -> Policy:
+@policy
+class Scissorhands(Policy):
     """Keeps the `recent` newest tokens and, of the others, those that were pivotal most often of late.
 
     score[n] = how many of the last `history` queries gave token n at least the even share 1/t of the t keys that they
     saw (algorithm 2 of the paper counts the complement); +inf for the newest. Within a set of several heads the mean
     probability is compared. History costs one bit per slot and query. The paper drops half of the budget at once:
-    `every(capacity // 2, scissorhands())`.
+    `every(Scissorhands(), capacity // 2)`.
 
     Raises:
       ValueError: a history below 1 or a negative number of recent tokens.
     """
-    if history < 1 or recent < 0:
-        raise ValueError(f"history must be at least 1 query and recent 0 or more, not {history} and {recent}")
-    words = -(-history // BITS) + 1
 
-    def init(incoming: Candidates) -> Bits:
-        return jnp.zeros((*incoming.positions.shape, words), jnp.uint16)
+    history: int = 400
+    recent: int = 10
+    scope: Literal["layer", "kv_head", "query_head"] = "kv_head"
 
-    def observe(bits: Bits, seen: Observation) -> Bits:
+    def check(self) -> None:
+        if self.history < 1 or self.recent < 0:
+            raise ValueError(
+                f"history must be at least 1 query and recent 0 or more, not {self.history} and {self.recent}"
+            )
+
+    @property
+    def name(self) -> str:
+        return scoped("scissorhands", self.scope, "kv_head")
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.recent + 1
+
+    @property
+    def words(self) -> int:
+        """Of history, per slot."""
+        return -(-self.history // BITS) + 1
+
+    def init(self, incoming: Candidates) -> Bits:
+        return jnp.zeros((*incoming.positions.shape, self.words), jnp.uint16)
+
+    def observe(self, stats: Bits, seen: Observation) -> Bits:
+        words = self.words
         at = seen.queries if seen.present is None else seen.present  # a word is begun by whatever query comes first
-        pivotal = (seen.per_set(scope) * seen.visible[..., None] >= 1) & (seen.visible > 0)[..., None]
+        pivotal = (seen.per_set(self.scope) * seen.visible[..., None] >= 1) & (seen.visible > 0)[..., None]
         last = (at >= 0) & (at // BITS > at.max(-1, keepdims=True) // BITS - words)
         mine = ((at // BITS % words)[..., None] == jnp.arange(words)) & last[..., None]  # [B, T, words]
         worth = jnp.where(mine, (1 << at % BITS)[..., None], 0).astype(jnp.float32)
         new = jnp.einsum("bptn,btw->bpnw", pivotal.astype(jnp.float32), worth).astype(jnp.uint16)
         first = jnp.where(mine, at[..., None], jnp.iinfo(jnp.int32).max).min(1)  # [B, words]
         lap = mine.any(1) & (first % BITS == 0)  # a word is begun anew: what it held is `words` words old
-        return jnp.where(lap[:, None, None], 0, bits) | new
+        return jnp.where(lap[:, None, None], 0, stats) | new
 
-    def score(bits: Bits, held: Candidates) -> SlotScores:
+    def score(self, stats: Bits, held: Candidates) -> SlotScores:
         newest = held.newest[..., None]
-        oldest = newest - history + 1
-        word = (
-            newest // BITS - (newest // BITS - jnp.arange(words)) % words
-        )  # of the sequence, at each place in the ring
+        oldest = newest - self.history + 1
+        word = newest // BITS - (newest // BITS - jnp.arange(self.words)) % self.words  # of the sequence, by place
         young = jnp.where(word == oldest // BITS, (0xFFFF << (oldest % BITS)) & 0xFFFF, 0xFFFF)
         young = jnp.where((word < oldest // BITS) | (word < 0), 0, young).astype(jnp.uint16)
-        count = jax.lax.population_count(bits & young).astype(jnp.float32).sum(-1)
-        return protect_newest(count, held, recent)
-
-    name = "scissorhands" if scope == "kv_head" else f"scissorhands-{scope}"
-    return Policy(name, score, init, observe, scope=scope, needs=recent + 1)
+        count = jax.lax.population_count(stats & young).astype(jnp.float32).sum(-1)
+        return protect_newest(count, held, self.recent)

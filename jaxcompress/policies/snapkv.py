@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-from jaxcompress.policies.policy import Candidates, Observation, Policy, Scope, protect_newest
+from jaxcompress.policies.base import Candidates, Observation, Policy, Scope, policy, protect_newest
+from jaxcompress.policies.naming import scoped
 from jaxcompress.policies.pooled import Pool, neighbours
 from jaxcompress.policies.recent_queries import Ring, empty_ring, record
 from jaxcompress.shapes import SlotScores
 
 
-@cache
-def snapkv(window: int = 32, kernel: int = 5, pool: Pool = "avg", scope: Scope = "kv_head") -> Policy:
+@policy
+class SnapKV(Policy):
     """Keeps the last `window` tokens and, of the others, those to which their queries attend most.
 
     score[n] = mean, over the last `window` queries, of the probability that they gave token n, pooled over `kernel`
@@ -26,23 +25,35 @@ def snapkv(window: int = 32, kernel: int = 5, pool: Pool = "avg", scope: Scope =
     Raises:
       ValueError: a window below 1 or an even kernel.
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1 query, not {window}")
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel must be an odd number of tokens, not {kernel}")
 
-    def init(incoming: Candidates) -> Ring:
-        return empty_ring(incoming, window)
+    window: int = 32
+    kernel: int = 5
+    pool: Pool = "avg"
+    scope: Scope = "kv_head"
 
-    def observe(ring: Ring, seen: Observation) -> Ring:
-        return record(ring, seen, scope)
+    def check(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 query, not {self.window}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be an odd number of tokens, not {self.kernel}")
 
-    def score(ring: Ring, held: Candidates) -> SlotScores:
-        prefix = held.positions <= held.newest - window
-        scores = ring.mean(-1)
-        if kernel > 1:
-            scores = neighbours(scores, held, prefix, kernel, pool)
-        return protect_newest(scores, held, window)
+    @property
+    def name(self) -> str:
+        return scoped(f"snapkv+{self.window}", self.scope, "kv_head")
 
-    name = f"snapkv+{window}" + f"-{scope}" * (scope != "kv_head")
-    return Policy(name, score, init, observe, scope=scope, needs=window + 1)
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.window + 1
+
+    def init(self, incoming: Candidates) -> Ring:
+        return empty_ring(incoming, self.window)
+
+    def observe(self, stats: Ring, seen: Observation) -> Ring:
+        return record(stats, seen, self.scope)
+
+    def score(self, stats: Ring, held: Candidates) -> SlotScores:
+        prefix = held.positions <= held.newest - self.window
+        scores = stats.mean(-1)
+        if self.kernel > 1:
+            scores = neighbours(scores, held, prefix, self.kernel, self.pool)
+        return protect_newest(scores, held, self.window)

@@ -2,55 +2,90 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Literal
 
 import jax.numpy as jnp
 
 from jaxcompress.pallas_kernels.contract import Rule
-from jaxcompress.policies.policy import Candidates, Policy
+from jaxcompress.policies.base import Candidates, Policy, Schedule, policy
+from jaxcompress.policies.naming import scoped
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import Stats
 
 
-@cache
-def window(sinks: int = 0, scope: Literal["layer", "kv_head"] = "layer") -> Policy:
+@policy
+class Window(Policy):
     """Keeps the first `sinks` tokens of the sequence and the most recent ones (Window, Window+i).
 
-    score = +inf if position < sinks, else position. Positions stay absolute, as in the static masks of Oren et al.
-    2024, section 3; compare `streaming_llm`. All heads keep the same; scope="kv_head" is for capacities that differ
-    between heads, such as the streaming heads of DuoAttention (see `jaxcompress.budgets`).
+    score = +inf if position < sinks, else -age. Positions stay absolute, as in the static masks of Oren et al. 2024,
+    section 3; compare `StreamingLLM`. All heads keep the same; scope="kv_head" is for capacities that differ between
+    heads, such as the streaming heads of DuoAttention (see `jaxcompress.budgets`).
+
+    Raises:
+      ValueError: a negative number of sinks.
     """
-    _check_sinks(sinks)
-    name = f"window+{sinks}" if sinks else "window"
-    policy = Policy(_named(name, scope), score=_newest(sinks), scope=scope, needs=sinks + 1)
-    return policy.follow(lambda capacity: Rule("age", first=sinks))
+
+    sinks: int = 0
+    scope: Literal["layer", "kv_head"] = "layer"
+
+    def check(self) -> None:
+        _check_sinks(self.sinks)
+
+    @property
+    def name(self) -> str:
+        return scoped(f"window+{self.sinks}" if self.sinks else "window", self.scope, "layer")
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.sinks + 1
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        return _newest(held, self.sinks)
+
+    def rule(self, capacity: int) -> Rule | None:
+        return Rule("age", first=self.sinks)
 
 
-@cache
-def streaming_llm(
-    sinks: int = 4, evict: Literal["after", "before"] = "after", scope: Literal["layer", "kv_head"] = "layer"
-) -> Policy:
+@policy
+class StreamingLLM(Policy):
     """Attention sinks and a rolling window (Xiao et al. 2024), at positions re-indexed by rank (`placement="slot"`).
 
     evict="after": a query sees capacity + 1 keys (the paper's perplexity evaluation, `eval_long_ppl.py`).
     evict="before": room is made first, a query sees at most capacity keys (the chat demo, `evict_for_space`).
+
+    Raises:
+      ValueError: a negative number of sinks, or another time to evict.
     """
-    _check_sinks(sinks)
-    name = _named(f"streaming_llm+{sinks}-{evict}", scope)
-    return Policy(name, score=_newest(sinks), scope=scope, evict=evict, placement="slot", needs=sinks + 1)
+
+    sinks: int = 4
+    evict: Literal["after", "before"] = "after"
+    scope: Literal["layer", "kv_head"] = "layer"
+    placement = "slot"
+
+    def check(self) -> None:
+        _check_sinks(self.sinks)
+        if self.evict not in ("after", "before"):
+            raise ValueError(f"evict must be 'after' or 'before', not {self.evict!r}")
+
+    @property
+    def name(self) -> str:
+        return scoped(f"streaming_llm+{self.sinks}-{self.evict}", self.scope, "layer")
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.sinks + 1
+
+    @property
+    def schedule(self) -> Schedule:  # type: ignore[override]
+        return Schedule(self.evict)
+
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        return _newest(held, self.sinks)
 
 
-def _newest(sinks: int):
-    def score(stats: Stats, held: Candidates) -> SlotScores:
-        age = held.newest - held.positions  # small: exact in float32, however long the sequence
-        return jnp.where(held.positions < sinks, jnp.inf, -age.astype(jnp.float32))
-
-    return score
-
-
-def _named(name: str, scope: str) -> str:
-    return name if scope == "layer" else f"{name}-{scope}"
+def _newest(held: Candidates, sinks: int) -> SlotScores:
+    age = held.newest - held.positions  # small: exact in float32, however long the sequence
+    return jnp.where(held.positions < sinks, jnp.inf, -age.astype(jnp.float32))
 
 
 def _check_sinks(sinks: int) -> None:

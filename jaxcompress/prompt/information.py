@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 from jaxcompress.generation.text import Tokenizer
 from jaxcompress.models.bounded import Slots, init_state, read
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies import window
-from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.policies import Window
+from jaxcompress.policies.base import Placement, Policy
 from jaxcompress.prompt.surface import Word, words_of
 from jaxcompress.prompt.word_scores import Scored, Scorer
 from jaxcompress.prompt.words import align
@@ -44,7 +44,7 @@ class Reader:
 
     model: Decoder
     tokenizer: Tokenizer
-    policy: Policy = window(4)
+    policy: Policy = Window(4)
     slots: Slots = 512
     segment: int = 128
     placement: Placement = "slot"
@@ -98,7 +98,7 @@ class Context(NamedTuple):
     last: Int[np.ndarray, " B"]
 
 
-@partial(jax.jit, static_argnames=("policy", "chunk", "placement"))
+@partial(jax.jit, static_argnames=("chunk", "placement"))
 def _read_segment(
     model: Decoder,
     inputs: Array,

@@ -14,7 +14,7 @@ from jaxcompress.generation.generate import GREEDY, Settings, generate
 from jaxcompress.generation.text import Tokenizer
 from jaxcompress.models.bounded import Slots
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.base import Policy
 from jaxcompress.prompt.surface import words_of
 
 INSTRUCTION = """\

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxcompress.models.bounded import Slots, init_state, read
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.policies.base import Placement, Policy
 from jaxcompress.recurrence import Recurrence
 from jaxcompress.shapes import Hidden, Logits, Tokens
 from jaxcompress.state import State

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 from jaxcompress.attention import MASKED, causal_attention, forgetful_attention, masked_softmax
 from jaxcompress.models.decoder import Decoder, DecoderConfig
 from jaxcompress.models.rope import rotate
+from jaxcompress.policies.base import Scope
 from jaxcompress.policies.learned import (
     KEEP_EVERYTHING,
-    TOVA,
+    LIKE_TOVA,
     ForgetHead,
     Looked,
     check_head,
@@ -28,7 +29,6 @@ from jaxcompress.policies.learned import (
     init_forget_head,
     token_numbers,
 )
-from jaxcompress.policies.policy import Scope
 from jaxcompress.shapes import Hidden, Keys, Positions, Queries, Tokens, Valid
 from jaxcompress.training.distillation import divergence
 from jaxcompress.training.loss import token_losses
@@ -41,7 +41,7 @@ def init_dms(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHe
 
 def init_retention(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
     """A network for `jaxcompress.policies.retention` that is TOVA."""
-    return network(config, key, hidden, TOVA)
+    return network(config, key, hidden, LIKE_TOVA)
 
 
 def share_schedule(ratio: float | int, steps: int) -> optax.Schedule:
@@ -218,7 +218,7 @@ def retention_loss(
     Raises:
       ValueError: a network for a model of another shape, scope "query_head", or as there.
     """
-    check_network(head, len(TOVA), model.config)
+    check_network(head, len(LIKE_TOVA), model.config)
     if scope == "query_head":
         raise ValueError("retention has numbers per kv head: it cannot be learned per query head")
     model = jax.lax.stop_gradient(model)
@@ -304,7 +304,7 @@ def future_attention_loss(
         here = ((positions >= 0) & (positions <= now[:, None]))[:, None]
         future = jnp.where(here, future, 0.0)
         share = future / jnp.maximum(future.sum(-1, keepdims=True), 1e-30)
-        scores = foreseen(Looked(tuple(numbers[..., i] for i in range(len(TOVA))), last, so_far), age)
+        scores = foreseen(Looked(tuple(numbers[..., i] for i in range(len(LIKE_TOVA))), last, so_far), age)
         losses = -(share * jax.nn.log_softmax(jnp.where(here, scores, MASKED), axis=-1)).sum(-1)
         return (losses * counts[:, None]).sum()
 

@@ -9,8 +9,8 @@ import jax
 from jaxtyping import Array
 
 from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.base import Policy, Scope
 from jaxcompress.policies.learned import ForgetHead
-from jaxcompress.policies.policy import Policy, Scope
 from jaxcompress.training.data import Batch
 from jaxcompress.training.forgetting import (
     dms_loss,

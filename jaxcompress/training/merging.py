@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxcompress.attention import forgetful_attention
 from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.policies.base import Incoming
 from jaxcompress.policies.gates import APART, gate_numbers, means, running_sums
 from jaxcompress.policies.learned import ForgetHead
-from jaxcompress.policies.policy import Incoming
 from jaxcompress.shapes import Tokens, Valid
 from jaxcompress.training.forgetting import (
     Forgetful,

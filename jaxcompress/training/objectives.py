@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxcompress.models.bounded import Slots
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.learned import retention
-from jaxcompress.policies.policy import Placement, Policy, Scope
+from jaxcompress.policies.base import Placement, Policy, Scope
+from jaxcompress.policies.learned import Retention
 from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import distilled_value_and_grad
 from jaxcompress.training.forgetting import retention_loss
@@ -85,7 +85,7 @@ def beside_retention(
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
         model, head = params
-        metrics, slope = through(retention(jax.lax.stop_gradient(head), scope))(model, batch, step, key)
+        metrics, slope = through(Retention(jax.lax.stop_gradient(head), scope))(model, batch, step, key)
         tokens = batch.tokens[:watched, :-1]
         watch = lambda head: retention_loss(model, head, tokens, scope=scope, block=block)
         apart, change = jax.value_and_grad(watch)(head)

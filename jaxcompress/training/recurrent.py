@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxcompress.models.bounded import Slots, check_fits, init_state, read
 from jaxcompress.models.decoder import Decoder, DecoderConfig
 from jaxcompress.parallel import advance_parallel, check_parallel
-from jaxcompress.policies.policy import Placement, Policy
+from jaxcompress.policies.base import Placement, Policy
 from jaxcompress.recurrence import Advanced, Recurrence, advance
 from jaxcompress.shapes import Keys, Positions, Queries, Values
 from jaxcompress.state import KVState, State

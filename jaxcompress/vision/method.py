@@ -23,8 +23,8 @@ from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.rope import RopeConfig
 from jaxcompress.models.vit import Pixels
-from jaxcompress.policies.full import full
-from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.base import Policy
+from jaxcompress.policies.full import Full
 from jaxcompress.vision.choose import best, check_budget, marks, standing, take
 
 
@@ -90,7 +90,7 @@ class Method(NamedTuple):
     encoded: Callable[[LlavaConfig], int] = lambda config: config.tower.num_patches
     cuts: Callable[[DecoderConfig, int], tuple[Cut, ...]] = lambda config, tokens: ()
     rates: Callable[[Block, int], Bool[Array, "B W"]] | None = None
-    writing: Callable[[int, int], Policy] = lambda first, last: full()
+    writing: Callable[[int, int], Policy] = lambda first, last: Full()
 
     def counts(self, config: LlavaConfig, crops: int = 1) -> tuple[int, ...]:
         """How many visual tokens each layer of the decoder attends to: what the KV cache holds of them."""

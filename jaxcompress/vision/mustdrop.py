@@ -10,7 +10,7 @@ from jaxcompress.vision import prefills
 from jaxcompress.vision.dual_attention import LAYERS, THRESHOLDS
 from jaxcompress.vision.encoders import whole, windowed, windowed_above
 from jaxcompress.vision.method import Cut, Method, Rule, renumbered
-from jaxcompress.vision.output_aware import output_aware
+from jaxcompress.vision.output_aware import OutputAware
 from jaxcompress.vision.schedule import cuts_down_to, spread_over
 from jaxcompress.vision.windows import WINDOW
 
@@ -58,7 +58,7 @@ def prefilling(n: int, *, protect: bool = False, compact: bool = False) -> Metho
 
 def decoding() -> Method:
     """The third stage alone: nothing goes before words are written."""
-    return Method("mustdrop-decode", whole, writing=output_aware)
+    return Method("mustdrop-decode", whole, writing=OutputAware)
 
 
 def mustdrop(n: int, *, share: float = 0.25, compact: bool = False) -> Method:
@@ -77,7 +77,7 @@ def mustdrop(n: int, *, share: float = 0.25, compact: bool = False) -> Method:
     second = prefilling(n, protect=True, compact=compact)
     # A policy that goes by positions knows no patches where these are numbered anew.
     whole_method = Method("mustdrop", windowed(count, keys=True), left, second.cuts)
-    return whole_method if compact else whole_method._replace(writing=output_aware)
+    return whole_method if compact else whole_method._replace(writing=OutputAware)
 
 
 def above_thresholds(average: int = 192, *, window: int = WINDOW) -> Method:
@@ -97,4 +97,4 @@ def above_thresholds(average: int = 192, *, window: int = WINDOW) -> Method:
         return tuple(Cut(layer, tokens, rule) for layer in spread_over(LAYERS, config.num_layers))
 
     encode = windowed_above(window=window, keys=True)
-    return Method("mustdrop-thresholds", encode, cuts=cuts, writing=output_aware)
+    return Method("mustdrop-thresholds", encode, cuts=cuts, writing=OutputAware)

@@ -1,54 +1,60 @@
 """MustDrop, the decoding stage: patches leave the cache that what is written does not look at (section 3.4).
 
 The paper names an "output-aware cache policy"; the released code only removes, after the prompt, what later layers
-dropped from earlier ones (`survivors`). `output_aware` is the policy: while words are written, the patches that they
+dropped from earlier ones (`survivors`). `OutputAware` is the policy: while words are written, the patches that they
 attend to least go one by one, down to a number, and words stay.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxcompress.policies.policy import Candidates, Observation, Policy
+from jaxcompress.policies.base import Candidates, Observation, Policy, policy
 from jaxcompress.shapes import SlotScores
 from jaxcompress.state import KVState, State, Stats
 
 
-@cache
-def output_aware(first: int, last: int) -> Policy:
+@policy
+class OutputAware(Policy):
     """Keeps all words, and of the tokens at positions first..last - 1, the patches, those that the output attends to.
 
     score[n] = mean over the tokens written so far of the attention that they gave token n, mean over heads. A layer's
     heads share a set. What the prompt attended to does not count: only what is written does. When a written token finds
     the state full, the patch with the lowest score goes; words go, oldest first, only where no patch is left.
 
-    Args:
+    Attributes:
       first, last: where the patches stand in the sequence.
 
     Raises:
       ValueError: an empty or negative range.
     """
-    if not 0 <= first < last:
-        raise ValueError(f"patches stand at positions first..last - 1, {first}..{last - 1} was given")
 
-    def init(incoming: Candidates) -> Stats:
+    first: int
+    last: int
+
+    def check(self) -> None:
+        if not 0 <= self.first < self.last:
+            raise ValueError(f"patches stand at positions first..last - 1, {self.first}..{self.last - 1} was given")
+
+    @property
+    def name(self) -> str:
+        return f"output_aware[{self.first}:{self.last}]"
+
+    def init(self, incoming: Candidates) -> Stats:
         return jnp.zeros(incoming.positions.shape, jnp.float32)
 
-    def observe(stats: Stats, seen: Observation) -> Stats:
-        written = (seen.queries >= last)[:, None, :, None]
+    def observe(self, stats: Stats, seen: Observation) -> Stats:
+        written = (seen.queries >= self.last)[:, None, :, None]
         return stats + jnp.where(written, seen.per_set("layer"), 0.0).sum(2)
 
-    def score(stats: Stats, held: Candidates) -> SlotScores:
-        patch = (held.positions >= first) & (held.positions < last)
+    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+        patch = (held.positions >= self.first) & (held.positions < self.last)
         # Words above every patch, the newest on top; positions beyond float32's whole numbers do not occur.
         return jnp.where(patch, stats, 1e6 + held.positions.astype(jnp.float32))
-
-    return Policy(f"output_aware[{first}:{last}]", score, init, observe)
 
 
 def survivors(state: State, kept: Bool[Array, "B N"] | Int[Array, "B N"], layers: range) -> State:

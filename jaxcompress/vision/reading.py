@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxcompress.models.bounded import Block, Stage, read_block
 from jaxcompress.models.llava import Llava, LlavaConfig
-from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.base import Policy
 from jaxcompress.shapes import Positions, Tokens
 from jaxcompress.state import State
 from jaxcompress.vision.method import Cut, Encoded, Given, Method

@@ -94,7 +94,7 @@ def test_slots_that_stay_free(case: Case) -> None:
 
 def test_slots_that_stay_free_are_no_room_for_more() -> None:
     """A full cache that was told 8 does not take 9, though more slots were allocated."""
-    wide = init_state(DecoderConfig(8, 8, 8, 1, H, K, D), policies.full(), C, batch=B, together=32)[0]
+    wide = init_state(DecoderConfig(8, 8, 8, 1, H, K, D), policies.Full(), C, batch=B, together=32)[0]
     out = run(Case("full", window=None), data(3), wide).out
     assert np.isfinite(out[:, :C]).all()
     assert np.isnan(out[:, C:]).all()
@@ -340,7 +340,7 @@ def test_bfloat16_state(name: str, mode: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 300])
 def test_masses_of_a_bfloat16_model_are_summed_in_float32(chunk: int) -> None:
     """In bfloat16 what receives 0.9 at every step would stop at 256, and many tokens would tie."""
-    n, policy, rng = 600, policies.h2o(0, "layer"), np.random.default_rng(0)
+    n, policy, rng = 600, policies.H2O(0, "layer"), np.random.default_rng(0)
     draw = lambda heads: rng.standard_normal((1, n, heads, D)) * (np.arange(n) > 0)[:, None, None]
     q, k, v = np.ones((1, n, H, D)), draw(K), draw(K)
     k[:, 0] = 2.0

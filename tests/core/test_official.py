@@ -16,14 +16,14 @@ from flax import nnx
 
 from jaxcompress.models.bounded import Read, init_state, read
 from jaxcompress.models.decoder import Decoder, DecoderConfig
-from jaxcompress.policies import Policy, full, h2o, streaming_llm, tova
+from jaxcompress.policies import H2O, TOVA, Full, Policy, StreamingLLM
 
 from .harness import FAST_COMPILE
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "official"
 SLOTS, PROMPT = 48, 96
 numbers = cache(lambda name: dict(np.load(FOLDER / f"{name}.npz")))
-step = jax.jit(read, static_argnames=("policy", "chunk", "placement"), compiler_options=FAST_COMPILE)
+step = jax.jit(read, static_argnames=("chunk", "placement"), compiler_options=FAST_COMPILE)
 score = jax.jit(lambda model, hidden: model.logits(hidden))
 
 
@@ -88,7 +88,7 @@ def test_full_cache(name: str) -> None:
     np.testing.assert_allclose(logits[:, PROMPT:], z["full/cont_logits"], atol=1e-3)
     if name == "llama_mha":
         return
-    steps = list(decode(official, full(), PROMPT, ids.shape[1], "absolute"))
+    steps = list(decode(official, Full(), PROMPT, ids.shape[1], "absolute"))
     np.testing.assert_allclose(model.logits(steps[0].hidden), z["full/prompt_logits"], atol=1e-3)
     for i, done in enumerate(steps[1:]):
         np.testing.assert_allclose(last_logits(model, done), z["full/cont_logits"][:, i], atol=1e-3)
@@ -100,7 +100,7 @@ def test_tova(run: str, prompt: int) -> None:
     z, official = numbers("tova"), llama("llama_gqa")
     held = np.stack([z[f"{run}/pos{layer}"] for layer in range(3)])  # [L, steps, B, SLOTS]
     gone_at_once = 0
-    for i, done in enumerate(decode(official, tova(), prompt, prompt + held.shape[1] - 1, "absolute")):
+    for i, done in enumerate(decode(official, TOVA(), prompt, prompt + held.shape[1] - 1, "absolute")):
         ours = positions(done)[:, :, 0]
         assert (ours != np.sort(held[:, i], -1)).sum() == 0
         np.testing.assert_allclose(last_logits(official.model, done), z[f"{run}/logits"][i], atol=1e-3)
@@ -114,7 +114,7 @@ def test_h2o() -> None:
     heavy, recent = z["h2o/hh_recent"].tolist()
     assert heavy + recent == SLOTS
     held = np.stack([z[f"h2o/pos{layer}"] for layer in range(3)])  # [L, steps, H, SLOTS]
-    for i, done in enumerate(decode(official, h2o(recent), PROMPT, PROMPT + held.shape[1] - 1, "absolute")):
+    for i, done in enumerate(decode(official, H2O(recent), PROMPT, PROMPT + held.shape[1] - 1, "absolute")):
         assert (positions(done)[:, 0] != np.sort(held[:, i], -1)).sum() == 0
         np.testing.assert_allclose(last_logits(official.model, done)[0], z["h2o/logits"][i], atol=1e-3)
 
@@ -126,7 +126,7 @@ def test_streaming_llm(run: str, evict: str) -> None:
     model, ids = official
     sinks, recent = z["stream/start_recent"].tolist()
     assert sinks + recent == SLOTS
-    policy = streaming_llm(sinks, evict)
+    policy = StreamingLLM(sinks, evict)
     want = z[f"{run}/logits"]
     for i, done in enumerate(decode(official, policy, 1, ids.shape[1], "slot")):
         np.testing.assert_allclose(last_logits(model, done)[0], want[i], atol=1e-3)
@@ -144,9 +144,9 @@ def test_streaming_llm(run: str, evict: str) -> None:
 def test_tova_as_a_scan() -> None:
     """Reading all tokens in one call, streaming, is what token by token gives; one-shot is something else."""
     model, ids = llama("llama_gqa")
-    steps = list(decode(Official(model, ids), tova(), 1, ids.shape[1], "absolute"))
-    state = init_state(model.config, tova(), SLOTS, batch=len(ids))
-    scan = step(model, jnp.asarray(ids), state, tova(), chunk=1, placement="absolute")
+    steps = list(decode(Official(model, ids), TOVA(), 1, ids.shape[1], "absolute"))
+    state = init_state(model.config, TOVA(), SLOTS, batch=len(ids))
+    scan = step(model, jnp.asarray(ids), state, TOVA(), chunk=1, placement="absolute")
     np.testing.assert_array_equal(positions(scan), positions(steps[-1]))
     hidden = np.concatenate([done.hidden for done in steps], 1)
     np.testing.assert_allclose(scan.hidden, hidden, atol=1e-3)

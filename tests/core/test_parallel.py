@@ -105,7 +105,7 @@ def test_gradient_of_death_times(name: str, chunk: int) -> None:
 
 @pytest.mark.parametrize("window", [3, 9])
 def test_sliding_windows(window: int) -> None:
-    state, policy = (lambda: fresh(Case("tova"))), policies.tova()
+    state, policy = (lambda: fresh(Case("tova"))), policies.TOVA()
     compare(*(of_both(form, state, policy, window=window) for form in (advance_parallel, advance_rematerialised)))
 
 
@@ -177,7 +177,7 @@ def test_blocks_of_queries_change_nothing(block: int) -> None:
 def test_bfloat16() -> None:
     config = DecoderConfig(8, 8, 8, 1, H, K, D)
     half = lambda form: losses(
-        form, lambda: init_state(config, policies.tova(), C, batch=B, dtype=jnp.bfloat16)[0], policies.tova()
+        form, lambda: init_state(config, policies.TOVA(), C, batch=B, dtype=jnp.bfloat16)[0], policies.TOVA()
     )
     first, second = blocks()
     inputs = tuple(jnp.asarray(x, jnp.bfloat16) for x in (first.q, first.k, first.v, second.q, second.k, second.v))
@@ -192,11 +192,11 @@ def test_bfloat16() -> None:
 @pytest.mark.parametrize(
     ("policy", "says"),
     [
-        (policies.streaming_llm(2), "moves tokens to other positions"),
-        (with_reduce(policies.tova(), merge_nearest()), "changes what it keeps"),
-        (with_reduce(policies.tova(), merge_weighted()), "changes what it keeps"),
-        (with_reduce(policies.tova(), mean_slots(2)), "changes what it keeps|shows stand-ins"),
-        (policies.per_layer(policies.tova(), with_reduce(policies.tova(), merge_nearest())), "changes what it keeps"),
+        (policies.StreamingLLM(2), "moves tokens to other positions"),
+        (with_reduce(policies.TOVA(), merge_nearest()), "changes what it keeps"),
+        (with_reduce(policies.TOVA(), merge_weighted()), "changes what it keeps"),
+        (with_reduce(policies.TOVA(), mean_slots(2)), "changes what it keeps|shows stand-ins"),
+        (policies.per_layer(policies.TOVA(), with_reduce(policies.TOVA(), merge_nearest())), "changes what it keeps"),
     ],
 )
 def test_policies_that_do_more_than_evict_say_so(policy: Policy, says: str) -> None:
@@ -204,12 +204,12 @@ def test_policies_that_do_more_than_evict_say_so(policy: Policy, says: str) -> N
     with pytest.raises(ValueError, match=says):
         advance_parallel(*map(jnp.asarray, (rows.q, rows.k, rows.v, rows.positions)), fresh(Case("tova")), 0, policy)
     assert exact_gradient(policy) is advance_rematerialised
-    assert exact_gradient(policies.tova()) is advance_parallel
-    assert exact_gradient(policies.tova(), "slot") is advance_rematerialised
+    assert exact_gradient(policies.TOVA()) is advance_parallel
+    assert exact_gradient(policies.TOVA(), "slot") is advance_rematerialised
 
 
 def test_codes_have_no_gradient() -> None:
     rows = data(1)
     state = fresh(Case("tova"), dtype="int8")
     with pytest.raises(ValueError, match="keys stored as int8"):
-        advance_parallel(*map(jnp.asarray, (rows.q, rows.k, rows.v, rows.positions)), state, 0, policies.tova())
+        advance_parallel(*map(jnp.asarray, (rows.q, rows.k, rows.v, rows.positions)), state, 0, policies.TOVA())

@@ -29,7 +29,7 @@ B, T, V = 2, 20, 31
 CONFIG = DecoderConfig(V, 16, 24, 3, 4, 2, 8)
 SLIDING = DecoderConfig(V, 16, 24, 3, 4, 2, 8, sliding=(None, 6, 9))
 SAME_WINDOW = DecoderConfig(V, 16, 24, 3, 4, 2, 8, sliding=(None, 6, 6))
-step = jax.jit(read, static_argnames=("policy", "chunk", "placement"), compiler_options=FAST_COMPILE)
+step = jax.jit(read, static_argnames=("chunk", "placement"), compiler_options=FAST_COMPILE)
 
 
 @cache
@@ -94,12 +94,12 @@ def masked(decoder: Decoder, ids: jax.Array, death: jax.Array) -> jax.Array:
 @pytest.mark.parametrize(
     ("policy", "slots", "chunk", "config"),
     [
-        (policies.tova(), 7, 1, CONFIG),
-        (policies.h2o(2, "kv_head"), 7, T, CONFIG),
-        (policies.streaming_llm(2, "before"), 7, 6, CONFIG),
-        (policies.window(1), [4, 9, 9], 1, CONFIG),
-        (policies.tova(), [5, 8, 5], 6, CONFIG),
-        (policies.h2o(2, "query_head"), 5, 1, SLIDING),
+        (policies.TOVA(), 7, 1, CONFIG),
+        (policies.H2O(2, "kv_head"), 7, T, CONFIG),
+        (policies.StreamingLLM(2, "before"), 7, 6, CONFIG),
+        (policies.Window(1), [4, 9, 9], 1, CONFIG),
+        (policies.TOVA(), [5, 8, 5], 6, CONFIG),
+        (policies.H2O(2, "query_head"), 5, 1, SLIDING),
     ],
     ids=lambda x: str(getattr(x, "name", "" if isinstance(x, DecoderConfig) else x)),
 )
@@ -126,7 +126,7 @@ def test_death_times_of_all_layers(policy: Policy, slots: Any, chunk: int, confi
 @given(layout=st.lists(st.booleans(), min_size=2 * T, max_size=2 * T))
 def test_ragged_rows_token_by_token(layout: list[bool]) -> None:
     """One call over padded rows, and single tokens of unpadded rows: the same hidden states, tokens and counts."""
-    policy, valid = policies.tova(), np.array(layout).reshape(B, T)
+    policy, valid = policies.TOVA(), np.array(layout).reshape(B, T)
     done = step(model(), tokens(), start(policy, 7), policy, valid=jnp.asarray(valid), chunk=1, placement="absolute")
     assert done.state[0].seen.tolist() == valid.sum(1).tolist()
     for b in range(B):
@@ -143,11 +143,11 @@ def test_ragged_rows_token_by_token(layout: list[bool]) -> None:
 @pytest.mark.parametrize(
     ("policy", "slots", "chunk"),
     [
-        (policies.tova(), T, 1),
-        (policies.full(), T, 1),
-        (policies.full(), T, 6),
-        (policies.streaming_llm(1, "before"), T, 1),
-        (policies.h2o(), T, 6),
+        (policies.TOVA(), T, 1),
+        (policies.Full(), T, 1),
+        (policies.Full(), T, 6),
+        (policies.StreamingLLM(1, "before"), T, 1),
+        (policies.H2O(), T, 6),
     ],
     ids=lambda x: str(getattr(x, "name", x)),
 )
@@ -178,7 +178,7 @@ def test_windows_of_the_plain_model_matter() -> None:
 )
 def test_dtypes(weights: str, state: str) -> None:
     """Weights and state may differ. While nothing is evicted, the numbers are those of float32 but for rounding."""
-    policy, decoder = policies.tova(), model(dtype=weights)
+    policy, decoder = policies.TOVA(), model(dtype=weights)
     exact = step(model(), tokens(), start(policy, 7), policy, chunk=1, placement="absolute")
     done = step(decoder, tokens(), start(policy, 7, dtype=state), policy, chunk=1, placement="absolute")
     assert done.hidden.dtype == weights
@@ -191,7 +191,7 @@ def test_dtypes(weights: str, state: str) -> None:
 
 def test_a_full_cache_that_overflows_gives_nan() -> None:
     """Through all layers, from the token that found no room on, in its row only."""
-    policy = policies.full()
+    policy = policies.Full()
     valid = jnp.arange(T) < jnp.array([[T], [12]])
     done = step(model(), tokens(), start(policy, 12), policy, valid=valid, chunk=1, placement="absolute")
     assert np.isfinite(done.hidden[0, :12]).all()
@@ -212,9 +212,9 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("policy", "slots"),
     [
-        (policies.tova(), 512),
-        (policies.h2o(), 512),
-        (policies.streaming_llm(4, "before"), 513),
+        (policies.TOVA(), 512),
+        (policies.H2O(), 512),
+        (policies.StreamingLLM(4, "before"), 513),
     ],
     ids=["tova", "h2o", "before"],
 )
@@ -247,7 +247,7 @@ def test_a_step_moves_no_keys_and_values(policy: Policy, slots: int) -> None:
 
 
 def test_the_state_never_grows() -> None:
-    policy = policies.tova()
+    policy = policies.TOVA()
     state = start(policy, 7)
     short, long = (step(model(), tokens(), state, policy, chunk=c, placement="absolute").state for c in (1, T))
     assert [run.nbytes for run in state] == [run.nbytes for run in short] == [run.nbytes for run in long]
@@ -256,14 +256,14 @@ def test_the_state_never_grows() -> None:
 @pytest.mark.parametrize(
     ("policy", "slots", "message"),
     [
-        (policies.tova(), 0, "at least 1 slot"),
-        (policies.tova(), -3, "at least 1 slot"),
-        (policies.tova(), [4, 0, 4], "at least 1 slot"),
-        (policies.tova(), [4, 4], "2 entries, the model has 3 layers"),
-        (policies.tova(), [4, 4, 4, 4], "4 entries, the model has 3 layers"),
-        (policies.window(4), 4, r"window\+4 needs at least 5 slots"),
-        (policies.streaming_llm(4, "before"), [9, 4, 9], "needs at least 5 slots"),
-        (policies.h2o(6), 6, "needs at least 7 slots"),
+        (policies.TOVA(), 0, "at least 1 slot"),
+        (policies.TOVA(), -3, "at least 1 slot"),
+        (policies.TOVA(), [4, 0, 4], "at least 1 slot"),
+        (policies.TOVA(), [4, 4], "2 entries, the model has 3 layers"),
+        (policies.TOVA(), [4, 4, 4, 4], "4 entries, the model has 3 layers"),
+        (policies.Window(4), 4, r"window\+4 needs at least 5 slots"),
+        (policies.StreamingLLM(4, "before"), [9, 4, 9], "needs at least 5 slots"),
+        (policies.H2O(6), 6, "needs at least 7 slots"),
     ],
 )
 def test_bad_slots(policy: Policy, slots: Any, message: str) -> None:
@@ -274,11 +274,11 @@ def test_bad_slots(policy: Policy, slots: Any, message: str) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: policies.window(-1),
-        lambda: policies.streaming_llm(-1),
-        lambda: policies.h2o(-1),
-        lambda: policies.h2o(-0.1),
-        lambda: policies.h2o(1.5),
+        lambda: policies.Window(-1),
+        lambda: policies.StreamingLLM(-1),
+        lambda: policies.H2O(-1),
+        lambda: policies.H2O(-0.1),
+        lambda: policies.H2O(1.5),
     ],
 )
 def test_bad_policies(make: Any) -> None:
@@ -289,7 +289,7 @@ def test_bad_policies(make: Any) -> None:
 def test_annotations_are_checked() -> None:
     """The test suite's hook is at work: a batch that does not fit is found before any array is computed."""
     with pytest.raises(Exception, match="type-check|Type-check"):
-        read(model(), tokens()[0], start(policies.tova(), 7), policies.tova())
-    state = start(policies.tova(), 7)[0]
+        read(model(), tokens()[0], start(policies.TOVA(), 7), policies.TOVA())
+    state = start(policies.TOVA(), 7)[0]
     with pytest.raises(Exception, match="type-check|Type-check"):
         replace(state, seen=state.seen[:1])

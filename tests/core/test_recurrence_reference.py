@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcompress.placement import place
-from jaxcompress.policies.policy import Placement
+from jaxcompress.policies.base import Placement
 
 from .harness import RULES, B, Case, T, data, deaths, expected, held, name_of, ragged, run
 from .reference import places

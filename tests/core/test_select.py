@@ -69,13 +69,13 @@ def test_scores_are_compared_in_float32() -> None:
 @pytest.mark.parametrize(
     ("policy", "kept"),
     [
-        (policies.window(), [5, 6, 7]),
-        (policies.window(2), [0, 1, 7]),
-        (policies.h2o(0, "layer"), [0, 1, 2]),  # -0: none is protected, not all
-        (policies.h2o(2, "layer"), [0, 6, 7]),
-        (policies.h2o(0.5, "layer"), [0, 1, 7]),  # half of 3, rounded down
-        (policies.h2o(1.0, "layer"), [5, 6, 7]),
-        (policies.tova(), [0, 1, 2]),
+        (policies.Window(), [5, 6, 7]),
+        (policies.Window(2), [0, 1, 7]),
+        (policies.H2O(0, "layer"), [0, 1, 2]),  # -0: none is protected, not all
+        (policies.H2O(2, "layer"), [0, 6, 7]),
+        (policies.H2O(0.5, "layer"), [0, 1, 7]),  # half of 3, rounded down
+        (policies.H2O(1.0, "layer"), [5, 6, 7]),
+        (policies.TOVA(), [0, 1, 2]),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
@@ -83,7 +83,6 @@ def test_protection(policy: Policy, kept: list[int]) -> None:
     """All statistics are equal, as large as they may get: what is protected stays all the same."""
     positions = jnp.array([[[[3, 0, 7, 5, 1, 6, 2, 4]]]], jnp.int32)
     kv = jnp.zeros((1, 1, 8, 2))
-    assert policy.score is not None
     scores = policy.score(jnp.full((1, 1, 8), 3e38), candidates(kv, kv, positions[0], capacity=3))
     stays = np.asarray(keep_top(scores, positions[0], 3))[0, 0]
     assert sorted(np.asarray(positions)[0, 0, 0][stays].tolist()) == kept

@@ -170,13 +170,13 @@ def test_every_8_bit_float() -> None:
 )
 def test_bytes(name: str, vector: int) -> None:
     config, slots = DecoderConfig(8, 8, 8, 3, H, K, D), C + 1  # scales are counted
-    state = init_state(config, policies.window(), C, batch=B, dtype=name)
+    state = init_state(config, policies.Window(), C, batch=B, dtype=name)
     assert sum(x.nbytes for x in jax.tree.leaves((state[0].keys, state[0].values))) == 2 * 3 * B * K * slots * vector
     rest = 3 * B * slots + B + 3  # positions, seen, layer
     assert sum(part.nbytes for part in state) == 2 * 3 * B * K * slots * vector + 4 * rest
     assert vector_bytes(D, name) == vector
     assert state[0].keys.dtype == name
-    assert same(init_state(config, policies.window(), C, batch=B, dtype=state[0].keys.dtype), state)
+    assert same(init_state(config, policies.Window(), C, batch=B, dtype=state[0].keys.dtype), state)
 
 
 @pytest.mark.parametrize("dtype", ["int5", "float64", "float8_e5m2", "uint8", np.int32, "4 bits", None])
@@ -186,7 +186,7 @@ def test_what_a_state_cannot_be_stored_as(dtype: Any) -> None:
 
 
 def test_a_wrong_dtype_is_noticed_before_anything_is_compiled() -> None:
-    model, tova, tokens = tiny_decoder(), policies.tova(), random_tokens(1, 12)
+    model, tova, tokens = tiny_decoder(), policies.TOVA(), random_tokens(1, 12)
     for use in (
         lambda: start(model, tova, 4, dtype="int3"),
         lambda: next(generate(model, list(tokens), tova, 4, steps=3, dtype="int3")),
@@ -202,7 +202,7 @@ def test_4_bits_need_an_even_width() -> None:
         zeros((2, 7), "int4")
     config = DecoderConfig(8, 8, 8, 1, 1, 1, 7)
     with pytest.raises(ValueError, match="even, not 7"):
-        init_state(config, policies.tova(), 4, dtype="int4")
+        init_state(config, policies.TOVA(), 4, dtype="int4")
 
 
 # ---- in the recurrence
@@ -211,7 +211,7 @@ LONG = 10_000
 Again = Callable[[Any], Any]
 
 
-@partial(jax.jit, static_argnames=("policy", "again"))
+@partial(jax.jit, static_argnames="again")
 def _live(q: Any, k: Any, v: Any, state: KVState, policy: Policy, again: Again | None = None) -> tuple[KVState, Any]:
     """Step by step; also how many slots were not, bit for bit, what they were: when their token came, or before.
 
@@ -257,7 +257,7 @@ def wrong_at_the_end(state: KVState, k: np.ndarray, v: np.ndarray, name: str) ->
     return wrong
 
 
-@pytest.mark.parametrize("policy", [policies.tova(), policies.window(4)], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [policies.TOVA(), policies.Window(4)], ids=lambda policy: policy.name)
 @coded
 def test_a_token_is_quantised_once(name: str, policy: Policy) -> None:
     """From entering to leaving its codes and scale are the same bits, and as close to the original as on the first
@@ -292,7 +292,7 @@ def _rounded_up(x: jax.Array) -> jax.Array:
 def test_quantising_at_every_step_would_be_noticed(again: Again) -> None:
     """The same tokens, stored anew after each step in two ways that are not this library's."""
     q, k, v = life()
-    policy = policies.window(4)  # the first four tokens live through all of it
+    policy = policies.Window(4)  # the first four tokens live through all of it
     empty = init_state(DecoderConfig(8, 8, 8, 1, H, K, D), policy, 8, batch=2)[0]
     state, changed = _live(q, k, v, empty, policy, again)
     assert changed > LONG
@@ -302,7 +302,7 @@ def test_quantising_at_every_step_would_be_noticed(again: Again) -> None:
 @coded
 def test_even_storing_anew_at_every_step_changes_nothing(name: str) -> None:
     q, k, v = (x[:300] for x in life())
-    policy = policies.window(4)
+    policy = policies.Window(4)
     empty = init_state(DecoderConfig(8, 8, 8, 1, H, K, D), policy, 8, batch=2, dtype=name)[0]
     (once, _), (anew, changed) = _live(q, k, v, empty, policy), _live(q, k, v, empty, policy, _anew)
     assert changed == 0
@@ -440,7 +440,7 @@ def test_gradients(name: str, chunk: int) -> None:
 
 
 def test_reading_in_pieces_and_writing() -> None:
-    model, tova, ids = tiny_decoder(), policies.tova(), list(random_tokens(2, 24))
+    model, tova, ids = tiny_decoder(), policies.TOVA(), list(random_tokens(2, 24))
     one, two = (
         np.concatenate(list(generate(model, ids, tova, 6, steps=8, dtype="int8", **how)), axis=1)
         for how in (dict(), dict(segment=5, burst=3))
@@ -449,7 +449,7 @@ def test_reading_in_pieces_and_writing() -> None:
 
 
 def test_perplexity_is_that_of_the_traced_logits() -> None:
-    model, tova, ids = tiny_decoder(), policies.tova(), random_tokens(2, 24)
+    model, tova, ids = tiny_decoder(), policies.TOVA(), random_tokens(2, 24)
     measured = perplexity(model, ids, tova, 6, dtype="int4")
     assert measured.state_bytes == sum(part.nbytes for part in start(model, tova, 6, batch=2, dtype="int4").state)
     traced, exact = (trace(model, ids, tova, 6, prompt=1, dtype=name) for name in ("int4", None))
@@ -466,6 +466,6 @@ def test_perplexity_is_that_of_the_traced_logits() -> None:
 def test_a_quantised_state_can_be_made_smaller(name: str) -> None:
     """It stays what it was stored as."""
     model = tiny_decoder()
-    whole = start(model, policies.full(), 12, dtype=name).state
-    small = shrink(model, whole, jnp.zeros((2, 1, 2, 12)), policies.tova(), 4)
+    whole = start(model, policies.Full(), 12, dtype=name).state
+    small = shrink(model, whole, jnp.zeros((2, 1, 2, 12)), policies.TOVA(), 4)
     assert all(part.keys.dtype == part.values.dtype == name for part in small)

@@ -93,9 +93,9 @@ class TestModel:
 
     def test_has_learnt_from_documents_like_those_held_out(self, loaded: Any) -> None:
         from jaxcompress.evaluation.perplexity import perplexity
-        from jaxcompress.policies import full
+        from jaxcompress.policies import Full
 
         model, tokenizer = loaded
         (document,) = held_out("topics/assignment")
         ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(document.text, add_bos=False)])[None, :512]
-        assert 2 < perplexity(model, ids, full(), 512, mode="chunked", chunk=128).perplexity < 60
+        assert 2 < perplexity(model, ids, Full(), 512, mode="chunked", chunk=128).perplexity < 60

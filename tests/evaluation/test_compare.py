@@ -30,17 +30,17 @@ def test_exams_have_one_length_and_answers_within_the_context() -> None:
 def test_rows() -> None:
     """Means over seeds of what the parts give, bytes as measured, and nothing that a policy cannot do."""
     model = tiny_decoder(VOCABULARY)
-    asked = [policies.full(), policies.tova(), policies.once(policies.tova(), 12), policies.window(60)]
+    asked = [policies.Full(), policies.TOVA(), policies.once(policies.TOVA(), 12), policies.Window(60)]
     rows = list(compare(model, TASKS, asked, (40, 20)))
     assert [(row.policy, row.slots) for row in rows] == [
         ("full", 200), ("tova", 40), ("tova", 20), ("tova/once12", 40), ("tova/once12", 20),
     ]  # fmt: skip
     tova = rows[1]
-    whole = answers(model, TASKS.whole, policies.tova(), 40)
+    whole = answers(model, TASKS.whole, policies.TOVA(), 40)
     assert tova.nats == pytest.approx(whole.nats.mean(), rel=1e-5)
     assert tova.nats_spread == pytest.approx(whole.nats.reshape(2, 2).mean(1).std(), rel=1e-4)
     assert tova.recall == pytest.approx(whole.right.mean())
-    before = answers(model, TASKS.single, policies.tova(), 40, prompt=TASKS.prompt)
+    before = answers(model, TASKS.single, policies.TOVA(), 40, prompt=TASKS.prompt)
     assert before.distance.tolist() == [row.distance.max() for row in TASKS.single]
     config = model.config
     assert tova.asked_bytes == 2 * config.num_layers * config.num_kv_heads * 40 * config.head_dim * 4
@@ -56,15 +56,15 @@ def test_what_comes_from_the_prompt_does_not_count() -> None:
     """With the whole row as prompt but the answer, only the answer is predicted from the state."""
     model = tiny_decoder(VOCABULARY)
     length = len(TASKS.single[0].tokens)
-    given = answers(model, TASKS.single, policies.tova(), 30, prompt=length - 2)
+    given = answers(model, TASKS.single, policies.TOVA(), 30, prompt=length - 2)
     assert given.nats.shape == (len(TASKS.single),)
 
 
 def test_a_policy_for_prompts_needs_a_prompt() -> None:
     with pytest.raises(ValueError, match="mode oneshot"):
-        answers(tiny_decoder(VOCABULARY), TASKS.whole, policies.once(policies.tova(), 8), 40)
+        answers(tiny_decoder(VOCABULARY), TASKS.whole, policies.once(policies.TOVA(), 8), 40)
     with pytest.raises(ValueError, match="slots or more"):
-        answers(tiny_decoder(VOCABULARY), TASKS.single, policies.once(policies.tova(), 8), 10, prompt=TASKS.prompt)
+        answers(tiny_decoder(VOCABULARY), TASKS.single, policies.once(policies.TOVA(), 8), 10, prompt=TASKS.prompt)
 
 
 def test_texts_without_facts() -> None:
@@ -73,8 +73,8 @@ def test_texts_without_facts() -> None:
     assert [row.tokens[0] for row in tasks.whole] == [0] * 4
     assert len({tuple(row.tokens) for row in tasks.whole}) == 4
     model = tiny_decoder(VOCABULARY)
-    (row,) = compare(model, tasks, [policies.tova(), policies.once(policies.tova(), 12)], (40,))
-    assert row.nats == pytest.approx(answers(model, tasks.whole, policies.tova(), 40).nats.mean(), rel=1e-5)
+    (row,) = compare(model, tasks, [policies.TOVA(), policies.once(policies.TOVA(), 12)], (40,))
+    assert row.nats == pytest.approx(answers(model, tasks.whole, policies.TOVA(), 40).nats.mean(), rel=1e-5)
     assert (row.recall, row.before, row.after) == (None, None, None)
     with pytest.raises(ValueError, match="499 tokens of text are needed, 400 were given"):
         exams(FILLER, None, context=500, seeds=1, bos=0)

@@ -15,7 +15,7 @@ from jaxcompress.evaluation.perplexity import perplexity
 from jaxcompress.evaluation.sweep import rows_of_text, sweep
 from jaxcompress.models.bounded import init_state, read
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies import Policy, full, tova, window
+from jaxcompress.policies import TOVA, Full, Policy, Window
 from jaxcompress.training.loss import token_losses
 
 SLOTS, TOTAL = 6, 25
@@ -27,7 +27,7 @@ def model() -> Decoder:
     return tiny_decoder()
 
 
-@partial(jax.jit, static_argnames=("policy", "cuts"))
+@partial(jax.jit, static_argnames="cuts")
 def _losses(model: Decoder, tokens: Any, state: Any, policy: Policy, cuts: tuple[tuple[int, int], ...]) -> Any:
     """Losses [B, T - 1], read in calls of so many tokens, with a selection after every so many."""
     hidden, at = [], 0
@@ -44,42 +44,42 @@ def losses(model: Decoder, policy: Policy, *cuts: tuple[int, int]) -> np.ndarray
 
 def test_a_full_cache_is_plain_causal_attention(model: Decoder) -> None:
     expected = np.asarray(token_losses(model(jnp.asarray(TEXT[:, :-1])), jnp.asarray(TEXT[:, 1:])))
-    result = perplexity(model, TEXT, full(), TOTAL - 1, segment=8)
+    result = perplexity(model, TEXT, Full(), TOTAL - 1, segment=8)
     assert result.nats == pytest.approx(expected.mean(), rel=1e-5)
     assert result.perplexity == pytest.approx(np.exp(expected.mean()), rel=1e-4)
     assert result.tokens == expected.size
     assert result.tokens_per_second > 0
-    assert result.state_bytes == sum(run.nbytes for run in init_state(model.config, full(), TOTAL - 1, batch=2))
+    assert result.state_bytes == sum(run.nbytes for run in init_state(model.config, Full(), TOTAL - 1, batch=2))
 
 
 def test_a_bounded_state_is_worse_or_at_least_different(model: Decoder) -> None:
-    assert perplexity(model, TEXT, tova(), SLOTS).nats != perplexity(model, TEXT, full(), TOTAL).nats
+    assert perplexity(model, TEXT, TOVA(), SLOTS).nats != perplexity(model, TEXT, Full(), TOTAL).nats
 
 
 def test_streaming_is_token_by_token_however_it_is_cut(model: Decoder) -> None:
-    expected = losses(model, tova(), (TOTAL - 1, 1)).mean()
+    expected = losses(model, TOVA(), (TOTAL - 1, 1)).mean()
     for segment in (1, 7, 512):
-        assert perplexity(model, TEXT, tova(), SLOTS, segment=segment).nats == pytest.approx(expected, rel=1e-5)
+        assert perplexity(model, TEXT, TOVA(), SLOTS, segment=segment).nats == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_are_independent(model: Decoder) -> None:
-    alone = [perplexity(model, TEXT[row : row + 1], tova(), SLOTS).nats for row in range(2)]
-    assert perplexity(model, TEXT, tova(), SLOTS).nats == pytest.approx(np.mean(alone), rel=1e-5)
+    alone = [perplexity(model, TEXT[row : row + 1], TOVA(), SLOTS).nats for row in range(2)]
+    assert perplexity(model, TEXT, TOVA(), SLOTS).nats == pytest.approx(np.mean(alone), rel=1e-5)
     assert alone[0] != pytest.approx(alone[1], rel=1e-3)
 
 
 def test_chunked_selects_after_every_chunk(model: Decoder) -> None:
-    expected = losses(model, tova(), (TOTAL - 1, 4)).mean()
+    expected = losses(model, TOVA(), (TOTAL - 1, 4)).mean()
     for segment in (8, 512):
-        result = perplexity(model, TEXT, tova(), SLOTS, mode="chunked", chunk=4, segment=segment)
+        result = perplexity(model, TEXT, TOVA(), SLOTS, mode="chunked", chunk=4, segment=segment)
         assert result.nats == pytest.approx(expected, rel=1e-5)
-    assert expected != pytest.approx(losses(model, tova(), (TOTAL - 1, 1)).mean(), rel=1e-4)
+    assert expected != pytest.approx(losses(model, TOVA(), (TOTAL - 1, 1)).mean(), rel=1e-4)
 
 
 def test_oneshot_selects_once_from_the_prompt_and_measures_the_rest(model: Decoder) -> None:
     prompt = 10
-    expected = losses(model, tova(), (prompt, prompt), (TOTAL - 1 - prompt, 1))
-    result = perplexity(model, TEXT, tova(), SLOTS, mode="oneshot", prompt=prompt, segment=8)
+    expected = losses(model, TOVA(), (prompt, prompt), (TOTAL - 1 - prompt, 1))
+    result = perplexity(model, TEXT, TOVA(), SLOTS, mode="oneshot", prompt=prompt, segment=8)
     assert result.nats == pytest.approx(expected[:, prompt:].mean(), rel=1e-5)
     assert result.tokens == 2 * (TOTAL - 1 - prompt)
     attended = np.asarray(token_losses(model(jnp.asarray(TEXT[:, :-1])), jnp.asarray(TEXT[:, 1:])))
@@ -87,9 +87,9 @@ def test_oneshot_selects_once_from_the_prompt_and_measures_the_rest(model: Decod
 
 
 def test_skipped_tokens_are_read_but_not_counted(model: Decoder) -> None:
-    expected = losses(model, tova(), (TOTAL - 1, 1))
+    expected = losses(model, TOVA(), (TOTAL - 1, 1))
     read_so_far: list[int] = []
-    result = perplexity(model, TEXT, tova(), SLOTS, skip=10, segment=8, progress=read_so_far.append)
+    result = perplexity(model, TEXT, TOVA(), SLOTS, skip=10, segment=8, progress=read_so_far.append)
     assert result.nats == pytest.approx(expected[:, 10:].mean(), rel=1e-5)
     assert result.tokens == expected[:, 10:].size
     assert read_so_far == [16, 16, 16]
@@ -98,14 +98,14 @@ def test_skipped_tokens_are_read_but_not_counted(model: Decoder) -> None:
 @pytest.mark.parametrize(
     ("length", "policy", "how", "says"),
     [
-        (1, tova(), {}, "at least 2 tokens, 1 given"),
-        (9, full(), {}, "8 tokens do not fit into the 6 slots"),
-        (9, tova(), dict(mode="oneshot"), "oneshot needs a prompt .* not None"),
-        (9, tova(), dict(mode="oneshot", prompt=9), "oneshot needs a prompt .* not 9"),
-        (9, tova(), dict(mode="oneshot", prompt=0), "oneshot needs a prompt .* not 0"),
-        (9, tova(), dict(mode="chunked", chunk=0), "at least 1 token, not chunk=0"),
-        (9, tova(), dict(skip=8), "8 predictions, the first 8 of them skipped"),
-        (9, window(6), {}, r"window\+6 needs at least 7 slots"),
+        (1, TOVA(), {}, "at least 2 tokens, 1 given"),
+        (9, Full(), {}, "8 tokens do not fit into the 6 slots"),
+        (9, TOVA(), dict(mode="oneshot"), "oneshot needs a prompt .* not None"),
+        (9, TOVA(), dict(mode="oneshot", prompt=9), "oneshot needs a prompt .* not 9"),
+        (9, TOVA(), dict(mode="oneshot", prompt=0), "oneshot needs a prompt .* not 0"),
+        (9, TOVA(), dict(mode="chunked", chunk=0), "at least 1 token, not chunk=0"),
+        (9, TOVA(), dict(skip=8), "8 predictions, the first 8 of them skipped"),
+        (9, Window(6), {}, r"window\+6 needs at least 7 slots"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured(model: Decoder, length: int, policy: Policy, how: dict[str, Any], says: str) -> None:
@@ -118,20 +118,20 @@ def test_losses_that_are_not_finite_name_row_and_position(model: Decoder) -> Non
     text = TEXT.copy()
     text[1, 11] = absent
     with pytest.raises(FloatingPointError, match="first in row 1 after the token at position 11"):
-        perplexity(with_embedding(model, absent, np.nan), text, tova(), SLOTS, segment=8)
+        perplexity(with_embedding(model, absent, np.nan), text, TOVA(), SLOTS, segment=8)
 
 
 def test_a_sweep_yields_rows_in_order_and_leaves_out_what_is_too_small(model: Decoder) -> None:
-    rows = list(sweep(model, TEXT, [full(), tova(), window(4)], [8, 3], segment=512))
+    rows = list(sweep(model, TEXT, [Full(), TOVA(), Window(4)], [8, 3], segment=512))
     assert [(row.policy, row.slots) for row in rows] == [("full", TOTAL), ("tova", 3), ("tova", 8), ("window+4", 8)]
     assert {row.mode for row in rows} == {"streaming"}
-    assert rows[2].nats == pytest.approx(perplexity(model, TEXT, tova(), 8).nats, rel=1e-6)
+    assert rows[2].nats == pytest.approx(perplexity(model, TEXT, TOVA(), 8).nats, rel=1e-6)
     assert all(row.perplexity == pytest.approx(np.exp(row.nats)) and row.tokens == 2 * (TOTAL - 1) for row in rows)
 
 
 def test_a_sweep_yields_each_row_when_it_is_done(model: Decoder) -> None:
     read_so_far: list[int] = []
-    rows = sweep(model, TEXT, [tova(), window()], [4], progress=read_so_far.append)
+    rows = sweep(model, TEXT, [TOVA(), Window()], [4], progress=read_so_far.append)
     assert read_so_far == []
     assert next(rows).policy == "tova"
     assert sum(read_so_far) == TEXT.size - 2

@@ -163,25 +163,25 @@ def embedded_exam(**how: int) -> tuple[Decoder, list[Recall]]:
 
 @pytest.mark.slow
 def test_the_embedded_model_answers_from_what_it_holds() -> None:
-    from jaxcompress.policies import full, window
+    from jaxcompress.policies import Full, Window
 
     model, tasks = embedded_exam(length=256, notes=6, questions=6)
-    everything = answers(model, tasks, full(), 256)
-    little = answers(model, tasks, window(), 16)
+    everything = answers(model, tasks, Full(), 256)
+    little = answers(model, tasks, Window(), 16)
     assert everything.right.shape == everything.distance.shape == (12,)
     np.testing.assert_array_equal(everything.distance, little.distance)
     assert (little.distance > 16).all()
     assert little.accuracy <= 1 / 12
     assert everything.accuracy >= little.accuracy + 0.5
     with pytest.raises(ValueError, match="256 tokens do not fit into the 255 slots"):
-        answers(model, tasks, full(), 255)
+        answers(model, tasks, Full(), 255)
 
 
 @pytest.mark.slow
 def test_the_embedded_model_and_its_own_policy_keep_facts_where_tova_loses_them() -> None:
-    from jaxcompress.policies import tova
+    from jaxcompress.policies import TOVA
 
     model, tasks = embedded_exam(length=1024, seed=5)
     own = answers(model, tasks, embedded.load_embedded_policy(), 64)
-    other = answers(model, tasks, tova(), 64)
+    other = answers(model, tasks, TOVA(), 64)
     assert own.accuracy >= other.accuracy + 0.3, (own.accuracy, other.accuracy)

@@ -16,7 +16,7 @@ from jaxcompress.evaluation.dropped import Panel, draw_dropped, draw_heat, greye
 from jaxcompress.evaluation.visual import Exam, Examiner, Outcome, exam, guessing, kv_bytes
 from jaxcompress.generation import continue_, start
 from jaxcompress.generation.visual import look, prefill_visual
-from jaxcompress.policies.full import full
+from jaxcompress.policies.full import Full
 from jaxcompress.vision import named
 
 PICTURES, EACH, PATCHES = 4, 2, 144
@@ -62,7 +62,7 @@ def test_it_is_the_same_exam_at_every_call() -> None:
 def test_answers_are_those_that_the_model_writes(whole: Outcome) -> None:
     """Through the bounded state, one token after the answer: that it is over."""
     loaded, tokenizer = embedded()
-    model, policy = loaded.model, full()
+    model, policy = loaded.model, Full()
     pixels = np.repeat(asked().pixels, EACH, axis=0)
     seen = look(model, pixels)
     progress = start(model.decoder, policy, PATCHES + 16, batch=len(pixels))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jaxcompress.generation import Progress, Sampler, Settings, generate, prefil
 from jaxcompress.models.bounded import init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.naming import named
-from jaxcompress.policies import Policy, full, tova
+from jaxcompress.policies import TOVA, Full, Policy
 
 SLOTS, SEGMENT, STEPS = 6, 8, 10
 SAMPLED = Settings(Sampler(temperature=0.9, top_k=40))
@@ -46,7 +45,7 @@ def begun(model: Decoder, prompts: Sequence[np.ndarray], policy: Policy, slots: 
     )
 
 
-@partial(jax.jit, static_argnames="policy")
+@jax.jit
 def _step(model: Decoder, token: Any, state: Any, policy: Policy) -> Any:
     done = read(model, token, state, policy)
     return model.logits(last_hidden(done, None))[0, 0], done.state
@@ -62,9 +61,9 @@ def plain(model: Decoder, prompt: np.ndarray, policy: Policy, slots: int) -> lis
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("policy", [tova(), full()], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [TOVA(), Full()], ids=lambda policy: policy.name)
 def test_greedy_tokens_are_those_of_a_plain_loop(model: Decoder, policy: Policy) -> None:
-    slots = max(map(len, PROMPTS)) + STEPS if policy.score is None else SLOTS
+    slots = max(map(len, PROMPTS)) + STEPS if not policy.evicts else SLOTS
     expected = [plain(model, prompt, policy, slots) for prompt in PROMPTS]
     assert written(model, PROMPTS, policy, slots).tolist() == expected
     assert len({tuple(row) for row in expected}) == len(PROMPTS)
@@ -84,16 +83,16 @@ def test_rows_of_a_batch_are_what_each_gives_alone(model: Decoder, policy: str, 
 
 def test_rows_draw_from_seeds_of_their_own(model: Decoder) -> None:
     same = [PROMPTS[0]] * 3
-    counted = written(model, same, tova(), settings=SAMPLED, seeds=5)
-    assert counted.tolist() == written(model, same, tova(), settings=SAMPLED, seeds=[5, 6, 7]).tolist()
+    counted = written(model, same, TOVA(), settings=SAMPLED, seeds=5)
+    assert counted.tolist() == written(model, same, TOVA(), settings=SAMPLED, seeds=[5, 6, 7]).tolist()
     assert len({tuple(row) for row in counted}) == 3
-    equal = written(model, same, tova(), settings=SAMPLED, seeds=[3, 3, 3])
+    equal = written(model, same, TOVA(), settings=SAMPLED, seeds=[3, 3, 3])
     assert len({tuple(row) for row in equal}) == 1
 
 
 def test_modes_keep_different_tokens(model: Decoder) -> None:
     held = {
-        mode: np.sort(begun(model, PROMPTS, tova(), **how).state[0].positions, axis=-1).tobytes()
+        mode: np.sort(begun(model, PROMPTS, TOVA(), **how).state[0].positions, axis=-1).tobytes()
         for mode, how in MODES.items()
     }
     assert len(set(held.values())) == 3
@@ -101,9 +100,9 @@ def test_modes_keep_different_tokens(model: Decoder) -> None:
 
 @pytest.mark.parametrize("settings", [Settings(), SAMPLED], ids=["greedy", "sampled"])
 def test_writing_twice_is_writing_once_as_much(model: Decoder, settings: Settings) -> None:
-    whole, end = write(model, begun(model, PROMPTS, tova()), tova(), STEPS, settings)
-    first, between = write(model, begun(model, PROMPTS, tova()), tova(), STEPS // 2, settings)
-    second, last = write(model, between, tova(), STEPS // 2, settings)
+    whole, end = write(model, begun(model, PROMPTS, TOVA()), TOVA(), STEPS, settings)
+    first, between = write(model, begun(model, PROMPTS, TOVA()), TOVA(), STEPS // 2, settings)
+    second, last = write(model, between, TOVA(), STEPS // 2, settings)
     assert np.concatenate([first, second], axis=1).tolist() == np.asarray(whole).tolist()
     np.testing.assert_array_equal(end.state[0].positions, last.state[0].positions)
     np.testing.assert_array_equal(end.seen, last.seen)
@@ -112,7 +111,7 @@ def test_writing_twice_is_writing_once_as_much(model: Decoder, settings: Setting
 
 def _greedy_stop(model: Decoder) -> tuple[np.ndarray, int, np.ndarray]:
     """What is written without a stop token, the stop token, and what has to be written with it."""
-    free = written(model, PROMPTS, tova())
+    free = written(model, PROMPTS, TOVA())
     stop = int(free[0, 3])
     ended = free.copy()
     for row in ended:
@@ -126,7 +125,7 @@ def test_a_stop_token_ends_its_row_only(model: Decoder) -> None:
     free, stop, ended = _greedy_stop(model)
     assert (ended != free).any()
     assert (ended == free).all(axis=1).any()
-    assert written(model, PROMPTS, tova(), settings=Settings(stop=(stop,))).tolist() == ended.tolist()
+    assert written(model, PROMPTS, TOVA(), settings=Settings(stop=(stop,))).tolist() == ended.tolist()
 
 
 def test_the_loop_ends_with_the_last_row(model: Decoder) -> None:
@@ -138,30 +137,30 @@ def test_the_loop_ends_with_the_last_row(model: Decoder) -> None:
         return Sampler(0.0)(None, logits)
 
     settings = Settings(counting, (stop,))
-    progress = begun(model, PROMPTS[:1], tova())
-    out, progress = write(model, progress, tova(), 10_000, settings)
+    progress = begun(model, PROMPTS[:1], TOVA())
+    out, progress = write(model, progress, TOVA(), 10_000, settings)
     jax.effects_barrier()
     length = int((ended[0] >= 0).sum())
     assert len(calls) == length
     assert np.asarray(out)[0, : length + 1].tolist() == [*ended[0, :length].tolist(), -1]
     assert progress.done.tolist() == [True]
-    more, _ = write(model, progress, tova(), STEPS, Settings(stop=(stop,)))
+    more, _ = write(model, progress, TOVA(), STEPS, Settings(stop=(stop,)))
     assert (np.asarray(more) == -1).all()
 
 
 def test_bursts_end_with_the_last_row(model: Decoder) -> None:
     _, stop, ended = _greedy_stop(model)
     bursts = list(generate(
-        model, PROMPTS[:1], tova(), SLOTS, steps=4000, burst=4, settings=Settings(stop=(stop,)), segment=SEGMENT
+        model, PROMPTS[:1], TOVA(), SLOTS, steps=4000, burst=4, settings=Settings(stop=(stop,)), segment=SEGMENT
     ))  # fmt: skip
     assert len(bursts) <= 3
     joined = np.concatenate(bursts, axis=1)[0]
     assert joined[joined >= 0].tolist() == ended[0][ended[0] >= 0].tolist()
 
 
-@pytest.mark.parametrize("policy", [tova(), full()], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [TOVA(), Full()], ids=lambda policy: policy.name)
 def test_the_size_of_bursts_changes_nothing(model: Decoder, policy: Policy) -> None:
-    slots = max(map(len, PROMPTS)) + STEPS if policy.score is None else SLOTS
+    slots = max(map(len, PROMPTS)) + STEPS if not policy.evicts else SLOTS
     whole = written(model, PROMPTS, policy, slots)
     bursts = list(generate(model, PROMPTS, policy, slots, steps=STEPS, burst=4, segment=SEGMENT))
     assert [burst.shape[1] for burst in bursts] == [4, 4, 2]
@@ -186,12 +185,12 @@ def test_reading_on_in_odd_pieces_is_reading_at_once(model: Decoder, chunk: int)
     text = random_tokens(29, seed=3)
     cuts = np.split(text, [3, 3, 14, 15])
     counts = []
-    for count, progress in read_on(model, cuts, start(model, tova(), SLOTS), tova(), chunk=chunk, segment=SEGMENT):
+    for count, progress in read_on(model, cuts, start(model, TOVA(), SLOTS), TOVA(), chunk=chunk, segment=SEGMENT):
         counts.append(count)
         last = progress
     assert counts == [8, 16, 24, 29]
     mode = MODES["streaming" if chunk == 1 else "chunked"]
-    whole = begun(model, [text], tova(), **mode)
+    whole = begun(model, [text], TOVA(), **mode)
     np.testing.assert_array_equal(last.state[0].positions, whole.state[0].positions)
     np.testing.assert_allclose(last.logits, whole.logits, atol=1e-4)
 
@@ -199,12 +198,12 @@ def test_reading_on_in_odd_pieces_is_reading_at_once(model: Decoder, chunk: int)
 def test_reading_on_from_nothing_is_an_error(model: Decoder) -> None:
     for pieces in ([], [np.zeros(0, np.int64)]):
         with pytest.raises(ValueError, match="the text is empty"):
-            list(read_on(model, pieces, start(model, tova(), SLOTS), tova()))
+            list(read_on(model, pieces, start(model, TOVA(), SLOTS), TOVA()))
 
 
 def test_a_repetition_penalty_forbids_what_was_seen(model: Decoder) -> None:
-    free = written(model, PROMPTS, tova())
-    new = written(model, PROMPTS, tova(), settings=Settings(Sampler(0.0, repetition_penalty=1e6)))
+    free = written(model, PROMPTS, TOVA())
+    new = written(model, PROMPTS, TOVA(), settings=Settings(Sampler(0.0, repetition_penalty=1e6)))
     assert (free != new).any()
     for prompt, row in zip(PROMPTS, new, strict=True):
         assert len(set(row.tolist())) == STEPS
@@ -214,11 +213,11 @@ def test_a_repetition_penalty_forbids_what_was_seen(model: Decoder) -> None:
 def test_full_says_how_many_slots_it_needs(model: Decoder) -> None:
     says = "policy full keeps every token: 29 tokens do not fit into the 28 slots of layer 0; give 29 slots or more"
     with pytest.raises(ValueError, match=says):
-        written(model, PROMPTS, full(), 28)
+        written(model, PROMPTS, Full(), 28)
     with pytest.raises(ValueError, match="19 tokens do not fit into the 18 slots"):
-        begun(model, PROMPTS, full(), 18)
+        begun(model, PROMPTS, Full(), 18)
     with pytest.raises(ValueError, match="24 tokens do not fit into the 20 slots"):
-        write(model, begun(model, PROMPTS, full(), 20), full(), 5)
+        write(model, begun(model, PROMPTS, Full(), 20), Full(), 5)
 
 
 @pytest.mark.parametrize(
@@ -231,16 +230,16 @@ def test_full_says_how_many_slots_it_needs(model: Decoder) -> None:
 )
 def test_prompts_that_cannot_be_read(model: Decoder, prompts: list[list[int]], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        next(generate(model, prompts, tova(), SLOTS, steps=2))
+        next(generate(model, prompts, TOVA(), SLOTS, steps=2))
 
 
 def test_other_things_that_do_not_fit(model: Decoder) -> None:
     with pytest.raises(ValueError, match="2 seeds were given for a batch of 3"):
-        next(generate(model, PROMPTS, tova(), SLOTS, steps=2, seeds=[1, 2]))
+        next(generate(model, PROMPTS, TOVA(), SLOTS, steps=2, seeds=[1, 2]))
     with pytest.raises(ValueError, match="1 prompts were given for a batch of 3"):
-        prefill(model, PROMPTS[:1], start(model, tova(), SLOTS, batch=3), tova())
+        prefill(model, PROMPTS[:1], start(model, TOVA(), SLOTS, batch=3), TOVA())
     with pytest.raises(ValueError, match="at least 1 slot per layer, slots=0"):
-        start(model, tova(), 0)
+        start(model, TOVA(), 0)
 
 
 def test_numbers_that_are_not_finite_name_row_and_position(model: Decoder) -> None:
@@ -249,14 +248,14 @@ def test_numbers_that_are_not_finite_name_row_and_position(model: Decoder) -> No
     prompts = [prompt.copy() for prompt in PROMPTS]
     prompts[1][5] = absent
     with pytest.raises(FloatingPointError, match="non-finite logits, first in row 1 by position 7"):
-        begun(broken, prompts, tova())
+        begun(broken, prompts, TOVA())
 
 
 def test_numbers_that_break_while_writing_name_the_position(model: Decoder) -> None:
-    first = int(written(model, PROMPTS, tova())[0, 0])
+    first = int(written(model, PROMPTS, TOVA())[0, 0])
     prompt = np.where(PROMPTS[0] == first, (first + 1) % VOCABULARY, PROMPTS[0])
-    first = int(written(model, [prompt], tova())[0, 0])
+    first = int(written(model, [prompt], TOVA())[0, 0])
     assert first not in prompt
     broken = with_embedding(model, first, np.inf)
     with pytest.raises(FloatingPointError, match="non-finite logits, first in row 0 by position 16"):
-        written(broken, [prompt], tova())
+        written(broken, [prompt], TOVA())

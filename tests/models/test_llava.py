@@ -42,7 +42,7 @@ def logits_of(model: Llava, tokens: Any, visual: Any, positions: Any) -> jax.Arr
     return model(tokens, visual, positions)
 
 
-@partial(jax.jit, static_argnames=("policy", "stages", "chunk"))
+@partial(jax.jit, static_argnames=("stages", "chunk"))
 def read(model: Llava, block: Block, state: Any, **how: Any) -> tuple[Block, Any, jax.Array]:
     left, state = read_block(model.decoder, block, state, **how)
     return left, state, model.decoder.logits(left.hidden)

@@ -20,11 +20,11 @@ D = 128
 
 # What each rule stands for: the library's own policies, in every scope that differs for a kernel.
 POLICIES: dict[str, Policy] = {
-    "tova": policies.tova(),
-    "tova-kv_head": policies.tova("kv_head"),
-    "window+2": policies.window(2),
-    "h2o": policies.h2o(3, "kv_head"),
-    "h2o-layer": protect(policies.h2o(1, "layer"), first=2),
+    "tova": policies.TOVA(),
+    "tova-kv_head": policies.TOVA("kv_head"),
+    "window+2": policies.Window(2),
+    "h2o": policies.H2O(3, "kv_head"),
+    "h2o-layer": protect(policies.H2O(1, "layer"), first=2),
 }
 
 # The state is not what the next kernel reads: an interpreter that looks for races, in memory that starts as NaN.

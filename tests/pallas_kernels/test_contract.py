@@ -67,7 +67,7 @@ def test_a_layer_is_one_launch(name: str, t: int, chunk: int, kernels: list[str]
 
 
 def test_a_policy_with_rules_of_its_own_uses_the_step() -> None:
-    policy = policies.snapkv(2, 3)
+    policy = policies.SnapKV(2, 3)
     run = partial(advance, layer=0, policy=policy, backend="tpu-interpret")
     assert launches(lambda *args: run(*args), *tokens(1), fresh(policy)) == ["decode_step"]
 
@@ -124,7 +124,7 @@ def test_a_fallback_is_logged_once(change: Any, says: str, caplog: pytest.LogCap
 
 @pytest.mark.parametrize(
     ("policy", "says"),
-    some([(policies.streaming_llm(2), "re-indexed"), (with_reduce(policies.tova(), merge_nearest()), None)]),
+    some([(policies.StreamingLLM(2), "re-indexed"), (with_reduce(policies.TOVA(), merge_nearest()), None)]),
 )
 def test_what_kernels_do_not_do_is_done_all_the_same(
     policy: Policy, says: str | None, caplog: pytest.LogCaptureFixture
@@ -137,17 +137,25 @@ def test_what_kernels_do_not_do_is_done_all_the_same(
     close(got, advance(*tokens(4), state, 0, policy, backend="jnp"), 1e-5)
 
 
+@policies.policy
+class Upside(policies.TOVA):
+    """Another score than its base's, and no rule of its own."""
+
+    def score(self, stats: Any, held: Any) -> Any:
+        return -stats
+
+
 def test_a_policy_follows_its_rule_only_while_it_is_what_the_rule_says() -> None:
-    tova, h2o = policies.tova(), policies.h2o(0.5, "kv_head")
+    tova, h2o = policies.TOVA(), policies.H2O(0.5, "kv_head")
     assert tova.rule(10) == Rule("last")
     assert h2o.rule(9) == Rule("sum", recent=4)
-    assert policies.window(4).rule(9) == Rule("age", first=4)
+    assert policies.Window(4).rule(9) == Rule("age", first=4)
     assert protect(protect(h2o, first=2, recent=6), first=1).rule(9) == Rule("sum", first=2, recent=6)
     for other in (
-        every(4, tova), sampled(2, tova), with_reduce(tova, merge_nearest()), policies.tova("pool"),
-        policies.snapkv(2, 3),
-        tova._replace(score=lambda stats, held: -stats), tova._replace(evict="before"),
-        protect(sampled(2, tova), first=1), policies.full(),
+        every(tova, 4), sampled(tova, 2), with_reduce(tova, merge_nearest()), policies.TOVA("pool"),
+        policies.SnapKV(2, 3),
+        Upside(),
+        protect(sampled(tova, 2), first=1), policies.Full(),
     ):  # fmt: skip
         assert other.rule(10) is None, other.name
 
@@ -170,10 +178,10 @@ def test_a_backend_has_what_the_contract_says(name: str) -> None:
 def test_reading_with_a_backend() -> None:
     """A model whose heads are too narrow falls back, and reads the same."""
     model, ids = tiny_decoder(), jnp.asarray(random_tokens(2, 9))
-    state = init_state(model.config, policies.tova(), 4, batch=2)
+    state = init_state(model.config, policies.TOVA(), 4, batch=2)
     assert on("tpu-interpret") is on("tpu-interpret")  # what is compiled for it is found again
-    got = read(model, ids, state, policies.tova(), recurrence=on("tpu-interpret"))
-    close(got, read(model, ids, state, policies.tova()), 1e-5)
+    got = read(model, ids, state, policies.TOVA(), recurrence=on("tpu-interpret"))
+    close(got, read(model, ids, state, policies.TOVA()), 1e-5)
 
 
 def test_gradient_through_a_step() -> None:

@@ -74,7 +74,7 @@ def test_equals_the_reference(name: str) -> None:
 def test_reading_in_chunks_through_the_door() -> None:
     """An H2O state read in chunks by the kernel holds the tokens that it holds by the reference."""
     b, t, k, g, slots = 2, 20, 2, 2, 6
-    policy = policies.h2o(2, "kv_head")
+    policy = policies.H2O(2, "kv_head")
     draw = lambda seed, heads: jax.random.normal(jax.random.key(seed), (b, t, heads, D), jnp.bfloat16)
     positions = jnp.stack([jnp.arange(t), jnp.arange(t) - 3]).clip(-1)
 

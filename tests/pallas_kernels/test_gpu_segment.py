@@ -24,14 +24,14 @@ from .gpu import compiled, exported, interpreted, normal, races_found
 B, K, D = 2, 2, 64
 
 CASES: dict[str, tuple[Policy, dict[str, Any]]] = {
-    "h2o": (policies.h2o(), dict(g=1, sets=K)),
+    "h2o": (policies.H2O(), dict(g=1, sets=K)),
     "tova per kv head in a sliding window, bfloat16": (
-        policies.tova("kv_head"), dict(g=2, sets=K, window=4, dtype="bfloat16"),
+        policies.TOVA("kv_head"), dict(g=2, sets=K, window=4, dtype="bfloat16"),
     ),
-    "window and sinks, int8, shared": (policies.window(2), dict(g=2, sets=1, dtype="int8")),
-    "tova per kv head": (policies.tova("kv_head"), dict(g=3, sets=K, t=19)),
+    "window and sinks, int8, shared": (policies.Window(2), dict(g=2, sets=1, dtype="int8")),
+    "tova per kv head": (policies.TOVA("kv_head"), dict(g=3, sets=K, t=19)),
     "h2o per kv head, float8, protected": (
-        policies.protect(policies.h2o(1, "kv_head"), first=1), dict(g=2, sets=K, dtype="float8_e4m3fn"),
+        policies.protect(policies.H2O(1, "kv_head"), first=1), dict(g=2, sets=K, dtype="float8_e4m3fn"),
     ),
 }  # fmt: skip
 

@@ -127,7 +127,7 @@ def test_decoding_through_the_door() -> None:
     q = jax.random.normal(jax.random.key(0), (b, t, k * g, d))
     key, value = (jax.random.normal(jax.random.key(i), (b, t, k, d)) for i in (1, 2))
     positions = jnp.stack([jnp.arange(t), jnp.arange(t) - 2]).clip(-1)
-    policy = policies.tova()
+    policy = policies.TOVA()
 
     def read(backend):
         state = empty(

@@ -24,7 +24,7 @@ from jaxcompress.budgets import (
 )
 from jaxcompress.models.bounded import Slots, init_state, read
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies import Policy, h2o, tova
+from jaxcompress.policies import H2O, TOVA, Policy
 from jaxcompress.state import State
 
 from . import reference
@@ -32,7 +32,7 @@ from . import reference
 MODEL = tiny_decoder()
 LAYERS, HEADS, D = MODEL.config.num_layers, MODEL.config.num_kv_heads, MODEL.config.head_dim
 layers, means = st.integers(1, 48), st.integers(1, 4096)
-reading = jax.jit(read, static_argnames=("policy", "chunk"), compiler_options={"xla_backend_optimization_level": 0})
+reading = jax.jit(read, static_argnames="chunk", compiler_options={"xla_backend_optimization_level": 0})
 
 
 @given(
@@ -193,7 +193,7 @@ def bytes_of(state: State) -> int:
 @pytest.mark.parametrize("slots", SPLITS.values(), ids=SPLITS.keys())
 def test_a_state_costs_the_sum_of_its_capacities(slots: Slots) -> None:
     """A slot costs the same wherever it is; equal totals, equal bytes. Every head has one more for what comes in."""
-    policy, batch = tova("kv_head"), 3
+    policy, batch = TOVA("kv_head"), 3
     state = init_state(MODEL.config, policy, slots, batch=batch)
     per_head = np.broadcast_to(np.array(slots).reshape(LAYERS, -1), (LAYERS, HEADS))
     each = 2 * 4 * D + 4 + 4  # key and value, position, TOVA's number
@@ -218,7 +218,7 @@ def only(model: Decoder, head: int) -> Decoder:
     return jax.tree_util.tree_map_with_path(changed, model)
 
 
-@pytest.mark.parametrize(("policy", "chunk"), [(tova("kv_head"), 1), (h2o(1, "kv_head"), 5)], ids=["tova", "h2o"])
+@pytest.mark.parametrize(("policy", "chunk"), [(TOVA("kv_head"), 1), (H2O(1, "kv_head"), 5)], ids=["tova", "h2o"])
 def test_heads_of_different_capacity_do_what_each_does_alone(policy: Policy, chunk: int) -> None:
     tokens, split = jnp.asarray(random_tokens(2, 20)), (3, 7)
     both = reading(MODEL, tokens, init_state(MODEL.config, policy, (split, split), batch=2), policy, chunk=chunk)
@@ -233,7 +233,7 @@ def test_heads_of_different_capacity_do_what_each_does_alone(policy: Policy, chu
 
 @pytest.mark.parametrize("head", range(HEADS))
 def test_what_a_head_gives_depends_on_its_own_capacity_alone(head: int) -> None:
-    model, tokens, policy = only(MODEL, head), jnp.asarray(random_tokens(2, 20)), tova("kv_head")
+    model, tokens, policy = only(MODEL, head), jnp.asarray(random_tokens(2, 20)), TOVA("kv_head")
     capacity = (3, 7)[head]
     split = reading(model, tokens, init_state(MODEL.config, policy, ((3, 7), (5, 5)), batch=2), policy)
     alone = reading(model, tokens, init_state(MODEL.config, policy, (capacity, 5), batch=2), policy)
@@ -241,7 +241,7 @@ def test_what_a_head_gives_depends_on_its_own_capacity_alone(head: int) -> None:
 
 
 def test_rows_with_heads_of_different_capacity_are_independent() -> None:
-    policy, slots = h2o(1, "kv_head"), ((3, 7), (6, 2))
+    policy, slots = H2O(1, "kv_head"), ((3, 7), (6, 2))
     tokens, valid = random_tokens(3, 16), np.ones((3, 16), bool)
     valid[1, 9:] = valid[2, :12] = valid[2, 14] = False
     run = lambda rows: reading(
@@ -267,4 +267,4 @@ def test_every_rule_fits_a_model() -> None:
         budgets.from_scores(jnp.asarray(np.random.default_rng(0).random((LAYERS, 2, HEADS, 30))), 9),
     ]  # fmt: skip
     for slots in given:
-        assert init_state(MODEL.config, tova("kv_head"), slots)
+        assert init_state(MODEL.config, TOVA("kv_head"), slots)

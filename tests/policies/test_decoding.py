@@ -20,8 +20,8 @@ from jaxcompress import policies
 
 from .reference import cur, keydiff, knorm, lagkv, pooled, protect, rkv
 
-RULES["rkv-any"] = policies.rkv(0.5, window=2, kernel=3, threshold=-2.0), None  # every key has a look-alike
-RULES["sampled-snapkv"] = policies.sampled(3, policies.snapkv(4, 3)), None
+RULES["rkv-any"] = policies.RKV(0.5, window=2, kernel=3, threshold=-2.0), None  # every key has a look-alike
+RULES["sampled-snapkv"] = policies.sampled(policies.SnapKV(4, 3), 3), None
 
 
 class Seen:

@@ -18,11 +18,12 @@ from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.naming import named
 from jaxcompress.policies import Policy
+from jaxcompress.policies.base import Incoming, Observation
 from jaxcompress.policies.draws import per_token
-from jaxcompress.policies.policy import Incoming, Observation
 from jaxcompress.recurrence import advance
 
 from . import reference
+from .watched import scored_as
 
 T, D, E = 40, 8, 12
 rng = np.random.default_rng(5)
@@ -52,7 +53,6 @@ def ours(
     columns = np.concatenate([np.full(before, -1), np.arange(T), np.full(after, -1)]).astype(np.int32)
 
     def score(stats: Any, held: Any) -> Any:
-        assert policy.score is not None
         x = policy.score(stats, held)
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
         return x
@@ -60,7 +60,7 @@ def ours(
     @partial(jax.jit, compiler_options=FAST_COMPILE)
     def run(q: Any, k: Any, v: Any, wo: Any) -> Any:
         config = DecoderConfig(8, E, 8, 1, heads, kv_heads, D)
-        watched = policy._replace(score=score)
+        watched = scored_as(policy, score)
         state = init_state(config, watched, capacity)[0]
         done = advance(
             q[None], k[None], v[None], jnp.asarray(columns)[None], state, 0, watched, chunk=len(columns),
@@ -87,7 +87,7 @@ HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("pool", ["avg", "max"])
 def test_snapkv_per_query_head(heads: int, kv_heads: int, pool: Any) -> None:
     """The authors' way: pooled per query head, which a mean over the group cannot undo for a maximum."""
-    got, kept = ours(policies.snapkv(5, 7, pool, scope="query_head"), heads, kv_heads, 16)
+    got, kept = ours(policies.SnapKV(5, 7, pool, scope="query_head"), heads, kv_heads, 16)
     want = reference.snapkv(turned(heads, kv_heads)[2], heads, 5, 7, pool)
     same(got, want)
     assert kept == reference.top(want, 16).tolist()
@@ -97,7 +97,7 @@ def test_snapkv_per_query_head(heads: int, kv_heads: int, pool: Any) -> None:
 def test_scissorhands(heads: int, kv_heads: int) -> None:
     p = reference.over_group(turned(heads, kv_heads)[2], kv_heads)  # a set looks at its heads' mean
     for history, recent in ((7, 3), (16, 0), (33, 1), (400, 10)):
-        got, kept = ours(policies.scissorhands(history, recent), heads, kv_heads, 20)
+        got, kept = ours(policies.Scissorhands(history, recent), heads, kv_heads, 20)
         want = reference.scissorhands(p, kv_heads, history, recent)
         np.testing.assert_array_equal(got, want)
         assert kept == reference.top(want, 20).tolist()
@@ -105,7 +105,7 @@ def test_scissorhands(heads: int, kv_heads: int) -> None:
 
 @HEADS
 def test_nacl(heads: int, kv_heads: int) -> None:
-    policy = policies.nacl(proxies=6, sinks=2, recent=3, chance=0.4, seed=7)
+    policy = policies.NACL(proxies=6, sinks=2, recent=3, chance=0.4, seed=7)
     got, kept = ours(policy, heads, kv_heads, 20)
     tokens = candidates(np.zeros((1, kv_heads, T, D)), np.zeros((1, kv_heads, T, D)),
                         np.broadcast_to(np.arange(T), (1, kv_heads, T)))  # fmt: skip
@@ -113,14 +113,14 @@ def test_nacl(heads: int, kv_heads: int) -> None:
     want = reference.nacl(turned(heads, kv_heads)[2], kv_heads, 6, 2, 3, 15 - 6, noise)
     same(got, want)
     assert kept == reference.top(want, 20).tolist()
-    assert kept != ours(policies.nacl(6, 2, 3, 0.4, seed=8), heads, kv_heads, 20)[1]
+    assert kept != ours(policies.NACL(6, 2, 3, 0.4, seed=8), heads, kv_heads, 20)[1]
 
 
 @pytest.mark.parametrize("mix", [0.1, 0.9])
 def test_rkv(mix: float) -> None:
     """One query head per kv head, where the maximum over a group is its mean; every key has a look-alike."""
     q, k, _ = turned(4, 4)
-    got, kept = ours(policies.rkv(mix, window=6, kernel=5, threshold=-2.0), 4, 4, 18)
+    got, kept = ours(policies.RKV(mix, window=6, kernel=5, threshold=-2.0), 4, 4, 18)
     want = reference.rkv(q, k, window=6, kernel=5, mix=mix, threshold=-2.0)
     same(got, want)
     assert kept == reference.top(want, 18).tolist()
@@ -141,8 +141,8 @@ def test_a_sketch_errs_by_its_width() -> None:
 @HEADS
 def test_h2o_and_observed(heads: int, kv_heads: int) -> None:
     p = turned(heads, kv_heads)[2]
-    same(ours(policies.h2o(5, "kv_head"), heads, kv_heads, 16)[0], reference.h2o(p, kv_heads, 5))
-    same(ours(policies.observed_attention(), heads, kv_heads, 16)[0], reference.observed_attention(p, kv_heads))
+    same(ours(policies.H2O(5, "kv_head"), heads, kv_heads, 16)[0], reference.h2o(p, kv_heads, 5))
+    same(ours(policies.ObservedAttention(), heads, kv_heads, 16)[0], reference.observed_attention(p, kv_heads))
 
 
 @HEADS
@@ -150,7 +150,7 @@ def test_critical(heads: int, kv_heads: int) -> None:
     base = reference.observed_attention(turned(heads, kv_heads)[2], kv_heads)
     a = arrays(heads, kv_heads)
     for share in (0.0, 0.25, 0.5, 1.0):
-        got, kept = ours(policies.critical(policies.observed_attention(), share), heads, kv_heads, 16)
+        got, kept = ours(policies.critical(policies.ObservedAttention(), share), heads, kv_heads, 16)
         want = reference.critical(base, a["v"], a["wo"], 16, share)
         same(got, want)
         assert kept == reference.top(want, 16).tolist()
@@ -169,14 +169,14 @@ def test_what_a_value_writes(scope: Any) -> None:
     held = candidates(v, v, np.repeat(at, 3)[None, None] if pool else np.tile(at, (1, len(want[scope]), 1)), heads=6)
     around = held.around._replace(heads=(6, 3), out=jnp.asarray(a["wo"].reshape(3, group, D, E)))
     owner = jnp.asarray(np.tile(np.arange(3), T)[None, None]) if pool else None
-    written = policies.critical(policies.knorm(scope)).init(held._replace(around=around, owner=owner))[1]
+    written = policies.critical(policies.KNorm(scope)).init(held._replace(around=around, owner=owner))[1]
     np.testing.assert_allclose(written[0], want[scope], 1e-5)
 
 
 @pytest.mark.parametrize("pool", ["avg", "max"])
 def test_pooled(pool: Any) -> None:
     """Over the tokens that may go; beyond both ends the mean counts zeros, and what is protected lends nothing."""
-    got, kept = ours(policies.pooled(policies.h2o(6, "kv_head"), 5, pool), 4, 2, 16)
+    got, kept = ours(policies.pooled(policies.H2O(6, "kv_head"), 5, pool), 4, 2, 16)
     prefix = reference.over_group(turned(4, 2)[2].sum(1), 2)[:, :-6]
     want = np.pad(reference.pooled(prefix, 5, pool), ((0, 0), (0, 6)), constant_values=np.inf)
     same(got, want)
@@ -185,15 +185,15 @@ def test_pooled(pool: Any) -> None:
 
 def test_then() -> None:
     """The prompt is the first policy's; what comes later is the other's (see test_decoding)."""
-    got, _ = ours(policies.then(policies.snapkv(5, 7), policies.window(4, "kv_head")), 4, 2, 16)
+    got, _ = ours(policies.then(policies.SnapKV(5, 7), policies.Window(4, "kv_head")), 4, 2, 16)
     same(got, reference.snapkv(turned(4, 2)[2], 2, 5, 7))
 
 
 @pytest.mark.parametrize("policy", [
-    policies.tova(), policies.h2o(0, "kv_head"), policies.snapkv(5, 1), policies.nacl(6, 2, 3),
-    policies.scissorhands(33, 1), policies.sampled(3, policies.h2o(0, "kv_head")),
-    policies.sampled(3, policies.scissorhands(7, 1)),
-    policies.sampled(3, policies.snapkv(5, 1)),
+    policies.TOVA(), policies.H2O(0, "kv_head"), policies.SnapKV(5, 1), policies.NACL(6, 2, 3),
+    policies.Scissorhands(33, 1), policies.sampled(policies.H2O(0, "kv_head"), 3),
+    policies.sampled(policies.Scissorhands(7, 1), 3),
+    policies.sampled(policies.SnapKV(5, 1), 3),
 ], ids=lambda policy: policy.name)  # fmt: skip
 def test_queries_in_several_blocks(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of more queries than attend at once: what is observed is a fold."""
@@ -211,7 +211,7 @@ def test_a_sample_of_the_queries(n: int) -> None:
     mass = np.random.default_rng(n).random((steps, 4)).astype(np.float32) * 0.4
     at = np.array([0, 1, 2, steps - 1])
     held = candidates(np.zeros((1, 1, 4, D)), np.zeros((1, 1, 4, D)), at[None, None])
-    count, last = (policies.sampled(n, p) for p in (policies.scissorhands(history, 0), policies.snapkv(window, 1)))
+    count, last = (policies.sampled(p, n) for p in (policies.Scissorhands(history, 0), policies.SnapKV(window, 1)))
 
     @partial(jax.jit, compiler_options=FAST_COMPILE)
     def run(mass: Any) -> Any:
@@ -221,7 +221,7 @@ def test_a_sample_of_the_queries(n: int) -> None:
             return (count.observe(stats[0], seen), last.observe(stats[1], seen)), None
 
         stats, _ = jax.lax.scan(step, (count.init(held), last.init(held)), (mass, jnp.arange(steps)))
-        return policies.scissorhands(history, 0).score(stats[0], held), stats[1]
+        return policies.Scissorhands(history, 0).score(stats[0], held), stats[1]
 
     counts, ring = run(mass)
     watched = np.arange(0, steps, n)
@@ -231,10 +231,10 @@ def test_a_sample_of_the_queries(n: int) -> None:
 
 
 @pytest.mark.parametrize("policy", [
-    policies.keydiff(), policies.lagkv(4), policies.lagkv(4, cross=True), policies.cur(4), policies.rkv(window=4),
-    policies.expected_attention(4), policies.snapkv(5, 7), policies.nacl(6, 2, 3), policies.scissorhands(33, 1),
-    policies.by_chunks(policies.tova(), 7), policies.within_chunks(policies.knorm(), 7),
-    policies.ranked(policies.h2o(2, "kv_head")),
+    policies.KeyDiff(), policies.LagKV(4), policies.LagKV(4, cross=True), policies.CUR(4), policies.RKV(window=4),
+    policies.ExpectedAttention(4), policies.SnapKV(5, 7), policies.NACL(6, 2, 3), policies.Scissorhands(33, 1),
+    policies.by_chunks(policies.TOVA(), 7), policies.within_chunks(policies.KNorm(), 7),
+    policies.ranked(policies.H2O(2, "kv_head")),
 ], ids=lambda policy: policy.name)  # fmt: skip
 def test_a_padded_prompt(policy: Policy) -> None:
     """However much padding stands where: the same scores, not only the same tokens."""
@@ -245,8 +245,8 @@ def test_a_padded_prompt(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("policy", [
-    policies.knorm(), policies.keydiff(), policies.lagkv(4, cross=True), policies.cur(4), policies.rkv(window=4),
-    policies.rkv(window=4, sketch=4), policies.expected_attention(4), policies.critical(policies.cur(4)),
+    policies.KNorm(), policies.KeyDiff(), policies.LagKV(4, cross=True), policies.CUR(4), policies.RKV(window=4),
+    policies.RKV(window=4, sketch=4), policies.ExpectedAttention(4), policies.critical(policies.CUR(4)),
 ], ids=lambda policy: policy.name)  # fmt: skip
 def test_bfloat16_is_scored_in_float32(policy: Policy) -> None:
     """The same numbers, stored in bfloat16, have the same scores: none is rounded, so that hardly any tie."""
@@ -264,7 +264,6 @@ def test_bfloat16_is_scored_in_float32(policy: Policy) -> None:
         held = held._replace(around=held.around._replace(out=cast(out), rotate=partial(rotate, rope=RopeConfig())))
         incoming = Incoming(*(cast(x)[None] for x in (q, k, v)), at)
         held = held._replace(memory=policy.remember(policy.memory(held), incoming))
-        assert policy.score is not None
         return policy.score(policy.init(held), held)
 
     got, want = (np.asarray(scores(q, k, v, out, dtype)) for dtype in (jnp.bfloat16, jnp.float32))
@@ -282,12 +281,11 @@ def test_shares_of_slots_are_whole_numbers(capacity: int, share: float, count: i
     mass = jnp.asarray(draw.random((1, 1, n)), jnp.float32)
     pool = one._replace(owner=jnp.zeros((1, 1, n), jnp.int32))
     for policy, stats, held, want in (
-        (policies.h2o(share, "layer"), mass, one, count),
-        (policies.adaptive(policies.tova("pool"), share), mass, pool, count),
-        (policies.critical(policies.tova(), share), (mass, mass), one, count),
-        (policies.nacl(1, 0, 0, share), mass[..., None], one, capacity - count),
+        (policies.H2O(share, "layer"), mass, one, count),
+        (policies.adaptive(policies.TOVA("pool"), share), mass, pool, count),
+        (policies.critical(policies.TOVA(), share), (mass, mass), one, count),
+        (policies.NACL(1, 0, 0, share), mass[..., None], one, capacity - count),
     ):
-        assert policy.score is not None
         assert np.isposinf(policy.score(stats, held)).sum() == want, policy.name
 
 
@@ -295,7 +293,7 @@ def test_shares_of_slots_are_whole_numbers(capacity: int, share: float, count: i
 @pytest.mark.parametrize("floor", [0.0, 0.2, 0.75, 1.0])
 def test_adaptive(heads: int, kv_heads: int, floor: float) -> None:
     """Heads get what their scores ask for, and the floor for sure."""
-    policy = policies.adaptive(policies.observed_attention("pool"), floor)
+    policy = policies.adaptive(policies.ObservedAttention("pool"), floor)
     a = arrays(heads, kv_heads)
 
     @partial(jax.jit, compiler_options=FAST_COMPILE)
@@ -319,10 +317,10 @@ def test_adaptive(heads: int, kv_heads: int, floor: float) -> None:
 def test_the_window_of_recent_queries_is_causal() -> None:
     """What a later key is cannot change what an earlier query gave the tokens before it."""
     a = arrays(4, 2)
-    before = ours(policies.snapkv(5, 1), 4, 2, 16)[0]
+    before = ours(policies.SnapKV(5, 1), 4, 2, 16)[0]
     a["k"][-1] += 10.0  # seen by the last query alone
     try:
-        after = ours(policies.snapkv(5, 1), 4, 2, 16)[0]
+        after = ours(policies.SnapKV(5, 1), 4, 2, 16)[0]
         q, k, p = turned(4, 2)
     finally:
         a["k"][-1] -= 10.0
@@ -331,8 +329,8 @@ def test_the_window_of_recent_queries_is_causal() -> None:
 
 
 @pytest.mark.parametrize("policy", [
-    policies.protect(policies.tova()), policies.nacl(2, 0, 0), policies.scissorhands(4, 0), policies.lagkv(2, 0),
-    policies.cur(4, 0), policies.expected_attention(4, 0), policies.h2o(0, "kv_head"), policies.window(0),
+    policies.protect(policies.TOVA()), policies.NACL(2, 0, 0), policies.Scissorhands(4, 0), policies.LagKV(2, 0),
+    policies.CUR(4, 0), policies.ExpectedAttention(4, 0), policies.H2O(0, "kv_head"), policies.Window(0),
 ], ids=lambda policy: policy.name)  # fmt: skip
 def test_zero_protected_is_none_protected(policy: Policy) -> None:
     """x[-0:] is everything in NumPy; here no score is infinite where nothing is to be protected."""
@@ -348,8 +346,7 @@ def test_repeated_tokens_tie_and_the_older_stay() -> None:
     keys = np.tile(np.random.default_rng(0).standard_normal((1, 1, 1, D)), (1, 1, T, 1)).astype(np.float32)
     turned_keys = rotate(jnp.asarray(keys), jnp.arange(T), RopeConfig())
     held = candidates(turned_keys, turned_keys, np.arange(T)[None, None])
-    policy = policies.knorm()
-    assert policy.score is not None
+    policy = policies.KNorm()
     scores = policy.score(policy.init(held), held)
     np.testing.assert_allclose(scores, scores[..., :1] * np.ones(T), rtol=1e-6)
 
@@ -358,23 +355,23 @@ class TestErrors:
     """Said before anything is compiled, with what was given and what would do."""
 
     @pytest.mark.parametrize(("make", "says"), [
-        (lambda: policies.snapkv(0), "at least 1 query"),
-        (lambda: policies.snapkv(4, 4), "odd"),
-        (lambda: policies.every(0, policies.tova()), "1 step or more"),
-        (lambda: policies.every(2, policies.full()), "never evicts"),
-        (lambda: policies.every(2, policies.streaming_llm(4, "before")), "before"),
-        (lambda: policies.once(policies.snapkv(8), 4), "at least 9"),
-        (lambda: policies.adaptive(policies.snapkv()), "pool"),
-        (lambda: policies.lagkv(8, scope="pool"), "pool"),
-        (lambda: policies.mix((1.0, policies.tova())), "two parts"),
-        (lambda: policies.mix((1.0, policies.tova()), (1.0, policies.knorm())), "scope"),
-        (lambda: policies.mix((1.0, policies.tova()), (1.0, policies.streaming_llm())), "placement"),
-        (lambda: policies.mix((1.0, policies.every(2, policies.tova())), (1.0, policies.h2o(0, "layer"))),
+        (lambda: policies.SnapKV(0), "at least 1 query"),
+        (lambda: policies.SnapKV(4, 4), "odd"),
+        (lambda: policies.every(policies.TOVA(), 0), "1 step or more"),
+        (lambda: policies.every(policies.Full(), 2), "never evicts"),
+        (lambda: policies.every(policies.StreamingLLM(4, "before"), 2), "before"),
+        (lambda: policies.once(policies.SnapKV(8), 4), "at least 9"),
+        (lambda: policies.adaptive(policies.SnapKV()), "pool"),
+        (lambda: policies.LagKV(8, scope="pool"), "pool"),
+        (lambda: policies.mix((1.0, policies.TOVA())), "two parts"),
+        (lambda: policies.mix((1.0, policies.TOVA()), (1.0, policies.KNorm())), "scope"),
+        (lambda: policies.mix((1.0, policies.TOVA()), (1.0, policies.StreamingLLM())), "placement"),
+        (lambda: policies.mix((1.0, policies.every(policies.TOVA(), 2)), (1.0, policies.H2O(0, "layer"))),
         "to the mix"),
-        (lambda: policies.by_chunks(policies.tova("pool"), 4), "layer or head"),
-        (lambda: policies.protect(policies.tova(), first=-1), "0 or more"),
+        (lambda: policies.by_chunks(policies.TOVA("pool"), 4), "layer or head"),
+        (lambda: policies.protect(policies.TOVA(), first=-1), "0 or more"),
         (lambda: policies.per_layer(), "each layer"),
-        (lambda: policies.every(2, policies.per_layer(policies.tova())), "inside per_layer"),
+        (lambda: policies.every(policies.per_layer(policies.TOVA()), 2), "inside per_layer"),
         (lambda: named("tova/nonsense3"), "unknown modifier"),
         (lambda: named("nonsense"), "unknown policy"),
     ])  # fmt: skip
@@ -385,18 +382,18 @@ class TestErrors:
     def test_a_state_that_is_too_small(self) -> None:
         config = DecoderConfig(8, 8, 8, 2, 4, 2, D)
         with pytest.raises(ValueError, match="at least 9 slots"):
-            init_state(config, policies.snapkv(8), 8)
+            init_state(config, policies.SnapKV(8), 8)
         with pytest.raises(ValueError, match="at least 12 slots"):
-            init_state(config, policies.every(4, policies.snapkv(8)), 8)
+            init_state(config, policies.every(policies.SnapKV(8), 4), 8)
         with pytest.raises(ValueError, match="scope kv_head"):
-            init_state(config, policies.tova(), ((8, 4), (8, 4)))
+            init_state(config, policies.TOVA(), ((8, 4), (8, 4)))
         with pytest.raises(ValueError, match="3 policies, the model has 2"):
-            init_state(config, policies.per_layer(*[policies.tova()] * 3), 8)
+            init_state(config, policies.per_layer(*[policies.TOVA()] * 3), 8)
 
     def test_without_a_model(self) -> None:
         held = candidates(np.zeros((1, 2, 4, D)), np.zeros((1, 2, 4, D)), np.zeros((1, 2, 4), int))
         with pytest.raises(ValueError, match="project="):
-            policies.critical(policies.knorm()).init(held)
+            policies.critical(policies.KNorm()).init(held)
 
 
 @pytest.mark.parametrize("name", [
@@ -405,5 +402,6 @@ class TestErrors:
     "h2o-layer/mean_slots4", "tova/cam32", "h2o-layer/d2o", "knorm/within64", "tova/sampled4",
 ])  # fmt: skip
 def test_names(name: str) -> None:
-    assert named(name) == named(name)  # one object per name: one compiled program
-    assert named(name).score is not None
+    assert named(name) == named(name)  # one compiled program
+    assert hash(named(name)) == hash(named(name))
+    assert named(name).evicts

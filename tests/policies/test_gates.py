@@ -37,7 +37,7 @@ def by_key(incoming: Any, layer: Any, around: Any) -> tuple[jax.Array, jax.Array
 @cache
 def policy(of: str) -> Policy:
     return gated(
-        {"knorm": policies.knorm, "window": lambda: policies.protect(policies.knorm(), recent=2)}[of](), by_key
+        {"knorm": policies.KNorm, "window": lambda: policies.protect(policies.KNorm(), recent=2)}[of](), by_key
     )
 
 
@@ -126,9 +126,9 @@ def test_a_full_state_chooses_among_runs(of: str) -> None:
 
 def test_what_gates_come_before() -> None:
     for wrong, says in (
-        (policies.tova(), "tova with scope layer chooses for several"),
-        (with_reduce(policies.knorm(), merge_nearest()), "merges or summarises"),
-        (with_reduce(policies.knorm(), mean_slots(2)), "merges or summarises"),
+        (policies.TOVA(), "tova with scope layer chooses for several"),
+        (with_reduce(policies.KNorm(), merge_nearest()), "merges or summarises"),
+        (with_reduce(policies.KNorm(), mean_slots(2)), "merges or summarises"),
         (policy("knorm"), "merges or summarises"),
     ):
         with pytest.raises(ValueError, match=says):

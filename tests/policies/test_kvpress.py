@@ -17,29 +17,31 @@ from jaxcompress.models.bounded import init_state, read
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.policies import Policy
 
+from .watched import scored_as
+
 FOLDER = Path(__file__).parents[1] / "fixtures" / "kvpress"
 LAYERS = 3
 numbers = cache(lambda name: dict(np.load(FOLDER / f"{name}.npz")))
 
-SNAP = policies.snapkv(8)
+SNAP = policies.SnapKV(8)
 METHODS: dict[str, tuple[Policy, Any]] = {
-    "tova": (policies.protect(policies.tova(), recent=1), SLOTS),
-    "tova_eager": (policies.protect(policies.tova(), recent=1), SLOTS),
-    "h2o_observed": (policies.observed_attention(), SLOTS),
+    "tova": (policies.protect(policies.TOVA(), recent=1), SLOTS),
+    "tova_eager": (policies.protect(policies.TOVA(), recent=1), SLOTS),
+    "h2o_observed": (policies.ObservedAttention(), SLOTS),
     "snapkv": (SNAP, SLOTS),
-    "streaming_llm": (policies.window(4), SLOTS),
-    "window": (policies.window(), SLOTS),
-    "knorm": (policies.knorm(), SLOTS),
-    "keydiff": (policies.keydiff(), SLOTS),
-    "lagkv": (policies.lagkv(8), SLOTS),
-    "lagkv_cross": (policies.lagkv(8, cross=True), SLOTS),
-    "expected_attention": (policies.expected_attention(future=32), SLOTS),
-    "pyramidkv": (policies.snapkv(4), (86, 48, 10)),
-    "cur": (policies.cur(), SLOTS),
+    "streaming_llm": (policies.Window(4), SLOTS),
+    "window": (policies.Window(), SLOTS),
+    "knorm": (policies.KNorm(), SLOTS),
+    "keydiff": (policies.KeyDiff(), SLOTS),
+    "lagkv": (policies.LagKV(8), SLOTS),
+    "lagkv_cross": (policies.LagKV(8, cross=True), SLOTS),
+    "expected_attention": (policies.ExpectedAttention(future=32), SLOTS),
+    "pyramidkv": (policies.SnapKV(4), (86, 48, 10)),
+    "cur": (policies.CUR(), SLOTS),
     "critical_snapkv": (policies.critical(SNAP), SLOTS),
-    "chunkkv_snapkv": (policies.by_chunks(policies.snapkv(8, scope="layer"), 8), SLOTS),
-    "chunk_knorm": (policies.within_chunks(policies.knorm(), 32), SLOTS),
-    "adakv_snapkv": (policies.adaptive(policies.snapkv(8, scope="pool")), SLOTS),
+    "chunkkv_snapkv": (policies.by_chunks(policies.SnapKV(8, scope="layer"), 8), SLOTS),
+    "chunk_knorm": (policies.within_chunks(policies.KNorm(), 32), SLOTS),
+    "adakv_snapkv": (policies.adaptive(policies.SnapKV(8, scope="pool")), SLOTS),
 }
 BOTH = pytest.mark.parametrize("name", ["llama_gqa", pytest.param("llama_mha", marks=pytest.mark.slow)])
 TIED = {"lagkv"}  # ranks within a chunk: many tokens score alike, and kvpress leaves to torch which of them stay
@@ -68,12 +70,11 @@ def compressed(name: str, method: str) -> Prompt:
         scores[int(layer)] = np.take_along_axis(x, order, -1)[..., : (held >= 0).sum(-1).max()]
 
     def score(stats: Any, held: Any) -> Any:
-        assert policy.score is not None
         x = policy.score(stats, held)
         jax.debug.callback(record, held.layer, x, held.positions)
         return x
 
-    watched = policy._replace(score=score)
+    watched = scored_as(policy, score)
     state = init_state(model.config, watched, slots, batch=len(ids))
     run = jax.jit(lambda model, ids, state: read(model, ids, state, watched, chunk=PROMPT).state)
     state = jax.block_until_ready(run(model, jnp.asarray(ids[:, :PROMPT]), state))
@@ -150,10 +151,10 @@ def test_the_batch_mistake_of_chunks() -> None:
 def test_keys_turned_to_their_ranks(name: str) -> None:
     """placement="slot" is kvpress's key re-rotation: kept keys as if they stood at 0 .. n - 1."""
     model, ids = llama(name)
-    policy, z = policies.window(4), numbers(name)
+    policy, z = policies.Window(4), numbers(name)
     state = init_state(model.config, policy, SLOTS, batch=len(ids))
     # The prompt attends at absolute positions there; the first layer's keys do not depend on attention.
-    step = jax.jit(read, static_argnames=("policy", "chunk", "placement"), compiler_options=FAST_COMPILE)
+    step = jax.jit(read, static_argnames=("chunk", "placement"), compiler_options=FAST_COMPILE)
     done = step(model, jnp.asarray(ids[:, :PROMPT]), state, policy, chunk=PROMPT, placement="slot").state[0]
     for b, row in enumerate(np.asarray(done.positions[0, :, 0])):
         order = np.argsort(np.where(row < 0, 2**30, row))[:SLOTS]
@@ -179,7 +180,7 @@ def test_layers_of_different_length_go_on() -> None:
     """After pyramid budgets, one and five tokens more: every layer masks by what it holds itself."""
     model, ids = llama("llama_gqa")
     policy, slots = METHODS["pyramidkv"]
-    step = jax.jit(read, static_argnames=("policy", "chunk"), compiler_options=FAST_COMPILE)
+    step = jax.jit(read, static_argnames="chunk", compiler_options=FAST_COMPILE)
     start = step(model, jnp.asarray(ids[:, :PROMPT]), init_state(model.config, policy, slots, batch=2), policy,
                  chunk=PROMPT).state  # fmt: skip
     five = step(model, jnp.asarray(ids[:, PROMPT : PROMPT + 5]), start, policy, chunk=1)

@@ -43,11 +43,11 @@ def policy(name: str) -> Policy:
     kind, _, scope = name.partition("-")
     if kind == "untrained":
         start = learned.TOVA
-        return policies.retention(
+        return policies.Retention(
             init_forget_head(jax.random.key(1), layers=LAYERS, kv_heads=K, head_dim=D, start=start), scope
         )
     scope = scope or "kv_head"
-    return policies.dms(head(1), WINDOW, scope) if kind == "dms" else policies.retention(head(4), scope)
+    return policies.DMS(head(1), WINDOW, scope) if kind == "dms" else policies.Retention(head(4), scope)
 
 
 NAMES = ("dms", "dms-pool", "retention", "retention-layer", "retention-pool")
@@ -161,12 +161,12 @@ def test_against_the_definition(name: str, cut: str, rows: Data) -> None:
 def test_untrained_retention_is_tova(scope: str, cut: str) -> None:
     rows = data(4)
     _, state = run(f"untrained-{scope}", rows, cut)
-    want = read_by(policies.tova(scope), rows, chunk=CUTS[cut])
+    want = read_by(policies.TOVA(scope), rows, chunk=CUTS[cut])
     np.testing.assert_array_equal(state.positions, want.positions)
 
 
 def test_untrained_dms_keeps_the_first_and_the_newest() -> None:
-    untrained = policies.dms(init_forget_head(jax.random.key(0), layers=LAYERS, kv_heads=K, head_dim=D), WINDOW)
+    untrained = policies.DMS(init_forget_head(jax.random.key(0), layers=LAYERS, kv_heads=K, head_dim=D), WINDOW)
     state = read_by(untrained, data(0))
     for b, s in np.ndindex(B, K):
         want = [*range(C - WINDOW), *range(T - WINDOW, T)]
@@ -179,7 +179,7 @@ def test_numbers_are_those_of_bare_tokens(kind: str, monkeypatch: pytest.MonkeyP
     sizes: list[int] = []
     whole = learned.token_numbers
     monkeypatch.setattr(learned, "token_numbers", lambda h, k, v: sizes.append(k.shape[2]) or whole(h, k, v))
-    mine = policies.dms(head(1), 1)
+    mine = policies.DMS(head(1), 1)
     rows = data(7)
     yarn = dict(kind="yarn", factor=4.0, original_context=8) if kind == "yarn" else {}
     turn = partial(rotate, rope=RopeConfig(theta=THETA, **yarn))
@@ -236,7 +236,7 @@ def test_a_policy_made_of_traced_weights() -> None:
     rows, weights = data(1), head(4)
 
     def read(weights: ForgetHead) -> tuple[jax.Array, jax.Array]:
-        mine = policies.retention(weights)
+        mine = policies.Retention(weights)
         state = init_state(CONFIG, mine, C, batch=B)[0]
         done = advance(*map(jnp.asarray, (rows.q, rows.k, rows.v, rows.positions)), state, LAYER, mine, rotate=ROPE)
         return done.out.sum(), done.state.positions
@@ -270,13 +270,13 @@ def test_wrong_weights_and_settings() -> None:
     with pytest.raises(ValueError, match="retention has no setting window; known: scope"):
         policies.learned_policy("retention", head(4)._asdict(), window=3)
     with pytest.raises(ValueError, match=r"window of -1 tokens"):
-        policies.dms(head(1), -1)
+        policies.DMS(head(1), -1)
     with pytest.raises(ValueError, match="its scope is kv_head or pool, not layer"):
-        policies.dms(head(1), scope="layer")
+        policies.DMS(head(1), scope="layer")
     with pytest.raises(ValueError, match="not query_head"):
-        policies.retention(head(4), "query_head")
+        policies.Retention(head(4), "query_head")
     with pytest.raises(ValueError, match=r"dms needs weights .*\[L, K, M, 1\].* not \[3, 2, 18, 5\]"):
-        policies.dms(head(4))
+        policies.DMS(head(4))
     with pytest.raises(ValueError, match="at least 1 unit, not 0"):
         init_forget_head(jax.random.key(0), layers=1, kv_heads=1, head_dim=4, hidden=0)
     for wrong, says in (
@@ -284,9 +284,9 @@ def test_wrong_weights_and_settings() -> None:
         (head(1, heads=1), "1 kv heads of width 8, the model has heads 0 to 1"),
     ):
         with pytest.raises(ValueError, match=says):
-            init_state(CONFIG, policies.dms(wrong), 20)
+            init_state(CONFIG, policies.DMS(wrong), 20)
     check_head(head(1), layers=LAYERS, kv_heads=K, head_dim=D)
     with pytest.raises(ValueError, match="3 layers of 2 kv heads of width 8, the model has 6 layers of 2 kv heads"):
         check_head(head(1), layers=6, kv_heads=K, head_dim=D)
     with pytest.raises(ValueError, match="at least 17 slots"):
-        init_state(CONFIG, policies.dms(head(1)), 16)
+        init_state(CONFIG, policies.DMS(head(1)), 16)

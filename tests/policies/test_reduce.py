@@ -41,12 +41,12 @@ from jaxcompress import policies
 from jaxcompress.models.bounded import init_state
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.rope import RopeConfig, rotate
+from jaxcompress.policies.base import Around, Gone, Policy
 from jaxcompress.policies.draws import per_token
-from jaxcompress.policies.policy import Around, Gone, Policy
 from jaxcompress.recurrence import advance
 from jaxcompress.reduce import (
     BLOCK,
-    Reduce,
+    Reduction,
     _features,
     cam,
     d2o,
@@ -102,7 +102,7 @@ def same(a: KVState, b: KVState) -> None:
 # Definitions
 
 
-def absorbed(reduce: Reduce, k: np.ndarray, v: np.ndarray, kept: np.ndarray, stats: Any, memory: Any = None) -> Any:
+def absorbed(reduce: Reduction, k: np.ndarray, v: np.ndarray, kept: np.ndarray, stats: Any, memory: Any = None) -> Any:
     """Reduces all but `kept` [K, n] of one sequence [T, K, D], with free slots and nothing in between, in any order.
 
     stats: [K, T]. Returns what is held in the order of `kept`, and the memory.
@@ -213,7 +213,7 @@ def test_d2o_equals_the_definition(tokens: int) -> None:
 def test_kvpress(name: str) -> None:
     """MergingPress around KnormPress, a prompt read at once."""
     (model, ids), z = llama(name), numbers(name)
-    policy = with_reduce(policies.knorm(), merge_nearest())
+    policy = with_reduce(policies.KNorm(), merge_nearest())
     state = init_state(model.config, policy, SLOTS, batch=len(ids))
     (part,) = step(model, jnp.asarray(ids[:, :PROMPT]), state, policy, chunk=PROMPT).state
     order = np.argsort(np.where(part.positions < 0, PROMPT, part.positions), -1)[..., :SLOTS]
@@ -364,7 +364,7 @@ def attend(policy: Policy, q: Any, k: Any, v: Any, *, chunk: int = 1, turn: Any 
     return advance(q, k, v, at, state, 0, policy, chunk=chunk, rotate=turn).out
 
 
-jit_attend = jax.jit(attend, static_argnames=("policy", "chunk", "turn", "capacity"), compiler_options=FAST_COMPILE)
+jit_attend = jax.jit(attend, static_argnames=("chunk", "turn", "capacity"), compiler_options=FAST_COMPILE)
 UNTURNED = lambda x, positions: x
 
 
@@ -383,7 +383,7 @@ def test_merging_equal_tokens_changes_nothing() -> None:
     rows = data(5)
     again = np.arange(T) % C
     k, v = rows.k[:, again], rows.v[:, again]
-    out = jit_attend(with_reduce(policies.window(), merge_weighted()), rows.q, k, v, turn=UNTURNED)
+    out = jit_attend(with_reduce(policies.Window(), merge_weighted()), rows.q, k, v, turn=UNTURNED)
     np.testing.assert_allclose(out, full_attention(rows.q, k, v, UNTURNED), 2e-6, 2e-6)
 
 
@@ -391,7 +391,7 @@ def test_merging_tokens_of_equal_key_loses_nothing() -> None:
     """The values of equal keys may differ: only their mean is seen."""
     rows = data(5)
     k = rows.k[:, np.arange(T) % C]
-    out = jit_attend(with_reduce(policies.window(), merge_weighted()), rows.q, k, rows.v, turn=UNTURNED)
+    out = jit_attend(with_reduce(policies.Window(), merge_weighted()), rows.q, k, rows.v, turn=UNTURNED)
     np.testing.assert_allclose(out, full_attention(rows.q, k, rows.v, UNTURNED), 1e-5, 1e-5)
 
 
@@ -399,8 +399,8 @@ YARN = partial(rotate, rope=RopeConfig(theta=50.0, kind="yarn", factor=4.0, orig
 
 
 @pytest.mark.parametrize(("policy", "chunk", "turn"), [
-    (policies.window(), 1, YARN), (policies.tova("pool"), 1, ROPE), (policies.h2o(), 5, ROPE),
-    (policies.adaptive(policies.keydiff("pool")), T, YARN),
+    (policies.Window(), 1, YARN), (policies.TOVA("pool"), 1, ROPE), (policies.H2O(), 5, ROPE),
+    (policies.adaptive(policies.KeyDiff("pool")), T, YARN),
 ], ids=["window", "pool", "query heads", "one-shot pool"])  # fmt: skip
 def test_a_mean_of_one_token_is_that_token(policy: Policy, chunk: int, turn: Any) -> None:
     """As many stand-ins as tokens go: nothing is lost, whoever goes and whatever the rotation multiplies by."""
@@ -413,7 +413,7 @@ def test_a_mean_of_one_token_is_that_token(policy: Policy, chunk: int, turn: Any
 def test_a_mean_of_equal_keys_in_one_place_loses_nothing() -> None:
     rows = data(7)
     k = np.where((np.arange(T) < T - C)[:, None, None], rows.k[:, :1], rows.k)  # of all that go
-    out = jit_attend(with_reduce(policies.window(), mean_slots(1)), rows.q, k, rows.v, turn=UNTURNED)
+    out = jit_attend(with_reduce(policies.Window(), mean_slots(1)), rows.q, k, rows.v, turn=UNTURNED)
     np.testing.assert_allclose(out, full_attention(rows.q, k, rows.v, UNTURNED), 1e-5, 1e-5)
 
 
@@ -446,7 +446,7 @@ def test_means_are_of_keys_before_rotation(turn: Any) -> None:
 def test_low_rank_is_linear_attention(chunk: int) -> None:
     """out = (A + phi(q) H) / (Z + phi(q) z)"""
     rows = data(8)
-    out = jit_attend(with_reduce(policies.window(), low_rank(3, seed=4)), rows.q, rows.k, rows.v, chunk=chunk)
+    out = jit_attend(with_reduce(policies.Window(), low_rank(3, seed=4)), rows.q, rows.k, rows.v, chunk=chunk)
     w = np.asarray(_features(3, D, 4), np.float64)
     phi = lambda x: np.exp(x @ w.T / D**0.25 - (x**2).sum(-1, keepdims=True) / (2 * np.sqrt(D))) / np.sqrt(3)
     at = np.arange(T)[:, None]
@@ -505,7 +505,7 @@ def test_gradients_through_the_recurrence(name: str) -> None:
     tokens, capacity = 8, 3
     q, k, v = (np.array(x[:1, :tokens]) for x in data(9)[1:])
     k[:, 2] = v[:, 2] = v[:, 3] = k[:, 4] = k[:, 6] = v[:, 6] = 0  # some go, some stay
-    policy = with_reduce(policies.window(), REDUCES[name])
+    policy = with_reduce(policies.Window(), REDUCES[name])
 
     @partial(jax.jit, compiler_options=FAST_COMPILE)
     def gradients(q: Any, k: Any, v: Any) -> Any:
@@ -542,15 +542,15 @@ def test_only_what_changes_is_stored_anew(dtype: str) -> None:
 def test_summaries_are_counted() -> None:
     config = DecoderConfig(8, 8, 8, 3, H, K, D)
     size = lambda policy: sum(part.nbytes for part in init_state(config, policy, 9, batch=2, dtype=jnp.bfloat16))
-    base = size(policies.tova())
-    assert size(with_reduce(policies.tova(), merge_nearest())) == base
-    assert size(with_reduce(policies.tova(), mean_slots(5))) == base + 3 * 2 * K * 5 * (2 * D + 2) * 4
-    assert size(with_reduce(policies.tova(), low_rank(5))) == base + 3 * 2 * K * (5 * (D + 1) + 1) * 4
-    assert size(with_reduce(policies.tova(), merge_weighted())) == base + 3 * 2 * K * 10 * 4
+    base = size(policies.TOVA())
+    assert size(with_reduce(policies.TOVA(), merge_nearest())) == base
+    assert size(with_reduce(policies.TOVA(), mean_slots(5))) == base + 3 * 2 * K * 5 * (2 * D + 2) * 4
+    assert size(with_reduce(policies.TOVA(), low_rank(5))) == base + 3 * 2 * K * (5 * (D + 1) + 1) * 4
+    assert size(with_reduce(policies.TOVA(), merge_weighted())) == base + 3 * 2 * K * 10 * 4
 
 
 def test_a_prompt_that_is_selected_from_once() -> None:
-    policy, rows = with_reduce(policies.once(policies.knorm(), 4), merge_weighted()), data(4)
+    policy, rows = with_reduce(policies.once(policies.KNorm(), 4), merge_weighted()), data(4)
     state = init_state(DecoderConfig(8, 8, 8, 1, H, K, D), policy, C, batch=B)[0]
     read = jax.jit(
         lambda q, k, v, at, state: advance(q, k, v, at, state, 0, policy, chunk=T, rotate=ROPE).state,
@@ -565,26 +565,25 @@ def test_a_prompt_that_is_selected_from_once() -> None:
 
 
 def test_names_and_layers() -> None:
-    policy = with_reduce(policies.tova(), merge_nearest())
-    assert policy is with_reduce(policies.tova(), merge_nearest())
+    policy = with_reduce(policies.TOVA(), merge_nearest())
+    assert policy == with_reduce(policies.TOVA(), merge_nearest())
     assert policy.name == "tova/merge_nearest"
-    assert with_reduce(policies.window(4), mean_slots(8)).name == "window+4/mean_slots8"
-    mixed = with_reduce(policies.per_layer(policies.full(), policies.tova()), merge_nearest())
-    assert mixed.layers == (policies.full(), policy)
-    protected = policies.protect(policy, first=2)
-    assert protected.absorb is policy.absorb
+    assert with_reduce(policies.Window(4), mean_slots(8)).name == "window+4/mean_slots8"
+    mixed = with_reduce(policies.per_layer(policies.Full(), policies.TOVA()), merge_nearest())
+    assert mixed.layers == (policies.Full(), policy)
+    assert policies.protect(policy, first=2).reduces
 
 
 @pytest.mark.parametrize(("policy", "reduce", "message"), [
-    (policies.full(), merge_nearest(), "never forgets"),
-    (policies.per_layer(policies.full(), policies.full()), merge_nearest(), "never forgets"),
-    (policies.streaming_llm(2, "before"), merge_nearest(), "before it sees"),
-    (with_reduce(policies.tova(), cam()), merge_nearest(), "already"),
-    (with_reduce(policies.tova(), mean_slots()), merge_nearest(), "already"),
-    (policies.streaming_llm(2), mean_slots(), "absolute"),
-    (policies.streaming_llm(2), low_rank(), "absolute"),
+    (policies.Full(), merge_nearest(), "never forgets"),
+    (policies.per_layer(policies.Full(), policies.Full()), merge_nearest(), "never forgets"),
+    (policies.StreamingLLM(2, "before"), merge_nearest(), "before it sees"),
+    (with_reduce(policies.TOVA(), cam()), merge_nearest(), "already"),
+    (with_reduce(policies.TOVA(), mean_slots()), merge_nearest(), "already"),
+    (policies.StreamingLLM(2), mean_slots(), "absolute"),
+    (policies.StreamingLLM(2), low_rank(), "absolute"),
 ])  # fmt: skip
-def test_what_cannot_be_reduced(policy: Policy, reduce: Reduce, message: str) -> None:
+def test_what_cannot_be_reduced(policy: Policy, reduce: Reduction, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         with_reduce(policy, reduce)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxcompress.embedded import load_embedded
-from jaxcompress.policies import full
+from jaxcompress.policies import Full
 from jaxcompress.prompt.information import Reader, per_unit, self_information, surprise
 from jaxcompress.prompt.llmlingua import contrastive, llmlingua
 from jaxcompress.prompt.long_llmlingua import (
@@ -36,7 +36,7 @@ SEGMENT = 16
 @pytest.fixture(scope="module")
 def reader() -> Reader:
     model, tokenizer = load_embedded()
-    return Reader(model, tokenizer, full(), slots=256, segment=SEGMENT)
+    return Reader(model, tokenizer, Full(), slots=256, segment=SEGMENT)
 
 
 @cache

@@ -14,7 +14,7 @@ from jaxcompress.cli.runtime import open_model
 from jaxcompress.embedded import load_compressor, load_embedded
 from jaxcompress.generation import continue_, generate
 from jaxcompress.naming import named
-from jaxcompress.policies import full, tova
+from jaxcompress.policies import TOVA, Full
 from jaxcompress.prompt.baselines import content_words, evenly_spread
 from jaxcompress.prompt.reading import read_shortened
 from jaxcompress.prompt.word_scores import keep
@@ -29,10 +29,10 @@ def loaded() -> Any:
 
 def test_is_reading_what_is_left(loaded: Any) -> None:
     model, tokenizer = loaded
-    read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=tova(), slots=32, after="\nSo")
+    read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=TOVA(), slots=32, after="\nSo")
     short = tokenizer.encode(read.kept.text + "\nSo")
-    (expected,) = generate(model, [short], tova(), 32, steps=6)
-    (tokens,) = continue_(model, read.progress, tova(), steps=6)
+    (expected,) = generate(model, [short], TOVA(), 32, steps=6)
+    (tokens,) = continue_(model, read.progress, TOVA(), steps=6)
     assert tokens.tolist() == expected.tolist()
     report = read.report
     assert report.original_tokens == len(tokenizer.encode(TEXT + "\nSo"))
@@ -45,7 +45,7 @@ def test_is_reading_what_is_left(loaded: Any) -> None:
 
 def test_a_state_with_room_to_spare_is_no_compression(loaded: Any) -> None:
     model, tokenizer = loaded
-    read = read_shortened(model, tokenizer, TEXT, content_words(), rate=0.3, policy=full(), slots=512)
+    read = read_shortened(model, tokenizer, TEXT, content_words(), rate=0.3, policy=Full(), slots=512)
     assert read.report.held_tokens == read.report.prompt_tokens
     assert read.report.state_ratio == 1
     assert read.report.ratio == read.report.prompt_ratio > 1
@@ -63,7 +63,7 @@ def test_nothing_left(loaded: Any) -> None:
     model, tokenizer = loaded
     for text, rate in (("", 0.5), ("word", 0.1)):
         with pytest.raises(ValueError, match="nothing is left"):
-            read_shortened(model, tokenizer, text, evenly_spread(), rate=rate, policy=tova(), slots=8)
+            read_shortened(model, tokenizer, text, evenly_spread(), rate=rate, policy=TOVA(), slots=8)
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     file.write_text(TEXT)
     model, tokenizer = open_model(None)
     short = keep(load_compressor()(TEXT), rate=0.5).text
-    (expected,) = generate(model, [tokenizer.encode(short)], tova(), 32, steps=4)
+    (expected,) = generate(model, [tokenizer.encode(short)], TOVA(), 32, steps=4)
     for source in (["--prompt", TEXT], ["--file", str(file)]):
         assert main(["generate", *source, "--shorten", "0.5", "--slots", "32", "--steps", "4"]) == 0
         told = capsys.readouterr()

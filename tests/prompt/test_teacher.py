@@ -183,15 +183,15 @@ class TestModel:
 
     def test_writes_on_after_instruction_and_text(self, loaded: Any) -> None:
         from jaxcompress.generation import generate
-        from jaxcompress.policies import tova
+        from jaxcompress.policies import TOVA
 
         model, tokenizer = loaded
         stop = tokenizer.encode(" the", add_bos=False).tolist()  # a word that this model soon writes
         from jaxcompress.generation import Settings
 
-        teacher = model_teacher(model, tokenizer, tova(), 32, steps=64, settings=Settings(stop=tuple(stop)))
+        teacher = model_teacher(model, tokenizer, TOVA(), 32, steps=64, settings=Settings(stop=tuple(stop)))
         prompt = tokenizer.encode("Shorten.\n\nText:\nThe list is a list.\n\nShortened text:\n")
-        (tokens,) = generate(model, [prompt], tova(), 32, steps=64, settings=Settings(stop=tuple(stop)))
+        (tokens,) = generate(model, [prompt], TOVA(), 32, steps=64, settings=Settings(stop=tuple(stop)))
         written = tokens[0][tokens[0] >= 0]
         if int(written[-1]) in stop:
             assert teacher("Shorten.", "The list is a list.") == tokenizer.decode(written[:-1]).strip()
@@ -200,11 +200,11 @@ class TestModel:
                 teacher("Shorten.", "The list is a list.")
 
     def test_an_answer_without_end_is_a_failure(self, loaded: Any) -> None:
-        from jaxcompress.policies import tova
+        from jaxcompress.policies import TOVA
 
         model, tokenizer = loaded
         with pytest.raises(TeacherFailed, match="did not end within 2 tokens"):
-            model_teacher(model, tokenizer, tova(), 32, steps=2)("Shorten.", "The list is a list.")
+            model_teacher(model, tokenizer, TOVA(), 32, steps=2)("Shorten.", "The list is a list.")
 
 
 class TestCut:

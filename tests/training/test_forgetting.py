@@ -17,7 +17,7 @@ from jaxcompress.attention import causal_attention, forgetful_attention
 from jaxcompress.models.bounded import init_state
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.policies import ForgetHead, Policy
-from jaxcompress.policies.learned import EPSILON, TOVA, token_numbers
+from jaxcompress.policies.learned import EPSILON, LIKE_TOVA, token_numbers
 from jaxcompress.recurrence import advance
 from jaxcompress.training.data import Batch
 from jaxcompress.training.forgetting import (
@@ -190,7 +190,7 @@ def test_foreseen_attention_is_its_definition(sets: int, window: int | None, hor
     there = np.stack([np.ones(t, bool), np.arange(t) >= 6, (rng.random(t) < 0.7) & (np.arange(t) < 17)])
     there[0, 8:12] = False
     positions = np.where(there, np.cumsum(there, 1) - 1, -1).astype(np.int32)
-    numbers = np.array(TOVA) + 0.5 * rng.standard_normal((3, sets, t, 4))
+    numbers = np.array(LIKE_TOVA) + 0.5 * rng.standard_normal((3, sets, t, 4))
     limit = None if window is None else jnp.int32(window)
     run = lambda n, q, k: future_attention_loss(
         n, q, k, jnp.asarray(positions), block=block, horizon=horizon, window=limit
@@ -228,7 +228,7 @@ def test_a_head_beside_its_model() -> None:
     how: dict[str, Any] = dict(slots=8, segment=8)
     both = beside_retention(partial(bounded, **how), scope="layer", block=8, watched=1)
     metrics, (model_slope, slope) = jitted(lambda *params: both(params, batch, 0, None))(MODEL, head)
-    alone = jitted(lambda model: bounded(policies.retention(head, "layer"), **how)(model, batch, 0, None))
+    alone = jitted(lambda model: bounded(policies.Retention(head, "layer"), **how)(model, batch, 0, None))
     told, expected = alone(MODEL)
     assert float(metrics["loss"]) == pytest.approx(float(told["loss"]), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), model_slope, expected)
@@ -295,8 +295,8 @@ def test_retention_learns_what_is_asked_for_later() -> None:
     start = init_retention(CONFIG, jax.random.key(0), hidden=8)
     head = learn(loss, start, 100, 0.03)
     assert float(loss(head, 0)) < float(loss(start, 0)) - 1
-    assert remembered(policies.tova("kv_head")) == remembered(policies.retention(start)) < 0.1
-    assert remembered(policies.retention(head)) > 0.95
+    assert remembered(policies.TOVA("kv_head")) == remembered(policies.Retention(start)) < 0.1
+    assert remembered(policies.Retention(head)) > 0.95
 
 
 def test_dms_learns_what_is_asked_for_later() -> None:
@@ -314,7 +314,7 @@ def test_dms_learns_what_is_asked_for_later() -> None:
 
     head = learn(loss, init_dms(CONFIG, jax.random.key(0), hidden=8), steps, 0.05)
     assert float((one_layer(head, k, v) > 0).mean()) < 0.1
-    assert remembered(policies.dms(head, window)) > 0.95
+    assert remembered(policies.DMS(head, window)) > 0.95
 
 
 def test_schedules() -> None:

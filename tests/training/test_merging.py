@@ -14,7 +14,7 @@ from tiny import random_tokens, tiny_decoder
 
 from jaxcompress.models.bounded import init_state, read
 from jaxcompress.models.decoder import DecoderConfig
-from jaxcompress.policies import h2o, knorm, tova
+from jaxcompress.policies import H2O, TOVA, KNorm
 from jaxcompress.policies.gates import dmc
 from jaxcompress.policies.learned import ForgetHead
 from jaxcompress.training.merging import init_gates, merging_loss, read_merging
@@ -39,7 +39,7 @@ def test_firm_gates_are_the_policy(chunk: int, model: dict[str, Any]) -> None:
     head, valid = random_head(decoder.config), np.ones((2, T), bool)
     valid[1, [0, 1, 6, 11, 12]] = False
     soft = read_merging(decoder, head, TOKENS, temperature=1e-4, valid=jnp.asarray(valid))
-    policy = dmc(head, knorm())
+    policy = dmc(head, KNorm())
     state = init_state(decoder.config, policy, T, batch=2)
     done = read(decoder, TOKENS, state, policy, valid=jnp.asarray(valid), chunk=chunk)
     np.testing.assert_allclose(soft.hidden[valid], done.hidden[valid], atol=1e-4)
@@ -59,7 +59,7 @@ def test_gates_that_join_nothing_are_plain_attention() -> None:
 
 def test_a_full_state_evicts_runs() -> None:
     decoder = tiny_decoder()
-    for base in (None, h2o(2, "kv_head")):
+    for base in (None, H2O(2, "kv_head")):
         policy = dmc(random_head(decoder.config), base)
         state = init_state(decoder.config, policy, 4, batch=2)
         done = read(decoder, TOKENS, state, policy)
@@ -119,4 +119,4 @@ def test_errors_say_what_was_given() -> None:
     with pytest.raises(ValueError, match="needs 2 numbers per token"):
         read_merging(decoder, head._replace(outer_bias=head.outer_bias[..., :1]), TOKENS, temperature=1.0)
     with pytest.raises(ValueError, match="scope layer chooses for several"):
-        dmc(head, tova())
+        dmc(head, TOVA())

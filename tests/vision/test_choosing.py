@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.policies.policy import Around, Candidates, Observation
+from jaxcompress.policies.base import Around, Candidates, Observation
 from jaxcompress.vision import choose, dual_attention, fastv, fitprune, prumerge, sparsevlm, uniform, windows
 from jaxcompress.vision.cdpruner import diverse, question_relevance
 from jaxcompress.vision.dart import dart
-from jaxcompress.vision.output_aware import output_aware
+from jaxcompress.vision.output_aware import OutputAware
 from jaxcompress.vision.schedule import falling, spread_over
 from jaxcompress.vision.visionzip import visionzip
 
@@ -216,7 +216,7 @@ def test_uniform_of_published_sizes() -> None:
 
 
 def test_what_the_output_does_not_look_at_goes_first() -> None:
-    policy = output_aware(2, 5)
+    policy = OutputAware(2, 5)
     weights = lambda *numbers: jnp.asarray(numbers, jnp.float32)[None, None, None, None]
     see = lambda stats, row, at: policy.observe(
         stats, Observation(weights(*row), jnp.array([[at]]), jnp.ones((1, 1, 1)), 1)
@@ -232,7 +232,7 @@ def test_what_the_output_does_not_look_at_goes_first() -> None:
     order = jnp.argsort(policy.score(stats, held))[0, 0].tolist()
     assert order == [3, 2, 4, 0, 1, 5, 6]  # patches by attention, then words, the oldest first
     with pytest.raises(ValueError, match="patches stand at positions"):
-        output_aware(5, 5)
+        OutputAware(5, 5)
 
 
 def test_schedules() -> None:

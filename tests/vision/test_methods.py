@@ -15,7 +15,7 @@ from jaxcompress.models.bounded import init_state, read
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.vit import TowerConfig
-from jaxcompress.policies import full
+from jaxcompress.policies import Full
 from jaxcompress.vision import NAMES, Method, encode, mustdrop, named, named_for_average, prefills, read_encoded, slots
 from jaxcompress.vision.encoders import tome_counts, whole, zip_split
 from jaxcompress.vision.method import Cut
@@ -49,8 +49,8 @@ def run(model: Llava, pixels: Any, method: Method, crops: int = 1, left: int = 0
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]) - left, tokens.shape)
     positions = jnp.maximum(positions, -1)
     room = BEFORE + AFTER + ROOM
-    state = init_state(DECODER, full(), slots(method, CONFIG, room, crops), batch=rows)
-    block, state = read_encoded(model, tokens, positions, encoded, state, full(), method)
+    state = init_state(DECODER, Full(), slots(method, CONFIG, room, crops), batch=rows)
+    block, state = read_encoded(model, tokens, positions, encoded, state, Full(), method)
     return encoded, block, state
 
 
@@ -143,7 +143,7 @@ def test_numbered_anew_as_released() -> None:
 def test_words_written_after_a_method_continue_the_prompt() -> None:
     _, block, state = run(model(), pixels(), named("fastv", 9))
     tokens = model().decoder.logits(block.hidden)[:, -1].argmax(-1)[:, None]
-    done = read(model().decoder, tokens, state, full())
+    done = read(model().decoder, tokens, state, Full())
     assert bool(jnp.isfinite(done.hidden).all())
     np.testing.assert_array_equal(done.state[0].seen, [BEFORE + PATCHES + AFTER + 1] * 2)
 
@@ -158,9 +158,9 @@ def test_the_third_stage_evicts_patches_while_words_are_written() -> None:
     line = jnp.concatenate([jnp.arange(1, 1 + BEFORE), jnp.full(m, 63), jnp.arange(4, 4 + AFTER)])
     tokens, positions = line[None].repeat(2, 0), jnp.arange(line.shape[0])[None].repeat(2, 0)
     state = init_state(DECODER, policy, slots(method, CONFIG, room), batch=2)
-    reading = jax.jit(read_encoded, static_argnames=("policy", "method"))
+    reading = jax.jit(read_encoded, static_argnames="method")
     block, state = reading(model(), tokens, positions, encoded, state, policy=policy, method=method)
-    step = jax.jit(read, static_argnames="policy")
+    step = jax.jit(read)
     token = model().decoder.logits(block.hidden)[:, -1].argmax(-1)[:, None]
     for written in range(1, 8):
         done = step(model().decoder, token, state, policy=policy)

@@ -10,10 +10,10 @@ from tiny_llava import io, loaded, pictures, seen, short_prompts
 from jaxcompress.generation import start, write
 from jaxcompress.generation.visual import Seen, laid_out, prefill_encoded, prefill_visual
 from jaxcompress.naming import named as policy_named
-from jaxcompress.policies import full
+from jaxcompress.policies import Full
 from jaxcompress.vision import encode, named, slots
 
-FULL = full()
+FULL = Full()
 ROOM = 24  # words of the longest prompt, and what is written
 
 
