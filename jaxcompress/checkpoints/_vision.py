@@ -180,10 +180,18 @@ def hugging_face_llava_config(config: LlavaConfig) -> dict[str, Any]:
 
 
 def image_processor(folder: Path) -> Any:
-    """The `transformers` image processor of a folder, through Pillow."""
+    """The `transformers` image processor of a folder, through Pillow.
+
+    Raises ValueError where its settings describe none.
+    """
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    try:
+        return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except Exception as error:  # of any type: settings are taken as they are
+        raise ValueError(
+            f"{folder} has no image processor that transformers can make; see its preprocessor_config.json: {error}"
+        ) from error
 
 
 _WITH_WORDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}

@@ -10,9 +10,7 @@ another sampler it may pass any hashable callable with the signature of `Sampler
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxcompress.scalars import number, whole
 from jaxcompress.shapes import Tokens, Valid
 
 NextLogits = Float[Array, "B V"]
@@ -27,13 +26,18 @@ NextTokens = Int[Array, "B"]
 Seen = Bool[Array, "B V"]  # the tokens that a row's prompt and output have had so far
 RowKeys = Key[Array, "B"]
 
+_LEAST, _MOST = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
+
 
 @dataclass(frozen=True)
 class Sampler:
     """How the next token is drawn. The defaults draw from the model's own distribution.
 
+    Numbers may be Python's, numpy's, or arrays without dimensions; they are kept as Python's own.
+
     Attributes:
-      temperature: the logits are divided by it; 0 takes the best token (greedy) and needs no keys.
+      temperature: the logits are divided by it; 0 takes the best token (greedy) and needs no keys. One so small that
+        float32 has no quotient draws among the tokens that are equally good, the best.
       top_k: keep the k best tokens, and those that tie with the k-th (Fan et al. 2018). None: all.
       top_p: keep the fewest best tokens that together have probability top_p (nucleus, Holtzman et al. 2020).
         None or 1: all.
@@ -46,26 +50,34 @@ class Sampler:
         is not in [0, 1], or repetition_penalty is not a positive number.
     """
 
-    temperature: float | int = 1.0
-    top_k: int | None = None
-    top_p: float | int | None = None
-    min_p: float | int | None = None
-    repetition_penalty: float | int = 1.0
+    temperature: Any = 1.0
+    top_k: Any = None
+    top_p: Any = None
+    min_p: Any = None
+    repetition_penalty: Any = 1.0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "a finite number >= 0 (0: greedy)")
-        if self.top_k is not None:
-            _require(_is_count(self.top_k), "top_k", self.top_k, "an integer >= 1, or None to keep all tokens")
-        if self.top_p is not None:
-            _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1], or None to keep all tokens")
-        if self.min_p is not None:
-            _require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1], or None to keep all tokens")
-        _require(
-            0 < self.repetition_penalty < math.inf,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "a positive number (1: no penalty)",
-        )
+        positive = "a positive number (1: no penalty)"
+        self._settle("temperature", number, lambda x: x >= 0, "a finite number >= 0 (0: greedy)")
+        self._settle("top_k", whole, lambda x: x >= 1, "an integer >= 1, or None to keep all tokens")
+        self._settle("top_p", number, lambda x: 0 < x <= 1, "in (0, 1], or None to keep all tokens")
+        self._settle("min_p", number, lambda x: 0 <= x <= 1, "in [0, 1], or None to keep all tokens")
+        self._settle("repetition_penalty", number, lambda x: x > 0, positive)
+
+    def _settle(
+        self, name: str, kind: Callable[[Any, str], int | float], holds: Callable[[Any], bool], rule: str
+    ) -> None:
+        """Makes a number of the field Python's own, if it keeps its rule."""
+        given = getattr(self, name)
+        if given is None and type(self).__dataclass_fields__[name].default is None:
+            return
+        try:
+            value = kind(given, name)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise ValueError(f"{name} must be {rule}, got {given!r}")
+        object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
@@ -116,7 +128,7 @@ class Sampler:
         if self.greedy:
             return logits
         if self.temperature != 1:
-            logits = logits / self.temperature
+            logits = heat(logits, self.temperature)
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None and self.top_p < 1:
@@ -152,12 +164,21 @@ def draw(keys: RowKeys, logits: NextLogits) -> NextTokens:
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
+def heat(logits: NextLogits, temperature: float) -> NextLogits:
+    """Logits divided by a temperature above 0; where the best quotient is no float32, all are taken less the best."""
+    temperature = _divisor(temperature)
+    best = logits.max(-1, keepdims=True)
+    return jnp.where(jnp.isfinite(best / temperature), logits / temperature, (logits - best) / temperature)
+
+
 def penalise_repetition(logits: NextLogits, seen: Seen, penalty: float) -> NextLogits:
     """Makes seen tokens less likely: positive logits are divided by the penalty, negative ones multiplied by it.
 
-    Keskar et al. 2019, "CTRL", with Hugging Face's rule for negative logits.
+    Keskar et al. 2019, "CTRL", with Hugging Face's rule for negative logits. What is finite stays so.
     """
-    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    penalty = _divisor(penalty)
+    moved = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(seen, jnp.where(jnp.isinf(logits), logits, jnp.clip(moved, -_MOST, _MOST)), logits)
 
 
 def keep_top_k(logits: NextLogits, k: int) -> NextLogits:
@@ -186,13 +207,6 @@ def keep_min_p(logits: NextLogits, min_p: float) -> NextLogits:
     return jnp.where(probabilities < min_p * probabilities.max(axis=-1, keepdims=True), -jnp.inf, logits)
 
 
-def _require(holds: bool, name: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
-
-
-def _is_count(value: Any) -> bool:
-    try:
-        return operator.index(value) >= 1
-    except TypeError:
-        return False
+def _divisor(number: float) -> float:
+    """The nearest one that a device has in full precision, and its reciprocal."""
+    return min(max(float(number), _LEAST), 1 / _LEAST)

@@ -114,9 +114,21 @@ class Tokenizer:
         """The ids that come before the first token of a text: `bos_id` or nothing."""
         return [self.bos_id] if add_bos and self.adds_bos and self.bos_id is not None else []
 
-    def decode(self, ids: Sequence[int] | TokenIds, skip_special: bool = True) -> str:
-        """The text of token ids [T]; bytes that are no UTF-8 appear as U+FFFD. Special tokens are left out."""
-        return self._fast.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+    def decode(self, ids: Any, skip_special: bool = True) -> str:
+        """The text of token ids [T]; bytes that are no UTF-8 appear as U+FFFD. Special tokens are left out; so
+        is -1, which fills up rows that have ended.
+
+        Raises:
+          ValueError: anything but whole numbers from -1 up, in a sequence.
+        """
+        given = np.asarray(ids)
+        if given.ndim != 1 or (
+            given.size and (given.dtype.kind not in "iu" or given.min() < -1 or given.max() >= 2**31)
+        ):
+            raise ValueError(
+                f"token ids are whole numbers from 0, and -1 for nothing, in a sequence [T], not {ids!r:.60}"
+            )
+        return self._fast.decode(given[given >= 0].tolist(), skip_special_tokens=skip_special)
 
     def is_special(self, token: int | np.integer) -> bool:
         """Whether a token is a mark (begin, end, turn, ...) and not text."""

@@ -31,8 +31,9 @@ from jaxcompress.generation.sampling import remember
 from jaxcompress.models.bounded import Block, Stage, check_mode, read_block
 from jaxcompress.models.llava import Llava, crops_of, expand_placeholders, picture_index, visual_index
 from jaxcompress.policies.base import Placement, Policy
+from jaxcompress.scalars import whole
 from jaxcompress.state import State
-from jaxcompress.vision.encoders import whole
+from jaxcompress.vision.encoders import whole as every_patch
 from jaxcompress.vision.method import Encoded, Method
 from jaxcompress.vision.reading import read_encoded
 
@@ -51,34 +52,55 @@ class Seen(NamedTuple):
 
 def look(
     model: Llava,
-    pixels: Float[np.ndarray, "crops channels side side"] | Array,
-    sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+    pixels: Float[np.ndarray, "crops channels height width"] | Array | Sequence[Any],
+    sizes: Sequence[Any] | None = None,
 ) -> Seen:
-    """Shows pictures to the model: all their visual tokens.
+    """Shows pictures to the model: all their visual tokens. A row may have none, and so may all.
 
     Args:
       pixels: [crops, channels, side, side], of all pictures of all rows one after the other (see
         `jaxcompress.vision.pictures`).
-      sizes: for each row, (height, width) of each of its pictures before processing; by default one in each row, as
-        many rows as crops (LLaVA-1.5).
+      sizes: for each row, (height, width) of each of its pictures before processing, [] for a row without pictures; by
+        default one in each row, as many rows as crops (LLaVA-1.5).
 
     Raises:
-      ValueError: another number of crops than pictures of these sizes have.
+      ValueError: no rows, sizes that are none, pixels of another shape, another number of crops than pictures of these
+        sizes have.
     """
     config = model.config
+    side, channels = config.tower.image_size, config.tower.channels
+    pixels = jnp.asarray(pixels, jnp.float32)
+    if not len(pixels):
+        pixels = pixels.reshape(0, channels, side, side)
+    if pixels.shape[1:] != (channels, side, side):
+        raise ValueError(f"pixels must be [crops, {channels}, {side}, {side}], not {list(pixels.shape)}")
     if sizes is None:
         if config.pinpoints:
             raise ValueError("LLaVA-NeXT lays tiles out by the size of the picture; give sizes")
-        side = config.tower.image_size
         sizes = [[(side, side)]] * len(pixels)
+    sizes = _checked(sizes)
     crops = [[crops_of(config, size) for size in row] for row in sizes]
     total = sum(map(sum, crops))
     if total != len(pixels):
         raise ValueError(f"{len(pixels)} crops were given for pictures that have {total}; give those of every picture")
     rows = [[picture_index(config, size) for size in row] for row in sizes]
     index = visual_index(rows, crops, config.tokens_per_crop)
-    visual = _look(model, jnp.asarray(pixels, jnp.float32), jnp.asarray(index))
+    if not total:  # the tower has nothing to see; one visual token that nobody reads
+        visual = jnp.zeros((*index.shape, config.decoder.hidden_size), model.decoder.embedding[...].dtype)
+    else:
+        visual = _look(model, pixels, jnp.asarray(index))
     return Seen(visual, tuple(tuple(len(picture) for picture in row) for row in rows))
+
+
+def _checked(sizes: Sequence[Any]) -> list[list[tuple[int, int]]]:
+    if not len(sizes):
+        raise ValueError("no rows were given; a row without pictures has the sizes []: look(model, [], [[]])")
+    out = []
+    for number, row in enumerate(sizes):
+        if np.ndim(row) == 0 or any(np.shape(size) != (2,) for size in row):
+            raise ValueError(f"row {number} has the sizes {row!r}; give a list with (height, width) of each picture")
+        out.append([(whole(size[0], "a height", least=1), whole(size[1], "a width", least=1)) for size in row])
+    return out
 
 
 @jax.jit
@@ -180,14 +202,16 @@ def laid_out(seen: Seen, method: Method) -> Encoded:
       seen: from `look`, one picture in each row.
 
     Raises:
-      ValueError: several pictures in a row, or a method that acts in the tower, which goes crop by crop (`encode`).
+      ValueError: not one picture in each row, or a method that acts in the tower, which goes crop by crop (`encode`).
     """
-    if method.encode is not whole:
+    if method.encode is not every_patch:
         raise ValueError(
             f"{method.name} acts in the tower, crop by crop and without newlines; use `jaxcompress.vision.encode`"
         )
-    if max(map(len, seen.counts)) > 1:
-        raise ValueError("methods choose among the tokens of one picture in each row; use `prefill_visual` for several")
+    if any(len(counts) != 1 for counts in seen.counts):
+        raise ValueError(
+            "methods choose among the tokens of one picture in each row; use `prefill_visual` for several, or none"
+        )
     b, m = seen.visual.shape[:2]
     there = jnp.arange(m, dtype=jnp.int32) < jnp.array([sum(counts) for counts in seen.counts])[:, None]
     place = jnp.where(there, jnp.arange(m, dtype=jnp.int32), -1)

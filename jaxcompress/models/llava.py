@@ -219,7 +219,7 @@ def visual_index(
             line.append(np.where(index >= 0, index + at * tokens_per_crop, index))
             at += count
         lines.append(np.concatenate(line))
-    out = np.full((len(lines), max(1, *(len(line) for line in lines))), NOTHING, np.int32)
+    out = np.full((len(lines), max([1, *map(len, lines)])), NOTHING, np.int32)
     for row, line in zip(out, lines, strict=True):
         row[: len(line)] = line
     return out

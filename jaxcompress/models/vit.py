@@ -231,9 +231,11 @@ class VisionTower(nnx.Module):
         """Patches in raster order after the special tokens, before the first layer.
 
         Raises:
-          ValueError: pixels of another size or number of channels.
+          ValueError: no images, or pixels of another size or number of channels.
         """
         c = self.config
+        if not pixels.shape[0]:
+            raise ValueError("no images were given; a prompt without pictures needs no tower")
         if pixels.shape[1:] != (c.channels, c.image_size, c.image_size):
             given, expected = list(pixels.shape[1:]), [c.channels, c.image_size, c.image_size]
             raise ValueError(f"the tower sees images of {expected}, not {given}; use the checkpoint's image processor")

@@ -3,14 +3,21 @@
 Words cost different numbers of tokens, so the best n tokens are rarely whole words: the last one does not fit. The
 gap is closed among the words around the threshold, by dynamic programming over this small core (the idea of Pisinger
 1997 for the knapsack problem), so that no word far from the threshold is touched.
+
+How many tokens the words of a core can have is told by the bits of one integer, so that only the core that does it is
+filled. Of a large core few words are open: the best filling is near the one by score per token (Eisenbrand & Weismantel
+2019, theorem 3.1).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 CORE = 16  # words around the threshold among which the gap is closed; doubled until it can be
+_TABLE = 1 << 16  # bytes of the table that a dynamic programme keeps; a larger one is halved
 
 
 def best_first(scores: Float[np.ndarray, " W"]) -> Int[np.ndarray, " W"]:
@@ -22,6 +29,12 @@ def best_first(scores: Float[np.ndarray, " W"]) -> Int[np.ndarray, " W"]:
 
 def choose(scores: Float[np.ndarray, " W"], costs: Int[np.ndarray, " W"], n: int) -> Bool[np.ndarray, " W"]:
     """The words that stay: the best ones, whose costs add up to n, or to the most below n that any words do.
+
+    Those that fit in the order of their scores stay as they are if they have so many; else the smallest core around
+    the threshold with words of so many is filled with those of its words whose scores have the largest sum.
+
+    Memory grows in proportion to the words and n, and so does time, but for sorting; it takes longer only where words
+    far from the threshold are needed and some of them cost hundreds of tokens.
 
     Args:
       scores: higher stays, +inf always, -inf never.
@@ -36,39 +49,130 @@ def choose(scores: Float[np.ndarray, " W"], costs: Int[np.ndarray, " W"], n: int
     kept[order[:fits]] = True
     if running[fits] == n or fits == len(order):
         return kept
-    protected = int(np.isposinf(scores).sum())
-    half, best = CORE // 2, int(running[fits])
+    protected, most, smallest = int(np.isposinf(scores).sum()), int(running[fits]), None
+    for start, stop in _cores(fits, protected, len(order)):
+        reached = int(running[start]) + reachable(costs[order[start:stop]], n - int(running[start]))
+        if reached > most:
+            most, smallest = reached, (start, stop)
+        if most == n:
+            break
+    if smallest is not None:
+        core = order[slice(*smallest)]
+        values = np.where(np.isnan(scores[core]), np.finfo(np.float32).min, scores[core]).astype(np.float64)
+        kept[core] = fill(values, costs[core], most - int(running[smallest[0]]))
+    return kept
+
+
+def _cores(fits: int, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Ever larger ranges of words around the threshold, to all of them."""
+    half = CORE // 2
     while True:
-        start, stop = max(protected, fits - half), min(len(order), fits + half)
-        core = order[start:stop]
-        taken, reached = _fill(scores[core].astype(np.float64), costs[core], n - int(running[start]))
-        if reached + running[start] > best:
-            kept[core] = taken
-            best = int(reached + running[start])
-        if best == n or (start == protected and stop == len(order)):
-            return kept
+        start, stop = max(first, fits - half), min(last, fits + half)
+        yield start, stop
+        if (start, stop) == (first, last):
+            return
         half *= 2
 
 
-def _fill(values: np.ndarray, costs: np.ndarray, room: int) -> tuple[np.ndarray, int]:
-    """Which items have the largest sum of values among those that fill the most of the room, and how much that is."""
-    most = min(room, int(costs.sum()))
-    best = np.full(most + 1, -np.inf)
-    best[0] = 0.0
-    took = np.zeros((len(costs), most + 1), bool)
-    for n, (value, cost) in enumerate(zip(values.tolist(), costs.tolist(), strict=True)):
-        if cost > most:
-            continue
-        with_it = best[: most + 1 - cost] + value
-        took[n, cost:] = with_it > best[cost:]
-        best[cost:] = np.where(took[n, cost:], with_it, best[cost:])
-    reached = int(np.flatnonzero(np.isfinite(best))[-1])
-    taken, left = np.zeros(len(costs), bool), reached
+def reachable(costs: Int[np.ndarray, " N"], room: int) -> int:
+    """The most that any items cost together within the room."""
+    counts = np.bincount(costs[costs <= room])
+    each = np.flatnonzero(counts[1:]) + 1
+    unit = int(np.gcd.reduce(each)) or 1
+    room //= unit
+    sums, within = 1, (1 << (room + 1)) - 1  # bit s: some items cost s units together
+    for cost, count in zip((each // unit).tolist(), counts[each].tolist(), strict=True):
+        left, part = min(count, room // cost), 1
+        while left:  # 1, 2, 4, ... and the rest: every number up to `left` is a sum of some of these
+            part = min(part, left)
+            sums |= (sums << (cost * part)) & within
+            left, part = left - part, 2 * part
+    return (sums.bit_length() - 1) * unit
+
+
+def fill(values: Float[np.ndarray, " N"], costs: Int[np.ndarray, " N"], room: int) -> Bool[np.ndarray, " N"]:
+    """Which items have the largest sum of values among those that cost exactly the room.
+
+    Args:
+      values: descending.
+      room: what some items cost together.
+    """
+    if len(costs) * (room + 1) <= _TABLE:
+        return _from_table(values, costs, room)
+    taken = (costs == 0) & (values > 0)
+    at = np.flatnonzero(costs)
+    unit = int(np.gcd.reduce(costs))
+    values, costs, room = values[at], costs[at] // unit, room // unit
+    settled, unsure = _near(values, costs, room)
+    taken[at[settled]] = True
+    taken[at[unsure]] = _exactly(values[unsure], costs[unsure], room - int(costs[settled].sum()))
+    return taken
+
+
+def _near(
+    values: Float[np.ndarray, " N"], costs: Int[np.ndarray, " N"], room: int
+) -> tuple[Bool[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
+    """Items that are in the best filling, and those of which this is open.
+
+    Some best filling takes of every cost the items with the highest values. Where it differs from the filling by value
+    per cost, no items that it has more cost together what some cost that it has less: they could be changed back
+    without loss. So of items that cost up to h, fewer than 2 h differ until all others are on one side, and these cost
+    together no more than h, the dearest item, and all items above h: for every h, of which the best is taken.
+    """
+    by_density = np.argsort(-values / costs, kind="stable")
+    first = by_density[np.cumsum(costs[by_density]) <= room]  # up to the one that does not fit, since costs are above 0
+    each, kind, counts = np.unique(costs, return_inverse=True, return_counts=True)
+    rank = np.empty(len(costs), np.int64)  # among those of the same cost
+    rank[np.argsort(kind, kind="stable")] = np.arange(len(costs)) - np.repeat(np.cumsum(counts) - counts, counts)
+    past = rank - np.bincount(kind[first], minlength=len(counts))[kind]
+    above = costs.sum() - np.cumsum(each * counts)
+    differ = (2 * each + (each + each[-1] + above) // each[:, None]).min(1)
+    reach = np.minimum(differ, 2 * each[-1])[kind]
+    return past < -reach, (past >= -reach) & (past < reach)
+
+
+def _exactly(values: Float[np.ndarray, " N"], costs: Int[np.ndarray, " N"], room: int) -> Bool[np.ndarray, " N"]:
+    """`fill` by dynamic programming. A table that is too large is halved (Hirschberg 1975): what each half costs in
+    the best filling is found first."""
+    if len(costs) < 2 or len(costs) * (room + 1) <= _TABLE:
+        return _from_table(values, costs, room)
+    half = len(costs) // 2
+    parts = (values[:half], costs[:half]), (values[half:], costs[half:])
+    left, right = (_best_sums(*part, room) for part in parts)
+    split = int(np.argmax(left + right[::-1]))
+    return np.concatenate([_exactly(*parts[0], split), _exactly(*parts[1], room - split)])
+
+
+def _from_table(values: Float[np.ndarray, " N"], costs: Int[np.ndarray, " N"], room: int) -> Bool[np.ndarray, " N"]:
+    took = np.zeros((len(costs), room + 1), bool)
+    _best_sums(values, costs, room, took)
+    taken, left = np.zeros(len(costs), bool), room
     for n in range(len(costs) - 1, -1, -1):
         if took[n, left]:
             taken[n] = True
             left -= int(costs[n])
-    return taken, reached
+    return taken
+
+
+def _best_sums(
+    values: Float[np.ndarray, " N"],
+    costs: Int[np.ndarray, " N"],
+    room: int,
+    took: Bool[np.ndarray, "N S"] | None = None,
+) -> Float[np.ndarray, " S"]:
+    """The largest sum of values of items that cost exactly s, for s from 0 to the room; -inf where none do. Notes in
+    `took` which item is the last of them."""
+    best, top = np.full(room + 1, -np.inf), 0
+    best[0] = 0.0
+    for n, (value, cost) in enumerate(zip(values.tolist(), costs.tolist(), strict=True)):
+        top = min(room, top + cost)
+        if cost > room:
+            continue
+        with_it = best[: top + 1 - cost] + value
+        if took is not None:
+            took[n, cost : top + 1] = with_it > best[cost : top + 1]
+        np.maximum(best[cost : top + 1], with_it, out=best[cost : top + 1])
+    return best
 
 
 def apportion(
@@ -89,8 +193,7 @@ def apportion(
             break
         share[below], fixed = least[below], fixed | below
     whole = np.floor(share + 1e-9).astype(np.int64)
-    for unit in np.argsort(whole - share, kind="stable"):
-        if whole.sum() >= total:
-            break
-        whole[unit] += whole[unit] < weights[unit]
+    by_remainder = np.argsort(whole - share, kind="stable")
+    room = by_remainder[whole[by_remainder] < weights[by_remainder]]
+    whole[room[: max(0, total - int(whole.sum()))]] += 1
     return whole

@@ -30,9 +30,10 @@ from jaxcompress.prompt.official import OfficialCompressor
 from jaxcompress.prompt.scoring import score
 from jaxcompress.prompt.tokenizer import EncoderTokenizer, Subwords
 from jaxcompress.prompt.words import Spans, align, of_words, owners, segment
+from jaxcompress.scalars import Number, share, whole
 
 Scope = Literal["chunk", "document", "corpus"]
-Rate = float | int
+Rate = Number
 SEPARATOR = "\n\n"  # between contexts
 _CORRECTIONS = 6  # of the budget, where tokens of a text are not the sum of its words'
 _FILLERS = 24  # words tried for what is then still missing
@@ -48,9 +49,9 @@ class Contexts(NamedTuple):
       force: indices of contexts that stay in any case, and count.
     """
 
-    rate: float | None = None
-    count: int | None = None
-    tokens: int | None = None
+    rate: Number | None = None
+    count: Number | None = None
+    tokens: Number | None = None
     force: tuple[int, ...] = ()
 
 
@@ -175,7 +176,7 @@ class Compressor:
         contexts: str | Sequence[str],
         *,
         rate: Rate | Sequence[Rate] | None = None,
-        tokens: int | None = None,
+        tokens: Number | None = None,
         scope: Scope = "document",
         force: Sequence[str] = (),
         digits: bool = False,
@@ -210,7 +211,7 @@ class Compressor:
         texts = [contexts] if isinstance(contexts, str) else list(contexts)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a context is a string; give one or a list of them")
-        _rates(rate, tokens, len(texts))  # before anything is computed
+        rate, tokens = _asked(rate, tokens, len(texts))  # before anything is computed
         options: dict[str, Any] = dict(force=protect.checked(force), digits=digits, drop_consecutive=drop_consecutive)
         return self.select(self.score(texts, word), rate=rate, tokens=tokens, scope=scope, filter=filter, **options)
 
@@ -219,7 +220,7 @@ class Compressor:
         scored: Sequence[Scored],
         *,
         rate: Rate | Sequence[Rate] | None = None,
-        tokens: int | None = None,
+        tokens: Number | None = None,
         scope: Scope = "document",
         force: Sequence[str] = (),
         digits: bool = False,
@@ -231,7 +232,7 @@ class Compressor:
         Example:
           >>> mine = [one._replace(probabilities=of_my_own(one)) for one in compressor.score(texts)]  # doctest: +SKIP
         """
-        rates = _rates(rate, tokens, len(scored))
+        rates, tokens = _asked(rate, tokens, len(scored))
         if scope not in ("chunk", "document", "corpus"):
             raise ValueError(f"unknown scope {scope!r}; known: 'chunk', 'document', 'corpus'")
         force = protect.checked(force)
@@ -278,21 +279,20 @@ class Compressor:
         given = [filter.rate, filter.count, filter.tokens]
         if sum(item is not None for item in given) != 1:
             raise ValueError(f"a filter of contexts needs one of rate, count and tokens, not {filter}")
-        if filter.rate is not None and not 0 < filter.rate <= 1:
-            raise ValueError(f"a filter's rate must be in (0, 1], not {filter.rate}")
-        if (number := filter.count if filter.count is not None else filter.tokens) is not None and number < 1:
-            raise ValueError(f"a filter's count or tokens must be at least 1, not {number}")
+        rate = None if filter.rate is None else share(filter.rate, "a filter's rate", of="contexts")
+        count = None if filter.count is None else whole(filter.count, "a filter's count", least=1)
+        tokens = None if filter.tokens is None else whole(filter.tokens, "a filter's tokens", least=1)
         if outside := [i for i in filter.force if not 0 <= i < len(scored)]:
             raise ValueError(f"there is no context {outside[0]}: there are {len(scored)}, counted from 0")
         means = np.array([one.probabilities.mean() if len(one.spans) else 0.0 for one in scored], np.float32)
         means[list(filter.force)] = np.inf
-        if filter.tokens is not None:
+        if tokens is not None:
             order = best_first(means)
             sizes = np.cumsum([scored[i].tokens for i in order])
-            number = int(np.searchsorted(sizes, filter.tokens, side="right"))
-        else:
-            number = filter.count if filter.rate is None else int(filter.rate * len(scored) + 0.5)
-        return choose(means, np.ones(len(scored), np.int64), max(number or 0, 1, len(set(filter.force))))
+            count = int(np.searchsorted(sizes, tokens, side="right"))
+        elif rate is not None:
+            count = int(rate * len(scored) + 0.5)
+        return choose(means, np.ones(len(scored), np.int64), max(count or 0, 1, len(set(filter.force))))
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class _Job:
     scope: Scope
     memo: dict[Any, Any] = field(default_factory=dict)  # of what a correction of the budget leaves as it was
 
-    def run(self, rates: list[Rate] | None, tokens: int | None) -> Compressed:
+    def run(self, rates: list[float] | None, tokens: int | None) -> Compressed:
         before = [one.tokens for one in self.scored]
         least = self._least()
         if tokens is not None and sum(least) > tokens:
@@ -435,8 +435,8 @@ class _Job:
         sums = lambda values: np.bincount(chunk, values, minlength=int(chunk.max()) + 1).astype(np.int64)
         least = sums(one.costs * np.isposinf(one.scores) * ~self._repeated(one, np.isposinf(one.scores)))
         able = sums(one.costs * ~np.isneginf(one.scores))
-        for n, part in enumerate(apportion(share, able, least).tolist()):
-            inside = chunk == n
+        members = np.split(np.argsort(chunk, kind="stable"), np.cumsum(np.bincount(chunk))[:-1])
+        for inside, part in zip(members, apportion(share, able, least).tolist(), strict=True):
             kept[inside] = self._keep(one.part(inside), part)
         return kept
 
@@ -489,30 +489,29 @@ class _Words(NamedTuple):
     places: list[tuple[str, int, int]]
     document: np.ndarray
 
-    def part(self, inside: np.ndarray) -> _Words:
-        places = [self.places[w] for w in np.flatnonzero(inside)] if self.places else []
+    def part(self, inside: Int[np.ndarray, " N"]) -> _Words:
+        places = [self.places[w] for w in inside.tolist()] if self.places else []
         return _Words(self.scores[inside], self.costs[inside], places, self.document[inside])
 
 
-def _rates(rate: Rate | Sequence[Rate] | None, tokens: int | None, texts: int) -> list[Rate] | None:
-    """One for each text, or None where a number of tokens is given."""
+def _asked(
+    rate: Rate | Sequence[Rate] | None, tokens: Number | None, texts: int
+) -> tuple[list[float] | None, int | None]:
+    """A rate for each text, or a number of tokens of all."""
     if tokens is not None:
         if rate is not None:
             raise ValueError("give a rate or a number of tokens, not both")
-        if tokens < 1:
-            raise ValueError(f"tokens must be at least 1, not {tokens}")
-        return None
-    rate = 0.5 if rate is None else rate
-    rates = [rate] * texts if isinstance(rate, int | float) else list(rate)
+        return None, whole(tokens, "tokens", least=1)
+    given: Any = 0.5 if rate is None else rate
+    if np.ndim(given) == 0:
+        return [share(given)] * texts, None
+    rates = [share(one) for one in given]
     if len(rates) != texts:
         raise ValueError(f"there are {len(rates)} rates for {texts} contexts; give one for all or one for each")
-    for one in [rate] if isinstance(rate, int | float) else rates:
-        if not 0 < one <= 1:
-            raise ValueError(f"a rate must be in (0, 1], the share of tokens that stays, not {one}")
-    return rates
+    return rates, None
 
 
-def _share(rate: Rate, tokens: int) -> int:
+def _share(rate: float, tokens: int) -> int:
     return min(tokens, max(1, int(rate * tokens + 0.5)))
 
 

@@ -15,9 +15,10 @@ from jaxcompress.prompt.information import Context, Read, Reader, per_unit
 from jaxcompress.prompt.surface import Word, words_of
 from jaxcompress.prompt.word_scores import Scored, Scorer, Scores, chosen
 from jaxcompress.prompt.words import align
+from jaxcompress.scalars import Number, share
 
 
-def llmlingua(reader: Reader, *, rate: float = 0.5, before: str = "") -> Scorer:
+def llmlingua(reader: Reader, *, rate: Number = 0.5, before: str = "") -> Scorer:
     """Perplexity given the compressed prefix.
 
       score(word) = mean over its tokens of -log p(token | before, kept words of earlier segments, this segment so far)
@@ -31,16 +32,16 @@ def llmlingua(reader: Reader, *, rate: float = 0.5, before: str = "") -> Scorer:
     Raises:
       ValueError: a rate outside (0, 1].
     """
-    _check_rate(rate)
+    stays = share(rate, of="words")
 
     def score(text: str) -> Scored:
         (start,) = _starts(reader, [before])
-        return _iterate(reader, text, [start], lambda nats: nats[0], rate, "llmlingua")
+        return _iterate(reader, text, [start], lambda nats: nats[0], stays, "llmlingua")
 
     return score
 
 
-def contrastive(reader: Reader, question: str, *, rate: float = 0.5) -> Scorer:
+def contrastive(reader: Reader, question: str, *, rate: Number = 0.5) -> Scorer:
     """LongLLMLingua's question-aware score (Jiang et al. 2024, section 4.2): what the question makes more likely.
 
       score(word) = mean -log p(token | prefix) - mean -log p(token | question, prefix)
@@ -51,13 +52,13 @@ def contrastive(reader: Reader, question: str, *, rate: float = 0.5) -> Scorer:
     Raises:
       ValueError: a rate outside (0, 1], or an empty question.
     """
-    _check_rate(rate)
+    stays = share(rate, of="words")
     if not question.strip():
         raise ValueError("the question is empty; without one there is nothing to contrast: use llmlingua")
 
     def score(text: str) -> Scored:
         starts = _starts(reader, ["", question + "\n"])
-        return _iterate(reader, text, starts, lambda nats: nats[0] - nats[1], rate, "contrastive")
+        return _iterate(reader, text, starts, lambda nats: nats[0] - nats[1], stays, "contrastive")
 
     return score
 
@@ -125,8 +126,3 @@ def _touching(words: Sequence[Word], places: np.ndarray) -> np.ndarray:
     for word in words:
         touched |= (places[:, 1] > word.start) & (places[:, 0] < word.end)
     return touched
-
-
-def _check_rate(rate: float) -> None:
-    if not 0 < rate <= 1:
-        raise ValueError(f"a rate lies in (0, 1], {rate} does not: it is the share of words that stays")

@@ -17,6 +17,7 @@ from jaxcompress.prompt.information import Reader
 from jaxcompress.prompt.llmlingua import after, contrastive
 from jaxcompress.prompt.surface import Word, words_of
 from jaxcompress.prompt.word_scores import Kept, Scorer, keep
+from jaxcompress.scalars import Number, number, share
 
 RESTRICT = " We can get the answer to this question in the given documents."
 """Said after the question when documents are ranked (the paper's, section 4.1)."""
@@ -84,9 +85,9 @@ def long_llmlingua(
     documents: Sequence[str],
     question: str,
     *,
-    rate: float,
-    spread: float = 0.3,
-    room: float = 1.4,
+    rate: Number,
+    spread: Number = 0.3,
+    room: Number = 1.4,
     order: Order = "ends",
     scorer: Scorer | None = None,
 ) -> Shortened:
@@ -102,10 +103,11 @@ def long_llmlingua(
     Raises:
       ValueError: no documents, an empty question, a rate outside (0, 1], or a room below 1.
     """
-    if not documents:
+    if isinstance(documents, str):
+        raise ValueError("documents are a list of texts, not one text; write [document]")
+    if not len(documents):
         raise ValueError("no documents were given")
-    if not 0 < rate <= 1:
-        raise ValueError(f"a rate lies in (0, 1], {rate} does not: it is the share of words that stays")
+    rate, spread, room = share(rate, of="words"), number(spread, "spread"), number(room, "room")
     if room < 1:
         raise ValueError(f"room is at least 1 (the words that may stay), not {room}")
     scorer = contrastive(reader, question, rate=rate) if scorer is None else scorer

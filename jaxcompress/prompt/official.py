@@ -29,7 +29,7 @@ from tokenizers import AddedToken
 
 from jaxcompress.models.encoder import Encoder
 from jaxcompress.prompt.scoring import score
-from jaxcompress.prompt.tokenizer import EncoderTokenizer, read_tokenizer
+from jaxcompress.prompt.tokenizer import EncoderTokenizer, encodings_of, read_tokenizer
 
 MAX_TOKENS = 512
 MAX_FORCED = 100
@@ -229,7 +229,7 @@ class OfficialCompressor:
         return _Tokens(starts, pure, digit, text)
 
     def _pieces(self, texts: Sequence[str]) -> list[list[str]]:
-        return [encoding.tokens for encoding in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+        return [encoding.tokens for encoding in encodings_of(self._fast, texts)]
 
     def _chunks(self, texts: Sequence[str], ends: set[str]) -> list[list[str]]:
         return [self._cut(pieces, ends) for pieces in self._pieces(texts)]

@@ -9,6 +9,7 @@ from typing import Any
 import regex
 
 from jaxcompress.prompt.compressor import Compressed, Compressor, Rate
+from jaxcompress.scalars import Number, share, whole
 
 WINDOW = 1 << 18  # characters
 # Where a window is cut, the best first: after a paragraph, a line, a sentence, a word.
@@ -21,7 +22,7 @@ def compress_stream(
     pieces: Iterable[str],
     *,
     rate: Rate = 0.5,
-    window: int = WINDOW,
+    window: Number = WINDOW,
     word: str = "mean",
     **options: Any,
 ) -> Iterator[Compressed]:
@@ -40,9 +41,8 @@ def compress_stream(
     Raises:
       ValueError: as `Compressor.compress`; a window below 1.
     """
-    if not 0 < rate <= 1:
-        raise ValueError(f"a rate must be in (0, 1], the share of tokens that stays, not {rate}")
-    if window < 1:
+    rate = share(rate)
+    if (window := whole(window, "a window")) < 1:
         raise ValueError(f"a window must have at least 1 character, not {window}")
     read = kept = 0
     gap = ""  # white space that has been read and not written

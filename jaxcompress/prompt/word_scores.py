@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from jaxcompress.prompt.budget import best_first, choose
 from jaxcompress.prompt.joining import join
 from jaxcompress.prompt.surface import Word
+from jaxcompress.scalars import Number, number, share, whole
 
 Scores = Float[np.ndarray, " W"]
 
@@ -60,7 +61,7 @@ class Kept(NamedTuple):
 
 
 def keep(
-    scored: Scored, *, rate: float | None = None, n: int | None = None, costs: Int[np.ndarray, " W"] | None = None
+    scored: Scored, *, rate: Number | None = None, n: Number | None = None, costs: Int[np.ndarray, " W"] | None = None
 ) -> Kept:
     """Keeps exactly so many words, those that score highest.
 
@@ -78,11 +79,8 @@ def keep(
     total = words if costs is None else int(costs.sum())
     if (rate is None) == (n is None):
         raise ValueError(f"give either rate or n, not {'neither' if rate is None else 'both'}")
-    if rate is not None and not 0 < rate <= 1:
-        raise ValueError(f"a rate lies in (0, 1], {rate} does not: it is the share that stays")
-    if n is not None and n < 0:
-        raise ValueError(f"at least 0 words stay, not {n}")
-    n = min(total, n if n is not None else int(np.floor(total * (rate or 0) + 0.5)))
+    asked = int(np.floor(total * share(rate, of="words") + 0.5)) if n is None else whole(n, "n, of words that stay,")
+    n = min(total, asked)
     protected = np.isposinf(scored.scores)
     least = int(protected.sum() if costs is None else costs[protected].sum())
     if least > n:
@@ -102,7 +100,7 @@ def ranks(scores: Scores) -> Scores:
     return places
 
 
-def mixed(*weighted: tuple[float, Scorer]) -> Scorer:
+def mixed(*weighted: tuple[Number, Scorer]) -> Scorer:
     """Mixes scorers of the same words by the weighted mean of their ranks.
 
         mixed((0.7, relevance_to(question)), (0.3, self_information(reader)))     # task-aware + task-agnostic
@@ -112,9 +110,10 @@ def mixed(*weighted: tuple[float, Scorer]) -> Scorer:
     Raises:
       ValueError: nothing to mix, weights that are negative or all 0, or (when called) scorers whose words differ.
     """
-    total = sum(weight for weight, _ in weighted)
-    if not weighted or any(weight < 0 for weight, _ in weighted) or total <= 0:
-        raise ValueError(f"weights must be positive, not {[weight for weight, _ in weighted]}")
+    weights = [number(weight, "a weight") for weight, _ in weighted]
+    total = sum(weights)
+    if min(weights, default=0.0) < 0 or total <= 0:
+        raise ValueError(f"weights must be positive, not {weights}")
 
     def score(text: str) -> Scored:
         all_scored = [scorer(text) for _, scorer in weighted]
@@ -122,9 +121,9 @@ def mixed(*weighted: tuple[float, Scorer]) -> Scorer:
         for other in all_scored[1:]:
             if other.words != first.words:
                 raise ValueError(f"{first.by} and {other.by} score different words; mix scorers of the same words")
-        scores = sum(w / total * ranks(one.scores) for (w, _), one in zip(weighted, all_scored, strict=True))
+        scores = sum(w / total * ranks(one.scores) for w, one in zip(weights, all_scored, strict=True))
         protected = np.any([np.isposinf(one.scores) for one in all_scored], axis=0)
-        by = " + ".join(f"{w / total:.2g} {one.by}" for (w, _), one in zip(weighted, all_scored, strict=True))
+        by = " + ".join(f"{w / total:.2g} {one.by}" for w, one in zip(weights, all_scored, strict=True))
         return Scored(text, first.words, np.where(protected, np.inf, scores).astype(np.float32), by)
 
     return score

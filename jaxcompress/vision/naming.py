@@ -7,6 +7,7 @@ from functools import cache, partial
 
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.llava import LlavaConfig
+from jaxcompress.scalars import Number, whole
 from jaxcompress.vision import encoders, fastv, fitprune, mustdrop, prefills, sparsevlm, uniform
 from jaxcompress.vision.dart import LAYER as DART_LAYER
 from jaxcompress.vision.method import Cut, Method, Rule
@@ -80,8 +81,7 @@ NAMES = ("full", *_NAMED, "mustdrop-decode", "mustdrop-thresholds")
 """Names that `named` knows."""
 
 
-@cache
-def named(name: str, keep: int | None = None) -> Method:
+def named(name: str, keep: Number | None = None) -> Method:
     """The method of a name, with published defaults.
 
     Args:
@@ -93,6 +93,11 @@ def named(name: str, keep: int | None = None) -> Method:
       ValueError: an unknown name, or a number that is missing, too much, or below 1. Whether it fits a model is checked
         where the model is known.
     """
+    return _named(name, None if keep is None else whole(keep, f"keep, the visual tokens that stay with {name},"))
+
+
+@cache
+def _named(name: str, keep: int | None) -> Method:
     if name == "full":
         return _without(name, keep, Method(name, encoders.whole))
     if name == "mustdrop-decode":
@@ -106,7 +111,7 @@ def named(name: str, keep: int | None = None) -> Method:
     return _NAMED[name](keep)._replace(name=name)
 
 
-def named_for_average(name: str, average: float | int, config: LlavaConfig, crops: int = 1) -> Method:
+def named_for_average(name: str, average: Number, config: LlavaConfig, crops: int = 1) -> Method:
     """The method that keeps `average` tokens over the decoder's layers, the way papers count.
 
     Raises:

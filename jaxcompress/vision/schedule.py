@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from jaxcompress.models.llava import LlavaConfig
+from jaxcompress.scalars import Number, number
 from jaxcompress.vision.choose import check_budget
 from jaxcompress.vision.method import Cut, Method, Rule
 
@@ -38,15 +39,15 @@ def cuts_down_to(rule: Rule, layers: Sequence[int], tokens: int, n: int) -> tupl
     return tuple(Cut(layer, keep, rule) for layer, keep in zip(layers, falling(tokens, n, len(layers)), strict=True))
 
 
-def for_average(make: Callable[[int], Method], average: float | int, config: LlavaConfig, crops: int = 1) -> Method:
+def for_average(make: Callable[[int], Method], average: Number, config: LlavaConfig, crops: int = 1) -> Method:
     """The method with the largest final number whose mean over layers is no more than `average`.
 
     Papers that drop in several layers report that mean.
 
     Raises:
-      ValueError: the layers before the first cut alone hold more.
+      ValueError: the layers before the first cut alone hold more, or an average that is no number.
     """
-    total = config.tower.num_patches * crops
+    average, total = number(average, "the average number of visual tokens"), config.tower.num_patches * crops
     fits = None
     low, high = 1, total
     while low <= high:

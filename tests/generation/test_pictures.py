@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import tracemalloc
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
 from jaxcompress.checkpoints import llava_config, load_tower
 from jaxcompress.checkpoints._load import read_json
+from jaxcompress.checkpoints._vision import image_processor
 from jaxcompress.generation.pictures import open_picture, process
 from jaxcompress.models.llava import LlavaConfig
 
@@ -45,8 +51,8 @@ def test_rgb_stays_as_it_is(tmp_path: Path) -> None:
 def test_grey_becomes_three_equal_channels(tmp_path: Path) -> None:
     grey = ramp(4, 6)
     expected = np.repeat(grey[..., None], 3, axis=2)
-    for given in (grey, grey[..., None], saved(tmp_path, Image.fromarray(grey))):
-        np.testing.assert_array_equal(open_picture(given), expected)
+    for picture in (grey, grey[..., None], saved(tmp_path, Image.fromarray(grey))):
+        np.testing.assert_array_equal(open_picture(picture), expected)
     np.testing.assert_array_equal(np.asarray(open_picture(grey > 100))[..., 1], (grey > 100) * 255)
 
 
@@ -61,12 +67,121 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
 def test_what_is_transparent_is_laid_on_white(tmp_path: Path) -> None:
     pixels = np.zeros((2, 3, 4), np.uint8)
     pixels[0, :, 3] = 255
-    for given in (pixels, saved(tmp_path, Image.fromarray(pixels))):
-        opened = np.asarray(open_picture(given))
+    for picture in (pixels, saved(tmp_path, Image.fromarray(pixels))):
+        opened = np.asarray(open_picture(picture))
         assert (opened[0] == 0).all()
         assert (opened[1] == 255).all()
     assert open_picture(saved(tmp_path, Image.new("P", (2, 2)), "p.gif")).mode == "RGB"
     assert open_picture(Image.new("CMYK", (2, 2))).mode == "RGB"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "mpo"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_stand_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """As an image viewer shows them, whatever opened them; and only once."""
+    image = Image.fromarray(np.repeat(np.repeat(ramp(2, 3, 3), 16, axis=0), 16, axis=1))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    more: dict[str, Any] = dict(save_all=True, append_images=[image]) if suffix == "mpo" else {}
+    image.save(path, exif=exif, **more)
+    with Image.open(path) as lazy:
+        expected = np.asarray(ImageOps.exif_transpose(lazy).convert("RGB"))
+    opened = open_picture(path)
+    assert opened.size == ((48, 32) if orientation < 5 else (32, 48))
+    np.testing.assert_array_equal(opened, expected)
+    with Image.open(path) as lazy:
+        np.testing.assert_array_equal(open_picture(lazy), expected)
+    np.testing.assert_array_equal(open_picture(opened), expected)
+    if suffix == "jpg":
+        done = process([path], clip_processor(), one_crop())
+        assert done.sizes == ((opened.height, opened.width),)
+        np.testing.assert_array_equal(done.pixels, process([opened], clip_processor(), one_crop()).pixels)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_is_none_turns_nothing(tmp_path: Path, orientation: int) -> None:
+    image = Image.fromarray(ramp(4, 6, 3))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(open_picture(tmp_path / "a.png"), image)
+    image.save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")  # which leads nowhere
+    np.testing.assert_array_equal(open_picture(tmp_path / "a.png"), image)
+
+
+MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "RGBX", "RGBa", "La",
+         "I;16", "I;16L", "I;16B", "I;16N")  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    opened = open_picture(Image.new(mode, (3, 2)))
+    assert (opened.mode, opened.size, opened.info) == ("RGB", (3, 2), {})
+    if mode not in ("YCbCr", "LAB"):  # whose zeros are green and nearly black
+        white = "a" in mode or "A" in mode or mode == "CMYK"  # nothing is seen, or no ink
+        assert np.asarray(opened)[0, 0].tolist() == [255 * white] * 3
+
+
+def test_half_transparent_colours_are_mixed_with_white() -> None:
+    pixels = ramp(8, 8, 4)
+    share = pixels[..., 3:] / 255
+    expected = np.rint(pixels[..., :3] * share + 255 * (1 - share))
+    np.testing.assert_array_equal(open_picture(pixels), expected)
+
+
+def test_sixteen_bits_in_any_order_of_bytes() -> None:
+    deep = (ramp(4, 6).astype(np.uint16) * 257 + 100).astype(np.uint16)
+    expected = np.repeat(np.rint(deep / 257)[..., None], 3, axis=2)
+    for picture in (deep, deep.astype(">u2"), Image.fromarray(deep), Image.fromarray(deep.astype(np.int32))):
+        np.testing.assert_array_equal(open_picture(picture), expected)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_the_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "lime", "blue")]
+    more: dict[str, Any] = dict(lossless=True) if suffix == "webp" else {}
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **more)
+    np.testing.assert_array_equal(open_picture(tmp_path / f"a.{suffix}"), frames[0])
+    with Image.open(tmp_path / f"a.{suffix}") as moving:
+        moving.seek(1)
+        np.testing.assert_array_equal(open_picture(moving), frames[1])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1)])
+def test_the_smallest_and_longest(size: tuple[int, int]) -> None:
+    assert open_picture(Image.new("RGB", size)).size == size
+    assert process([Image.new("RGB", size)], clip_processor(), one_crop()).pixels.shape == (1, 3, 28, 28)
+
+
+def _whole(format: str) -> bytes:
+    out, image = io.BytesIO(), Image.fromarray(ramp(9, 12, 3))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(out, format, **({} if format in ("GIF", "BMP", "PPM", "ICO", "TGA") else dict(exif=exif)))
+    return out.getvalue()
+
+
+WHOLE = [_whole(format) for format in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA")]
+changes = st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=4)), max_size=4)
+
+
+@given(st.sampled_from(WHOLE), st.integers(0, 2000), changes)
+def test_any_bytes_are_a_picture_or_a_clear_error(whole: bytes, end: int, changes: list[tuple[int, bytes]]) -> None:
+    data = bytearray(whole[:end])
+    for at, new in changes:
+        at %= len(data) + 1
+        data[at : at + len(new)] = new
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"jaxcompress-any-bytes-{os.getpid()}"
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about what it reads
+        try:
+            told = open_picture(path).mode
+        except ValueError as error:
+            told = str(error)
+    path.unlink()
+    assert told == "RGB" or str(path) in told
 
 
 def test_what_is_no_picture(tmp_path: Path) -> None:
@@ -86,6 +201,10 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
         open_picture(np.zeros((0, 4, 3), np.uint8))
     with pytest.raises(ValueError, match=r"0 x 4 pixels"):
         open_picture(Image.new("RGB", (0, 4)))
+    with pytest.raises(ValueError, match=r"the picture is of type bytes; give a file's path"):
+        open_picture(b"GIF89a")
+    with pytest.raises(ValueError, match="cannot be opened"):
+        open_picture("\0")
     with pytest.raises(ValueError, match=r"shape \[2, 3, 5\]"):
         open_picture(np.zeros((2, 3, 5), np.uint8))
     with pytest.raises(ValueError, match=r"outside 0..1: -1 to 1"):
@@ -106,6 +225,23 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
     with pytest.raises(ValueError, match="too large"):
         open_picture(path)
+
+
+def test_what_is_too_large_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a few kB that says it has 10,000 x 10,000 pixels."""
+    path = saved(tmp_path, Image.new("1", (10_000, 10_000)), "a.tif")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="too large"):
+        open_picture(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        lazy = Image.open(path)
+    with lazy, pytest.raises(ValueError, match=r"too large: 10000 x 10000 pixels are more than \d+"):
+        open_picture(lazy)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert open_picture(saved(tmp_path, Image.new("L", (20, 20)))).size == (20, 20)
 
 
 def clip_processor(side: int = 28):
@@ -151,6 +287,48 @@ def test_messages_say_which_picture() -> None:
     with pytest.raises(ValueError, match=r"makes images of \[3, 32, 32\], the tower sees \[3, 28, 28\]"):
         process([ramp(4, 4)], clip_processor(32), one_crop())
     assert process([], clip_processor(), one_crop()).pixels.shape == (0, 3, 28, 28)
+
+
+SETTINGS = ("size", "crop_size", "pad_size", "rescale_factor", "image_mean", "image_std", "resample", "do_resize",
+            "do_center_crop", "do_rescale", "do_normalize", "image_processor_type")  # fmt: skip
+settings = st.dictionaries(
+    st.sampled_from(SETTINGS),
+    st.none() | st.booleans() | st.integers(-1, 10**9) | st.floats() | st.just("x") | st.lists(st.floats(), max_size=3)
+    | st.dictionaries(st.sampled_from(["height", "width", "shortest_edge", "longest_edge"]), st.integers(-1, 10**7)),
+    max_size=2,
+)  # fmt: skip
+
+
+@given(settings)
+def test_any_settings_of_a_processor_are_taken_or_refused(tmp_path_factory: Any, changed: dict[str, Any]) -> None:
+    """Nothing is made larger than some times what the tower sees, and no number is NaN."""
+    from jaxcompress.embedded import vision_folder
+
+    folder = tmp_path_factory.mktemp("settings")
+    base = read_json(vision_folder() / "preprocessor_config.json")
+    config = llava_config(read_json(vision_folder() / "config.json"))
+    (folder / "preprocessor_config.json").write_text(json.dumps({**base, **changed}))
+    try:
+        pixels = process([ramp(20, 30, 3)], image_processor(folder), config).pixels
+        assert pixels.shape == (1, 3, 96, 96)
+        assert np.isfinite(pixels).all()
+    except ValueError:
+        pass
+
+
+def test_settings_that_belong_to_another_model() -> None:
+    with pytest.raises(ValueError, match="size has a side of 999999; the tower sees 28, so give 1 to 224"):
+        process([ramp(4, 4)], clip_processor(999999), one_crop())
+    with pytest.raises(ValueError, match="makes 1 crops of picture 0, the model sees 3"):
+        process([ramp(100, 30)], clip_processor(), next_config())
+    with pytest.raises(ValueError, match="must be the same"):
+        process([ramp(4, 4)], next_processor(), next_config(pinpoints=((28, 56),)))
+    dark = clip_processor()
+    dark.image_std = [0.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="numbers of picture 0 that are not finite; see image_mean"):
+        process([ramp(4, 4)], dark, one_crop())
+    with pytest.raises(ValueError, match="pictures are a list of pictures, not str"):
+        process("a.png", dark, one_crop())
 
 
 @needs_assets

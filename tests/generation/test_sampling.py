@@ -186,3 +186,31 @@ class TestMistakes:
             Sampler()(None, logits)
         with pytest.raises(ValueError, match="needs `seen`"):
             Sampler(repetition_penalty=1.1)(row_keys([0, 1]), logits)
+
+
+class TestExtremes:
+    """Settings at the ends of what a float can be, on logits of every size."""
+
+    LOGITS = jnp.array(
+        [[1.0, 5.0, -3.0, 5.0001], [-2.0, -1.0, -9.0, -4.0], [3e38, -3e38, 1.0, 0.0], [-jnp.inf, 5, 1, 2]]
+    )
+    BEST = (3, 1, 0, 1)
+
+    @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 5e-324])
+    @pytest.mark.parametrize(
+        "more", [{}, dict(top_p=0.9), dict(top_p=1e-300), dict(top_k=2, min_p=0.1), dict(top_k=10**9)]
+    )
+    def test_next_to_no_temperature_takes_the_best(self, temperature, more):
+        sampler = Sampler(temperature=temperature, **more)
+        assert not np.isnan(sampler.warp(self.LOGITS)).any()
+        np.testing.assert_array_equal(sampler(row_keys(range(4)), self.LOGITS), self.BEST)
+
+    def test_equally_good_tokens_stay_so(self):
+        flat = jnp.zeros((64, 2))
+        assert set(Sampler(temperature=1e-40)(row_keys(range(64)), flat).tolist()) == {0, 1}
+
+    @pytest.mark.parametrize("penalty", [1e-320, 1e-38, 1e38, 1e308])
+    @pytest.mark.parametrize("temperature", [0, 1e-38, 1, 1e300])
+    def test_any_penalty_leaves_a_distribution(self, penalty, temperature):
+        warped = Sampler(temperature=temperature, repetition_penalty=penalty).warp(self.LOGITS, self.LOGITS > -5)
+        np.testing.assert_allclose(softmax(warped).sum(-1), 1, rtol=1e-6)

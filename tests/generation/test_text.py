@@ -132,6 +132,16 @@ class TestTokenizer:
         assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (None, (), 0)
         assert tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
 
+    def test_what_fills_up_a_row_is_no_text(self, tmp_path):
+        byte_level().save(str(tmp_path / "tokenizer.json"))
+        tokenizer = Tokenizer(tmp_path)
+        ids = tokenizer.encode("Hello")
+        assert tokenizer.decode([*ids, -1, -1]) == tokenizer.decode(np.append(ids, -1)) == "Hello"
+        assert tokenizer.decode([]) == tokenizer.decode([-1]) == tokenizer.decode(np.zeros(0, np.int32)) == ""
+        for wrong in ([-2], [[5]], [1.0], ["5"], [2**31], [True]):
+            with pytest.raises(ValueError, match="token ids are whole numbers from 0"):
+                tokenizer.decode(wrong)
+
     @pytest.mark.parametrize("kind", MAKERS)
     @pytest.mark.parametrize("template", [True, False])
     def test_ids_and_text_are_those_of_transformers(self, tmp_path, kind, template):

@@ -15,7 +15,16 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress.prompt import Compressed, Compressor, Contexts
+from jaxcompress.prompt import (
+    Compressed,
+    Compressor,
+    Contexts,
+    Rule,
+    Segment,
+    compress_json,
+    compress_stream,
+    compress_structured,
+)
 from jaxcompress.prompt.budget import apportion, best_first, choose
 from jaxcompress.prompt.chunks import chunks
 from jaxcompress.prompt.joining import join
@@ -198,6 +207,11 @@ def test_names_of_special_tokens_are_text(compressor: Compressor) -> None:
         (ValueError, r"rate must be in \(0, 1\]", dict(rate=0)),
         (ValueError, r"rate must be in \(0, 1\]", dict(rate=1.5)),
         (ValueError, r"rate must be in \(0, 1\]", dict(rate=float("nan"))),
+        (ValueError, r"rate must be in \(0, 1\]", dict(rate=np.float32("nan"))),
+        (ValueError, r"rate must be in \(0, 1\]", dict(rate=True)),
+        (ValueError, r"rate must be in \(0, 1\]", dict(rate=np.array([[0.5]]))),
+        (ValueError, "tokens must be a whole number", dict(tokens=7.0)),
+        (ValueError, "tokens must be a whole number", dict(tokens=True)),
         (ValueError, "2 rates for 1 contexts", dict(rate=[0.5, 0.5])),
         (ValueError, "tokens must be at least 1, not 0", dict(tokens=0)),
         (ValueError, "not both", dict(tokens=5, rate=0.5)),
@@ -229,6 +243,57 @@ def test_any_text(bert: Compressor, text: str, n: int) -> None:
     assert result.tokens_after <= n
     assert bert.tokenizer.count(result.text) == result.tokens_after
     is_made_of(result)
+
+
+STRANGE = st.lists(
+    st.sampled_from(["[CLS]", "[SEP] ", "[PAD]", "</s>", "<mask>", "<|endoftext|>", "\0", "\ufeff", "\u200b", "\u200d",
+                     "\u2060", "\u202e", "\x1b[31m", "\u3000", "\r\n", "\t", " ", "x" * 200, "\u0301" * 40,
+                     "\u115f\u1160", "\U000e0001", "\ud800", "a\udfffb"])
+    | st.text(st.characters(exclude_categories=()), max_size=4),
+    max_size=8,
+).map("".join)  # fmt: skip
+WAYS: dict[str, Any] = {
+    "rate": lambda c, text: c.compress(text, rate=0.4).text,
+    "all": lambda c, text: c.compress(text, rate=1).text,
+    "corpus": lambda c, text: c.compress([text, "", text], tokens=1, scope="corpus", filter=Contexts(count=2)).text,
+    "chunk": lambda c, text: c.compress(text, scope="chunk", force=["x", " "], digits=True, drop_consecutive=True).text,
+    "another count": lambda c, text: replace(c, count=len).compress(text).text,
+    "stream": lambda c, text: "".join(part.text for part in compress_stream(c, [text, "", text], window=5)),
+    "parts": lambda c, text: compress_structured(c, [Segment(text, 0.3), Segment(text, 1)]).text,
+    "json": lambda c, text: compress_json(c, {text: [text, None, {"": text}]}, {text: Rule(remove=True)})[0],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(STRANGE)
+def test_strange_text_is_compressed_or_clearly_refused(bert: Compressor, way: str, text: str) -> None:
+    if re.search("[\ud800-\udfff]", text):
+        with pytest.raises(ValueError, match=r"U\+D[8-F].. at character \d+, half of a surrogate pair"):
+            WAYS[way](bert, text)
+    else:
+        WAYS[way](bert, text)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.array(0.5), jnp.float32(0.5)], ids=repr)
+def test_rates_of_every_type(bert: Compressor, number: Any) -> None:
+    expected = bert.compress(OTHER, rate=0.5).text
+    assert bert.compress(OTHER, rate=number).text == bert.compress([OTHER], rate=[number]).text == expected
+    assert "".join(part.text for part in compress_stream(bert, [OTHER], rate=number)) == expected
+    kept = bert.compress([OTHER, TEXT], filter=Contexts(rate=number)).documents
+    assert sum(bool(document.kept.any()) for document in kept) == 1
+    for tokens in (np.int64(7), np.array(7), jnp.int32(7)):
+        assert bert.compress(OTHER, tokens=tokens).tokens_after == 7
+
+
+def test_nothing_to_compress(bert: Compressor) -> None:
+    for scope in ("chunk", "document", "corpus"):
+        for nothing in ([], [""], ["", " \n"], ""):
+            result = bert.compress(nothing, scope=scope)
+            assert (result.text, result.tokens_after, result.ratio, result.saved) == ("", 0, 1.0, 0)
+    assert list(compress_stream(bert, [])) == list(compress_stream(bert, ["", " "])) == []
+    assert compress_structured(bert, "").text == compress_structured(bert, []).text == ""
+    for value in ({}, [], None, 3.5, "", {"": [[]]}):
+        assert compress_json(bert, value)[0] == value
 
 
 @given(st.lists(st.sampled_from([0.0, -0.0, 0.25, 0.5, np.inf, -np.inf, np.nan]), min_size=1, max_size=20))

@@ -1,0 +1,54 @@
+"""Batches in which rows have pictures, or none has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_llava import loaded, pictures
+
+from jaxcompress.generation.visual import laid_out, look, prompt
+from jaxcompress.vision import encode, named
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_batch_without_any_picture(name: str, rows: int) -> None:
+    model, config = loaded(name).model, loaded(name).config
+    side, channels = config.tower.image_size, config.tower.channels
+    for pixels in ([], np.zeros((0, channels, side, side), np.float32)):
+        nothing = look(model, pixels, [[]] * rows)
+        assert nothing.counts == ((),) * rows
+        assert nothing.visual.shape == (rows, 1, config.decoder.hidden_size)
+
+
+def test_a_prompt_without_pictures_is_text() -> None:
+    model = loaded("llava").model
+    given = prompt(model, [[5, 6, 7, 8], [9, 10]], look(model, [], [[], []]))
+    assert (given.patch == -1).all()
+    assert given.positions.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1]]
+    embedded = model.embed(given.tokens, look(model, [], [[], []]).visual)
+    np.testing.assert_array_equal(embedded, model.decoder.embed(given.tokens))
+
+
+def test_what_cannot_be_looked_at() -> None:
+    model, (crops, _) = loaded("llava").model, pictures("llava")
+    side = loaded("llava").config.tower.image_size
+    wrong: list[tuple[Any, Any, str]] = [
+        ([], None, r"no rows were given; a row without pictures has the sizes \[\]"),
+        ([], [], "no rows were given"),
+        (crops, [[]], "2 crops were given for pictures that have 0"),
+        (crops, [(side, side)], r"row 0 has the sizes .*; give a list with \(height, width\) of each picture"),
+        (crops, [[side, side]], "row 0 has the sizes"),
+        (crops, [[(side, 0), (side, side)]], "a width must be at least 1, not 0"),
+        (crops[..., 1:], None, r"pixels must be \[crops, 3, \d+, \d+\], not"),
+    ]
+    for pixels, sizes, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            look(model, pixels, sizes)
+    with pytest.raises(ValueError, match="one picture in each row; use `prefill_visual` for several, or none"):
+        laid_out(look(model, [], [[]]), named("full"))
+    with pytest.raises(ValueError, match="no images were given"):
+        encode(model, jnp.asarray(crops[:0]), named("full"))
