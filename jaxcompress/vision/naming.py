@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import lru_cache, partial
 
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.llava import LlavaConfig
@@ -96,7 +96,7 @@ def named(name: str, keep: Number | None = None) -> Method:
     return _named(name, None if keep is None else whole(keep, f"keep, the visual tokens that stay with {name},"))
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)
 def _named(name: str, keep: int | None) -> Method:
     if name == "full":
         return _without(name, keep, Method(name, encoders.whole))
