@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
-import jax.extend
+import jax.extend.backend
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.storage import Quantised, Stored
@@ -269,8 +269,7 @@ def device() -> tuple[str, str]:
     abstract = compiled_for()
     if abstract is not None:
         return abstract.platform or jax.default_backend(), abstract.device_kind
-    default = jax.config.jax_default_device  # type: ignore
-    return kind_of(default if isinstance(default, jax.Device) else jax.devices(default)[0])
+    return kind_of(jax.extend.backend.get_default_device())
 
 
 def kind_of(found: jax.Device) -> tuple[str, str]:
