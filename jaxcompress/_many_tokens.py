@@ -32,6 +32,8 @@ from jaxcompress.attention import block_attention, call_of, masked_softmax
 from jaxcompress.pallas_kernels.contract import choose
 from jaxcompress.placement import place
 from jaxcompress.policies.base import Observation
+from jaxcompress.precision import scores as scores_of
+from jaxcompress.precision import weighted, wide
 from jaxcompress.select import keep_top, unranked
 from jaxcompress.state import KVState
 from jaxcompress.storage import load, split
@@ -71,13 +73,15 @@ def many_tokens(block: Block, state: KVState, how: How) -> Done:
         keys, key_scale = around.rotate(load(whole["keys"]), places), None
         own = places[..., -positions.shape[1] :].swapaxes(1, 2)  # [B, T, P]
         q = around.rotate(q, own[..., None])
+    stored = keys.dtype, values.dtype
+    keys, values = wide(keys), wide(values)  # which all blocks of queries share
     mine = seen_by(held, whole["owner"], around.heads[0], around.group)[:, :, :, None]
     replaced = jnp.zeros((), bool) if block.replaces is None else replaced_by_next(held, block, state.seen)
     summary = extra_of(state, 0, how).summary
 
     def attend(stats: Any, queries: Any) -> tuple[Any, Array]:
         q, at = queries
-        scores = jnp.einsum("btkgd,bknd->bkgtn", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        scores = scores_of("btkgd,bknd->bkgtn", q, keys, stored[0])
         if key_scale is not None:
             scores *= key_scale[:, :, None, None]
         bias = policy.bias(stats)
@@ -97,11 +101,11 @@ def many_tokens(block: Block, state: KVState, how: How) -> Done:
             weights = masked_softmax(jnp.concatenate([scores, more], axis=-1), seen, present)
             weights, shares = jnp.split(weights, [scores.shape[-1]], axis=-1)
         scaled = weights if value_scale is None else weights * value_scale[:, :, None, None]
-        out = jnp.einsum("bkgtn,bknd->btkgd", scaled.astype(values.dtype), values)
+        out = weighted("bkgtn,bknd->btkgd", scaled, values, stored[1])
         if summary is not None:
-            out += jnp.einsum("bkgtm,bkmd->btkgd", shares, summary.values).astype(out.dtype)
+            out += weighted("bkgtm,bkmd->btkgd", shares, summary.values)
         seen = Observation(weights, at, visible.sum(-1, dtype=jnp.float32).mean(2), around.group)
-        return policy.observed(stats, seen), out
+        return policy.observed(stats, seen), out.astype(q.dtype)
 
     folded = _fold(block, state, how, whole, q)
     stats, out = _scan_queries(attend, stats, q, positions) if folded is None else folded

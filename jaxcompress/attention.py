@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.pallas_kernels import launch
+from jaxcompress.pallas_kernels.by_device import by_device
 from jaxcompress.pallas_kernels.contract import Backend, Call, Chosen, Rule, choose, describe, stored_as
+from jaxcompress.precision import products, weighted, wide
+from jaxcompress.precision import scores as scores_of
 from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, SlotPositions, Values
 from jaxcompress.storage import Quantised, Stored, parts
 
@@ -77,8 +80,9 @@ def _causal(
     some = -(-t // n)  # blocks of one size, with next to no padding
     pad = [(0, 0), (0, n * some - t)]
     at = jnp.pad(positions, pad, constant_values=-1).reshape(b, n, some).swapaxes(0, 1)
-    q = jnp.pad(q * d**-0.5, [*pad, (0, 0), (0, 0)]).reshape(b, n, some, kv, h // kv, d).transpose(1, 0, 3, 4, 2, 5)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    q = jnp.pad(q, [*pad, (0, 0), (0, 0)]).reshape(b, n, some, kv, h // kv, d).transpose(1, 0, 3, 4, 2, 5)
+    stored = k.dtype, v.dtype
+    k, v = wide(k.swapaxes(1, 2)), wide(v.swapaxes(1, 2))
     outs = []
     for start in range(0, n, many := -(-n // 16)):
         end = min((start + many) * some, t)
@@ -92,7 +96,7 @@ def _causal(
             if streaming is not None:
                 seen &= (key < streaming[0]) | (key > query - streaming[1])
             late = () if bias is None else (bias[:, :, : key.shape[-1]], (key <= query - delay)[:, None])
-            return _attend_block(q, keys, values, seen[:, None], *late)
+            return _attend_block(stored, q, keys, values, seen[:, None], *late)
 
         blocks = q[start : start + many], at[start : start + many]
         outs.append(attend((blocks[0][0], blocks[1][0]))[None] if many == 1 else jax.lax.map(attend, blocks))
@@ -126,9 +130,10 @@ def lifetime_attention(
     block = min(block, t)
     n = -(-t // block)
     pad = n * block - t
-    q = jnp.pad(q * d**-0.5, [(0, 0), (0, pad), (0, 0), (0, 0), (0, 0)])
+    q = jnp.pad(q, [(0, 0), (0, pad), (0, 0), (0, 0), (0, 0)])
     positions = jnp.pad(positions, [(0, 0), (0, pad)], constant_values=-1)
-    keys, values = (jnp.pad(x, [(0, 0), (0, 0), (0, pad), (0, 0)]) for x in (keys, values))
+    stored = keys.dtype, values.dtype
+    keys, values = (wide(jnp.pad(x, [(0, 0), (0, 0), (0, pad), (0, 0)])) for x in (keys, values))
     born, dies = (jnp.pad(x, [(0, 0), (0, 0), (0, pad)], constant_values=-1) for x in (born, dies))
     column = jnp.arange(keys.shape[2])
     alive = min(alive, past + (n - 1) * block)
@@ -147,7 +152,7 @@ def lifetime_attention(
                      for x in (born, dies))  # fmt: skip
         here = at[:, None, :, None]
         seen = (from_[:, :, None] >= 0) & (from_[:, :, None] <= here) & (here < to[:, :, None])
-        return _attend_block(q.transpose(0, 2, 3, 1, 4), both(keys), both(values), seen)
+        return _attend_block(stored, q.transpose(0, 2, 3, 1, 4), both(keys), both(values), seen)
 
     cut = lambda x: x.reshape(b, n, block, *x.shape[2:]).swapaxes(0, 1)
     out = jax.lax.map(attend, (cut(q), cut(positions), jnp.arange(n) * block))  # [n, B, K, G, block, D]
@@ -173,7 +178,7 @@ def whole_attention(q: Queries, k: Keys, v: Values, bias: Float[Array, "B T"]) -
     kv = k.shape[2]
     heads = lambda x: x.swapaxes(1, 2).reshape(b * kv, t, d)
     # The query heads of a group are rows of one product.
-    q = (q * d**-0.5).reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(b * kv, -1, d)
+    q = q.reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(b * kv, -1, d)
     bias = jnp.repeat(bias.astype(jnp.float32), kv, axis=0)[:, None]
     most = max(1, CACHED // (4 * q.shape[1] * t))
     n = max(n for n in range(1, b * kv + 1) if b * kv % n == 0 and n <= most)
@@ -191,10 +196,10 @@ def whole_attention(q: Queries, k: Keys, v: Values, bias: Float[Array, "B T"]) -
 def _whole(
     q: Float[Array, "N R D"], k: Float[Array, "N T D"], v: Float[Array, "N T D"], bias: Float[Array, "N 1 T"]
 ) -> Float[Array, "N R D"]:
-    scores = jnp.einsum("nrd,ntd->nrt", q, k, preferred_element_type=jnp.float32) + bias
+    scores = scores_of("nrd,ntd->nrt", q, k) + bias
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    out = jnp.einsum("nrt,ntd->nrd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
+    out = weighted("nrt,ntd->nrd", weights, v)
+    return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
 
 
 class Shown(NamedTuple):
@@ -221,7 +226,7 @@ class Shown(NamedTuple):
         b, t, h, d = self.queries.shape
         kv = self.keys.shape[2]
         q = jnp.take_along_axis(self.queries, index[..., None, None], axis=1).reshape(b, -1, kv, h // kv, d)
-        scores = jnp.einsum("brkgd,btkd->bkgrt", q, self.keys, preferred_element_type=jnp.float32) * d**-0.5
+        scores = scores_of("brkgd,btkd->bkgrt", q, self.keys)
         scores += self.bias[:, None, None, None]
         visible = (self.bias > MASKED / 2)[:, None, None, None]
         present = jnp.ones((b, 1, 1, index.shape[1], 1), bool)
@@ -248,8 +253,7 @@ class Summary(NamedTuple):
     norm: float = 0.0
 
     def scores(self, q: Float[Array, "B T K G D"]) -> Float[Array, "B K G T M"]:
-        products = jnp.einsum("btkgd,bkmd->bkgtm", q, self.keys, preferred_element_type=jnp.float32)
-        scores = products * q.shape[-1] ** -0.5 + self.bias[:, :, :, None]
+        scores = scores_of("btkgd,bkmd->bkgtm", q, self.keys) + self.bias[:, :, :, None]
         if self.norm:
             scores -= self.norm * jnp.square(q.astype(jnp.float32)).sum(-1).transpose(0, 2, 3, 1)[..., None]
         return scores
@@ -282,19 +286,19 @@ def slot_attention(
 
     What is not visible receives nothing; rows in which no query is present (padding) give nothing.
     """
-    scores = _products(q, keys) * q.shape[-1] ** -0.5
+    scores = _scores(q, keys)
     if extra.bias is not None:
         scores += extra.bias[:, :, None]
     present = present[:, None, None, None]
     if extra.summary is None:
         weights = masked_softmax(scores, visible, present)
-        return _weighted_sum(weights, values), weights
+        return _weighted_sum(weights, values).astype(q.dtype), weights
     more = extra.summary.scores(q[:, None])[:, :, :, 0]
     both = jnp.concatenate([scores, more], axis=-1)
     seen = jnp.concatenate([jnp.broadcast_to(visible, scores.shape), jnp.isfinite(more)], axis=-1)
     weights, shares = jnp.split(masked_softmax(both, seen, present), [scores.shape[-1]], axis=-1)
     out = _weighted_sum(weights, values)
-    return out + jnp.einsum("bkgm,bkmd->bkgd", shares, extra.summary.values).astype(out.dtype), weights
+    return (out + weighted("bkgm,bkmd->bkgd", shares, extra.summary.values)).astype(q.dtype), weights
 
 
 def slot_write(
@@ -340,6 +344,11 @@ def slot_step(
     Raises:
       ValueError: kernels asked for by name that this device cannot run.
     """
+    run = partial(_slot_step, q, new, stored, layer, index, visible, present, extra)
+    return by_device(run, backend, (q, stored))
+
+
+def _slot_step(q, new, stored, layer, index, visible, present, extra: Extra, backend: Backend):
     call = call_of(q[:, None], stored[0], index.shape[1])
     chosen = choose("step", call, backend, _beyond_kernels(index, visible, extra))
     reference = partial(_step, extra=extra)
@@ -470,18 +479,18 @@ def _without_gradient(run: Callable[..., Any], what: str) -> Callable[..., Any]:
     return function
 
 
-def _products(q: Float[Array, "B K G D"], keys: Stored) -> Float[Array, "B K G S"]:
+def _scores(q: Float[Array, "B K G D"], keys: Stored) -> Float[Array, "B K G S"]:
     numbers, scale = parts(keys)
     pairs = zip(jnp.split(q, len(numbers), axis=-1), numbers, strict=True)
-    first, *rest = [jnp.einsum("bkgd,bksd->bkgs", a, b, preferred_element_type=jnp.float32) for a, b in pairs]
-    scores = sum(rest, first)
+    first, *rest = [products("bkgd,bksd->bkgs", a, b) for a, b in pairs]
+    scores = sum(rest, first) * q.shape[-1] ** -0.5
     return scores if scale is None else scores * scale[:, :, None]
 
 
 def _weighted_sum(weights: Float[Array, "B K G S"], values: Stored) -> Float[Array, "B K G D"]:
     numbers, scale = parts(values)
-    weights = (weights if scale is None else weights * scale[:, :, None]).astype(numbers[0].dtype)
-    return jnp.concatenate([jnp.einsum("bkgs,bksd->bkgd", weights, x) for x in numbers], axis=-1)
+    weights = weights if scale is None else weights * scale[:, :, None]
+    return jnp.concatenate([weighted("bkgs,bksd->bkgd", weights, x) for x in numbers], axis=-1)
 
 
 def masked_softmax(
@@ -500,8 +509,9 @@ def decode_backend(backend: Backend = "auto") -> str:
     return describe(backend)
 
 
-@jax.checkpoint
+@partial(jax.checkpoint, static_argnums=0)
 def _attend_block(
+    stored: tuple[Any, Any],
     q: Float[Array, "B K G T D"],
     k: Float[Array, "B K N D"],
     v: Float[Array, "B K N D"],
@@ -509,15 +519,19 @@ def _attend_block(
     bias: Float[Array, "B K N"] | None = None,
     late: Bool[Array, "B 1 T N"] | None = None,
 ) -> Float[Array, "B K G T D"]:
-    """Attention to what is `seen`, with the bias of a key added where a query comes `late` for it."""
+    """Attention to what is `seen`, with the bias of a key added where a query comes `late` for it.
+
+    Args:
+      stored: the dtypes of keys and values, which are `wide`, since gradients of many blocks come back to them.
+    """
     b, kv, g, t, d = q.shape
     # The query heads of a group are rows of one product: larger products, and K and V are never repeated.
-    scores = jnp.einsum("bkqd,bknd->bkqn", q.reshape(b, kv, g * t, d), k, preferred_element_type=jnp.float32)
+    scores = scores_of("bkqd,bknd->bkqn", q.reshape(b, kv, g * t, d), k, stored[0])
     added = jnp.where(seen, 0.0, MASKED)
     if bias is not None:
         assert late is not None
         added += jnp.where(late, bias[:, :, None], 0.0)
     scores += jnp.tile(added, (1, 1, g, 1))
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    out = jnp.einsum("bkqn,bknd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(b, kv, g, t, d)
+    out = weighted("bkqn,bknd->bkqd", weights, v, stored[1])
+    return (out / weights.sum(-1, keepdims=True)).astype(q.dtype).reshape(b, kv, g, t, d)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from jaxcompress.attention import causal_attention, masked_softmax
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
+from jaxcompress.precision import scores as scores_of
 from jaxcompress.shapes import Hidden, Keys, Positions, Queries, Tokens, Valid, Values
 
 QUERY_BLOCK = 128  # queries whose weights exist at once
@@ -69,7 +70,7 @@ def _spread_of(q: Queries, k: Keys, positions: Positions, window: Any) -> Float[
 
     def block(queries: tuple[Array, Array]) -> Float[Array, " K"]:
         q, at = queries
-        scores = jnp.einsum("btkgd,bnkd->bkgtn", q, k, preferred_element_type=jnp.float32) * d**-0.5
+        scores = scores_of("btkgd,bnkd->bkgtn", q, k)
         at, key = at[:, :, None], positions[:, None]
         seen = (key <= at) & (key >= 0)
         if window is not None:

@@ -148,7 +148,7 @@ def _forward(alive: int, q: Array, keys: Array, values: Array, out: Array, lives
 
 def _backward(alive: int, saved: Any, cotangent: Array) -> tuple[Any, ...]:
     q, keys, values, lives = saved
-    attend = lambda q, keys, values: lifetime_attention(q, keys, values, *lives, alive=alive).astype(cotangent.dtype)
+    attend = lambda q, keys, values: lifetime_attention(q, keys, values, *lives, alive=alive)
     _, pull = jax.vjp(attend, q, keys, values)
     return *pull(cotangent), jnp.zeros_like(cotangent), None
 

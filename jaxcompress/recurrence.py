@@ -35,6 +35,7 @@ from jaxcompress._layer import (
 from jaxcompress._many_tokens import many_tokens
 from jaxcompress._one_token import one_token
 from jaxcompress.attention import call_of, stream_attention
+from jaxcompress.pallas_kernels.by_device import by_device
 from jaxcompress.pallas_kernels.contract import Backend, Rule, choose
 from jaxcompress.policies.base import Around, Incoming, Placement, Policy, Rotate
 from jaxcompress.shapes import AttentionOut, Keys, Positions, Queries, Values
@@ -93,6 +94,15 @@ def advance(
     Raises:
       ValueError: kernels asked for by name that this device cannot run.
     """
+    run = partial(_advance, q, k, v, positions, state, layer, policy, chunk, rotate, placement, window, project)
+    return by_device(run, backend, (q, k, v, positions, state))
+
+
+def _advance(
+    q: Queries, k: Keys, v: Values, positions: Positions, state: KVState, layer: Int[Array, ""] | int, policy: Policy,
+    chunk: int, rotate: Rotate, placement: Placement | None, window: Int[Array, ""] | int | None,
+    project: Float[Array, "K G D E"] | None, backend: Backend,
+) -> Advanced:  # fmt: skip
     b, t, h, d = q.shape
     placement = placement or policy.placement
     around = Around(rotate, placement, project, (h, k.shape[2]), state.heads or tuple(range(state.kv_heads)))

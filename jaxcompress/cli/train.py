@@ -115,6 +115,7 @@ class Train:
         from jaxcompress.checkpoints import save, save_policy
         from jaxcompress.generation.text import Tokenizer
         from jaxcompress.naming import named
+        from jaxcompress.pallas_kernels.contract import device
         from jaxcompress.training.checkpointing import Checkpoints
         from jaxcompress.training.data import batches, split
         from jaxcompress.training.learning import LEARNABLE, learning
@@ -124,7 +125,7 @@ class Train:
         from jaxcompress.training.trainer import fit, init_train_state, make_evaluate, make_step
 
         tokenizer = Tokenizer(self.tokenizer or loaded.folder)
-        dtype = self.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        dtype = self.compute_dtype or ("float32" if device()[0] == "cpu" else "bfloat16")
         learned = None
         if self.policy in LEARNABLE:
             key = jax.random.key(self.seed)

@@ -25,6 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxcompress.attention import MASKED, Shown, whole_attention
 from jaxcompress.models.activations import gelu
+from jaxcompress.precision import scores as scores_of
+from jaxcompress.precision import weighted
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 Pixels = Float[Array, "B channels side side"]
@@ -183,9 +185,9 @@ class AttentionPool(nnx.Module):
         probe = jnp.broadcast_to(self.probe[...], (b, 1, e)).astype(x.dtype)
         q, k, v = (y @ w.T + c for y, w, c in zip((probe, x, x), kernels, biases, strict=True))
         split = lambda y: y.reshape(b, -1, config.num_heads, config.head_dim)
-        scores = jnp.einsum("bqhd,bnhd->bhqn", split(q), split(k), preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * config.head_dim**-0.5 + bias[:, None, None], axis=-1)
-        out = jnp.einsum("bhqn,bnhd->bqhd", weights.astype(v.dtype), split(v)).reshape(b, e)
+        scores = scores_of("bqhd,bnhd->bhqn", split(q), split(k))
+        weights = jax.nn.softmax(scores + bias[:, None, None], axis=-1)
+        out = weighted("bhqn,bnhd->bqhd", weights, split(v)).astype(x.dtype).reshape(b, e)
         out = self.out(out)
         return out + self.mlp(self.norm(out), config.activation)
 
@@ -223,9 +225,9 @@ class VisionTower(nnx.Module):
         if config.pooling == "attention":
             self.pool = AttentionPool(config, dtype=dtype, rngs=rngs)
         if config.labels:
-            self.classifier = _linear(e, config.labels, dtype, rngs)
+            self.classifier = _linear(e, config.labels, dtype, rngs, jnp.float32)
             if config.special > 1:
-                self.distillation_classifier = _linear(e, config.labels, dtype, rngs)
+                self.distillation_classifier = _linear(e, config.labels, dtype, rngs, jnp.float32)
 
     def embed(self, pixels: Pixels) -> Patches:
         """Patches in raster order after the special tokens, before the first layer.
@@ -326,7 +328,7 @@ class VisionTower(nnx.Module):
         return (x * weight).sum(1).astype(x.dtype)
 
     def logits(self, patches: Patches) -> Float[Array, "B V"]:
-        """Scores of the classes, from the tokens after the last layer; the mean of both heads if DeiT was distilled.
+        """Scores of the classes, from the tokens after the last layer, float32; of a distilled DeiT both heads' mean.
 
         Raises:
           ValueError: the tower has no classifier.
@@ -336,7 +338,7 @@ class VisionTower(nnx.Module):
         out = self.classifier(self.pooled(patches))
         if self.config.special > 1:
             out = (out + self.distillation_classifier(self.norm(patches.hidden)[:, 1])) / 2
-        return out.astype(jnp.float32)
+        return out
 
     def __call__(self, pixels: Pixels) -> Patches:
         """The tokens after the last layer, not normed."""
@@ -351,8 +353,8 @@ def _bias(size: Float[Array, "B N"], proportional: bool) -> Float[Array, "B N"]:
     return jnp.where(present, jnp.log(jnp.where(present, size, 1.0)) if proportional else 0.0, MASKED)
 
 
-def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(n, m, kernel_init=_small, param_dtype=dtype, rngs=rngs)
+def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs, returns: Any = None) -> nnx.Linear:
+    return nnx.Linear(n, m, kernel_init=_small, param_dtype=dtype, preferred_element_type=returns, rngs=rngs)
 
 
 def _norm(config: TowerConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
+import jax.extend.backend
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.storage import Quantised, Stored
@@ -184,7 +185,13 @@ class On(NamedTuple):
     heads: str | None = None
 
 
-Backend = Name | On
+class Here(NamedTuple):
+    """A backend for arrays on a device that is known: the one that `device` tells (see `by_device`)."""
+
+    backend: Name | On
+
+
+Backend = Name | On | Here
 """What computes, by name or with a mesh; hashable."""
 
 
@@ -207,8 +214,9 @@ def choose(op: Op, call: Call, backend: Backend, never: str | None = None) -> Ch
     Raises:
       ValueError: an unknown name, or kernels asked for by name that this device cannot run.
     """
+    backend = backend.backend if isinstance(backend, Here) else backend
     name, on = (backend.name, backend) if isinstance(backend, On) else (backend, None)
-    name = _known(name)
+    name = known(name)
     if name == "auto":
         from jaxcompress.pallas_kernels.measured import faster
 
@@ -226,7 +234,7 @@ def choose(op: Op, call: Call, backend: Backend, never: str | None = None) -> Ch
     return None
 
 
-def _known(name: Name) -> Name:
+def known(name: Name) -> Name:
     """The name, and what the environment says where it is `auto`.
 
     Raises:
@@ -256,22 +264,40 @@ def load(name: Name) -> Any:
 
 
 def device() -> tuple[str, str]:
-    """Platform and kind of the device that is computed or compiled for."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None:  # compiled ahead of time, for a device that is not here
+    """Platform and kind of the device that is computed or compiled for: JAX's default one, unless arrays are known to
+    be on another (see `by_device`)."""
+    abstract = compiled_for()
+    if abstract is not None:
         return abstract.platform or jax.default_backend(), abstract.device_kind
-    default = jax.config.jax_default_device  # type: ignore
-    found = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+    return kind_of(jax.extend.backend.get_default_device())
+
+
+def kind_of(found: jax.Device) -> tuple[str, str]:
+    """Platform and kind of a device."""
     return found.platform, found.device_kind
 
 
+def devices_here() -> dict[str, jax.Device]:
+    """A device of every platform that JAX has found on this machine, by what JAX calls the platform when it compiles
+    (`cuda`, not `gpu`)."""
+    found = {platform: client.local_devices() for platform, client in jax.extend.backend.backends().items()}
+    return {platform: devices[0] for platform, devices in found.items() if devices}
+
+
+def compiled_for() -> Any:
+    """The device that is compiled for ahead of time, which is not here; None: one of those here."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+
+
 def together(dtype: str) -> int:
-    """Slots that lie together in memory, in a state of a dtype, where this machine's default device has kernels.
+    """Slots that lie together in memory, in a state of a dtype, where a device of this machine has kernels that ask for
+    it; which device a state will be on is not known when it is made.
 
     Where slots are a multiple of that, kernels write into the state in place. Elsewhere any number will do: 1.
     """
     kernels = load("tpu")
-    return kernels.group_rows(dtype) if kernels.runs_on(*device()) else 1
+    able = [device()] if compiled_for() else [device(), *map(kind_of, devices_here().values())]
+    return kernels.group_rows(dtype) if any(kernels.runs_on(*each) for each in able) else 1
 
 
 def check_device(name: Name) -> None:
@@ -288,7 +314,8 @@ def check_device(name: Name) -> None:
 
 def describe(backend: Backend) -> str:
     """What computes on the default device, in words; that kernels asked for by name cannot, where they cannot."""
-    name = _known(backend.name if isinstance(backend, On) else backend)
+    backend = backend.backend if isinstance(backend, Here) else backend
+    name = known(backend.name if isinstance(backend, On) else backend)
     platform, kind = device()
     if name == "auto":
         from jaxcompress.pallas_kernels.measured import TABLE

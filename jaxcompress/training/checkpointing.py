@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.extend.backend
 from orbax.checkpoint import v1 as ocp
 
 State = TypeVar("State")
@@ -178,7 +179,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.extend.backend.get_default_device())
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 

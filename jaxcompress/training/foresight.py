@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.attention import MASKED
+from jaxcompress.precision import scores as scores_of
 from jaxcompress.shapes import Keys, Positions, Queries
 
 
@@ -41,7 +42,7 @@ def foresight_loss(
     b, _, h, d = q.shape
     at = jnp.take_along_axis(positions, sample, axis=1)
     q = jnp.take_along_axis(q, sample[:, :, None, None], axis=1).reshape(b, sample.shape[1], k.shape[2], -1, d)
-    scores = jnp.einsum("brkgd,btkd->bkgrt", q, k, preferred_element_type=jnp.float32) * d**-0.5
+    scores = scores_of("brkgd,btkd->bkgrt", q, k)
     earlier = (positions[:, None] <= at[:, :, None]) & (positions[:, None] >= 0)
     weights = jax.nn.softmax(jnp.where(earlier[:, None, None], scores, MASKED), axis=-1)
     strongest = jax.lax.stop_gradient(weights.max((1, 2)))  # [B, R, T]

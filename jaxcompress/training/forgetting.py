@@ -29,6 +29,7 @@ from jaxcompress.policies.learned import (
     init_forget_head,
     token_numbers,
 )
+from jaxcompress.precision import scores as scores_of
 from jaxcompress.shapes import Hidden, Keys, Positions, Queries, Tokens, Valid
 from jaxcompress.training.distillation import divergence
 from jaxcompress.training.loss import token_losses
@@ -267,7 +268,7 @@ def future_attention_loss(
     Raises:
       ValueError: a block below 1 token, a text within one block, or a horizon that is not positive.
     """
-    b, t, _, d = q.shape
+    b, t = q.shape[:2]
     if horizon is not None and horizon <= 0:
         raise ValueError(f"a horizon is a positive number of tokens, not {horizon}")
     if not 1 <= block < t:
@@ -277,7 +278,7 @@ def future_attention_loss(
     n = -(-t // block)
     pad = [(0, 0), (0, n * block - t)]
     cut = lambda x: x.reshape(b, n, block, *x.shape[2:]).swapaxes(0, 1)
-    grouped = q.reshape(b, t, k.shape[2], -1, d) * d**-0.5
+    grouped = q.reshape(b, t, k.shape[2], -1, q.shape[-1])
     blocks = cut(jnp.pad(grouped, [*pad, *[(0, 0)] * 3])), cut(jnp.pad(positions, pad, constant_values=-1))
     ends = jax.lax.cummax(blocks[1].max(-1), axis=0)  # [n, B], the newest position at the end of each block
     before = jnp.concatenate([jnp.full((1, b), -1, jnp.int32), ends[:-1]])
@@ -285,7 +286,7 @@ def future_attention_loss(
     fade = lambda ahead: jnp.exp(-ahead / horizon) if horizon else jnp.ones(ahead.shape)
 
     def attention(q: Array, at: Array) -> Float[Array, "B P block T"]:
-        scores = jnp.einsum("btkgd,bnkd->bkgtn", q, k, preferred_element_type=jnp.float32)
+        scores = scores_of("btkgd,bnkd->bkgtn", q, k)
         seen = (key <= at[:, :, None]) & (key >= 0)
         if window is not None:
             seen &= key > at[:, :, None] - window

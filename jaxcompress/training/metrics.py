@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend.backend
 import numpy as np
 
 from jaxcompress.models.decoder import Decoder
@@ -34,8 +35,8 @@ _PEAK = {
 
 
 def peak_flops(device: jax.Device | None = None) -> float | None:
-    """Dense bfloat16 FLOP/s of a device (the first one by default), None where not known: CPUs, other models."""
-    kind = (device or jax.devices()[0]).device_kind
+    """Dense bfloat16 FLOP/s of a device (the default one if None), None where not known: CPUs, other models."""
+    kind = (device or jax.extend.backend.get_default_device()).device_kind
     return next((peak for name, peak in _PEAK.items() if kind.startswith(name)), None)
 
 

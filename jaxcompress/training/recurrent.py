@@ -45,7 +45,8 @@ def advance_rematerialised(
 ) -> Advanced:
     """As `jaxcompress.recurrence.advance`; for the gradient a layer's scan is run again.
 
-    Only one layer's steps are then in memory at a time: T times its slots.
+    Only one layer's steps are then in memory at a time: T times its slots. The gradient goes back from token to token
+    in the state's dtype: in one narrower than float32 that of a token is rounded at each step for which it is held.
     """
 
     @jax.checkpoint

@@ -19,14 +19,14 @@ from jaxcompress.vision.choose import best_first, cosine, others, take
 NEIGHBOURS = 32
 
 
-def single_head_attention(q: Float[Array, "B N E"], k: Float[Array, "B N E"]) -> Float[Array, "B N"]:
-    """The class token's attention as the authors take it: one head as wide as the tower.
+def single_head_attention(q: Float[Array, "B N E"], k: Float[Array, "B N E"]) -> Float[Array, "B n"]:
+    """The class token's attention to all others as the authors take it: one head as wide as the tower.
 
     Args:
       q, k: of the tower's last layer, all heads together, class token first.
     """
-    scores = jnp.einsum("be,bne->bn", q[:, 0], k, precision="highest").astype(jnp.float32) * q.shape[-1] ** -0.5
-    return jax.nn.softmax(scores, axis=-1)[:, 1:]
+    products = jnp.einsum("be,bne->bn", q[:, 0], k, precision="highest", preferred_element_type=jnp.float32)
+    return jax.nn.softmax(products * q.shape[-1] ** -0.5, axis=-1)[:, 1:]
 
 
 def outliers(attention: Float[Array, "B N"]) -> Int[Array, " B"]:

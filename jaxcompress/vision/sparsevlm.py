@@ -40,7 +40,7 @@ def rater_mass(
       patches, words: embeddings, before the first layer.
       seen, present: which of them are there.
     """
-    products = jnp.einsum("bve,bre->bvr", patches, words, precision="highest").astype(jnp.float32)
+    products = jnp.einsum("bve,bre->bvr", patches, words, precision="highest", preferred_element_type=jnp.float32)
     share = jax.nn.softmax(jnp.where(present[:, None], products, -1e30), axis=-1)
     share = jnp.where(seen[:, :, None] & present[:, None], share, 0.0)
     return share.sum(1) / jnp.maximum(seen.sum(1), 1)[:, None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.extend.backend
 import pytest
 from tiny import tiny_decoder
 
@@ -78,7 +79,7 @@ def test_keys_attended_to() -> None:
     ],
 )
 def test_peaks(kind: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: SimpleNamespace(device_kind=kind))
     assert peak_flops() == peak
 
 
