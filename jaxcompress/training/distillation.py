@@ -70,7 +70,7 @@ def distilled_value_and_grad(
 
     Returns:
       `loss`, what is minimised; and its parts `divergence`, `language`, `hidden`, before they are weighted. The
-      gradient is like `params`.
+      gradient is like `params`, float32 where these are narrower.
 
     Raises:
       ValueError: as `bounded_value_and_grad`; a teacher of another vocabulary or, for `hidden`, another width; a
@@ -113,4 +113,4 @@ def distilled_value_and_grad(
     pieces = cut_segments(tokens, weights, segment, seen)
     value, gradient, (_, parts) = through_time(loss, params, (state, jnp.zeros(3)), pieces, reach=reach)
     metrics = dict(zip(("divergence", "language", "hidden"), parts / whole, strict=True))
-    return {"loss": value / whole, **metrics}, jax.tree.map(lambda g: g / whole.astype(g.dtype), gradient)
+    return {"loss": value / whole, **metrics}, jax.tree.map(lambda g: g / whole, gradient)
