@@ -128,7 +128,9 @@ def lifetime_attention(
     pad = n * block - t
     q = jnp.pad(q * d**-0.5, [(0, 0), (0, pad), (0, 0), (0, 0), (0, 0)])
     positions = jnp.pad(positions, [(0, 0), (0, pad)], constant_values=-1)
-    keys, values = (jnp.pad(x, [(0, 0), (0, 0), (0, pad), (0, 0)]) for x in (keys, values))
+    # Float32 outside of the blocks, so that the gradient of a token that lives for many is added up in it.
+    dtype, wide = keys.dtype, jnp.promote_types(keys.dtype, jnp.float32)
+    keys, values = (jnp.pad(x.astype(wide), [(0, 0), (0, 0), (0, pad), (0, 0)]) for x in (keys, values))
     born, dies = (jnp.pad(x, [(0, 0), (0, 0), (0, pad)], constant_values=-1) for x in (born, dies))
     column = jnp.arange(keys.shape[2])
     alive = min(alive, past + (n - 1) * block)
@@ -142,7 +144,7 @@ def lifetime_attention(
         found = jnp.full((*nth.shape[:2], alive), keys.shape[2]).at[rows, sets, nth].set(column, mode="drop")
         gathered = lambda x, where: jnp.take_along_axis(x, where, axis=2, mode="fill", fill_value=0)
         own = lambda x: jax.lax.dynamic_slice_in_dim(x, past + start, block, axis=2)
-        both = lambda x: jnp.concatenate([gathered(x, found[..., None]), own(x)], axis=2)
+        both = lambda x: jnp.concatenate([gathered(x, found[..., None]), own(x)], axis=2).astype(dtype)
         from_, to = (jnp.concatenate([jnp.take_along_axis(x, found, 2, mode="fill", fill_value=-1), own(x)], 2)
                      for x in (born, dies))  # fmt: skip
         here = at[:, None, :, None]
