@@ -192,7 +192,7 @@ class Train:
                 print(f"going on from step {done}", flush=True)
             else:
                 if self.resume:
-                    print(f"there is no checkpoint in {self.out}: beginning", flush=True)
+                    print(f"there is no {'checkpoint' if run_file.exists() else 'run'} in {self.out} yet: it begins")
                 record = dict(data=facts, held_out=measure(task.params, parts.held_out))
                 state = begin()
             record |= dict(settings=self._settings())

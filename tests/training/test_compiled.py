@@ -82,7 +82,7 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     ),
     "dmc of a frozen model": lambda: (init_gates(MODEL.config, KEY), of_a_loss(partial(merging_loss, teacher=MODEL))),
 }
-QUICK = {"LoRA as a student", "a learned policy", "retention", "dms of a frozen model", "dmc of a frozen model"}
+QUICK = {"LoRA as a student", "retention", "dms of a frozen model", "dmc of a frozen model"}
 
 
 @pytest.mark.parametrize(
