@@ -195,8 +195,8 @@ def _slope(
     def mixed(q: Queries, k: Keys, v: Values, gate: Float[Array, " K"], window: Any) -> Array:
         full = causal_attention(q, k, v, positions, window=window)
         near = causal_attention(q, k, v, positions, window=window, streaming=streaming)
-        gate = jnp.repeat(gate, q.shape[2] // k.shape[2])[:, None].astype(q.dtype)
-        return gate * full + (1 - gate) * near
+        gate = jnp.repeat(gate, q.shape[2] // k.shape[2])[:, None]  # float32, in which its gradient is added up
+        return (gate * full + (1 - gate) * near).astype(q.dtype)
 
     def attend(q, k, v, positions, layer, index, carry, xs):
         q, k, window = _placed(model, q, k, positions, index)
@@ -204,7 +204,7 @@ def _slope(
 
     def loss(gates: Array) -> tuple[Array, Array]:
         hidden = model.norm(model.run_layers(model.embed(tokens), positions, attend, xs=gates)[0])
-        apart = ((hidden - wanted).astype(jnp.float32) ** 2).mean(-1)
+        apart = ((hidden.astype(jnp.float32) - wanted.astype(jnp.float32)) ** 2).mean(-1)
         apart = (apart * predicting).sum() / predicting.sum()
         return apart + penalty * jnp.abs(gates).mean(), apart
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from jaxcompress.attention import causal_attention
+from jaxcompress.models.lookup import look_up
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.shapes import AttentionOut, Hidden, Keys, Logits, Positions, Queries, Tokens, Values
 
@@ -157,7 +158,7 @@ class Decoder(nnx.Module):
             self.head = nnx.Param(small(rngs.params(), (config.hidden_size, config.vocab_size), dtype))
 
     def embed(self, tokens: Tokens) -> Hidden:
-        return self.embedding[...][tokens]
+        return look_up(self.embedding[...], tokens)
 
     def run_layers(
         self,

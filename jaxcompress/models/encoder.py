@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxcompress.attention import MASKED, whole_attention
 from jaxcompress.models.activations import gelu
+from jaxcompress.models.lookup import look_up
 from jaxcompress.shapes import Hidden, Positions, Tokens, Valid
 
 ACTIVATIONS = {
@@ -137,8 +138,8 @@ class Encoder(nnx.Module):
 
     def embed(self, tokens: Tokens) -> Hidden:
         """What enters the first layer: token, position and segment, normed."""
-        positions = self.position_embedding[...][self.positions(tokens)]
-        return self.embedding_norm(self.embedding[...][tokens] + positions + self.type_embedding[...][0])
+        positions = look_up(self.position_embedding[...], self.positions(tokens))
+        return self.embedding_norm(look_up(self.embedding[...], tokens) + positions + self.type_embedding[...][0])
 
     def positions(self, tokens: Tokens) -> Positions:
         """Rows of the position table (see `EncoderConfig.padding_id`)."""

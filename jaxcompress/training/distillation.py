@@ -1,8 +1,9 @@
 """Distillation: a bounded state learns to predict what the full cache predicts.
 
 The teacher is a decoder with its full cache, the student one with a bounded state. They may be the same weights: then
-nothing is kept twice, and the model learns to lose nothing by forgetting. A frozen teacher is given by reference: the
-weights that the student started from, or those below its adapters (see `jaxcompress.training.lora`), are no copy.
+nothing is kept twice, and the model learns to lose nothing by forgetting. A frozen teacher may be the weights that the
+student started from, or those below its adapters (see `jaxcompress.training.lora`): there is no copy. `make_step`
+passes it by reference; in a jit of your own make it an argument of the jitted function.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def distilled_value_and_grad(
 
     Returns:
       `loss`, what is minimised; and its parts `divergence`, `language`, `hidden`, before they are weighted. The
-      gradient is like `params`.
+      gradient is like `params`, float32 where these are narrower.
 
     Raises:
       ValueError: as `bounded_value_and_grad`; a teacher of another vocabulary or, for `hidden`, another width; a
@@ -113,4 +114,4 @@ def distilled_value_and_grad(
     pieces = cut_segments(tokens, weights, segment, seen)
     value, gradient, (_, parts) = through_time(loss, params, (state, jnp.zeros(3)), pieces, reach=reach)
     metrics = dict(zip(("divergence", "language", "hidden"), parts / whole, strict=True))
-    return {"loss": value / whole, **metrics}, jax.tree.map(lambda g: g / whole.astype(g.dtype), gradient)
+    return {"loss": value / whole, **metrics}, jax.tree.map(lambda g: g / whole, gradient)

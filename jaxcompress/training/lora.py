@@ -1,15 +1,18 @@
 """LoRA: low-rank adapters beside frozen weights (Hu et al. 2021).
 
 Layers are stacked, so that an adapter is a pair of stacked matrices, and adding it is one product for all layers;
-adapters are a plain pytree to train and to save.
+adapters are a plain pytree to train and to save. `jaxcompress.training.adapted` trains them for any objective;
+what comes out is `save(add_lora(model, adapters), folder)`.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxcompress.models.decoder import Decoder
@@ -17,6 +20,8 @@ from jaxcompress.models.decoder import Decoder
 PROJECTIONS = ("query", "key", "value", "out")
 """Of attention: what the paper adapts, section 4.2."""
 EVERY = (*PROJECTIONS, "gate", "up", "down")
+ALPHA = 16.0
+"""The usual scale of adapters: alpha / R."""
 
 
 class Adapter(NamedTuple):
@@ -47,26 +52,44 @@ def init_lora(model: Decoder, key: Array, *, rank: int = 8, to: tuple[str, ...] 
         raise ValueError(f"unknown projections {', '.join(unknown)}; known: {', '.join(EVERY)}")
     adapters = {}
     for name, one in zip(to, jax.random.split(key, len(to)), strict=True):
-        layers, n, m = _kernel(model, name).shape
+        layers, n, m = kernel_of(model, name).shape
         down = jax.random.normal(one, (layers, n, rank)) * n**-0.5
         adapters[name] = Adapter(down, jnp.zeros((layers, rank, m)))
     return adapters
 
 
-def add_lora(model: Decoder, adapters: dict[str, Adapter], *, alpha: float = 16.0) -> Decoder:
-    """The model with adapters added to its weights: W + alpha / R * down @ up. The model given is not changed."""
+def lora_changes(adapters: dict[str, Adapter], *, alpha: float = ALPHA) -> dict[str, Float[Array, "L N M"]]:
+    """What adapters add to each kind of matrix: alpha / R * down @ up, float32 whatever they are."""
+    wide = lambda x: jnp.asarray(x, jnp.float32)
+    return {name: alpha / up.shape[1] * jnp.matmul(wide(down), wide(up)) for name, (down, up) in adapters.items()}
+
+
+def add_lora(model: Decoder, adapters: dict[str, Adapter], *, alpha: float = ALPHA) -> Decoder:
+    """The model with adapters added to its weights: W + alpha / R * down @ up. The model given is not changed.
+
+    The sum is float32 and rounded once, to the dtype of W. In bfloat16 most of a small change is lost: add adapters to
+    float32 weights, and store those in bfloat16 if need be.
+
+    Adapters that were not trained change nothing, of which a line is logged.
+    """
+    changes = lora_changes(adapters, alpha=alpha)
+    ups = [adapter.up for adapter in adapters.values()]
+    if not any(isinstance(up, Tracer) for up in ups) and not any(map(jnp.any, ups)):
+        logging.getLogger("jaxcompress").warning(
+            "add_lora: the adapters were not trained (`up` is 0 everywhere), so the model is as it was"
+        )
 
     def changed(path: tuple[Any, ...], weight: Array) -> Array:
         steps = [getattr(step, "key", getattr(step, "name", None)) for step in path]
         name = steps[steps.index("kernel") - 1] if "kernel" in steps else None
-        if "layers" not in steps or name not in adapters:
+        if "layers" not in steps or name not in changes:
             return weight
-        down, up = adapters[name]
-        return weight + (alpha / down.shape[-1] * jnp.matmul(down, up)).astype(weight.dtype)
+        return (weight.astype(jnp.float32) + changes[name]).astype(weight.dtype)
 
     return jax.tree_util.tree_map_with_path(changed, model)
 
 
-def _kernel(model: Decoder, name: str) -> Array:
+def kernel_of(model: Decoder, name: str) -> Float[Array, "L N M"]:
+    """The stacked matrices of one kind, by a name of `EVERY`."""
     part = model.layers.attention if name in PROJECTIONS else model.layers.mlp
     return getattr(part, name).kernel[...]

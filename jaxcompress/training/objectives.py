@@ -1,4 +1,8 @@
-"""What decoders are trained for, as objectives of the trainer."""
+"""What decoders are trained for, as objectives of the trainer.
+
+Frozen models that an objective is given (teachers, the weights below adapters) are passed to the compiled step by
+reference.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from jaxcompress.policies.learned import Retention
 from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import distilled_value_and_grad
 from jaxcompress.training.forgetting import retention_loss
+from jaxcompress.training.lora import ALPHA, Adapter, add_lora, kernel_of, lora_changes
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import bounded_value_and_grad
 from jaxcompress.training.trainer import Metrics, Objective
@@ -92,3 +97,20 @@ def beside_retention(
         return {**metrics, "retention": apart}, (slope, change)
 
     return objective
+
+
+def adapted(objective: Objective, base: Decoder, *, alpha: float = ALPHA) -> Objective:
+    """The objective of a decoder as one of its adapters (see `jaxcompress.training.lora`), which are what is trained.
+
+    Args:
+      base: the weights below them, which stay as they are. They may be the objective's teacher as well.
+      alpha: as for `add_lora`.
+    """
+
+    def through(params: dict[str, Adapter], batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+        changes, back = jax.vjp(lambda adapters: lora_changes(adapters, alpha=alpha), params)
+        metrics, gradient = objective(add_lora(base, params, alpha=alpha), batch, step, key)
+        (slope,) = back({name: kernel_of(gradient, name).astype(x.dtype) for name, x in changes.items()})
+        return metrics, slope
+
+    return through

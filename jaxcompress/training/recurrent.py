@@ -80,6 +80,9 @@ def through_time(
     of `reach` segments, and is taken window by window inside one scan. Within a window segments are rematerialised, so
     that memory is that of one segment's activations and of `reach` carries.
 
+    The gradients of segments and windows are added up in float32, whatever `params` are, and come back as it: in
+    bfloat16 a sum stops to grow once it is 256 times as large as what is added.
+
     Args:
       loss: (params, carry, segment) -> loss of the segment and the next carry.
       carry: what the first segment starts from; no gradient goes into it.
@@ -93,11 +96,17 @@ def through_time(
     size = n if reach is None else reach
     if size < 1 or n % size:
         raise ValueError(f"{n} segments cannot be cut into windows of {size}: give a reach that divides them")
-    one = jax.checkpoint(loss) if size > 1 else loss
+    dtypes = jax.tree.map(jnp.result_type, params)
+    wide = jax.tree.map(_at_least_float32, params)
 
-    def window(params: Params, carry: Carry, segments: Any) -> tuple[Array, Carry]:
+    def as_given(wide: Params, carry: Carry, segment: Any) -> tuple[Array, Carry]:
+        return loss(jax.tree.map(lambda x, dtype: x.astype(dtype), wide, dtypes), carry, segment)
+
+    one = jax.checkpoint(as_given) if size > 1 else as_given
+
+    def window(wide: Params, carry: Carry, segments: Any) -> tuple[Array, Carry]:
         def body(loop: tuple[Carry, Array], segment: Any) -> tuple[tuple[Carry, Array], None]:
-            more, carry = one(params, loop[0], segment)
+            more, carry = one(wide, loop[0], segment)
             return (carry, loop[1] + more), None
 
         (carry, total), _ = jax.lax.scan(body, (carry, jnp.zeros(())), segments)
@@ -105,13 +114,18 @@ def through_time(
 
     def step(loop: tuple[Carry, Params, Array], segments: Any) -> tuple[tuple[Carry, Params, Array], None]:
         carry, gradient, total = loop
-        (more, carry), new = jax.value_and_grad(window, has_aux=True)(params, jax.lax.stop_gradient(carry), segments)
+        (more, carry), new = jax.value_and_grad(window, has_aux=True)(wide, jax.lax.stop_gradient(carry), segments)
         return (carry, jax.tree.map(jnp.add, gradient, new), total + more), None
 
     windows = jax.tree.map(lambda x: x.reshape(n // size, size, *x.shape[1:]), segments)
-    start = carry, jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
+    start = carry, jax.tree.map(jnp.zeros_like, wide), jnp.zeros(())
     (carry, gradient, total), _ = jax.lax.scan(step, start, windows)
     return total, gradient, carry
+
+
+def _at_least_float32(x: Any) -> Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
 
 
 def bounded_value_and_grad(
@@ -128,6 +142,8 @@ def bounded_value_and_grad(
     recurrence: Recurrence | None = None,
 ) -> tuple[Float[Array, ""], Decoder]:
     """Mean loss of predicting tokens from a bounded state, in nats, and its gradient. Pure; jit it.
+
+    The gradient is float32 where the model's dtype is narrower (see `through_time`).
 
     Args:
       tokens: [B, T + 1].
@@ -153,7 +169,7 @@ def bounded_value_and_grad(
 
     whole = jnp.maximum(weights.sum(), 1e-9)
     value, gradient, _ = through_time(loss, model, state, cut_segments(tokens, weights, segment), reach=reach)
-    return value / whole, jax.tree.map(lambda g: g / whole.astype(g.dtype), gradient)
+    return value / whole, jax.tree.map(lambda g: g / whole, gradient)
 
 
 def check_text(config: DecoderConfig, policy: Policy, slots: Slots, shape: tuple[int, ...], segment: int) -> None:

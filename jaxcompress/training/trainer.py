@@ -20,6 +20,7 @@ import optax
 from tqdm import tqdm
 
 from jaxcompress.training.checkpointing import Checkpoints
+from jaxcompress.training.compiled import Compiled
 from jaxcompress.training.data import Batch
 from jaxcompress.training.metrics import Throughput
 
@@ -27,12 +28,15 @@ Metrics = dict[str, Any]
 """Scalars by name."""
 
 Objective = Callable[[Any, Batch, Any, Any], tuple[Metrics, Any]]
-"""(params, batch, step, key) -> metrics, gradient. Pure; it is jitted with the step.
+"""(params, batch, step, key) -> metrics, gradient. Pure; it is compiled with the step.
 
 `metrics["loss"]` is the mean over the batch with `batch.weights` as weights (0 if they are all 0), and the gradient,
 a pytree like `params`, is that of this mean: microbatches are then averaged by the sum of their weights, which gives
 the mean over the whole batch. Other metrics are averaged in the same way. `step` is an int32 scalar, `key` a key of its
 own for every step and microbatch.
+
+An objective may close over frozen weights, a teacher's for one: these are arguments of the compiled step, not part of
+its program (see `jaxcompress.training.compiled`).
 """
 
 
@@ -79,8 +83,8 @@ def make_step(
     *,
     accumulate: int = 1,
     compute_dtype: Any = None,
-) -> Step:
-    """The jitted step of training; it consumes (donates) the state that it is given.
+) -> Compiled:
+    """The compiled step of training; it consumes (donates) the state that it is given.
 
     Besides the objective's metrics it returns `tokens` (the sum of weights), `gradient_norm`, before any clipping, and
     `parameter_norm`, after the update: if any weight is not finite, that one is not.
@@ -98,7 +102,6 @@ def make_step(
         done = objective(params, batch, state.step, key)
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) * share, done)
 
-    @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         params = _cast(state.params, compute_dtype)
         tokens = jnp.maximum(batch.weights.sum(), 1e-9)
@@ -118,7 +121,7 @@ def make_step(
         metrics |= dict(tokens=tokens, gradient_norm=optax.tree.norm(gradient), parameter_norm=optax.tree.norm(new))
         return replace(state, params=new, optimizer=optimizer_state, step=state.step + 1), metrics
 
-    return step
+    return Compiled(step, donate=True)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
@@ -206,24 +209,39 @@ def fit(
     return state
 
 
+def make_measure(
+    objective: Objective, *, compute_dtype: Any = None, seed: int = 0
+) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
+    """A function of weights and batches of one shape: the mean metrics, weighted by token, with nothing learned.
+
+    No batches, or none whose tokens count, have no metrics.
+    """
+
+    def metrics_of(params: Any, batch: Batch, key: jax.Array) -> Metrics:
+        return objective(_cast(params, compute_dtype), batch, jnp.zeros((), jnp.int32), key)[0]
+
+    compiled = Compiled(metrics_of)  # the gradient that nobody asks for is not computed
+
+    def measure(params: Any, batches: Iterable[Batch]) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        tokens = 0.0
+        for batch in batches:
+            weight = float(np.sum(batch.weights, dtype=np.float64))
+            for name, value in compiled(params, batch, jax.random.key(seed)).items():
+                totals[name] = totals.get(name, 0.0) + weight * float(value)
+            tokens += weight
+        return {name: total / tokens for name, total in totals.items()} if tokens else {}
+
+    return measure
+
+
 def make_evaluate(
     objective: Objective, *, compute_dtype: Any = None, seed: int = 0
 ) -> Callable[[Any, Iterable[Batch]], float]:
-    """A function of weights and batches of one shape: the mean loss, weighted by token, with nothing learned."""
-
-    @jax.jit
-    def measure(params: Any, batch: Batch, key: jax.Array) -> Any:  # the gradient that nobody asks for is not computed
-        return objective(_cast(params, compute_dtype), batch, jnp.zeros((), jnp.int32), key)[0]["loss"]
-
-    def evaluate(params: Any, batches: Iterable[Batch]) -> float:
-        total, tokens = 0.0, 0.0
-        for batch in batches:
-            weight = float(np.sum(batch.weights, dtype=np.float64))
-            total += weight * float(measure(params, batch, jax.random.key(seed)))
-            tokens += weight
-        return total / tokens if tokens else math.nan
-
-    return evaluate
+    """As `make_measure`, of the loss alone; NaN where there is none."""
+    loss = lambda *given: ({"loss": objective(*given)[0]["loss"]}, None)  # nothing else is computed
+    measure = make_measure(loss, compute_dtype=compute_dtype, seed=seed)
+    return lambda params, batches: measure(params, batches).get("loss", math.nan)
 
 
 def _tokens(batch: Any) -> int:

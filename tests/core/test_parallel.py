@@ -16,7 +16,7 @@ from jaxcompress import policies
 from jaxcompress.attention import lifetime_attention
 from jaxcompress.models.bounded import init_state
 from jaxcompress.models.decoder import DecoderConfig
-from jaxcompress.parallel import advance_parallel
+from jaxcompress.parallel import FOREVER, advance_parallel
 from jaxcompress.policies import Policy
 from jaxcompress.recurrence import Recurrence, advance
 from jaxcompress.reduce import mean_slots, merge_nearest, merge_weighted, with_reduce
@@ -213,3 +213,15 @@ def test_codes_have_no_gradient() -> None:
     state = fresh(Case("tova"), dtype="int8")
     with pytest.raises(ValueError, match="keys stored as int8"):
         advance_parallel(*map(jnp.asarray, (rows.q, rows.k, rows.v, rows.positions)), state, 0, policies.TOVA())
+
+
+def test_a_token_that_lives_long_has_its_whole_gradient_in_bfloat16() -> None:
+    """600 blocks see the first token, by half each; a bfloat16 sum of halves is 128 at most."""
+    t = 600
+    at = jnp.arange(t, dtype=jnp.int32)[None]
+    q, k = jnp.zeros((1, t, 1, 1, 2), jnp.bfloat16), jnp.zeros((1, 1, t, 2), jnp.bfloat16)
+    dies = jnp.where(at == 0, FOREVER, at + 1)[:, None]
+    attend = lambda v: lifetime_attention(q, k, v, at, at[:, None], dies, alive=2, block=1)
+    slope = jax.jit(jax.grad(lambda v: attend(v).astype(jnp.float32).sum()))(k)
+    assert slope.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(slope[0, 0, :3], np.float32), [[300, 300], [0.5, 0.5], [0.5, 0.5]], 0.01)

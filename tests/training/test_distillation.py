@@ -17,9 +17,11 @@ from jaxcompress.checkpoints import load, save
 from jaxcompress.models.bounded import init_state, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.naming import named
+from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import distilled_value_and_grad, divergence
-from jaxcompress.training.lora import EVERY, add_lora, init_lora
+from jaxcompress.training.lora import EVERY, Adapter, add_lora, init_lora
 from jaxcompress.training.loss import token_losses
+from jaxcompress.training.objectives import adapted
 
 T, SLOTS = 16, 5
 TOKENS = jnp.asarray(random_tokens(2, T + 1))
@@ -96,6 +98,51 @@ def test_adapters_change_nothing_at_first_and_then_what_they_say() -> None:
     want = model.layers.mlp.gate.kernel[...] + 2 * np.einsum("lnr,lrm->lnm", adapters["gate"].down, up)
     np.testing.assert_allclose(changed.layers.mlp.gate.kernel[...], want, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(changed.layers.mlp.up.kernel[...], model.layers.mlp.up.kernel[...])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_objective_of_a_model_is_one_of_its_adapters(dtype: Any) -> None:
+    """By the chain rule: what differentiating through `add_lora` gives."""
+    base = jax.tree.map(lambda x: x.astype(dtype), tiny_decoder())
+    loss = lambda model: sum(jnp.square(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(model))
+
+    def objective(model: Decoder, batch: Any, step: Any, key: Any) -> Any:
+        value, gradient = jax.value_and_grad(loss)(model)
+        return {"loss": value}, gradient
+
+    fresh = init_lora(base, jax.random.key(0), rank=3, to=("out", "down"))
+    adapters = {name: Adapter(one.down, one.up + 0.1) for name, one in fresh.items()}
+    metrics, got = jax.jit(lambda x: adapted(objective, base, alpha=6.0)(x, Batch(0, 0), 0, None))(adapters)
+    value, want = jax.jit(jax.value_and_grad(lambda x: loss(add_lora(base, x, alpha=6.0))))(adapters)
+    np.testing.assert_allclose(metrics["loss"], value, 1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
+
+
+def test_merging_adapters_rounds_once() -> None:
+    """Of bfloat16 weights and adapters: the nearest bfloat16 to the sum."""
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_decoder())
+    fresh = init_lora(base, jax.random.key(0), rank=3)
+    noise = jax.random.normal(jax.random.key(1), fresh["query"].up.shape)
+    adapters = {"query": Adapter(*(x.astype(jnp.bfloat16) for x in (fresh["query"].down, noise)))}
+    merged = add_lora(base, adapters).layers.attention.query.kernel[...]
+    wide = lambda x: np.asarray(x, np.float64)
+    change = 16 / 3 * np.einsum("lnr,lrm->lnm", *map(wide, adapters["query"]))
+    want = jnp.asarray(wide(base.layers.attention.query.kernel[...]) + change, jnp.bfloat16)
+    assert merged.dtype == jnp.bfloat16
+    assert np.mean(np.asarray(merged != want)) < 1e-3  # but for ties
+
+
+def test_adapters_that_were_not_trained_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    adapters = init_lora(tiny_decoder(), jax.random.key(0), rank=3, to=("out",))
+    jax.eval_shape(add_lora, tiny_decoder(), adapters)
+    assert caplog.messages == []
+    add_lora(tiny_decoder(), adapters)
+    assert ["the adapters were not trained" in message for message in caplog.messages] == [True]
+    caplog.clear()
+    add_lora(tiny_decoder(), {"out": adapters["out"]._replace(up=adapters["out"].up + 1)})
+    assert caplog.messages == []
 
 
 def test_adapters_learn_from_the_weights_below_them(tmp_path: Any) -> None:

@@ -170,6 +170,25 @@ def test_any_loss_goes_through_time() -> None:
     assert float(gradients["a"]) == pytest.approx(2.0 + sum(values[:-1]))
 
 
+@pytest.mark.parametrize("reach", [1, 100, None])
+def test_gradients_in_bfloat16_are_added_up_in_float32(reach: int | None) -> None:
+    """Of many small windows, and of many segments in one: a bfloat16 sum of ones is 256 at most."""
+    n = 1000
+    segments = jax.random.uniform(jax.random.key(0), (n,), minval=0.9).astype(jnp.bfloat16)
+    loss = lambda params, carry, x: ((params["a"] * x).astype(jnp.float32), carry + 1)
+
+    def run(dtype: Any) -> Any:
+        given = {"a": jnp.ones((), dtype)}
+        return jax.jit(partial(through_time, loss, reach=reach))(given, jnp.zeros(()), segments)
+
+    (total, gradient, carry), (want_total, want, _) = run(jnp.bfloat16), run(jnp.float32)
+    assert gradient["a"].dtype == jnp.float32
+    np.testing.assert_allclose(gradient["a"], want["a"], rtol=1e-5)
+    np.testing.assert_allclose(want["a"], np.asarray(segments, np.float64).sum(), rtol=1e-5)
+    np.testing.assert_allclose(total, want_total, rtol=2e-3)
+    assert float(carry) == n
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [

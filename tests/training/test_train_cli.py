@@ -27,6 +27,7 @@ from jaxcompress.cli.train import Train, with_settings
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.training import checkpointing
 from jaxcompress.training.loss import token_losses
+from jaxcompress.training.optimizer import SCHEDULES
 
 # ruff: noqa: F811  pytest's fixtures
 
@@ -98,7 +99,7 @@ class TestTrain:
     @pytest.mark.parametrize(
         ("arguments", "says"),
         [
-            (("--steps", 9), "--steps was 6 when the run in {out} began, and is 9 now"),
+            (("--steps", 3), "the run in {out} has taken 6 steps; --steps 3 is less: give more"),
             (("--seed", 1), "--seed was 0"),
             (("--data", "{other}"), "{other} has changed since the run in {out} began: "),
             (("--optimizer", "muon"), "checkpoint {out}/checkpoints/6 is of another model or optimizer: optimizer.1."),
@@ -147,8 +148,45 @@ def test_a_run_that_was_stopped_goes_on(run: Any, book: Path, tmp_path: Path, mo
     ran = run("train", "--out", cut, "--resume", "--save-every", 3, model=None)
     assert "going on from step 2" in ran
     assert curve(cut) == curve(tmp_path / "whole")
+    assert "--save-every is 3 from now on; it was 2" in ran
     weights = [(out / "model" / "model.safetensors").read_bytes() for out in (cut, tmp_path / "whole")]
     assert weights[0] == weights[1]
+
+
+def test_a_finished_run_is_extended(run: Any, book: Path, tmp_path: Path) -> None:
+    """The rates are those of a run of so many steps, and the model is that of the last one."""
+    out = tmp_path / "run"
+    assert run("train", "--data", book, "--out", out, *FULL, "--steps", 2).code == 0
+    first = (out / "model" / "model.safetensors").read_bytes()
+    ran = run("train", "--out", out, "--resume", "--steps", 4, model=None)
+    assert ran.code == 0, ran.err
+    assert "--steps is 4 from now on; it was 2" in ran
+    assert "learning rate: to 0.003 in 1 steps, then cosine to step 4; " in ran
+    assert "held-out loss after 4 steps" in ran
+    rows, schedule = curve(out), SCHEDULES["cosine"](3e-3, 4, warmup=1)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    np.testing.assert_allclose([row["learning_rate"] for row in rows[2:]], [schedule(2), schedule(3)], 1e-5)
+    assert (out / "model" / "model.safetensors").read_bytes() != first
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "metrics.jsonl", "model", "run.json"]
+    assert json.loads((out / "run.json").read_text())["settings"]["steps"] == 4
+
+
+def test_adapters(run: Any, book: Path, folder: Path, model: Decoder, tmp_path: Path) -> None:
+    """They change what they are beside and nothing else; a warmup that does not fit is told."""
+    out = tmp_path / "run"
+    ran = run("train", "--data", book, "--out", out, *FULL, "--lora", 2, "--warmup", 20, "--learning-rate", 0.1)
+    assert (ran.code, ran.err) == (0, "")
+    assert "learning rate: to 0.1 in 5 steps (--warmup 20 does not fit into 6 steps), then cosine to step 6" in ran
+    before, after = (float(x) for x in re.findall(r"held-out loss .*: (\d+\.\d+)", ran))
+    assert after < before
+    moved = {
+        jax.tree_util.keystr(path)
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(load(out / "model").model), jax.tree.leaves(model), strict=True
+        )
+        if (a != b).any()
+    }
+    assert moved == {f".layers.attention.{name}.kernel.value" for name in ("query", "key", "value", "out")}
 
 
 def test_the_loss_is_that_of_the_rows(run: Any, tmp_path: Path, model: Decoder) -> None:
@@ -171,6 +209,10 @@ def test_nothing_is_held_out(run: Any, book: Path, tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (("--data", "{book}", "--rows", 0), "--rows must be at least 1, not 0"),
+        (("--data", "{book}", "--warmup", -1), "--warmup must be at least 0, not -1"),
+        (("--data", "{book}", "--lora", 0), "the rank of an adapter is at least 1, not 0"),
+        (("--data", "{book}", "--policy", "dms", "--lora", 2), "--lora trains adapters of a model; dms trains"),
+        (("--resume",), "there is no run in {tmp}/run to go on with: {tmp}/run/run.json does not exist; --data begins"),
         (
             ("--data", "{book}", "--rows", 4, "--accumulate", 3),
             "--rows 4 cannot be taken in --accumulate 3 equal parts",
@@ -322,6 +364,11 @@ def test_a_policy_that_is_learned(
     out = tmp_path / "run"
     ran = run("train", "--data", book, "--out", out, "--policy", policy, "--window", 3, "--slots", 12, *SMALL, *more)
     assert (ran.code, ran.err) == (0, "")
+    told = re.findall(r"held-out (.*) before: \d+\.\d+ \((.*)\)", ran)
+    assert told[0] == ("loss", "nats per token")
+    other = ["prediction while tokens fade", "share kept"] if policy[0] == "d" else ["foresight"]
+    assert [name for name, _ in told[1:]] == ["divergence"] * bool(more) + other
+    assert [name for name, _ in told] == re.findall(r"held-out (.*) after 6 steps: \d", ran)
     ran = run("train", "--out", out, "--resume")
     assert (ran.code, "going on from step 6" in ran) == (0, True)
     loaded = load(out / "model")

@@ -1,0 +1,59 @@
+"""Compiled functions to which the arrays that they close over are arguments.
+
+`jax.jit` writes arrays that a function closes over into the program, as constants: a frozen teacher makes the program
+as large as itself, and a large one cannot be compiled at all. Here they are passed to the program, by reference. An
+objective can so hold frozen weights in whatever way it likes. (JAX is going to do the same one day:
+https://docs.jax.dev/en/latest/internals/constants.html.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import eval_jaxpr
+
+
+class Compiled:
+    """A jitted function; called as the function itself, with positional arguments.
+
+    What it closes over is found when it is first called with arguments of some shapes, and lives as long as this does.
+    Only what a function that is itself jitted inside this one closes over stays a constant.
+
+    Args:
+      function: pure; pytrees in, pytrees out.
+      donate: the first argument is consumed.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, donate: bool = False):
+        self._traced = jax.jit(function)
+        self._donate = donate
+        self._programs: dict[Any, _Program] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        program = self._program(args)
+        return program.run(program.closed_over, *args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, as `jax.jit(...).lower` gives it."""
+        program = self._program(args)
+        return program.run.lower(program.closed_over, *args)
+
+    def _program(self, args: tuple[Any, ...]) -> _Program:
+        traced = self._traced.trace(*args)  # JAX remembers it by the shapes
+        if traced.jaxpr not in self._programs:
+            jaxpr, results = traced.jaxpr.jaxpr, jax.tree.structure(traced.out_info)
+
+            def run(closed_over: list[jax.Array], *args: Any) -> Any:
+                return jax.tree.unflatten(results, eval_jaxpr(jaxpr, closed_over, *jax.tree.leaves(args)))
+
+            jitted = jax.jit(run, donate_argnums=1 if self._donate else ())
+            self._programs[traced.jaxpr] = _Program(jitted, list(map(jnp.asarray, traced.jaxpr.consts)))
+        return self._programs[traced.jaxpr]
+
+
+class _Program(NamedTuple):
+    run: Any
+    closed_over: list[jax.Array]
