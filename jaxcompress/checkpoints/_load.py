@@ -63,7 +63,7 @@ class Loaded(NamedTuple):
 
     def tokenizer(self) -> Any:
         """The `transformers` tokenizer of this checkpoint. Imports transformers, which takes a second."""
-        return auto("AutoTokenizer").from_pretrained(self.folder)
+        return auto("AutoTokenizer").from_pretrained(self.folder, trust_remote_code=False)
 
     def policy(self) -> SavedPolicy | None:
         """What the model was trained to be read with, and that policy's own weights; None if nothing is known."""
@@ -105,7 +105,7 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
     with config_of(folder / "config.json"):
         config = decoder_config(settings)
     with opened(folder) as tensors:
-        target = dtype_of(dtype, settings, tensors)
+        target = dtype_of(dtype, settings, tensors, folder)
         config, tensors = with_own_head(config, tensors, "model.embed_tokens.weight", "lm_head.weight", target)
         # Older checkpoints hold the RoPE frequencies, which follow from the config.
         ignored = lambda name: name.endswith("rotary_emb.inv_freq")
@@ -122,12 +122,13 @@ def auto(name: str) -> Any:
     os.environ[quiet] = "1"
     try:
         import transformers
+
+        return getattr(transformers, name)  # which imports more, and that may give the advice again
     finally:
         if before is None:
             del os.environ[quiet]
         else:
             os.environ[quiet] = before
-    return getattr(transformers, name)
 
 
 def with_own_head(
@@ -288,16 +289,21 @@ def _slices(path: Path, stack: ExitStack) -> dict[str, Any]:
         raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from error
 
 
-def dtype_of(asked: Any, settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> np.dtype:
+def dtype_of(asked: Any, settings: Mapping[str, Any], tensors: Mapping[str, Any], folder: Path) -> np.dtype:
     """The dtype of a model: as asked for, else as its config.json says, else of its first tensor."""
-    if asked is None:
-        asked = settings.get("dtype") or settings.get("torch_dtype")
-    if asked is None:
-        asked = next((_DTYPES.get(tensor.get_dtype()) for tensor in tensors.values()), None) or "float32"
+    if asked is not None:
+        return _floating(asked)
+    with config_of(folder / "config.json"):
+        if said := settings.get("dtype") or settings.get("torch_dtype"):
+            return _floating(said)
+    return _floating(next((_DTYPES.get(tensor.get_dtype()) for tensor in tensors.values()), None) or "float32")
+
+
+def _floating(name: Any) -> np.dtype:
     try:
-        dtype = jax.dtypes.canonicalize_dtype(asked)
+        dtype = jax.dtypes.canonicalize_dtype(name)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"dtype must be the name of a floating-point type, not {shown(asked)}") from error
+        raise ValueError(f"dtype must be the name of a floating-point type, not {shown(name)}") from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating-point type, not {dtype.name}")
     return dtype
