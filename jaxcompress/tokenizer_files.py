@@ -9,11 +9,13 @@ milliseconds where `transformers` takes a second.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Int
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -83,10 +85,19 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     named = dict(_named_of_class(config, fast))
     named |= {name: token.content for name, token in special.items() if not name.isdigit()}
     fast.encode_special_tokens = config.get("split_special_tokens") is True
-    highest = max(fast.get_vocab(with_added_tokens=True).values(), default=0)
-    if highest > _LARGEST:
-        raise ValueError(f"{folder / 'tokenizer.json'} has a token with the id {highest}; at most {_LARGEST} is known")
     return TokenizerFiles(fast, named, _templates(folder, config))
+
+
+def id_array(ids: Iterable[int]) -> Int[np.ndarray, " T"]:
+    """Token ids as int32 [T].
+
+    Raises:
+      ValueError: a vocabulary has larger ones.
+    """
+    try:
+        return np.array(list(ids), np.int32)
+    except OverflowError:
+        raise ValueError(f"the vocabulary in tokenizer.json has ids above {_LARGEST}, the largest known") from None
 
 
 @contextmanager
@@ -106,7 +117,7 @@ def _read_fast(path: Path) -> FastTokenizer:
         )
         beside = f" (it has {', '.join(there)})" if there else ""
         raise FileNotFoundError(
-            f"{folder} has no tokenizer.json{beside}. Only fast tokenizers (tokenizer.json) are read; a folder with a "
+            f"{path} does not exist{beside}. Only fast tokenizers (tokenizer.json) are read; a folder with a "
             f"SentencePiece model or a vocabulary alone is converted by transformers.AutoTokenizer"
             f".from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )

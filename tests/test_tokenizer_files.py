@@ -276,6 +276,15 @@ def test_ids_that_do_not_fit_are_told(tmp_path: Path) -> None:
     assert ours.encode("<x>").tolist() == transformers.AutoTokenizer.from_pretrained(folder)("<x>").input_ids
 
 
+def test_ids_beyond_all_models(tmp_path: Path) -> None:
+    written = FastTokenizer(models.WordLevel({"hello": 0}, unk_token="hello")).to_str()
+    (tmp_path / "tokenizer.json").write_text(
+        written.replace('"hello": 0', f'"hello": {2**31}').replace('":0', f'":{2**31}')
+    )
+    with pytest.raises(ValueError, match="ids above 2147483647"):
+        Tokenizer(tmp_path).encode("hello")
+
+
 def test_folders_that_have_to_be_converted(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"spm")
     (tmp_path / "vocab.txt").write_text("a")

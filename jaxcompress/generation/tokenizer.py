@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from jaxcompress._json import read_object_if_there
 from jaxcompress.generation.chat import render
-from jaxcompress.tokenizer_files import read_tokenizer
+from jaxcompress.tokenizer_files import id_array, read_tokenizer
 
 TokenIds = Int[np.ndarray, "T"]
 
@@ -71,12 +71,12 @@ class Tokenizer:
             itself, so pass False for its output. No end token is ever added.
         """
         ids = self._fast.encode(text, add_special_tokens=False).ids
-        return np.array(self.opening(add_bos) + ids, np.int32)
+        return id_array(self.opening(add_bos) + ids)
 
     def encode_with_places(self, text: str) -> tuple[TokenIds, Int[np.ndarray, "T 2"]]:
         """Token ids [T] without `opening`, and the characters text[start:end] that each stands for, [T, 2]."""
         encoding = self._fast.encode(text, add_special_tokens=False)
-        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        return id_array(encoding.ids), np.array(encoding.offsets, np.int32).reshape(-1, 2)
 
     def encode_after(self, context: str, text: str) -> TokenIds:
         """Token ids [T] int32 of a text as the continuation of `context`, whose own tokens are left out.
@@ -88,7 +88,7 @@ class Tokenizer:
         if any(first < start < end for first, end in encoding.offsets):  # a token joins the two: it would be lost
             return self.encode(text, add_bos=False)
         pairs = zip(encoding.ids, encoding.offsets, strict=True)
-        return np.array([token for token, (first, _) in pairs if first >= start], np.int32)
+        return id_array(token for token, (first, _) in pairs if first >= start)
 
     def opening(self, add_bos: bool = True) -> list[int]:
         """The ids that come before the first token of a text, usually `bos_id` or nothing."""

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxcompress.prompt.words import Offsets
-from jaxcompress.tokenizer_files import read_tokenizer
+from jaxcompress.tokenizer_files import id_array, read_tokenizer
 
 Kind = Literal["wordpiece", "sentencepiece", "bytes"]
 _MODELS: dict[str, Kind] = {"WordPiece": "wordpiece", "Unigram": "sentencepiece", "BPE": "bytes"}
@@ -88,7 +88,7 @@ class EncoderTokenizer:
 
     def _plain(self, ids: Sequence[int]) -> Int[np.ndarray, " T"]:
         """SentencePiece has the names of special tokens among its pieces: written out in a text, they are unknown."""
-        plain = np.array(ids, np.int32)
+        plain = id_array(ids)
         plain[self._special[np.minimum(plain, len(self._special) - 1)]] = self.unknown
         return plain
 

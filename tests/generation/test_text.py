@@ -156,14 +156,15 @@ class TestTokenizer:
         text = "Hello world " * 4
         assert Tokenizer(save(tmp_path, fast)).encode(text).tolist() == byte_level().encode(text).ids
 
-    def test_reading_one_does_not_import_transformers(self, tmp_path):
-        folder = save(tmp_path, byte_level())
+    def test_neither_reading_nor_chatting_imports_transformers(self, tmp_path):
+        folder = save(tmp_path, byte_level(), {"chat_template": CHAT})
         code = (
             "import sys; from jaxcompress.generation.text import Tokenizer; "
-            f"Tokenizer({str(folder)!r}); print('transformers' in sys.modules)"
+            f"Tokenizer({str(folder)!r}).apply_chat_template([dict(role='user', content='hi')]); "
+            "print('transformers' in sys.modules)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "False"
+        assert (done.stdout.strip(), done.stderr) == ("False", "")
 
     def test_no_fast_tokenizer(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"Only fast tokenizers.*AutoTokenizer"):
