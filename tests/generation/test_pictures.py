@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from jaxcompress._json import read_object
 from jaxcompress.checkpoints import llava_config, load_tower
-from jaxcompress.checkpoints._load import read_json
 from jaxcompress.checkpoints._vision import image_processor
 from jaxcompress.generation.pictures import open_picture, process
 from jaxcompress.models.llava import LlavaConfig
@@ -28,7 +28,7 @@ needs_assets = pytest.mark.skipif(not ASSETS, reason="JAXCOMPRESS_ASSETS is not 
 
 
 def next_config(**changes: Any) -> LlavaConfig:
-    settings = read_json(Path(__file__).parents[1] / "fixtures" / "vision_models" / "llava_next" / "config.json")
+    settings = read_object(Path(__file__).parents[1] / "fixtures" / "vision_models" / "llava_next" / "config.json")
     return replace(llava_config(settings), **changes)
 
 
@@ -305,8 +305,8 @@ def test_any_settings_of_a_processor_are_taken_or_refused(tmp_path_factory: Any,
     from jaxcompress.embedded import vision_folder
 
     folder = tmp_path_factory.mktemp("settings")
-    base = read_json(vision_folder() / "preprocessor_config.json")
-    config = llava_config(read_json(vision_folder() / "config.json"))
+    base = read_object(vision_folder() / "preprocessor_config.json")
+    config = llava_config(read_object(vision_folder() / "config.json"))
     (folder / "preprocessor_config.json").write_text(json.dumps({**base, **changed}))
     try:
         pixels = process([ramp(20, 30, 3)], image_processor(folder), config).pixels

@@ -159,11 +159,6 @@ class TestTokenizer:
             assert ours.encode(text, add_bos=False).tolist() == theirs.encode(text, add_special_tokens=False)
             assert ours.decode(ids) == theirs.decode(ids.tolist(), skip_special_tokens=True)
 
-    def test_add_bos_token_counts_where_there_is_no_post_processor(self, tmp_path):
-        tokenizer = Tokenizer(save(tmp_path, byte_level(), {"add_bos_token": True}))
-        assert tokenizer.encode("Hello")[0] == tokenizer.bos_id
-        assert tokenizer.encode("Hello", add_bos=False)[0] != tokenizer.bos_id
-
     def test_a_saved_truncation_does_not_cut(self, tmp_path):
         fast = byte_level()
         fast.enable_truncation(3)
@@ -171,25 +166,26 @@ class TestTokenizer:
         text = "Hello world " * 4
         assert Tokenizer(save(tmp_path, fast)).encode(text).tolist() == byte_level().encode(text).ids
 
-    def test_reading_one_does_not_import_transformers(self, tmp_path):
-        folder = save(tmp_path, byte_level())
+    def test_neither_reading_nor_chatting_imports_transformers(self, tmp_path):
+        folder = save(tmp_path, byte_level(), {"chat_template": CHAT})
         code = (
             "import sys; from jaxcompress.generation.text import Tokenizer; "
-            f"Tokenizer({str(folder)!r}); print('transformers' in sys.modules)"
+            f"Tokenizer({str(folder)!r}).apply_chat_template([dict(role='user', content='hi')]); "
+            "print('transformers' in sys.modules)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "False"
+        assert (done.stdout.strip(), done.stderr) == ("False", "")
 
     def test_no_fast_tokenizer(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"Only fast tokenizers.*AutoTokenizer"):
             Tokenizer(tmp_path)
 
     def test_files_that_are_broken(self, tmp_path):
-        folder = save(tmp_path, byte_level(), {"bos_token": "<nobody>"})
-        with pytest.raises(ValueError, match="<nobody>"):
+        folder = save(tmp_path, byte_level(), {"bos_token": 3})
+        with pytest.raises(ValueError, match=r"tokenizer_config.json holds what is no token: .* not 3"):
             Tokenizer(folder)
         (folder / "tokenizer_config.json").write_text("{")
-        with pytest.raises(ValueError, match=r"tokenizer_config.json is not JSON"):
+        with pytest.raises(ValueError, match=r"tokenizer_config.json is not valid JSON"):
             Tokenizer(folder)
         (folder / "tokenizer.json").write_text("{}")
         with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
