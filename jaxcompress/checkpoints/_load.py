@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from jaxcompress.checkpoints._config import decoder_config
+from jaxcompress.checkpoints._dtype import STORED, weights_dtype
 from jaxcompress.checkpoints._policy import SavedPolicy, load_policy
 from jaxcompress.checkpoints._weights import Weight, weights_of
 from jaxcompress.models.decoder import Decoder, DecoderConfig
@@ -30,7 +30,6 @@ _DOWNLOADED = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "sentencepiece*", "chat_template*",
     "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -74,7 +73,7 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
       source: a folder with config.json and safetensors (model.safetensors, or several files with
         model.safetensors.index.json); or, if there is no such folder, a repository of the Hugging Face hub, which is
         downloaded into the hub's cache.
-      dtype: of all weights; the checkpoint's own if None.
+      dtype: of all weights; the checkpoint's own if None or "auto". Names as usual: "bfloat16", "bf16", "half", ...
       sharding: a `jax.sharding.Sharding` for every array, or a function of an array's name and shape that returns one.
         Names are dotted paths in the module: "embedding", "layers.attention.query.kernel", "head". Each device reads
         its own part of the files only.
@@ -86,7 +85,7 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
 
     Example:
       >>> from jax.sharding import NamedSharding, PartitionSpec
-      >>> model = load("Qwen/Qwen3-0.6B", dtype=jnp.bfloat16).model  # doctest: +SKIP
+      >>> model = load("Qwen/Qwen3-0.6B", dtype="bfloat16").model  # doctest: +SKIP
       >>> mesh = jax.make_mesh((jax.device_count(),), ("model",))
       >>> columns = NamedSharding(mesh, PartitionSpec(None, None, "model"))
       >>> whole = NamedSharding(mesh, PartitionSpec())
@@ -129,7 +128,7 @@ def fill(
     """
     with _open(_weight_files(folder)) as files:
         tensors = {renamed(name): tensor for name, tensor in files.items()}
-        target = _dtype(dtype, settings, tensors)
+        target = weights_dtype(dtype, settings, (tensor.get_dtype() for tensor in tensors.values()))
         weights, tree = weights_of(jax.eval_shape(lambda: make(target)))
         _check(weights, tensors, ignored, folder)
         not_finite: set[str] = set()
@@ -195,17 +194,6 @@ def _open(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
         yield tensors
 
 
-def _dtype(asked: Any, settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> np.dtype:
-    if asked is None:
-        asked = settings.get("dtype") or settings.get("torch_dtype")
-    if asked is None:
-        asked = _DTYPES.get(next(iter(tensors.values())).get_dtype(), "float32")
-    dtype = jax.dtypes.canonicalize_dtype(asked)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a floating-point type, not {dtype.name}")
-    return dtype
-
-
 def _check(weights: list[Weight], tensors: Mapping[str, Any], ignored: Callable[[str], bool], folder: Path) -> None:
     shapes = {name: weight.tensor_shape for weight in weights for name in weight.tensors}
     found = {name: tuple(tensors[name].get_shape()) for name in shapes if name in tensors}
@@ -215,7 +203,7 @@ def _check(weights: list[Weight], tensors: Mapping[str, Any], ignored: Callable[
         "of another shape": [
             f"{name} {list(shape)}, not {list(shapes[name])}" for name, shape in found.items() if shape != shapes[name]
         ],
-        "not floats": [f"{name} ({kind})" for name in found if (kind := tensors[name].get_dtype()) not in _DTYPES],
+        "not floats": [f"{name} ({kind})" for name in found if (kind := tensors[name].get_dtype()) not in STORED],
     }
     if any(problems.values()):
         lines = [f"  {what}: {', '.join(names)}" for what, names in problems.items() if names]

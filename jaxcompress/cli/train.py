@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from jaxcompress.cli.runtime import warn_of_positions
+from jaxcompress.reading import parse_json, parse_toml, read_text
 
 if TYPE_CHECKING:
     from jaxcompress.generation.text import Tokenizer
@@ -112,7 +114,7 @@ class Train:
         import jax
         import optax
 
-        from jaxcompress.checkpoints import save, save_policy
+        from jaxcompress.checkpoints import config_dtype, save, save_policy
         from jaxcompress.generation.text import Tokenizer
         from jaxcompress.naming import named
         from jaxcompress.training.checkpointing import Checkpoints
@@ -124,8 +126,9 @@ class Train:
         from jaxcompress.training.trainer import fit, init_train_state, make_evaluate, make_step
 
         tokenizer = Tokenizer(self.tokenizer or loaded.folder)
+        stored = config_dtype(loaded.settings) or "float32"
         dtype = self.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        learned = None
+        learned, places = None, self.placement or "absolute"
         if self.policy in LEARNABLE:
             key = jax.random.key(self.seed)
             through = partial(self._through, teacher=loaded.model) if self.distill else None
@@ -136,10 +139,12 @@ class Train:
         elif self.policy == "full":
             params, objective = loaded.model, causal()
         else:
-            params = loaded.model
-            objective = self._through(named(self.policy), teacher=loaded.model if self.distill else None)
+            params, policy = loaded.model, named(self.policy)
+            places = self.placement or policy.placement
+            objective = self._through(policy, teacher=loaded.model if self.distill else None)
         rows = self._rows(tokenizer, loaded.config.vocab_size)
         parts = split(rows, batch=self.rows, held_out=self.held_out, held_out_batch=self.rows // self.accumulate)
+        warn_of_positions(loaded.model, [places], self.length)
         data = batches(rows, batch=self.rows, seed=self.seed, train=parts.train)
         schedule = SCHEDULES[self.schedule](self.learning_rate, self.steps, warmup=self.warmup)
         optimizer = OPTIMIZERS[self.optimizer](schedule, clip=self.clip, weight_decay=self.weight_decay)
@@ -168,7 +173,7 @@ class Train:
             if before is not None:
                 unit = f"divergence from the full cache + {LANGUAGE} of the loss" if self.distill else "nats per token"
                 print(f"held-out loss before: {before:.4f} ({unit})", flush=True)
-            settings, source = loaded.settings, tokenizer.folder
+            source = tokenizer.folder
             del loaded, begin, params  # the state has its own copy
             with MetricsFile(self.out / "metrics.jsonl", after=done) as lines:
                 state = fit(
@@ -181,7 +186,6 @@ class Train:
             print(f"held-out loss after {self.steps} steps: {after:.4f} ({after - before:+.4f})", flush=True)
         model, own = parts_of(state.params)
         if not folder.exists():
-            stored = settings.get("dtype") or settings.get("torch_dtype") or "float32"
             save(jax.tree.map(lambda x: x.astype(stored), model), folder, tokenizer_from=source)
         reading = () if self.policy == "full" else ("slots", "segment", "chunk", "placement")
         settings = {name: getattr(self, name) for name in reading}
@@ -202,8 +206,25 @@ class Train:
             raise ValueError(
                 f"--distill is for states that evict by a policy or a retention head, not for {self.policy}"
             )
+        for name, why in self._idle().items():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise ValueError(f"--{name.replace('_', '-')} does nothing {why}; leave it out")
         if not self.resume and any(any(self.out.glob(name)) for name in ("run.json", "checkpoints/*", "model")):
             raise ValueError(f"{self.out} holds a run already; give --resume to go on with it, or another --out")
+
+    def _idle(self) -> dict[str, str]:
+        """Settings that nothing reads, given the others, and why."""
+        kind, idle = self.policy.split("-")[0], {}
+        if self.policy == "full":
+            why = "with --policy full, which evicts nothing"
+            idle |= dict.fromkeys(("slots", "segment", "reach", "chunk", "placement"), why)
+        if kind != "dms":
+            idle["window"] = f"with --policy {self.policy}; it is for dms"
+        if kind not in ("dms", "dmc"):
+            idle["ratio"] = f"with --policy {self.policy}; it is for dms and dmc"
+        if Path(self.data).expanduser().exists():
+            idle["split"] = f"with files; {self.data} is no dataset of the hub"
+        return idle
 
     def _through(self, policy: Policy, teacher: Decoder | None) -> Objective:
         """What a model is trained for with a policy that evicts."""
@@ -256,13 +277,18 @@ class Train:
                     f"--{name.replace('_', '-')} was {begun['settings'].get(name)} when the run in {self.out} began, "
                     f"and is {value} now; leave it out, or begin another run with --model {self.out / 'model'}"
                 )
-        if begun["data"] != dict(facts):
+        then, loss = begun.get("data"), begun.get("held_out_loss")
+        if not isinstance(then, dict) or not {"tokens", "checksum"} <= then.keys() or not _fits(loss, float | None):
+            raise ValueError(f"{run_file} is damaged; begin another run with another --out")
+        if then != dict(facts):
             raise ValueError(
                 f"{self.data} has changed since the run in {self.out} began: {facts['tokens']:,} tokens (checksum "
-                f"{facts['checksum']}), then {begun['data']['tokens']:,} ({begun['data']['checksum']})"
+                f"{facts['checksum']}), then {then['tokens']} ({then['checksum']})"
             )
-        return begun["held_out_loss"]
+        return loss
 
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Train)}
 
 Sink = Callable[[int, Mapping[str, Any]], None]
 
@@ -287,24 +313,62 @@ def with_settings(arguments: Sequence[str]) -> list[str]:
     given = _flags(arguments)
     settings: dict[str, Any] = {}
     if path := given.get("config"):
-        try:
-            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not TOML: {error}") from error
+        settings = _checked(parse_toml(read_text(path), path), path)
+        if "config" in settings:
+            raise ValueError(f"config in {path} does nothing; put all settings into one file")
     out = given.get("out") or settings.get("out")
     if out and ("resume" in given or settings.get("resume")) and (run_file := Path(out) / "run.json").exists():
         settings = _read_run(run_file)["settings"] | settings
-    types = {field.name: str(field.type) for field in dataclasses.fields(Train)}
     added = []
     for name, value in settings.items():
-        if name not in types:
-            raise ValueError(f"unknown setting {name!r} in {path}; known: {', '.join(types)}")
-        if (types[name] == "bool") != isinstance(value, bool) or isinstance(value, dict):
-            raise ValueError(f"{name} cannot be {value!r} in {path}")
-        if name not in given and value is not False:
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            added += [f"--{name.replace('_', '-')}", *map(str, values)]
+        flag = f"--{name.replace('_', '-')}"
+        if name in given or value is False:
+            continue
+        if isinstance(value, list):
+            added += [flag, *map(str, value)]
+        elif value is True:
+            added.append(flag)
+        else:
+            added += (
+                [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+            )  # not to look like a flag
     return [*arguments, *added]
+
+
+def _checked(settings: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """The same. Raises ValueError for a setting that is unknown, or of another type than its flag."""
+    types = get_type_hints(Train)
+    for name, value in settings.items():
+        if name not in types:
+            raise ValueError(f"unknown setting {name!r} in {where}; known: {', '.join(types)}")
+        if not _fits(value, types[name]):
+            raise ValueError(f"{name} cannot be {value!r} in {where}; it is {_told(types[name])}")
+    return settings
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is Literal:
+        return any(value is one or value == one for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        values = value if isinstance(value, list) else [value]
+        return bool(values) and all(_fits(one, get_args(kind)[0]) for one in values)
+    if kind is NoneType:
+        return value is None or value == "None"  # TOML has no null; the flag takes the word
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, str if kind is Path else kind)
+
+
+def _told(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_told, get_args(kind)))
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "a list of integers"
+    return {int: "an integer", float: "a number", bool: "true or false", NoneType: '"None"'}.get(kind, "a text")
 
 
 def _flags(arguments: Sequence[str]) -> dict[str, str]:
@@ -318,7 +382,9 @@ def _flags(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _read_run(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    """What run.json says. Raises ValueError if that is not what `train` writes."""
+    run = parse_json(read_text(path), str(path))
+    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
+        raise ValueError(f"{path} has no settings; begin another run with another --out")
+    _checked(run["settings"], path)
+    return run

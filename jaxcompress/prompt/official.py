@@ -30,6 +30,7 @@ from tokenizers import AddedToken
 from jaxcompress.models.encoder import Encoder
 from jaxcompress.prompt.scoring import score
 from jaxcompress.prompt.tokenizer import EncoderTokenizer, read_tokenizer
+from jaxcompress.reading import clean
 
 MAX_TOKENS = 512
 MAX_FORCED = 100
@@ -123,7 +124,7 @@ class OfficialCompressor:
         for end in ends:  # which grows meanwhile
             if end in mapped:
                 ends.append(mapped[end])
-        contexts = [context] if isinstance(context, str) else list(context)
+        contexts = [clean(text) for text in ([context] if isinstance(context, str) else context)]
         filters = use_context_level_filter and len(contexts) != 1
         origin = sum(self.count(text) for text in contexts)
         chunks = self._chunks([_replaced(text, mapped.items()) for text in contexts], set(ends))

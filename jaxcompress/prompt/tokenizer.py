@@ -13,6 +13,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxcompress.prompt.words import Offsets
+from jaxcompress.reading import masked
 
 Kind = Literal["wordpiece", "sentencepiece"]
 _MODELS: dict[str, Kind] = {"WordPiece": "wordpiece", "Unigram": "sentencepiece"}
@@ -60,17 +61,17 @@ class EncoderTokenizer:
         self._special[special] = True
 
     def encode(self, text: str) -> Subwords:
-        """Subwords of a text, without special tokens."""
+        """Subwords of a text, without special tokens. Halves of characters are read as U+FFFD, pairs of them as two."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Subwords]:
         """The same of several, in parallel."""
-        encodings = self.fast.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self.fast.encode_batch([masked(text) for text in texts], add_special_tokens=False)
         return [Subwords(self._plain(e.ids), _array(e.offsets)) for e in encodings]
 
     def count(self, text: str) -> int:
         """How many subwords a text has."""
-        return len(self.fast.encode_batch_fast([text], add_special_tokens=False)[0])
+        return len(self.fast.encode_batch_fast([masked(text)], add_special_tokens=False)[0])
 
     def apart(self, text: str) -> list[str]:
         """A text cut into parts whose subwords are the text's: before every space, or nowhere if this tokenizer has

@@ -311,7 +311,7 @@ def test_kill_9_at_any_moment(folder: Path, book: Path, tmp_path: Path) -> None:
     [
         ("retention-layer", "retention-layer", ("--distill", "--segment", 8)),
         pytest.param("retention-layer", "retention-layer", (), marks=pytest.mark.slow),
-        pytest.param("dms-pool", "dms-pool", (), marks=pytest.mark.slow),
+        pytest.param("dms-pool", "dms-pool", ("--window", 3), marks=pytest.mark.slow),
         pytest.param("dmc", "dmc-tova-kv_head", (), marks=pytest.mark.slow),
     ],
 )
@@ -320,7 +320,7 @@ def test_a_policy_that_is_learned(
 ) -> None:
     """It is saved with the model, comes back with it, and is what `own` stands for."""
     out = tmp_path / "run"
-    ran = run("train", "--data", book, "--out", out, "--policy", policy, "--window", 3, "--slots", 12, *SMALL, *more)
+    ran = run("train", "--data", book, "--out", out, "--policy", policy, "--slots", 12, *SMALL, *more)
     assert (ran.code, ran.err) == (0, "")
     ran = run("train", "--out", out, "--resume")
     assert (ran.code, "going on from step 6" in ran) == (0, True)
