@@ -10,6 +10,17 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxcompress.checkpoints._entries import (
+    MOST_LAYERS,
+    architecture_in,
+    flag,
+    number,
+    object_in,
+    said,
+    shown,
+    text,
+    whole,
+)
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.rope import RopeConfig
 
@@ -54,38 +65,52 @@ _ROPE_REQUIRED = {
 }
 
 
+INTERPRETED = frozenset(
+    {
+        "architectures", "model_type", "dtype", "torch_dtype", "rope_scaling", "rope_parameters",
+        "original_max_position_embeddings", "partial_rotary_factor", "quantization_config",
+        *_REQUIRED, *_ALL, *(key for family in _FAMILIES.values() for key in family.defaults),
+    }
+)  # fmt: skip
+"""Entries that `decoder_config` reads, or that `hugging_face_config` and the writer of weights put anew."""
+
+
 def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """The decoder that a Hugging Face config.json describes.
 
     Raises ValueError, with what was given and what is known, for an architecture, activation, RoPE type or layer type
-    that the decoder does not have, for quantised weights, and for missing entries.
+    that the decoder does not have, for quantised weights, and for entries that are missing, of another type, or out
+    of range.
     """
     architecture = _architecture(raw)
     if missing := [key for key in _REQUIRED if raw.get(key) is None]:
         raise ValueError(f"the config of this {architecture} lacks {', '.join(missing)}")
     if raw.get("quantization_config"):
         raise ValueError("the checkpoint is quantised (quantization_config); only plain float weights are read")
-    c = {**_ALL, **_FAMILIES[architecture].defaults, **raw}
-    if c["hidden_act"] not in ("silu", "swish"):
+    c = {**_ALL, **_FAMILIES[architecture].defaults, **said(raw, "num_key_value_heads", "sliding_window")}
+    if text(c, "hidden_act") not in ("silu", "swish"):
         raise ValueError(f"unknown hidden_act {c['hidden_act']!r}; known: 'silu'")
-    biased = bool(c["attention_bias"]) and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    biased = flag(c, "attention_bias") and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    hidden, heads = whole(c, "hidden_size"), whole(c, "num_attention_heads")
+    if c["head_dim"] is None and hidden % heads:
+        raise ValueError(f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) without head_dim")
     return DecoderConfig(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=c["num_attention_heads"],
-        num_kv_heads=c["num_key_value_heads"] or c["num_attention_heads"],
-        head_dim=c["head_dim"] or c["hidden_size"] // c["num_attention_heads"],
+        vocab_size=whole(c, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=whole(c, "intermediate_size"),
+        num_layers=whole(c, "num_hidden_layers", most=MOST_LAYERS),
+        num_heads=heads,
+        num_kv_heads=heads if c["num_key_value_heads"] is None else whole(c, "num_key_value_heads"),
+        head_dim=hidden // heads if c["head_dim"] is None else whole(c, "head_dim"),
         rope=_rope(c),
-        norm_eps=c["rms_norm_eps"],
+        norm_eps=number(c, "rms_norm_eps"),
         qkv_bias=biased or architecture == "Qwen2ForCausalLM",
         out_bias=biased,
-        mlp_bias=bool(c["mlp_bias"]) and architecture == "LlamaForCausalLM",
+        mlp_bias=flag(c, "mlp_bias") and architecture == "LlamaForCausalLM",
         qk_norm=architecture == "Qwen3ForCausalLM",
-        tied=bool(c["tie_word_embeddings"]),
+        tied=flag(c, "tie_word_embeddings"),
         sliding=_sliding(architecture, c),
-        max_position=c["max_position_embeddings"],
+        max_position=whole(c, "max_position_embeddings"),
     )
 
 
@@ -130,68 +155,79 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
-    names = raw.get("architectures")
-    if names:
-        given = names[0]
-    else:
-        by_type = {family.model_type: name for name, family in _FAMILIES.items()}
-        given = by_type.get(raw.get("model_type", ""), raw.get("model_type"))
-    if given not in _FAMILIES:
-        raise ValueError(f"unknown architecture {given!r}; known: {', '.join(_FAMILIES)}")
+    given = architecture_in(raw)
+    if given is None:
+        kind = raw.get("model_type")
+        given = next((name for name, family in _FAMILIES.items() if family.model_type == kind), kind)
+    if not isinstance(given, str) or given not in _FAMILIES:
+        raise ValueError(f"unknown architecture {shown(given)}; known: {', '.join(_FAMILIES)}")
     return given
 
 
 def _rope(c: Mapping[str, Any]) -> RopeConfig:
-    given = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    given = object_in(c, "rope_scaling") or object_in(c, "rope_parameters")
     if any(isinstance(value, Mapping) for value in given.values()):
         raise ValueError(
             f"rope_parameters differ by layer type ({', '.join(given)}); only one RoPE for all layers is known"
         )
+    given = said(given)
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _ROPE_REQUIRED:
-        raise ValueError(f"unknown rope type {kind!r}; known: {', '.join(_ROPE_REQUIRED)}")
-    partial = given.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
+    if not isinstance(kind, str) or kind not in _ROPE_REQUIRED:
+        raise ValueError(f"unknown rope type {shown(kind)}; known: {', '.join(_ROPE_REQUIRED)}")
+    # Of an entry that is there twice, the one among the RoPE parameters counts, but for the original context:
+    # transformers lets the entry beside them win.
+    given = {**{key: c[key] for key in ("rope_theta", "partial_rotary_factor") if key in c}, **given}
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        partial = shown(given["partial_rotary_factor"])
         raise ValueError(f"partial_rotary_factor is {partial}; only 1.0, the whole head rotated, is known")
-    if missing := [key for key in _ROPE_REQUIRED[kind] if given.get(key) is None]:
+    if missing := [key for key in _ROPE_REQUIRED[kind] if key not in given]:
         raise ValueError(f"rope type {kind!r} needs {', '.join(missing)}")
-    theta = float(given.get("rope_theta") or c["rope_theta"])
+    theta = number(given, "rope_theta")
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind == "linear":
-        return RopeConfig(theta=theta, kind=kind, factor=float(given["factor"]))
-    # Transformers lets the entry beside the RoPE parameters win over the one among them.
-    original = c.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
-    original = original or c["max_position_embeddings"]
+        return RopeConfig(theta=theta, kind=kind, factor=number(given, "factor"))
+    if c.get("original_max_position_embeddings"):
+        given["original_max_position_embeddings"] = c["original_max_position_embeddings"]
+    context = whole(c, "max_position_embeddings")
+    # Null and 0 are silence here, as to transformers.
+    said_original = given.get("original_max_position_embeddings")
+    original = whole(given, "original_max_position_embeddings") if said_original else context
     if kind == "llama3":
+        low, high = number(given, "low_freq_factor"), number(given, "high_freq_factor")
+        if not low < high:
+            raise ValueError(f"low_freq_factor ({low}) must be less than high_freq_factor ({high})")
         return RopeConfig(
             theta=theta,
             kind=kind,
-            factor=float(given["factor"]),
+            factor=number(given, "factor"),
             original_context=original,
-            low_freq_factor=float(given["low_freq_factor"]),
-            high_freq_factor=float(given["high_freq_factor"]),
+            low_freq_factor=low,
+            high_freq_factor=high,
         )
-    factor = float(given.get("factor") or c["max_position_embeddings"] / original)
+    assert kind == "yarn"
+    if theta <= 1:
+        raise ValueError(f"rope_theta must be greater than 1 for rope type 'yarn', not {theta}")
+    factor = number(given, "factor") if given.get("factor") else context / original
     return RopeConfig(
         theta=theta,
         kind=kind,
         factor=factor,
         original_context=original,
-        beta_fast=float(given.get("beta_fast") or 32),
-        beta_slow=float(given.get("beta_slow") or 1),
+        beta_fast=number(given, "beta_fast") if given.get("beta_fast") else 32.0,
+        beta_slow=number(given, "beta_slow") if given.get("beta_slow") else 1.0,
         attention_factor=_attention_factor(given, factor),
-        truncate=bool(given.get("truncate", True)),
+        truncate=flag({"truncate": True, **given}, "truncate"),
     )
 
 
 def _attention_factor(given: Mapping[str, Any], factor: float) -> float | None:
     """YaRN's factor on cos and sin where the config says more than `factor`, which implies one of its own."""
     if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
-    mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
-    if not (mscale and all_dim):
+        return number(given, "attention_factor")
+    if not (given.get("mscale") and given.get("mscale_all_dim")):
         return None
+    mscale, all_dim = number(given, "mscale"), number(given, "mscale_all_dim")
     temperature = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
     return temperature(mscale) / temperature(all_dim)
 
@@ -212,18 +248,24 @@ def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
 
 
 def _sliding(architecture: str, c: Mapping[str, Any]) -> tuple[int | None, ...]:
-    layers = c["num_hidden_layers"]
-    if architecture == "MistralForCausalLM":
-        return (c["sliding_window"],) * layers if c["sliding_window"] is not None else ()
+    layers = whole(c, "num_hidden_layers", most=MOST_LAYERS)
     if architecture == "LlamaForCausalLM":
         return ()
-    window = c["sliding_window"] if c["use_sliding_window"] else None
+    window = None if c["sliding_window"] is None else whole(c, "sliding_window")
+    if architecture == "MistralForCausalLM":
+        return () if window is None else (window,) * layers
+    window = window if flag(c, "use_sliding_window") else None
     types = c["layer_types"]
     if types is None:
-        slides = [window is not None and layer >= c["max_window_layers"] for layer in range(layers)]
+        first = whole(c, "max_window_layers", least=0)
+        slides = [window is not None and layer >= first for layer in range(layers)]
     else:
+        if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+            raise ValueError(f"layer_types must be a list of names, not {shown(types)}")
         if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
             raise ValueError(f"unknown layer types {unknown}; known: 'full_attention', 'sliding_attention'")
+        if len(types) != layers:
+            raise ValueError(f"layer_types has {len(types)} entries for {layers} layers")
         slides = [kind == "sliding_attention" for kind in types]
     if any(slides) and window is None:
         raise ValueError("layer_types has sliding_attention, but use_sliding_window is false or sliding_window null")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,23 +19,23 @@ _ALIASES = {
 _KNOWN = "float32 (fp32, float), bfloat16 (bf16), float16 (fp16, half), or auto for the checkpoint's own"
 
 
-def weights_dtype(asked: Any, settings: Mapping[str, Any], stored: Iterable[str]) -> np.dtype:
+def weights_dtype(asked: Any, settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> np.dtype:
     """What the weights of a folder become.
 
     Args:
       asked: a dtype or its name; None or "auto" for what config.json says.
       settings: config.json. Where it says nothing, or "auto", the first floats in the files decide.
-      stored: dtypes of the tensors, as safetensors names them.
+      tensors: the files' slices, by name.
 
     Raises:
       ValueError: an unknown name, or no floating-point type; says whose it is.
     """
     if not _auto(asked):
         return dtype_named(asked, "dtype")
-    said = config_dtype(settings)
-    return (
-        dtype_named(next((STORED[kind] for kind in stored if kind in STORED), "float32"), "") if said is None else said
-    )
+    if (said := config_dtype(settings)) is not None:
+        return said
+    stored = (tensor.get_dtype() for tensor in tensors.values())
+    return dtype_named(next((STORED[kind] for kind in stored if kind in STORED), "float32"), "the files' dtype")
 
 
 def config_dtype(settings: Mapping[str, Any]) -> np.dtype | None:

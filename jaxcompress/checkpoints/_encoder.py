@@ -8,7 +8,21 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from jaxcompress.checkpoints._load import Shardings, fill, find, read_json
+from jaxcompress._json import read_object
+from jaxcompress.checkpoints._carried import config_like
+from jaxcompress.checkpoints._dtype import weights_dtype
+from jaxcompress.checkpoints._entries import (
+    MOST_LAYERS,
+    architecture_in,
+    config_of,
+    labels_in,
+    number,
+    said,
+    shown,
+    text,
+    whole,
+)
+from jaxcompress.checkpoints._load import Shardings, fill, find, opened
 from jaxcompress.checkpoints._save import write_folder
 from jaxcompress.checkpoints._weights import Names, named_weights
 from jaxcompress.models.encoder import Encoder, EncoderConfig
@@ -26,6 +40,12 @@ _DEFAULTS: Mapping[str, Any] = {
     "position_embedding_type": "absolute",
     "num_labels": 2,
 }
+_INTERPRETED = frozenset(
+    {
+        "architectures", "model_type", "dtype", "torch_dtype", "id2label", "label2id", "pad_token_id",
+        *_REQUIRED, *_DEFAULTS,
+    }
+)  # fmt: skip
 
 
 class LoadedEncoder(NamedTuple):
@@ -56,12 +76,25 @@ def load_encoder(source: str | Path, *, dtype: Any = None, sharding: Shardings |
       >>> encoder = load_encoder(name).model  # doctest: +SKIP
     """
     folder = find(source)
-    settings = read_json(folder / "config.json")
-    config, names = encoder_config(settings), _names(_PREFIX[_kind(settings)])
-    make = lambda dtype: Encoder(config, dtype=dtype, rngs=nnx.Rngs(0))
-    ignored = lambda name: ".pooler." in name or name.endswith("embeddings.position_ids")
+    settings = read_object(folder / "config.json")
+    with config_of(folder / "config.json"):
+        config, names = encoder_config(settings), _names(_PREFIX[_kind(settings)])
+    sizes = {
+        "vocab_size": config.vocab_size * config.hidden_size,
+        "hidden_size": config.num_layers * config.hidden_size**2,
+        "intermediate_size": config.num_layers * config.intermediate_size * config.hidden_size,
+        "max_position_embeddings": config.max_position * config.hidden_size,
+        "type_vocab_size": config.token_types * config.hidden_size,
+        "num_labels": config.num_labels * config.hidden_size,
+    }
     weights_of = lambda encoder: named_weights(encoder, names)
-    model = fill(folder, settings, make, weights_of, ignored=ignored, dtype=dtype, sharding=sharding)
+    with opened(folder) as tensors:
+        target = weights_dtype(dtype, settings, tensors)
+        model = fill(
+            folder, tensors, lambda: Encoder(config, dtype=target, rngs=nnx.Rngs(0)), weights_of, sizes=sizes,
+            ignored=lambda name: name.endswith("embeddings.position_ids"), unused=lambda name: ".pooler." in name,
+            dtype=target, sharding=sharding,
+        )  # fmt: skip
     return LoadedEncoder(model, settings, folder)
 
 
@@ -70,13 +103,15 @@ def save_encoder(encoder: Encoder, folder: str | Path, *, tokenizer_from: str | 
 
     Args:
       folder: new or empty; appears whole or not at all.
-      tokenizer_from: a folder whose tokenizer files are copied.
+      tokenizer_from: as for `save`. From a folder of RoBERTa's, this one becomes RoBERTa's; what its config.json calls
+        the classes stays.
 
     Raises:
       FileExistsError, FileNotFoundError, ValueError: as `save`.
     """
-    config = hugging_face_encoder_config(encoder.config)
-    weights, _ = named_weights(encoder, _names(_PREFIX[config["model_type"]]))
+    ours = hugging_face_encoder_config(encoder.config)
+    config = config_like(tokenizer_from, ours, encoder_config, _INTERPRETED)
+    weights, _ = named_weights(encoder, _names(_PREFIX[_kind(config)]))
     return write_folder(folder, config, weights, tokenizer_from=tokenizer_from)
 
 
@@ -89,21 +124,21 @@ def encoder_config(raw: Mapping[str, Any]) -> EncoderConfig:
     kind = _kind(raw)
     if missing := [key for key in _REQUIRED if raw.get(key) is None]:
         raise ValueError(f"the config of this encoder lacks {', '.join(missing)}")
-    c = {**_DEFAULTS, **{key: value for key, value in raw.items() if value is not None}}
+    c = {**_DEFAULTS, **said(raw)}
     if c["position_embedding_type"] != "absolute":
-        raise ValueError(f"position_embedding_type is {c['position_embedding_type']!r}; only 'absolute' is known")
+        raise ValueError(f"position_embedding_type is {shown(c['position_embedding_type'])}; only 'absolute' is known")
     return EncoderConfig(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=c["num_attention_heads"],
-        num_labels=len(c["id2label"]) if c.get("id2label") else c["num_labels"],
-        max_position=c["max_position_embeddings"],
-        token_types=c["type_vocab_size"],
-        norm_eps=c["layer_norm_eps"],
-        padding_id=None if kind == "bert" else c.get("pad_token_id", 1),
-        activation=c["hidden_act"],
+        vocab_size=whole(c, "vocab_size"),
+        hidden_size=whole(c, "hidden_size"),
+        intermediate_size=whole(c, "intermediate_size"),
+        num_layers=whole(c, "num_hidden_layers", most=MOST_LAYERS),
+        num_heads=whole(c, "num_attention_heads"),
+        num_labels=labels_in(c),
+        max_position=whole(c, "max_position_embeddings"),
+        token_types=whole(c, "type_vocab_size"),
+        norm_eps=number(c, "layer_norm_eps"),
+        padding_id=None if kind == "bert" else whole({"pad_token_id": 1, **c}, "pad_token_id", least=0),
+        activation=text(c, "hidden_act"),
     )
 
 
@@ -131,7 +166,7 @@ def hugging_face_encoder_config(config: EncoderConfig) -> dict[str, Any]:
 
 
 def _kind(raw: Mapping[str, Any]) -> str:
-    given = (raw.get("architectures") or [None])[0]
+    given = architecture_in(raw)
     if given not in _KNOWN:
         raise ValueError(f"unknown architecture {given!r} of an encoder; known: {', '.join(_KNOWN)}")
     return _KNOWN[given]

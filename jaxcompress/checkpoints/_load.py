@@ -7,10 +7,13 @@ to be stacked after loading, which took twice the memory and 1.5 times the time,
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +21,10 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from jaxcompress._json import read_object
 from jaxcompress.checkpoints._config import decoder_config
 from jaxcompress.checkpoints._dtype import STORED, weights_dtype
+from jaxcompress.checkpoints._entries import config_of, shown
 from jaxcompress.checkpoints._policy import SavedPolicy, load_policy
 from jaxcompress.checkpoints._weights import Weight, weights_of
 from jaxcompress.models.decoder import Decoder, DecoderConfig
@@ -28,8 +33,10 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DOWNLOADED = (
     "config.json", "generation_config.json", "model*.safetensors", _INDEX, "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "sentencepiece*", "chat_template*",
-    "preprocessor_config.json", "processor_config.json",
+    "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json", "policy.*",
 )  # fmt: skip
+
+_MOST_NAMED = 100
 
 Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -55,9 +62,7 @@ class Loaded(NamedTuple):
 
     def tokenizer(self) -> Any:
         """The `transformers` tokenizer of this checkpoint. Imports transformers, which takes a second."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder)
+        return auto("AutoTokenizer").from_pretrained(self.folder)
 
     def policy(self) -> SavedPolicy | None:
         """What the model was trained to be read with, and that policy's own weights; None if nothing is known."""
@@ -67,7 +72,9 @@ class Loaded(NamedTuple):
 def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None) -> Loaded:
     """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
 
-    Linear weights [out, in] become kernels [L, in, out], stacked over the L layers.
+    Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. What the files hold counts: if
+    config.json says that the output projection is the embedding, but there is another one, that one is used and the
+    model is not tied.
 
     Args:
       source: a folder with config.json and safetensors (model.safetensors, or several files with
@@ -93,48 +100,114 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
       >>> model = load("checkpoint", sharding=where).model  # doctest: +SKIP
     """
     folder = find(source)
-    settings = read_json(folder / "config.json")
-    config = decoder_config(settings)
-    # Older checkpoints hold the RoPE frequencies, and some tied ones the embedding twice.
-    ignored = lambda name: name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
-    make = lambda dtype: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
-    model = fill(folder, settings, make, weights_of, ignored=ignored, dtype=dtype, sharding=sharding)
+    settings = read_object(folder / "config.json")
+    with config_of(folder / "config.json"):
+        config = decoder_config(settings)
+    with opened(folder) as tensors:
+        target = weights_dtype(dtype, settings, tensors)
+        config, tensors = with_own_head(config, tensors, "model.embed_tokens.weight", "lm_head.weight", target)
+        # Older checkpoints hold the RoPE frequencies, which follow from the config.
+        ignored = lambda name: name.endswith("rotary_emb.inv_freq")
+        make = lambda: Decoder(config, dtype=target, rngs=nnx.Rngs(0))
+        sizes = sizes_of(config)
+        model = fill(folder, tensors, make, weights_of, sizes=sizes, ignored=ignored, dtype=target, sharding=sharding)
     return Loaded(model, config, settings, folder)
+
+
+def auto(name: str) -> Any:
+    """One of `transformers`' classes that open a folder; imported without its advice to install PyTorch."""
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        import transformers
+    finally:
+        if before is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = before
+    return getattr(transformers, name)
+
+
+def with_own_head(
+    config: DecoderConfig, tensors: Mapping[str, Any], embedding: str, head: str, dtype: np.dtype
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """The config and tensors of a decoder whose files may hold another output projection than its config says.
+
+    As transformers has it: of a tied model, a head that equals the embedding is left out, another one is used, and an
+    embedding that is missing is the head.
+
+    Args:
+      tensors: by the names of `embedding` and `head`, in the files.
+      dtype: that both are compared in, the model's.
+    """
+    if not config.tied or head not in tensors:
+        return config, dict(tensors)
+    others = {name: tensor for name, tensor in tensors.items() if name != head}
+    if embedding not in tensors:
+        return config, {**others, embedding: tensors[head]}
+    if _equal(tensors[embedding], tensors[head], dtype):
+        return config, others
+    return replace(config, tied=False), dict(tensors)
+
+
+def _equal(a: Any, b: Any, dtype: np.dtype) -> bool:
+    """Whether two tensors [V, E] are the same numbers as `dtype`; read a few rows at a time."""
+    if a.get_shape() != b.get_shape() or not {a.get_dtype(), b.get_dtype()} <= STORED.keys():
+        return False
+    if len(a.get_shape()) != 2:
+        return False
+    rows, width = a.get_shape()
+    step = max(1, 2**22 // max(width, 1))
+    blocks = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    with np.errstate(over="ignore"):
+        return all(np.array_equal(a[block].astype(dtype), b[block].astype(dtype)) for block in blocks)
+
+
+def sizes_of(config: DecoderConfig) -> dict[str, int]:
+    """What a decoder's arrays have at least, in elements."""
+    hidden = config.hidden_size
+    return {
+        "vocab_size": config.vocab_size * hidden,
+        "intermediate_size": config.num_layers * config.intermediate_size * hidden,
+        "num_attention_heads and head_dim": config.num_layers * config.num_heads * config.head_dim * hidden,
+    }
 
 
 def fill(
     folder: Path,
-    settings: Mapping[str, Any],
-    make: Callable[[Any], Any],
+    tensors: Mapping[str, Any],
+    make: Callable[[], Any],
     weights_of: Callable[[Any], tuple[list[Weight], Any]],
     *,
+    sizes: Mapping[str, int],
     ignored: Callable[[str], bool],
-    renamed: Callable[[str], str] = lambda name: name,
-    dtype: Any,
+    unused: Callable[[str], bool] = lambda name: False,
+    dtype: np.dtype,
     sharding: Shardings | None,
 ) -> Any:
     """A module with the weights of a folder.
 
     Args:
-      settings: its config.json.
-      make: (dtype) -> the module; it is not run, only its shapes are asked for.
+      tensors: of its files, by the names that `weights_of` has.
+      make: () -> the module; it is not run, only its shapes are asked for.
       weights_of: (module) -> its arrays with their names in a checkpoint, and the tree to put them back.
-      ignored: whether a tensor, by name, may be left over.
-      renamed: a tensor's name in the files -> as `weights_of` has it.
-      dtype, sharding: as in `load`.
+      sizes: what arrays have at least, in elements, by the entries of the config that say so.
+      ignored: whether a tensor, by name, may be left over without a word.
+      unused: whether a tensor may be left over with a warning.
+      dtype: of the module.
+      sharding: as in `load`.
 
     Raises:
       ValueError, FileNotFoundError: as `load`.
     """
-    with _open(_weight_files(folder)) as files:
-        tensors = {renamed(name): tensor for name, tensor in files.items()}
-        target = weights_dtype(dtype, settings, (tensor.get_dtype() for tensor in tensors.values()))
-        weights, tree = weights_of(jax.eval_shape(lambda: make(target)))
-        _check(weights, tensors, ignored, folder)
-        not_finite: set[str] = set()
-        arrays = [_array(weight, tensors, target, sharding, not_finite) for weight in weights]
+    _check_sizes(sizes, tensors, folder)
+    weights, tree = weights_of(jax.eval_shape(make))
+    _check(weights, tensors, ignored, unused, folder)
+    not_finite: set[str] = set()
+    arrays = [_array(weight, tensors, dtype, sharding, not_finite) for weight in weights]
     if not_finite:
-        raise NotFinite(f"{folder} has weights that are not finite as {target.name}: {', '.join(sorted(not_finite))}")
+        raise NotFinite(f"{folder} has weights that are not finite as {dtype.name}: {', '.join(sorted(not_finite))}")
     return jax.tree_util.tree_unflatten(tree, arrays)
 
 
@@ -157,57 +230,103 @@ def find(source: str | Path) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The files of a folder, and which of them the index says holds a tensor; {} where there is none."""
     if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    if (folder / _INDEX).is_file():
-        files = [folder / name for name in sorted(set(read_json(folder / _INDEX)["weight_map"].values()))]
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"{folder} lacks files that {_INDEX} names: {', '.join(absent)}")
-        return files
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
-    there = f" (it has {', '.join(others)})" if others else ""
-    raise FileNotFoundError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}{there}")
+        return [_SINGLE], {}
+    if not (folder / _INDEX).is_file():
+        others = sorted(
+            p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+        )
+        there = f" (it has {', '.join(others)})" if others else ""
+        raise FileNotFoundError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}{there}")
+    where = read_object(folder / _INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise ValueError(f"{folder / _INDEX} needs a weight_map from tensors to files, not {shown(where)}")
+    files = sorted(set(where.values()))
+    if outside := [name for name in files if PurePath(name).is_absolute() or ".." in PurePath(name).parts]:
+        raise ValueError(f"{folder / _INDEX} names files outside of the folder: {', '.join(map(shown, outside))}")
+    # Unlike the method of a Path, `isfile` says False to names that no file system has.
+    if absent := [name for name in files if not os.path.isfile(folder / name)]:
+        names = (name if name.isprintable() and len(name) <= 200 else shown(name) for name in absent)
+        raise FileNotFoundError(f"{folder} lacks files that {_INDEX} names: {', '.join(names)}")
+    return files, where
 
 
 @contextmanager
-def _open(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The tensors of all files as safetensors slices, which read nothing until they are indexed."""
+def opened(folder: Path, renamed: Callable[[str], str] = lambda name: name) -> Iterator[dict[str, Any]]:
+    """The tensors of a folder as safetensors slices, which read nothing until they are indexed.
+
+    Of a tensor that several files hold, the one that the index names counts.
+
+    Args:
+      renamed: a tensor's name in the files -> as it is called here.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`; two tensors that would have one name.
+    """
     tensors: dict[str, Any] = {}
+    files, where = _weight_files(folder)
     with ExitStack() as stack:
-        for path in files:
-            try:
-                file = stack.enter_context(safe_open(path, framework="numpy"))
-            except SafetensorError as error:
-                raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from error
-            tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not iterable
+        for file in files:
+            slices = _slices(folder / file, stack)
+            for name, tensor in slices.items():
+                if where.get(name, file) != file:
+                    continue
+                if renamed(name) in tensors:
+                    raise ValueError(f"{folder} has two tensors {renamed(name)}, one of them as {name} in {file}")
+                tensors[renamed(name)] = tensor
         yield tensors
 
 
-def _check(weights: list[Weight], tensors: Mapping[str, Any], ignored: Callable[[str], bool], folder: Path) -> None:
+def _slices(path: Path, stack: ExitStack) -> dict[str, Any]:
+    try:
+        file = stack.enter_context(safe_open(path, framework="numpy"))
+        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not iterable
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from error
+
+
+def _check_sizes(sizes: Mapping[str, int], tensors: Mapping[str, Any], folder: Path) -> None:
+    """Before anything is made after a config: the files hold as many numbers as it speaks of."""
+    held = sum(math.prod(tensor.get_shape()) for tensor in tensors.values())
+    if larger := [f"{entry} ({size:,})" for entry, size in sizes.items() if size > held]:
+        raise ValueError(
+            f"the tensors in {folder} do not fit its config.json: they hold {held:,} numbers, fewer than it takes for "
+            f"{', '.join(larger)}"
+        )
+
+
+def _check(
+    weights: list[Weight],
+    tensors: Mapping[str, Any],
+    ignored: Callable[[str], bool],
+    unused: Callable[[str], bool],
+    folder: Path,
+) -> None:
     shapes = {name: weight.tensor_shape for weight in weights for name in weight.tensors}
     found = {name: tuple(tensors[name].get_shape()) for name in shapes if name in tensors}
+    surplus = sorted(name for name in tensors if name not in shapes and not ignored(name))
     problems = {
         "missing": [name for name in shapes if name not in tensors],
-        "left over": sorted(name for name in tensors if name not in shapes and not ignored(name)),
+        "left over": [name for name in surplus if not unused(name)],
         "of another shape": [
             f"{name} {list(shape)}, not {list(shapes[name])}" for name, shape in found.items() if shape != shapes[name]
         ],
         "not floats": [f"{name} ({kind})" for name in found if (kind := tensors[name].get_dtype()) not in STORED],
     }
     if any(problems.values()):
-        lines = [f"  {what}: {', '.join(names)}" for what, names in problems.items() if names]
+        lines = [f"  {what}: {_listed(names)}" for what, names in problems.items() if names]
+        if any(name.endswith("lm_head.weight") for name in problems["missing"]):
+            lines.append("  if the output projection is the embedding, set tie_word_embeddings to true in config.json")
         raise ValueError("\n".join([f"the tensors in {folder} do not fit its config.json:", *lines]))
+    if surplus:
+        warnings.warn(f"{folder} has tensors that this model has no use for: {_listed(surplus)}", stacklevel=4)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def _array(

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from jaxcompress._json import read_object
 from jaxcompress.naming import named
 from jaxcompress.policies.policy import Policy
 from jaxcompress.policies.registry import LEARNED, learned_policy
@@ -84,8 +85,10 @@ def load_policy(folder: str | Path) -> SavedPolicy | None:
     if not (folder / _SETTINGS).is_file():
         return None
     try:
-        settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+        settings = read_object(folder / _SETTINGS)
         name = settings.pop("policy")
+        if not isinstance(name, str):
+            raise ValueError(f"policy in {_SETTINGS} must be a name, not {name!r:.80}")
         weights = load_file(folder / _WEIGHTS) if (folder / _WEIGHTS).is_file() else {}
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"the policy in {folder} cannot be read: {error}") from error

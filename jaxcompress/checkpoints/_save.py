@@ -14,15 +14,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxcompress.checkpoints._config import hugging_face_config
+from jaxcompress.checkpoints._carried import config_like, files_beside
+from jaxcompress.checkpoints._config import INTERPRETED, decoder_config, hugging_face_config
 from jaxcompress.checkpoints._weights import Weight, weights_of
 from jaxcompress.models.decoder import Decoder
-
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def save(
@@ -40,8 +35,9 @@ def save(
     Args:
       model: weights of one floating-point dtype, which `load` gives back bit by bit.
       folder: new or empty.
-      tokenizer_from: a folder whose tokenizer files are copied, and the ids of whose special tokens, if it has a
-        config.json, are put into ours.
+      tokenizer_from: a folder, that of the model before training, say. Its tokenizer, chat templates,
+        generation_config.json (what ends a text) and processor configs are copied. Of its config.json, if it is of
+        the same architecture, all entries go into ours that say nothing about shapes; else the ids of special tokens.
       shard_bytes: a model larger than this becomes several files with model.safetensors.index.json.
 
     Raises:
@@ -53,7 +49,7 @@ def save(
       >>> save(model, "trained", tokenizer_from=loaded.folder)  # doctest: +SKIP
     """
     weights, _ = weights_of(model)
-    config = hugging_face_config(model.config) | _special_tokens(tokenizer_from)
+    config = config_like(tokenizer_from, hugging_face_config(model.config), decoder_config, INTERPRETED)
     return write_folder(folder, config, weights, tokenizer_from=tokenizer_from, shard_bytes=shard_bytes)
 
 
@@ -70,16 +66,17 @@ def write_folder(
 
     Args:
       config: config.json, but for the dtype.
-      more: other JSON files, by name.
+      more: other JSON files, by name; they win over those of `tokenizer_from`.
     """
     folder = Path(folder).expanduser().absolute()
-    config = config | {"dtype": _one_dtype(weights)}
-    tokenizer = _tokenizer_files(tokenizer_from)
+    config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": _one_dtype(weights)}
+    copied = files_beside(tokenizer_from)
     with _whole(folder) as partial:
+        for name, file in copied.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / name)
         for name, content in {"config.json": config, **more}.items():
             _write_json(partial / name, content)
-        for file in tokenizer:
-            shutil.copyfile(file, partial / file.name)
         _write_weights(weights, partial, shard_bytes)
     return folder
 
@@ -94,8 +91,9 @@ def _whole(folder: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for file in partial.iterdir():
-            _to_disk(file)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -114,24 +112,6 @@ def _one_dtype(weights: list[Weight]) -> str:
     if len(dtypes) > 1:
         raise ValueError(f"the weights are of several dtypes ({', '.join(dtypes)}); a checkpoint has one")
     return dtypes[0]
-
-
-def _tokenizer_files(source: str | Path | None) -> list[Path]:
-    """Raises FileNotFoundError if a folder is given that has none."""
-    if source is None:
-        return []
-    source = Path(source).expanduser()
-    files = [source / name for name in _TOKENIZER if (source / name).is_file()]
-    if not files:
-        raise FileNotFoundError(f"tokenizer_from: {source} is not a folder with tokenizer files")
-    return files
-
-
-def _special_tokens(source: str | Path | None) -> dict[str, Any]:
-    """Null unless known: Llama's and Mistral's defaults, 1 and 2, would be wrong for most tokenizers."""
-    path = None if source is None else Path(source).expanduser() / "config.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
-    return {key: known.get(key) for key in _SPECIAL}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from jaxcompress.checkpoints._config import decoder_config, hugging_face_config
-from jaxcompress.checkpoints._load import Shardings, fill, find, read_json
+from jaxcompress._json import read_object, read_object_if_there
+from jaxcompress.checkpoints._carried import config_like
+from jaxcompress.checkpoints._config import INTERPRETED, decoder_config, hugging_face_config
+from jaxcompress.checkpoints._dtype import weights_dtype
+from jaxcompress.checkpoints._entries import (
+    MOST_LAYERS,
+    architecture_in,
+    config_of,
+    flag,
+    labels_in,
+    number,
+    object_in,
+    said,
+    shown,
+    text,
+    whole,
+)
+from jaxcompress.checkpoints._load import Shardings, auto, fill, find, opened, sizes_of, with_own_head
 from jaxcompress.checkpoints._save import write_folder
 from jaxcompress.checkpoints._weights import DECODER, Names, Weight, dotted, named_weights, weight_named
 from jaxcompress.models.llava import Llava, LlavaConfig
@@ -44,6 +61,13 @@ _LLAVA_TOWER = {
     "model_type": "clip_vision_model", "intermediate_size": 4096, "hidden_size": 1024, "patch_size": 14,
     "image_size": 336, "num_hidden_layers": 24, "num_attention_heads": 16,
 }  # fmt: skip
+_LARGEST_SIDE = 2**16
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_INTERPRETED = INTERPRETED | {
+    "image_token_index", "image_token_id", "image_seq_length", "vision_feature_layer", "vision_feature_select_strategy",
+    "projector_hidden_act", "multimodal_projector_bias", "vision_config", "text_config", "image_grid_pinpoints",
+    "vision_use_head", *_TOWERS["vit"],
+}  # fmt: skip
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -74,9 +98,7 @@ class LoadedLlava(NamedTuple):
 
     def tokenizer(self) -> Any:
         """The `transformers` tokenizer of this checkpoint."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder)
+        return auto("AutoTokenizer").from_pretrained(self.folder)
 
 
 def load_tower(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None) -> LoadedTower:
@@ -85,20 +107,39 @@ def load_tower(source: str | Path, *, dtype: Any = None, sharding: Shardings | N
     Args and errors as of `load`.
     """
     folder = find(source)
-    settings = read_json(folder / "config.json")
-    config = tower_config(settings)
-    kind = _type(settings)
+    settings = read_object(folder / "config.json")
+    with config_of(folder / "config.json"):
+        config, kind = tower_config(settings), _type(settings)
     inside = "vision_model." if kind in _WITH_WORDS.values() else f"{kind}."
     # A tower that was saved alone may go without the prefix.
     bare = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|layernorm|head)\.")
     renamed = lambda name: inside + name if bare.match(name) else name
-    ignored = lambda name: not name.startswith(inside) and "classifier" not in name or _unused(name)
-    make = lambda dtype: VisionTower(config, dtype=dtype, rngs=nnx.Rngs(0))
     names = _clip_names if inside == "vision_model." else _vit_names(kind, config)
-
-    weights_of = lambda tower: named_weights(tower, names)
-    model = fill(folder, settings, make, weights_of, ignored=ignored, renamed=renamed, dtype=dtype, sharding=sharding)
+    beside = _WORDS if settings.get("model_type") in _WITH_WORDS else re.compile(r"(?!)")
+    with opened(folder, renamed) as tensors:
+        target = weights_dtype(dtype, settings, tensors)
+        model = fill(
+            folder, tensors, lambda: VisionTower(config, dtype=target, rngs=nnx.Rngs(0)),
+            lambda tower: named_weights(tower, names), sizes=_sizes_of_tower(config),
+            ignored=lambda name: name.endswith("embeddings.position_ids") or bool(beside.match(name)), unused=_unused,
+            dtype=target, sharding=sharding,
+        )  # fmt: skip
     return LoadedTower(model, config, settings, folder)
+
+
+_WORDS = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_scale$|logit_bias$")
+"""What a checkpoint with words has beside the tower."""
+
+
+def _sizes_of_tower(config: TowerConfig) -> dict[str, int]:
+    hidden = config.hidden_size
+    return {
+        "hidden_size": config.num_layers * hidden**2,
+        "intermediate_size": config.num_layers * config.intermediate_size * hidden,
+        "image_size": (config.num_patches + config.special) * hidden,
+        "patch_size": config.channels * config.patch_size**2 * hidden,
+        "num_labels": config.labels * hidden,
+    }
 
 
 def load_llava(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None) -> LoadedLlava:
@@ -107,15 +148,20 @@ def load_llava(source: str | Path, *, dtype: Any = None, sharding: Shardings | N
     Args and errors as of `load`.
     """
     folder = find(source)
-    settings = read_json(folder / "config.json")
-    config = llava_config(settings)
-    ignored = lambda name: name.endswith("rotary_emb.inv_freq") or (
-        config.decoder.tied and name == "language_model.lm_head.weight"
-    ) or _unused(name)  # fmt: skip
-    make = lambda dtype: Llava(config, dtype=dtype, rngs=nnx.Rngs(0))
-    model = fill(
-        folder, settings, make, llava_weights, ignored=ignored, renamed=_older_name, dtype=dtype, sharding=sharding
-    )
+    settings = read_object(folder / "config.json")
+    with config_of(folder / "config.json"):
+        config = llava_config(settings)
+    with opened(folder, _older_name) as tensors:
+        target = weights_dtype(dtype, settings, tensors)
+        names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+        decoder, tensors = with_own_head(config.decoder, tensors, *names, target)
+        config = replace(config, decoder=decoder)
+        model = fill(
+            folder, tensors, lambda: Llava(config, dtype=target, rngs=nnx.Rngs(0)), llava_weights,
+            sizes=_sizes_of_tower(config.tower) | sizes_of(config.decoder),
+            ignored=lambda name: name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")),
+            dtype=target, sharding=sharding,
+        )  # fmt: skip
     return LoadedLlava(model, config, settings, folder)
 
 
@@ -123,7 +169,7 @@ def save_llava(
     model: Llava,
     folder: str | Path,
     *,
-    processor: Mapping[str, Any],
+    processor: Mapping[str, Any] | None = None,
     tokenizer_from: str | Path | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> Path:
@@ -132,16 +178,30 @@ def save_llava(
     The folder appears whole or not at all, as with `save`.
 
     Args:
-      processor: preprocessor_config.json, what `image_processor` reads.
-      tokenizer_from: a folder whose tokenizer files are copied.
+      processor: preprocessor_config.json, what `image_processor` reads; that of `tokenizer_from` if None.
+      tokenizer_from: as for `save`.
 
     Raises:
-      FileExistsError, FileNotFoundError, ValueError: as `save`; a tower that is not CLIP's or SigLIP's.
+      FileExistsError, FileNotFoundError, ValueError: as `save`; a tower that is not CLIP's or SigLIP's; no processor.
     """
     weights, _ = llava_weights(model)
-    more = {"preprocessor_config.json": dict(processor)}
-    config = hugging_face_llava_config(model.config)
+    more = _processor_files(processor, tokenizer_from)
+    config = config_like(tokenizer_from, hugging_face_llava_config(model.config), llava_config, _INTERPRETED)
     return write_folder(folder, config, weights, tokenizer_from=tokenizer_from, shard_bytes=shard_bytes, more=more)
+
+
+def _processor_files(processor: Mapping[str, Any] | None, source: str | Path | None) -> dict[str, dict[str, Any]]:
+    """What is written beside what is copied."""
+    folder = None if source is None else Path(source).expanduser()
+    if processor is None:
+        if folder is None or not any((folder / name).is_file() for name in _PROCESSORS):
+            raise ValueError(f"no image processor: give processor=, or tokenizer_from= a folder with {_PROCESSORS[0]}")
+        return {}
+    alone, among_others = _PROCESSORS
+    others = {} if folder is None else read_object_if_there(folder / among_others)
+    # transformers 5 may have it there, and reads it there first.
+    inside = {among_others: others | {"image_processor": dict(processor)}} if "image_processor" in others else {}
+    return {alone: dict(processor), **inside}
 
 
 def hugging_face_llava_config(config: LlavaConfig) -> dict[str, Any]:
@@ -181,9 +241,7 @@ def hugging_face_llava_config(config: LlavaConfig) -> dict[str, Any]:
 
 def image_processor(folder: Path) -> Any:
     """The `transformers` image processor of a folder, through Pillow."""
-    from transformers import AutoImageProcessor
-
-    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return auto("AutoImageProcessor").from_pretrained(folder, backend="pil")
 
 
 _WITH_WORDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
@@ -197,75 +255,97 @@ def _type(raw: Mapping[str, Any]) -> str:
 def tower_config(raw: Mapping[str, Any]) -> TowerConfig:
     """The tower that a Hugging Face config.json describes.
 
-    Raises ValueError for another model type or activation, and where the biases of attention were left out.
+    Raises ValueError for another model type or activation, where the biases of attention were left out, and for
+    entries of another type or out of range.
     """
     kind = _type(raw)
     if kind not in _TOWERS:
         known = ", ".join([*_TOWERS, *_WITH_WORDS])
-        raise ValueError(f"unknown vision model type {raw.get('model_type')!r}; known: {known}")
+        raise ValueError(f"unknown vision model type {shown(raw.get('model_type'))}; known: {known}")
     if raw.get("model_type") in _WITH_WORDS:
-        raw = raw.get("vision_config") or {}
-    c = {**_TOWERS[kind], **raw}
-    if c["hidden_act"] not in _ACTIVATIONS:
+        raw = object_in(raw, "vision_config")
+    c = {"qkv_bias": True, "vision_use_head": True, "num_labels": 2, **_TOWERS[kind], **said(raw)}
+    if text(c, "hidden_act") not in _ACTIVATIONS:
         raise ValueError(f"unknown hidden_act {c['hidden_act']!r}; known: {', '.join(_ACTIVATIONS)}")
-    if not c.get("qkv_bias", True):
+    if not flag(c, "qkv_bias"):
         raise ValueError("qkv_bias is false; only towers with biases on query, key and value are known")
-    architecture = (raw.get("architectures") or [""])[0]
-    labels = 0
-    if "ForImageClassification" in architecture:
-        labels = len(c["id2label"]) if c.get("id2label") else c.get("num_labels", 2)
+    classifies = "ForImageClassification" in (architecture_in(raw) or "")
     siglip = kind == "siglip_vision_model"
     return TowerConfig(
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=c["num_attention_heads"],
-        image_size=c["image_size"],
-        patch_size=c["patch_size"],
-        channels=c["num_channels"],
-        norm_eps=c["layer_norm_eps"],
+        hidden_size=whole(c, "hidden_size"),
+        intermediate_size=whole(c, "intermediate_size"),
+        num_layers=whole(c, "num_hidden_layers", most=MOST_LAYERS),
+        num_heads=whole(c, "num_attention_heads"),
+        image_size=whole(c, "image_size"),
+        patch_size=whole(c, "patch_size"),
+        channels=whole(c, "num_channels"),
+        norm_eps=number(c, "layer_norm_eps"),
         activation=_ACTIVATIONS[c["hidden_act"]],
         special=0 if siglip else 2 if kind == "deit" else 1,
         patch_bias=kind != "clip_vision_model",
         pre_norm=kind == "clip_vision_model",
-        pooling=("attention" if c.get("vision_use_head", True) else "mean") if siglip else "class",
-        labels=labels,
+        pooling=("attention" if flag(c, "vision_use_head") else "mean") if siglip else "class",
+        labels=labels_in(c) if classifies else 0,
     )
 
 
 def llava_config(raw: Mapping[str, Any]) -> LlavaConfig:
     """The LLaVA model that a Hugging Face config.json describes.
 
-    Raises ValueError for what neither the tower, the projector nor the decoder has.
+    Raises ValueError for what neither the tower, the projector nor the decoder has, and for entries of another type
+    or out of range.
     """
     kind = raw.get("model_type")
     if kind not in ("llava", "llava_next"):
-        raise ValueError(f"unknown model type {kind!r}; known: llava, llava_next")
-    text = dict(raw.get("text_config") or {"model_type": "llama"})
-    text = {**_TEXTS.get(text.get("model_type", "llama"), {}), "model_type": "llama", **text}
-    tower = tower_config({**_LLAVA_TOWER, **(raw.get("vision_config") or {})})
-    if raw.get("projector_hidden_act", "gelu") != "gelu":
-        raise ValueError(f"unknown projector_hidden_act {raw['projector_hidden_act']!r}; known: 'gelu'")
-    layer = raw.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
-        raise ValueError(f"vision_feature_layer is {layer}; only features of one layer are known")
-    strategy = raw.get("vision_feature_select_strategy", "default")
+        raise ValueError(f"unknown model type {shown(kind)}; known: llava, llava_next")
+    following = kind == "llava_next"
+    raw = said(raw)
+    c = {
+        "projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+        "image_token_index": raw.get("image_token_id", 32000), "multimodal_projector_bias": True, **raw,
+    }  # fmt: skip
+    decoder = decoder_config(_text_config(raw))
+    tower = tower_config({**_LLAVA_TOWER, **said(object_in(raw, "vision_config"))})
+    if c["projector_hidden_act"] != "gelu":
+        raise ValueError(f"unknown projector_hidden_act {shown(c['projector_hidden_act'])}; known: 'gelu'")
+    layers = tower.num_layers + 1
+    if isinstance(c["vision_feature_layer"], list):
+        raise ValueError(
+            f"vision_feature_layer is {shown(c['vision_feature_layer'])}; only features of one layer are known"
+        )
+    layer = whole(c, "vision_feature_layer", least=-layers, most=layers - 1)
+    strategy = c["vision_feature_select_strategy"]
     if strategy not in ("default", "full"):
-        raise ValueError(f"unknown vision_feature_select_strategy {strategy!r}; known: 'default', 'full'")
+        raise ValueError(f"unknown vision_feature_select_strategy {shown(strategy)}; known: 'default', 'full'")
     if strategy == "default" and not tower.special:
         raise ValueError("vision_feature_select_strategy 'default' leaves out a class token, this tower has none")
-    following = kind == "llava_next"
-    token = raw.get("image_token_index", raw.get("image_token_id"))
     return LlavaConfig(
         tower=tower,
-        decoder=decoder_config(text),
-        image_token=32000 if token is None else token,
-        feature_layers=layer % (tower.num_layers + 1),
+        decoder=decoder,
+        image_token=whole(c, "image_token_index", least=0),
+        feature_layers=layer % layers,
         keep_special=strategy == "full",
-        projector_bias=raw.get("multimodal_projector_bias", True),
-        pinpoints=tuple((h, w) for h, w in raw.get("image_grid_pinpoints", _PINPOINTS)) if following else (),
+        projector_bias=flag(c, "multimodal_projector_bias"),
+        pinpoints=_pinpoints(raw) if following else (),
         newline=following,
     )
+
+
+def _text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's own config. It is tied if either of the two configs says so, as to transformers."""
+    given = said(object_in(raw, "text_config"), "num_key_value_heads", "sliding_window")
+    kind = text({"model_type": "llama", **given}, "model_type")
+    tied = flag(raw, "tie_word_embeddings") or flag(given, "tie_word_embeddings")
+    return {**_TEXTS.get(kind, {}), "model_type": kind, **given, "tie_word_embeddings": tied}
+
+
+def _pinpoints(raw: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    given = raw.get("image_grid_pinpoints", _PINPOINTS)
+    pairs = isinstance(given, list) and all(isinstance(point, list) and len(point) == 2 for point in given)
+    if not pairs or not given:
+        raise ValueError(f"image_grid_pinpoints must be a list of pairs (height, width), not {shown(given)}")
+    side = lambda value: whole({"image_grid_pinpoints": value}, "image_grid_pinpoints", most=_LARGEST_SIDE)
+    return tuple((side(h), side(w)) for h, w in given)
 
 
 def llava_weights(model: Llava) -> tuple[list[Weight], Any]:
@@ -351,8 +431,8 @@ def _vit_names(kind: str, config: TowerConfig) -> Names:
 
 
 def _unused(name: str) -> bool:
-    """Buffers of older checkpoints, ViT's pooler, which classifiers lack, and a mask for pre-training."""
-    return name.endswith(("embeddings.position_ids", "embeddings.mask_token")) or ".pooler." in name
+    """ViT's pooler, which classifiers lack, and a mask for pre-training."""
+    return name.endswith("embeddings.mask_token") or ".pooler." in name
 
 
 def _older_name(name: str) -> str:

@@ -81,15 +81,17 @@ class Compare:
         from jaxcompress.evaluation.compare import compare, exams
 
         text = "\n".join(document.text for document in held_out()) if self.text is None else read_text(self.text)
+        words, missing = None, ""
         try:
             words = words_of(tokenizer)
         except ValueError as error:
-            words = None
-            tell(f"no recall tasks: {error}")
+            missing = f"no recall tasks: {error}"
         tasks = exams(
             tokenizer.encode(text, add_bos=False), words,
             context=self.context, seeds=self.seeds, rows=self.rows, bos=tokenizer.bos_id,
         )  # fmt: skip
+        if missing:
+            tell(missing)
         remedy = f"a --context of up to {model.config.max_position} keeps to what it knows"
         warn_of_positions(model, [policy.placement for policy in policies], self.context, remedy)
         slots = [self.context // fraction for fraction in self.fractions]

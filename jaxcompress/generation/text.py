@@ -1,25 +1,16 @@
-"""Text in and out of a model: a model folder's tokenizer, text that appears as tokens arrive, text of any length.
-
-Only the `tokenizers` library is imported, which takes milliseconds; `transformers` is loaded when a chat template is
-asked for, and not before.
-"""
+"""Text in and out of a model: text that appears as tokens arrive, and text of any length."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
-from tokenizers import Tokenizer as FastTokenizer
 
-from jaxcompress.reading import clean, decoded, masked
-
-TokenIds = Int[np.ndarray, "T"]
+from jaxcompress.generation.tokenizer import TokenIds as TokenIds
+from jaxcompress.generation.tokenizer import Tokenizer as Tokenizer
+from jaxcompress.reading import clean, decoded
 
 _REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not, or not yet, a character
 _CHARACTER_BYTES = 4  # UTF-8's longest character
@@ -35,158 +26,6 @@ _CUTS = (
     re.compile(r".*\S(?=\s)", re.DOTALL),
 )
 _LAST_WORD = re.compile(r"\S{1,64}\Z")
-
-
-class Tokenizer:
-    """The tokenizer of a model folder.
-
-    Attributes:
-      folder: where it was read from.
-      bos_id: the token that begins a text, or None.
-      eos_ids: the tokens that end one: those of generation_config.json (else config.json), and the tokenizer's own.
-      pad_id: a token to fill batches with; the end token or 0 where the model has none, since padding is never read.
-      adds_bos: whether a text begins with `bos_id`: the post-processor of tokenizer.json says so, and where it has
-        none, `add_bos_token` of tokenizer_config.json.
-      vocab_size: the number of tokens; a model may have more logits, for padding.
-    """
-
-    def __init__(self, folder: str | Path):
-        """Reads tokenizer.json and, where present, the configs beside it.
-
-        Raises:
-          FileNotFoundError: the folder has no tokenizer.json.
-          ValueError: tokenizer.json or a config cannot be read, or names a token that is not in the vocabulary.
-        """
-        self.folder = Path(folder)
-        self._fast = _read_fast(self.folder)
-        self._special = frozenset(
-            token for token, added in self._fast.get_added_tokens_decoder().items() if added.special
-        )
-        config = _read_json(self.folder / "special_tokens_map.json") | _read_json(self._config_path)
-        model = _read_json(self.folder / "config.json") | _read_json(self.folder / "generation_config.json")
-        bos, eos = self._named(config.get("bos_token")), self._named(config.get("eos_token"))
-        self.bos_id = next(iter(bos + _as_ids(model.get("bos_token_id"))), None)
-        self.eos_ids = tuple(dict.fromkeys(_as_ids(model.get("eos_token_id")) + eos))
-        self.pad_id = (*_as_ids(model.get("pad_token_id")), *self.eos_ids, 0)[0]
-        self.vocab_size = self._fast.get_vocab_size()
-        self.adds_bos = self.bos_id is not None and (
-            bool(config.get("add_bos_token"))
-            if self._fast.post_processor is None
-            else self._fast.encode("").ids[:1] == [self.bos_id]
-        )
-
-    def __repr__(self) -> str:
-        return f"Tokenizer({str(self.folder)!r})"
-
-    def vocabulary(self) -> dict[str, int]:
-        """From tokens, as the tokenizer spells them, to ids."""
-        return self._fast.get_vocab()
-
-    def encode(self, text: str, add_bos: bool = True) -> TokenIds:
-        """Token ids [T] int32.
-
-        Names of special tokens in the text become those tokens, as with Hugging Face.
-
-        Args:
-          text: any string; halves of characters are read as U+FFFD (see `jaxcompress.reading`).
-          add_bos: begin with `bos_id` if the model is used to it (`adds_bos`). A chat template writes it itself, so
-            pass False for its output. No end token is ever added.
-        """
-        ids = self._fast.encode(clean(text), add_special_tokens=False).ids
-        return np.array(self.opening(add_bos) + ids, np.int32)
-
-    def encode_with_places(self, text: str) -> tuple[TokenIds, Int[np.ndarray, "T 2"]]:
-        """Token ids [T] without `opening`, and the characters text[start:end] that each stands for, [T, 2].
-
-        Halves of characters are read as U+FFFD, pairs of them as two.
-        """
-        encoding = self._fast.encode(masked(text), add_special_tokens=False)
-        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
-
-    def encode_after(self, context: str, text: str) -> TokenIds:
-        """Token ids [T] int32 of a text as the continuation of `context`, whose own tokens are left out.
-
-        It keeps a tokenizer from treating `text` as the beginning of something: SentencePiece would put a space there.
-        """
-        context = clean(context)
-        encoding = self._fast.encode(context + clean(text), add_special_tokens=False)
-        start = len(context)
-        if any(first < start < end for first, end in encoding.offsets):  # a token joins the two: it would be lost
-            return self.encode(text, add_bos=False)
-        pairs = zip(encoding.ids, encoding.offsets, strict=True)
-        return np.array([token for token, (first, _) in pairs if first >= start], np.int32)
-
-    def opening(self, add_bos: bool = True) -> list[int]:
-        """The ids that come before the first token of a text: `bos_id` or nothing."""
-        return [self.bos_id] if add_bos and self.adds_bos and self.bos_id is not None else []
-
-    def decode(self, ids: Sequence[int] | TokenIds, skip_special: bool = True) -> str:
-        """The text of token ids [T]; bytes that are no UTF-8 appear as U+FFFD. Special tokens are left out."""
-        return self._fast.decode([int(i) for i in ids], skip_special_tokens=skip_special)
-
-    def is_special(self, token: int | np.integer) -> bool:
-        """Whether a token is a mark (begin, end, turn, ...) and not text."""
-        return token in self._special
-
-    def special_tokens(self) -> dict[str, int]:
-        """From the names of marks to ids."""
-        return {added.content: token for token, added in self._fast.get_added_tokens_decoder().items() if added.special}
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation, as the model's own template writes it.
-
-        Args:
-          messages: e.g. `[{"role": "user", "content": "Hello"}]`.
-          add_generation_prompt: end with what opens the model's turn.
-
-        Returns:
-          Text for `encode(text, add_bos=False)`.
-
-        Raises:
-          ValueError: the folder has no chat template, or it does not take these messages; says why.
-          ImportError: transformers or jinja2 is not installed.
-        """
-        if not self.has_chat_template:
-            raise ValueError(
-                f"{self.folder} has no chat template (neither chat_template.jinja nor chat_template in "
-                "tokenizer_config.json); pass a plain prompt to encode(), or use an instruction-tuned model"
-            )
-        chat = self._chat
-        try:
-            return chat.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise ValueError(
-                f"the chat template of {self.folder} does not take these messages: {error or type(error).__name__}"
-            ) from error
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `apply_chat_template` has a template to apply."""
-        return (self.folder / "chat_template.jinja").exists() or bool(
-            _read_json(self._config_path).get("chat_template")
-        )
-
-    @cached_property
-    def _chat(self) -> Any:
-        try:
-            import jinja2  # noqa: F401
-            import transformers
-        except ImportError as error:
-            raise ImportError("chat templates need two more packages: pip install transformers jinja2") from error
-        return transformers.AutoTokenizer.from_pretrained(str(self.folder))
-
-    @property
-    def _config_path(self) -> Path:
-        return self.folder / "tokenizer_config.json"
-
-    def _named(self, token: str | Mapping[str, Any] | None) -> tuple[int, ...]:
-        name = token.get("content") if isinstance(token, Mapping) else token
-        if name is None:
-            return ()
-        index = self._fast.token_to_id(name)
-        if index is None:
-            raise ValueError(f"{self._config_path} names the token {name!r}, which tokenizer.json does not have")
-        return (index,)
 
 
 class TextStream:
@@ -485,40 +324,3 @@ def _undecided(text: str) -> int:
     (SentencePiece). More of them are bytes that never become text.
     """
     return min(len(text) - len(text.rstrip(_REPLACEMENT)), _CHARACTER_BYTES - 1)
-
-
-def _read_fast(folder: Path) -> FastTokenizer:
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist. Only fast tokenizers (tokenizer.json) are read; a folder with a SentencePiece "
-            f"model alone is converted by transformers.AutoTokenizer.from_pretrained({str(folder)!r})"
-            f".save_pretrained({str(folder)!r})"
-        )
-    try:
-        fast = FastTokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
-    fast.no_truncation()
-    fast.no_padding()
-    return fast
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def _as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    """An id, a list of ids or nothing, as configs give them."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)

@@ -51,6 +51,8 @@ class DecoderConfig:
     max_position: int = 2048
 
     def __post_init__(self) -> None:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, not {self.head_dim}: RoPE rotates channels in pairs")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.sliding and len(self.sliding) != self.num_layers:

@@ -29,8 +29,9 @@ from tokenizers import AddedToken
 
 from jaxcompress.models.encoder import Encoder
 from jaxcompress.prompt.scoring import score
-from jaxcompress.prompt.tokenizer import EncoderTokenizer, read_tokenizer
+from jaxcompress.prompt.tokenizer import EncoderTokenizer
 from jaxcompress.reading import clean
+from jaxcompress.tokenizer_files import read_tokenizer
 
 MAX_TOKENS = 512
 MAX_FORCED = 100
@@ -80,6 +81,9 @@ class OfficialCompressor:
         tiktoken's `gpt-3.5-turbo`: `encoding = tiktoken.encoding_for_model("gpt-3.5-turbo")`, `count=lambda text:
         len(encoding.encode(text))`.
 
+    Raises:
+      ValueError: a tokenizer of bytes (RoBERTa's), for which there is no published algorithm.
+
     Example:
       >>> official = OfficialCompressor(encoder, tokenizer, count)  # doctest: +SKIP
       >>> official.compress(text, rate=0.33, force_tokens=["\\n", "?"]).output["compressed_prompt"]  # doctest: +SKIP
@@ -88,6 +92,13 @@ class OfficialCompressor:
     encoder: Encoder
     tokenizer: EncoderTokenizer
     count: Callable[[str], int]
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.kind not in _SPECIAL:
+            raise ValueError(
+                f"the published algorithm puts words together for {' and '.join(_SPECIAL)} tokenizers, not for "
+                f"{self.tokenizer.kind!r}; use Compressor.compress"
+            )
 
     def compress(
         self,
@@ -180,7 +191,7 @@ class OfficialCompressor:
 
     @cached_property
     def _fast(self) -> Any:
-        fast = read_tokenizer(self.tokenizer.folder)
+        fast = read_tokenizer(self.tokenizer.folder).fast
         fast.add_special_tokens([AddedToken(f"[NEW{i}]", normalized=False, special=True) for i in range(MAX_FORCED)])
         return fast
 

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from jaxcompress.prompt.words import Offsets
 from jaxcompress.reading import masked
+from jaxcompress.tokenizer_files import read_tokenizer
 
-Kind = Literal["wordpiece", "sentencepiece"]
-_MODELS: dict[str, Kind] = {"WordPiece": "wordpiece", "Unigram": "sentencepiece"}
+Kind = Literal["wordpiece", "sentencepiece", "bytes"]
+_MODELS: dict[str, Kind] = {"WordPiece": "wordpiece", "Unigram": "sentencepiece", "BPE": "bytes"}
+_MOST_IDS = 2**24  # a table of those that are special has so many entries at most
 _OPENING, _CLOSING = ("[CLS]", "<s>"), ("[SEP]", "</s>")
 _PART = re.compile(r" *[^ ]+| +")
 _UNKNOWN, _PADDING = ("[UNK]", "<unk>"), ("[PAD]", "<pad>")
@@ -35,28 +37,35 @@ class Subwords(NamedTuple):
 
 
 class EncoderTokenizer:
-    """Reads tokenizer.json of a BERT or XLM-RoBERTa folder.
+    """The tokenizer of a BERT, XLM-RoBERTa or RoBERTa folder, as `transformers` reads it.
 
     Attributes:
       folder: where it was read from.
       fast: the `tokenizers` object; special tokens written out in a text are text to it.
-      kind: "wordpiece" (BERT: `##` continues a word) or "sentencepiece" (XLM-RoBERTa: `▁` begins one).
+      kind: "wordpiece" (BERT: `##` continues a word), "sentencepiece" (XLM-RoBERTa: `▁` begins one) or "bytes"
+        (RoBERTa: `Ġ` does).
       opening, closing, padding, unknown: ids of special tokens.
     """
 
     def __init__(self, folder: str | Path):
         """Raises FileNotFoundError without tokenizer.json, ValueError if it cannot be read or is of neither kind."""
         self.folder = Path(folder).expanduser()
-        self.fast = read_tokenizer(self.folder)
+        self.fast, named, _ = read_tokenizer(self.folder)
         self.fast.encode_special_tokens = True
         model = type(self.fast.model).__name__
         if model not in _MODELS:
             raise ValueError(f"{self.folder} has a {model} tokenizer; known for encoders: {', '.join(_MODELS)}")
         self.kind: Kind = _MODELS[model]
-        self.opening, self.closing = self._one_of(_OPENING), self._one_of(_CLOSING)
-        self.padding, self.unknown = self._one_of(_PADDING), self._one_of(_UNKNOWN)
-        self._cuts_at_spaces = _cuts_at_spaces(self.fast)
+        one_of = lambda name, usual: self._one_of((*([named[name]] if name in named else []), *usual))
+        self.opening, self.closing = one_of("cls_token", _OPENING), one_of("sep_token", _CLOSING)
+        self.padding, self.unknown = one_of("pad_token", _PADDING), one_of("unk_token", _UNKNOWN)
+        # Bytes: white space before a line's first word is in one token or several, by what stands before it.
+        self._cuts_at_spaces = self.kind != "bytes" and _cuts_at_spaces(self.fast)
         special = [n for n, token in self.fast.get_added_tokens_decoder().items() if token.special]
+        if max(special, default=0) >= _MOST_IDS:
+            raise ValueError(
+                f"{self.folder} has special tokens with ids up to {max(special)}; known: below {_MOST_IDS}"
+            )
         self._special = np.zeros(max(special, default=-1) + 2, bool)  # the last one stands for all ids above
         self._special[special] = True
 
@@ -102,17 +111,3 @@ def _cuts_at_spaces(fast: FastTokenizer) -> bool:
 def _array(offsets: Sequence[tuple[int, int]]) -> Offsets:
     """As numpy makes one of a list of pairs, in a third of the time."""
     return np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2)
-
-
-def read_tokenizer(folder: Path) -> FastTokenizer:
-    """tokenizer.json of a folder, set to neither cut nor pad."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json")
-    try:
-        fast = FastTokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    fast.no_truncation()
-    fast.no_padding()
-    return fast

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from jaxcompress.checkpoints import decoder_config, load
+from jaxcompress.checkpoints import decoder_config, load, save
 from jaxcompress.models.rope import RopeConfig
 
 from .folders import NAMES, PARITY, ROOT, assert_same_bits, changed, split, tensors_of
@@ -163,7 +163,7 @@ def test_folder_without_config_or_weights(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="it has pytorch_model.bin"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         load(tmp_path)
 
 
@@ -223,13 +223,74 @@ def test_overflow_of_a_narrow_dtype_is_named(tmp_path: Path) -> None:
         load(folder, dtype=jnp.float16)
 
 
-def test_tied_checkpoints_may_hold_the_head(tmp_path: Path) -> None:
-    def add(tensors: dict[str, np.ndarray]) -> None:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+# The output projection: what the files hold counts
 
-    folder = changed(tmp_path / "tied", "llama_tied", tensors=add)
-    assert_same_bits(load(folder).model, load(PARITY / "llama_tied").model)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def heads(tensors: dict[str, np.ndarray], scale: float) -> None:
+    tensors[HEAD] = tensors[EMBEDDING] * np.float32(scale)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+
+
+@pytest.mark.parametrize("files", [1, 2, 5])
+@pytest.mark.parametrize("tie", [True, False, None])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_the_head_in_the_files_is_used(tmp_path: Path, scale: int, tie: bool | None, files: int) -> None:
+    """None: config.json is silent, and Llama's default is not tied."""
+    folder = changed(
+        tmp_path / "own",
+        "llama_tied",
+        config=dict(tie_word_embeddings=tie),
+        tensors=lambda tensors: heads(tensors, scale),
+    )
+    if files > 1:
+        split(folder, files)
+    model = load(folder).model
+    assert model.config.tied == (scale == 1 and bool(tie))
+    if not model.config.tied:
+        np.testing.assert_array_equal(model.head, scale * tensors_of("llama_tied")[EMBEDDING].T)
+    again = load(save(model, tmp_path / "saved", tokenizer_from=None))
+    assert again.config == model.config
+    assert_same_bits(again.model, model)
+
+
+def test_a_head_that_is_the_embedding_is_left_out(tmp_path: Path) -> None:
+    expected = load(PARITY / "llama_tied").model
+    twice = changed(tmp_path / "twice", "llama_tied", tensors=lambda tensors: heads(tensors, 1))
+    assert_same_bits(load(twice).model, expected)
+    alone = lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)})
+    assert_same_bits(load(changed(tmp_path / "alone", "llama_tied", tensors=alone)).model, expected)
+
+
+def test_heads_are_compared_as_the_model_will_have_them(tmp_path: Path) -> None:
+    folder = changed(tmp_path / "near", "llama_tied", tensors=lambda tensors: heads(tensors, 1 + 2.0**-20))
+    assert not load(folder).config.tied
+    assert load(folder, dtype=jnp.bfloat16).config.tied
+
+
+@pytest.mark.parametrize(
+    "head", [np.zeros((97, 16), np.float32), np.zeros(97, np.float32), np.zeros((97, 32), np.int8)]
+)
+def test_a_head_that_does_not_fit_is_no_embedding(tmp_path: Path, head: np.ndarray) -> None:
+    folder = changed(tmp_path / "odd", "llama_tied", tensors=lambda tensors: tensors.update({HEAD: head}))
+    with pytest.raises(ValueError, match=HEAD):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "mistral_sliding", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tie", [False, None])
+def test_no_head_where_the_config_promises_one(tmp_path: Path, name: str, tie: bool | None) -> None:
+    lack = lambda tensors: tensors.pop(HEAD, None)
+    with pytest.raises(ValueError, match="(?s)missing: lm_head.weight.*set tie_word_embeddings to true"):
+        load(changed(tmp_path / "none", name, config=dict(tie_word_embeddings=tie), tensors=lack))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_silent_config_is_tied_as_transformers_has_it(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    given = {"model_type": kind, **MINIMAL, "num_key_value_heads": 2}
+    assert decoder_config(given).tied == transformers.AutoConfig.for_model(**given).tie_word_embeddings
 
 
 def test_dtype(tmp_path: Path) -> None:

@@ -164,6 +164,77 @@ def test_tokenizer_is_copied(tmp_path: Path) -> None:
     assert (settings["bos_token_id"], settings["eos_token_id"], settings["vocab_size"]) == (None, [3, 4], 17)
 
 
+# What a folder says beside its weights goes back into a folder
+
+SAID = {
+    "tokenizer.json": "{}", "tokenizer_config.json": '{"eos_token": "</s>"}', "tokenizer.model": "spm",
+    "tokenizer.1.0.0.json": "{}", "spiece.model": "spm", "special_tokens_map.json": "{}",
+    "added_tokens.json": '{"<x>": 9}', "vocab.json": "{}", "vocab.txt": "a", "merges.txt": "a b",
+    "chat_template.jinja": "{{ x }}", "chat_template.json": '{"chat_template": "x"}',
+    "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    "generation_config.json": '{"eos_token_id": [2, 7, 9], "temperature": 0.6, "stop_strings": ["x"]}',
+    "preprocessor_config.json": '{"size": 5}', "processor_config.json": '{"patch_size": 14}',
+}  # fmt: skip
+NOT_SAID = ("README.md", "optimizer.bin", "training_args.json", "policy.json", "model.safetensors.index.json")
+
+
+def says(folder: Path, config: dict[str, Any]) -> Path:
+    for name, content in SAID.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    for name in NOT_SAID:
+        (folder / name).write_text("{}")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def files(folder: Path) -> dict[str, str]:
+    found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_text() for name, path in found.items() if path.suffix != ".safetensors"}
+
+
+def test_files_are_carried_over(tmp_path: Path) -> None:
+    source = says(tmp_path / "source", {})
+    written = files(save(tiny(), tmp_path / "saved", tokenizer_from=source))
+    assert {name: content for name, content in written.items() if name != "config.json"} == SAID
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_of_the_same_model_stays(tmp_path: Path, name: str) -> None:
+    """Layouts of RoPE, names of architectures, and all that nothing here reads."""
+    theirs = json.loads((PARITY / name / "config.json").read_text())
+    theirs |= {"eos_token_id": [2, 7], "my_own": {"a": [1]}, "attention_dropout": 0.25, "torch_dtype": "float16"}
+    source = says(tmp_path / "source", theirs)
+    written = files(save(load(PARITY / name).model, tmp_path / "saved", tokenizer_from=source))["config.json"]
+    assert json.loads(written) == {k: v for k, v in theirs.items() if k != "torch_dtype"} | {"dtype": "float32"}
+
+
+def test_a_config_of_a_model_that_has_changed_is_ours_and_the_rest_theirs(tmp_path: Path) -> None:
+    rope = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5.0}
+    theirs = hugging_face_config(CONFIG) | rope | {"vocab_size": 99, "eos_token_id": 2, "my_own": [1]}
+    del theirs["rope_parameters"]
+    ours = json.loads(files(save(tiny(), tmp_path / "a", tokenizer_from=says(tmp_path / "b", theirs)))["config.json"])
+    assert decoder_config(ours) == CONFIG
+    assert (ours["eos_token_id"], ours["my_own"], ours["vocab_size"]) == (2, [1], 17)
+    assert "rope_scaling" not in ours
+
+
+def test_of_a_config_of_another_architecture_only_special_tokens_are_taken(tmp_path: Path) -> None:
+    theirs = hugging_face_config(replace(CONFIG, qk_norm=True)) | {"eos_token_id": 2, "my_own": [1]}
+    ours = json.loads(files(save(tiny(), tmp_path / "a", tokenizer_from=says(tmp_path / "b", theirs)))["config.json"])
+    assert decoder_config(ours) == CONFIG
+    assert (ours["eos_token_id"], "my_own" in ours) == (2, False)
+
+
+def test_what_the_files_untie_is_said_in_the_config(tmp_path: Path) -> None:
+    theirs = hugging_face_config(replace(CONFIG, tied=True)) | {"my_own": 1, "architectures": ["MistralForCausalLM"]}
+    theirs |= {"sliding_window": None, "model_type": "mistral"}
+    folder = save(tiny(), tmp_path / "a", tokenizer_from=says(tmp_path / "b", theirs))
+    ours = json.loads(files(folder)["config.json"])
+    assert ours == theirs | {"tie_word_embeddings": False, "dtype": "float32"}
+    assert load(folder).config == CONFIG
+
+
 INTERRUPTED = """
 import resource, signal, sys
 import jax, jax.numpy as jnp

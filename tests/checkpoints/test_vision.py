@@ -124,6 +124,68 @@ def test_configs_that_cannot_be_read(changes: dict[str, Any], says: str) -> None
         llava_config(settings("llava") | changes)
 
 
+@pytest.mark.parametrize("where", ["outside", "text_config"])
+def test_a_head_of_its_own_in_a_tied_model(where: str, tmp_path: Path) -> None:
+    """Tied by either config; the files know better."""
+    text = settings("llava")["text_config"] | dict(tie_word_embeddings=where == "text_config")
+    folder = copied("llava", tmp_path, None, text_config=text, tie_word_embeddings=where == "outside")
+    loaded, expected = load_llava(folder), load_llava(FIXTURES / "llava").model
+    assert not loaded.config.decoder.tied
+    same(loaded.model, expected)
+    again = load_llava(save_llava(loaded.model, tmp_path / "saved", processor={}))
+    same(again.model, expected)
+    embedded = {k: v for k, v in load_file(folder / "model.safetensors").items() if not k.endswith("lm_head.weight")}
+    save_file(embedded, folder / "model.safetensors")
+    tied = load_llava(folder).model.decoder
+    assert tied.config.tied
+    np.testing.assert_array_equal(tied.embedding, expected.decoder.embedding)
+
+
+def test_what_a_folder_says_beside_goes_back(tmp_path: Path) -> None:
+    """Configs of the model, its tower and its decoder, the processor, and what ends a text."""
+    mine = settings("llava")
+    text, vision = mine["text_config"] | {"eos_token_id": 7, "my_own": 1}, mine["vision_config"] | {"projection_dim": 3}
+    source = copied("llava", tmp_path / "source", text_config=text, vision_config=vision, my_own=[2])
+    beside = {
+        "tokenizer.json": "{}", "generation_config.json": '{"eos_token_id": [7, 8]}', "chat_template.json": "{}",
+        "preprocessor_config.json": '{"a": 1}', "processor_config.json": '{"image_processor": {"a": 1}, "b": 2}',
+    }  # fmt: skip
+    for name, content in beside.items():
+        (source / name).write_text(content)
+    model = load_llava(source).model
+    folder = save_llava(model, tmp_path / "same", tokenizer_from=source)
+    assert {name: (folder / name).read_text() for name in beside} == beside
+    written = json.loads((folder / "config.json").read_text())
+    theirs = json.loads((source / "config.json").read_text())
+    assert {k: v for k, v in written.items() if k != "dtype"} == {k: v for k, v in theirs.items() if k != "dtype"}
+    other = save_llava(model, tmp_path / "other", processor={"a": 3}, tokenizer_from=source)
+    read = lambda name: json.loads((other / name).read_text())
+    assert read("preprocessor_config.json") == read("processor_config.json")["image_processor"] == {"a": 3}
+    assert read("processor_config.json")["b"] == 2
+    theirs["text_config"]["max_position_embeddings"] += 1
+    (source / "config.json").write_text(json.dumps(theirs))
+    changed = save_llava(model, tmp_path / "changed", tokenizer_from=source)
+    written = json.loads((changed / "config.json").read_text())
+    assert llava_config(written) == model.config
+    assert (written["my_own"], written["vision_config"]["projection_dim"]) == ([2], 3)
+    assert (written["text_config"]["eos_token_id"], written["text_config"]["my_own"]) == (7, 1)
+    with pytest.raises(ValueError, match="no image processor: give processor="):
+        save_llava(model, tmp_path / "none")
+
+
+def test_tensors_of_no_use_are_named(tmp_path: Path) -> None:
+    tensors = load_file(FIXTURES / "vit" / "model.safetensors")
+    folder = copied("vit", tmp_path)
+    tensors["vit.pooler.dense.bias"] = np.zeros(2, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match="no use for: vit.pooler.dense.bias"):
+        load_tower(folder)
+    tensors["decoder.0.bias"] = np.zeros(2, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="left over: decoder.0.bias"):
+        load_tower(folder)
+
+
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     less = lambda name: None if name.endswith("linear_2.weight") else name
     with pytest.raises(ValueError, match=r"missing: multi_modal_projector.linear_2.weight"):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxcompress._json import read_object
 from jaxcompress.checkpoints import llava_config, load_tower
-from jaxcompress.checkpoints._load import read_json
 from jaxcompress.generation.pictures import open_picture, process
 from jaxcompress.models.llava import LlavaConfig
 
@@ -22,7 +22,7 @@ needs_assets = pytest.mark.skipif(not ASSETS, reason="JAXCOMPRESS_ASSETS is not 
 
 
 def next_config(**changes: Any) -> LlavaConfig:
-    settings = read_json(Path(__file__).parents[1] / "fixtures" / "vision_models" / "llava_next" / "config.json")
+    settings = read_object(Path(__file__).parents[1] / "fixtures" / "vision_models" / "llava_next" / "config.json")
     return replace(llava_config(settings), **changes)
 
 

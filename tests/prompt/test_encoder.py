@@ -101,6 +101,23 @@ def test_saved_and_loaded(tmp_path: Path, name: str, encoder: Encoder) -> None:
     assert (tmp_path / "saved" / "tokenizer.json").is_file()
 
 
+def test_what_a_folder_says_beside_goes_back(tmp_path: Path) -> None:
+    """RoBERTa stays RoBERTa, and classes keep their names."""
+    model = load_encoder(FOLDERS["xlmr"]).model
+    theirs = json.loads((FOLDERS["xlmr"] / "config.json").read_text()) | {"my_own": 1, "classifier_dropout": 0.25}
+    theirs |= {"architectures": ["RobertaForTokenClassification"], "model_type": "roberta"}
+    theirs |= {"id2label": {"0": "drop", "1": "keep"}, "label2id": {"drop": 0, "keep": 1}}
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, content in {"config.json": json.dumps(theirs), "vocab.json": "{}", "merges.txt": "a b"}.items():
+        (source / name).write_text(content)
+    folder = save_encoder(model, tmp_path / "saved", tokenizer_from=source)
+    written = json.loads((folder / "config.json").read_text())
+    assert {k: v for k, v in written.items() if k != "dtype"} == {k: v for k, v in theirs.items() if k != "dtype"}
+    assert (folder / "merges.txt").read_text() == "a b"
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), load_encoder(folder).model, model))
+
+
 def test_bfloat16(name: str, encoder: Encoder) -> None:
     half = load_encoder(FOLDERS[name], dtype="bfloat16").model
     row = np.random.default_rng(2).integers(5, 2000, 40).astype(np.int32)

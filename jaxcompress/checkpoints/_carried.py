@@ -1,0 +1,102 @@
+"""What a folder says beside its weights, carried over into the folder of a model that came of it.
+
+That is how text becomes tokens, what ends one, how a conversation is written, how a picture is prepared; and of
+config.json the entries that nothing here interprets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxcompress._json import read_object_if_there
+
+# Names of files, and of files in folders.
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "tekken.json", "chat_template.*", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+_BESIDE = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TIED = "tie_word_embeddings"
+_NESTED = "text_config"
+
+
+def files_beside(source: str | Path | None) -> dict[str, Path]:
+    """What is copied from a folder, by its name there.
+
+    Raises:
+      FileNotFoundError: the folder has no tokenizer.
+    """
+    if source is None:
+        return {}
+    source = Path(source).expanduser()
+    files = _matching(source, _TOKENIZER)
+    if not files:
+        raise FileNotFoundError(f"tokenizer_from: {source} is not a folder with tokenizer files")
+    return files | _matching(source, _BESIDE)
+
+
+def _matching(folder: Path, patterns: Collection[str]) -> dict[str, Path]:
+    found = (file for pattern in patterns for file in sorted(folder.glob(pattern)))
+    return {str(file.relative_to(folder)): file for file in found if file.is_file()}
+
+
+def config_like(
+    source: str | Path | None,
+    ours: Mapping[str, Any],
+    reader: Callable[[Mapping[str, Any]], Any],
+    interpreted: Collection[str],
+) -> dict[str, Any]:
+    """A config.json that says what `ours` says, and beside that what the one in a folder says.
+
+    Where the folder's describes the same model, its own words for it stay. Where it is of another architecture, only
+    the ids of special tokens are taken over.
+
+    Args:
+      reader: from a config.json to the config of a model.
+      interpreted: entries that say something about the model.
+
+    Raises:
+      ValueError: the folder's config.json cannot be read.
+    """
+    theirs = {} if source is None else read_object_if_there(Path(source).expanduser() / "config.json")
+    if _NESTED in ours:
+        inner = theirs.get(_NESTED)
+        tokens = {key: theirs.get(key) for key in _SPECIAL} | (inner if isinstance(inner, dict) else {})
+        ours = {**ours, _NESTED: _special(tokens) | ours[_NESTED]}
+    else:
+        ours = {**_special(theirs), **ours}
+    as_theirs = _tied_like(theirs, ours)
+    try:
+        if reader(as_theirs) == reader(ours):
+            return as_theirs
+    except ValueError:  # of another kind
+        return dict(ours)
+    return _merged(theirs, ours, interpreted)
+
+
+def _special(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Null unless known: Llama's and Mistral's defaults, 1 and 2, would be wrong for most tokenizers."""
+    return {key: known.get(key) for key in _SPECIAL}
+
+
+def _tied_like(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Their config, with our answer to whether the output projection is the embedding: files may say otherwise."""
+    told = dict(theirs)
+    if _TIED in ours and bool(ours[_TIED]) != bool(theirs.get(_TIED)):
+        told[_TIED] = ours[_TIED]
+    if _NESTED in ours and isinstance(theirs.get(_NESTED), dict):
+        told[_NESTED] = _tied_like(theirs[_NESTED], ours[_NESTED])
+    return told
+
+
+def _merged(theirs: Mapping[str, Any], ours: Mapping[str, Any], interpreted: Collection[str]) -> dict[str, Any]:
+    """Ours, and what theirs says beside it, if it is of the same kind; parts of a model likewise."""
+    kinds = [key for key in ("model_type", "architectures") if key in theirs and key in ours]
+    if not kinds or any(theirs[key] != ours[key] for key in kinds):
+        return dict(ours)
+    merged = {key: value for key, value in theirs.items() if key not in interpreted} | dict(ours)
+    parts = {key: value for key, value in ours.items() if key.endswith("_config") and isinstance(theirs.get(key), dict)}
+    return merged | {key: _merged(theirs[key], value, interpreted) for key, value in parts.items()}
