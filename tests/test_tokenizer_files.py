@@ -258,9 +258,8 @@ def test_templates_that_refuse(tmp_path: Path) -> None:
         say(template)
         with pytest.raises(ValueError, match="the chat template refuses this conversation: .+"):
             Tokenizer(folder).apply_chat_template(MESSAGES)
-    for conversation in ([], ["hi"], "hi"):
-        with pytest.raises(ValueError, match="a conversation is a list of one or more messages"):
-            Tokenizer(folder).apply_chat_template(conversation)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="a conversation is a list of one or more messages"):
+        Tokenizer(folder).apply_chat_template([])
     (folder / "chat_template.jinja").unlink()
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "rag.jinja").write_text(CHAT)

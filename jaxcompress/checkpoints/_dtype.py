@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxcompress.checkpoints._entries import config_of
 
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """From the names of safetensors."""
@@ -19,20 +22,23 @@ _ALIASES = {
 _KNOWN = "float32 (fp32, float), bfloat16 (bf16), float16 (fp16, half), or auto for the checkpoint's own"
 
 
-def weights_dtype(asked: Any, settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> np.dtype:
+def weights_dtype(asked: Any, settings: Mapping[str, Any], tensors: Mapping[str, Any], folder: Path) -> np.dtype:
     """What the weights of a folder become.
 
     Args:
       asked: a dtype or its name; None or "auto" for what config.json says.
       settings: config.json. Where it says nothing, or "auto", the first floats in the files decide.
       tensors: the files' slices, by name.
+      folder: for messages.
 
     Raises:
       ValueError: an unknown name, or no floating-point type; says whose it is.
     """
     if not _auto(asked):
         return dtype_named(asked, "dtype")
-    if (said := config_dtype(settings)) is not None:
+    with config_of(folder / "config.json"):
+        said = config_dtype(settings)
+    if said is not None:
         return said
     stored = (tensor.get_dtype() for tensor in tensors.values())
     return dtype_named(next((STORED[kind] for kind in stored if kind in STORED), "float32"), "the files' dtype")
@@ -48,8 +54,8 @@ def config_dtype(settings: Mapping[str, Any]) -> np.dtype | None:
     if key is None:
         return None
     if not isinstance(settings[key], str):
-        raise ValueError(f"{key} in config.json must be a name, such as 'float32', not {settings[key]!r}")
-    return dtype_named(settings[key], f"{key} in config.json")
+        raise ValueError(f"{key} must be the name of a type, such as 'float32', not {settings[key]!r:.80}")
+    return dtype_named(settings[key], key)
 
 
 def dtype_named(name: Any, what: str) -> np.dtype:
@@ -65,7 +71,7 @@ def dtype_named(name: Any, what: str) -> np.dtype:
     try:
         dtype = jax.dtypes.canonicalize_dtype(_ALIASES.get(plain, plain) if isinstance(plain, str) else plain)
     except (TypeError, ValueError):
-        raise ValueError(f"{what}: unknown type {name!r}; known: {_KNOWN}") from None
+        raise ValueError(f"{what} must be a floating-point type, not {name!r:.80}; known: {_KNOWN}") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{what} must be a floating-point type, not {dtype.name}; known: {_KNOWN}")
     return dtype

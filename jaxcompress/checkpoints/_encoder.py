@@ -89,7 +89,7 @@ def load_encoder(source: str | Path, *, dtype: Any = None, sharding: Shardings |
     }
     weights_of = lambda encoder: named_weights(encoder, names)
     with opened(folder) as tensors:
-        target = weights_dtype(dtype, settings, tensors)
+        target = weights_dtype(dtype, settings, tensors, folder)
         model = fill(
             folder, tensors, lambda: Encoder(config, dtype=target, rngs=nnx.Rngs(0)), weights_of, sizes=sizes,
             ignored=lambda name: name.endswith("embeddings.position_ids"), unused=lambda name: ".pooler." in name,

@@ -62,7 +62,7 @@ class Loaded(NamedTuple):
 
     def tokenizer(self) -> Any:
         """The `transformers` tokenizer of this checkpoint. Imports transformers, which takes a second."""
-        return auto("AutoTokenizer").from_pretrained(self.folder)
+        return auto("AutoTokenizer").from_pretrained(self.folder, trust_remote_code=False)
 
     def policy(self) -> SavedPolicy | None:
         """What the model was trained to be read with, and that policy's own weights; None if nothing is known."""
@@ -104,7 +104,7 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
     with config_of(folder / "config.json"):
         config = decoder_config(settings)
     with opened(folder) as tensors:
-        target = weights_dtype(dtype, settings, tensors)
+        target = weights_dtype(dtype, settings, tensors, folder)
         config, tensors = with_own_head(config, tensors, "model.embed_tokens.weight", "lm_head.weight", target)
         # Older checkpoints hold the RoPE frequencies, which follow from the config.
         ignored = lambda name: name.endswith("rotary_emb.inv_freq")
@@ -121,12 +121,13 @@ def auto(name: str) -> Any:
     os.environ[quiet] = "1"
     try:
         import transformers
+
+        return getattr(transformers, name)  # which imports more, and that may give the advice again
     finally:
         if before is None:
             del os.environ[quiet]
         else:
             os.environ[quiet] = before
-    return getattr(transformers, name)
 
 
 def with_own_head(

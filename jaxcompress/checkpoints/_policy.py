@@ -40,13 +40,18 @@ class SavedPolicy(NamedTuple):
         """The policy itself, with its own weights if it has some.
 
         Raises:
-          ValueError: an unknown name, or weights of something else.
+          ValueError: an unknown name, or weights or settings of something else.
         """
         if not self.weights:
             return named(self.name)
         known = LEARNED[self.name].settings if self.name in LEARNED else ()
         settings = {name: self.settings[name] for name in known if name in self.settings}
-        return learned_policy(self.name, self.weights, **settings)
+        try:
+            return learned_policy(self.name, self.weights, **settings)
+        except (TypeError, AttributeError, IndexError) as error:  # of arrays and numbers that are none
+            raise ValueError(
+                f"the saved weights and settings are not those of the policy {self.name!r}: {error}"
+            ) from error
 
 
 def save_policy(
@@ -84,15 +89,15 @@ def load_policy(folder: str | Path) -> SavedPolicy | None:
     folder = Path(folder).expanduser()
     if not (folder / _SETTINGS).is_file():
         return None
+    settings = read_object(folder / _SETTINGS)
+    name = settings.pop("policy", None)
+    if not isinstance(name, str):
+        raise ValueError(f"{folder / _SETTINGS} needs the name of a policy under 'policy', not {name!r:.80}")
     try:
-        settings = read_object(folder / _SETTINGS)
-        name = settings.pop("policy")
-        if not isinstance(name, str):
-            raise ValueError(f"policy in {_SETTINGS} must be a name, not {name!r:.80}")
         weights = load_file(folder / _WEIGHTS) if (folder / _WEIGHTS).is_file() else {}
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"the policy in {folder} cannot be read: {error}") from error
-    return SavedPolicy(name, settings, _unflatten(weights))
+        return SavedPolicy(name, settings, _unflatten(weights))
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / _WEIGHTS} cannot be read: {error}") from error
 
 
 def _flatten(weights: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
@@ -114,5 +119,9 @@ def _unflatten(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
         at = tree
         for parent in parents:
             at = at.setdefault(parent, {})
+            if not isinstance(at, dict):
+                raise ValueError(f"{parent!r} is both an array and a group of arrays")
+        if leaf in at:
+            raise ValueError(f"{leaf!r} is both an array and a group of arrays")
         at[leaf] = value
     return tree

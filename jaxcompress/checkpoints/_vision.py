@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,7 @@ _LLAVA_TOWER = {
     "image_size": 336, "num_hidden_layers": 24, "num_attention_heads": 16,
 }  # fmt: skip
 _LARGEST_SIDE = 2**16
+_TIMES_THE_TOWER = 16  # a processor may enlarge pictures before they are cut, but hardly more than that
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _INTERPRETED = INTERPRETED | {
     "image_token_index", "image_token_id", "image_seq_length", "vision_feature_layer", "vision_feature_select_strategy",
@@ -80,8 +81,8 @@ class LoadedTower(NamedTuple):
     folder: Path
 
     def processor(self) -> Any:
-        """The `transformers` image processor of this checkpoint."""
-        return image_processor(self.folder)
+        """The `transformers` image processor of this checkpoint. Raises FileNotFoundError, ValueError."""
+        return image_processor(self.folder, self.config)
 
 
 class LoadedLlava(NamedTuple):
@@ -93,12 +94,12 @@ class LoadedLlava(NamedTuple):
     folder: Path
 
     def processor(self) -> Any:
-        """The `transformers` image processor of this checkpoint."""
-        return image_processor(self.folder)
+        """The `transformers` image processor of this checkpoint. Raises FileNotFoundError, ValueError."""
+        return image_processor(self.folder, self.config.tower)
 
     def tokenizer(self) -> Any:
         """The `transformers` tokenizer of this checkpoint."""
-        return auto("AutoTokenizer").from_pretrained(self.folder)
+        return auto("AutoTokenizer").from_pretrained(self.folder, trust_remote_code=False)
 
 
 def load_tower(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None) -> LoadedTower:
@@ -117,7 +118,7 @@ def load_tower(source: str | Path, *, dtype: Any = None, sharding: Shardings | N
     names = _clip_names if inside == "vision_model." else _vit_names(kind, config)
     beside = _WORDS if settings.get("model_type") in _WITH_WORDS else re.compile(r"(?!)")
     with opened(folder, renamed) as tensors:
-        target = weights_dtype(dtype, settings, tensors)
+        target = weights_dtype(dtype, settings, tensors, folder)
         model = fill(
             folder, tensors, lambda: VisionTower(config, dtype=target, rngs=nnx.Rngs(0)),
             lambda tower: named_weights(tower, names), sizes=_sizes_of_tower(config),
@@ -152,7 +153,7 @@ def load_llava(source: str | Path, *, dtype: Any = None, sharding: Shardings | N
     with config_of(folder / "config.json"):
         config = llava_config(settings)
     with opened(folder, _older_name) as tensors:
-        target = weights_dtype(dtype, settings, tensors)
+        target = weights_dtype(dtype, settings, tensors, folder)
         names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
         decoder, tensors = with_own_head(config.decoder, tensors, *names, target)
         config = replace(config, decoder=decoder)
@@ -239,9 +240,36 @@ def hugging_face_llava_config(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def image_processor(folder: Path) -> Any:
-    """The `transformers` image processor of a folder, through Pillow."""
-    return auto("AutoImageProcessor").from_pretrained(folder, backend="pil")
+def image_processor(folder: Path, tower: TowerConfig) -> Any:
+    """The `transformers` image processor of a folder, through Pillow.
+
+    Raises:
+      FileNotFoundError: the folder says nothing about pictures.
+      ValueError: what it says cannot be read, or makes pictures far larger than the tower sees.
+    """
+    present = [folder / name for name in _PROCESSORS if (folder / name).is_file()]
+    if not present:
+        raise FileNotFoundError(f"{folder} has no {_PROCESSORS[0]}")
+    for path in present:
+        read_object(path)
+    make = auto("AutoImageProcessor").from_pretrained
+    try:
+        processor = make(folder, backend="pil", trust_remote_code=False)
+        said = processor.to_dict()
+    except Exception as error:  # a class of transformers' makes of a config what it likes
+        raise ValueError(f"{present[0]}: no image processor can be made of it: {error}") from error
+    most = _TIMES_THE_TOWER * tower.image_size
+    for name in ("size", "crop_size"):
+        for side, length in _sides(said.get(name)):
+            if not isinstance(length, int) or not 0 < length <= most:
+                raise ValueError(f"{present[0]}: {side} of {name} must be from 1 to {most} pixels, not {shown(length)}")
+    return processor
+
+
+def _sides(size: Any) -> Iterator[tuple[str, Any]]:
+    """The lengths that a processor's size speaks of, by name."""
+    given = size if isinstance(size, Mapping) else {"the side": size}
+    return ((str(side), length) for side, length in given.items() if length is not None)
 
 
 _WITH_WORDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}

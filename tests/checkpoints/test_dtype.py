@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,22 +30,22 @@ HELD = {"n": SimpleNamespace(get_dtype=lambda: "I64"), "w": SimpleNamespace(get_
     ],
 )
 def test_names(asked: Any, settings: dict[str, Any], name: str) -> None:
-    assert weights_dtype(asked, settings, HELD).name == name
+    assert weights_dtype(asked, settings, HELD, Path("m")).name == name
 
 
 @pytest.mark.parametrize(
     ("asked", "settings", "says"),
     [
-        ("bf15", {}, "dtype: unknown type 'bf15'; known: float32"),
+        ("bf15", {}, "dtype must be a floating-point type, not 'bf15'; known: float32"),
         ("int8", {}, "dtype must be a floating-point type, not int8"),
-        (None, {"torch_dtype": "int8"}, "torch_dtype in config.json must be a floating-point type"),
-        (None, {"dtype": ["float32"]}, "dtype in config.json must be a name"),
-        (None, {"dtype": 5}, "dtype in config.json must be a name, such as 'float32', not 5"),
+        (None, {"torch_dtype": "int8"}, "m/config.json: torch_dtype must be a floating-point type"),
+        (None, {"dtype": ["float32"]}, "m/config.json: dtype must be the name"),
+        (None, {"dtype": 5}, "dtype must be the name of a type, such as 'float32', not 5"),
     ],
 )
 def test_what_is_none(asked: Any, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        weights_dtype(asked, settings, HELD)
+        weights_dtype(asked, settings, HELD, Path("m"))
 
 
 def test_a_config_that_says_nothing() -> None:

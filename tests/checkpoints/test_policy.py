@@ -7,9 +7,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tiny import tiny_decoder
 
 from jaxcompress.checkpoints import load, load_policy, save, save_policy
+from jaxcompress.policies.learned import ForgetHead
 
 
 def test_a_policy_comes_back_with_the_model(tmp_path: Path) -> None:
@@ -36,7 +38,28 @@ def test_wrong_policies(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"names without dots, not 'a\.b'"):
         save_policy(tmp_path, "tova", {}, {"a.b": np.ones(1)})
     assert load_policy(tmp_path) is None
-    for content in ('{"slots": 3}', "[]", "{"):
+    for content, says in {
+        '{"slots": 3}': "needs the name of a policy under 'policy', not None",
+        '{"policy": ["tova"]}': "needs the name of a policy",
+        "[]": "must hold a JSON object",
+        "{": "is not JSON",
+        '{"a":' * 5000: "nested too deeply",
+    }.items():
         (tmp_path / "policy.json").write_text(content)
-        with pytest.raises(ValueError, match=f"the policy in {tmp_path} cannot be read"):
+        with pytest.raises(ValueError, match=f"{tmp_path}/policy.json .*{says}"):
             load_policy(tmp_path)
+    (tmp_path / "policy.json").write_text('{"policy": "dms", "window": "wide"}')
+    for names in (("a", "a.b"), ("a.b", "a")):
+        save_file(dict.fromkeys(names, np.ones(1)), tmp_path / "policy.safetensors")
+        with pytest.raises(ValueError, match="policy.safetensors cannot be read: 'a' is both"):
+            load_policy(tmp_path)
+    for content in (b"", b"\0" * 8, b"\xff" * 64):
+        (tmp_path / "policy.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="policy.safetensors cannot be read"):
+            load_policy(tmp_path)
+    for weights in ({"a": np.ones(1)}, {name: {"x": np.ones(1)} for name in ForgetHead._fields}):
+        save_policy(tmp_path, "dms", {"window": "wide"}, weights)
+        saved = load_policy(tmp_path)
+        assert saved is not None
+        with pytest.raises(ValueError, match="weights"):
+            saved.make()
