@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from jaxcompress.reading import decode, parse_json
 
 MOST_BYTES = 2**26
 """No config or index comes near it, and Python's objects take many times the room of their text."""
@@ -23,12 +24,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if size > MOST_BYTES:
         raise ValueError(f"{path} has {size:,} bytes; a config has some thousands, and {MOST_BYTES:,} at most")
     data = path.read_bytes()
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    except RecursionError:
-        raise ValueError(f"{path} is not valid JSON: objects or lists are nested too deeply") from None
+    value = parse_json(decode(data, str(path)), str(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value

@@ -20,6 +20,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxcompress._json import read_object_if_there
+from jaxcompress.reading import read_text
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -210,7 +211,7 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     alone = folder / "chat_template.jinja"
     files |= {"default": alone} if alone.is_file() else {}
     if files:
-        return {name: _read_text(path) for name, path in files.items()}
+        return {name: read_text(path) for name, path in files.items()}
     path = folder / "tokenizer_config.json"
     given = config.get("chat_template")
     if not given:
@@ -225,10 +226,3 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(given, dict) or not all(isinstance(template, str) for template in given.values()):
         raise ValueError(f"{path}: chat_template must be a string, or several with their names, not {given!r:.80}")
     return given
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error

@@ -2,6 +2,7 @@
 
 from jaxcompress.checkpoints._config import decoder_config as decoder_config
 from jaxcompress.checkpoints._config import hugging_face_config as hugging_face_config
+from jaxcompress.checkpoints._dtype import config_dtype as config_dtype
 from jaxcompress.checkpoints._encoder import LoadedEncoder as LoadedEncoder
 from jaxcompress.checkpoints._encoder import encoder_config as encoder_config
 from jaxcompress.checkpoints._encoder import hugging_face_encoder_config as hugging_face_encoder_config

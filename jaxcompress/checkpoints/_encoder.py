@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxcompress._json import read_object
 from jaxcompress.checkpoints._carried import config_like
+from jaxcompress.checkpoints._dtype import weights_dtype
 from jaxcompress.checkpoints._entries import (
     MOST_LAYERS,
     architecture_in,
@@ -21,7 +22,7 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
-from jaxcompress.checkpoints._load import Shardings, dtype_of, fill, find, opened
+from jaxcompress.checkpoints._load import Shardings, fill, find, opened
 from jaxcompress.checkpoints._save import write_folder
 from jaxcompress.checkpoints._weights import Names, named_weights
 from jaxcompress.models.encoder import Encoder, EncoderConfig
@@ -88,7 +89,7 @@ def load_encoder(source: str | Path, *, dtype: Any = None, sharding: Shardings |
     }
     weights_of = lambda encoder: named_weights(encoder, names)
     with opened(folder) as tensors:
-        target = dtype_of(dtype, settings, tensors, folder)
+        target = weights_dtype(dtype, settings, tensors, folder)
         model = fill(
             folder, tensors, lambda: Encoder(config, dtype=target, rngs=nnx.Rngs(0)), weights_of, sizes=sizes,
             ignored=lambda name: name.endswith("embeddings.position_ids"), unused=lambda name: ".pooler." in name,

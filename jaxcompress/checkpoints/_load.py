@@ -17,13 +17,13 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from jaxcompress._json import read_object
 from jaxcompress.checkpoints._config import decoder_config
+from jaxcompress.checkpoints._dtype import STORED, weights_dtype
 from jaxcompress.checkpoints._entries import config_of, shown
 from jaxcompress.checkpoints._policy import SavedPolicy, load_policy
 from jaxcompress.checkpoints._weights import Weight, weights_of
@@ -35,7 +35,6 @@ _DOWNLOADED = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "sentencepiece*", "chat_template*",
     "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json", "policy.*",
 )  # fmt: skip
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _MOST_NAMED = 100
 
@@ -81,7 +80,7 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
       source: a folder with config.json and safetensors (model.safetensors, or several files with
         model.safetensors.index.json); or, if there is no such folder, a repository of the Hugging Face hub, which is
         downloaded into the hub's cache.
-      dtype: of all weights; the checkpoint's own if None.
+      dtype: of all weights; the checkpoint's own if None or "auto". Names as usual: "bfloat16", "bf16", "half", ...
       sharding: a `jax.sharding.Sharding` for every array, or a function of an array's name and shape that returns one.
         Names are dotted paths in the module: "embedding", "layers.attention.query.kernel", "head". Each device reads
         its own part of the files only.
@@ -93,7 +92,7 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
 
     Example:
       >>> from jax.sharding import NamedSharding, PartitionSpec
-      >>> model = load("Qwen/Qwen3-0.6B", dtype=jnp.bfloat16).model  # doctest: +SKIP
+      >>> model = load("Qwen/Qwen3-0.6B", dtype="bfloat16").model  # doctest: +SKIP
       >>> mesh = jax.make_mesh((jax.device_count(),), ("model",))
       >>> columns = NamedSharding(mesh, PartitionSpec(None, None, "model"))
       >>> whole = NamedSharding(mesh, PartitionSpec())
@@ -105,7 +104,7 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
     with config_of(folder / "config.json"):
         config = decoder_config(settings)
     with opened(folder) as tensors:
-        target = dtype_of(dtype, settings, tensors, folder)
+        target = weights_dtype(dtype, settings, tensors, folder)
         config, tensors = with_own_head(config, tensors, "model.embed_tokens.weight", "lm_head.weight", target)
         # Older checkpoints hold the RoPE frequencies, which follow from the config.
         ignored = lambda name: name.endswith("rotary_emb.inv_freq")
@@ -155,7 +154,7 @@ def with_own_head(
 
 def _equal(a: Any, b: Any, dtype: np.dtype) -> bool:
     """Whether two tensors [V, E] are the same numbers as `dtype`; read a few rows at a time."""
-    if a.get_shape() != b.get_shape() or not {a.get_dtype(), b.get_dtype()} <= _DTYPES.keys():
+    if a.get_shape() != b.get_shape() or not {a.get_dtype(), b.get_dtype()} <= STORED.keys():
         return False
     if len(a.get_shape()) != 2:
         return False
@@ -289,26 +288,6 @@ def _slices(path: Path, stack: ExitStack) -> dict[str, Any]:
         raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from error
 
 
-def dtype_of(asked: Any, settings: Mapping[str, Any], tensors: Mapping[str, Any], folder: Path) -> np.dtype:
-    """The dtype of a model: as asked for, else as its config.json says, else of its first tensor."""
-    if asked is not None:
-        return _floating(asked)
-    with config_of(folder / "config.json"):
-        if said := settings.get("dtype") or settings.get("torch_dtype"):
-            return _floating(said)
-    return _floating(next((_DTYPES.get(tensor.get_dtype()) for tensor in tensors.values()), None) or "float32")
-
-
-def _floating(name: Any) -> np.dtype:
-    try:
-        dtype = jax.dtypes.canonicalize_dtype(name)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"dtype must be the name of a floating-point type, not {shown(name)}") from error
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a floating-point type, not {dtype.name}")
-    return dtype
-
-
 def _check_sizes(sizes: Mapping[str, int], tensors: Mapping[str, Any], folder: Path) -> None:
     """Before anything is made after a config: the files hold as many numbers as it speaks of."""
     held = sum(math.prod(tensor.get_shape()) for tensor in tensors.values())
@@ -335,7 +314,7 @@ def _check(
         "of another shape": [
             f"{name} {list(shape)}, not {list(shapes[name])}" for name, shape in found.items() if shape != shapes[name]
         ],
-        "not floats": [f"{name} ({kind})" for name in found if (kind := tensors[name].get_dtype()) not in _DTYPES],
+        "not floats": [f"{name} ({kind})" for name in found if (kind := tensors[name].get_dtype()) not in STORED],
     }
     if any(problems.values()):
         lines = [f"  {what}: {_listed(names)}" for what, names in problems.items() if names]

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxcompress._json import read_object, read_object_if_there
 from jaxcompress.checkpoints._carried import config_like
 from jaxcompress.checkpoints._config import INTERPRETED, decoder_config, hugging_face_config
+from jaxcompress.checkpoints._dtype import weights_dtype
 from jaxcompress.checkpoints._entries import (
     MOST_LAYERS,
     architecture_in,
@@ -27,7 +28,7 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
-from jaxcompress.checkpoints._load import Shardings, auto, dtype_of, fill, find, opened, sizes_of, with_own_head
+from jaxcompress.checkpoints._load import Shardings, auto, fill, find, opened, sizes_of, with_own_head
 from jaxcompress.checkpoints._save import write_folder
 from jaxcompress.checkpoints._weights import DECODER, Names, Weight, dotted, named_weights, weight_named
 from jaxcompress.models.llava import Llava, LlavaConfig
@@ -116,7 +117,7 @@ def load_tower(source: str | Path, *, dtype: Any = None, sharding: Shardings | N
     names = _clip_names if inside == "vision_model." else _vit_names(kind, config)
     beside = _WORDS if settings.get("model_type") in _WITH_WORDS else re.compile(r"(?!)")
     with opened(folder, renamed) as tensors:
-        target = dtype_of(dtype, settings, tensors, folder)
+        target = weights_dtype(dtype, settings, tensors, folder)
         model = fill(
             folder, tensors, lambda: VisionTower(config, dtype=target, rngs=nnx.Rngs(0)),
             lambda tower: named_weights(tower, names), sizes=_sizes_of_tower(config),
@@ -151,7 +152,7 @@ def load_llava(source: str | Path, *, dtype: Any = None, sharding: Shardings | N
     with config_of(folder / "config.json"):
         config = llava_config(settings)
     with opened(folder, _older_name) as tensors:
-        target = dtype_of(dtype, settings, tensors, folder)
+        target = weights_dtype(dtype, settings, tensors, folder)
         names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
         decoder, tensors = with_own_head(config.decoder, tensors, *names, target)
         config = replace(config, decoder=decoder)

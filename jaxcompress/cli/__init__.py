@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import tyro
 
+from jaxcompress.cli.arguments import check_numbers, check_text
 from jaxcompress.cli.compare import Compare
 from jaxcompress.cli.compress_prompt import CompressPrompt
 from jaxcompress.cli.demo import Demo
@@ -21,7 +24,8 @@ from jaxcompress.cli.vision_demo import VisionDemo
 
 DESCRIPTION = """Transformers that live in a fixed amount of memory.
 
-Exit codes: 0 done; 1 numbers went wrong (non-finite weights or logits); 2 bad input; 130 interrupted.
+Exit codes: 0 done; 1 numbers went wrong (non-finite weights or logits); 2 bad input, or more than fits into memory;
+3 a fault of jaxcompress itself (set JAXCOMPRESS_TRACEBACK=1 to see where); 130 interrupted.
 
 Example: jaxcompress generate --prompt 'def main(' --policy tova --slots 128"""
 
@@ -40,9 +44,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
+    """Runs one command; returns the exit code. What goes wrong is told in one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        check_text(arguments)
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="jaxcompress",
@@ -50,18 +55,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=with_settings(arguments) if arguments[:1] == ["train"] else arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+        check_numbers(command)
         command.run()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without complaint
+        _silence()
         return 0
     except KeyboardInterrupt:
         print("\njaxcompress: interrupted", file=sys.stderr)
         return 130
-    except FloatingPointError as error:
-        print(f"jaxcompress: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"jaxcompress: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        code, said = _judged(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _silence()
+        print(f"jaxcompress: {' '.join(filter(None, map(str.strip, said.splitlines())))}", file=sys.stderr)
+        return code
     return 0
+
+
+def _silence() -> None:
+    """What is left to print goes nowhere, without complaint."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _judged(error: Exception) -> tuple[int, str]:
+    """The exit code of what went wrong, and what is said about it."""
+    said = str(error) or type(error).__name__
+    if os.environ.get("JAXCOMPRESS_TRACEBACK"):
+        traceback.print_exception(error)
+    if isinstance(error, FloatingPointError):
+        return 1, said
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:  # the latter is XLA's, by whatever name
+        first = said.strip().splitlines()[0]
+        return 2, f"out of memory ({first}); ask for fewer --slots, --rows or tokens, or a smaller --dtype"
+    if isinstance(error, ValueError | OSError | ImportError):
+        return 2, said
+    *_, last = traceback.extract_tb(error.__traceback__)
+    where = f"{os.path.basename(last.filename)}, line {last.lineno}"
+    return 3, (
+        f"a fault of jaxcompress: {type(error).__name__}: {said} ({where}); please report it, with "
+        "what JAXCOMPRESS_TRACEBACK=1 shows"
+    )

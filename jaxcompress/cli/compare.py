@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxcompress.cli.runtime import StateDtype
+from jaxcompress.cli.runtime import (
+    StateDtype,
+    at_least,
+    check_writable,
+    open_model,
+    policy_named,
+    tell,
+    too_small,
+    warn_of_positions,
+    words_of,
+    write_json,
+)
+from jaxcompress.reading import read_text
 
 POLICIES = (
     "full", "random", "window", "window+4", "streaming_llm+4", "h2o", "h2o-layer", "tova", "tova-kv_head",
@@ -58,27 +69,33 @@ class Compare:
 
         import jax
 
-        from jaxcompress.cli.runtime import open_model, policy_named, read_text, words_of, write_json
-
-        if min(*self.fractions, self.seeds, self.rows) < 1:
+        at_least(1, fractions=self.fractions, seeds=self.seeds, rows=self.rows)
+        if self.context < max(2, *self.fractions):
             raise ValueError(
-                f"fractions, seeds and rows must be 1 or more, not {self.fractions}, {self.seeds}, {self.rows}"
+                f"--context must be at least 2, and leave at least one slot for each of --fractions, not {self.context}"
             )
+        check_writable(self.out, self.figure)
         model, tokenizer = open_model(self.model, self.dtype)
         policies = [policy_named(name, tokenizer.folder) for name in self.policies]
         from jaxcompress.embedded.corpus import held_out
         from jaxcompress.evaluation.compare import compare, exams
 
         text = "\n".join(document.text for document in held_out()) if self.text is None else read_text(self.text)
+        words, missing = None, ""
         try:
             words = words_of(tokenizer)
         except ValueError as error:
-            words = None
-            print(f"no recall tasks: {error}", file=sys.stderr)
+            missing = f"no recall tasks: {error}"
         tasks = exams(
             tokenizer.encode(text, add_bos=False), words,
             context=self.context, seeds=self.seeds, rows=self.rows, bos=tokenizer.bos_id,
         )  # fmt: skip
+        if missing:
+            tell(missing)
+        remedy = f"a --context of up to {model.config.max_position} keeps to what it knows"
+        warn_of_positions(model, [policy.placement for policy in policies], self.context, remedy)
+        slots = [self.context // fraction for fraction in self.fractions]
+        too_small(policies, slots)
         about = dict(
             model=self.model or "embedded", text=str(self.text or "held-out documents"), context=self.context,
             seeds=self.seeds, rows=self.rows, questions=len(tasks.single), state_dtype=self.state_dtype,
@@ -86,7 +103,6 @@ class Compare:
         print(f"{'policy':34}{'slots':>6}{'nats':>15}{'recall':>12}{'before':>12}{'after':>12}{'asked':>8}{'KiB':>7}"
               f"{'held':>6}{'tok/s':>8}")  # fmt: skip
         done = []
-        slots = [self.context // fraction for fraction in self.fractions]
         for row in compare(model, tasks, policies, slots, dtype=self.state_dtype):
             if done and done[-1]["policy"] != row.policy:
                 jax.clear_caches()  # hundreds of compiled programs at once are more than a process may map

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from jaxcompress.cli import runtime
+from jaxcompress.reading import decoded, named, parse_json, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
     from jaxcompress.prompt import Compressed, Compressor
@@ -32,7 +38,8 @@ class CompressPrompt:
     scope: Literal["chunk", "document", "corpus"] = "document"
     """Where words compete for the budget."""
     force: tuple[str, ...] = ()
-    """Words, signs or white space (\\n) that stay."""
+    """Words, signs or white space that stay; \\n, \\r, \\t and \\\\ stand for a line feed (or whatever ends a line in
+    the text), a carriage return, a tab and a backslash."""
     digits: bool = False
     """Keep words with a digit."""
     drop_consecutive: bool = False
@@ -59,8 +66,6 @@ class CompressPrompt:
     """Of weights; the checkpoint's if not given."""
 
     def run(self) -> None:
-        from jaxcompress.cli import runtime
-
         self._check()
         runtime.prepare()
         from jaxcompress.prompt import Compressor
@@ -68,7 +73,7 @@ class CompressPrompt:
         compressor = Compressor.load(self.model, dtype=self.dtype)
         if self.stream:
             return self._streamed(compressor)
-        texts = [runtime.read_text(path) for path in self.file or (Path("-"),)]
+        texts = [read_text(path) for path in self.file or (Path("-"),)]
         if self.budget == "official":
             return self._official(compressor, texts)
         result, text = self._compressed(compressor, texts)
@@ -93,6 +98,9 @@ class CompressPrompt:
     def _check(self) -> None:
         if self.rate is not None and self.tokens is not None:
             raise ValueError("give --rate or --tokens, not both")
+        runtime.at_least(1, tokens=self.tokens, contexts=self.contexts)
+        if self.rate is not None and not 0 < self.rate <= 1:
+            raise ValueError(f"a rate must be in (0, 1], the share of tokens that stays, not {self.rate}")
         modes = dict(structured=self.structured, json_text=self.json_text, stream=self.stream, official=self.official)
         given = [name.replace("_", "-") for name, on in modes.items() if on]
         if len(given) > 1:
@@ -105,6 +113,12 @@ class CompressPrompt:
             raise ValueError(f"--contexts does not go with {given[0]}")
         if given in (["stream"], ["official"]) and (self.show or self.json):
             raise ValueError(f"--show and --json do not go with {given[0]}")
+        if self.show and self.json:
+            raise ValueError("give --show or --json, not both")
+        if self.official and self.scope != "document":
+            raise ValueError("--scope does not go with official, which knows chunks only")
+        if self.drop_consecutive and not (self.force or self.digits):
+            raise ValueError("--drop-consecutive is for words that --force or --digits keep; give one of them")
         if self.stream and self.report:
             raise ValueError("--report compares whole texts and does not go with stream")
 
@@ -113,7 +127,8 @@ class CompressPrompt:
         return self.budget == "official"
 
     def _options(self) -> dict[str, Any]:
-        force = [string.replace("\\n", "\n").replace("\\t", "\t") for string in self.force]
+
+        force = [unescaped(string) for string in self.force]
         return dict(scope=self.scope, force=force, digits=self.digits, drop_consecutive=self.drop_consecutive)
 
     def _compressed(self, compressor: Compressor, texts: list[str]) -> tuple[Compressed, str]:
@@ -124,14 +139,8 @@ class CompressPrompt:
         if self.structured:
             result = compress_structured(compressor, texts[0], rate=rate, **options)
         elif self.json_text:
-            import json
-
-            try:
-                value = json.loads(texts[0])
-            except ValueError as error:
-                raise ValueError(f"the text is not JSON: {error}") from None
-            value, result = compress_json(compressor, value, rate=rate, **options)
-            return result, json.dumps(value, ensure_ascii=False)
+            value, result = compress_json(compressor, parse_json(texts[0], "the text"), rate=rate, **options)
+            return result, json.dumps(value, ensure_ascii=False, allow_nan=False)
         else:
             filter = None if self.contexts is None else Contexts(count=self.contexts)
             result = compressor.compress(texts, rate=self.rate, tokens=self.tokens, filter=filter, **options)
@@ -139,8 +148,6 @@ class CompressPrompt:
 
     def _official(self, compressor: Compressor, texts: list[str]) -> None:
         rate = 0.5 if self.rate is None else self.rate
-        if not 0 < rate <= 1:
-            raise ValueError(f"a rate must be in (0, 1], the share of tokens that stays, not {rate}")
         options = self._options()
         try:
             output = compressor.official.compress(
@@ -166,22 +173,12 @@ class CompressPrompt:
         print()
         _report(before, after)
 
-    def _pieces(self) -> Any:
-        import codecs
+    def _pieces(self) -> Iterator[str]:
         from contextlib import nullcontext
 
         for path in self.file or (Path("-"),):
-            decoder = codecs.getincrementaldecoder("utf-8")()
-            with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
-                while data := file.read(1 << 16):
-                    yield self._decoded(decoder, data, False, path)
-                yield self._decoded(decoder, b"", True, path)
-
-    def _decoded(self, decoder: Any, data: bytes, final: bool, path: Path) -> str:
-        try:
-            return decoder.decode(data, final)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error.reason}") from None
+            with nullcontext(standard_input()) if str(path) == "-" else path.open("rb") as file:
+                yield from decoded(iter(partial(file.read, 1 << 16), b""), named(path))
 
 
 def _report(before: int, after: int) -> None:

@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxcompress.cli.runtime import at_least, open_model, write_json
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -26,8 +28,7 @@ class Demo:
     """Print JSON only."""
 
     def run(self) -> None:
-        from jaxcompress.cli.runtime import open_model, write_json
-
+        at_least(1, slots=self.slots, tokens=self.tokens)
         self.out.mkdir(parents=True, exist_ok=True)
         model, tokenizer = open_model(None, "float32")
         say = (lambda *text, **how: None) if self.json else lambda *text, **how: print(*text, **how, flush=True)

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from jaxcompress.cli.runtime import StateDtype
+from jaxcompress.cli.runtime import (
+    StateDtype,
+    at_least,
+    chunk_of,
+    open_model,
+    policy_named,
+    warn_of_positions,
+    write_json,
+)
+from jaxcompress.reading import read_text, standard_input, unescaped
+
+if TYPE_CHECKING:
+    from jaxcompress.generation import TextUntil
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,8 @@ class Generate:
     """Tokens to write."""
     mode: Literal["streaming", "chunked", "oneshot"] = "streaming"
     """How the prompt is read (--file: streaming or chunked)."""
-    chunk: int = 128
-    """Tokens between two selections in mode chunked."""
+    chunk: int | None = None
+    """Tokens between two selections in mode chunked; 128 if not given."""
     placement: Literal["absolute", "slot", "compact"] | None = None
     """Where tokens stand for RoPE; as the policy was published if not given. `slot` and `compact` keep distances within
     what the model was trained on, however long the text."""
@@ -55,7 +68,10 @@ class Generate:
     seed: int = 0
     """Row n of a batch uses seed + n."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """End at this text; may be given several times."""
+    """End at this text, of which nothing is printed; may be given several times. Names of special tokens (<|eot_id|>)
+    count, and \\n, \\r, \\t and \\\\ stand for a line feed, a carriage return, a tab and a backslash."""
+    stop_id: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
+    """End at this token; may be given several times."""
     dtype: str | None = None
     """Of weights; the checkpoint's if not given."""
     state_dtype: StateDtype | None = None
@@ -66,45 +82,56 @@ class Generate:
     def run(self) -> None:
         if bool(self.prompt) == (self.file is not None):
             raise ValueError("give either --prompt or --file")
-        if self.steps < 1:
-            raise ValueError(f"--steps must be at least 1, not {self.steps}")
+
+        at_least(1, steps=self.steps)
+        chunk = chunk_of(self.mode, self.chunk)
+        if self.temperature == 0:
+            for name in ("top_k", "top_p", "min_p"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} does nothing at --temperature 0, which takes the best token"
+                    )
         if self.chat and self.file is not None:
             raise ValueError("--chat needs --prompt: a file is read as it is")
-        from jaxcompress.cli.runtime import open_model, policy_named, write_json
-
+        if self.mode == "oneshot" and self.file is not None and self.shorten is None:
+            raise ValueError("--file is read in segments; use --mode streaming or chunked")
         model, tokenizer = open_model(self.model, self.dtype)
-        from jaxcompress.generation import Sampler, Settings, continue_, prefill, start
+        from jaxcompress.generation import Sampler, Settings, TextUntil, continue_, prefill, start
 
+        if wrong := [token for token in self.stop_id if not 0 <= token < model.config.vocab_size]:
+            raise ValueError(f"--stop-id {wrong[0]} is outside the vocabulary; give 0 to {model.config.vocab_size - 1}")
+        until = partial(
+            TextUntil, tokenizer, [unescaped(text) for text in self.stop], (*tokenizer.eos_ids, *self.stop_id)
+        )
         policy = policy_named(self.policy, tokenizer.folder)
         sampler = Sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
-        settings = Settings(sampler, tuple(tokenizer.eos_ids))
+        settings = Settings(sampler, until().ids)
         slots = self.slots[0] if len(self.slots) == 1 else self.slots
         batch = max(len(self.prompt), 1)
         progress = start(model, policy, slots, batch=batch, seeds=self.seed, dtype=self.state_dtype)
         kept = self._shortened() if self.shorten is not None else []
         if self.file is not None and not kept:
-            progress, last = self._read_file(model, tokenizer, policy, progress)
+            progress, last = self._read_file(model, tokenizer, policy, progress, chunk)
             prompts = [last]
         else:
             texts = [one.text for one in kept] or self.prompt
             prompts = [self._encode(tokenizer, text) for text in texts]
-            progress = prefill(
-                model, prompts, progress, policy, mode=self.mode, chunk=self.chunk, placement=self.placement
-            )
+            progress = prefill(model, prompts, progress, policy, mode=self.mode, chunk=chunk, placement=self.placement)
         if kept:
             self._report(model, tokenizer, policy, progress, kept, prompts)
-        self._warn(model, policy, progress)
-        rows = [_Row(tokenizer, ids, self.stop) for ids in prompts]
+        end = int(progress.state[0].seen.max()) + self.steps
+        warn_of_positions(model, [self.placement or policy.placement], end)
+        rows = [_Row(until(after=[] if ids is None else ids)) for ids in prompts]
         live = batch == 1 and not self.json
         bursts = continue_(
             model, progress, policy, steps=self.steps, settings=settings, burst=8, placement=self.placement
         )
         for tokens in bursts:
             for row, new in zip(rows, tokens, strict=True):
-                row.push(new, settings.stop)
+                row.push(new)
             if live:
                 print(rows[0].take(), end="", flush=True)
-            if all(row.over for row in rows):
+            if all(row.until.stopped for row in rows):
                 break
         for row in rows:
             row.finish()
@@ -113,7 +140,10 @@ class Generate:
         elif self.json:
             texts = self.prompt or (str(self.file),)
             write_json(
-                [dict(prompt=t, text=r.text, tokens=r.count, stopped=r.over) for t, r in zip(texts, rows, strict=True)]
+                [
+                    dict(prompt=text, text=row.text, tokens=row.count, stopped=row.until.stopped)
+                    for text, row in zip(texts, rows, strict=True)
+                ]
             )
         else:
             for n, (prompt, row) in enumerate(zip(self.prompt, rows, strict=True)):
@@ -125,7 +155,6 @@ class Generate:
         return tokenizer.encode(text)
 
     def _shortened(self):
-        from jaxcompress.cli.runtime import read_text
         from jaxcompress.embedded import load_compressor
         from jaxcompress.prompt.word_scores import keep
 
@@ -142,16 +171,14 @@ class Generate:
             )  # fmt: skip
             print(f"jaxcompress: {told}", file=sys.stderr)
 
-    def _read_file(self, model, tokenizer, policy, progress):
+    def _read_file(self, model, tokenizer, policy, progress, chunk: int):
         from contextlib import nullcontext
 
         from jaxcompress.cli import runtime
         from jaxcompress.generation import encode_stream, read_on
 
-        if self.mode == "oneshot":
-            raise ValueError("--file is read in segments; use --mode streaming or chunked")
         path = str(self.file)
-        by = 1 if self.mode == "streaming" else self.chunk
+        by = 1 if self.mode == "streaming" else chunk
         tail, count = None, 0
 
         def remember(pieces):
@@ -162,7 +189,7 @@ class Generate:
 
         opening = len(tokenizer.opening())
         with (
-            nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as text,
+            nullcontext(standard_input()) if path == "-" else open(path, "rb") as text,
             runtime.progress(None, "reading") as bar,
         ):
             pieces = remember(encode_stream(text, tokenizer))
@@ -173,39 +200,23 @@ class Generate:
             raise ValueError(f"{self.file} is empty; there is nothing to read")
         return progress, tail
 
-    def _warn(self, model, policy, progress) -> None:
-        end = int(progress.state[0].seen.max()) + self.steps
-        placement = self.placement or policy.placement
-        if placement == "absolute" and end > model.config.max_position:
-            print(
-                f"jaxcompress: positions reach {end}, the model was made for {model.config.max_position}; "
-                "--placement slot or compact keeps distances short",
-                file=sys.stderr,
-            )
-
 
 class _Row:
     """Text of one sequence as it grows."""
 
-    def __init__(self, tokenizer, prompt, stop: tuple[str, ...]):
-        from jaxcompress.generation import StopStrings, TextStream
+    def __init__(self, until: TextUntil):
+        self.until = until
+        self.text, self.shown, self.count = "", 0, 0
 
-        self.stream, self.stops = TextStream(tokenizer, after=prompt), StopStrings(stop)
-        self.text, self.shown, self.count, self.over = "", 0, 0, False
-
-    def push(self, tokens, stop_ids: tuple[int, ...]) -> None:
+    def push(self, tokens) -> None:
         for token in tokens:
-            if self.over or token < 0:
+            if self.until.stopped or token < 0:
                 return
             self.count += 1
-            self.over = int(token) in stop_ids
-            if not self.over:
-                self.text += self.stops.push(self.stream.push(int(token)))
-                self.over = self.stops.stopped
+            self.text += self.until.push(token)
 
     def finish(self) -> None:
-        if not self.stops.stopped:
-            self.text += self.stops.push(self.stream.finish()) + self.stops.finish()
+        self.text += self.until.finish()
 
     def take(self) -> str:
         new, self.shown = self.text[self.shown :], len(self.text)

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxcompress.cli.runtime import StateDtype
+from jaxcompress.cli.runtime import (
+    StateDtype,
+    at_least,
+    check_writable,
+    chunk_of,
+    open_model,
+    policy_named,
+    warn_of_positions,
+    write_json,
+)
+from jaxcompress.reading import named, read_text
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,8 @@ class Retention:
     every --chunk tokens or once, the rest is streamed."""
     prompt: int | None = None
     """For modes chunked and oneshot; half of the tokens if not given."""
-    chunk: int = 128
-    """Tokens between two selections in mode chunked."""
+    chunk: int | None = None
+    """Tokens between two selections in mode chunked; 128 if not given."""
     placement: Literal["absolute", "slot", "compact"] | None = None
     """Where tokens stand for RoPE; as the policy was published if not given."""
     dtype: str | None = None
@@ -52,12 +62,12 @@ class Retention:
     """Print JSON instead of tables."""
 
     def run(self) -> None:
-        if self.limit < 1:
-            raise ValueError(f"--limit must be at least 1, not {self.limit}")
+
+        chunk = chunk_of(self.mode, self.chunk)
+        at_least(1, limit=self.limit)
         if self.mode == "streaming" and self.prompt is not None:
             raise ValueError("--prompt is for --mode chunked and oneshot; streaming reads all tokens one by one")
-        from jaxcompress.cli.runtime import open_model, policy_named, read_text, write_json
-
+        check_writable(self.out, self.figure)
         model, tokenizer = open_model(self.model, self.dtype)
         from jaxcompress.evaluation.page import page
         from jaxcompress.evaluation.retention import overlap, survival_by_kind, token_kinds, token_texts
@@ -66,8 +76,7 @@ class Retention:
 
         names = [name for name in (self.policy, self.compare) if name is not None]
         policies = [policy_named(name, tokenizer.folder) for name in names]
-        name, text = _held_out() if self.text is None else (str(self.text), read_text(self.text))
-        name = "standard input" if name == "-" else name
+        name, text = _held_out() if self.text is None else (named(self.text), read_text(self.text))
         if not text:
             raise ValueError(f"{name} is empty; there is nothing to remember")
         ids = tokenizer.encode(text)
@@ -79,10 +88,11 @@ class Retention:
         prompt = self.prompt
         if prompt is None:
             prompt = total if self.mode == "streaming" else max(total // 2, 1)
+        warn_of_positions(model, [self.placement or policy.placement for policy in policies], total)
         deaths = [
             trace(
                 model, ids[None], policy, slots,
-                prompt=prompt, mode=self.mode, chunk=self.chunk, placement=self.placement, dtype=self.state_dtype,
+                prompt=prompt, mode=self.mode, chunk=chunk, placement=self.placement, dtype=self.state_dtype,
             ).death[:, 0]
             for policy in policies
         ]  # fmt: skip

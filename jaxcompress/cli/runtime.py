@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
     from jaxcompress.policies import Policy
+    from jaxcompress.policies.base import Placement
 
 StateDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4"]
 """`jaxcompress.storage.DTYPES`, for the parser, which knows nothing of arrays."""
+
+CHUNK = 128
+PLACEMENTS = "--placement slot or compact keeps distances short"
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxcompress" / "compiled"
 
@@ -66,19 +70,63 @@ def policy_named(name: str, folder: Path) -> Policy:
     return named(name, own=saved.make())
 
 
-def read_text(path: Path | None) -> str:
-    """A UTF-8 file, or standard input for None and `-`.
+def tell(line: str) -> None:
+    """One line on standard error."""
+    print(f"jaxcompress: {line}", file=sys.stderr)
+
+
+def too_small(policies: Sequence[Policy], slots: Sequence[int]) -> None:
+    """Tells which policies need more than some of the slots, and are left out there.
 
     Raises:
-      ValueError: not UTF-8; names the byte.
+      ValueError: so all of them are everywhere.
     """
-    data = sys.stdin.buffer.read() if path is None or str(path) == "-" else path.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path or 'standard input'} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}"
-        ) from None
+    evicting = [policy for policy in policies if policy.forgets]
+    small = ", ".join(f"{policy.name} needs {policy.needs}" for policy in evicting if min(slots) < policy.needs)
+    if evicting and len(evicting) == len(policies) and all(max(slots) < policy.needs for policy in evicting):
+        raise ValueError(f"{max(slots)} slots are too few: {small}")
+    if small:
+        tell(f"left out where slots are too few: {small}")
+
+
+def at_least(least: int, **given: int | None | Sequence[int]) -> None:
+    """Raises ValueError for a setting below the least that makes sense; names its flag."""
+    for name, values in given.items():
+        for value in (values,) if isinstance(values, int) else values or ():
+            if value < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+
+
+def chunk_of(mode: str, chunk: int | None) -> int:
+    """Tokens between two selections. Raises ValueError if they are given for a mode that has no chunks."""
+    at_least(1, chunk=chunk)
+    if chunk is not None and mode != "chunked":
+        raise ValueError(f"--chunk is for --mode chunked; {mode} has no chunks")
+    return CHUNK if chunk is None else chunk
+
+
+def check_writable(*paths: Path | None) -> None:
+    """That files can be written where they are to go, before hours of work; raises OSError."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(f"{path} cannot be written: permission denied")
+
+
+def warn_of_positions(model: Decoder, placements: Sequence[Placement], end: int, remedy: str = PLACEMENTS) -> None:
+    """Tells, once, that tokens will stand where the model was not trained.
+
+    Args:
+      placements: where policies place tokens; only absolute positions grow with the text.
+      end: tokens read and written, at most.
+    """
+    if "absolute" in placements and end > model.config.max_position:
+        tell(f"positions reach {end}, the model was made for {model.config.max_position}; {remedy}")
 
 
 def words_of(tokenizer: Tokenizer) -> Wording:

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jaxcompress.cli.runtime import StateDtype
+from jaxcompress.cli.runtime import (
+    StateDtype,
+    at_least,
+    check_writable,
+    chunk_of,
+    open_weights,
+    policy_named,
+    warn_of_positions,
+)
+from jaxcompress.reading import read_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,8 @@ class Trace:
     """Capacity: one for all layers, or one for each."""
     mode: Literal["oneshot", "chunked", "streaming"] = "oneshot"
     """How the prompt is read."""
-    chunk: int = 128
-    """Tokens between two selections in mode chunked."""
+    chunk: int | None = None
+    """Tokens between two selections in mode chunked; 128 if not given."""
     placement: Literal["absolute", "slot", "compact"] | None = None
     """Where tokens stand for RoPE; as the policy was published if not given."""
     dtype: str | None = None
@@ -52,10 +64,11 @@ class Trace:
     def run(self) -> None:
         import numpy as np
 
-        from jaxcompress.cli.runtime import open_weights, policy_named, read_text
-
         if (self.tokens is None) == (self.text is None):
             raise ValueError("give either --tokens or --text")
+        chunk = chunk_of(self.mode, self.chunk)
+        at_least(1, limit=self.limit)
+        check_writable(self.out, self.figure)
         loaded = open_weights(self.model, self.dtype)
         model = loaded.model
         from jaxcompress.generation import Tokenizer
@@ -63,7 +76,7 @@ class Trace:
         from jaxcompress.tracing import trace
 
         if self.tokens is not None:
-            ids = np.load(self.tokens)
+            ids = _array(self.tokens)
             if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
                 raise ValueError(
                     f"{self.tokens} holds {ids.dtype} {ids.shape}; expected integers, [tokens] or [batch, tokens]"
@@ -72,10 +85,12 @@ class Trace:
             ids = Tokenizer(loaded.folder).encode(read_text(self.text))
         ids = np.atleast_2d(ids)[:, : self.limit]
         check_tokens(ids.reshape(-1), model.config.vocab_size, str(self.tokens or self.text))
+        policy = policy_named(self.policy, loaded.folder)
+        warn_of_positions(model, [self.placement or policy.placement], ids.shape[1])
         done = trace(
-            model, ids.astype(np.int32), policy_named(self.policy, loaded.folder),
+            model, ids.astype(np.int32), policy,
             self.slots[0] if len(self.slots) == 1 else self.slots,
-            prompt=self.prompt, mode=self.mode, chunk=self.chunk, placement=self.placement, dtype=self.state_dtype,
+            prompt=self.prompt, mode=self.mode, chunk=chunk, placement=self.placement, dtype=self.state_dtype,
         )  # fmt: skip
         with open(self.out, "wb") as file:
             np.savez_compressed(file, **done._asdict())
@@ -85,3 +100,14 @@ class Trace:
             death_times(done, self.figure, title=f"{self.policy}, {self.slots[0]} slots")
         layers, steps, batch, sets, _ = done.positions.shape
         print(f"{self.out}: {layers} layers, {steps} steps, batch {batch}, {sets} set{'s' * (sets > 1)} of slots")
+
+
+def _array(path: Path) -> np.ndarray:
+    """The array in a .npy file. Raises ValueError if it is none, OSError if it cannot be read."""
+    import numpy as np
+
+    with open(path, "rb") as file:
+        try:
+            return np.lib.format.read_array(file, allow_pickle=False)
+        except (ValueError, EOFError, OverflowError, MemoryError, SyntaxError, TypeError) as error:
+            raise ValueError(f"{path} is not an array of numbers (.npy): {error}") from None

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from jaxcompress.cli.runtime import warn_of_positions
+from jaxcompress.reading import parse_json, parse_toml, read_text
 
 if TYPE_CHECKING:
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
-    from jaxcompress.policies.base import Policy
+    from jaxcompress.policies.base import Placement, Policy
     from jaxcompress.policies.learned import ForgetHead
     from jaxcompress.training.data import PackedRows
     from jaxcompress.training.learning import Learning
@@ -158,6 +160,7 @@ class Train:
         import jax
         import optax
 
+        from jaxcompress.checkpoints import config_dtype
         from jaxcompress.generation.text import Tokenizer
         from jaxcompress.pallas_kernels.contract import device
         from jaxcompress.training.checkpointing import Checkpoints
@@ -171,6 +174,7 @@ class Train:
         task = self._task(loaded.model, dtype)
         rows = self._rows(tokenizer, loaded.config.vocab_size)
         parts = split(rows, batch=self.rows, held_out=self.held_out, held_out_batch=self.rows // self.accumulate)
+        warn_of_positions(loaded.model, [self._places], self.length)
         data = batches(rows, batch=self.rows, seed=self.seed, train=parts.train)
         schedule = SCHEDULES[self.schedule](self.learning_rate, self.steps, warmup=self._warmup)
         optimizer = OPTIMIZERS[self.optimizer](schedule, clip=self.clip, weight_decay=self.weight_decay)
@@ -205,7 +209,7 @@ class Train:
             for metric, (name, unit) in task.told.items():
                 if metric in before:
                     print(f"held-out {name} before: {before[metric]:.4f} ({unit})", flush=True)
-            settings, source = loaded.settings, tokenizer.folder
+            stored, source = config_dtype(loaded.settings) or "float32", tokenizer.folder
             task = task._replace(params=None)  # the state has its own copy
             del loaded, begin
             with MetricsFile(self.out / "metrics.jsonl", after=done) as lines:
@@ -220,7 +224,6 @@ class Train:
                 moved = f"{after[metric] - before[metric]:+.4f}, " if metric in before else ""
                 print(f"held-out {name} after {self.steps} steps: {after[metric]:.4f} ({moved}{unit})", flush=True)
         if record.get("saved") != self.steps or not folder.exists():
-            stored = settings.get("dtype") or settings.get("torch_dtype") or "float32"
             self._save(task, state.params, folder, stored, source)
             write_json(record | dict(saved=self.steps), run_file)
         print(f"saved in {folder}")
@@ -240,8 +243,34 @@ class Train:
             )
         if self.lora is not None and self.policy.startswith(("dms", "dmc", "retention")):
             raise ValueError(f"--lora trains adapters of a model; {self.policy} trains a network of its own")
+        for name, why in self._idle().items():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise ValueError(f"--{name.replace('_', '-')} does nothing {why}; leave it out")
         if not self.resume and any(any(self.out.glob(name)) for name in ("run.json", "checkpoints/*", "model")):
             raise ValueError(f"{self.out} holds a run already; give --resume to go on with it, or another --out")
+
+    def _idle(self) -> dict[str, str]:
+        """Settings that nothing reads, given the others, and why."""
+        kind, idle = self.policy.split("-")[0], {}
+        if self.policy == "full":
+            why = "with --policy full, which evicts nothing"
+            idle |= dict.fromkeys(("slots", "segment", "reach", "chunk", "placement"), why)
+        if kind != "dms":
+            idle["window"] = f"with --policy {self.policy}; it is for dms"
+        if kind not in ("dms", "dmc"):
+            idle["ratio"] = f"with --policy {self.policy}; it is for dms and dmc"
+        if Path(self.data).expanduser().exists():
+            idle["split"] = f"with files; {self.data} is no dataset of the hub"
+        return idle
+
+    @property
+    def _places(self) -> Placement:
+        """Where tokens stand for RoPE."""
+        from jaxcompress.naming import named
+        from jaxcompress.training.learning import LEARNABLE
+
+        plain = self.policy == "full" or self.policy in LEARNABLE
+        return self.placement or ("absolute" if plain else named(self.policy).placement)
 
     def _rates(self, schedule: Callable[[int], Any], done: int) -> str:
         """How the learning rate goes, from here to the end."""
@@ -317,7 +346,7 @@ class Train:
     def _capacity(self) -> Any:
         return self.slots[0] if len(self.slots) == 1 else self.slots
 
-    def _save(self, task: Task, params: Any, folder: Path, dtype: str, tokenizer: Path) -> None:
+    def _save(self, task: Task, params: Any, folder: Path, dtype: Any, tokenizer: Path) -> None:
         """Model and policy, both or neither, in place of those of fewer steps."""
         import jax
 
@@ -381,15 +410,19 @@ class Train:
             changes.append(f"{flag} is {value} from now on; it was {was}")
         if self.steps < done:
             raise ValueError(f"the run in {self.out} has taken {done} steps; --steps {self.steps} is less: give more")
-        then = begun.get("data", {})
+        then = begun.get("data")
+        if not isinstance(then, dict) or not {"tokens", "checksum"} <= then.keys():
+            raise ValueError(f"{run_file} is damaged; begin another run with another --out")
         if then != dict(facts):
             raise ValueError(
                 f"{self.data} has changed since the run in {self.out} began: {facts['tokens']:,} tokens (checksum "
-                f"{facts['checksum']}), then {then.get('tokens', 0):,} ({then.get('checksum')})"
+                f"{facts['checksum']}), then {then['tokens']} ({then['checksum']})"
             )
         print(*changes, sep="\n", end="\n" * bool(changes), flush=True)
         return begun
 
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Train)}
 
 Sink = Callable[[int, Mapping[str, Any]], None]
 
@@ -413,28 +446,65 @@ def with_settings(arguments: Sequence[str]) -> list[str]:
     """
     given, config, run = _flags(arguments), {}, {}
     if path := given.get("config"):
-        try:
-            config = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not TOML: {error}") from error
+        config = _checked(parse_toml(read_text(path), path), path)
+        if "config" in config:
+            raise ValueError(f"config in {path} does nothing; put all settings into one file")
     out = given.get("out") or config.get("out")
     if out and ("resume" in given or config.get("resume")):
         if (run_file := Path(out) / "run.json").exists():
             run = _read_run(run_file)["settings"]
         elif "data" not in given | config:
             raise ValueError(f"there is no run in {out} to go on with: {run_file} does not exist; --data begins one")
-    types = {field.name: str(field.type) for field in dataclasses.fields(Train)}
     added = []
     for name, value in (run | config).items():
-        where = path if name in config else run_file
+        flag = f"--{name.replace('_', '-')}"
+        if name in given or value is False:
+            continue
+        if isinstance(value, list):
+            added += [flag, *map(str, value)]
+        elif value is True:
+            added.append(flag)
+        elif str(value).startswith("-"):  # not to look like a flag
+            added.append(f"{flag}={value}")
+        else:
+            added += [flag, str(value)]
+    return [*arguments, *added]
+
+
+def _checked(settings: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """The same. Raises ValueError for a setting that is unknown, or of another type than its flag."""
+    types = get_type_hints(Train)
+    for name, value in settings.items():
         if name not in types:
             raise ValueError(f"unknown setting {name!r} in {where}; known: {', '.join(types)}")
-        if (types[name] == "bool") != isinstance(value, bool) or isinstance(value, dict):
-            raise ValueError(f"{name} cannot be {value!r} in {where}")
-        if name not in given and value is not False:
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            added += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return [*arguments, *added]
+        if not _fits(value, types[name]):
+            raise ValueError(f"{name} cannot be {value!r} in {where}; it is {_told(types[name])}")
+    return settings
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is Literal:
+        return any(value is one or value == one for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        values = value if isinstance(value, list) else [value]
+        return bool(values) and all(_fits(one, get_args(kind)[0]) for one in values)
+    if kind is NoneType:
+        return value is None or value == "None"  # TOML has no null; the flag takes the word
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, str if kind is Path else kind)
+
+
+def _told(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_told, get_args(kind)))
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "a list of integers"
+    return {int: "an integer", float: "a number", bool: "true or false", NoneType: '"None"'}.get(kind, "a text")
 
 
 def _flags(arguments: Sequence[str]) -> dict[str, str]:
@@ -448,10 +518,9 @@ def _flags(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _read_run(path: Path) -> dict[str, Any]:
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    """What run.json says. Raises ValueError if that is not what `train` writes."""
+    run = parse_json(read_text(path), str(path))
     if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
-        raise ValueError(f"{path} is not that of a run: it has no settings")
+        raise ValueError(f"{path} has no settings; begin another run with another --out")
+    _checked(run["settings"], path)
     return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -11,9 +10,11 @@ import numpy as np
 
 from jaxcompress.generation.tokenizer import TokenIds as TokenIds
 from jaxcompress.generation.tokenizer import Tokenizer as Tokenizer
+from jaxcompress.reading import clean, decoded
 
 _REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not, or not yet, a character
 _CHARACTER_BYTES = 4  # UTF-8's longest character
+_FIRST_HALF = 0xD800  # surrogates, which clean text does not have, are free for other uses
 _WINDOW = 32  # tokens without printable text that a stream keeps; any number above 16 is right
 
 # Between a word and a line break no tokenizer in use joins anything, and nothing there is decided by looking across
@@ -171,6 +172,78 @@ class StopStrings:
         return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._strings)), 0)
 
 
+class TextUntil:
+    """Turns tokens into text as they arrive, up to a stop of which nothing is printed: `TextStream` and `StopStrings`.
+
+    Stop strings may be, or hold, names of special tokens, of which the text itself shows nothing.
+
+        text = TextUntil(tokenizer, stop=["<|eot_id|>", "User:"], after=prompt)
+        for token in tokens:
+            print(text.push(token), end="")
+            if text.stopped:
+                break
+        print(text.finish())
+
+    Args:
+      tokenizer: of the model.
+      stop: strings to stop at.
+      stop_ids: token ids to stop at.
+      after: as for `TextStream`.
+
+    Attributes:
+      ids: the token ids that end the text: `stop_ids`, and the special tokens that are stop strings as a whole. A loop
+        that is given them (`Settings.stop`) ends early.
+      stopped: whether a stop was found; from then on `push` returns "".
+
+    Raises:
+      ValueError: as `StopStrings`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        after: Sequence[int] | TokenIds = (),
+    ) -> None:
+        StopStrings(stop)  # are they strings?
+        special = tokenizer.special_tokens()
+        self.ids = tuple(dict.fromkeys((*map(int, stop_ids), *(special[s] for s in stop if s in special))))
+        # The matcher meets a special token as one character that no text has.
+        inside = [name for name in sorted(special, key=len, reverse=True) if any(name in string for string in stop)]
+        mark = {name: chr(_FIRST_HALF + n) for n, name in enumerate(inside)}
+        self._marks = {special[name]: character for name, character in mark.items()}
+        names = re.compile("|".join(map(re.escape, inside)) or r"(?!)")
+        marked = [names.sub(lambda found: mark[found[0]], string) for string in map(clean, stop)]
+        self._strings = StopStrings(list(dict.fromkeys([*map(clean, stop), *marked])))
+        self._stream = TextStream(tokenizer, after)
+        self._ended = False
+
+    @property
+    def stopped(self) -> bool:
+        return self._ended or self._strings.stopped
+
+    def push(self, token: int | np.integer) -> str:
+        """Takes the next token id; returns the text that has become final."""
+        token = int(token)
+        if self.stopped:
+            return ""
+        if token in self.ids:
+            text = self.finish()
+            self._ended = True
+            return text
+        return self._without_marks(self._strings.push(self._marks.get(token) or self._stream.push(token)))
+
+    def finish(self) -> str:
+        """The text still held back, when the tokens end without a stop; "" after one."""
+        if self.stopped:
+            return ""
+        return self._without_marks(self._strings.push(self._stream.finish()) + self._strings.finish())
+
+    def _without_marks(self, text: str) -> str:
+        return text.translate(dict.fromkeys(map(ord, self._marks.values()))) if self._marks else text
+
+
 @runtime_checkable
 class Readable(Protocol):
     """A file, standard input, a socket's file: something with `read`."""
@@ -189,8 +262,8 @@ def encode_stream(
     change the tokens around it. Line breaks are kept as they are.
 
     Args:
-      readable: a binary file (`open(path, "rb")`, `sys.stdin.buffer`) or a text file; the bytes of the latter are
-        read where it has them.
+      readable: a binary file (`open(path, "rb")`, `sys.stdin.buffer`) of UTF-8, with or without a byte order mark, or
+        a text file; the bytes of the latter are read where it has them.
       tokenizer: of the model.
       chunk_chars: about how many characters are tokenized at a time; at most four times as many are held.
       add_bos: begin with the tokenizer's begin token, if the model is used to it.
@@ -236,28 +309,12 @@ def _pieces(texts: Iterator[str], size: int) -> Iterator[str]:
 def _texts(readable: Readable, size: int) -> Iterator[str]:
     """The text of a file in blocks of at most `size` characters."""
     source = getattr(readable, "buffer", readable)
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
+    return decoded(_blocks(source, size), "the input")
+
+
+def _blocks(source: Readable, size: int) -> Iterator[bytes | str]:
     while block := source.read(size):
-        if isinstance(block, str):
-            yield block
-            continue
-        yield _decode_utf8(decoder, block, offset)
-        offset += len(block)
-    yield _decode_utf8(decoder, b"", offset)
-
-
-def _decode_utf8(decoder: codecs.IncrementalDecoder, block: bytes, offset: int) -> str:
-    """The characters that a block completes; an empty block is the end. `offset` is where the block begins."""
-    unfinished = len(decoder.getstate()[0])
-    try:
-        return decoder.decode(block, final=not block)
-    except UnicodeDecodeError as error:
-        wrong = offset - unfinished + error.start
-        raise ValueError(
-            f"the input is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {wrong} ({error.reason}); "
-            "convert it first, e.g. iconv -f LATIN1 -t UTF-8"
-        ) from error
+        yield block
 
 
 def _undecided(text: str) -> int:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from jaxcompress._json import read_object_if_there
 from jaxcompress.generation.chat import render
+from jaxcompress.reading import clean, masked
 from jaxcompress.tokenizer_files import id_array, read_tokenizer
 
 TokenIds = Int[np.ndarray, "T"]
@@ -66,16 +67,19 @@ class Tokenizer:
         Names of special tokens in the text become those tokens, as with Hugging Face.
 
         Args:
-          text: any string.
+          text: any string; halves of characters are read as U+FFFD (see `jaxcompress.reading`).
           add_bos: begin as the model is used to it, usually with `bos_id` (`adds_bos`). A chat template writes it
             itself, so pass False for its output. No end token is ever added.
         """
-        ids = self._fast.encode(text, add_special_tokens=False).ids
+        ids = self._fast.encode(clean(text), add_special_tokens=False).ids
         return id_array(self.opening(add_bos) + ids)
 
     def encode_with_places(self, text: str) -> tuple[TokenIds, Int[np.ndarray, "T 2"]]:
-        """Token ids [T] without `opening`, and the characters text[start:end] that each stands for, [T, 2]."""
-        encoding = self._fast.encode(text, add_special_tokens=False)
+        """Token ids [T] without `opening`, and the characters text[start:end] that each stands for, [T, 2].
+
+        Halves of characters are read as U+FFFD, pairs of them as two.
+        """
+        encoding = self._fast.encode(masked(text), add_special_tokens=False)
         return id_array(encoding.ids), np.array(encoding.offsets, np.int32).reshape(-1, 2)
 
     def encode_after(self, context: str, text: str) -> TokenIds:
@@ -83,7 +87,8 @@ class Tokenizer:
 
         It keeps a tokenizer from treating `text` as the beginning of something: SentencePiece would put a space there.
         """
-        encoding = self._fast.encode(context + text, add_special_tokens=False)
+        context = clean(context)
+        encoding = self._fast.encode(context + clean(text), add_special_tokens=False)
         start = len(context)
         if any(first < start < end for first, end in encoding.offsets):  # a token joins the two: it would be lost
             return self.encode(text, add_bos=False)
@@ -113,6 +118,10 @@ class Tokenizer:
     def is_special(self, token: int | np.integer) -> bool:
         """Whether a token is a mark (begin, end, turn, ...) and not text."""
         return token in self._special
+
+    def special_tokens(self) -> dict[str, int]:
+        """From the names of marks to ids."""
+        return {added.content: token for token, added in self._fast.get_added_tokens_decoder().items() if added.special}
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation, as the model's own template writes it.

@@ -30,6 +30,7 @@ from jaxcompress.prompt.official import OfficialCompressor
 from jaxcompress.prompt.scoring import score
 from jaxcompress.prompt.tokenizer import EncoderTokenizer, Subwords
 from jaxcompress.prompt.words import Spans, align, of_words, owners, segment
+from jaxcompress.reading import clean
 from jaxcompress.scalars import Number, share, whole
 
 Scope = Literal["chunk", "document", "corpus"]
@@ -190,14 +191,15 @@ class Compressor:
         of tokens, the largest number below it is met.
 
         Args:
-          contexts: one text or several.
+          contexts: one text or several. Halves of characters, as a cut emoji leaves them, are read as U+FFFD.
           rate: the share of tokens that stays, in (0, 1]; 0.5 if neither this nor `tokens` is given. Of a text that
             has any, at least one token stays, and all that are forced. One for each context: each meets its own.
           tokens: that stay of all contexts together, at least 1.
           scope: where words compete: all over the "corpus" (which keeps more of what is dense), or for a share that
             is in proportion within every "document" or "chunk" (as long as what is forced fits into it).
           force: strings that stay wherever they stand as whole words ("." or "New York"), or white space that stays
-            as it is where something around it is dropped ("\\n"). They count. Strings that do not occur do nothing.
+            as it is where something around it is dropped ("\\n": ends of lines, as the text has them). They count.
+            Strings that do not occur do nothing.
           digits: words with a digit stay, and count.
           drop_consecutive: of equal forced words that would follow one another, the first stays.
           filter: drops whole contexts first; what stays is still so many of the tokens of all.
@@ -243,6 +245,7 @@ class Compressor:
 
     def score(self, texts: Sequence[str], word: str = "mean") -> list[Scored]:
         """Words with probabilities and costs, of every text; see `compress`."""
+        texts = [clean(text) for text in texts]
         with ThreadPoolExecutor(1) as beside:  # the tokenizer runs outside of Python
             encoded = beside.submit(self.tokenizer.encode_batch, texts)
             spans = [segment(text) for text in texts]

@@ -22,6 +22,7 @@ from jaxcompress.prompt.annotation import WINDOW, annotate, faithful, rough_lemm
 from jaxcompress.prompt.endpoint import Refused
 from jaxcompress.prompt.surface import Word, spelled, words_of
 from jaxcompress.prompt.teacher import INSTRUCTION, Teacher, TeacherFailed, cut_for_teacher
+from jaxcompress.reading import clean, json_lines
 
 
 class Pair(NamedTuple):
@@ -89,9 +90,9 @@ def collect(
     known = {_key(pair, seal) for pair, seal in _read(path)} if path.exists() else set()
     seal = zlib.crc32(instruction.encode())
     todo = (
-        Pair(str(name), number, piece, "")
+        Pair(clean(str(name)), number, piece, "")
         for name, text in documents
-        for number, piece in enumerate(cut(text))
+        for number, piece in enumerate(cut(clean(text)))
         if piece.strip()
     )
     done, asked, failed, in_a_row = 0, 0, [], 0
@@ -114,7 +115,7 @@ def collect(
                 pair = flying.pop(future)
                 error = future.exception()
                 if error is None:
-                    _append(file, pair._replace(compressed=future.result()), seal)
+                    _append(file, pair._replace(compressed=clean(future.result())), seal)
                     done, in_a_row = done + 1, 0
                     progress(1)
                     continue
@@ -150,26 +151,15 @@ def _mend(path: Path) -> None:
 
 
 def _read(path: str | Path) -> Iterator[tuple[Pair, int]]:
-    for number, value in _lines(path):
+    for _, where, value in json_lines(path):
         try:
             pair = Pair(str(value["document"]), int(value["piece"]), value["original"], value["compressed"])
             if not isinstance(pair.original, str) or not isinstance(pair.compressed, str):
                 raise TypeError("original and compressed must be texts")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not a pair with document, piece, original and compressed ({error})"
-            ) from None
-        yield pair, int(value.get("instruction", 0))
-
-
-def _lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    with open(path, encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+            seal = int(value.get("instruction", 0))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{where}: not a pair with document, piece, original and compressed ({error})") from None
+        yield pair, seal
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -271,13 +261,13 @@ def read_examples(path: str | Path) -> list[Example]:
       ValueError: a line is not an example; names file and line and says why.
     """
     examples = []
-    for number, value in _lines(path):
+    for _, where, value in json_lines(path):
         try:
             words = [Word(int(start), int(end)) for start, end in value["words"]]
             example = Example(value["text"], words, [bool(label) for label in value["labels"]])
             _check(example)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: not an example with text, words and labels ({error})") from None
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{where}: not an example with text, words and labels ({error})") from None
         examples.append(example)
     return examples
 

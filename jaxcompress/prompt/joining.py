@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import regex
@@ -12,18 +13,19 @@ from jaxcompress.prompt.words import Spans
 
 _BEGINS, _ENDS = regex.compile(r"[\p{L}\p{N}_]"), regex.compile(r"[\p{L}\p{N}_]\p{M}*\Z")
 
+_LINE_ENDS = {"\n": r"(?:\r\n|\r(?!\n)|(?<!\r)\n)", "\r": r"\r(?!\n)"}
 _MARKS = 16  # characters looked back over for a letter with accents
 
 
 def join(text: str, spans: Spans, kept: Bool[np.ndarray, " W"], breaks: Sequence[str] = ()) -> str:
     """The kept words. Neighbours keep what stands between them.
 
-    Where words are left out between two, there is one of `breaks` if the text has it there; else nothing, if there is
-    no white space in between or the second is a sign that follows its word directly (a comma); else a space. Letters
-    and digits that did not touch never do.
+    Where words are left out between two, there is one of `breaks` if the text has it there, as it has it; else nothing,
+    if there is no white space in between or the second is a sign that follows its word directly (a comma); else a
+    space. Letters and digits that did not touch never do.
 
     Args:
-      breaks: white space that is to stay, the first that is found.
+      breaks: white space that is to stay, the first that is found; see `found_break`.
     """
     at = np.flatnonzero(kept)
     if not len(at):
@@ -37,10 +39,27 @@ def join(text: str, spans: Spans, kept: Bool[np.ndarray, " W"], breaks: Sequence
     return "".join(parts)
 
 
-def _between(text: str, end: int, start: int, breaks: Sequence[str]) -> str:
+def found_break(text: str, start: int, end: int, breaks: Sequence[str]) -> str | None:
+    """The first of some pieces of white space that stands in text[start:end], as it stands there; None if none does.
+
+    A line feed among them stands for any end of a line: a text with CRLF keeps its CRLF. A lone carriage return is one
+    that no line feed follows.
+    """
     for kept in breaks:
-        if text.find(kept, end, start) >= 0:
-            return kept
+        if found := _of_break(kept).search(text, start, end):
+            return found[0]
+    return None
+
+
+@cache
+def _of_break(kept: str) -> regex.Pattern[str]:
+    parts = (_LINE_ENDS.get(part) or regex.escape(part) for part in regex.findall(r"\r\n|(?s:.)", kept))
+    return regex.compile("".join(parts))
+
+
+def _between(text: str, end: int, start: int, breaks: Sequence[str]) -> str:
+    if (kept := found_break(text, end, start, breaks)) is not None:
+        return kept
     if text[start - 1].isspace():
         return " "
     if _BEGINS.match(text, start) is None:

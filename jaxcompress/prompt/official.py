@@ -29,7 +29,8 @@ from tokenizers import AddedToken
 
 from jaxcompress.models.encoder import Encoder
 from jaxcompress.prompt.scoring import score
-from jaxcompress.prompt.tokenizer import EncoderTokenizer, encodings_of
+from jaxcompress.prompt.tokenizer import EncoderTokenizer
+from jaxcompress.reading import clean
 from jaxcompress.tokenizer_files import read_tokenizer
 
 MAX_TOKENS = 512
@@ -134,7 +135,7 @@ class OfficialCompressor:
         for end in ends:  # which grows meanwhile
             if end in mapped:
                 ends.append(mapped[end])
-        contexts = [context] if isinstance(context, str) else list(context)
+        contexts = [clean(text) for text in ([context] if isinstance(context, str) else context)]
         filters = use_context_level_filter and len(contexts) != 1
         origin = sum(self.count(text) for text in contexts)
         chunks = self._chunks([_replaced(text, mapped.items()) for text in contexts], set(ends))
@@ -240,7 +241,7 @@ class OfficialCompressor:
         return _Tokens(starts, pure, digit, text)
 
     def _pieces(self, texts: Sequence[str]) -> list[list[str]]:
-        return [encoding.tokens for encoding in encodings_of(self._fast, texts)]
+        return [encoding.tokens for encoding in self._fast.encode_batch(list(texts), add_special_tokens=False)]
 
     def _chunks(self, texts: Sequence[str], ends: set[str]) -> list[list[str]]:
         return [self._cut(pieces, ends) for pieces in self._pieces(texts)]

@@ -9,6 +9,7 @@ from typing import Any
 import regex
 
 from jaxcompress.prompt.compressor import Compressed, Compressor, Rate
+from jaxcompress.prompt.joining import found_break
 from jaxcompress.scalars import Number, share, whole
 
 WINDOW = 1 << 18  # characters
@@ -67,7 +68,8 @@ def _lead(gap: str, rate: Rate, breaks: Sequence[str]) -> str:
     """What stands between two windows for the white space that was there."""
     if rate == 1:
         return gap
-    return next((kept for kept in breaks if kept.isspace() and kept in gap), " " if gap else "")
+    kept = found_break(gap, 0, len(gap), [one for one in breaks if one.isspace()])
+    return (" " if gap else "") if kept is None else kept
 
 
 def _windows(pieces: Iterable[str], window: int) -> Iterator[str]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from jaxcompress.prompt.compressor import Compressed, Compressor, Rate
+from jaxcompress.reading import clean, clean_value
 
-_TAG = re.compile(r"<llmlingua(?P<settings>[^<>]*)>(?P<text>.*?)</llmlingua>", re.DOTALL)
-_STRAY = re.compile(r"</?llmlingua\b[^<>]*>")
-_SETTING = re.compile(r"\s*,\s*(rate|compress)\s*=\s*([^\s,]+)\s*")
+_TAG = re.compile(r"<(?P<closes>/?)llmlingua\b(?P<settings>[^<>]*)>")
+_SETTINGS = ("rate", "compress")
 
 
 class Segment(NamedTuple):
@@ -37,20 +37,27 @@ def parse(text: str) -> list[Segment]:
     Raises:
       ValueError: a tag that is not closed or nested, an unknown setting, a rate outside (0, 1].
     """
-    found, at = [], 0
-    for match in _TAG.finditer(text):
-        found += [Segment(text[at : match.start()]), Segment(match["text"], _rate(match["settings"]))]
-        at = match.end()
+    found, at, opened = [], 0, None
+    for tag in _TAG.finditer(text):
+        closes = bool(tag["closes"])
+        if closes != (opened is not None) or (closes and tag["settings"]):
+            _refuse(tag if closes or opened is None else opened)
+        found.append(Segment(text[at : tag.start()], None if opened is None else _rate(opened["settings"])))
+        at, opened = tag.end(), None if closes else tag
+    if opened is not None:
+        _refuse(opened)
     found.append(Segment(text[at:]))
-    for segment in found:
-        if stray := _STRAY.search(segment.text):
-            raise ValueError(f"the tag {stray[0]!r} is not closed, not opened, or inside another one")
     return [segment for segment in found if segment.text]
 
 
+def _refuse(tag: re.Match[str]) -> NoReturn:
+    raise ValueError(f"the tag {tag[0]!r} is not closed, not opened, or inside another one")
+
+
 def _rate(settings: str) -> Rate | None:
-    given = {match[1]: match[2] for match in _SETTING.finditer(settings)}
-    if _SETTING.sub("", settings).strip():
+    first, *parts = settings.split(",")
+    given = {name.strip(): value.strip() for name, _, value in (part.partition("=") for part in parts)}
+    if first.strip() or not all(name in _SETTINGS and value for name, value in given.items()):
         raise ValueError(f"unknown settings {settings!r} in a tag; known: rate=0.3, compress=True, compress=False")
     if given.get("compress", "True") not in ("True", "False"):
         raise ValueError(f"compress is True or False, not {given['compress']!r}")
@@ -77,7 +84,7 @@ def compress_structured(
       rate: of parts that name none.
       options: as for `Compressor.compress`: scope, force, digits, drop_consecutive, word.
     """
-    parts = parse(prompt) if isinstance(prompt, str) else list(prompt)
+    parts = parse(clean(prompt)) if isinstance(prompt, str) else [p._replace(text=clean(p.text)) for p in prompt]
     rates = [rate if part.rate is None else part.rate for part in parts]
     inner = [part.text.strip() for part in parts]
     result = compressor.compress(inner, rate=rates, **options)
@@ -113,15 +120,18 @@ def compress_json(
     """The strings of a JSON value compressed; keys, numbers, true, false and null stay, and so does the structure.
 
     Args:
-      value: as `json.loads` gives it.
+      value: as `json.loads` gives it; nested at most 200 deep. Halves of characters become U+FFFD.
       rules: by the key of an object, however deep; the innermost counts.
       rate: of strings without a rule.
       options: as for `Compressor.compress`.
 
     Returns:
       The value, and what was done to its strings, in order.
+
+    Raises:
+      ValueError: as `Compressor.compress`; nested too deeply; keys that differ only in halves of characters.
     """
-    rules = rules or {}
+    value, rules = clean_value(value, "the value"), rules or {}
     found = list(_strings(value, rules, Rule()))
     rates = [1 if not rule.compress else rate if rule.rate is None else rule.rate for _, rule in found]
     result = compressor.compress([text for text, _ in found], rate=rates, **options)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxcompress.prompt.words import Offsets
+from jaxcompress.reading import masked
 from jaxcompress.tokenizer_files import id_array, read_tokenizer
 
 Kind = Literal["wordpiece", "sentencepiece", "bytes"]
@@ -20,7 +21,6 @@ _MODELS: dict[str, Kind] = {"WordPiece": "wordpiece", "Unigram": "sentencepiece"
 _MOST_IDS = 2**24  # a table of those that are special has so many entries at most
 _OPENING, _CLOSING = ("[CLS]", "<s>"), ("[SEP]", "</s>")
 _PART = re.compile(r" *[^ ]+| +")
-_HALF = re.compile("[\ud800-\udfff]")
 _UNKNOWN, _PADDING = ("[UNK]", "<unk>"), ("[PAD]", "<pad>")
 
 
@@ -70,21 +70,17 @@ class EncoderTokenizer:
         self._special[special] = True
 
     def encode(self, text: str) -> Subwords:
-        """Subwords of a text, without special tokens.
-
-        Raises:
-          ValueError: the text has half of a surrogate pair in it, which is no character.
-        """
+        """Subwords of a text, without special tokens. Halves of characters are read as U+FFFD, pairs of them as two."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Subwords]:
         """The same of several, in parallel."""
-        encodings = encodings_of(self.fast, texts)
+        encodings = self.fast.encode_batch([masked(text) for text in texts], add_special_tokens=False)
         return [Subwords(self._plain(e.ids), _array(e.offsets)) for e in encodings]
 
     def count(self, text: str) -> int:
         """How many subwords a text has."""
-        return len(encodings_of(self.fast, [text], self.fast.encode_batch_fast)[0])
+        return len(self.fast.encode_batch_fast([masked(text)], add_special_tokens=False)[0])
 
     def apart(self, text: str) -> list[str]:
         """A text cut into parts whose subwords are the text's: before every space, or nowhere if this tokenizer has
@@ -115,24 +111,3 @@ def _cuts_at_spaces(fast: FastTokenizer) -> bool:
 def _array(offsets: Sequence[tuple[int, int]]) -> Offsets:
     """As numpy makes one of a list of pairs, in a third of the time."""
     return np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2)
-
-
-def encodings_of(fast: FastTokenizer, texts: Sequence[str], encode: Callable[..., Any] | None = None) -> list[Any]:
-    """What `fast` makes of texts, without special tokens added.
-
-    Args:
-      encode: `fast.encode_batch` by default.
-
-    Raises:
-      ValueError: a text has half of a surrogate pair in it.
-    """
-    try:
-        return (encode or fast.encode_batch)(list(texts), add_special_tokens=False)
-    except TypeError:
-        for number, text in enumerate(texts):
-            if half := _HALF.search(text):
-                raise ValueError(
-                    f"text {number} has U+{ord(half[0]):04X} at character {half.start()}, half of a surrogate pair and "
-                    "no character: read it with errors='replace', or leave it out"
-                ) from None
-        raise

@@ -13,7 +13,6 @@ your own source and hand its iterator to `jaxcompress.training.trainer.fit`.
 from __future__ import annotations
 
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import grain
 import numpy as np
 
 from jaxcompress.generation.text import Tokenizer, encode_stream
+from jaxcompress.reading import clean, json_lines, read_text
 
 Document = str | np.ndarray
 """A text, or token ids [n]."""
@@ -49,10 +49,10 @@ def read_documents(source: str | Path, *, field: str = "text", split: str = "tra
     """The documents of a file, a folder, or a dataset of the Hugging Face hub, in a fixed order.
 
     Args:
-      source: a UTF-8 text file, which is one document; a JSONL file (.jsonl, .ndjson), one document per line: an object
-        with a text under `field`, or token ids under "tokens"; a folder, whose files, hidden ones left out, are read
-        in the same way in the order of their paths; else the name of a dataset, `name` or `name:configuration`, which
-        needs the `datasets` library.
+      source: a text file of UTF-8, which is one document; a JSONL file (.jsonl, .ndjson), one document per line: an
+        object with a text under `field`, or token ids under "tokens"; a folder, whose files, hidden ones left out, are
+        read in the same way in the order of their paths; else the name of a dataset, `name` or `name:configuration`,
+        which needs the `datasets` library.
       field: where JSON lines and datasets have the text.
       split: of a dataset.
 
@@ -80,31 +80,24 @@ def _hidden(path: Path) -> bool:
 
 
 def _read_file(path: Path, field: str) -> Iterator[Document]:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
     if path.suffix not in _JSON_LINES:
-        yield text
+        yield read_text(path)
         return
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold its other separators
-        if line.strip():
-            yield _read_line(line, field, f"{path}, line {number}")
+    for _, where, value in json_lines(path):
+        yield _document(value, field, where)
 
 
-def _read_line(line: str, field: str, where: str) -> Document:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+def _document(value: Any, field: str, where: str) -> Document:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object, not a {type(value).__name__}")
     if isinstance(value.get(field), str):
         return value[field]
     tokens = value.get("tokens")
     if field not in value and isinstance(tokens, list) and all(type(token) is int for token in tokens):
-        return np.array(tokens, np.int64)  # not yet known to fit into int32
+        try:
+            return np.array(tokens, np.int64)  # not yet known to fit into int32
+        except OverflowError:
+            raise ValueError(f"{where}: token id {max(tokens, key=abs)} is outside every vocabulary") from None
     raise ValueError(f"{where}: no text under {field!r}; it has {', '.join(value) or 'nothing'}")
 
 
@@ -131,7 +124,7 @@ def _read_dataset(name: str, field: str, split: str) -> Iterator[Document]:
     for number, text in enumerate(rows[field]):
         if not isinstance(text, str):
             raise ValueError(f"the dataset {name}, row {number}: {field!r} is a {type(text).__name__}, not a text")
-        yield text
+        yield clean(text)
 
 
 class TokenStream(NamedTuple):

@@ -163,7 +163,7 @@ def test_folder_without_config_or_weights(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="it has pytorch_model.bin"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         load(tmp_path)
 
 

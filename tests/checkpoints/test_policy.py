@@ -42,8 +42,8 @@ def test_wrong_policies(tmp_path: Path) -> None:
         '{"slots": 3}': "needs the name of a policy under 'policy', not None",
         '{"policy": ["tova"]}': "needs the name of a policy",
         "[]": "must hold a JSON object",
-        "{": "not valid JSON",
-        '{"a":' * 5000: "not valid JSON",
+        "{": "is not JSON",
+        '{"a":' * 5000: "nested too deeply",
     }.items():
         (tmp_path / "policy.json").write_text(content)
         with pytest.raises(ValueError, match=f"{tmp_path}/policy.json .*{says}"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
-from jaxcompress.generation.text import StopStrings, TextStream, Tokenizer, encode_stream
+from jaxcompress.generation.text import StopStrings, TextStream, TextUntil, Tokenizer, encode_stream
 
 CORPUS = [
     "Hello world, this is a small corpus. It's about 2024 words, or 12 of them!",
@@ -185,7 +185,7 @@ class TestTokenizer:
         with pytest.raises(ValueError, match=r"tokenizer_config.json holds what is no token: .* not 3"):
             Tokenizer(folder)
         (folder / "tokenizer_config.json").write_text("{")
-        with pytest.raises(ValueError, match=r"tokenizer_config.json is not valid JSON"):
+        with pytest.raises(ValueError, match=r"tokenizer_config.json is not JSON"):
             Tokenizer(folder)
         (folder / "tokenizer.json").write_text("{}")
         with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
@@ -424,3 +424,57 @@ class TestEncodeStream:
     def test_chunk_size(self, tokenizers):
         with pytest.raises(ValueError, match="chunk_chars"):
             encode_stream(io.BytesIO(b""), tokenizers["gpt2"], 0)
+
+
+class TestTextUntil:
+    """Stops that no text shows."""
+
+    @pytest.fixture(scope="class")
+    def marked(self, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+        fast = FastTokenizer(
+            models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+        )
+        fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        fast.add_special_tokens(["<|eot|>", "<|im|>", "<|im|>x"])
+        folder = tmp_path_factory.mktemp("marked")
+        fast.save(str(folder / "tokenizer.json"))
+        return Tokenizer(folder)
+
+    @pytest.mark.parametrize(
+        ("stop", "written", "shown", "stopped"),
+        [
+            (["<|eot|>"], "ab<|eot|>c", "ab", True),
+            (["<|eot|>"], "ab<|im|>c", "abc", False),
+            (["\n<|eot|>"], "a\n<|im|>b\n<|eot|>c", "a\nb", True),
+            (["<|im|>\n"], "a<|im|>b<|im|>\nc", "ab", True),
+            (["<|eot|><|im|>"], "a<|eot|>b<|eot|><|im|>c", "ab", True),
+            (["x<|im|>xy"], "ax<|im|>xy", "a", True),
+            (["eot", "|", ">"], "a<|eot|>b", "ab", False),
+            (["c", "<|eot|>"], "abc<|eot|>", "ab", True),
+            (["<|eot|>é"], "é<|eot|>é", "é", True),
+            ([], "a<|eot|>b", "ab", False),
+        ],
+    )
+    def test_special_tokens(self, marked: Tokenizer, stop: list[str], written: str, shown: str, stopped: bool) -> None:
+        text = TextUntil(marked, stop)
+        printed = "".join([text.push(token) for token in marked.encode(written)] + [text.finish()])
+        assert (printed, text.stopped) == (shown, stopped)
+
+    def test_ids(self, marked: Tokenizer) -> None:
+        ids = marked.special_tokens()
+        text = TextUntil(marked, ["<|eot|>", "a<|im|>"], [7])
+        assert text.ids == (7, ids["<|eot|>"])
+        assert TextUntil(marked, (), [int(marked.encode("b")[0])]).push(marked.encode("b")[0]) == ""
+        half = marked.encode("é")[0]  # an unfinished character before a stop is what it is without one
+        assert text.push(half) + text.push(ids["<|eot|>"]) == "\ufffd"
+        with pytest.raises(ValueError, match="write"):
+            TextUntil(marked, "<|eot|>")
+
+    def test_halves_of_characters_are_read_as_replacements(self, marked: Tokenizer) -> None:
+        same = lambda a, b: np.testing.assert_array_equal(marked.encode(a), marked.encode(b))
+        same("a\ud83db", "a\ufffdb")
+        same("a\ud83d\ude00", "a😀")
+        ids, places = marked.encode_with_places("\ud83db")
+        np.testing.assert_array_equal(ids, marked.encode("\ufffdb"))
+        assert places[-1].tolist() == [1, 2]
+        np.testing.assert_array_equal(marked.encode_after("\ud83d", "b"), marked.encode("b"))

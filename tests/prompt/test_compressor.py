@@ -266,12 +266,8 @@ WAYS: dict[str, Any] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @given(STRANGE)
-def test_strange_text_is_compressed_or_clearly_refused(bert: Compressor, way: str, text: str) -> None:
-    if re.search("[\ud800-\udfff]", text):
-        with pytest.raises(ValueError, match=r"U\+D[8-F].. at character \d+, half of a surrogate pair"):
-            WAYS[way](bert, text)
-    else:
-        WAYS[way](bert, text)
+def test_strange_text_is_compressed(bert: Compressor, way: str, text: str) -> None:
+    WAYS[way](bert, text)
 
 
 @pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.array(0.5), jnp.float32(0.5)], ids=repr)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxcompress.prompt import Compressor, Rule, Segment, compress_json, compress_stream, compress_structured
+from jaxcompress.prompt.joining import join
 from jaxcompress.prompt.streaming import _windows
 from jaxcompress.prompt.structured import parse
+from jaxcompress.prompt.words import segment
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
 LONG = "The harbor was quiet that night. Ships, ships, and more ships lay at anchor; nobody spoke."
@@ -95,3 +98,29 @@ def test_a_stream_at_rate_1(compressor: Compressor) -> None:
         list(compress_stream(compressor, [text], window=0))
     with pytest.raises(ValueError, match=r"\(0, 1\]"):
         list(compress_stream(compressor, [text], rate=0))
+
+
+@pytest.mark.parametrize(
+    ("text", "force", "kept"),
+    [
+        ("a x\r\nx b", ["\n"], "a\r\nb"),
+        ("a x\nx b", ["\n"], "a\nb"),
+        ("a x\rx b", ["\n"], "a\rb"),
+        ("a x\r\nx b", ["\r\n"], "a\r\nb"),
+        ("a x\nx b", ["\r\n"], "a b"),
+        ("a x\r\nx b", ["\r"], "a b"),
+        ("a x\rx b", ["\r"], "a\rb"),
+        ("a x\r\n\r\nx b", ["\n\n"], "a\r\n\r\nb"),
+        ("a x\r\nx b", ["\n\n"], "a b"),
+        ("a x\tx b", ["\n", "\t"], "a\tb"),
+    ],
+)
+def test_line_ends_stay_as_they_are(text: str, force: list[str], kept: str) -> None:
+    spans = segment(text)
+    assert join(text, spans, np.array([True, False, False, True]), force) == kept
+
+
+def test_halves_of_characters(compressor: Compressor) -> None:
+    shorter, _ = compress_json(compressor, {"a\ud83d": LONG + " cut \ud83d", "b": "\ud83d"}, rate=1)
+    assert shorter == {"a\ufffd": LONG + " cut \ufffd", "b": "\ufffd"}
+    assert compress_structured(compressor, "<llmlingua, compress=False>a \ud83d\ude00</llmlingua>").text == "a 😀"

@@ -182,7 +182,7 @@ class TestReadDocuments:
         [
             ("a.txt", b"caf\xe9", "a.txt is not UTF-8: byte 0xe9 at offset 3"),
             ("a.txt", b"", "a.txt has no text"),
-            ("a.jsonl", b'{"text": "a"}\n{"text"', "a.jsonl, line 2: not JSON"),
+            ("a.jsonl", b'{"text": "a"}\n{"text"', "a.jsonl, line 2 is not JSON"),
             ("a.jsonl", b"[1]", "line 1: expected an object, not a list"),
             ("a.jsonl", b'{"title": "a", "body": "b"}', "line 1: no text under 'text'; it has title, body"),
             ("a.jsonl", b'{"text": 3}', "line 1: no text under 'text'; it has text"),

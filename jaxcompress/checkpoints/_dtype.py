@@ -1,0 +1,81 @@
+"""What weights are read as: names of dtypes, as people and config.json write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.checkpoints._entries import config_of
+
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""From the names of safetensors."""
+
+_ALIASES = {
+    "bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "float": "float32", "fp32": "float32",
+    "f32": "float32", "double": "float64", "fp64": "float64", "f64": "float64",
+}  # fmt: skip
+_KNOWN = "float32 (fp32, float), bfloat16 (bf16), float16 (fp16, half), or auto for the checkpoint's own"
+
+
+def weights_dtype(asked: Any, settings: Mapping[str, Any], tensors: Mapping[str, Any], folder: Path) -> np.dtype:
+    """What the weights of a folder become.
+
+    Args:
+      asked: a dtype or its name; None or "auto" for what config.json says.
+      settings: config.json. Where it says nothing, or "auto", the first floats in the files decide.
+      tensors: the files' slices, by name.
+      folder: for messages.
+
+    Raises:
+      ValueError: an unknown name, or no floating-point type; says whose it is.
+    """
+    if not _auto(asked):
+        return dtype_named(asked, "dtype")
+    with config_of(folder / "config.json"):
+        said = config_dtype(settings)
+    if said is not None:
+        return said
+    stored = (tensor.get_dtype() for tensor in tensors.values())
+    return dtype_named(next((STORED[kind] for kind in stored if kind in STORED), "float32"), "the files' dtype")
+
+
+def config_dtype(settings: Mapping[str, Any]) -> np.dtype | None:
+    """What a config.json says that its weights are; None where it says nothing, or "auto".
+
+    Raises:
+      ValueError: as `weights_dtype`.
+    """
+    key = next((key for key in ("dtype", "torch_dtype") if not _auto(settings.get(key))), None)
+    if key is None:
+        return None
+    if not isinstance(settings[key], str):
+        raise ValueError(f"{key} must be the name of a type, such as 'float32', not {settings[key]!r:.80}")
+    return dtype_named(settings[key], key)
+
+
+def dtype_named(name: Any, what: str) -> np.dtype:
+    """A floating-point dtype by any of its usual names, in upper or lower case, with or without `torch.`.
+
+    Args:
+      what: is named, for messages.
+
+    Raises:
+      ValueError: an unknown name, or no floating-point type.
+    """
+    plain = name.strip().lower().removeprefix("torch.") if isinstance(name, str) else name
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(_ALIASES.get(plain, plain) if isinstance(plain, str) else plain)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} must be a floating-point type, not {name!r:.80}; known: {_KNOWN}") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{what} must be a floating-point type, not {dtype.name}; known: {_KNOWN}")
+    return dtype
+
+
+def _auto(name: Any) -> bool:
+    return name is None or (isinstance(name, str) and name.strip().lower() == "auto")
