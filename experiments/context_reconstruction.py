@@ -25,6 +25,7 @@ from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import exam, wording
 from jaxcompress.evaluation.perplexity import predictions
 from jaxcompress.generation import prefill, start
+from jaxcompress.models.bounded import calls
 from jaxcompress.policies import H2O, TOVA, Policy, Window
 from jaxcompress.reconstruction import Growing, Repeat, asking, read_whole, reconstruct, shrink
 from jaxcompress.state import State
@@ -75,11 +76,11 @@ def main(arguments: Arguments) -> None:
     scores["h2o-kv_head"] = stats(H2O(0, "kv_head"))
     newest = jnp.where(whole[0].positions < 4, jnp.inf, whole[0].positions * 1.0)
     scores[Window(4).name] = newest
-    table = []
+    table, plan = [], calls("streaming", context - 1, chunk=1, segment=context - 1, start=read)
     say(f"\n{'score':22}{'shared':10}{'slots':>6}{'after':>12}{'recall':>8}")
 
     def line(name: str, shared: str, slots: int, state: State) -> None:
-        parts = list(predictions(model, tokens, state, Growing(), [(read, context - 1, 1)]))
+        parts = list(predictions(model, tokens, state, Growing(), plan))
         right = np.concatenate([part.right for part in parts], axis=1)  # of the token after each
         losses = np.concatenate([part.losses for part in parts], axis=1)
         given = right[asked[:, read + 1 :]].reshape(-1, 2).all(1)

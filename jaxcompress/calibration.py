@@ -20,6 +20,7 @@ from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
 from jaxcompress.precision import scores as scores_of
 from jaxcompress.shapes import Hidden, Keys, Positions, Queries, Tokens, Valid, Values
+from jaxcompress.token_ids import token_rows
 
 QUERY_BLOCK = 128  # queries whose weights exist at once
 
@@ -41,12 +42,13 @@ def attention_spread(model: Decoder, tokens: Tokens, valid: Valid | None = None)
       valid: False for padding, which may stand anywhere and counts nowhere.
 
     Raises:
-      ValueError: there is no token at all.
+      ValueError: what is no text (see `jaxcompress.token_ids`), or no token at all.
     """
+    tokens = jnp.asarray(token_rows(tokens, model.config.vocab_size, valid=valid))
     positions = _positions(tokens, valid)
     if not (positions >= 0).any():
         raise ValueError("the attention of no token cannot be measured: every token is padding, or none was given")
-    return _spread(model, jnp.asarray(tokens), positions)
+    return _spread(model, tokens, positions)
 
 
 @jax.jit
@@ -136,9 +138,10 @@ def retrieval_heads(
       progress: called with the number of each step done.
 
     Raises:
-      ValueError: a share outside 0..1, no answers in some text, or no tokens beyond sinks and recent ones.
+      ValueError: what is no text (see `jaxcompress.token_ids`), a share outside 0..1, no answers in some text, or no
+        tokens beyond sinks and recent ones.
     """
-    tokens, asked = np.asarray(tokens, np.int32), np.asarray(asked, bool)
+    tokens, asked = token_rows(tokens, model.config.vocab_size), np.asarray(asked, bool)
     _check_texts(tokens, asked, share, sinks + recent)
     predicting = np.pad(asked[:, 1:], [(0, 0), (0, 1)])
     schedule = lambda step: jnp.minimum(1.0, jnp.maximum(0.1, jnp.minimum(step + 1, steps - step) * 5 / steps)) * rate
@@ -224,7 +227,7 @@ def _positions(tokens: Tokens, valid: Valid | None) -> Positions:
 
 
 def _check_texts(tokens: np.ndarray, asked: np.ndarray, share: float, near: int) -> None:
-    if tokens.ndim != 2 or tokens.shape != asked.shape:
+    if tokens.shape != asked.shape:
         raise ValueError(f"tokens and asked are both [B, T], not {list(tokens.shape)} and {list(asked.shape)}")
     if not asked[:, 1:].any(axis=1).all():
         row = int((~asked[:, 1:].any(axis=1)).argmax())

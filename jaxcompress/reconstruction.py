@@ -31,6 +31,7 @@ from jaxcompress.select import keep_top
 from jaxcompress.shapes import SlotScores, Tokens, Valid
 from jaxcompress.state import KVState, State, Stats
 from jaxcompress.storage import load, store
+from jaxcompress.token_ids import prompt_ids, token_ids
 
 
 class _OldestFirst(Policy):
@@ -131,7 +132,8 @@ def kvzip(
     placement = placement or policy.placement
     whole = read_whole(model, prompts, seeds=seeds, placement=placement)
     scores = reconstruct(model, prompts, whole.state, repeat, sinks=sinks, chunk=chunk, placement=placement)
-    return replace(whole, state=shrink(model, whole.state, scores, policy, slots, room=room, dtype=dtype))
+    small = shrink(model, whole.state, scores, policy, slots, room=room, dtype=dtype)
+    return replace(whole, state=small, policy=policy, placement=placement)
 
 
 def read_whole(
@@ -143,9 +145,8 @@ def read_whole(
 ) -> Progress:
     """Reads contexts into a state that holds all of the longest: the token at position i is in slot i."""
     _check_windows(model)
-    if not len(prompts):
-        raise ValueError("no prompts were given")
-    longest = max(1, *map(len, prompts))
+    prompts = prompt_ids(prompts, model.config.vocab_size)
+    longest = max(map(len, prompts))
     size = min(READ_CHUNK, longest)
     empty = start(model, _Reading(), longest, batch=len(prompts), seeds=seeds)
     return prefill(model, prompts, empty, _Reading(), mode="chunked", chunk=size, segment=size, placement=placement)
@@ -181,9 +182,12 @@ def reconstruct(
     """
     if sinks < 0 or chunk < 1:
         raise ValueError(f"sinks must be 0 or more and a chunk 1 token or more, not {sinks} and {chunk}")
+    vocabulary = model.config.vocab_size
+    rows = prompt_ids(prompts, vocabulary)
+    for name in ("first", "later", "after"):
+        token_ids(list(getattr(repeat, name)), vocabulary, f"Repeat.{name}")
     if not all(isinstance(part.stats, _Watched) for part in state):
         raise ValueError("contexts are repeated against a state that read_whole has made")
-    rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
     if [len(row) for row in rows] != np.asarray(state[0].seen).tolist():
         lengths = [len(row) for row in rows]
         raise ValueError(

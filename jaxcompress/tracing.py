@@ -10,11 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.models.bounded import Mode, Read, Slots, check_fits, check_mode, cut, init_state, last_hidden, read
+from jaxcompress.models.bounded import (
+    Mode,
+    Read,
+    Slots,
+    calls,
+    check_fits,
+    check_mode,
+    init_state,
+    last_hidden,
+    padded,
+    read,
+)
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.base import Placement, Policy
 from jaxcompress.recurrence import death_times
 from jaxcompress.state import KVState, State, runs
+from jaxcompress.token_ids import token_rows
+
+AT_ONCE = 512
+"""Prompts and texts up to this length are filled up to few lengths, longer ones to multiples of it."""
 
 
 class Trace(NamedTuple):
@@ -54,9 +69,11 @@ def trace(
       dtype: of the state (see `jaxcompress.storage`); the model's by default.
 
     Raises:
-      ValueError: a prompt outside 1..T, a state too small for the policy, or an unknown dtype.
+      ValueError: what is no text (see `jaxcompress.token_ids`), a prompt outside 1..T, a state too small for the
+        policy, or an unknown dtype.
       FloatingPointError: logits are not finite.
     """
+    tokens = token_rows(tokens, model.config.vocab_size)
     total = tokens.shape[1]
     if not 1 <= prompt <= total:
         raise ValueError(f"prompt must be between 1 and the {total} tokens given, not {prompt}")
@@ -64,37 +81,54 @@ def trace(
     state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=dtype)
     check_mode(policy, mode)
     check_fits(model.config, policy, state, total, prompt=prompt)
-    _, by = cut(mode, prompt, chunk=chunk)
-    first, rest = _traced(
-        model, jnp.asarray(tokens), state, policy=policy, prompt=prompt, chunk=by, placement=placement
-    )
+    begun, steps = _prompt(tokens[:, :prompt], mode, chunk), _filled(tokens[:, prompt:])
+    first, rest = _traced(model, *begun[:2], *steps, state, policy=policy, chunk=begun[2], placement=placement)
+    death = _deaths(first, rest, model, state, total)  # of padding nothing dies
+    first, rest = jax.tree.map(np.asarray, first), jax.tree.map(lambda x: np.asarray(x)[: total - prompt], rest)
     held = [
-        np.concatenate([np.asarray(start)[:, None], np.asarray(steps).swapaxes(0, 1)], axis=1)
+        np.concatenate([start[:, None], steps.swapaxes(0, 1)], axis=1)
         for start, steps in zip(first[0], rest[0], strict=True)
     ]
     positions = _stack(held, state, axis=3, fill=-1)
-    logits = np.concatenate([np.asarray(first[1])[None], np.asarray(rest[1])])
+    logits = np.concatenate([first[1][None], rest[1]])
     if not np.isfinite(logits).all():
         step, row, _ = np.argwhere(~np.isfinite(logits))[0]
         raise FloatingPointError(f"non-finite logits, first in row {row} by position {prompt - 1 + step}")
-    death = _deaths(first, rest, model, state, total)
     return Trace(positions, logits, death)
 
 
-@partial(jax.jit, static_argnames=("prompt", "chunk", "placement"))
-def _traced(model, tokens, state, *, policy, prompt, chunk, placement):
-    def facts(done: Read):
+def _prompt(tokens: np.ndarray, mode: Mode, chunk: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """A prompt filled up so that it is read in one call, what of it is valid, and tokens between two selections."""
+    total = tokens.shape[1]
+    plan = calls(mode, total, chunk=chunk, segment=AT_ONCE)
+    by = max(call.chunk for call in plan)
+    width = -(-padded(total, AT_ONCE) // by) * by
+    return *_filled(tokens, width), by
+
+
+def _filled(tokens: np.ndarray, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, T] and a mask of them, filled up to a width; by default to one of few."""
+    total = tokens.shape[1]
+    width = padded(total, AT_ONCE) if width is None else width
+    fill = [(0, 0), (0, width - total if total else 0)]
+    return np.pad(tokens, fill), np.pad(np.ones(tokens.shape, bool), fill)
+
+
+@partial(jax.jit, static_argnames=("chunk", "placement"))
+def _traced(model, prompt, known, later, there, state, *, policy, chunk, placement):
+    def facts(done: Read, valid):
         held = tuple(_held(part, model.config.num_kv_heads) for part in done.state)
-        return held, model.logits(last_hidden(done, None))[:, 0], done.freed, done.died
+        return held, model.logits(last_hidden(done, valid))[:, 0], done.freed, done.died
 
-    start = read(model, tokens[:, :prompt], state, policy, chunk=chunk, placement=placement)
+    start = read(model, prompt, state, policy, valid=known, chunk=chunk, placement=placement)
 
-    def step(state, token):
-        done = read(model, token[:, None], state, policy, placement=placement)
-        return done.state, facts(done)
+    def step(state, inputs):
+        token, valid = (x[:, None] for x in inputs)
+        done = read(model, token, state, policy, valid=valid, placement=placement)
+        return done.state, facts(done, valid)
 
-    _, rest = jax.lax.scan(step, start.state, tokens[:, prompt:].T)
-    return facts(start), rest
+    _, rest = jax.lax.scan(step, start.state, (later.T, there.T))
+    return facts(start, known), rest
 
 
 def _held(part: KVState, kv_heads: int) -> Int[Array, "L B P S"]:
@@ -120,12 +154,12 @@ def _stack(values: list[np.ndarray], state: State, *, axis: int, fill: int = 0) 
 
 
 def _deaths(first, rest, model: Decoder, state: State, total: int) -> Int[np.ndarray, "L B P T"]:
-    parts = []
+    parts, width = [], padded(total, AT_ONCE)  # whatever the length, few shapes
     for part in range(len(first[0])):
         pairs = zip((first[2][part], first[3][part]), (rest[2][part], rest[3][part]), strict=True)
         freed, died = (_join(prompt, steps) for prompt, steps in pairs)
-        parts.append(np.stack([death_times(f, d, total) for f, d in zip(freed, died, strict=True)]))
-    layers = _stack(parts, state, axis=2)
+        parts.append(np.stack([death_times(f, d, width) for f, d in zip(freed, died, strict=True)]))
+    layers = _stack(parts, state, axis=2)[..., :total]
     if model.config.sliding:
         leaves = np.arange(total)
         layers = np.stack(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import jax
+import jaxtyping
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_platforms", "cpu")
@@ -49,6 +52,15 @@ _shared = dict(deadline=None, database=None, suppress_health_check=[hypothesis.H
 hypothesis.settings.register_profile("repeat", max_examples=15, derandomize=True, **_shared)
 hypothesis.settings.register_profile("search", max_examples=200, **_shared)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+
+
+@pytest.fixture
+def as_users_call_it() -> Iterator[None]:
+    """Annotations are not checked, as outside of tests: wrong arguments meet what the functions themselves say."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
 
 MOST_MAPPINGS = 30_000  # of memory; Linux allows a process 65,530, and each compiled function takes some 200
 

@@ -64,9 +64,19 @@ class Loaded(NamedTuple):
         """The `transformers` tokenizer of this checkpoint. Imports transformers, which takes a second."""
         return auto("AutoTokenizer").from_pretrained(self.folder, trust_remote_code=False)
 
-    def policy(self) -> SavedPolicy | None:
-        """What the model was trained to be read with, and that policy's own weights; None if nothing is known."""
-        return load_policy(self.folder)
+    def policy(self) -> SavedPolicy:
+        """What the model was trained to be read with, and that policy's own weights.
+
+        Raises:
+          ValueError: it was saved without a policy (`load_policy(folder)` gives None then).
+        """
+        saved = load_policy(self.folder)
+        if saved is None:
+            raise ValueError(
+                f"the model in {self.folder} was saved without a policy of its own; use one by name, such as "
+                "jaxcompress.named('tova')"
+            )
+        return saved
 
 
 def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None) -> Loaded:

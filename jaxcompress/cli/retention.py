@@ -71,7 +71,7 @@ class Retention:
         model, tokenizer = open_model(self.model, self.dtype)
         from jaxcompress.evaluation.page import page
         from jaxcompress.evaluation.retention import overlap, survival_by_kind, token_kinds, token_texts
-        from jaxcompress.generation.generate import check_tokens
+        from jaxcompress.token_ids import token_ids
         from jaxcompress.tracing import trace
 
         names = [name for name in (self.policy, self.compare) if name is not None]
@@ -80,8 +80,7 @@ class Retention:
         if not text:
             raise ValueError(f"{name} is empty; there is nothing to remember")
         ids = tokenizer.encode(text)
-        check_tokens(ids, model.config.vocab_size, name)
-        every, ids = len(ids), ids[: self.limit]
+        every, ids = len(ids), token_ids(ids, model.config.vocab_size, name)[: self.limit]
         total = len(ids)
         slots = self.slots[0] if len(self.slots) == 1 else self.slots
         # Streaming is the same wherever the prompt ends, and fastest without decoding steps.

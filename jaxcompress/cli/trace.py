@@ -72,7 +72,7 @@ class Trace:
         loaded = open_weights(self.model, self.dtype)
         model = loaded.model
         from jaxcompress.generation import Tokenizer
-        from jaxcompress.generation.generate import check_tokens
+        from jaxcompress.token_ids import token_rows
         from jaxcompress.tracing import trace
 
         if self.tokens is not None:
@@ -83,12 +83,11 @@ class Trace:
                 )
         else:
             ids = Tokenizer(loaded.folder).encode(read_text(self.text))
-        ids = np.atleast_2d(ids)[:, : self.limit]
-        check_tokens(ids.reshape(-1), model.config.vocab_size, str(self.tokens or self.text))
+        ids = token_rows(np.atleast_2d(ids)[:, : self.limit], model.config.vocab_size, str(self.tokens or self.text))
         policy = policy_named(self.policy, loaded.folder)
         warn_of_positions(model, [self.placement or policy.placement], ids.shape[1])
         done = trace(
-            model, ids.astype(np.int32), policy,
+            model, ids, policy,
             self.slots[0] if len(self.slots) == 1 else self.slots,
             prompt=self.prompt, mode=self.mode, chunk=chunk, placement=self.placement, dtype=self.state_dtype,
         )  # fmt: skip

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxcompress.models.bounded import Mode, Slots, check_fits, check_mode, cut, init_state, read
+from jaxcompress.models.bounded import Call, Mode, Slots, calls, check_fits, check_mode, check_policy, init_state, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.base import Placement, Policy
-from jaxcompress.state import State
+from jaxcompress.state import State, runs
+from jaxcompress.token_ids import token_rows
 from jaxcompress.training.loss import token_losses
 
 
@@ -28,12 +29,15 @@ class Perplexity(NamedTuple):
       tokens: how many tokens were predicted.
       tokens_per_second: read, compilation left out.
       state_bytes: of the state, all rows.
+      left_out: tokens of the text that were not predicted: the first of each row, those skipped, a one-shot prompt, and
+        what is in no row.
     """
 
     nats: float
     tokens: int
     tokens_per_second: float
     state_bytes: int
+    left_out: int = 0
 
     @property
     def perplexity(self) -> float:
@@ -53,6 +57,7 @@ def perplexity(
     segment: int = 512,
     placement: Placement | None = None,
     dtype: Any = None,
+    text: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Perplexity:
     """Mean loss of predicting each token of each row from the state after the tokens before it.
@@ -67,30 +72,39 @@ def perplexity(
       skip: leave so many of the first tokens out of the mean, to compare modes on the same tokens.
       segment: tokens read per call; made a whole number of chunks.
       dtype: of keys and values, one of `jaxcompress.storage.DTYPES`; the model's by default.
+      text: how many tokens the text has that the rows were cut from, for `left_out`; those of the rows by default.
       progress: called with the number of tokens read, per segment.
 
     Raises:
-      ValueError: fewer than 2 tokens, a prompt that does not fit, a `full` state that is too small.
+      ValueError: what is no text (see `jaxcompress.token_ids`), fewer than 2 tokens, a prompt that does not fit, a
+        `full` state that is too small, slots that a policy which selects once has no use for, a skip that leaves
+        nothing or is negative, or a text shorter than what is predicted of it.
       FloatingPointError: losses are not finite; says where first.
     """
-    tokens = np.asarray(tokens, np.int32)
+    check_policy(policy)
+    tokens = token_rows(tokens, model.config.vocab_size)
     batch, total = tokens.shape
     if total < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, {total} given")
     check_mode(policy, mode)
     state = init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
     check_fits(model.config, policy, state, total - 1, prompt=prompt)
+    check_used(policy, state, total - 1, prompt)
     nbytes = sum(run.nbytes for run in state)
     if mode == "oneshot":
         if prompt is None or not 1 <= prompt < total - 1:
             raise ValueError(f"mode oneshot needs a prompt of 1 to {total - 2} of the {total} tokens, not {prompt}")
-        plan = [(0, prompt, prompt)] + [(i, min(i + segment, total - 1), 1) for i in range(prompt, total - 1, segment)]
-        skip = max(skip, prompt)
+        plan = once_and_stream(prompt, total - 1, segment=segment)
+        first = max(skip, prompt)
     else:
-        segment, by = cut(mode, total - 1, chunk=chunk, segment=segment)
-        plan = [(i, min(i + segment, total - 1), by) for i in range(0, total - 1, segment)]
-    if skip >= total - 1:
+        plan = calls(mode, total - 1, chunk=chunk, segment=segment)
+        first = skip
+    if skip < 0 or first >= total - 1:
         raise ValueError(f"nothing is left to measure: {total - 1} predictions, the first {skip} of them skipped")
+    counted = batch * (total - 1 - first)
+    of = tokens.size if text is None else text
+    if of < counted:
+        raise ValueError(f"a text of {of} tokens cannot have {counted} predictions; give the length of the whole text")
 
     total_loss, seconds = 0.0, 0.0
     for part in predictions(model, tokens, state, policy, plan, placement=placement):
@@ -98,11 +112,33 @@ def perplexity(
             row, at = np.argwhere(~np.isfinite(part.losses))[0]
             where = f"first in row {row} after the token at position {part.start + at}"
             raise FloatingPointError(f"non-finite logits, {where}")
-        total_loss += part.losses[:, max(skip - part.start, 0) :].sum()
+        total_loss += part.losses[:, max(first - part.start, 0) :].sum()
         seconds += part.seconds
         progress(part.losses.size)
-    counted = batch * (total - 1 - skip)
-    return Perplexity(total_loss / counted, counted, batch * (total - 1) / seconds, nbytes)
+    return Perplexity(total_loss / counted, counted, batch * (total - 1) / seconds, nbytes, of - counted)
+
+
+def check_used(policy: Policy, state: State, tokens: int, prompt: int | None) -> None:
+    """Raises ValueError if a policy that selects once, from a prompt, has more slots than it can fill.
+
+    What it keeps of the prompt is its own setting. At another capacity everything would be the same, so a table would
+    show it as a result for a capacity that nothing depended on.
+    """
+    for layers, parts in runs(state):
+        one = policy.at(layers.start)
+        need = one.schedule.keep + tokens - (prompt or 0)
+        most = max(part.capacity for part in parts if part.owner is None) if parts[0].owner is None else None
+        if one.schedule.when == "once" and most is not None and most > need:
+            raise ValueError(
+                f"policy {one.name} keeps {one.schedule.keep} tokens of the prompt and the {tokens - (prompt or 0)} "
+                f"after it, whatever its capacity: {most} slots mean nothing to it; give {need} slots, or another number to keep"
+            )
+
+
+def once_and_stream(prompt: int, total: int, *, segment: int) -> list[Call]:
+    """How to read a prompt at once, and the rest of a text token by token."""
+    once = calls("oneshot", prompt, chunk=1, segment=segment) if prompt else []
+    return once + calls("streaming", total, chunk=1, segment=segment, start=prompt)
 
 
 class Predictions(NamedTuple):
@@ -128,28 +164,25 @@ def predictions(
     tokens: Int[np.ndarray, "B T"],
     state: State,
     policy: Policy,
-    plan: Sequence[tuple[int, int, int]],
+    plan: Sequence[Call],
     *,
     placement: Placement | None = None,
 ) -> Iterator[Predictions]:
     """Reads rows of text piece by piece into a fresh state; what is known of every next token, per piece.
 
     Args:
-      plan: (start, end, tokens between two selections) of each piece; the last piece ends before the last token.
+      plan: the calls (see `jaxcompress.models.bounded.calls`); the last ends before the last token.
     """
-    widths = {by: max(end - start for start, end, other in plan if other == by) for _, _, by in plan}
-    programs: dict[int, Any] = {}
-    for start, end, by in plan:
-        # A shorter last piece is filled up with padding, which costs less than compiling for another length.
-        fill = [(0, 0), (0, widths[by] - (end - start))]
+    for start, end, width, by in plan:
+        # What is shorter is filled up with padding, which costs less than compiling for another length.
+        fill = [(0, 0), (0, width - (end - start))]
         piece, target = np.pad(tokens[:, start:end], fill), np.pad(tokens[:, start + 1 : end + 1], fill)
         valid = np.pad(np.ones((len(tokens), end - start), bool), fill)
         inputs = (model, jnp.asarray(piece), jnp.asarray(target), jnp.asarray(valid), state)
-        if by not in programs:
-            how: dict[str, Any] = dict(policy=policy, chunk=by, placement=placement)
-            programs[by] = _predict.lower(*inputs, **how).compile()
+        # Compiled before the clock starts; JAX keeps what it compiled for these shapes.
+        program = _predict.lower(*inputs, policy=policy, chunk=by, placement=placement).compile()
         begun = time.perf_counter()
-        losses, right, state = programs[by](*inputs)
+        losses, right, state = program(*inputs)
         losses = np.asarray(losses, np.float64)[:, : end - start]
         seconds = time.perf_counter() - begun
         yield Predictions(start, losses, np.asarray(right)[:, : end - start], seconds, state)

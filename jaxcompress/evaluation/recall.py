@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcompress.evaluation.perplexity import predictions
+from jaxcompress.evaluation.perplexity import once_and_stream, predictions
 from jaxcompress.models.bounded import Slots, check_fits, check_mode, init_state
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.base import Placement, Policy
+from jaxcompress.token_ids import token_rows
 
 WORDS_PER_SIDE = 2
 
@@ -254,18 +255,21 @@ def answers(
       dtype: of the state; the model's by default.
 
     Raises:
-      ValueError: a policy that needs a prompt without one; a `full` state that is too small.
+      ValueError: no tasks, tasks of different lengths or with ids outside the vocabulary, a prompt that leaves nothing
+        to predict, a policy that needs a prompt without one, or a `full` state that is too small.
       FloatingPointError: losses are not finite.
     """
-    tokens = np.stack([task.tokens for task in tasks])
+    if not len(tasks):
+        raise ValueError("no tasks were given")
+    tokens = token_rows([task.tokens for task in tasks], model.config.vocab_size, "the tasks")
     batch, total = tokens.shape
+    if not 0 <= prompt < total - 1:
+        raise ValueError(f"a prompt is 0 to {total - 2} of the {total} tokens of a task, not {prompt}")
     check_mode(policy, "oneshot" if prompt else "streaming")
     state = init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
     check_fits(model.config, policy, state, total, prompt=prompt)
     nbytes = sum(part.nbytes for part in state) // batch
-    plan = [(at, min(at + segment, total - 1), 1) for at in range(prompt, total - 1, segment)]
-    if prompt:
-        plan.insert(0, (0, prompt, prompt))
+    plan = once_and_stream(prompt, total - 1, segment=segment)
     parts = list(predictions(model, tokens, state, policy, plan, placement=placement))
     losses = np.concatenate([part.losses for part in parts], axis=1)
     if not np.isfinite(losses).all():

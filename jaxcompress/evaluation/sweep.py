@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcompress.evaluation.perplexity import perplexity
+from jaxcompress.models.bounded import check_policy
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies import Policy
+from jaxcompress.token_ids import token_rows
 
 
 class Row(NamedTuple):
@@ -17,7 +19,9 @@ class Row(NamedTuple):
 
     Attributes:
       nats: mean loss per token; `perplexity` is its exponential.
+      tokens: how many were predicted.
       state_bytes: of the state of all rows of text together.
+      left_out: tokens of the text that were not predicted (see `Perplexity`).
     """
 
     policy: str
@@ -28,10 +32,14 @@ class Row(NamedTuple):
     tokens: int
     tokens_per_second: float
     state_bytes: int
+    left_out: int
 
 
 def rows_of_text(tokens: np.ndarray, context: int, rows: int | None = None, bos: int | None = None) -> np.ndarray:
     """Cuts a long text into independent rows of `context` tokens, evenly spread over it when not all are wanted.
+
+    The rest that fills no row is left out: give the length of the text to `perplexity` or `sweep`, and their result
+    tells how much that is.
 
     Raises:
       ValueError: the text is shorter than one row.
@@ -60,12 +68,23 @@ def sweep(
 
     Args:
       tokens: [B, T], rows of independent text.
-      reading: `mode`, `chunk`, `prompt`, `segment`, `placement`, ... (see `perplexity`).
+      reading: `mode`, `chunk`, `prompt`, `segment`, `placement`, `text`, ... (see `perplexity`).
+
+    Raises:
+      ValueError: see `perplexity`; it refuses capacities that a policy which selects once has no use for.
     """
+    tokens = token_rows(tokens, model.config.vocab_size)
     for policy in policies:
-        for capacity in [tokens.shape[1]] if not policy.forgets else sorted(slots):
+        check_policy(policy)
+    for policy in policies:
+        for capacity in [tokens.shape[1]] if keeps_everything(policy) else sorted(slots):
             if capacity < policy.needs:
                 continue
             result = perplexity(model, tokens, policy, capacity, progress=progress, **reading)
             mode = reading.get("mode", "streaming")
             yield Row(policy.name, capacity, mode, result.nats, result.perplexity, *result[1:])
+
+
+def keeps_everything(policy: Policy) -> bool:
+    """Whether a policy never lets a token go, so that its only capacity is the whole text."""
+    return all(one.score is None for one in policy.layers or (policy,))

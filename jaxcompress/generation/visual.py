@@ -26,13 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.generation.generate import Progress, check_room, check_tokens, first_broken, raise_if_broken
+from jaxcompress.generation.generate import Progress, Rows, check_room, first_broken, raise_if_broken, taken_up
 from jaxcompress.generation.sampling import remember
 from jaxcompress.models.bounded import Block, Stage, check_mode, read_block
 from jaxcompress.models.llava import Llava, crops_of, expand_placeholders, picture_index, visual_index
 from jaxcompress.policies.base import Placement, Policy
 from jaxcompress.scalars import whole
 from jaxcompress.state import State
+from jaxcompress.token_ids import prompt_ids
 from jaxcompress.vision.encoders import whole as every_patch
 from jaxcompress.vision.method import Encoded, Method
 from jaxcompress.vision.reading import read_encoded
@@ -129,15 +130,10 @@ def prompt(model: Llava, prompts: Sequence[Sequence[int] | np.ndarray], seen: Se
       ValueError: not one image token for each picture, an empty prompt, token ids outside the vocabulary.
     """
     token, vocabulary = model.config.image_token, model.config.decoder.vocab_size
-    if len(prompts) != len(seen.counts):
-        raise ValueError(f"{len(prompts)} prompts were given for the pictures of {len(seen.counts)} rows")
-    rows = []
-    for number, (ids, counts) in enumerate(zip(prompts, seen.counts, strict=True)):
-        ids = np.asarray(ids, np.int64).reshape(-1)
-        if not len(ids):
-            raise ValueError(f"prompt {number} is empty; give at least one token (a BOS token will do)")
-        check_tokens(np.where(ids == token, 0, ids), vocabulary, f"prompt {number}")
-        rows.append(expand_placeholders(ids, token, counts))
+    given = prompt_ids(prompts, vocabulary, also=token)
+    if len(given) != len(seen.counts):
+        raise ValueError(f"{len(given)} prompts were given for the pictures of {len(seen.counts)} rows")
+    rows = [expand_placeholders(ids, token, counts) for ids, counts in zip(given, seen.counts, strict=True)]
     width = max(map(len, rows))
     tokens, positions = np.zeros((len(rows), width), np.int32), np.full((len(rows), width), -1, np.int32)
     for row, ids in enumerate(rows):
@@ -170,28 +166,46 @@ def prefill_visual(
       ValueError: see `prompt`; a policy that keeps everything and has too few slots.
       FloatingPointError: logits are not finite: also where layers after a stage have too few slots for such a policy.
     """
+    progress = _fresh(model, progress, policy, placement)
     given = prompt(model, prompts, seen)
     check_mode(policy, "oneshot" if chunk is None else "chunked")
     if not stages:
         longest = given.tokens.shape[1]
         check_room(model.decoder, policy, progress, longest, prompt=longest)
-    progress = _prefill(
-        model, given, seen.visual, progress, policy=policy, stages=stages, chunk=chunk, placement=placement
-    )
+    rows = _prefill(
+        model, given, seen.visual, progress.rows, policy=progress.policy, stages=stages, chunk=chunk,
+        placement=progress.placement,
+    )  # fmt: skip
+    progress = replace(progress, **rows._asdict())
     raise_if_broken(progress)
     return progress
 
 
-@partial(jax.jit, static_argnames=("stages", "chunk", "placement"), donate_argnames="progress")
+def _fresh(model: Llava, progress: Progress, policy: Policy, placement: Placement | None) -> Progress:
+    """The gate of prompts with pictures: nothing may have been read before.
+
+    Raises:
+      ValueError: something has, or see `jaxcompress.generation.generate.taken_up`.
+    """
+    progress = taken_up(model.decoder, progress, policy, placement)
+    if int(progress.state[0].seen.max()):
+        raise ValueError(
+            "pictures are read into a fresh progress, and this one has read something: give one from "
+            "start(model.decoder, policy, slots); later turns without pictures are read by prefill(model.decoder, ...)"
+        )
+    return progress
+
+
+@partial(jax.jit, static_argnames=("stages", "chunk", "placement"), donate_argnames="before")
 def _prefill(
-    model: Llava, given: Prompt, visual: Array, progress: Progress, *, policy: Policy, stages: Any, chunk: int | None,
+    model: Llava, given: Prompt, visual: Array, before: Rows, *, policy: Policy, stages: Any, chunk: int | None,
     placement: Placement | None,
-) -> Progress:  # fmt: skip
+) -> Rows:  # fmt: skip
     block = Block(model.embed(given.tokens, visual), given.positions, given.patch)
     left, state = read_block(
-        model.decoder, block, progress.state, policy, stages=stages, chunk=chunk, placement=placement
+        model.decoder, block, before.state, policy, stages=stages, chunk=chunk, placement=placement
     )
-    return _after(model, given, left, state, progress)
+    return _after(model, given, left, state, before)
 
 
 def laid_out(seen: Seen, method: Method) -> Encoded:
@@ -243,34 +257,38 @@ def prefill_encoded(
       ValueError: not one image token in each prompt, an empty prompt, token ids outside the vocabulary.
       FloatingPointError: logits are not finite: also where layers have too few slots for a policy that keeps all.
     """
+    progress = _fresh(model, progress, policy, None)
     b, m = encoded.visual.shape[:2]
     check_mode(policy, "oneshot" if chunk is None else "chunked")
     given = prompt(model, prompts, Seen(encoded.visual, ((m,),) * b))
     if counts is not None:  # words follow the last token that is there
         after = (given.patch < 0) & (given.positions >= 0) & (jnp.cumsum(given.patch >= 0, axis=1) == m)
         given = given._replace(positions=given.positions - after * (m - jnp.array(counts, jnp.int32))[:, None])
-    progress = _prefill_encoded(model, given, encoded, progress, policy=policy, method=method, chunk=chunk)
+    rows = _prefill_encoded(
+        model, given, encoded, progress.rows, policy=progress.policy, method=method, chunk=chunk
+    )  # fmt: skip
+    progress = replace(progress, **rows._asdict())
     raise_if_broken(progress)
     return progress
 
 
-@partial(jax.jit, static_argnames=("method", "chunk"), donate_argnames="progress")
+@partial(jax.jit, static_argnames=("method", "chunk"), donate_argnames="before")
 def _prefill_encoded(
-    model: Llava, given: Prompt, encoded: Encoded, progress: Progress, *, policy: Policy, method: Method,
+    model: Llava, given: Prompt, encoded: Encoded, before: Rows, *, policy: Policy, method: Method,
     chunk: int | None,
-) -> Progress:  # fmt: skip
-    left, state = read_encoded(
-        model, given.tokens, given.positions, encoded, progress.state, policy, method, chunk=chunk
-    )
-    return _after(model, given, left, state, progress)
+) -> Rows:  # fmt: skip
+    left, state = read_encoded(model, given.tokens, given.positions, encoded, before.state, policy, method, chunk=chunk)
+    return _after(model, given, left, state, before)
 
 
-def _after(model: Llava, given: Prompt, left: Block, state: State, progress: Progress) -> Progress:
+def _after(model: Llava, given: Prompt, left: Block, state: State, before: Rows) -> Rows:
     """Where the rows stand when a prompt was read, of which this is left after the last layer."""
     last = left.positions.argmax(-1)[:, None, None]
     logits = model.decoder.logits(jnp.take_along_axis(left.hidden, last, axis=1))[:, 0]
     words = (given.positions >= 0) & (given.patch < 0)
-    return replace(
-        progress, state=state, logits=logits, seen=remember(progress.seen, given.tokens, words),
-        broken=first_broken(progress.broken, logits, state),
-    )  # fmt: skip
+    return before._replace(
+        state=state,
+        logits=logits,
+        seen=remember(before.seen, given.tokens, words),
+        broken=first_broken(before.broken, logits, state),
+    )

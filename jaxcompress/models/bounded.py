@@ -21,8 +21,9 @@ from jaxcompress.pallas_kernels.contract import together as rows_together
 from jaxcompress.policies.base import Around, Candidates, Placement, Policy, Rotate
 from jaxcompress.recurrence import Recurrence, advance
 from jaxcompress.shapes import Hidden, Positions, Tokens, Valid
-from jaxcompress.state import KVState, State, empty, runs, with_numbers
-from jaxcompress.storage import dtype_name
+from jaxcompress.state import KVState, Memory, State, Stats, empty, runs, with_numbers
+from jaxcompress.storage import dtype_name, load
+from jaxcompress.token_ids import check_read
 
 Slots = int | Sequence[int] | Sequence[Sequence[int]]
 """Capacity: one for all layers, one for each, or one for each kv head of each layer (see `jaxcompress.budgets`)."""
@@ -68,10 +69,11 @@ def init_state(
         default device lays them out anyway, 8 on a TPU (32 for quantised states), 1 elsewhere.
 
     Raises:
-      ValueError: a capacity below 1 or below what the policy needs, not one per layer or head, capacities per head for
-        a policy whose heads share a set, policies for another number of layers, an unknown dtype, or int4 for heads of
-        odd width.
+      ValueError: something that is no policy or no capacity, a capacity below 1 or below what the policy needs, not one
+        per layer or head, capacities per head for a policy whose heads share a set, policies for another number of
+        layers, an unknown dtype, or int4 for heads of odd width.
     """
+    check_policy(policy)
     together = rows_together(dtype_name(dtype)) if together is None else together
     if policy.layers and len(policy.layers) != config.num_layers:
         raise ValueError(f"{policy.name} has {len(policy.layers)} policies, the model has {config.num_layers} layers")
@@ -89,12 +91,14 @@ def init_state(
 
 def _capacities(config: DecoderConfig, policy: Policy, layer: int, slots: Slots) -> tuple[int, ...]:
     """Of each kv head of a layer."""
-    given: Any = slots
-    if isinstance(slots, Sequence):
-        if len(slots) != config.num_layers:
-            raise ValueError(f"slots has {len(slots)} entries, the model has {config.num_layers} layers")
-        given = slots[layer]
-    heads = list(map(index, given)) if isinstance(given, Sequence) else [index(given)] * config.num_kv_heads
+    every: Any = slots.tolist() if isinstance(slots, np.ndarray) else slots
+    given = every
+    if isinstance(every, list | tuple):
+        if len(every) != config.num_layers:
+            raise ValueError(f"slots has {len(every)} entries, the model has {config.num_layers} layers")
+        given = every[layer]
+    heads = list(given) if isinstance(given, list | tuple) else [given] * config.num_kv_heads
+    heads = [_capacity(head) for head in heads]
     if len(heads) != config.num_kv_heads:
         raise ValueError(
             f"slots has {len(heads)} entries for layer {layer}, the model has {config.num_kv_heads} kv heads"
@@ -110,6 +114,17 @@ def _capacities(config: DecoderConfig, policy: Policy, layer: int, slots: Slots)
         raise ValueError(f"policy {policy.name} needs at least {policy.needs} slots per layer, slots={slots} was given")
     window = config.sliding[layer] if config.sliding else None
     return tuple(min(head, window or head) for head in heads)
+
+
+def _capacity(given: Any) -> int:
+    try:
+        if not isinstance(given, bool):
+            return index(given)
+    except TypeError:
+        pass
+    raise ValueError(
+        f"slots must be a number of slots, one for each layer, or one for each kv head of each layer, not {given!r:.60}"
+    )
 
 
 def _alike(capacity: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
@@ -138,6 +153,16 @@ def _part(
         slots=slots, head_dim=config.head_dim, dtype=dtype,
         which=() if every else which, pooled=policy.scope == "pool",
     )  # fmt: skip
+    return with_numbers(bare, *_numbers(config, policy, which, capacity, batch))
+
+
+def _numbers(
+    config: DecoderConfig, policy: Policy, which: tuple[int, ...], capacity: int, batch: int
+) -> tuple[Stats, Memory]:
+    """Shapes and types of a policy's numbers, of one token and of one row, for some heads of a layer."""
+    entries = config.num_kv_heads if policy.scope == "pool" else 1
+    group = config.num_heads // config.num_kv_heads
+    heads = policy.heads(group * len(which), len(which))
     shape = lambda *size, dtype=jnp.float32: jax.ShapeDtypeStruct(size, dtype)
     sets, d = policy.sets(heads), config.head_dim
     unplaced: Rotate = lambda x, positions: x
@@ -148,12 +173,11 @@ def _part(
         memory = policy.memory(one)
         return policy.init(one._replace(memory=memory)), memory
 
-    stats, memory = jax.eval_shape(
+    return jax.eval_shape(
         numbers, shape(batch, heads, 1, d), shape(batch, sets, 1, dtype=jnp.int32),
         shape(batch, 1, 1, dtype=jnp.int32) if entries > 1 else None, shape(batch, dtype=jnp.int32),
         shape(dtype=jnp.int32), shape(len(which), group, d, config.hidden_size),
     )  # fmt: skip
-    return with_numbers(bare, stats, memory)
 
 
 def read(
@@ -176,8 +200,14 @@ def read(
       placement: where tokens stand for RoPE.
       recurrence: computes a layer; another one gives the same result with another gradient (see
         `jaxcompress.training.recurrent`).
+
+    Raises:
+      ValueError: tokens that are no integers [B, T], ids outside the vocabulary (under jit values are not known, and
+        not checked), a state of another batch, or one that was made for another model or policy.
     """
     config = model.config
+    check_read(tokens, config.vocab_size, valid)
+    check_state(config, state, policy, batch=tokens.shape[0])
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     nth = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
     positions = jnp.where(valid, state[0].seen[:, None] + nth - 1, -1)
@@ -273,9 +303,11 @@ def read_block(
       chunk: tokens between two selections; all at once by default (one-shot).
 
     Raises:
-      ValueError: stages that are out of order, or after a layer that does not exist.
+      ValueError: stages that are out of order, or after a layer that does not exist; a state of another batch, or one
+        that was made for another model or policy.
     """
     config = model.config
+    check_state(config, state, policy, batch=block.positions.shape[0])
     after = {stage.layer: stage.reduce for stage in stages}
     order = [stage.layer for stage in stages]
     if order != sorted(after) or not set(order) <= set(range(config.num_layers)):
@@ -361,30 +393,152 @@ def last_hidden(result: Read, valid: Valid | None) -> Float[Array, "B 1 E"]:
     return jnp.take_along_axis(result.hidden, last, axis=1)
 
 
-def cut(mode: Mode, total: int, *, chunk: int, segment: int | None = None) -> tuple[int, int]:
-    """How many of `total` tokens to read per call, and how many between two selections, in a named mode.
+class Call(NamedTuple):
+    """What one call reads of a text.
 
-    Only `oneshot` needs all of them in one call. A segment is made a whole number of chunks, so that where it ends
-    changes nothing.
+    Attributes:
+      start, stop: tokens [start, stop) of the text.
+      width: tokens of the call; what `stop - start` leaves of it is padding.
+      chunk: tokens between two selections.
+    """
+
+    start: int
+    stop: int
+    width: int
+    chunk: int
+
+
+FEWEST = 32
+"""The width of the shortest call: texts below it are filled up."""
+
+
+def padded(tokens: int, most: int) -> int:
+    """The width of a call that reads so many tokens: one of few, so that few programs are compiled.
+
+    Up to `most` these are the powers of two from `FEWEST` on, and `most`; above it, multiples of `most`.
+    """
+    if tokens > most:
+        return -(-tokens // most) * most
+    return min(max(1 << (tokens - 1).bit_length(), FEWEST), most)
+
+
+def calls(mode: Mode, total: int, *, chunk: int, segment: int, start: int = 0) -> list[Call]:
+    """How to read tokens [start, total) of a text in a named mode: the calls, one after the other.
+
+    Where calls end changes nothing: a segment is made a whole number of chunks, and padding is masked. Only `oneshot`
+    needs all tokens in one call, since it selects from all of them at once.
 
     Raises:
       ValueError: an unknown mode, or a chunk or segment below 1.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
-    segment = total if segment is None else segment
     if chunk < 1 or segment < 1:
         raise ValueError(f"a chunk and a segment have at least 1 token, not chunk={chunk}, segment={segment}")
     if mode == "oneshot":
-        return total, total
-    if mode == "streaming":
-        return min(segment, total), 1
-    chunk = min(chunk, total)
-    return max(min(segment, total) // chunk, 1) * chunk, chunk
+        width = padded(total - start, segment)
+        return [Call(start, total, width, width)]
+    by = 1 if mode == "streaming" else chunk
+    segment = max(segment // by, 1) * by
+    plan = []
+    for at in range(start, total, segment):
+        stop = min(at + segment, total)
+        width = padded(stop - at, segment)
+        if width <= by:  # one selection, from all of it
+            plan.append(Call(at, stop, width, width))
+        else:
+            plan.append(Call(at, stop, -(-width // by) * by, by))
+    return plan
+
+
+def check_policy(policy: Any) -> None:
+    """Raises ValueError if something is no policy; says what it is and how to get one."""
+    if isinstance(policy, Policy):
+        return
+    if isinstance(policy, str):
+        told = f"its name {policy!r}: write jaxcompress.named({policy!r})"
+    elif hasattr(policy, "make"):
+        told = "one as it was saved: call its make()"
+    elif callable(policy) and hasattr(policy, "__name__"):
+        told = f"{policy.__name__} itself: call it, {policy.__name__}()"
+    else:
+        told = f"{policy!r:.60}; the model comes first, then tokens or a state, then the policy, then numbers"
+    raise ValueError(f"a policy is expected, such as jaxcompress.named('tova'), not {told}")
+
+
+def check_state(config: DecoderConfig, state: State, policy: Policy, *, batch: int) -> None:
+    """Raises ValueError if a state was not made for a model's shape, a policy and so many rows.
+
+    It compares shapes and types: policies that keep the same numbers for the same heads cannot be told apart by their
+    state. A `Progress` knows its policy.
+    """
+    check_policy(policy)
+    if not isinstance(state, tuple) or not all(isinstance(part, KVState) for part in state):
+        raise ValueError(f"a state is expected, as init_state makes it, not {type(state).__name__}")
+    if policy.layers and len(policy.layers) != config.num_layers:
+        raise ValueError(f"{policy.name} has {len(policy.layers)} policies, the model has {config.num_layers} layers")
+    layers = sum(parts[0].layer.shape[0] for _, parts in runs(state))
+    if layers != config.num_layers:
+        raise ValueError(f"the state has {layers} layers, the model {config.num_layers}: it was made for another model")
+    for run, parts in runs(state):
+        mine = policy.at(run.start)
+        if other := next((policy.at(layer) for layer in run if policy.at(layer) != mine), None):
+            raise ValueError(
+                f"the state holds layers {run.start} to {run.stop - 1} together, and the policy has {mine.name} and "
+                f"{other.name} for them: make the state with init_state(config, policy, slots)"
+            )
+        for part in parts:
+            _check_part(config, part, mine, batch)
+
+
+def _check_part(config: DecoderConfig, part: KVState, policy: Policy, batch: int) -> None:
+    which = part.heads or tuple(range(config.num_kv_heads))
+    pooled = policy.scope == "pool"
+    entries = config.num_kv_heads if pooled else 1
+    group = config.num_heads // config.num_kv_heads
+    heads = policy.heads(group * len(which), len(which))
+    if part.positions.shape[1] != batch:
+        raise ValueError(f"the state has {part.positions.shape[1]} rows, the tokens {batch}")
+    if jax.tree.leaves(part.values)[0].shape[1:3] != (batch, part.kv_heads) or _width(part) != config.head_dim:
+        raise ValueError(f"the state's heads are {_width(part)} wide, the model's {config.head_dim}")
+    made = lambda what, has, wants: ValueError(
+        f"the state was not made for policy {policy.name}: it has {has} {what}, the policy needs {wants}; make it with "
+        "init_state(config, policy, slots), and go on with the policy that it was made for"
+    )
+    pools = lambda pooled: "one pool for all heads" if pooled else "slots for each head"
+    if pooled != (part.owner is not None):
+        raise made("in a layer", pools(part.owner is not None), pools(pooled))
+    if part.kv_heads != heads:
+        raise made("heads in a layer", part.kv_heads, heads)
+    if part.sets != policy.sets(heads):
+        raise made("sets of slots in a layer", part.sets, policy.sets(heads))
+    slots, need = part.positions.shape[-1], policy.slots(part.capacity, entries)
+    if slots < need:
+        raise made("slots in a set", slots, need)
+    stats, memory = _numbers(config, policy, which, part.capacity // entries, batch)
+    if _kind(stats, 3) != _kind(part.stats, 4):
+        raise made("numbers for each slot", _told(part.stats), _told(stats))
+    if _kind(memory, 1) != _kind(part.memory, 2):
+        raise made("numbers for each row", _told(part.memory), _told(memory))
+
+
+def _width(part: KVState) -> int:
+    """D, whatever values are stored as."""
+    return jax.eval_shape(load, part.values).shape[-1]
+
+
+def _kind(numbers: Any, leading: int) -> Any:
+    """What tells one policy's numbers from another's: structure, type and the axes after the first few."""
+    return jax.tree.structure(numbers), [(x.dtype, x.shape[leading:]) for x in jax.tree.leaves(numbers)]
+
+
+def _told(numbers: Any) -> str:
+    return ", ".join(f"{x.dtype}" for x in jax.tree.leaves(numbers)) or "no"
 
 
 def check_mode(policy: Policy, mode: Mode) -> None:
     """Raises ValueError if a policy means nothing in a mode; says which it needs."""
+    check_policy(policy)
     if policy.oneshot_only and mode != "oneshot":
         raise ValueError(f"policy {policy.name} selects from a whole prompt at once: it needs mode oneshot, not {mode}")
 

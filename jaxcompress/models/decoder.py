@@ -19,6 +19,7 @@ from jaxcompress.attention import causal_attention
 from jaxcompress.models.lookup import look_up
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.shapes import AttentionOut, Hidden, Keys, Logits, Positions, Queries, Tokens, Values
+from jaxcompress.token_ids import check_read
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class Decoder(nnx.Module):
             self.head = nnx.Param(small(rngs.params(), (config.hidden_size, config.vocab_size), dtype))
 
     def embed(self, tokens: Tokens) -> Hidden:
+        """[B, T, E]; ids are not looked at: one outside the vocabulary gives some other token's embedding, or NaN."""
         return look_up(self.embedding[...], tokens)
 
     def run_layers(
@@ -202,7 +204,12 @@ class Decoder(nnx.Module):
         return self.logits(self.norm(self.hidden(tokens, positions)))
 
     def hidden(self, tokens: Tokens, positions: Positions | None = None) -> Hidden:
-        """The same up to the last layer, not normed."""
+        """The same up to the last layer, not normed.
+
+        Raises:
+          ValueError: tokens that are no integers [B, T], or ids outside the vocabulary (not checked under jit).
+        """
+        check_read(tokens, self.config.vocab_size, None if positions is None else positions >= 0)
         return self.hidden_of(self.embed(tokens), positions)
 
     def hidden_of(self, x: Hidden, positions: Positions | None = None) -> Hidden:

@@ -24,6 +24,7 @@ from jaxcompress.prompt.surface import Word, words_of
 from jaxcompress.prompt.word_scores import Scored, Scorer
 from jaxcompress.prompt.words import align
 from jaxcompress.state import State
+from jaxcompress.token_ids import token_rows
 from jaxcompress.training.loss import token_losses
 
 Nats = Float[np.ndarray, " T"]
@@ -66,7 +67,12 @@ class Reader:
 
         Rows may be of different lengths: padding is -1, at the end, its losses are 0, and a row's context stays where
         its tokens end. The first token of a text without a begin token has no prediction: its loss is NaN.
+
+        Raises:
+          ValueError: ids outside the vocabulary, but for -1 (see `jaxcompress.token_ids`).
         """
+        there = np.asarray(tokens) != -1
+        tokens = np.where(there, token_rows(tokens, self.model.config.vocab_size, valid=there), -1)
         all_losses = []
         for start in range(0, tokens.shape[1], self.segment):
             losses, context = self._segment(context, tokens[:, start : start + self.segment])

@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxcompress.generation.text import Tokenizer, encode_stream
 from jaxcompress.reading import clean, json_lines, read_text
+from jaxcompress.token_ids import token_ids
 
 Document = str | np.ndarray
 """A text, or token ids [n]."""
@@ -171,12 +172,8 @@ def pack(
     learn = np.arange(len(marks)) < 1
     tokens, learned = [], []
     for number, document in enumerate(documents):
-        ids = _encode(document, tokenizer)
-        if len(wrong := ids[(ids < 0) | (ids >= vocab_size)]):
-            raise ValueError(
-                f"document {number}: token id {wrong[0]} is outside the model's vocabulary of {vocab_size}"
-            )
-        tokens += [ids.astype(np.int32), np.array(marks, np.int32)]
+        ids = token_ids(_encode(document, tokenizer), vocab_size, f"document {number}")
+        tokens += [ids, np.array(marks, np.int32)]
         learned += [np.ones(len(ids), bool), learn]
         if not marks and len(ids):
             learned[-2][0] = False

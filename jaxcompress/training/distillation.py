@@ -21,6 +21,7 @@ from jaxcompress.policies.base import Placement, Policy
 from jaxcompress.recurrence import Recurrence
 from jaxcompress.shapes import Hidden, Logits, Tokens
 from jaxcompress.state import State
+from jaxcompress.token_ids import check_read
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import check_text, cut_segments, exact_gradient, through_time
 
@@ -89,6 +90,7 @@ def distilled_value_and_grad(
             f"hidden states cannot be compared: their width is {theirs.hidden_size} in the teacher, "
             f"{mine.hidden_size} in the student"
         )
+    check_read(tokens, start.config.vocab_size)
     check_text(start.config, policy, slots, tokens.shape, segment)
     above = jax.lax.stop_gradient(above)
     seen = full_cache_hidden(above, tokens[:, :-1])

@@ -27,6 +27,7 @@ from jaxcompress.policies.base import Placement, Policy
 from jaxcompress.recurrence import Advanced, Recurrence, advance
 from jaxcompress.shapes import Keys, Positions, Queries, Values
 from jaxcompress.state import KVState, State
+from jaxcompress.token_ids import check_read
 from jaxcompress.training.loss import token_losses
 
 Params = TypeVar("Params")
@@ -155,9 +156,11 @@ def bounded_value_and_grad(
       recurrence: whose gradient is taken; the cheapest exact one by default.
 
     Raises:
-      ValueError: a text shorter than a segment, a reach that does not divide the number of segments, slots that the
-        policy cannot work with, or a policy that needs a whole prompt.
+      ValueError: tokens that are no integers [B, T + 1], ids outside the vocabulary (not checked under jit), a text
+        shorter than a segment, a reach that does not divide the number of segments, slots that the policy cannot work
+        with, or a policy that needs a whole prompt.
     """
+    check_read(tokens, model.config.vocab_size)
     check_text(model.config, policy, slots, tokens.shape, segment)
     state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=model.embedding[...].dtype)
     recurrence = recurrence or exact_gradient(policy, placement)

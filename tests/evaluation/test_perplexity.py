@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxcompress.evaluation.perplexity import perplexity
 from jaxcompress.evaluation.sweep import rows_of_text, sweep
 from jaxcompress.models.bounded import init_state, read
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies import TOVA, Full, Policy, Window
+from jaxcompress.policies import TOVA, Full, Policy, Window, once
 from jaxcompress.training.loss import token_losses
 
 SLOTS, TOTAL = 6, 25
@@ -119,6 +120,39 @@ def test_losses_that_are_not_finite_name_row_and_position(model: Decoder) -> Non
     text[1, 11] = absent
     with pytest.raises(FloatingPointError, match="first in row 1 after the token at position 11"):
         perplexity(with_embedding(model, absent, np.nan), text, TOVA(), SLOTS, segment=8)
+
+
+def test_what_is_left_out_is_told(model: Decoder) -> None:
+    """With a begin token every token of the rows is predicted, and what is left out is what fills no row."""
+    text = random_tokens(2 * (TOTAL - 1) + 7)
+    rows = rows_of_text(text, TOTAL, bos=0)
+    assert perplexity(model, rows, TOVA(), SLOTS, text=len(text)).left_out == 7
+    assert perplexity(model, TEXT, TOVA(), SLOTS, skip=10).left_out == 2 * 11
+    (row,) = sweep(model, rows, [TOVA()], [SLOTS], text=len(text))
+    assert (row.tokens, row.left_out) == (2 * (TOTAL - 1), 7)
+    with pytest.raises(ValueError, match="a text of 9 tokens cannot have 48 predictions"):
+        perplexity(model, TEXT, TOVA(), SLOTS, text=9)
+
+
+def test_a_capacity_that_nothing_depends_on_is_no_result(model: Decoder) -> None:
+    """A policy that selects once keeps what it keeps: it has one capacity in each mode, or none."""
+    policy, how = once(TOVA(), 4), dict[str, Any](mode="oneshot", prompt=10)
+    (row,) = sweep(model, TEXT, [policy], [4 + TOTAL - 1 - 10], **how)
+    assert row.slots == 18
+    for slots in (17, 19, TOTAL):
+        with pytest.raises(ValueError, match="give 18 slots"):
+            list(sweep(model, TEXT, [policy], [slots], **how))
+    with pytest.raises(ValueError, match="needs mode oneshot"):
+        perplexity(model, TEXT, policy, 18)
+
+
+def test_texts_of_many_lengths_share_programs(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = []
+    module = sys.modules["jaxcompress.evaluation.perplexity"]
+    monkeypatch.setattr(module, "read", lambda *args, **how: traced.append(1) or read(*args, **how))
+    for length in range(5, TOTAL):
+        perplexity(model, TEXT[:, :length], Window(), SLOTS)
+    assert len(traced) == 1
 
 
 def test_a_sweep_yields_rows_in_order_and_leaves_out_what_is_too_small(model: Decoder) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import VOCABULARY, random_tokens, tiny_decoder, with_embedding
 
-from jaxcompress.generation import Progress, Sampler, Settings, generate, prefill, read_on, start, write
-from jaxcompress.models.bounded import init_state, last_hidden, read
+from jaxcompress.generation import Progress, Sampler, Settings, continue_, generate, prefill, read_on, start, write
+from jaxcompress.models.bounded import MODES as READING
+from jaxcompress.models.bounded import calls, init_state, last_hidden, read
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.naming import named
-from jaxcompress.policies import TOVA, Full, Policy
+from jaxcompress.policies import TOVA, Full, Policy, Window
 
 SLOTS, SEGMENT, STEPS = 6, 8, 10
 SAMPLED = Settings(Sampler(temperature=0.9, top_k=40))
@@ -148,6 +154,32 @@ def test_the_loop_ends_with_the_last_row(model: Decoder) -> None:
     assert (np.asarray(more) == -1).all()
 
 
+def test_a_conversation_goes_on_after_a_stop_token(model: Decoder) -> None:
+    """Rows that have stopped, in different places, and rows that have not all read the next turn and are written to."""
+    _, stop, ended = _greedy_stop(model)
+    settings = Settings(stop=(stop,))
+    turns = [random_tokens(n, seed=n) for n in (5, 11, 3)]
+    first, progress = write(model, begun(model, PROMPTS, TOVA()), TOVA(), STEPS, settings)
+    assert np.asarray(first).tolist() == ended.tolist()
+    assert len(set(progress.done.tolist())) == 2
+    progress = prefill(model, turns, progress, TOVA(), segment=SEGMENT)
+    assert not progress.done.any()
+    second, progress = write(model, progress, TOVA(), STEPS)
+    assert not progress.done.any()
+    whole = [np.r_[prompt, row[row >= 0], turn] for prompt, row, turn in zip(PROMPTS, ended, turns, strict=True)]
+    assert np.asarray(second).tolist() == written(model, whole, TOVA()).tolist()
+
+
+def test_reading_on_goes_on_after_a_stop_token(model: Decoder) -> None:
+    free, stop, _ = _greedy_stop(model)
+    _, progress = write(model, begun(model, PROMPTS[:1], TOVA()), TOVA(), STEPS, Settings(stop=(stop,)))
+    assert progress.done.tolist() == [True]
+    ((count, progress),) = read_on(model, [PROMPTS[1][:4]], progress, TOVA(), segment=SEGMENT)
+    assert count == 4
+    assert progress.done.tolist() == [False]
+    assert (np.asarray(write(model, progress, TOVA(), STEPS)[0]) >= 0).all()
+
+
 def test_bursts_end_with_the_last_row(model: Decoder) -> None:
     _, stop, ended = _greedy_stop(model)
     bursts = list(generate(
@@ -251,6 +283,30 @@ def test_numbers_that_are_not_finite_name_row_and_position(model: Decoder) -> No
         begun(broken, prompts, TOVA())
 
 
+def test_what_is_broken_stays_broken(model: Decoder) -> None:
+    """A row of numbers that are none is refused by every call, before its memory is taken."""
+    progress = replace(begun(model, PROMPTS, TOVA()), broken=jnp.array([-1, 7, -1]))
+    goes_on: list[Callable[[], Any]] = [
+        lambda: prefill(model, PROMPTS, progress, TOVA(), segment=SEGMENT),
+        lambda: write(model, progress, TOVA(), STEPS),
+        lambda: continue_(model, progress, TOVA(), steps=STEPS),
+    ]
+    for go_on in goes_on:
+        with pytest.raises(FloatingPointError, match="first in row 1 by position 7"):
+            go_on()
+
+
+def test_a_long_text_that_breaks_is_given_up_soon(model: Decoder) -> None:
+    text = random_tokens(SEGMENT * 9, seed=3)
+    absent = next(t for t in range(VOCABULARY) if t not in text)
+    text[2 * SEGMENT - 1] = absent
+    broken, progress, seen = with_embedding(model, absent, np.nan), start(model, TOVA(), SLOTS), []
+    reading = read_on(broken, [text], progress, TOVA(), segment=SEGMENT)
+    with pytest.raises(FloatingPointError, match=f"first in row 0 by position {2 * SEGMENT - 1}"):
+        seen.extend(count for count, _ in reading)
+    assert 2 <= len(seen) <= 4
+
+
 def test_numbers_that_break_while_writing_name_the_position(model: Decoder) -> None:
     first = int(written(model, PROMPTS, TOVA())[0, 0])
     prompt = np.where(PROMPTS[0] == first, (first + 1) % VOCABULARY, PROMPTS[0])
@@ -259,3 +315,141 @@ def test_numbers_that_break_while_writing_name_the_position(model: Decoder) -> N
     broken = with_embedding(model, first, np.inf)
     with pytest.raises(FloatingPointError, match="non-finite logits, first in row 0 by position 16"):
         written(broken, [prompt], TOVA())
+
+
+def test_two_questions_about_one_context(model: Decoder) -> None:
+    context = begun(model, PROMPTS[:1], TOVA())
+    questions = [random_tokens(n, seed=n) for n in (4, 6)]
+    for question in questions:
+        asked = prefill(model, [question], context.copy(), TOVA(), segment=SEGMENT)
+        answer, _ = write(model, asked, TOVA(), STEPS)
+        assert np.asarray(answer).tolist() == written(model, [np.r_[PROMPTS[0], question]], TOVA()).tolist()
+    prefill(model, questions[:1], context, TOVA(), segment=SEGMENT)
+    used: list[Callable[[], Any]] = [
+        lambda: prefill(model, questions[:1], context, TOVA()),
+        lambda: write(model, context, TOVA(), STEPS),
+        lambda: continue_(model, context, TOVA(), steps=STEPS),
+        lambda: read_on(model, questions, context, TOVA()),
+        context.copy,
+    ]
+    for use in used:
+        with pytest.raises(ValueError, match=r"was used before: .* give progress\.copy\(\)"):
+            use()
+
+
+@pytest.mark.parametrize("policy", ["h2o-layer", "knorm", "window", "streaming_llm", "tova-kv_head", "tova/every2"])
+def test_a_state_is_gone_on_with_by_the_policy_it_was_made_for(model: Decoder, policy: str) -> None:
+    progress, other = start(model, TOVA(), SLOTS), named(policy)
+    goes_on: list[Callable[[], Any]] = [
+        lambda: prefill(model, PROMPTS[:1], progress, other),
+        lambda: write(model, progress, other, STEPS),
+        lambda: continue_(model, progress, other, steps=STEPS),
+        lambda: read_on(model, PROMPTS, progress, other),
+    ]
+    for go_on in goes_on:
+        with pytest.raises(ValueError, match=f"made for policy tova, not {re.escape(other.name)}"):
+            go_on()
+
+
+def test_a_state_knows_where_its_tokens_stand(model: Decoder) -> None:
+    """The first call that reads settles it; the others follow, and cannot change it."""
+    how = dict(segment=SEGMENT)
+    slot = prefill(model, PROMPTS[:1], start(model, TOVA(), SLOTS), TOVA(), placement="slot", **how)
+    assert slot.placement == "slot"
+    tokens, _ = write(model, slot.copy(), TOVA(), STEPS)
+    assert np.asarray(tokens).tolist() == written(model, PROMPTS[:1], TOVA(), placement="slot").tolist()
+    for other in ("absolute", "compact"):
+        with pytest.raises(ValueError, match=f"stand at slot positions, not {other}"):
+            write(model, slot, TOVA(), STEPS, placement=other)
+    absolute = begun(model, PROMPTS[:1], TOVA())
+    with pytest.raises(ValueError, match="stand at absolute positions, not slot"):
+        prefill(model, PROMPTS[:1], absolute, TOVA(), placement="slot")
+    write(model, absolute, TOVA(), STEPS, placement="absolute")  # where the policy puts them
+
+
+def test_lengths_share_programs(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and turns of 50 random lengths: `read` is traced once for each program, and there is one."""
+    traced = []
+    module = sys.modules["jaxcompress.generation.generate"]
+    monkeypatch.setattr(module, "read", lambda *args, **how: traced.append(1) or read(*args, **how))
+    lengths = np.random.default_rng(0).integers(1, 2 * SEGMENT, 50)
+    progress = start(model, Window(1), SLOTS)
+    for length in lengths:
+        progress = prefill(model, [random_tokens(length)], progress, Window(1), segment=SEGMENT)
+    assert len(traced) == 1
+    assert progress.state[0].seen.tolist() == [lengths.sum()]
+
+
+@pytest.mark.parametrize("mode", READING)
+def test_calls(mode: Any) -> None:
+    """Few widths, every token once and in order, and no more selections than the mode has."""
+    rng = np.random.default_rng(0)
+    for chunk, segment in ((128, 512), (100, 512), (600, 512), (1, 64)):
+        shapes = set()
+        for total in rng.integers(1, 513, 50).tolist():
+            plan = calls(mode, total, chunk=chunk, segment=segment)
+            assert [call.start for call in plan] == [0, *[call.stop for call in plan[:-1]]]
+            assert plan[-1].stop == total
+            for call in plan:
+                assert call.stop - call.start <= call.width
+                assert call.width % call.chunk == 0
+                ends = range(call.start + call.chunk, call.stop, call.chunk)
+                by = {"streaming": 1, "chunked": chunk, "oneshot": total}[mode]
+                assert all(end % by == 0 for end in ends)
+                assert call.stop == total or call.stop % by == 0
+            assert mode != "oneshot" or len(plan) == 1
+            shapes |= {(call.width, call.chunk) for call in plan}
+        assert len(shapes) <= 6 or (mode == "oneshot" and segment < 512)  # a prompt above a segment is one call too
+    assert calls("oneshot", 5000, chunk=1, segment=512)[0].width == 5120
+
+
+ANY: Any = SimpleNamespace(start=start, prefill=prefill, write=write, generate=generate)  # of arguments of any type
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda m: ANY.start(m, "tova", 4), r"not its name 'tova': write jaxcompress\.named\('tova'\)"),
+        (lambda m: ANY.start(m, TOVA, 4), r"not tova itself: call it, tova\(\)"),
+        (lambda m: ANY.start(m, 4, TOVA()), "a policy is expected, .* not 4; the model comes first"),
+        (lambda m: ANY.start(m, None, 4), "a policy is expected, .* not None"),
+        (lambda m: ANY.start(m, TOVA(), "4"), "slots must be a number of slots, .* not '4'"),
+        (lambda m: ANY.start(m, TOVA(), 4.0), r"slots must be a number of slots, .* not 4\.0"),
+        (lambda m: ANY.start(m, TOVA(), TOVA()), "slots"),
+        (lambda m: ANY.start(m, TOVA(), 4, batch=0), "batch must be a whole number, at least 1, not 0"),
+        (lambda m: ANY.start(m, TOVA(), 4, seeds=0.5), r"seeds must be a whole number, or one for each row, not 0\.5"),
+        (lambda m: ANY.start(m.config, TOVA(), 4), "first argument must be a Decoder, not DecoderConfig"),
+        (lambda m: ANY.start(SimpleNamespace(model=m), TOVA(), 4), r"not SimpleNamespace; give its \.model"),
+        (lambda m: ANY.generate(m, PROMPTS, "tova", 4, steps=1), "not its name 'tova'"),
+        (lambda m: ANY.generate(m, PROMPTS, 4, TOVA(), steps=1), "a policy is expected"),
+        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=0), "steps must be a whole number, at least 1, not 0"),
+        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, burst=0), "burst must be a whole number"),
+        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, mode="at once"), "unknown mode 'at once'"),
+        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, settings=Sampler()), r"Settings\(.*, not Sampler"),
+        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, settings=Settings(stop=5)), "a tuple of token ids"),
+        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, settings=Settings(stop=("a",))), "not text"),
+        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, settings=Settings(stop=(999,))), "token id 999"),
+        (lambda m: ANY.write(m, ANY.start(m, TOVA(), 4), 8, TOVA()), "a policy is expected, .* not 8"),
+        (lambda m: ANY.write(m, ANY.start(m, TOVA(), 4), TOVA(), True), "steps must be .*, not True"),
+        (lambda m: ANY.write(m, ANY.start(m, TOVA(), 4).state, TOVA(), 8), "a Progress is expected, .* not tuple"),
+        (lambda m: ANY.prefill(m, PROMPTS, ANY.start(m, TOVA(), 4), TOVA(), placement="slots"), "unknown placement"),
+        (lambda m: ANY.prefill(m, PROMPTS, TOVA(), ANY.start(m, TOVA(), 4)), "a Progress is expected, .* not"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("as_users_call_it")
+def test_wrong_arguments_say_what_was_expected(model: Decoder, wrong: Callable[[Any], Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        wrong(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("stop", r"settings=Settings\(stop=\.\.\.\)"),
+        ("temperature", r"settings=Settings\(Sampler\(temperature=\.\.\.\)\)"),
+        ("lenght", "no argument 'lenght'; how prompts are read: mode, chunk, segment, placement"),
+    ],
+)
+def test_arguments_of_other_names(model: Decoder, name: str, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        ANY.generate(model, PROMPTS, TOVA(), SLOTS, steps=1, **{name: 1})

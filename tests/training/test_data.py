@@ -68,9 +68,7 @@ class TestPack:
     def test_token_ids_are_taken_as_they_are(self, tokenizer: Tokenizer) -> None:
         assert self.pack(tokenizer, np.array([6, 5]))[0] == [6, 5, 1, 0]
         for wrong in (7, -1, 2**40):
-            with pytest.raises(
-                ValueError, match=f"document 1: token id {wrong} is outside the model's vocabulary of 7"
-            ):
+            with pytest.raises(ValueError, match=rf"document 1: token id {wrong} at index 1 is outside .* 0\.\.6"):
                 self.pack(tokenizer, "a", np.array([6, wrong]))
 
     def test_a_tokenizer_larger_than_the_model_is_refused(self, tokenizer: Tokenizer) -> None:

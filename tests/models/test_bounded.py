@@ -1,0 +1,65 @@
+"""What a state was made for: reading on with anything else is refused where it can be told."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import tiny_decoder
+
+from jaxcompress.models.bounded import init_state, read
+from jaxcompress.naming import named
+from jaxcompress.policies import H2O, TOVA, Window, per_layer
+from jaxcompress.state import State
+
+pytestmark = pytest.mark.usefixtures("as_users_call_it")
+MODEL = tiny_decoder()
+TOKENS = jnp.zeros((1, 2), jnp.int32)
+POLICIES = (
+    "window", "streaming_llm+2-before", "tova", "tova-kv_head", "tova-query_head", "ada-tova", "rkv-sketch8",
+    "expected_attention",
+)  # fmt: skip
+
+
+def traced(state: State, policy: Any, tokens: Any = TOKENS, model: Any = MODEL) -> Any:
+    """Nothing is compiled, and nothing computed."""
+    return jax.eval_shape(lambda x: read(model, x, state, policy).hidden, tokens)
+
+
+def test_a_state_is_read_with_its_policy() -> None:
+    states = {name: init_state(MODEL.config, named(name), 40) for name in POLICIES}
+    for name, state in states.items():
+        assert traced(state, named(name)).shape == (1, 2, MODEL.config.hidden_size)
+    refused = {
+        pair for pair in permutations(POLICIES, 2) if _refused(states[pair[0]], pair[1])
+    }  # fmt: skip
+    # What keeps the same numbers, or none, for the same heads cannot be told apart.
+    assert set(permutations(POLICIES, 2)) - refused == {("window", "streaming_llm+2-before")}
+
+
+def _refused(state: State, policy: str) -> bool:
+    try:
+        traced(state, named(policy))
+    except ValueError as error:
+        return "was not made for policy" in str(error)
+    return False
+
+
+def test_layers_that_are_stored_together_have_one_policy() -> None:
+    state = init_state(MODEL.config, TOVA(), 4)
+    with pytest.raises(ValueError, match="holds layers 0 to 1 together, and the policy has tova and window for them"):
+        traced(state, per_layer(TOVA(), Window()))
+    traced(state, per_layer(TOVA(), TOVA()))
+
+
+def test_a_state_is_read_with_its_model_and_rows() -> None:
+    state = init_state(MODEL.config, H2O(), 4)
+    with pytest.raises(ValueError, match="the state has 1 rows, the tokens 3"):
+        traced(state, H2O(), jnp.zeros((3, 2), jnp.int32))
+    with pytest.raises(ValueError, match="the state has 1 layers, the model 2"):
+        traced((state[0].take(0),), H2O())
+    with pytest.raises(ValueError, match="a state is expected, as init_state makes it, not KVState"):
+        traced(state[0], H2O())  # type: ignore[arg-type]
