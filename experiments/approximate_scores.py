@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
+from command import Command, arguments
 
 import jaxcompress as jc
 from jaxcompress.embedded.corpus import held_out
@@ -33,7 +33,7 @@ NOTHING = "window+4"
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Prints a line per policy."""
 
     slots: int = 128
@@ -41,6 +41,9 @@ class Arguments:
     rows: int = 8
     out: Path | None = None
     """Also write the results here (JSON)."""
+
+
+QUICK = Arguments(quick=True, slots=16, context=48, rows=1)
 
 
 def main(args: Arguments) -> None:
@@ -80,4 +83,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))
