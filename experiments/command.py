@@ -29,7 +29,9 @@ def arguments(quick: T, given: Sequence[str] | None = None) -> T:
       given: the command line without the program's name; that of this process by default.
     """
     given = sys.argv[1:] if given is None else given
-    return tyro.cli(type(quick), args=given, default=quick if "--quick" in given else None)
+    if "--quick" in given:
+        return tyro.cli(type(quick), args=given, default=quick)
+    return tyro.cli(type(quick), args=given)
 
 
 def need(*modules: str, install: str) -> None:

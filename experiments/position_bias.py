@@ -99,17 +99,18 @@ def embedded(args: Arguments) -> dict[str, np.ndarray]:
     grid = (tower.grid, tower.grid)
     asked = exam(tokenizer, loaded.processor(), model, pictures=args.pictures, each=2)
     mixed = asked._replace(pixels=shuffled_pixels(asked.pixels, tower.patch_size, np.random.default_rng(0)))
+    straight, shuffled = (Examiner(model, one, runs=1) for one in (asked, mixed))
     word = named("fastv", args.kept)
     cases = {
-        "random": (Method("random", chosen(anew, args.kept), lambda config: args.kept), asked),
-        "class token": (named("fastervlm", args.kept), asked),
-        "class token, patches shuffled": (named("fastervlm", args.kept), mixed),
-        "last word": (word, asked),
-        "last word, order shuffled": (word._replace(encode=shuffled_order), asked),
+        "random": (Method("random", chosen(anew, args.kept), lambda config: args.kept), straight),
+        "class token": (named("fastervlm", args.kept), straight),
+        "class token, patches shuffled": (named("fastervlm", args.kept), shuffled),
+        "last word": (word, straight),
+        "last word, order shuffled": (word._replace(encode=shuffled_order), straight),
     }
     out = {}
-    for name, (method, given) in cases.items():
-        kept = jnp.asarray(Examiner(model, given, runs=1)(method).kept)
+    for name, (method, examiner) in cases.items():
+        kept = jnp.asarray(examiner(method).kept)
         out[name] = tell(name, kept, grid)
     return out
 

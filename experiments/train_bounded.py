@@ -98,6 +98,8 @@ class Arguments(Command):
     seeds: tuple[int, ...] = (0, 1, 2)
     tasks: int = 16
     """Held-out rows, the same for all."""
+    questions: int = 8
+    """Of each of them, about as many facts."""
     model: Path | None = None
     """Where training starts, a folder with a tokenizer; the model that ships if not given."""
     texts: Path | None = None
@@ -115,9 +117,10 @@ QUICK = Arguments(
     segment=64,
     turns=(8,),
     fractions=(8,),
-    methods=("untrained", "full", "tova", "distilled-retention"),
+    methods=("untrained", "tova"),
     seeds=(0,),
     tasks=1,
+    questions=2,
     characters=20_000,
     watched=1,
     out=Path("runs/quick/bounded"),
@@ -137,7 +140,16 @@ def held_out_rows(tokenizer: jc.Tokenizer, args: Arguments) -> list[Recall]:
     encode = lambda text: tokenizer.encode(text, add_bos=False)
     text = np.concatenate([encode(document.text) for document in held_out()])
     words = wording(tokenizer.vocabulary(), lambda text: encode(text).tolist())
-    return exam(text, words, rows=args.tasks, length=args.context, seed=7, bos=tokenizer.bos_id)
+    return exam(
+        text,
+        words,
+        rows=args.tasks,
+        length=args.context,
+        notes=args.questions,
+        questions=args.questions,
+        seed=7,
+        bos=tokenizer.bos_id,
+    )
 
 
 Objectives = list[Callable[[Any, Batch, Any, Any], Any]]

@@ -23,7 +23,7 @@ NEEDS = {  # a module that the tests do not install, and the command that does
     "make_sampling_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_vision_fixtures": ("torch", 'pip install -e ".[parity]"'),
 }
-SLOW = {"speed_kernels"}  # kernels, interpreted
+SLOW = {"speed_kernels", "train_vision_demo"}  # interpreted kernels; two large gradients to compile
 
 
 class Ran(NamedTuple):
