@@ -46,7 +46,7 @@ def compilers() -> None:
             flags = f"--xla_gpu_cuda_data_dir={folder} --xla_gpu_autotune_level=0"
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
             return
-    stop("no CUDA compiler is installed here, which this needs: make aot-gpu")
+    stop("this script needs a CUDA compiler, not installed here: make aot-gpu")
 
 
 compilers()

@@ -42,7 +42,7 @@ def need(*modules: str, install: str) -> None:
     """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        stop(f"{' and '.join(missing)} not installed here, which this needs: {install}")
+        stop(f"this script needs {' and '.join(missing)}, not installed here: {install}")
 
 
 def stop(why: str) -> NoReturn:

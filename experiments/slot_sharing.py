@@ -12,6 +12,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class Arguments(Command):
     """Rows of recall tasks by which heads are measured."""
     near: int = 64
     """Recent tokens that streaming heads see while retrieval heads are looked for."""
+    every: int = 1
+    """Take only every n-th line of the table."""
 
 
 QUICK = Arguments(
@@ -55,9 +58,10 @@ QUICK = Arguments(
     questions=2,
     lessons=1,
     context=256,
-    slots=(),
+    slots=(64,),
     near=16,
     streaming=12,
+    every=6,
 )
 
 
@@ -82,10 +86,12 @@ def main(args: Arguments) -> None:
 
     rows = rows_of_text(text, context, args.rows, bos)
     tasks = exam(text, words, rows=args.rows, length=context, notes=args.questions, questions=args.questions, bos=bos)
-    heads, table = spread.size, []
+    heads, table, number = spread.size, [], count()
     say(f"\n{'policy':18}{'shared':16}{'slots':>8}{'KiB':>7}{'perplexity':>12}{'with facts':>12}{'recall':>8}")
 
     def line(policy: jc.Policy, shared: str, slots: Any) -> None:
+        if next(number) % args.every:
+            return
         read = perplexity(model, rows, policy, slots)
         given = answers(model, tasks, policy, slots)
         mean, kib = float(np.mean(slots)), read.state_bytes / len(rows) / 1024
