@@ -45,7 +45,7 @@ class Arguments(Command):
     """Also write the results here (JSON)."""
 
 
-QUICK = Arguments(quick=True, policies=("snapkv+16",), slots=24, context=48, rows=1)
+QUICK = Arguments(quick=True, policies=("snapkv+16",), slots=80, context=112, rows=1)
 
 
 def main(args: Arguments) -> None:

@@ -58,7 +58,7 @@ class Arguments(Command):
     """Also write the results here (JSON)."""
 
 
-QUICK = Arguments(quick=True, slots=16, prompt=64, long=12000, batches=(2,), steps=24, repeats=1, widths=(), starts=1)
+QUICK = Arguments(quick=True, slots=16, prompt=64, long=7000, batches=(2,), steps=24, repeats=1, widths=(), starts=1)
 
 
 def decoder_of_width(width: int) -> Decoder:

@@ -42,13 +42,21 @@ def simple(line: str) -> list[list[str]]:
     return found
 
 
-def commands(page: Path) -> list[list[str]]:
-    """All commands of a page whose programs are ours, in blocks and in sentences."""
-    text = page.read_text(encoding="utf-8")
+def in_sentences(text: str) -> list[str]:
+    """Commands between the words of a page."""
     flat = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    sentences = [" ".join(span.split()) for span in INLINE.findall(flat)]
-    lines = in_blocks(text) + [span for span in sentences if PROGRAM.match(span)]
+    spans = [" ".join(span.split()) for span in INLINE.findall(flat)]
+    return [span for span in spans if PROGRAM.match(span)]
+
+
+def ours(lines: list[str]) -> list[list[str]]:
+    """The commands whose programs are ours."""
     return [words for line in lines for words in simple(line) if PROGRAM.match(" ".join(words))]
+
+
+def commands(page: Path) -> list[list[str]]:
+    text = page.read_text(encoding="utf-8")
+    return ours(in_blocks(text) + in_sentences(text))
 
 
 EVERY = [(page.stem, words) for page in PAGES for words in commands(page)]
@@ -91,7 +99,8 @@ SHORT = {
     "retention": "--slots 16 --limit 64",
     "compress-prompt": "",
 }
-README = [words for words in commands(ROOT / "README.md") if words[0] == "jaxcompress" and words[1] in SHORT]
+BLOCKS = ours(in_blocks((ROOT / "README.md").read_text(encoding="utf-8")))
+README = [words for words in BLOCKS if words[0] == "jaxcompress" and words[1] in SHORT]
 
 
 @pytest.mark.parametrize("words", README, ids=" ".join)
