@@ -61,7 +61,7 @@ QUICK = Arguments(
     slots=(64,),
     near=16,
     streaming=12,
-    every=6,
+    every=12,
 )
 
 

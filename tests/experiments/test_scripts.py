@@ -37,7 +37,7 @@ Run = Callable[..., Ran]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """As `python experiments/NAME.py ...` in an empty folder, but in this process, which has compiled much already."""
+    """As `python experiments/NAME.py ...` in an empty folder, but in this process, which has imported much already."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(FOLDER)
 
