@@ -16,7 +16,6 @@ of a step do not count as written, since it writes a row. Left out where a layer
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import glob
 import json
@@ -26,9 +25,13 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from command import Command, arguments, stop
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # on standard output: registers and spills
@@ -43,7 +46,7 @@ def compilers() -> None:
             flags = f"--xla_gpu_cuda_data_dir={folder} --xla_gpu_autotune_level=0"
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
             return
-    sys.exit("no CUDA compiler here: make aot-gpu installs one")
+    stop("this script needs a CUDA compiler, not installed here: make aot-gpu")
 
 
 compilers()
@@ -57,6 +60,19 @@ from jaxcompress.models.bounded import init_state  # noqa: E402
 from jaxcompress.models.decoder import DecoderConfig  # noqa: E402
 from jaxcompress.naming import named  # noqa: E402
 from jaxcompress.recurrence import advance  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Arguments(Command):
+    """Prints a table, with what is wrong; the exit code is 1 if anything is."""
+
+    only: tuple[int, ...] | None = None
+    """Which cases, by number; all if not given."""
+    json: Path | None = None
+    """Also write the table here."""
+
+
+QUICK = Arguments(quick=True, only=(0, 13))
 
 # As OpenXLA describes the device, and as it describes itself to JAX where it is at hand.
 TARGET = """
@@ -285,11 +301,7 @@ def once(case: Case) -> bool:
     return case.tokens == case.chunk or (case.chunk == 1 and case.backend == "gpu")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore
-    parser.add_argument("--json", help="a file to write the table to")
-    parser.add_argument("--only", type=int, nargs="*", help="which cases, by number")
-    args = parser.parse_args()
+def main(args: Arguments) -> None:
     print(f"jax {version('jax')}, jax-cuda13-plugin {version('jax-cuda13-plugin')}, ptxas of nvidia-cuda-nvcc "
           f"{version('nvidia-cuda-nvcc')}; {KV_HEADS} kv heads of {WIDTH}\n")  # fmt: skip
     columns = ("policy", "state", "slots", "batch", "queries of a group", "layers", "tokens, chunk", "by", "aliased",
@@ -311,12 +323,11 @@ def main() -> None:
         )  # fmt: skip
         print("|", " | ".join(map(str, row)), "|", *(f"**{one}**" for one in found.wrong), flush=True)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump([found._replace(case=found.case._asdict())._asdict() for found in table], file, indent=1)
+        args.json.write_text(json.dumps([one._replace(case=one.case._asdict())._asdict() for one in table], indent=1))
     failed = [found for found in table if found.wrong]
     print(f"\n{len(table) - len(failed)} of {len(table)} as they should be")
     sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments(QUICK))

@@ -17,13 +17,13 @@ it asks for.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import requires, version
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -32,6 +32,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is used
 
 import jax
 import jax.numpy as jnp
+from command import Command, arguments, need
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -41,6 +42,23 @@ from jaxcompress.naming import named
 from jaxcompress.pallas_kernels.contract import Backend, On
 from jaxcompress.recurrence import advance
 from jaxcompress.state import KVState
+
+
+@dataclass(frozen=True)
+class Arguments(Command):
+    """Prints a table, with what is wrong; the exit code is 1 if anything is."""
+
+    devices: tuple[str, ...] = ("v5e", "v6e")
+    """TPU generations."""
+    only: tuple[int, ...] | None = None
+    """Which cases, by number; all if not given."""
+    json: Path | None = None
+    """Also write the table here."""
+    needs: bool = False
+    """Say what pip has to install, and stop."""
+
+
+QUICK = Arguments(quick=True, devices=("v5e",), only=(0, 16))
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 32, 32, 8, 128  # of Llama 3 8B
 MOST_TEMPORARY = 0.01  # of the state
@@ -219,14 +237,10 @@ def needs() -> list[str]:
     return [one.split(";")[0].strip().replace(" ", "") for one in wanted[:1]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--devices", nargs="+", default=["v5e", "v6e"], help="TPU generations")
-    parser.add_argument("--json", help="a file to write the table to")
-    parser.add_argument("--needs", action="store_true", help="say what pip has to install, and stop")
-    args = parser.parse_args()
+def main(args: Arguments) -> None:
     if args.needs:
         return print(*needs())
+    need("libtpu", install="make aot, or pip install " + " ".join(needs()))
     print(f"jax {version('jax')}, libtpu {version('libtpu')}; {HEADS} query heads, {KV_HEADS} kv heads of {WIDTH}\n")
     columns = ("device", "case", "policy", "state", "slots", "batch", "layers", "tokens, chunk", "by", "aliased",
                "temporary", "copies", "kernels", "moved / must", "sent")  # fmt: skip
@@ -234,7 +248,7 @@ def main() -> None:
     print("|" + "---|" * len(columns))
     table = []
     for device in args.devices:
-        for case in CASES:
+        for case in CASES if args.only is None else [CASES[i] for i in args.only]:
             try:
                 found = look(device, case)
             except Exception as error:
@@ -248,12 +262,11 @@ def main() -> None:
             )  # fmt: skip
             print("|", " | ".join(map(str, row)), "|", *(f"**{one}**" for one in found.wrong), flush=True)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump([found._replace(case=found.case._asdict())._asdict() for found in table], file, indent=1)
+        args.json.write_text(json.dumps([one._replace(case=one.case._asdict())._asdict() for one in table], indent=1))
     failed = [found for found in table if found.wrong]
     print(f"\n{len(table) - len(failed)} of {len(table)} as they should be")
     sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments(QUICK))

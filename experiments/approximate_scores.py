@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
+from command import Command, arguments
 
 import jaxcompress as jc
 from jaxcompress.embedded.corpus import held_out
@@ -33,14 +33,19 @@ NOTHING = "window+4"
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Prints a line per policy."""
 
+    policies: tuple[str, ...] = tuple(APPROXIMATIONS)
+    """Exact ones, each beside its approximations."""
     slots: int = 128
     context: int = 1024
     rows: int = 8
     out: Path | None = None
     """Also write the results here (JSON)."""
+
+
+QUICK = Arguments(quick=True, policies=("snapkv+16",), slots=80, context=112, rows=1)
 
 
 def main(args: Arguments) -> None:
@@ -59,9 +64,9 @@ def main(args: Arguments) -> None:
     print(f"{args.slots} slots, {args.rows} rows of {args.context} tokens")
     print(f"{'exact':14}{'approximate':24}{'held':>7}{'in both':>9}{'nats':>8}{'exact':>8}{'more':>9}{'+-':>8}")
     nothing = read(NOTHING)
-    for exact, approximations in APPROXIMATIONS.items():
+    for exact in args.policies:
         want, best = read(exact)
-        for name in (*approximations, NOTHING):
+        for name in (*APPROXIMATIONS[exact], NOTHING):
             death, losses = nothing if name == NOTHING else read(name)
             held = occupancy(np.broadcast_to(death, want.shape))
             both, more = occupancy(np.minimum(death, want)) / held, losses - best
@@ -80,4 +85,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

@@ -12,23 +12,39 @@ from __future__ import annotations
 import json
 import lzma
 import math
+from dataclasses import dataclass
 
-import zstandard
+from command import Command, arguments, need
 
 import jaxcompress as jc
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import perplexity, rows_of_text
 
+need("zstandard", install='pip install -e ".[dev]"')
+import zstandard  # noqa: E402
 
-def main() -> None:
+
+@dataclass(frozen=True)
+class Arguments(Command):
+    """Prints bits per byte of the model, of xz and of zstd (JSON)."""
+
+    context: int = 2048
+    """Tokens of a row."""
+    rows: int | None = None
+    """Read only so many; all if not given."""
+
+
+QUICK = Arguments(quick=True, context=128, rows=2)
+
+
+def main(args: Arguments) -> None:
     model, tokenizer = jc.load_embedded()
     text = "\n".join(document.text for document in held_out("topics/"))
     ids = tokenizer.encode(text, add_bos=False)
-    context = model.config.max_position
-    rows = rows_of_text(ids, context, None, tokenizer.bos_id)
-    # The last, shorter row is left out of the rows, so its bytes are left out of the count.
+    rows = rows_of_text(ids, args.context, args.rows, tokenizer.bos_id)
+    # What is not in the rows, such as a last, shorter one, is left out of the count of bytes too.
     read = text.encode() if rows[:, 1:].size == len(ids) else tokenizer.decode(rows[:, 1:].reshape(-1)).encode()
-    result = perplexity(model, rows, jc.named("full"), context)
+    result = perplexity(model, rows, jc.named("full"), args.context)
     bits = result.nats * result.tokens / math.log(2)
     size = len(read)
     print(
@@ -47,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments(QUICK))

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
+from command import Command, arguments
 
 import jaxcompress as jc
 from jaxcompress.budgets import from_scores
@@ -32,25 +32,40 @@ from jaxcompress.state import State
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Reduces contexts by several scores and asks afterwards."""
 
     out: Path = Path("runs/context_reconstruction.json")
+    context: int = 2048
+    """Tokens of a context with its questions."""
     rows: int = 4
-    """Contexts, with 8 questions each."""
+    """Contexts."""
+    questions: int = 8
+    """Of each row, about as many facts."""
     slots: tuple[int, ...] = (32, 64, 128, 256)
     """Tokens kept per head."""
     chunk: int = 256
     """Tokens repeated at a time: the repetition must not lie beyond the context that the model was trained on."""
 
 
-def main(arguments: Arguments) -> None:
+QUICK = Arguments(
+    quick=True,
+    out=Path("runs/quick/context_reconstruction.json"),
+    rows=1,
+    questions=2,
+    context=256,
+    slots=(32,),
+    chunk=64,
+)
+
+
+def main(args: Arguments) -> None:
     model, tokenizer = jc.load_embedded()
-    context, bos = model.config.max_position, tokenizer.bos_id
+    context, bos = args.context, tokenizer.bos_id
     encode = lambda text: tokenizer.encode(text, add_bos=False).tolist()
     text = np.concatenate([encode(document.text) for document in held_out()])
     words = wording(tokenizer.vocabulary(), encode)
-    tasks = exam(text, words, rows=arguments.rows, length=context, bos=bos)
+    tasks = exam(text, words, rows=args.rows, length=context, notes=args.questions, questions=args.questions, bos=bos)
     tokens, asked = np.stack([x.tokens for x in tasks]), np.stack([x.asked for x in tasks])
     read = int(context * 0.74)  # questions come after that
     contexts, batch = list(tokens[:, :read]), len(tokens)
@@ -69,7 +84,7 @@ def main(arguments: Arguments) -> None:
     scores: dict[str, jnp.ndarray] = {}
     for name, repeat in {"kvzip": asking(encode), "kvzip, nothing said": Repeat()}.items():
         begun = time.perf_counter()
-        scores[name] = reconstruct(model, contexts, whole, repeat, chunk=arguments.chunk)
+        scores[name] = reconstruct(model, contexts, whole, repeat, chunk=args.chunk)
         say(f"{name}: {time.perf_counter() - begun:.0f} s after {reading:.0f} s of reading, compilation included")
     scores["tova"] = stats(TOVA())
     scores["tova-kv_head"] = stats(TOVA("kv_head"))
@@ -89,12 +104,12 @@ def main(arguments: Arguments) -> None:
         )
         table.append(row)
         say(f"{name:22}{shared:10}{slots:6}{row['perplexity']:12.2f}{row['recall']:8.0%}")
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(table, indent=1))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(table, indent=1))
 
     room = context - read
     line("all", "", read, shrink(model, whole, newest, Growing(), read, room=room))
-    for slots in arguments.slots:
+    for slots in args.slots:
         for name, score in scores.items():
             shares: dict[str, Any] = {"uniform": slots}
             if name == "kvzip":
@@ -104,4 +119,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

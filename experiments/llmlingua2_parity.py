@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from command import Command, arguments
 
 from jaxcompress.checkpoints import load_encoder
 from jaxcompress.prompt.official import OfficialCompressor
@@ -27,11 +28,18 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Prints the cases that differ and how many are equal."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     cases: str = "cases_dev.json"
+    most: int | None = None
+    """So many of the cases, evenly spread; all if not given."""
+
+
+QUICK = Arguments(
+    quick=True, folder=Path(__file__).parents[1] / "tests" / "fixtures" / "prompt", cases="cases.json", most=6
+)
 
 
 def count(text: str) -> int:
@@ -72,14 +80,17 @@ def main(args: Arguments) -> None:
         kind: OfficialCompressor(load_encoder(args.folder / name).model, EncoderTokenizer(args.folder / name), count)
         for kind, name in content["meta"]["models"].items()
     }
+    cases = content["cases"]
+    if args.most is not None:
+        cases = cases[:: -(-len(cases) // args.most)]
     equal, start = 0, time.perf_counter()
-    for case in content["cases"]:
+    for case in cases:
         found = differences(case, models[case["encoder"]])
         equal += not found
         if found:
             print(f"{case['id']}: {', '.join(found)}")
-    print(f"{equal} of {len(content['cases'])} cases are equal ({time.perf_counter() - start:.0f} s)")
+    print(f"{equal} of {len(cases)} cases are equal ({time.perf_counter() - start:.0f} s)")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

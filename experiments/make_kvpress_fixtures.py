@@ -9,10 +9,14 @@ Weights and tokens are those of tests/fixtures/official.
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
+from command import Command, arguments
 
 LAYERS = 3
 MODELS = {"llama_gqa": "oracle_seed6", "llama_mha": "oracle_mha_seed6"}
@@ -29,7 +33,18 @@ WRAPPERS = {
     "rerotate_streaming": "streaming_llm",
 }
 
-Dump = np.lib.npyio.NpzFile
+Dump = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Arguments(Command):
+    """Writes a file for each model; `--quick` trims dumps of random numbers."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    to: Path = Path(__file__).parents[1] / "tests" / "fixtures" / "kvpress"
+
+
+QUICK = Arguments(quick=True, folder=Path("runs/quick/kvpress_dumps"), to=Path("runs/quick/kvpress"))
 
 
 def positions(dump: Dump, name: str) -> np.ndarray:
@@ -68,11 +83,26 @@ def trimmed(dump: Dump) -> dict[str, np.ndarray]:
     return kept
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--to", type=Path, default=Path(__file__).parents[1] / "tests" / "fixtures" / "kvpress")
-    args = parser.parse_args()
+def write_random_dumps(folder: Path) -> None:
+    """As kvpress's in names and in what has to hold, with other numbers: 1 row, 2 heads, 3 of 6 tokens kept."""
+    rng = np.random.default_rng(0)
+    score = rng.random((1, 2, 6))
+    best = np.argsort(-score, -1, kind="stable")[..., :3]
+    dump = {}
+    for layer in range(LAYERS):
+        dump |= {f"full/{x}{layer}": rng.random((1, 2, 6, 4)) for x in "kv"}
+        for name in [*SCORERS, *WRAPPERS]:
+            dump |= {f"{name}/score{layer}": score, f"{name}/keep{layer}": np.sort(best, -1)}
+        dump[f"adakv_snapkv/keepmask{layer}"] = score > 0.5
+        dump |= {f"merge_knorm/v{layer}": rng.random((1, 2, 3, 4)), f"rerotate_streaming/k{layer}": score}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in MODELS.values():
+        np.savez_compressed(folder / f"{name}.npz", **dump)
+
+
+def main(args: Arguments) -> None:
+    if args.quick:
+        write_random_dumps(args.folder)
     args.to.mkdir(parents=True, exist_ok=True)
     for name, source in MODELS.items():
         path = args.to / f"{name}.npz"
@@ -81,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments(QUICK))

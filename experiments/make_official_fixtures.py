@@ -9,11 +9,15 @@ policy the positions held and the logits.
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
+from command import Command, arguments
 
 LAYERS = 3
 CONFIG = [
@@ -21,6 +25,17 @@ CONFIG = [
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "max_position_embeddings"),
     *("tie_word_embeddings", "model_type"),
 ]
+
+
+@dataclass(frozen=True)
+class Arguments(Command):
+    """Writes the trimmed files; `--quick` trims dumps of random numbers."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    to: Path = Path(__file__).parents[1] / "tests" / "fixtures" / "official"
+
+
+QUICK = Arguments(quick=True, folder=Path("runs/quick/official_dumps"), to=Path("runs/quick/official"))
 
 
 def small(x: np.ndarray) -> np.ndarray:
@@ -32,37 +47,54 @@ def small(x: np.ndarray) -> np.ndarray:
     return trimmed
 
 
-def model(dump: np.lib.npyio.NpzFile) -> dict[str, np.ndarray]:
+def model(dump: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Weights under their Hugging Face names, the configuration, and what the full cache gives."""
     config = json.loads(str(dump["config_json"]))
-    kept = {name: dump[name] for name in dump.files if name.startswith("w/")}
+    kept = {name: dump[name] for name in dump if name.startswith("w/")}
     kept["config_json"] = np.array(json.dumps({key: config[key] for key in CONFIG}))
     for name in ("input_ids", "cont_ids", "full/prompt_logits", "full/cont_logits"):
         kept[name] = small(dump[name])
     return kept
 
 
-def steps(dump: np.lib.npyio.NpzFile, runs: dict[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
+def steps(dump: Mapping[str, np.ndarray], runs: dict[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
     """The named arrays of each run."""
     return {f"{run}/{name}": small(dump[f"{run}/{name}"]) for run, names in runs.items() for name in names}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--to", type=Path, default=Path(__file__).parents[1] / "tests" / "fixtures" / "official")
-    args = parser.parse_args()
-    held = tuple(f"pos{layer}" for layer in range(LAYERS))
+HELD = tuple(f"pos{layer}" for layer in range(LAYERS))
+TOVA = {"long_prompt": ("logits", *HELD), "short_prompt": ("logits", *HELD)}
+H2O = {"h2o": ("logits", "hh_recent", *HELD)}
+STREAMING = {"stream": ("start_recent",), "stream_ppl": ("logits",), "stream_space": ("logits",)}
+
+
+def write_random_dumps(folder: Path) -> None:
+    """As the authors' in names, with other numbers."""
+    numbers = np.arange(6).reshape(2, 3)
+    config = np.array(json.dumps(dict.fromkeys(CONFIG, 1)))
+    names = ("w/embedding", "input_ids", "cont_ids", "full/prompt_logits", "full/cont_logits")
+    models = dict.fromkeys(names, numbers) | dict(config_json=config)
+    runs = lambda *all_of: {f"{run}/{x}": numbers for one in all_of for run, given in one.items() for x in given}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, dump in {
+        "oracle_seed6": models,
+        "oracle_mha_seed6": models,
+        "tova_seed6": runs(TOVA),
+        "h2o_streaming_seed6": runs(H2O, STREAMING),
+    }.items():
+        np.savez_compressed(folder / f"{name}.npz", **dump)  # pyright: ignore[reportArgumentType]
+
+
+def main(args: Arguments) -> None:
+    if args.quick:
+        write_random_dumps(args.folder)
     load = lambda name: np.load(args.folder / f"{name}.npz")
-    tova = {"long_prompt": ("logits", *held), "short_prompt": ("logits", *held)}
-    h2o = {"h2o": ("logits", "hh_recent", *held)}
-    streaming = {"stream": ("start_recent",), "stream_ppl": ("logits",), "stream_space": ("logits",)}
     outputs = {
         "llama_gqa": model(load("oracle_seed6")),
         "llama_mha": model(load("oracle_mha_seed6")),
-        "tova": steps(load("tova_seed6"), tova),
-        "h2o": steps(load("h2o_streaming_seed6"), h2o),
-        "streaming_llm": steps(load("h2o_streaming_seed6"), streaming),
+        "tova": steps(load("tova_seed6"), TOVA),
+        "h2o": steps(load("h2o_streaming_seed6"), H2O),
+        "streaming_llm": steps(load("h2o_streaming_seed6"), STREAMING),
     }
     args.to.mkdir(parents=True, exist_ok=True)
     for name, arrays in outputs.items():
@@ -72,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments(QUICK))

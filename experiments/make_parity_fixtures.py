@@ -12,17 +12,27 @@ many configs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from command import Command, arguments, need
+
+need("torch", install='pip install -e ".[parity]"')
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 ROWS, LENGTH, VOCABULARY = 2, 48, 97
 SHAPE: dict[str, Any] = dict(
@@ -37,6 +47,18 @@ LLAMA3 = dict(
 YARN = dict(
     rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=0.5
 )
+
+
+@dataclass(frozen=True)
+class Arguments(Command):
+    """Writes all folders anew."""
+
+    out: Path = Path("tests/fixtures/parity")
+    models: tuple[str, ...] = ()
+    """Only these; all if not given."""
+
+
+QUICK = Arguments(quick=True, out=Path("runs/quick/parity"), models=("llama2_mha", "qwen3"))
 
 
 def configs() -> dict[str, PreTrainedConfig]:
@@ -121,16 +143,14 @@ def rope_answer(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures/parity"))
-    out = parser.parse_args().out
-    shutil.rmtree(out, ignore_errors=True)
+def main(args: Arguments) -> None:
     for name, config in configs().items():
-        write_model(name, config, out / name)
+        if not args.models or name in args.models:
+            shutil.rmtree(args.out / name, ignore_errors=True)
+            write_model(name, config, args.out / name)
     answers = [rope_answer(case) for case in rope_cases()]
-    (out / "rope.json").write_text("[\n" + ",\n".join(map(json.dumps, answers)) + "\n]\n")
+    (args.out / "rope.json").write_text("[\n" + ",\n".join(map(json.dumps, answers)) + "\n]\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments(QUICK))

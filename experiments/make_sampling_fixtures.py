@@ -8,13 +8,17 @@ Needs torch and transformers, which the library itself does not:
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
-from transformers import (
+from command import Command, arguments, need
+
+need("torch", install='pip install -e ".[parity]"')
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import (  # noqa: E402
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -53,6 +57,16 @@ SETTINGS: list[dict[str, float | int]] = [
 ]
 
 
+@dataclass(frozen=True)
+class Arguments(Command):
+    """Writes the file."""
+
+    out: Path = Path(__file__).parents[1] / "tests" / "fixtures" / "sampling.npz"
+
+
+QUICK = Arguments(quick=True, out=Path("runs/quick/sampling.npz"))
+
+
 def rows() -> np.ndarray:
     """Plain rows, and the hard ones: ties, a peak, all equal, tokens that are already ruled out."""
     rng = np.random.default_rng(0)
@@ -64,7 +78,7 @@ def rows() -> np.ndarray:
     return np.concatenate([plain, ties, [peak, equal, ruled_out]]).astype(np.float32)
 
 
-def main() -> None:
+def main(args: Arguments) -> None:
     logits = rows()
     history = np.random.default_rng(1).integers(0, VOCABULARY, (len(logits), 9)).astype(np.int32)
     # Beyond 16 elements torch orders ties by chance unless told otherwise, and top-p would cut among them by chance.
@@ -73,10 +87,9 @@ def main() -> None:
     for setting in SETTINGS:
         chain = LogitsProcessorList([PROCESSORS[name](setting[name]) for name in PROCESSORS if name in setting])
         expected.append(chain(torch.tensor(history, dtype=torch.int64), torch.tensor(logits)).numpy())
-    target = Path(__file__).parents[1] / "tests" / "fixtures" / "sampling.npz"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
-        target,
+        args.out,
         logits=logits,
         history=history,
         settings=[json.dumps(setting) for setting in SETTINGS],
@@ -86,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments(QUICK))

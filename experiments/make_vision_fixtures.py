@@ -12,16 +12,19 @@ Weights are stored as bfloat16, whose values float32 holds exactly.
 
 from __future__ import annotations
 
-import argparse
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import (
+from command import Command, arguments, need
+
+need("torch", install='pip install -e ".[parity]"')
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import (  # noqa: E402
     CLIPVisionConfig,
     CLIPVisionModel,
     DeiTConfig,
@@ -51,6 +54,18 @@ TEXT: dict[str, Any] = dict(
 )  # fmt: skip
 SIZES = ((40, 55), (50, 20))
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]
+
+
+@dataclass(frozen=True)
+class Arguments(Command):
+    """Writes all folders anew."""
+
+    out: Path = Path("tests/fixtures/vision_models")
+    models: tuple[str, ...] = ()
+    """Only these; all if not given."""
+
+
+QUICK = Arguments(quick=True, out=Path("runs/quick/vision_models"), models=("clip", "llava"))
 
 
 def models() -> dict[str, PreTrainedModel]:
@@ -140,13 +155,15 @@ def llava_outputs(model: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def main(out: Path) -> None:
+def main(args: Arguments) -> None:
     for name, model in models().items():
+        if args.models and name not in args.models:
+            continue
         torch.manual_seed(sum(map(ord, name)))
         model = model.float().eval()
         model.set_attn_implementation("eager")
         randomise(model)
-        folder = out / name
+        folder = args.out / name
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
@@ -161,6 +178,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures/vision_models"))
-    main(parser.parse_args().out)
+    main(arguments(QUICK))

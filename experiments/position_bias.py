@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
+from command import Command, arguments
 
 from jaxcompress.checkpoints import load_tower
 from jaxcompress.embedded import load_embedded_vision
@@ -32,7 +32,7 @@ from jaxcompress.vision.uniformity import end_bias, gap, heat, position_bias
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Draws heat maps of kept tokens by place; prints how far they are from even."""
 
     out: Path = Path("docs/position_bias.png")
@@ -45,6 +45,9 @@ class Arguments:
     """A folder of pictures for it."""
     shuffles: int = 16
     """Random orders of each photograph."""
+
+
+QUICK = Arguments(quick=True, out=Path("runs/quick/position_bias.png"), pictures=2)
 
 
 def shuffled_pixels(pixels: np.ndarray, patch: int, rng: np.random.Generator) -> np.ndarray:
@@ -96,17 +99,18 @@ def embedded(args: Arguments) -> dict[str, np.ndarray]:
     grid = (tower.grid, tower.grid)
     asked = exam(tokenizer, loaded.processor(), model, pictures=args.pictures, each=2)
     mixed = asked._replace(pixels=shuffled_pixels(asked.pixels, tower.patch_size, np.random.default_rng(0)))
+    straight, shuffled = (Examiner(model, one, runs=1) for one in (asked, mixed))
     word = named("fastv", args.kept)
     cases = {
-        "random": (Method("random", chosen(anew, args.kept), lambda config: args.kept), asked),
-        "class token": (named("fastervlm", args.kept), asked),
-        "class token, patches shuffled": (named("fastervlm", args.kept), mixed),
-        "last word": (word, asked),
-        "last word, order shuffled": (word._replace(encode=shuffled_order), asked),
+        "random": (Method("random", chosen(anew, args.kept), lambda config: args.kept), straight),
+        "class token": (named("fastervlm", args.kept), straight),
+        "class token, patches shuffled": (named("fastervlm", args.kept), shuffled),
+        "last word": (word, straight),
+        "last word, order shuffled": (word._replace(encode=shuffled_order), straight),
     }
     out = {}
-    for name, (method, given) in cases.items():
-        kept = jnp.asarray(Examiner(model, given, runs=1)(method).kept)
+    for name, (method, examiner) in cases.items():
+        kept = jnp.asarray(examiner(method).kept)
         out[name] = tell(name, kept, grid)
     return out
 
@@ -130,10 +134,11 @@ def photographs(args: Arguments) -> dict[str, np.ndarray]:
 
 
 def main(args: Arguments) -> None:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     maps = embedded(args) if args.tower is None else photographs(args)
     what = "drawings" if args.tower is None else "photographs"
     draw_heat(maps, args.out, f"How often each place is among the {args.kept} kept, over {what}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
+from command import Command, arguments
+from sentences import write_sentences
 
 from jaxcompress import embedded
 from jaxcompress.embedded.corpus import held_out
@@ -31,11 +32,11 @@ ROWS = 8
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Measures the shipped compressor and its peers."""
 
     data: Path | None = None
-    """JSON lines with "sentence" and "compression"; the last `--held-out` lines are used."""
+    """JSON lines with "sentence" and "compression"; the last `--held-out` lines are used. `--quick` makes some up."""
     held_out: int = 500
     rates: tuple[float, ...] = (1.0, 0.8, 0.65, 0.5, 0.35, 0.2)
     contexts: int = 32
@@ -49,6 +50,9 @@ class Arguments:
     """Prefix of the held-out documents' names."""
     out: Path | None = None
     """JSON."""
+
+
+QUICK = Arguments(quick=True, held_out=8, contexts=2, words=40, tokens=16, rates=(1.0, 0.5), seeds=1)
 
 
 def scorers(reader: Reader) -> dict[str, Scorer]:
@@ -86,17 +90,17 @@ def agreement(data: Path, last: int, chosen: Mapping[str, Scorer], seeds: int) -
     return table | {"random": float(np.mean(random))}
 
 
-def places(arguments: Arguments) -> list[tuple[str, str]]:
+def places(args: Arguments) -> list[tuple[str, str]]:
     """(context, continuation) of held-out documents, evenly spread."""
     found = []
-    for document in held_out(arguments.kind):
+    for document in held_out(args.kind):
         words = words_of(document.text)
-        step = arguments.words + 120
+        step = args.words + 120
         for at in range(0, len(words) - step, step):
-            middle = words[at + arguments.words].start
+            middle = words[at + args.words].start
             context = document.text[words[at].start : middle].rstrip() + "\n"
             found.append((context, document.text[middle : words[at + step].start]))
-    chosen = np.linspace(0, len(found) - 1, min(arguments.contexts, len(found))).astype(int)
+    chosen = np.linspace(0, len(found) - 1, min(args.contexts, len(found))).astype(int)
     return [found[at] for at in chosen]
 
 
@@ -115,19 +119,20 @@ def continuation_losses(reader: Reader, contexts: list[str], rests: list[np.ndar
     return float(np.concatenate(losses).mean())
 
 
-def main(arguments: Arguments) -> None:
+def main(args: Arguments) -> None:
     model, tokenizer = embedded.load_embedded()
     scoring = Reader(model, tokenizer, slots=256, segment=64)
     judge = Reader(model, tokenizer, Full(), slots=1024, segment=128)
     chosen = scorers(scoring)
     result: dict[str, object] = {}
-    if arguments.data is not None:
-        table = agreement(arguments.data, arguments.held_out, chosen, arguments.seeds)
+    data = write_sentences(Path("runs/quick/sentences.jsonl")) if args.data is None and args.quick else args.data
+    if data is not None:
+        table = agreement(data, args.held_out, chosen, args.seeds)
         result["f1"] = table
         for name, value in sorted(table.items(), key=lambda row: -row[1]):
             print(f"{name:22}{value:8.3f}", flush=True)
-    pieces = places(arguments)
-    rests = [tokenizer.encode_with_places(rest)[0][: arguments.tokens] for _, rest in pieces]
+    pieces = places(args)
+    rests = [tokenizer.encode_with_places(rest)[0][: args.tokens] for _, rest in pieces]
     measured: dict[str, float] = {}
 
     def loss(contexts: list[str]) -> float:
@@ -136,21 +141,21 @@ def main(arguments: Arguments) -> None:
             measured[key] = continuation_losses(judge, contexts, rests)
         return measured[key]
 
-    print(f"{len(pieces)} contexts of {arguments.words} words; without any context {loss([''] * len(pieces)):.3f} nats")
-    print(f"{'rate':22}" + "".join(f"{rate:8.2f}" for rate in arguments.rates))
+    print(f"{len(pieces)} contexts of {args.words} words; without any context {loss([''] * len(pieces)):.3f} nats")
+    print(f"{'rate':22}" + "".join(f"{rate:8.2f}" for rate in args.rates))
     losses: dict[str, list[float]] = {}
-    for name, scorer in (chosen | {f"random {seed}": random_words(seed) for seed in range(arguments.seeds)}).items():
+    for name, scorer in (chosen | {f"random {seed}": random_words(seed) for seed in range(args.seeds)}).items():
         scored = [scorer(context) for context, _ in pieces]
-        losses[name] = [loss([keep(one, rate=rate).text + "\n" for one in scored]) for rate in arguments.rates]
+        losses[name] = [loss([keep(one, rate=rate).text + "\n" for one in scored]) for rate in args.rates]
         if not name.startswith("random"):
             print(f"{name:22}" + "".join(f"{value:8.3f}" for value in losses[name]), flush=True)
-    random = np.mean([losses.pop(f"random {seed}") for seed in range(arguments.seeds)], axis=0)
+    random = np.mean([losses.pop(f"random {seed}") for seed in range(args.seeds)], axis=0)
     losses["random"] = random.tolist()
     print(f"{'random':22}" + "".join(f"{value:8.3f}" for value in random))
-    if arguments.out is not None:
-        result |= dict(rates=arguments.rates, losses=losses, without_context=loss([""] * len(pieces)))
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    if args.out is not None:
+        result |= dict(rates=args.rates, losses=losses, without_context=loss([""] * len(pieces)))
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import tyro
+from command import Command, arguments
 from matplotlib.figure import Figure
 
 from jaxcompress.embedded import load_embedded_vision
@@ -24,7 +24,7 @@ from jaxcompress.vision.encoders import by_chance, chosen
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Draws accuracy over tokens kept, and over FLOPs."""
 
     out: Path = Path("docs/random_against_designed.png")
@@ -34,7 +34,18 @@ class Arguments:
     seeds: int = 3
 
 
+QUICK = Arguments(
+    quick=True,
+    out=Path("runs/quick/random_against_designed.png"),
+    tokens=(16,),
+    methods=("fastervlm", "fastv"),
+    pictures=2,
+    seeds=1,
+)
+
+
 def main(args: Arguments) -> None:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     loaded, tokenizer = load_embedded_vision()
     asked = exam(tokenizer, loaded.processor(), loaded.model, pictures=args.pictures)
     examiner = Examiner(loaded.model, asked)
@@ -84,4 +95,4 @@ def draw(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
+from command import Command, arguments
 from flax import nnx
 
 import jaxcompress as jc
@@ -37,17 +37,28 @@ from jaxcompress.models.rope import rotate
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Prints the ratios as JSON lines."""
 
     slots: int = 128
     prompt: int = 2048
     long: int = 100_000
     """Where the second point of `flat` lies, in tokens."""
+    batches: tuple[int, ...] = (1, 8)
+    """Rows of `step`."""
+    steps: int = 256
+    """Timed steps of `step`."""
+    widths: tuple[int, ...] = (256, 512)
+    """Of the models of random weights that `read` takes beside the embedded one."""
+    starts: int = 3
+    """Timed starts of the program; one before them fills the cache."""
     repeats: int = 7
     parts: tuple[str, ...] = ("step", "flat", "read", "start")
     out: Path | None = None
     """Also write the results here (JSON)."""
+
+
+QUICK = Arguments(quick=True, slots=16, prompt=64, long=7000, batches=(2,), steps=24, repeats=1, widths=(), starts=1)
 
 
 def decoder_of_width(width: int) -> Decoder:
@@ -87,7 +98,7 @@ def decode_plain(model: Decoder, steps: int, slots: int, batch: int):
     """The same with a ring of fixed slots that are overwritten in turn: no scores, no eviction."""
     config = model.config
     ring = jnp.zeros((2, config.num_layers, batch, config.num_kv_heads, slots, config.head_dim))
-    everything, present = jnp.ones((batch, 1, slots), bool), jnp.ones(batch, bool)
+    everything, present = jnp.ones((1, 1, 1, slots), bool), jnp.ones(batch, bool)
 
     def step(loop, now):
         keys, values, token = loop
@@ -111,8 +122,8 @@ def decode_plain(model: Decoder, steps: int, slots: int, batch: int):
 
 
 def measure_step(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
-    rows, steps, tova = [], 256, jc.named("tova")
-    for batch in (1, 8):
+    rows, steps, tova = [], args.steps, jc.named("tova")
+    for batch in args.batches:
         for slots in (args.slots, 8 * args.slots):
             state, _ = decode(model, jc.init_state(model.config, tova, slots, batch=batch), tova, slots + 8)  # full
             seconds = in_turn(
@@ -198,10 +209,10 @@ def measure_read(models: dict[str, Decoder], args: Arguments) -> list[dict[str, 
     return rows
 
 
-def measure_start() -> list[dict[str, Any]]:
+def measure_start(args: Arguments) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "jaxcompress.cli", "generate", "--prompt", "def main(", "--steps", "16"]
     seconds = []
-    for _ in range(4):
+    for _ in range(args.starts + 1):
         begun = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
@@ -219,10 +230,10 @@ def main(args: Arguments) -> None:
         elif part == "flat":
             rows += measure_flat(embedded, args)
         elif part == "read":
-            wider = {f"6 layers, width {width}": decoder_of_width(width) for width in (256, 512)}
+            wider = {f"6 layers, width {width}": decoder_of_width(width) for width in args.widths}
             rows += measure_read({"embedded (4 layers, width 192)": embedded, **wider}, args)
         elif part == "start":
-            rows += measure_start()
+            rows += measure_start(args)
         else:
             raise SystemExit(f"unknown part {part!r}; known: step, flat, read, start")
         for row in rows:
@@ -233,4 +244,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

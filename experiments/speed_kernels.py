@@ -1,7 +1,7 @@
 """Kernels on the device at hand: first whether they are right, then how fast they are beside what else there is.
 
     python experiments/speed_kernels.py            # on a TPU or a GPU; some minutes
-    python experiments/speed_kernels.py --dry      # anywhere: tiny shapes, interpreted; its numbers mean nothing
+    python experiments/speed_kernels.py --quick    # anywhere: tiny shapes, interpreted; its numbers mean nothing
 
   right     every kernel that the device can run, against float64 or against the recurrence; one that is wrong is not
             timed, and the exit code is 1
@@ -36,7 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
+from command import Command, arguments
 
 from jaxcompress import policies
 from jaxcompress.attention import call_of, slot_step
@@ -47,11 +47,9 @@ from jaxcompress.storage import Stored, load, store, zeros
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Prints tables in markdown."""
 
-    dry: bool = False
-    """Run everything once, tiny and interpreted where kernels cannot run here."""
     minutes: float = 7.5
     """Stop beginning new rows after so many."""
     slots: tuple[int, ...] = (128, 512, 2048, 8192)
@@ -62,6 +60,9 @@ class Arguments:
     repeats: int = 7
     out: Path | None = None
     """Also write the results here (JSON)."""
+
+
+QUICK = Arguments(quick=True, slots=(16, 40), rows=(1, 2))
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,18 @@ def bench(args: Arguments) -> Bench:
     where, kind = contract.device()
     able = [name for name in ("gpu", "tpu") if contract.load(name).runs_on(where, kind)]
     until = time.monotonic() + 60 * args.minutes
-    if args.dry:
+    if args.quick:
         interpreter = "gpu-interpret" if jax.__version_info__ >= (0, 11) else "tpu-interpret"
         return Bench(able[0] if able else interpreter, 2, 128, args.group, 0, 2**20, 2, 1, until)
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 8 * 2**30)
     return Bench(able[0] if able else None, 8, 128, args.group, 4 * 2**26, memory // 3, 64, args.repeats, until)
+
+
+def allocated(on: Bench, capacity: int, dtype: str) -> int:
+    """Slots of a state of so many tokens and the one that comes in, as the kernels take them: on a TPU in whole groups
+    of rows."""
+    together = contract.load("tpu").group_rows(dtype) if (on.name or "").startswith("tpu") else 1
+    return -(-(capacity + 1) // together) * together
 
 
 def late(on: Bench) -> bool:
@@ -293,7 +301,7 @@ def time_step(on: Bench, slots: int, rows: int, dtype: str, copy: float) -> dict
 def step_error(on: Bench, dtype: str) -> tuple[float, float]:
     """Largest error of output and mass of the kernel's step, against float64; over that of the jnp path, at least one
     rounding of the output."""
-    rows, slots, layers = 3, 65, 2
+    rows, slots, layers = 3, allocated(on, 64, dtype), 2
     stored, (q, new) = a_state(on, slots, rows, dtype, layers), a_token(on, rows, dtype)
     index = jnp.array([3, 64, slots], jnp.int32)[:, None, None]
     visible = (jax.random.uniform(jax.random.key(5), (rows, 1, 1, slots)) < 0.8) | (jnp.arange(slots) == index[:, None])
@@ -320,8 +328,8 @@ def step_error(on: Bench, dtype: str) -> tuple[float, float]:
 
 def a_segment(on: Bench, policy: policies.Policy, slots: int, rows: int, tokens: int) -> tuple[Any, ...]:
     state = empty(
-        layers=range(1), batch=rows, heads=on.heads, sets=on.heads, capacity=slots, slots=slots + 1,
-        head_dim=on.width, dtype="bfloat16",
+        layers=range(1), batch=rows, heads=on.heads, sets=on.heads, capacity=slots,
+        slots=allocated(on, slots, "bfloat16"), head_dim=on.width, dtype="bfloat16",
     )  # fmt: skip
     state = with_numbers(state, jax.ShapeDtypeStruct((rows, on.heads, 1), jnp.float32), ())
     draw = lambda seed, heads: jax.random.normal(jax.random.key(seed), (rows, tokens, heads, on.width), jnp.bfloat16)
@@ -344,7 +352,8 @@ def same_tokens(on: Bench, policy: policies.Policy, slots: int, tokens: int, chu
         reader(policy, backend, chunk)(*args) for backend in (on.name, "jnp")
     )
     ours_held, theirs_held = (np.asarray(x.positions[0]) for x in (state, then))
-    pairs = zip(ours_held.reshape(-1, slots + 1), theirs_held.reshape(-1, slots + 1), strict=True)
+    flat = lambda held: held.reshape(-1, held.shape[-1])
+    pairs = zip(flat(ours_held), flat(theirs_held), strict=True)
     both = np.mean([len(np.intersect1d(a[a >= 0], b[b >= 0])) / max((b >= 0).sum(), 1) for a, b in pairs])
     differs = (np.asarray(freed) != np.asarray(freed_then)).any((1, 2, 3))
     until = int(np.argmax(differs)) * chunk if differs.any() else tokens
@@ -391,16 +400,17 @@ def shown(name: str, value: Any) -> str:
 
 def main(args: Arguments) -> int:
     on = bench(args)
-    slots, batches = ((16, 40), (1, 2)) if args.dry else (args.slots, args.rows)
+    slots, batches = args.slots, args.rows
     versions = {name: version(name) for name in ("jax", "jaxlib", "torch", "jaxcompress")}
     where, kind = contract.device()
     about = (
-        dict(device=kind, platform=where, backend=on.name, python=platform.python_version(), dry=args.dry) | versions
+        dict(device=kind, platform=where, backend=on.name, python=platform.python_version(), quick=args.quick)
+        | versions
     )
     about["date"] = time.strftime("%Y-%m-%d")
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    if args.dry:
-        print("A dry run: it shows that this script works here. No number below means anything.")
+    if args.quick:
+        print("A quick run: it shows that this script works here. No number below means anything.")
     results: dict[str, Any] = dict(about=about, left_out=[])
 
     wrong = []
@@ -416,7 +426,7 @@ def main(args: Arguments) -> int:
             if why:
                 print(f"{op}: declined, {why}")
                 continue
-            share, gap = same_tokens(on, policy, 16, 24 if args.dry else 256, chunk)
+            share, gap = same_tokens(on, policy, 16, 24 if args.quick else 256, chunk)
             ok = share > 0.9 and gap < 0.1
             print(
                 f"{op}: keeps {share:.1%} of what jnp keeps, outputs within {gap:.3g} -> {'right' if ok else 'WRONG'}"
@@ -435,7 +445,7 @@ def main(args: Arguments) -> int:
                 if f"step {dtype}" in wrong or late(on):
                     results["left_out"].append(f"step {dtype} {c} slots {b} rows")
                     continue
-                row = time_step(on, c + 1, b, dtype, copy)
+                row = time_step(on, allocated(on, c, dtype), b, dtype, copy)
                 if row is None:
                     results["left_out"].append(f"step {dtype} {c} slots {b} rows: memory")
                     continue
@@ -446,9 +456,9 @@ def main(args: Arguments) -> int:
 
     for op, policy, chunk in (("segment", SEGMENT, 1), ("block", BLOCK, 0)):
         done = []
-        for c in (16,) if args.dry else (64, 128, 256):
-            for b in (1,) if args.dry else (1, 16):
-                tokens = 24 if args.dry else 1024
+        for c in (16,) if args.quick else (64, 128, 256):
+            for b in (1,) if args.quick else (1, 16):
+                tokens = 24 if args.quick else 1024
                 if op in wrong or late(on) or (why := declined(on, op, policy, c)):
                     results["left_out"].append(
                         f"{op} {c} slots {b} rows" + (f": {why}" if op not in wrong and not late(on) else "")
@@ -477,7 +487,9 @@ def declined(on: Bench, op: Any, policy: policies.Policy, slots: int) -> str | N
     if on.name is None:
         return "no kernel runs here"
     rule = policy.rule(slots)
-    call = contract.Call(2, on.heads, on.group, slots + 1, on.width, on.heads, 24, "bfloat16", "bfloat16", rule)
+    call = contract.Call(
+        2, on.heads, on.group, allocated(on, slots, "bfloat16"), on.width, on.heads, 24, "bfloat16", "bfloat16", rule
+    )
     return contract.load(on.name).declines(op, call)
 
 
@@ -489,4 +501,4 @@ def version(name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(tyro.cli(Arguments)))
+    raise SystemExit(main(arguments(QUICK)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import tyro
+from command import Command, arguments
 from speed_decode import decode, decode_plain, decoder_of_width, in_turn
 
 import jaxcompress as jc
@@ -30,7 +30,7 @@ POLICIES = (
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Prints a line per policy."""
 
     policies: tuple[str, ...] = POLICIES
@@ -42,6 +42,9 @@ class Arguments:
     repeats: int = 5
     out: Path | None = None
     """Also write the results here (JSON)."""
+
+
+QUICK = Arguments(quick=True, policies=("tova", "h2o"), slots=16, width=64, steps=24, repeats=1)
 
 
 def main(args: Arguments) -> None:
@@ -67,4 +70,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

@@ -25,9 +25,11 @@ from typing import Annotated, Any
 
 import jax
 import tyro
+from command import Command, arguments, need
 from flax import nnx
 
 from jaxcompress.checkpoints import save_encoder
+from jaxcompress.embedded import compressor_folder
 from jaxcompress.embedded.corpus import documents
 from jaxcompress.models.encoder import Encoder, EncoderConfig
 from jaxcompress.prompt import Compressor, OfficialCompressor
@@ -36,7 +38,7 @@ _TOKENS = re.compile(r"\w{1,4}|\W")
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Prints tokens per second and ratios, medians."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -48,8 +50,13 @@ class Arguments:
     rate: float = 0.5
     width: int | None = None
     layers: int = 6
+    package: bool = True
+    """The published package too, not only this library's two ways."""
     dtype: str | None = None
     """Of weights and products here, `bfloat16` for instance; the package's stay float32."""
+
+
+QUICK = Arguments(quick=True, folders=(compressor_folder(),), words=40, batches=(1, 2), repeats=1, package=False)
 
 
 def main(args: Arguments) -> None:
@@ -57,7 +64,7 @@ def main(args: Arguments) -> None:
     words = " ".join(d.text for d in documents() if d.name.startswith("topics/")).split(" ")
     print(f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {args.words:,} words each, rate {args.rate}")
     for folder in folders:
-        theirs = _package(folder)
+        theirs = _package(folder) if args.package else None
         for batch in args.batches:
             prompts = [" ".join(words[n * args.words : (n + 1) * args.words]) for n in range(batch)]
             compare(folder, theirs, prompts, args)
@@ -67,14 +74,12 @@ def compare(folder: Path, theirs: Any, prompts: list[str], args: Arguments) -> N
     """The package, its algorithm here, and the default here, in turn over the same prompts."""
     compressor = Compressor.load(folder, dtype=args.dtype)
     ours = OfficialCompressor(compressor.encoder, compressor.tokenizer, _count)
-    runs: dict[str, Callable[[], Any]] = {
-        "package": lambda: theirs.compress_prompt_llmlingua2(prompts, rate=args.rate),
+    package = {} if theirs is None else dict(package=lambda: theirs.compress_prompt_llmlingua2(prompts, rate=args.rate))
+    runs: dict[str, Callable[[], Any]] = package | {
         "official": lambda: ours.compress(prompts, rate=args.rate),
         "exact": lambda: compressor.compress(prompts, rate=args.rate),
     }
-    outputs = runs["package"](), runs["official"]().output
-    same = sum(a == b for a, b in zip(*(x["compressed_prompt_list"] for x in outputs), strict=True))
-    runs["exact"]()  # compiled before it is timed
+    first = {name: run() for name, run in runs.items()}  # compiled before it is timed
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(args.repeats):
         for name, run in runs.items():
@@ -83,16 +88,18 @@ def compare(folder: Path, theirs: Any, prompts: list[str], args: Arguments) -> N
             seconds[name].append(time.perf_counter() - start)
     tokens = sum(map(compressor.tokenizer.count, prompts))
     speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
-    print(
-        f"{folder.name:44} batch {len(prompts):2} ({tokens:,} tokens, {same}/{len(prompts)} texts the same): "
-        + ", ".join(f"{name} {value:,.0f} tok/s" for name, value in speed.items())
-        + f"; official / package {speed['official'] / speed['package']:.2f}"
-        + f", exact / package {speed['exact'] / speed['package']:.2f}",
-        flush=True,
-    )
+    told = ", ".join(f"{name} {value:,.0f} tok/s" for name, value in speed.items())
+    if theirs is not None:
+        outputs = first["package"], first["official"].output
+        same = sum(a == b for a, b in zip(*(x["compressed_prompt_list"] for x in outputs), strict=True))
+        told += f"; {same}/{len(prompts)} texts the same" + "".join(
+            f", {name} / package {speed[name] / speed['package']:.2f}" for name in ("official", "exact")
+        )
+    print(f"{folder.name:44} batch {len(prompts):2} ({tokens:,} tokens): {told}", flush=True)
 
 
 def _package(folder: Path) -> Any:
+    need("llmlingua", "tiktoken", "torch", install="pip install torch==2.13.0 llmlingua==0.2.2 accelerate")
     tiktoken: Any = importlib.import_module("tiktoken")
     tiktoken.encoding_for_model = lambda name: SimpleNamespace(encode=_TOKENS.findall)
     package = importlib.import_module("llmlingua").PromptCompressor
@@ -117,4 +124,4 @@ def _wide(args: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

@@ -15,12 +15,12 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
+from command import Command, arguments
 from speed_decode import decoder_of_width, in_turn
 
 import jaxcompress as jc
@@ -32,9 +32,11 @@ from jaxcompress.parallel import advance_parallel
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import advance_rematerialised, bounded_value_and_grad
 
+Form = Literal["parallel", "rematerialised"]
+
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Prints the ratios as JSON lines."""
 
     policies: tuple[str, ...] = ("tova", "h2o-layer", "window+4", "snapkv+16/every16")
@@ -49,8 +51,26 @@ class Arguments:
     beside: bool = True
     """Also `jax.nn.dot_product_attention`, which holds all probabilities at once."""
     memory: bool = True
+    forms: tuple[Form, ...] = ("parallel", "rematerialised")
+    reaches: tuple[int, ...] = (1, 2)
+    """Segments over which the gradient goes back, beside all of them; of these `time` takes the first."""
     out: Path | None = None
     """Also write the results here (JSON)."""
+
+
+QUICK = Arguments(
+    quick=True,
+    policies=("tova",),
+    lengths=(64,),
+    slots=16,
+    segment=32,
+    tokens=64,
+    width=64,
+    repeats=1,
+    beside=False,
+    forms=("parallel",),
+    reaches=(),
+)
 
 
 @partial(jax.jit, static_argnames="library")
@@ -79,7 +99,7 @@ def bounded(model: Decoder, tokens: jax.Array, *, policy: jc.Policy, **how: Any)
     return bounded_value_and_grad(model, tokens, weights, policy=policy, **how)
 
 
-FORMS = {"parallel": advance_parallel, "rematerialised": advance_rematerialised}
+FORMS: dict[Form, Any] = {"parallel": advance_parallel, "rematerialised": advance_rematerialised}
 
 
 def measure_time(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
@@ -90,9 +110,11 @@ def measure_time(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
         for name in args.policies:
             how: dict[str, Any] = dict(policy=named(name), slots=args.slots, segment=args.segment)
             runs = {
-                f"{form}, {reach or 'whole'}": partial(bounded, model, tokens, reach=reach, recurrence=function, **how)
-                for form, function in FORMS.items()
-                for reach in (1, None)
+                f"{form}, {reach or 'whole'}": partial(
+                    bounded, model, tokens, reach=reach, recurrence=FORMS[form], **how
+                )
+                for form in args.forms
+                for reach in (*args.reaches[:1], None)
             }
             plain = dict(full=partial(full, model, tokens))
             if args.beside:
@@ -108,8 +130,8 @@ def measure_time(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
 
 def measure_memory(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
     rows, policy = [], named("tova")
-    for form, function in FORMS.items():
-        for reach in (1, 2, None):
+    for form in args.forms:
+        for reach in (*args.reaches, None):
             sizes = []
             for length in (args.segment * 2, args.segment * 16):
                 tokens = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
@@ -120,7 +142,7 @@ def measure_memory(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
                     slots=args.slots,
                     segment=args.segment,
                     reach=reach,
-                    recurrence=function,
+                    recurrence=FORMS[form],
                 ).compile()
                 analysis: Any = program.memory_analysis()
                 sizes.append(analysis.temp_size_in_bytes)
@@ -141,4 +163,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

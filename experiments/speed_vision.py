@@ -5,21 +5,22 @@
 A random model in the shape of LLaVA-1.5 (32 layers, 576 patches), narrow enough for a laptop. Figures depend on shapes
 only, not on weights. FLOPs are the compiler's count (`cost_analysis`) of every layer at the length that it sees, and of
 what decides and moves tokens between them; layer by layer, since that count takes the body of a loop once. Time is the
-median of whole prefills, one method after the other in every round; ratios are to all 576.
+median of whole prefills, one method after the other in every round; ratios are to all patches.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from command import Command, arguments
 from flax import nnx
 
 from jaxcompress.attention import Shown, causal_attention
@@ -39,8 +40,27 @@ PROGRESSIVE = ("mustdrop", "sparsevlm", "sparsevlm+", "fitprune")
 """Methods that drop in several layers: their number is the mean over layers, as their papers count."""
 
 
-def shape(layers: int, width: int) -> LlavaConfig:
-    tower = TowerConfig(64, 128, 24, 4, 96, 4, pre_norm=True)  # 24 x 24 patches; not run here
+@dataclass(frozen=True)
+class Arguments(Command):
+    """Prints a line per method."""
+
+    keep: int = 64
+    methods: tuple[str, ...] = ("grid", "fastv", "mustdrop")
+    """Those that cannot have so few are left out, and it is said why."""
+    layers: int = 32
+    width: int = 256
+    side: int = 24
+    """Patches of a side of the picture."""
+    runs: int = 5
+    out: Path | None = None
+    """Also write the results here (JSON)."""
+
+
+QUICK = Arguments(quick=True, keep=9, methods=("fastv", "sparsevlm+"), layers=4, width=32, side=8, runs=1)
+
+
+def shape(layers: int, width: int, side: int) -> LlavaConfig:
+    tower = TowerConfig(64, 128, 24, 4, 4 * side, 4, pre_norm=True)  # not run here
     decoder = DecoderConfig(1000, width, width * 43 // 16 // 8 * 8, layers, width // 32, width // 32, 32)
     return LlavaConfig(tower, decoder, image_token=999, feature_layers=23)
 
@@ -108,21 +128,22 @@ def prefill(model: Decoder, block: Block, config: LlavaConfig, method: Method) -
     return read_block(model, block, state, Full(), stages=stages(given, cuts))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=int, default=64)
-    parser.add_argument("--methods", nargs="+", default=["grid", "fastv", "sparsevlm+", "mustdrop"])
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    config = shape(options.layers, options.width)
-    model = Decoder(config.decoder, rngs=nnx.Rngs(0))
+def chosen(options: Arguments, config: LlavaConfig) -> dict[str, Method]:
+    """All patches, and the methods by name; those that cannot have so few are left out."""
     methods = {"full": named("full")}
     for name in options.methods:
-        average = name in PROGRESSIVE
-        methods[name] = named_for_average(name, options.keep, config) if average else named(name, options.keep)
+        try:
+            average = name in PROGRESSIVE
+            methods[name] = named_for_average(name, options.keep, config) if average else named(name, options.keep)
+        except ValueError as error:
+            print(f"{name} is left out: {error}", flush=True)
+    return methods
+
+
+def main(options: Arguments) -> None:
+    config = shape(options.layers, options.width, options.side)
+    model = Decoder(config.decoder, rngs=nnx.Rngs(0))
+    methods = chosen(options, config)
     blocks, took = {}, {name: [] for name in methods}
     for name, method in methods.items():
         visual = method.counts(config)[0]
@@ -142,7 +163,8 @@ def main() -> None:
         rows.append(dict(method=name, last=counts[-1], mean=method.average(config), flops=flops(model, config, method),
                          kv_bytes=held, seconds=seconds))  # fmt: skip
     whole = rows[0]
-    print(f"{options.layers} layers, width {options.width}, {BEFORE + AFTER} words, 576 patches, {jax.devices()[0]}")
+    words = f"{BEFORE + AFTER} words, {options.side**2} patches"
+    print(f"{options.layers} layers, width {options.width}, {words}, {jax.devices()[0]}")
     print(
         f"{'method':<14}{'last':>6}{'mean':>8}{'GFLOPs':>9}{'saved':>8}{'ms':>9}{'saved':>8}{'KV MiB':>9}{'saved':>8}"
     )
@@ -158,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments(QUICK))

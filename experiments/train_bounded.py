@@ -44,14 +44,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
-from train_embedded import SAMPLED, Batches, Stage
+from command import Command, arguments
+from train_embedded import SAMPLED, Batches, Stage, training_texts
 
 import jaxcompress as jc
 from jaxcompress import embedded
 from jaxcompress.attention import causal_attention
 from jaxcompress.checkpoints import SavedPolicy, save, save_policy
-from jaxcompress.embedded.corpus import documents, held_out
+from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation.operations import matmul_flops
 from jaxcompress.evaluation.perplexity import perplexity
 from jaxcompress.evaluation.recall import Recall, answers, exam, wording
@@ -69,7 +69,7 @@ from jaxcompress.training.trainer import init_train_state, make_step
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Trains and measures; a run that was stopped goes on with what is missing."""
 
     methods: tuple[str, ...] = (
@@ -98,15 +98,37 @@ class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2)
     tasks: int = 16
     """Held-out rows, the same for all."""
+    questions: int = 8
+    """Of each of them, about as many facts."""
     model: Path | None = None
     """Where training starts, a folder with a tokenizer; the model that ships if not given."""
     texts: Path | None = None
     """A folder of text files, on which the loss is measured too."""
+    characters: int | None = None
+    """Train only on documents up to so many characters in all."""
     out: Path = Path("runs/bounded")
 
 
-def training_rows(tokenizer: jc.Tokenizer, seed: int) -> Batches:
-    texts = [d.text for d in documents() if not d.held_out]
+QUICK = Arguments(
+    quick=True,
+    context=128,
+    steps=2,
+    rows=1,
+    segment=64,
+    turns=(8,),
+    fractions=(8,),
+    methods=("untrained", "tova"),
+    seeds=(0,),
+    tasks=1,
+    questions=2,
+    characters=20_000,
+    watched=1,
+    out=Path("runs/quick/bounded"),
+)
+
+
+def training_rows(tokenizer: jc.Tokenizer, seed: int, args: Arguments) -> Batches:
+    texts = training_texts(args.characters)
     order = np.random.default_rng(seed).permutation(len(texts))
     encode = lambda text: tokenizer.encode(text, add_bos=False).tolist()
     bos: Any = tokenizer.bos_id
@@ -118,7 +140,16 @@ def held_out_rows(tokenizer: jc.Tokenizer, args: Arguments) -> list[Recall]:
     encode = lambda text: tokenizer.encode(text, add_bos=False)
     text = np.concatenate([encode(document.text) for document in held_out()])
     words = wording(tokenizer.vocabulary(), lambda text: encode(text).tolist())
-    return exam(text, words, rows=args.tasks, length=args.context, seed=7, bos=tokenizer.bos_id)
+    return exam(
+        text,
+        words,
+        rows=args.tasks,
+        length=args.context,
+        notes=args.questions,
+        questions=args.questions,
+        seed=7,
+        bos=tokenizer.bos_id,
+    )
 
 
 Objectives = list[Callable[[Any, Batch, Any, Any], Any]]
@@ -329,7 +360,7 @@ def main(args: Arguments) -> None:
     texts = None if args.texts is None else text_rows(tokenizer, args.texts, args)
     unlearned = [named(name) for name in UNLEARNED]
     for seed in args.seeds:
-        batches = training_rows(tokenizer, seed)
+        batches = training_rows(tokenizer, seed, args)
         for method in args.methods:
             name = f"{method.replace('/', '_')}-{seed}"
             file, folder = args.out / f"{name}.json", args.out / name
@@ -383,4 +414,4 @@ def table(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

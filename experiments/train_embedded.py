@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
+from command import Command, arguments
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -66,7 +66,7 @@ SAMPLED = 96, 64  # queries of a row at which foresight looks: anywhere, and whe
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Trains the embedded model; writes checkpoints and a log under `out`."""
 
     out: Path = Path("runs/embedded")
@@ -77,6 +77,25 @@ class Arguments:
     stop_at: int | None = None
     """Export what there is after so many steps; the schedule stays that of the whole run."""
     stages: tuple[Stage, ...] = STAGES
+    characters: int | None = None
+    """Read only documents up to so many characters in all."""
+
+
+QUICK = Arguments(
+    quick=True,
+    out=Path("runs/quick/embedded"),
+    characters=20000,
+    stages=(Stage(1, 1, 192, 0.35), Stage(1, 1, 192, 0.4, foresight=0.1)),
+)
+
+
+def training_texts(characters: int | None = None) -> list[str]:
+    """Documents that are not held out; the first ones, up to so many characters in all."""
+    texts = [d.text for d in documents() if not d.held_out]
+    if characters is None:
+        return texts
+    ends = np.cumsum([len(text) for text in texts])
+    return texts[: int(np.searchsorted(ends, characters)) + 1]
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -194,7 +213,7 @@ def train_step(
 
 def main(args: Arguments) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    texts = [d.text for d in documents() if not d.held_out]
+    texts = training_texts(args.characters)
     if (args.out / "tokenizer.json").exists():
         tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
     else:
@@ -274,4 +293,4 @@ def export(model: Decoder, tokenizer: Tokenizer, args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

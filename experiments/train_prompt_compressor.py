@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
+from command import Command, arguments, stop
 from flax import nnx
+from sentences import write_sentences
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxcompress.checkpoints import save_encoder
@@ -55,11 +56,11 @@ POSITIONS = 128  # texts are read in chunks of at most so many tokens, which beg
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Trains the compressor; writes checkpoints, a log and the model folder under `out`."""
 
-    data: Path
-    """JSON lines with "sentence" and "compression"."""
+    data: Path | None = None
+    """JSON lines with "sentence" and "compression"; asked for, but with `--quick`, which makes some up."""
     out: Path = Path("runs/compressor")
     seed: int = 0
     vocabulary: int = 4096
@@ -75,6 +76,19 @@ class Arguments:
     """Of documentation and docstrings."""
     people: float = 0.65
     """Share of the rows whose labels are people's."""
+
+
+QUICK = Arguments(
+    quick=True,
+    out=Path("runs/quick/compressor"),
+    data=None,
+    vocabulary=400,
+    width=32,
+    layers=1,
+    stages=(Stage(2, 2, 32),),
+    held_out=4,
+    rule_characters=4_000,
+)
 
 
 def read_people(path: Path, held_out: int) -> tuple[list[Pair], list[Pair]]:
@@ -152,7 +166,10 @@ def export(model: Encoder, tokenizer: Tokenizer, folder: Path) -> None:
 
 def main(args: Arguments) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    train, held_out = read_people(args.data, args.held_out)
+    if args.data is None and not args.quick:
+        stop('give labelled sentences with --data (JSON lines with "sentence" and "compression")')
+    data = write_sentences(args.out / "sentences.jsonl") if args.data is None else args.data
+    train, held_out = read_people(data, args.held_out)
     people, report = label(train)
     print(f"people's: {report}", flush=True)
     pieces = prose(args.rule_characters, args.seed)
@@ -188,15 +205,15 @@ def main(args: Arguments) -> None:
             if int(state.step) >= end:
                 continue
             sources = [rows_of(examples, tokenizer, stage.length) for examples in (theirs, own)]
-            data = batches(*sources, shares=(args.people, 1 - args.people), batch=stage.rows, seed=args.seed)
+            rows = batches(*sources, shares=(args.people, 1 - args.people), batch=stage.rows, seed=args.seed)
             if where is not None and int(state.step) > begin:
-                data.set_state(where)
+                rows.set_state(where)
             print(
                 f"rows of {stage.length}: {len(sources[0])} of people's labels, {len(sources[1])} of ours", flush=True
             )
             with MetricsFile(args.out / "metrics.jsonl", after=int(state.step)) as lines:
                 log = [lines, tell]
-                state = fit(state, step, data, steps=end, checkpoints=checkpoints, save_every=50, log=log, bar=False)
+                state = fit(state, step, rows, steps=end, checkpoints=checkpoints, save_every=50, log=log, bar=False)
     export(state.params, tokenizer, args.out / "model")
     print("held-out people's labels:", evaluate(state.params, tests), flush=True)
 
@@ -218,4 +235,4 @@ def evaluate(model: Any, rows: Rows) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
+from command import Command, arguments
 from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -56,7 +56,7 @@ CONFIG = LlavaConfig(
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Trains the embedded vision-language model; writes checkpoints, a log and the model under `out`."""
 
     out: Path = Path("runs/vision")
@@ -68,6 +68,9 @@ class Arguments:
     """Highest learning rate."""
     seed: int = 0
     save_every: int = 100
+
+
+QUICK = Arguments(quick=True, out=Path("runs/quick/vision"), steps=(1, 1), rows=2)
 
 
 class Pictures(NamedTuple):
@@ -251,4 +254,4 @@ def export(model: Llava, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

@@ -7,10 +7,13 @@ Small cases of the functions on arrays, and small whole decoders; hidden inputs 
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
+from command import Command, arguments
 
 KEEP = (
     "tome/match_0[0-4]", "tome/match_1*", "tome/kth_*", "tome/parse_r", "mustdrop/stage1_pool_[0-356]",
@@ -22,11 +25,22 @@ KEEP = (
 UNUSED = ("attn_full", "_f64run", "cl0_in", "cl1_in", "cl2_in", "cl3_in")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures/vision"))
-    options = parser.parse_args()
+@dataclass(frozen=True)
+class Arguments(Command):
+    """Writes the trimmed files and says how large they are."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    out: Path = Path("tests/fixtures/vision")
+
+
+QUICK = Arguments(
+    quick=True,
+    folder=Path(__file__).parents[1] / "tests" / "fixtures" / "vision",
+    out=Path("runs/quick/vision_fixtures"),
+)
+
+
+def main(options: Arguments) -> None:
     total = 0
     for pattern in KEEP:
         for path in sorted(options.folder.glob(f"{pattern}.npz")):
@@ -40,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments(QUICK))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-import tyro
+from command import Command, arguments
 from matplotlib.figure import Figure
 
 from jaxcompress.embedded import load_embedded_vision
@@ -28,7 +28,7 @@ from jaxcompress.vision.uniformity import gap, spatial_evenness, temporal_evenne
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Command):
     """Draws uniformity in space against accuracy, and shares of a budget over the frames of a video."""
 
     out: Path = Path("docs/uniformity.png")
@@ -36,6 +36,18 @@ class Arguments:
     methods: tuple[str, ...] = ("random", "grid", "fastervlm", "visionzip", "fastv", "mustdrop")
     pictures: int = 48
     frames: int = 8
+    videos: int = 12
+
+
+QUICK = Arguments(
+    quick=True,
+    out=Path("runs/quick/uniformity.png"),
+    tokens=(16,),
+    methods=("random", "fastervlm"),
+    pictures=2,
+    frames=4,
+    videos=2,
+)
 
 
 def space(args: Arguments) -> list[tuple[str, int, float, float, float]]:
@@ -66,7 +78,7 @@ def video(args: Arguments) -> dict[str, np.ndarray]:
 
     masks: dict[str, list[np.ndarray]] = {"random": [], "class attention": [], "class attention, each frame": []}
     rng = np.random.default_rng(0)
-    for number in range(12):
+    for number in range(args.videos):
         drawing = draw(number, held_out=True)
         empty = np.where(drawing.owner[..., None] >= 0, np.median(drawing.pixels, axis=(0, 1)), drawing.pixels)
         light = np.linspace(-20, 20, args.frames)[:, None, None, None]
@@ -85,6 +97,7 @@ def video(args: Arguments) -> dict[str, np.ndarray]:
 
 
 def main(args: Arguments) -> None:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     points, shares = space(args), video(args)
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10.5, 4.0), layout="constrained")
@@ -106,4 +119,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(arguments(QUICK))

@@ -9,23 +9,40 @@ be equal; values may differ by 1e-4, those of a 32-layer FitPrune model by 5e-4.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
+from command import Command, arguments
 from vision_parity_models import MODELS
 
 from jaxcompress.vision import cdpruner, choose, dual_attention, fastv, fitprune, merging, sparsevlm, tome, windows
 from jaxcompress.vision.cdpruner import question_relevance
 
+
+@dataclass(frozen=True)
+class Arguments(Command):
+    """Prints the arrays that differ, and how many are equal by method; the exit code is 1 if any differs."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    only: str = ""
+    """Part of `method/file`."""
+    verbose: bool = False
+    """Every comparison."""
+
+
+QUICK = Arguments(
+    quick=True, folder=Path(__file__).parents[1] / "tests" / "fixtures" / "vision", only="tome/match_03", verbose=True
+)
 TOLERANCE = 1e-4
 Numbers = dict[str, np.ndarray]
 
@@ -272,13 +289,8 @@ def check(path: Path) -> list[tuple[str, bool, str]] | None:
     return case.found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="", help="part of `method/file`")
-    parser.add_argument("--verbose", action="store_true", help="every comparison")
-    options = parser.parse_args()
-    jax.config.update("jax_default_matmul_precision", "highest")
+@jax.default_matmul_precision("highest")
+def main(options: Arguments) -> int:
     files: dict[str, list[bool]] = defaultdict(list)
     numbers: dict[str, list[bool]] = defaultdict(list)
     weights, unknown, started = 0, [], time.monotonic()
@@ -312,4 +324,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(arguments(QUICK)))

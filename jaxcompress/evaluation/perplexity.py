@@ -131,7 +131,8 @@ def check_used(policy: Policy, state: State, tokens: int, prompt: int | None) ->
         if one.schedule.when == "once" and most is not None and most > need:
             raise ValueError(
                 f"policy {one.name} keeps {one.schedule.keep} tokens of the prompt and the {tokens - (prompt or 0)} "
-                f"after it, whatever its capacity: {most} slots mean nothing to it; give {need} slots, or another number to keep"
+                f"after it, whatever its capacity: {most} slots mean nothing to it; give {need} slots, or another "
+                "number to keep"
             )
 
 

@@ -1,0 +1,96 @@
+"""Every script of `experiments/` runs with `--quick`; one that needs what is not installed says so."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "experiments"
+PARTS = {"command", "sentences", "vision_parity_models"}  # imported by scripts, no programs
+SCRIPTS = sorted({path.stem for path in FOLDER.glob("*.py")} - PARTS)
+NEEDS = {  # a module that the tests do not install, and the command that does
+    "aot_gpu": ("nvidia", "make aot-gpu"),
+    "aot_kernels": ("libtpu", "make aot"),
+    "make_parity_fixtures": ("torch", 'pip install -e ".[parity]"'),
+    "make_sampling_fixtures": ("torch", 'pip install -e ".[parity]"'),
+    "make_vision_fixtures": ("torch", 'pip install -e ".[parity]"'),
+}
+SLOW = {"speed_kernels", "train_vision_demo"}  # interpreted kernels; two large gradients to compile
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """As `python experiments/NAME.py ...` in an empty folder, but in this process, which has imported much already."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(FOLDER)
+
+    def run(name: str, *given: str) -> Ran:
+        path = str(FOLDER / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, *given])
+        code: Any = 0
+        with mock.patch.dict(os.environ):
+            try:
+                runpy.run_path(path, run_name="__main__")
+            except SystemExit as end:
+                code = end.code or 0
+        return Ran(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SCRIPTS]
+)
+def test_quick(name: str, run: Run, tmp_path: Path) -> None:
+    module, command = NEEDS.get(name, (None, ""))
+    ran = run(name, "--quick")
+    if module is not None and find_spec(module) is None:
+        assert ran.code == 2
+        assert command in ran.err
+        assert ran.err.count("\n") == 1
+        return
+    assert ran.code == 0, ran.err
+    assert ran.out
+    assert {path.name for path in tmp_path.iterdir()} <= {"runs"}
+
+
+def test_other_arguments_beside_quick(run: Run) -> None:
+    assert "0 of 0" not in run("llmlingua2_parity", "--quick", "--most", "1").out
+
+
+def test_methods_that_cannot_keep_so_few_are_left_out(run: Run) -> None:
+    ran = run("speed_vision", "--quick", "--methods", "sparsevlm+", "fitprune")
+    assert ran.code == 0
+    assert ran.out.count("is left out: no final number of visual tokens has a mean of 9") == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("train_prompt_compressor", "--data"),
+        ("tune_kernels --backend gpu", "needs"),
+        ("tune_kernels", "needs"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(command: str, why: str, run: Run) -> None:
+    ran = run(*command.split())
+    assert ran.code == 2
+    assert why in ran.err
+    assert ran.err.count("\n") == 1
