@@ -1,6 +1,6 @@
 """reduce: what becomes of the tokens that are not kept: merged into what stays, or summarised beside it.
 
-    policy = with_reduce(tova(), merge_weighted())
+    policy = with_reduce(TOVA(), merge_weighted())
 
 Merging changes values only, never keys: cached keys are rotated to their positions, and the mean of keys that stand at
 different positions is the key of none. Summaries average keys before rotation, and cost memory of their own, which

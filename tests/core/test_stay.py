@@ -61,7 +61,7 @@ BEFORE = Schedule("before")
     (dict(tokens=20, slots=12, chunk=20, wrap=lambda one: protect(once(one, 4), first=1)), 4),
     (dict(tokens=20, slots=12, chunk=20, wrap=lambda one: once(protect(every(one, 3), first=1), 4)), 4),
     (dict(tokens=1, slots=12, schedule=BEFORE), 11),  # room is made for one
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_what_a_policy_is_told(how: Any, stay: int) -> None:
     assert told(**how) == {(stay, stay)}
 
@@ -70,7 +70,7 @@ def test_what_a_policy_is_told(how: Any, stay: int) -> None:
     (dict(tokens=1, slots=12), (24, 12)),
     (dict(tokens=1, slots=12, wrap=lambda one: every(one, 5)), (16, 8)),
     (dict(tokens=20, slots=12, chunk=20, wrap=lambda one: once(one, 4)), (8, 4)),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_in_a_pool_of_two_heads(how: Any, stay: tuple[int, int]) -> None:
     assert told(**how, scope="pool") == {stay}
 
