@@ -59,12 +59,20 @@ def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 3))
 def _product(equation: str, a: Array, b: Array, dtype: Any) -> Array:
-    return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+    return _times(equation, a.astype(dtype), b.astype(dtype))
 
 
 @_product.defjvp
 def _(equation: str, dtype: Any, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     """As of a product of exact numbers: rounding to `dtype` passes on what it gets."""
     a, b = (x.astype(dtype) for x in primals)
-    times = partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
-    return times(a, b), times(tangents[0], b) + times(a, tangents[1])
+    return _times(equation, a, b), _times(equation, tangents[0], b) + _times(equation, a, tangents[1])
+
+
+def _times(equation: str, a: Array, b: Array) -> Array:
+    """float32. On a CPU narrow numbers are made wide first: XLA has no product of some shapes there (UNIMPLEMENTED:
+    BF16 x BF16 = F32), and multiplies the others so itself."""
+    mixed = partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
+    if jnp.promote_types(a.dtype, b.dtype) == jnp.float32:
+        return mixed(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=lambda a, b: mixed(wide(a), wide(b)), default=mixed)

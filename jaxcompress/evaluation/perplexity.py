@@ -183,7 +183,7 @@ def predictions(
         # Compiled before the clock starts; JAX keeps what it compiled for these shapes.
         program = _predict.lower(*inputs, policy=policy, chunk=by, placement=placement).compile()
         begun = time.perf_counter()
-        losses, right, state = program(*inputs)
+        losses, right, state = program(*inputs, policy=policy)
         losses = np.asarray(losses, np.float64)[:, : end - start]
         seconds = time.perf_counter() - begun
         yield Predictions(start, losses, np.asarray(right)[:, : end - start], seconds, state)

@@ -226,7 +226,7 @@ class _several(Policy):
     needs = property(lambda self: max(one.needs for one in self.parts))  # type: ignore[assignment]
     oneshot_only = property(lambda self: any(one.oneshot_only for one in self.parts))  # type: ignore[assignment]
 
-    def scores(self, stats: Sequence[Stats], held: Candidates) -> list[SlotScores]:
+    def each(self, stats: Sequence[Stats], held: Candidates) -> list[SlotScores]:
         """Of each part."""
         memories = held.memory or ((),) * len(self.parts)
         return [
@@ -284,7 +284,7 @@ class mix(_several):
         return f"({'+'.join(parts)})"
 
     def score(self, stats: Stats, held: Candidates) -> SlotScores:
-        scores = [weight * mine for weight, mine in zip(self.weights, self.scores(stats, held), strict=True)]
+        scores = [weight * mine for weight, mine in zip(self.weights, self.each(stats, held), strict=True)]
         protected = jnp.isposinf(jnp.stack(scores)).any(0)
         return jnp.where(protected, jnp.inf, sum(scores))
 
@@ -310,7 +310,7 @@ class then(_several):
         return f"{self.first.name}>{self.later.name}"
 
     def score(self, stats: Stats, held: Candidates) -> SlotScores:
-        one, other = self.scores(stats, held)
+        one, other = self.each(stats, held)
         return jnp.where((held.seen == 0)[:, None, None], one, other)
 
 

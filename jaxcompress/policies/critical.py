@@ -60,7 +60,7 @@ def _written(held: Candidates) -> Float[Array, "B P N"]:
     group = out.shape[1]
     if values.shape[1] == out.shape[0] * group and group > 1:  # a set per query head
         out = out.reshape(-1, 1, *out.shape[2:])
-    size = lambda v, w: jnp.abs(jnp.einsum("bnd,gde->bgne", v, w)).sum(-1).mean(1)
+    size = lambda v, w: jnp.abs(jnp.einsum("bnd,gde->bgne", v, w, precision="highest")).sum(-1).mean(1)
     if held.owner is None:
         return for_set(jnp.stack([size(values[:, k], out[k]) for k in range(out.shape[0])], axis=1), held)
     every = jnp.stack([size(values[:, 0], w) for w in out], axis=-1)  # [B, N, K]

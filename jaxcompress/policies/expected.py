@@ -76,8 +76,13 @@ class ExpectedAttention(Policy):
         rest = (q - mean[:, None]) * here
         share = (more / jnp.maximum(count, 1))[:, None, None]
         apart = mean - memory.mean
-        between = jnp.einsum("bhi,bhj->bhij", apart, apart) * (memory.count[:, None, None] * share)[..., None]
-        spread = memory.spread + jnp.einsum("bthi,bthj->bhij", rest, rest) + between  # Chan et al. 1979
+        between = (
+            jnp.einsum("bhi,bhj->bhij", apart, apart, precision="highest")
+            * (memory.count[:, None, None] * share)[..., None]
+        )
+        spread = (
+            memory.spread + jnp.einsum("bthi,bthj->bhij", rest, rest, precision="highest") + between
+        )  # Chan et al. 1979
         return Moments(count, memory.mean + apart * share, spread)
 
     def score(self, stats: Stats, held: Candidates) -> SlotScores:
@@ -95,15 +100,16 @@ class ExpectedAttention(Policy):
 
         def turn(x: Array) -> Array:
             """To the mean of the next positions, along the last axis."""
-            return around.rotate(x @ ahead, jnp.broadcast_to(start.reshape(-1, *[1] * (x.ndim - 2)), x.shape[:-1]))
+            ahead_of = jnp.matmul(x, ahead, precision="highest")
+            return around.rotate(ahead_of, jnp.broadcast_to(start.reshape(-1, *[1] * (x.ndim - 2)), x.shape[:-1]))
 
         keys = held.keys.astype(jnp.float32)
         grouped = lambda x: x.reshape(x.shape[0], keys.shape[1], -1, *x.shape[2:])
-        exponent = jnp.einsum("bkgd,bknd->bkgn", grouped(turn(moments.mean)), keys) * d**-0.5
+        exponent = jnp.einsum("bkgd,bknd->bkgn", grouped(turn(moments.mean)), keys, precision="highest") * d**-0.5
         if self.covariance:
             spread = moments.spread / jnp.maximum(moments.count, 1)[:, None, None, None]
             spread = turn(turn(spread).swapaxes(-1, -2))
-            exponent += jnp.einsum("bkni,bkgij,bknj->bkgn", keys, grouped(spread), keys) / (2 * d)
+            exponent += jnp.einsum("bkni,bkgij,bknj->bkgn", keys, grouped(spread), keys, precision="highest") / (2 * d)
         judged = held.occupied & (held.positions >= self.sinks)
         exponent = jnp.where(judged[:, :, None], exponent, -jnp.inf)
         weights = jnp.nan_to_num(jax.nn.softmax(exponent, axis=-1)).mean(2)

@@ -50,8 +50,8 @@ class KeyDiff(Policy):
     def score(self, stats: Stats, held: Candidates) -> SlotScores:
         keys = _unit(held.keys.astype(jnp.float32), 1e-12)
         mine = whose(held)  # [B, K, N, heads]
-        anchors = jnp.einsum("bknd,bknh->bkhd", keys, mine)
-        anchor = jnp.einsum("bkhd,bknh->bknd", _unit(anchors, 1e-8), mine)
+        anchors = jnp.einsum("bknd,bknh->bkhd", keys, mine, precision="highest")
+        anchor = jnp.einsum("bkhd,bknh->bknd", _unit(anchors, 1e-8), mine, precision="highest")
         return for_set(-(keys * anchor).sum(-1), held)
 
 

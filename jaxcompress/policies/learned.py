@@ -84,8 +84,11 @@ def token_numbers(
       head: of this layer, without the axis L.
       keys: before RoPE.
     """
-    hidden = jnp.einsum("bkni,kim->bknm", _features(keys, values), head.inner) + head.inner_bias[:, None]
-    return jnp.einsum("bknm,kmr->bknr", jax.nn.silu(hidden), head.outer) + head.outer_bias[:, None]
+    hidden = (
+        jnp.einsum("bkni,kim->bknm", _features(keys, values), head.inner, precision="highest")
+        + head.inner_bias[:, None]
+    )
+    return jnp.einsum("bknm,kmr->bknr", jax.nn.silu(hidden), head.outer, precision="highest") + head.outer_bias[:, None]
 
 
 def _features(keys: Float[Array, "B K N D"], values: Float[Array, "B K N D"]) -> Float[Array, "B K N I"]:

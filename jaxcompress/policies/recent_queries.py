@@ -28,5 +28,5 @@ def record(ring: Ring, seen: Observation, scope: Scope) -> Ring:
     if queries.shape[1] == 1:
         new = seen.per_set(scope)[:, :, 0, :, None]
     else:
-        new = jnp.einsum("bptn,btw->bpnw", seen.per_set(scope), mine.astype(jnp.float32))
+        new = jnp.einsum("bptn,btw->bpnw", seen.per_set(scope), mine.astype(jnp.float32), precision="highest")
     return jnp.where(mine.any(1)[:, None, None], new, ring)

@@ -85,7 +85,7 @@ def similarity(keys: Float[Array, "B K N R"], held: Candidates, threshold: float
 
     def add(total: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
         vector, position = row
-        cosine = jnp.einsum("bkmr,bknr->bkmn", vector, unit)
+        cosine = jnp.einsum("bkmr,bknr->bkmn", vector, unit, precision="highest")
         other = (position[..., None] != at[:, :, None]) & (at[:, :, None] >= 0)
         cosine = jnp.where(other, cosine, 0.0)
         like = jnp.where(cosine > threshold, at[:, :, None], -1)
@@ -100,4 +100,4 @@ def _sketched(keys: Float[Array, "B K N D"], width: int | None) -> Float[Array, 
     keys = keys.astype(jnp.float32)
     if width is None:
         return keys
-    return keys @ jax.random.normal(jax.random.key(0), (keys.shape[-1], width))
+    return jnp.matmul(keys, jax.random.normal(jax.random.key(0), (keys.shape[-1], width)), precision="highest")

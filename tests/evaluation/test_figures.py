@@ -15,7 +15,7 @@ from jaxcompress.tracing import Trace
 
 
 def row(policy: str, slots: int, perplexity: float) -> Row:
-    return Row(policy, slots, "streaming", float(np.log(perplexity)), perplexity, 1000, 0, 1e4, 2048)
+    return Row(policy, slots, "streaming", float(np.log(perplexity)), perplexity, 1000, 1e4, 2048, 0)
 
 
 def deaths(*shape: int, seed: int = 0) -> np.ndarray:

@@ -71,7 +71,7 @@ def test_capacity_and_content(case: Case, rows: Data) -> None:
         n = int(rows.valid[b].sum())
         held = tokens_of(state, b, s)
         assert len(held) == (state.positions[0, b, s] >= 0).sum()
-        assert min(n * entries(case), most - (policy.frees - 1) * entries(case)) <= len(held) <= most
+        assert min(n * entries(case), most - (policy.schedule.frees - 1) * entries(case)) <= len(held) <= most
         _, k, v = rows.row(b)
         for (owner, position), slot in held.items():
             assert position < n
@@ -189,7 +189,7 @@ def test_nothing_goes_before_the_state_is_full(name: str, n: int) -> None:
     rows = rows._replace(valid=np.broadcast_to(np.arange(T) < n, (B, T)))
     freed = (run(case, rows).freed >= 0).sum((0, 2, 3))
     sets = run(case, rows).last.positions.shape[2]
-    at_once = MORE[name].frees
+    at_once = MORE[name].schedule.frees
     expected = -(-max(n - C, 0) // at_once) * at_once
     np.testing.assert_array_equal(freed, expected * (K if MORE[name].scope == "pool" else sets))
 
@@ -223,7 +223,7 @@ def test_degenerate_tokens(name: str) -> None:
     state = trace.last
     for b, s in np.ndindex(*state.positions.shape[1:3]):
         held = sorted({position for _, position in tokens_of(state, b, s)})
-        assert len(held) >= C - MORE[name].frees + 1 or MORE[name].scope == "pool"
+        assert len(held) >= C - MORE[name].schedule.frees + 1 or MORE[name].scope == "pool"
         if name in ("knorm", "keydiff", "keydiff-layer"):
             assert held == list(range(C))
         if name == "protect":
@@ -266,5 +266,5 @@ def test_groups_ties_and_bfloat16(case: Case, draws: st.DataObject) -> None:
             tokens, n = tokens_of(together.last, b, s), (positions >= 0).sum()
             assert len(tokens) == n
             assert all(position < lengths[b] for _, position in tokens)
-            assert min(lengths[b] * entries(case), most - (policy.frees - 1) * entries(case)) <= n <= most
+            assert min(lengths[b] * entries(case), most - (policy.schedule.frees - 1) * entries(case)) <= n <= most
             assert tokens == tokens_of(alone.last, b, s)

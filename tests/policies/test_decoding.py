@@ -123,7 +123,7 @@ def decode(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.
                 score = SCORES[case.policy](
                     Seen(mass[: i + 1, mine], saw[: i + 1], mine, q[mine, one], k[mine, one], v[mine, one])
                 )
-                best = np.argsort(-score, kind="stable")[: C + 1 - policy.frees]  # of equals the older stay
+                best = np.argsort(-score, kind="stable")[: C + 1 - policy.schedule.frees]  # of equals the older stay
                 mine = np.sort(mine[best])
         kept.append(mine.tolist())
     return out, kept

@@ -431,7 +431,7 @@ def test_means_are_of_keys_before_rotation(turn: Any) -> None:
         held = candidates(zeros, zeros, np.array([[[100, -1]]], np.int32), memory=reduce.memory(1, 1, D), around=around)
         gone = Gone(turn(jnp.broadcast_to(key, values.shape), at), values, at[None, None], ())
         memory = reduce.absorb((), held, gone).memory
-        assert reduce.summary is not None
+        assert reduce.summarises
         return memory, reduce.summary(memory, around), turn(key, jnp.float32(count))
 
     memory, summary, turned = summarised(key, values, at)
@@ -488,7 +488,7 @@ def test_gradients_of_reducing(name: str) -> None:
             held = held._replace(around=held.around._replace(rotate=ROPE))
             ones = jnp.ones((1, K, 9))
             done = reduce.absorb(ones[:, :, :5], held, Gone(k[:, :, 5:], v[:, :, 5:], at[:, :, 5:], ones[:, :, 5:]))
-            seen = () if reduce.summary is None else reduce.summary(done.memory, held.around)
+            seen = () if not reduce.summarises else reduce.summary(done.memory, held.around)
             return sum((jnp.where(jnp.isfinite(x), x, 0) ** 2).sum() for x in jax.tree.leaves((done.values, seen)))
 
         return jax.grad(read, (0, 1))(k, v)
