@@ -61,7 +61,7 @@ def llama(name: str) -> Official:
 def decode(official: Official, policy: Policy, prompt: int, total: int, placement: str) -> Iterator[Read]:
     """The prompt at once (one-shot), then token by token up to `total` tokens."""
     model, ids = official
-    state = init_state(model.config, policy, SLOTS if policy.score else total, batch=len(ids))
+    state = init_state(model.config, policy, SLOTS if policy.evicts else total, batch=len(ids))
     for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, total))]:
         tokens = jnp.asarray(ids[:, start:end])
         done = step(model, tokens, state, policy, chunk=end - start, placement=placement)

@@ -193,10 +193,10 @@ def test_bfloat16() -> None:
     ("policy", "says"),
     [
         (policies.StreamingLLM(2), "moves tokens to other positions"),
-        (with_reduce(policies.TOVA(), merge_nearest()), "changes what it keeps"),
-        (with_reduce(policies.TOVA(), merge_weighted()), "changes what it keeps"),
-        (with_reduce(policies.TOVA(), mean_slots(2)), "changes what it keeps|shows stand-ins"),
-        (policies.per_layer(policies.TOVA(), with_reduce(policies.TOVA(), merge_nearest())), "changes what it keeps"),
+        (with_reduce(policies.TOVA(), merge_nearest()), "merges or summarises"),
+        (with_reduce(policies.TOVA(), merge_weighted()), "merges or summarises"),
+        (with_reduce(policies.TOVA(), mean_slots(2)), "merges or summarises"),
+        (policies.per_layer(policies.TOVA(), with_reduce(policies.TOVA(), merge_nearest())), "merges or summarises"),
     ],
 )
 def test_policies_that_do_more_than_evict_say_so(policy: Policy, says: str) -> None:

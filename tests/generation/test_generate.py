@@ -410,7 +410,7 @@ ANY: Any = SimpleNamespace(start=start, prefill=prefill, write=write, generate=g
     ("wrong", "says"),
     [
         (lambda m: ANY.start(m, "tova", 4), r"not its name 'tova': write jaxcompress\.named\('tova'\)"),
-        (lambda m: ANY.start(m, TOVA, 4), r"not tova itself: call it, tova\(\)"),
+        (lambda m: ANY.start(m, TOVA, 4), r"not TOVA itself: call it, TOVA\(\)"),
         (lambda m: ANY.start(m, 4, TOVA()), "a policy is expected, .* not 4; the model comes first"),
         (lambda m: ANY.start(m, None, 4), "a policy is expected, .* not None"),
         (lambda m: ANY.start(m, TOVA(), "4"), "slots must be a number of slots, .* not '4'"),
