@@ -87,4 +87,4 @@ def sweep(
 
 def keeps_everything(policy: Policy) -> bool:
     """Whether a policy never lets a token go, so that its only capacity is the whole text."""
-    return all(one.score is None for one in policy.layers or (policy,))
+    return all(not one.evicts for one in policy.layers or (policy,))
