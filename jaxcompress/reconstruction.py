@@ -110,7 +110,7 @@ def kvzip(
 
     Args:
       prompts: contexts of any lengths; rows are independent.
-      policy: what decides from here on, of scope `kv_head`, `layer` or `pool`; `GROWING` for nothing more to go. Its
+      policy: what decides from here on, of scope `kv_head`, `layer` or `pool`; `Growing()` for nothing more to go. Its
         numbers start fresh. In a pool the heads of a layer compete for its slots.
       slots: how many tokens each head keeps. To share them over layers and heads by the scores themselves, call
         `reconstruct`, `jaxcompress.budgets.from_scores` and `shrink` in turn.
