@@ -33,6 +33,7 @@ def test_an_int_is_not_a_float(one: Policy, other: Policy) -> None:
     assert len({one, other}) == 2
 
 
+@pytest.mark.usefixtures("as_users_call_it")
 def test_what_is_made_of_the_same_is_equal_and_compiled_once() -> None:
     count = []
 

@@ -19,9 +19,10 @@ from jaxcompress.models.bounded import init_state
 from jaxcompress.models.decoder import DecoderConfig
 from jaxcompress.models.rope import RopeConfig
 from jaxcompress.policies import Policy
-from jaxcompress.policies.gates import gated
+from jaxcompress.policies.gates import Gates, gated
 from jaxcompress.recurrence import advance, death_times
 from jaxcompress.reduce import mean_slots, merge_nearest, with_reduce
+from jaxcompress.values import value
 
 from . import reference
 
@@ -29,15 +30,18 @@ CONFIG = DecoderConfig(8, 8, 8, 1, H, K, D, rope=RopeConfig(theta=50.0))
 CUTS = {"steps": (1, 1), "streaming": (T, 1), "chunked": (T, 5), "pieces": (5, 5), "one-shot": (T, T)}
 
 
-def by_key(incoming: Any, layer: Any, around: Any) -> tuple[jax.Array, jax.Array]:
+@value
+class ByKey(Gates):
     """Joins where the first number of a key is positive, with a weight by the second."""
-    return incoming.k[..., 0], jnp.exp(incoming.k[..., 1])
+
+    def __call__(self, incoming: Any, layer: Any, around: Any) -> tuple[jax.Array, jax.Array]:
+        return incoming.k[..., 0], jnp.exp(incoming.k[..., 1])
 
 
 @cache
 def policy(of: str) -> Policy:
     return gated(
-        {"knorm": policies.KNorm, "window": lambda: policies.protect(policies.KNorm(), recent=2)}[of](), by_key
+        {"knorm": policies.KNorm, "window": lambda: policies.protect(policies.KNorm(), recent=2)}[of](), ByKey()
     )
 
 
@@ -132,4 +136,4 @@ def test_what_gates_come_before() -> None:
         (policy("knorm"), "merges or summarises"),
     ):
         with pytest.raises(ValueError, match=says):
-            gated(wrong, by_key)
+            gated(wrong, ByKey())

@@ -42,7 +42,7 @@ def head(outputs: int, *, heads: int = K, width: int = D) -> ForgetHead:
 def policy(name: str) -> Policy:
     kind, _, scope = name.partition("-")
     if kind == "untrained":
-        start = learned.TOVA
+        start = learned.LIKE_TOVA
         return policies.Retention(
             init_forget_head(jax.random.key(1), layers=LAYERS, kv_heads=K, head_dim=D, start=start), scope
         )
