@@ -96,13 +96,13 @@ def make_step(
         anything is added or given to the optimizer. None: as they are.
     """
 
-    def part(params: Any, batch: Batch, state: TrainState, index: Any, total: jax.Array) -> tuple[Metrics, Any]:
+    def part(params: Any, batch: Any, state: TrainState, index: Any, total: jax.Array) -> tuple[Metrics, Any]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), index)
         share = batch.weights.sum() / total
         done = objective(params, batch, state.step, key)
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) * share, done)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         params = _cast(state.params, compute_dtype)
         tokens = jnp.maximum(batch.weights.sum(), 1e-9)
         if accumulate == 1:
@@ -217,7 +217,7 @@ def make_measure(
     No batches, or none whose tokens count, have no metrics.
     """
 
-    def metrics_of(params: Any, batch: Batch, key: jax.Array) -> Metrics:
+    def metrics_of(params: Any, batch: Any, key: jax.Array) -> Metrics:
         return objective(_cast(params, compute_dtype), batch, jnp.zeros((), jnp.int32), key)[0]
 
     compiled = Compiled(metrics_of)  # the gradient that nobody asks for is not computed
