@@ -58,6 +58,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SCRIPTS]
 )
+@pytest.mark.usefixtures("as_users_call_it")
 def test_quick(name: str, run: Run, tmp_path: Path) -> None:
     module, command = NEEDS.get(name, (None, ""))
     ran = run(name, "--quick")
