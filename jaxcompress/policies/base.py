@@ -29,7 +29,7 @@ from jaxcompress.values import Value, leaf, value
 
 __all__ = [
     "Absorbed", "Around", "Candidates", "Entering", "Gone", "Incoming", "Observation", "Placement", "Policy", "Rotate",
-    "Schedule", "Scope", "leaf", "policy", "protect_newest", "wrapper",
+    "Schedule", "Scope", "check_part", "leaf", "policy", "protect_newest", "wrapper",
 ]  # fmt: skip
 
 policy = value
@@ -398,6 +398,21 @@ def _described(tree: Any) -> str:
     return f"({', '.join(map(_described, parts))})" if arrays else repr(tree)
 
 
+def check_part(one: Any, what: str) -> None:
+    """Raises an error if a combinator of the name `what` cannot be made of something.
+
+    Raises:
+      TypeError: it is no policy.
+      ValueError: it never evicts, or differs from layer to layer.
+    """
+    if not isinstance(one, Policy):
+        raise TypeError(f"{what} goes around a policy, such as TOVA(), not around {one!r}")
+    if one.layers:
+        raise ValueError(f"{what} goes inside per_layer, not around it: {one.name}")
+    if not one.evicts:
+        raise ValueError(f"policy {one.name} never evicts: {what} can do nothing with it")
+
+
 _COMPUTED = {"score", "init", "observe", "memory", "remember", "enter", "absorb", "bias", "summary"}
 
 
@@ -423,13 +438,7 @@ class wrapper(Policy):
 
     def check(self) -> None:
         """Raises ValueError if the policy inside never evicts or differs from layer to layer."""
-        what = type(self).__name__
-        if not isinstance(self.policy, Policy):
-            raise TypeError(f"{what} goes around a policy, such as TOVA(), not around {self.policy!r}")
-        if self.policy.layers:
-            raise ValueError(f"{what} goes inside per_layer, not around it: {self.policy.name}")
-        if not self.policy.evicts:
-            raise ValueError(f"policy {self.policy.name} never evicts: {what} can do nothing with it")
+        check_part(self.policy, type(self).__name__)
 
     def score(self, stats: Stats, held: Candidates) -> SlotScores:
         return self.policy.score(stats, held)

@@ -16,6 +16,7 @@ from jaxcompress.policies.base import (
     Policy,
     Schedule,
     Scope,
+    check_part,
     leaf,
     policy,
     protect_newest,
@@ -203,12 +204,7 @@ class _several(Policy):
     def check(self) -> None:
         what = type(self).__name__
         for one in self.parts:
-            if not isinstance(one, Policy):
-                raise TypeError(f"{what} is made of policies, such as TOVA(), not of {one!r}")
-            if one.layers:
-                raise ValueError(f"{what} goes inside per_layer, not around it: {one.name}")
-            if not one.evicts:
-                raise ValueError(f"policy {one.name} never evicts: {what} can do nothing with it")
+            check_part(one, what)
         first = self.parts[0]
         for one in self.parts:
             traits = [("scope", first.scope, one.scope), ("placement", first.placement, one.placement)]

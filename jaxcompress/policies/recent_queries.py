@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.policies.base import Candidates, Observation, Scope
+from jaxcompress.policies.base import Candidates, Observation, Policy, Scope
 
 Ring = Float[Array, "B P N w"]
 
@@ -30,3 +30,23 @@ def record(ring: Ring, seen: Observation, scope: Scope) -> Ring:
     else:
         new = jnp.einsum("bptn,btw->bpnw", seen.per_set(scope), mine.astype(jnp.float32), precision="highest")
     return jnp.where(mine.any(1)[:, None, None], new, ring)
+
+
+class RecentQueries(Policy):
+    """A base of policies whose stats are a ring of what the last `window` queries attended to, and who protect these.
+
+    Attributes:
+      window: how many queries; a field of the policy.
+    """
+
+    window: int
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.window + 1
+
+    def init(self, incoming: Candidates) -> Ring:
+        return empty_ring(incoming, self.window)
+
+    def observe(self, stats: Ring, seen: Observation) -> Ring:
+        return record(stats, seen, self.scope)

@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.policies.base import Candidates, Observation, Policy, policy, protect_newest
+from jaxcompress.policies.base import Candidates, policy, protect_newest
 from jaxcompress.policies.geometry import for_set
 from jaxcompress.policies.naming import scoped
 from jaxcompress.policies.pooled import neighbours
-from jaxcompress.policies.recent_queries import Ring, empty_ring, record
+from jaxcompress.policies.recent_queries import RecentQueries, Ring
 from jaxcompress.shapes import SlotScores
 
 _ROWS = 256  # keys compared with all others at once
 
 
 @policy
-class RKV(Policy):
+class RKV(RecentQueries):
     """Keeps what is important and not redundant; made for long generations, in which models repeat themselves.
 
     score[n] = mix * importance - (1 - mix) * redundancy; +inf for the last `window` tokens. Importance: the mean
@@ -51,16 +51,6 @@ class RKV(Policy):
     @property
     def name(self) -> str:
         return scoped("rkv" if self.sketch is None else f"rkv-sketch{self.sketch}", self.scope, "kv_head")
-
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.window + 1
-
-    def init(self, incoming: Candidates) -> Ring:
-        return empty_ring(incoming, self.window)
-
-    def observe(self, stats: Ring, seen: Observation) -> Ring:
-        return record(stats, seen, self.scope)
 
     def score(self, stats: Ring, held: Candidates) -> SlotScores:
         prefix = held.occupied & (held.positions <= held.newest - self.window)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from jaxcompress.policies.base import Candidates, Observation, Policy, Scope, policy, protect_newest
+from jaxcompress.policies.base import Candidates, Scope, policy, protect_newest
 from jaxcompress.policies.naming import scoped
 from jaxcompress.policies.pooled import Pool, neighbours
-from jaxcompress.policies.recent_queries import Ring, empty_ring, record
+from jaxcompress.policies.recent_queries import RecentQueries, Ring
 from jaxcompress.shapes import SlotScores
 
 
 @policy
-class SnapKV(Policy):
+class SnapKV(RecentQueries):
     """Keeps the last `window` tokens and, of the others, those to which their queries attend most.
 
     score[n] = mean, over the last `window` queries, of the probability that they gave token n, pooled over `kernel`
@@ -40,16 +40,6 @@ class SnapKV(Policy):
     @property
     def name(self) -> str:
         return scoped(f"snapkv+{self.window}", self.scope, "kv_head")
-
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.window + 1
-
-    def init(self, incoming: Candidates) -> Ring:
-        return empty_ring(incoming, self.window)
-
-    def observe(self, stats: Ring, seen: Observation) -> Ring:
-        return record(stats, seen, self.scope)
 
     def score(self, stats: Ring, held: Candidates) -> SlotScores:
         prefix = held.positions <= held.newest - self.window
