@@ -2,8 +2,8 @@
 
     make aot-gpu        # Python 3.12; installs JAX's CUDA plugin, its compilers and libraries, 4 GB
 
-Every case is `jaxcompress.recurrence.advance` under a scan over layers, as a model runs it, with the stacked state as
-the carry, donated. Checked in the compiled program:
+Every case is `jaxcompress.recurrence.advance.advance` under a scan over layers, as a model runs it, with the stacked
+state as the carry, donated. Checked in the compiled program:
 
   the state is written in place: as many bytes are aliased as the state has, and K and V are copied nowhere
   what is allocated beside arguments and results is at most 1 % of the state, and what comes in and goes out
@@ -56,10 +56,10 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh  # noqa: E402
 
-from jaxcompress.models.bounded import init_state  # noqa: E402
-from jaxcompress.models.decoder import DecoderConfig  # noqa: E402
-from jaxcompress.naming import named  # noqa: E402
-from jaxcompress.recurrence import advance  # noqa: E402
+from jaxcompress.models.config import DecoderConfig  # noqa: E402
+from jaxcompress.models.init_state import init_state  # noqa: E402
+from jaxcompress.policies.names import get_policy  # noqa: E402
+from jaxcompress.recurrence.advance import advance  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def captured() -> Iterator[list[str]]:
 def compiled(case: Case) -> Any:
     """The program of a case, its state, and the largest arguments beside it."""
     described = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
-    policy = named(case.policy)
+    policy = get_policy(case.policy)
     config = DecoderConfig(8, case.heads * WIDTH, 8, case.layers, case.heads, KV_HEADS, WIDTH)
     state = jax.eval_shape(lambda: init_state(config, policy, case.slots - 1, batch=case.batch, dtype=case.dtype)[0])
     query = "float32" if case.dtype == "float32" else "bfloat16"

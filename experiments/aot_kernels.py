@@ -3,8 +3,8 @@
     make aot
     python experiments/aot_kernels.py --devices v5e v6e --json table.json
 
-Every case is `jaxcompress.recurrence.advance` under a scan over layers, as a model runs it, with the stacked state as
-the carry, donated. Checked in the compiled program:
+Every case is `jaxcompress.recurrence.advance.advance` under a scan over layers, as a model runs it, with the stacked
+state as the carry, donated. Checked in the compiled program:
 
   the state is written in place: as many bytes are aliased as the state has, and K and V are copied nowhere
   what is allocated beside arguments and results is at most 1 % of the state; for a segment also what comes in
@@ -36,12 +36,12 @@ from command import Command, arguments, need
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxcompress.models.bounded import init_state
-from jaxcompress.models.decoder import DecoderConfig
-from jaxcompress.naming import named
-from jaxcompress.pallas_kernels.contract import Backend, On
-from jaxcompress.recurrence import advance
-from jaxcompress.state import KVState
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.init_state import init_state
+from jaxcompress.pallas_kernels.types import Backend, On
+from jaxcompress.policies.names import get_policy
+from jaxcompress.recurrence.advance import advance
+from jaxcompress.state.kv_state import KVState
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ def compiled_for(topology: str, case: Case) -> Any:
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     device = described.devices[0]
     kind = AbstractDevice(device.device_kind, 1, "tpu")  # type: ignore
-    policy = named(case.policy)
+    policy = get_policy(case.policy)
     config = DecoderConfig(8, HEADS * WIDTH, 8, case.layers, HEADS, KV_HEADS, WIDTH)
-    around = AbstractMesh((), (), abstract_device=kind)
+    context = AbstractMesh((), (), abstract_device=kind)
     capacity = case.slots - 1 - case.spare
-    with jax.sharding.use_abstract_mesh(around):
+    with jax.sharding.use_abstract_mesh(context):
         state = jax.eval_shape(lambda: init_state(config, policy, capacity, batch=case.batch, dtype=case.dtype)[0])
     shape = lambda heads: jax.ShapeDtypeStruct((case.batch, case.tokens, heads, WIDTH), query_dtype(case))
     block = shape(HEADS), shape(KV_HEADS), shape(KV_HEADS), jax.ShapeDtypeStruct((case.batch, case.tokens), jnp.int32)
@@ -143,8 +143,8 @@ def compiled_for(topology: str, case: Case) -> Any:
     backend: Backend = case.backend
     if case.spread:
         mesh = topologies.make_mesh(described, (2, 2), ("data", "model"))
-        around = AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, abstract_device=kind)
-        backend = On("tpu", around, "data", "model")
+        context = AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, abstract_device=kind)
+        backend = On("tpu", context, "data", "model")
         on = lambda x, *axes: place(x, NamedSharding(mesh, PartitionSpec(*axes)))
         block = *(on(x, "data", None, "model") for x in block[:3]), on(block[3], "data")
         sets = "model" if state.sets > 1 else None
@@ -166,7 +166,7 @@ def compiled_for(topology: str, case: Case) -> Any:
         (out, state), freed = jax.lax.scan(layer, (q, state), jnp.arange(case.layers))
         return replace(state, seen=state.seen + case.tokens), out, freed
 
-    with jax.sharding.use_abstract_mesh(around):
+    with jax.sharding.use_abstract_mesh(context):
         traced = jax.jit(model, donate_argnums=0).trace(state, *block)
         return traced.lower(lowering_platforms=("tpu",)).compile(), state
 

@@ -21,7 +21,7 @@ import jaxcompress as jc
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import rows_of_text
 from jaxcompress.evaluation.retention import occupancy
-from jaxcompress.naming import named
+from jaxcompress.policies.names import get_policy
 
 APPROXIMATIONS = {
     "tova": tuple(f"tova/sampled{n}" for n in (2, 4, 8, 16)),
@@ -49,13 +49,14 @@ QUICK = Arguments(quick=True, policies=("snapkv+16",), slots=80, context=112, ro
 
 
 def main(args: Arguments) -> None:
-    model, tokenizer = jc.load_embedded()
+    loaded = jc.load_embedded()
+    model, tokenizer = loaded.model, loaded.tokenizer
     text = np.concatenate([tokenizer.encode(document.text, add_bos=False) for document in held_out()])
     rows, table = rows_of_text(text, args.context, args.rows, tokenizer.bos_id), []
 
     def read(name: str) -> tuple[np.ndarray, np.ndarray]:
         """Death times [L, B, P, T] and losses [T', B] of the tokens that meet a full state."""
-        trace = jc.trace(model, rows, named(name), args.slots, prompt=1)
+        trace = jc.trace(model, rows, get_policy(name), args.slots, prompt=1)
         logits = trace.logits[args.slots - 1 : -1].astype(np.float64)
         logits -= logits.max(-1, keepdims=True)
         target = np.take_along_axis(logits, rows.T[args.slots :, :, None], axis=-1)[..., 0]

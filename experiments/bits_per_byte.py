@@ -38,13 +38,14 @@ QUICK = Arguments(quick=True, context=128, rows=2)
 
 
 def main(args: Arguments) -> None:
-    model, tokenizer = jc.load_embedded()
+    loaded = jc.load_embedded()
+    model, tokenizer = loaded.model, loaded.tokenizer
     text = "\n".join(document.text for document in held_out("topics/"))
     ids = tokenizer.encode(text, add_bos=False)
     rows = rows_of_text(ids, args.context, args.rows, tokenizer.bos_id)
     # What is not in the rows, such as a last, shorter one, is left out of the count of bytes too.
     read = text.encode() if rows[:, 1:].size == len(ids) else tokenizer.decode(rows[:, 1:].reshape(-1)).encode()
-    result = perplexity(model, rows, jc.named("full"), args.context)
+    result = perplexity(model, rows, jc.get_policy("full"), args.context)
     bits = result.nats * result.tokens / math.log(2)
     size = len(read)
     print(

@@ -20,15 +20,15 @@ import numpy as np
 from command import Command, arguments
 
 import jaxcompress as jc
-from jaxcompress.budgets import from_scores
+from jaxcompress.budgets.allocate import from_scores
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import exam, wording
 from jaxcompress.evaluation.perplexity import predictions
-from jaxcompress.generation import prefill, start
-from jaxcompress.models.bounded import calls
+from jaxcompress.generation import init_decode_state, prefill
+from jaxcompress.generation.reconstruction import Growing, Repeat, asking, read_whole, reconstruct, shrink
+from jaxcompress.models.modes import calls
 from jaxcompress.policies import H2O, TOVA, Policy, Window
-from jaxcompress.reconstruction import Growing, Repeat, asking, read_whole, reconstruct, shrink
-from jaxcompress.state import State
+from jaxcompress.state.kv_state import State
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ QUICK = Arguments(
 
 
 def main(args: Arguments) -> None:
-    model, tokenizer = jc.load_embedded()
+    loaded = jc.load_embedded()
+    model, tokenizer = loaded.model, loaded.tokenizer
     context, bos = args.context, tokenizer.bos_id
     encode = lambda text: tokenizer.encode(text, add_bos=False).tolist()
     text = np.concatenate([encode(document.text) for document in held_out()])
@@ -73,12 +74,12 @@ def main(args: Arguments) -> None:
 
     def stats(policy: Policy) -> jnp.ndarray:
         """What a policy would score after the whole context, before anything went: one-shot compression."""
-        now = start(model, policy, read, batch=batch)
-        (part,) = prefill(model, contexts, now, policy, mode="chunked", chunk=256, segment=256).state
+        now = init_decode_state(model, policy, read, batch=batch)
+        (part,) = prefill(model, contexts, now, mode="chunked", chunk=256, segment=256).kv
         return jnp.broadcast_to(part.stats, scores_shape)
 
     begun = time.perf_counter()
-    whole = read_whole(model, contexts).state
+    whole = read_whole(model, contexts).kv
     reading = time.perf_counter() - begun
     scores_shape = (model.config.num_layers, batch, model.config.num_kv_heads, whole[0].positions.shape[-1])
     scores: dict[str, jnp.ndarray] = {}

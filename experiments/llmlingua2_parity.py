@@ -20,8 +20,8 @@ import tyro
 from command import Command, arguments
 
 from jaxcompress.checkpoints import load_encoder
+from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.prompt.official import OfficialCompressor
-from jaxcompress.prompt.tokenizer import EncoderTokenizer
 
 _TOKENS = re.compile(r"\w{1,4}|\W")
 TOLERANCE = 1e-4

@@ -20,13 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from command import Command, arguments
 
-from jaxcompress.checkpoints import load_tower
-from jaxcompress.embedded import load_embedded_vision
+from jaxcompress.checkpoints import load_embedded_vision, load_tower
 from jaxcompress.evaluation.dropped import draw_heat
 from jaxcompress.evaluation.visual import Examiner, exam
 from jaxcompress.generation.pictures import process
 from jaxcompress.models.vit import VisionTower
-from jaxcompress.vision import Encoded, Method, named
+from jaxcompress.vision import Encoded, Method, get_method
 from jaxcompress.vision.encoders import chosen, whole
 from jaxcompress.vision.uniformity import end_bias, gap, heat, position_bias
 
@@ -94,17 +93,18 @@ def tell(name: str, kept: jax.Array, grid: tuple[int, int]) -> np.ndarray:
 
 
 def embedded(args: Arguments) -> dict[str, np.ndarray]:
-    loaded, tokenizer = load_embedded_vision()
+    loaded = load_embedded_vision()
+    tokenizer = loaded.tokenizer
     model, tower = loaded.model, loaded.config.tower
     grid = (tower.grid, tower.grid)
-    asked = exam(tokenizer, loaded.processor(), model, pictures=args.pictures, each=2)
+    asked = exam(tokenizer, loaded.processor, model, pictures=args.pictures, each=2)
     mixed = asked._replace(pixels=shuffled_pixels(asked.pixels, tower.patch_size, np.random.default_rng(0)))
     straight, shuffled = (Examiner(model, one, runs=1) for one in (asked, mixed))
-    word = named("fastv", args.kept)
+    word = get_method("fastv", args.kept)
     cases = {
         "random": (Method("random", chosen(anew, args.kept), lambda config: args.kept), straight),
-        "class token": (named("fastervlm", args.kept), straight),
-        "class token, patches shuffled": (named("fastervlm", args.kept), shuffled),
+        "class token": (get_method("fastervlm", args.kept), straight),
+        "class token, patches shuffled": (get_method("fastervlm", args.kept), shuffled),
         "last word": (word, straight),
         "last word, order shuffled": (word._replace(encode=shuffled_order), straight),
     }
@@ -122,7 +122,7 @@ def photographs(args: Arguments) -> dict[str, np.ndarray]:
     loaded = load_tower(args.tower)
     tower, grid = loaded.model, (loaded.config.grid, loaded.config.grid)
     files = sorted(file for file in args.photos.iterdir() if file.suffix in (".png", ".jpg", ".jpeg"))
-    pixels = process(files, loaded.processor(), loaded.config).pixels
+    pixels = process(files, loaded.processor, loaded.config).pixels
     rng, out = np.random.default_rng(0), {}
     mixed = np.concatenate([shuffled_pixels(pixels, loaded.config.patch_size, rng) for _ in range(args.shuffles)])
     random = rng.random((len(mixed), loaded.config.num_patches)).argsort(1).argsort(1) < args.kept

@@ -18,10 +18,11 @@ import numpy as np
 from command import Command, arguments
 from sentences import write_sentences
 
-from jaxcompress import embedded
+from jaxcompress.checkpoints._embedded import load_embedded
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.policies import Full
 from jaxcompress.prompt.baselines import content_words, evenly_spread, first_words, random_words, tf_idf
+from jaxcompress.prompt.classifier import load_compressor
 from jaxcompress.prompt.dataset import Pair, label
 from jaxcompress.prompt.information import Reader, self_information
 from jaxcompress.prompt.llmlingua import llmlingua
@@ -57,7 +58,7 @@ QUICK = Arguments(quick=True, held_out=8, contexts=2, words=40, tokens=16, rates
 
 def scorers(reader: Reader) -> dict[str, Scorer]:
     return {
-        "shipped classifier": embedded.load_compressor(),
+        "shipped classifier": load_compressor(),
         "self-information": self_information(reader),
         "llmlingua": llmlingua(reader),
         "tf-idf": tf_idf(),
@@ -120,7 +121,8 @@ def continuation_losses(reader: Reader, contexts: list[str], rests: list[np.ndar
 
 
 def main(args: Arguments) -> None:
-    model, tokenizer = embedded.load_embedded()
+    loaded = load_embedded()
+    model, tokenizer = loaded.model, loaded.tokenizer
     scoring = Reader(model, tokenizer, slots=256, segment=64)
     judge = Reader(model, tokenizer, Full(), slots=1024, segment=128)
     chosen = scorers(scoring)

@@ -17,9 +17,9 @@ import numpy as np
 from command import Command, arguments
 from matplotlib.figure import Figure
 
-from jaxcompress.embedded import load_embedded_vision
+from jaxcompress.checkpoints import load_embedded_vision
 from jaxcompress.evaluation.visual import Examiner, Outcome, exam, guessing
-from jaxcompress.vision import Method, named
+from jaxcompress.vision import Method, get_method
 from jaxcompress.vision.encoders import by_chance, chosen
 
 
@@ -46,11 +46,12 @@ QUICK = Arguments(
 
 def main(args: Arguments) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    loaded, tokenizer = load_embedded_vision()
-    asked = exam(tokenizer, loaded.processor(), loaded.model, pictures=args.pictures)
+    loaded = load_embedded_vision()
+    tokenizer = loaded.tokenizer
+    asked = exam(tokenizer, loaded.processor, loaded.model, pictures=args.pictures)
     examiner = Examiner(loaded.model, asked)
     rows: dict[str, list[Outcome]] = {name: [] for name in ["random", *args.methods]}
-    whole = examiner(named("full"))
+    whole = examiner(get_method("full"))
     print(f"full: {whole.accuracy:.1%}; guessing {guessing(asked):.1%}; {len(asked.answers)} questions", flush=True)
     spread: list[tuple[float, float]] = []
     for n in args.tokens:
@@ -61,7 +62,7 @@ def main(args: Arguments) -> None:
         spread.append((min(right), max(right)))
         rows["random"].append(drawn[0]._replace(accuracy=float(np.mean(right))))
         for name in args.methods:
-            rows[name].append(examiner(named(name, n)))
+            rows[name].append(examiner(get_method(name, n)))
         print(n, {name: round(row[-1].accuracy, 3) for name, row in rows.items()}, flush=True)
     draw(rows, whole, spread, guessing(asked), args)
 

@@ -21,8 +21,8 @@ import numpy as np
 from command import Command, arguments
 
 import jaxcompress as jc
-from jaxcompress.budgets import proportional, pyramid, retrieval_split, total
-from jaxcompress.calibration import attention_spread, retrieval_heads
+from jaxcompress.budgets.allocate import proportional, pyramid, retrieval_split, total
+from jaxcompress.budgets.calibration import attention_spread, retrieval_heads
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import answers, exam, perplexity, rows_of_text, wording
 from jaxcompress.policies import H2O, TOVA, Full, Window
@@ -66,7 +66,8 @@ QUICK = Arguments(
 
 
 def main(args: Arguments) -> None:
-    model, tokenizer = jc.load_embedded()
+    loaded = jc.load_embedded()
+    model, tokenizer = loaded.model, loaded.tokenizer
     context, bos = args.context, tokenizer.bos_id
     encode = lambda text: tokenizer.encode(text, add_bos=False).tolist()
     text = np.concatenate([encode(document.text) for document in held_out()])

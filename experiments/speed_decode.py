@@ -31,9 +31,11 @@ from command import Command, arguments
 from flax import nnx
 
 import jaxcompress as jc
-from jaxcompress.attention import causal_attention, slot_attention
-from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
+from jaxcompress.recurrence.attention import slot_attention
+from jaxcompress.recurrence.block_attention import causal_attention
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def decode_plain(model: Decoder, steps: int, slots: int, batch: int):
 
 
 def measure_step(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
-    rows, steps, tova = [], args.steps, jc.named("tova")
+    rows, steps, tova = [], args.steps, jc.get_policy("tova")
     for batch in args.batches:
         for slots in (args.slots, 8 * args.slots):
             state, _ = decode(model, jc.init_state(model.config, tova, slots, batch=batch), tova, slots + 8)  # full
@@ -137,7 +139,7 @@ def measure_step(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
 
 
 def measure_flat(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
-    tova, block = jc.named("tova"), 500
+    tova, block = jc.get_policy("tova"), 500
     state = jc.init_state(model.config, tova, args.slots)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds, memory, at = {}, {}, 0
@@ -191,7 +193,7 @@ def jax_attention(q: Any, k: Any, v: Any, positions: Any) -> Any:
 
 
 def measure_read(models: dict[str, Decoder], args: Arguments) -> list[dict[str, Any]]:
-    rows, tova = [], jc.named("tova")
+    rows, tova = [], jc.get_policy("tova")
     for name, model in models.items():
         ids = jax.random.randint(jax.random.key(0), (1, args.prompt), 0, model.config.vocab_size)
         state = jc.init_state(model.config, tova, args.slots)
@@ -222,7 +224,7 @@ def measure_start(args: Arguments) -> list[dict[str, Any]]:
 
 
 def main(args: Arguments) -> None:
-    embedded, _ = jc.load_embedded()
+    embedded = jc.load_embedded().model
     rows = []
     for part in args.parts:
         if part == "step":

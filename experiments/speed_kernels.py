@@ -39,11 +39,12 @@ import numpy as np
 from command import Command, arguments
 
 from jaxcompress import policies
-from jaxcompress.attention import call_of, slot_step
-from jaxcompress.pallas_kernels import contract
-from jaxcompress.recurrence import advance
-from jaxcompress.state import empty, with_numbers
-from jaxcompress.storage import Stored, load, store, zeros
+from jaxcompress.pallas_kernels import devices, dispatch, tpu_limits
+from jaxcompress.pallas_kernels.types import KernelCall
+from jaxcompress.recurrence.advance import advance
+from jaxcompress.recurrence.attention import call_of, slot_step
+from jaxcompress.state.kv_state import empty, with_numbers
+from jaxcompress.state.storage import Stored, load_vectors, store_vectors, zeros
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Bench:
 
 def bench(args: Arguments) -> Bench:
     """For the device at hand."""
-    where, kind = contract.device()
-    able = [name for name in ("gpu", "tpu") if contract.load(name).runs_on(where, kind)]
+    where, kind = devices.device()
+    able = [name for name in ("gpu", "tpu") if dispatch.limits(name).runs_on(where, kind)]
     until = time.monotonic() + 60 * args.minutes
     if args.quick:
         interpreter = "gpu-interpret" if jax.__version_info__ >= (0, 11) else "tpu-interpret"
@@ -104,8 +105,8 @@ def bench(args: Arguments) -> Bench:
 def allocated(on: Bench, capacity: int, dtype: str) -> int:
     """Slots of a state of so many tokens and the one that comes in, as the kernels take them: on a TPU in whole groups
     of rows."""
-    together = contract.load("tpu").group_rows(dtype) if (on.name or "").startswith("tpu") else 1
-    return -(-(capacity + 1) // together) * together
+    multiple = tpu_limits.group_rows(dtype) if (on.name or "").startswith("tpu") else 1
+    return -(-(capacity + 1) // multiple) * multiple
 
 
 def late(on: Bench) -> bool:
@@ -121,7 +122,7 @@ def a_state(on: Bench, slots: int, rows: int, dtype: str, layers: int) -> tuple[
 
     @jax.jit
     def make(key: jax.Array) -> Stored:
-        one = lambda key: store(jax.random.normal(key, shape[1:]), zeros((1, on.width), dtype))
+        one = lambda key: store_vectors(jax.random.normal(key, shape[1:]), zeros((1, on.width), dtype))
         return jax.lax.map(one, jax.random.split(key, layers))
 
     return make(jax.random.key(0)), make(jax.random.key(1))
@@ -130,7 +131,7 @@ def a_state(on: Bench, slots: int, rows: int, dtype: str, layers: int) -> tuple[
 def a_token(on: Bench, rows: int, dtype: str) -> tuple[jax.Array, tuple[Stored, Stored]]:
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
     query = jnp.float32 if dtype == "float32" else jnp.bfloat16
-    new = [store(draw(seed, rows, on.heads, 1, on.width), zeros((1, on.width), dtype)) for seed in (2, 3)]
+    new = [store_vectors(draw(seed, rows, on.heads, 1, on.width), zeros((1, on.width), dtype)) for seed in (2, 3)]
     return draw(4, rows, on.heads, on.group, on.width).astype(query), (new[0], new[1])
 
 
@@ -270,7 +271,7 @@ def time_step(on: Bench, slots: int, rows: int, dtype: str, copy: float) -> dict
 
     runs: dict[str, Callable[[], Any]] = dict(jnp=stepping("jnp"))
     call = call_of(q[:, None], stored[0], 1)
-    declined = "no kernel runs here" if on.name is None else contract.load(on.name).declines("step", call)
+    declined = "no kernel runs here" if on.name is None else dispatch.limits(on.name).declines("step", call)
     if declined is None:
         runs["kernel"] = stepping(on.name)
     seconds = in_turn(on.repeats, **runs)
@@ -310,7 +311,7 @@ def step_error(on: Bench, dtype: str) -> tuple[float, float]:
     for backend in (on.name, "jnp"):
         step = jax.jit(partial(slot_step, backend=backend))
         out, mass, after = step(q, new, stored, jnp.int32(1), index, visible, present)
-        keys, values = (np.asarray(load(jax.tree.map(lambda x: x[1], x)), np.float64) for x in after)
+        keys, values = (np.asarray(load_vectors(jax.tree.map(lambda x: x[1], x)), np.float64) for x in after)
         scores = np.einsum("bkgd,bksd->bkgs", np.asarray(q, np.float64), keys) * on.width**-0.5
         scores = np.where(np.asarray(visible), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -318,7 +319,7 @@ def step_error(on: Bench, dtype: str) -> tuple[float, float]:
         expected = np.einsum("bkgs,bksd->bkgd", weights, values)
         error = lambda a, b: float(np.abs(np.asarray(a, np.float64) - b).max())
         errors.append((error(out, expected), error(mass, weights)))
-        expected_row = load(jax.tree.map(lambda x: x[0, :, 0], new[0]))
+        expected_row = load_vectors(jax.tree.map(lambda x: x[0, :, 0], new[0]))
         if not np.array_equal(np.asarray(keys[0, :, 3]), np.asarray(expected_row, np.float64)):
             return float("inf"), float("inf")
     ours, theirs = errors
@@ -402,7 +403,7 @@ def main(args: Arguments) -> int:
     on = bench(args)
     slots, batches = args.slots, args.rows
     versions = {name: version(name) for name in ("jax", "jaxlib", "torch", "jaxcompress")}
-    where, kind = contract.device()
+    where, kind = devices.device()
     about = (
         dict(device=kind, platform=where, backend=on.name, python=platform.python_version(), quick=args.quick)
         | versions
@@ -487,10 +488,10 @@ def declined(on: Bench, op: Any, policy: policies.Policy, slots: int) -> str | N
     if on.name is None:
         return "no kernel runs here"
     rule = policy.rule(slots)
-    call = contract.Call(
+    call = KernelCall(
         2, on.heads, on.group, allocated(on, slots, "bfloat16"), on.width, on.heads, 24, "bfloat16", "bfloat16", rule
     )
-    return contract.load(on.name).declines(op, call)
+    return dispatch.limits(on.name).declines(op, call)
 
 
 def version(name: str) -> str | None:

@@ -17,7 +17,7 @@ from command import Command, arguments
 from speed_decode import decode, decode_plain, decoder_of_width, in_turn
 
 import jaxcompress as jc
-from jaxcompress.naming import named
+from jaxcompress.policies.names import get_policy
 
 POLICIES = (
     "tova", "window+4", "streaming_llm+4", "random", "h2o", "h2o-layer", "tova-kv_head", "tova-query_head",
@@ -51,7 +51,7 @@ def main(args: Arguments) -> None:
     model, table = decoder_of_width(args.width), []
     print(f"{jax.devices()[0].device_kind}, {args.slots} slots, batch {args.batch}, width {args.width}")
     for name in args.policies:
-        policy = named(name)
+        policy = get_policy(name)
         if policy.needs > args.slots:
             continue
         state = jc.init_state(model.config, policy, args.slots, batch=args.batch)

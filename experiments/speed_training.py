@@ -24,13 +24,13 @@ from command import Command, arguments
 from speed_decode import decoder_of_width, in_turn
 
 import jaxcompress as jc
-from jaxcompress.attention import causal_attention
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
-from jaxcompress.naming import named
-from jaxcompress.parallel import advance_parallel
+from jaxcompress.policies.names import get_policy
+from jaxcompress.recurrence.block_attention import causal_attention
+from jaxcompress.recurrence.exact_gradient import parallel_gradient
 from jaxcompress.training.loss import token_losses
-from jaxcompress.training.recurrent import advance_rematerialised, bounded_value_and_grad
+from jaxcompress.training.recurrent import bounded_value_and_grad, rematerialised
 
 Form = Literal["parallel", "rematerialised"]
 
@@ -93,13 +93,13 @@ def full(model: Decoder, tokens: jax.Array, library: bool = True) -> Any:
     return jax.value_and_grad(loss)(model)
 
 
-@partial(jax.jit, static_argnames=("slots", "segment", "reach", "recurrence"))
+@partial(jax.jit, static_argnames=("slots", "segment", "bptt_segments", "recurrence"))
 def bounded(model: Decoder, tokens: jax.Array, *, policy: jc.Policy, **how: Any) -> Any:
     weights = jnp.ones((tokens.shape[0], tokens.shape[1] - 1))
     return bounded_value_and_grad(model, tokens, weights, policy=policy, **how)
 
 
-FORMS: dict[Form, Any] = {"parallel": advance_parallel, "rematerialised": advance_rematerialised}
+FORMS: dict[Form, Any] = {"parallel": parallel_gradient, "rematerialised": rematerialised}
 
 
 def measure_time(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
@@ -108,13 +108,13 @@ def measure_time(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
         batch = max(args.tokens // length, 1)
         tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length + 1)))
         for name in args.policies:
-            how: dict[str, Any] = dict(policy=named(name), slots=args.slots, segment=args.segment)
+            how: dict[str, Any] = dict(policy=get_policy(name), slots=args.slots, segment=args.segment)
             runs = {
-                f"{form}, {reach or 'whole'}": partial(
-                    bounded, model, tokens, reach=reach, recurrence=FORMS[form], **how
+                f"{form}, {bptt_segments or 'whole'}": partial(
+                    bounded, model, tokens, bptt_segments=bptt_segments, recurrence=FORMS[form], **how
                 )
                 for form in args.forms
-                for reach in (*args.reaches[:1], None)
+                for bptt_segments in (*args.reaches[:1], None)
             }
             plain = dict(full=partial(full, model, tokens))
             if args.beside:
@@ -129,9 +129,9 @@ def measure_time(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
 
 
 def measure_memory(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
-    rows, policy = [], named("tova")
+    rows, policy = [], get_policy("tova")
     for form in args.forms:
-        for reach in (*args.reaches, None):
+        for bptt_segments in (*args.reaches, None):
             sizes = []
             for length in (args.segment * 2, args.segment * 16):
                 tokens = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
@@ -141,12 +141,12 @@ def measure_memory(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
                     policy=policy,
                     slots=args.slots,
                     segment=args.segment,
-                    reach=reach,
+                    bptt_segments=bptt_segments,
                     recurrence=FORMS[form],
                 ).compile()
                 analysis: Any = program.memory_analysis()
                 sizes.append(analysis.temp_size_in_bytes)
-            row = dict(part="memory", form=form, reach=reach, mib=round(sizes[0] / 2**20, 1),
+            row = dict(part="memory", form=form, bptt_segments=bptt_segments, mib=round(sizes[0] / 2**20, 1),
                        mib_at_8_times=round(sizes[1] / 2**20, 1), ratio=round(sizes[1] / sizes[0], 3))  # fmt: skip
             rows.append(row)
             print(json.dumps(row), flush=True)

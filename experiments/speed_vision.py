@@ -23,14 +23,17 @@ import jax.numpy as jnp
 from command import Command, arguments
 from flax import nnx
 
-from jaxcompress.attention import Shown, causal_attention
-from jaxcompress.models.bounded import Block, init_state, read_block
-from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.init_state import init_state
 from jaxcompress.models.llava import LlavaConfig
+from jaxcompress.models.read_block import HiddenBlock, read_block
 from jaxcompress.models.rope import rotate
 from jaxcompress.models.vit import TowerConfig
 from jaxcompress.policies import Full
-from jaxcompress.vision import Method, named, named_for_average, slots
+from jaxcompress.recurrence.block_attention import causal_attention
+from jaxcompress.recurrence.inputs import AttentionInputs
+from jaxcompress.vision import Method, get_method, named_for_average, slots
 from jaxcompress.vision.method import Given
 from jaxcompress.vision.reading import stages
 
@@ -65,12 +68,12 @@ def shape(layers: int, width: int, side: int) -> LlavaConfig:
     return LlavaConfig(tower, decoder, image_token=999, feature_layers=23)
 
 
-def start(config: LlavaConfig, tokens: int, visual: int, seed: int = 0) -> Block:
+def start(config: LlavaConfig, tokens: int, visual: int, seed: int = 0) -> HiddenBlock:
     """A prompt of words and `visual` patches, `tokens` in all."""
     hidden = jax.random.normal(jax.random.key(seed), (1, tokens, config.decoder.hidden_size))
     place = jnp.arange(tokens, dtype=jnp.int32)[None]
     patch = jnp.where((place >= BEFORE) & (place < BEFORE + visual), place - BEFORE, -1)
-    return Block(hidden, place, patch)
+    return HiddenBlock(hidden, place, patch)
 
 
 def flops(model: Decoder, config: LlavaConfig, method: Method) -> float:
@@ -101,9 +104,9 @@ def _cut_flops(config: LlavaConfig, tokens: int, left: int, visual: int, cut: An
     decoder = config.decoder
 
     def one(hidden: Any, positions: Any, patch: Any, q: Any, k: Any, key: Any) -> Any:
-        block = Block(hidden, positions, patch)
+        block = HiddenBlock(hidden, positions, patch)
         given = Given(jnp.ones((1, tokens - left), bool), key, decoder.rope)
-        shown = Shown(q, k, jnp.zeros((1, tokens)), positions)
+        shown = AttentionInputs(q, k, jnp.zeros((1, tokens)), positions)
         return cut.rule(given, block, shown, cut.keep)
 
     like = lambda *size, dtype=jnp.float32: jax.ShapeDtypeStruct((1, *size), dtype)
@@ -118,7 +121,7 @@ def _count(lowered: Any) -> float:
 
 
 @partial(jax.jit, static_argnames=("config", "method"))
-def prefill(model: Decoder, block: Block, config: LlavaConfig, method: Method) -> Any:
+def prefill(model: Decoder, block: HiddenBlock, config: LlavaConfig, method: Method) -> Any:
     counts = method.counts(config)
     words = block.patch.shape[1] - counts[0]
     room = words + WRITTEN
@@ -130,11 +133,11 @@ def prefill(model: Decoder, block: Block, config: LlavaConfig, method: Method) -
 
 def chosen(options: Arguments, config: LlavaConfig) -> dict[str, Method]:
     """All patches, and the methods by name; those that cannot have so few are left out."""
-    methods = {"full": named("full")}
+    methods = {"full": get_method("full")}
     for name in options.methods:
         try:
             average = name in PROGRESSIVE
-            methods[name] = named_for_average(name, options.keep, config) if average else named(name, options.keep)
+            methods[name] = named_for_average(name, options.keep, config) if average else get_method(name, options.keep)
         except ValueError as error:
             print(f"{name} is left out: {error}", flush=True)
     return methods

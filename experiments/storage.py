@@ -21,8 +21,8 @@ from speed_decode import decode, decoder_of_width, in_turn
 import jaxcompress as jc
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation.recall import answers, exam, wording
-from jaxcompress.naming import named
-from jaxcompress.storage import DTYPES, vector_bytes
+from jaxcompress.policies.names import get_policy
+from jaxcompress.state.storage import DTYPES, vector_bytes
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ QUICK = Arguments(
 
 
 def main(args: Arguments) -> None:
-    model, tokenizer = jc.load_embedded()
+    loaded = jc.load_embedded()
+    model, tokenizer = loaded.model, loaded.tokenizer
     encode = lambda text: tokenizer.encode(text, add_bos=False)
     text = np.concatenate([encode(document.text) for document in held_out()])
     words = wording(tokenizer.vocabulary(), lambda text: encode(text).tolist())
@@ -74,7 +75,7 @@ def main(args: Arguments) -> None:
         questions=args.questions,
         bos=tokenizer.bos_id,
     )
-    policy, table = named(args.policy), []
+    policy, table = get_policy(args.policy), []
     wide = decoder_of_width(256)
     states = {}
     for dtype in args.dtypes:

@@ -49,7 +49,6 @@ from train_embedded import SAMPLED, Batches, Stage, training_texts
 
 import jaxcompress as jc
 from jaxcompress import embedded
-from jaxcompress.attention import causal_attention
 from jaxcompress.checkpoints import SavedPolicy, save, save_policy
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation.operations import matmul_flops
@@ -57,13 +56,14 @@ from jaxcompress.evaluation.perplexity import perplexity
 from jaxcompress.evaluation.recall import Recall, answers, exam, wording
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
-from jaxcompress.naming import named
 from jaxcompress.policies import Full
+from jaxcompress.policies.names import get_policy
+from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.training.data import Batch
 from jaxcompress.training.foresight import foresight_loss
 from jaxcompress.training.forgetting import init_retention, retention_loss
 from jaxcompress.training.learning import learning
-from jaxcompress.training.objectives import beside_retention, bounded, causal, distilled
+from jaxcompress.training.objectives import bounded, causal, distilled, joint_retention
 from jaxcompress.training.optimizer import muon_for_decoder, warmup_stable_decay
 from jaxcompress.training.trainer import init_train_state, make_step
 
@@ -84,7 +84,7 @@ class Arguments(Command):
     peak: float = 1e-3
     """Highest learning rate of models; networks that learn to forget take three times as much."""
     segment: int = 256
-    reach: int | None = None
+    bptt_segments: int | None = None
     """Segments over which the gradient goes back; all of them if not given."""
     turns: tuple[int, ...] = (8, 16, 4)
     """Sizes of the state, as fractions of the context, through which training goes in turn; 1, of distilled-retention
@@ -157,7 +157,7 @@ Objectives = list[Callable[[Any, Batch, Any, Any], Any]]
 
 def through_states(policy: jc.Policy, args: Arguments, **how: Any) -> Objectives:
     """One objective for each size of the state."""
-    how |= dict(segment=args.segment, reach=args.reach)
+    how |= dict(segment=args.segment, bptt_segments=args.bptt_segments)
     make = distilled if "teacher" in how else bounded
     return in_turn(lambda fraction: make(policy, args.context // fraction, **how), args)
 
@@ -216,11 +216,13 @@ def with_retention(teacher: Decoder, args: Arguments) -> Objectives:
     """Of a model and a retention head, for each size of the state in turn."""
 
     def at(fraction: int) -> Callable[..., Any]:
-        how: dict[str, Any] = dict(segment=args.segment, reach=args.reach, teacher=teacher, language=0.5)
+        how: dict[str, Any] = dict(
+            segment=args.segment, bptt_segments=args.bptt_segments, teacher=teacher, language=0.5
+        )
         through = lambda policy: with_foresight(
             causal() if fraction == 1 else distilled(policy, args.context // fraction, **how), args
         )
-        return beside_retention(through, scope="layer", watched=args.watched)
+        return joint_retention(through, scope="layer", watched=args.watched)
 
     return in_turn(at, args)
 
@@ -263,7 +265,7 @@ def train(model: Decoder, method: str, batches: Batches, args: Arguments, *, ste
         return Trained(model, SavedPolicy("dms", learned.settings, head._asdict()), seconds)
     name = method.removeprefix("distilled-")
     teacher: dict[str, Any] = dict(teacher=model, language=0.5) if method.startswith("distilled-") else {}
-    model, seconds = run(model, also(through_states(named(name), args, **teacher)), steps)
+    model, seconds = run(model, also(through_states(get_policy(name), args, **teacher)), steps)
     return Trained(model, SavedPolicy(name, {}, {}), seconds)
 
 
@@ -344,7 +346,7 @@ def steps_of(method: str, seed: int, model: Decoder, args: Arguments) -> int:
     if method == "full-flops":
         batch = Batch(jnp.zeros((args.rows, args.context + 1), jnp.int32), jnp.ones((args.rows, args.context)))
         count = lambda objective: matmul_flops(lambda *a: objective(*a, 0, jax.random.key(0)), model, batch)
-        each = [count(with_foresight(objective, args)) for objective in through_states(named("tova"), args)]
+        each = [count(with_foresight(objective, args)) for objective in through_states(get_policy("tova"), args)]
         return round(args.steps * sum(each) / len(each) / count(with_foresight(causal(), args)))
     return args.steps
 
@@ -354,11 +356,11 @@ UNLEARNED = "window+4", "h2o-layer", "tova"
 
 def main(args: Arguments) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    source = embedded.folder() if args.model is None else args.model
+    source = embedded.decoder_folder() if args.model is None else args.model
     model, tokenizer = jc.load(source, dtype="float32").model, jc.Tokenizer(source)
     tasks = held_out_rows(tokenizer, args)
     texts = None if args.texts is None else text_rows(tokenizer, args.texts, args)
-    unlearned = [named(name) for name in UNLEARNED]
+    unlearned = [get_policy(name) for name in UNLEARNED]
     for seed in args.seeds:
         batches = training_rows(tokenizer, seed, args)
         for method in args.methods:
@@ -376,7 +378,7 @@ def main(args: Arguments) -> None:
                     save_policy(folder, *now.policy)
             policies = unlearned if now.policy is None else [now.policy.make()]
             if method in ("full-time", "full-flops"):
-                policies = [named("tova")]
+                policies = [get_policy("tova")]
             rows = measure(now.model, policies, tasks, texts, args)
             file.write_text(
                 json.dumps(dict(method=method, seed=seed, steps=steps, seconds=now.seconds, rows=rows)) + "\n"

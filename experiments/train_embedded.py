@@ -26,12 +26,13 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from jaxcompress.attention import causal_attention
 from jaxcompress.checkpoints import save
 from jaxcompress.embedded.corpus import documents
 from jaxcompress.evaluation.recall import Recall, Wording, weave, wording
-from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import RopeConfig, rotate
+from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.training.foresight import foresight_loss
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.optimizer import muon_for_decoder, warmup_stable_decay

@@ -27,14 +27,13 @@ from flax import nnx
 from sentences import write_sentences
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from jaxcompress.checkpoints import save_encoder
-from jaxcompress.embedded import load_embedded
+from jaxcompress.checkpoints import load_embedded, save_encoder
 from jaxcompress.embedded.corpus import documents
 from jaxcompress.models.encoder import Encoder, EncoderConfig
 from jaxcompress.prompt.baselines import content_words
 from jaxcompress.prompt.dataset import Example, Pair, label, read_examples, write_examples
 from jaxcompress.prompt.information import Reader, self_information
-from jaxcompress.prompt.learning import Rows, batches, classification, label_losses, rows_of
+from jaxcompress.prompt.learning import PackedRows, batches, classification, label_losses, rows_of
 from jaxcompress.prompt.teacher import cut_for_teacher
 from jaxcompress.prompt.word_scores import keep, mixed
 from jaxcompress.training import Checkpoints, MetricsFile, fit, init_train_state, make_step, muon_for_decoder
@@ -126,7 +125,9 @@ def docstrings(source: str) -> list[str]:
 
 def by_rules(pieces: list[str], rate: float) -> list[Example]:
     """Labels of our own rules."""
-    scorer = mixed((0.5, content_words()), (0.5, self_information(Reader(*load_embedded(), slots=128, segment=256))))
+    loaded = load_embedded()
+    reader = Reader(loaded.model, loaded.tokenizer, slots=128, segment=256)
+    scorer = mixed((0.5, content_words()), (0.5, self_information(reader)))
     examples = []
     for piece in pieces:
         scored = scorer(piece)
@@ -218,7 +219,7 @@ def main(args: Arguments) -> None:
     print("held-out people's labels:", evaluate(state.params, tests), flush=True)
 
 
-def evaluate(model: Any, rows: Rows) -> dict[str, float]:
+def evaluate(model: Any, rows: PackedRows) -> dict[str, float]:
     """Loss and accuracy over subwords."""
 
     @jax.jit

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from jaxcompress.checkpoints import save_llava
 from jaxcompress.embedded.drawings import COLOURS, DIGITS, SHAPES, SIDE, draw, patch_labels, present, questions, words
-from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.models.vit import TowerConfig

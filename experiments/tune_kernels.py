@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from command import Command, arguments, stop
 
 from jaxcompress.pallas_kernels import tuning
-from jaxcompress.pallas_kernels.contract import Call, Name, Op, Rule, check_device, load
-from jaxcompress.storage import store, zeros
+from jaxcompress.pallas_kernels.dispatch import LIMITS, check_device, kernels
+from jaxcompress.pallas_kernels.types import KernelCall, Name, Op
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.storage import store_vectors, zeros
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,15 @@ def main(args: Arguments) -> None:
             check_device(cast(Name, args.backend))
         except ValueError as error:
             stop(str(error))
-    kernels = load(cast(Name, args.backend))
-    if not hasattr(kernels, "candidates"):
-        stop(f"the {args.backend} kernels have no sizes to try")
+    name = cast(Name, args.backend)
+    limits: Any = LIMITS[name.removesuffix("-interpret")]
     for op in args.ops:
         call, (arrays, static) = example(args, op)
-        why = kernels.declines(op, call)
+        why = limits.declines(op, call)
         if why:
             print(f"{op}: {why}")
             continue
-        kernel = partial(getattr(kernels, op), interpret=args.backend.endswith("interpret"), **static)
+        kernel = partial(getattr(kernels(name), op), interpret=args.backend.endswith("interpret"), **static)
         compiled: dict[str, Any] = {}
 
         def measure(size: tuning.Sizes, kernel: Any = kernel, arrays: Any = arrays, compiled: Any = compiled) -> Any:
@@ -69,22 +70,22 @@ def main(args: Arguments) -> None:
                 compiled[str(size)] = jax.jit(lambda *args: kernel(*args)).lower(*arrays).compile()
             return compiled[str(size)](*arrays)
 
-        best = tuning.tune(op, call, kernels.candidates(op, call), measure, repeats=args.repeats)
-        print(f"{op}: {best}, of {len(kernels.candidates(op, call))}; kept in {tuning.path()}")
+        best = tuning.tune(op, call, limits.candidates(op, call), measure, repeats=args.repeats)
+        print(f"{op}: {best}, of {len(limits.candidates(op, call))}; kept in {tuning.path()}")
 
 
-def example(args: Arguments, op: Op) -> tuple[Call, Any]:
+def example(args: Arguments, op: Op) -> tuple[KernelCall, Any]:
     """A call in the middle of a sequence, and its arguments."""
     b, k, g, s, d = args.batch, args.kv_heads, args.group, args.slots, args.head_dim
     sets, many = (1 if args.sets == "shared" else k), op in ("segment", "block")
     t = args.tokens if many else 1
     query = "float32" if args.dtype == "float32" else "bfloat16"
-    rule = Rule("last") if op in ("step_evict", "segment") else None
+    rule = EvictionRule("last") if op in ("step_evict", "segment") else None
     n = s + t if op == "block" else s
-    call = Call(b, k, g, n, d, sets, t, args.dtype, query, rule)
+    call = KernelCall(b, k, g, n, d, sets, t, args.dtype, query, rule)
     like = zeros((1, d), args.dtype)
     normal = lambda *shape: jax.random.normal(jax.random.key(0), shape)
-    vectors = lambda *shape: (store(normal(*shape, d), like), store(normal(*shape, d), like))
+    vectors = lambda *shape: (store_vectors(normal(*shape, d), like), store_vectors(normal(*shape, d), like))
     held = jnp.broadcast_to(jnp.arange(n), (b, sets, n))
     numbers, there = jnp.ones((b, sets, s)), jnp.ones(b, bool)
     if op == "block":

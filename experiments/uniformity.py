@@ -19,11 +19,11 @@ import numpy as np
 from command import Command, arguments
 from matplotlib.figure import Figure
 
-from jaxcompress.embedded import load_embedded_vision
+from jaxcompress.checkpoints import load_embedded_vision
 from jaxcompress.embedded.drawings import draw
 from jaxcompress.evaluation.visual import Examiner, exam
 from jaxcompress.generation.pictures import process
-from jaxcompress.vision import named
+from jaxcompress.vision import get_method
 from jaxcompress.vision.uniformity import gap, spatial_evenness, temporal_evenness
 
 
@@ -51,14 +51,15 @@ QUICK = Arguments(
 
 
 def space(args: Arguments) -> list[tuple[str, int, float, float, float]]:
-    loaded, tokenizer = load_embedded_vision()
+    loaded = load_embedded_vision()
+    tokenizer = loaded.tokenizer
     grid = (loaded.config.tower.grid, loaded.config.tower.grid)
-    examiner = Examiner(loaded.model, exam(tokenizer, loaded.processor(), loaded.model, pictures=args.pictures), runs=1)
+    examiner = Examiner(loaded.model, exam(tokenizer, loaded.processor, loaded.model, pictures=args.pictures), runs=1)
     out = []
     print(f"{'method':14}{'kept':>5}{'gap':>7}{'evenness':>10}{'right':>8}")
     for n in args.tokens:
         for name in args.methods:
-            got = examiner(named(name, n))
+            got = examiner(get_method(name, n))
             kept = jnp.asarray(got.kept)
             apart, even = float(gap(kept, grid).mean()), float(spatial_evenness(kept, grid).mean())
             out.append((name, n, apart, even, got.accuracy))
@@ -68,7 +69,7 @@ def space(args: Arguments) -> list[tuple[str, int, float, float, float]]:
 
 def video(args: Arguments) -> dict[str, np.ndarray]:
     """Kept patches of each frame, mean over videos, by who shares the budget of 16 a frame among all of them."""
-    loaded, _ = load_embedded_vision()
+    loaded = load_embedded_vision()
     model, n, total = loaded.model, 16 * args.frames, loaded.config.tower.num_patches
 
     @jax.jit
@@ -85,7 +86,7 @@ def video(args: Arguments) -> dict[str, np.ndarray]:
         frames = (
             np.where(np.arange(args.frames)[:, None, None, None] >= args.frames // 2, drawing.pixels, empty) + light
         )
-        pixels = process(list(frames.clip(0, 255).astype(np.uint8)), loaded.processor(), loaded.config).pixels
+        pixels = process(list(frames.clip(0, 255).astype(np.uint8)), loaded.processor, loaded.config).pixels
         score = np.asarray(scores(model, pixels))
         best = lambda x, k: x.argsort(-1).argsort(-1) >= x.shape[-1] - k
         masks["class attention"].append(best(score.reshape(-1), n).reshape(args.frames, total))

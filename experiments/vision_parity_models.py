@@ -17,16 +17,17 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxcompress.checkpoints import load, load_tower
-from jaxcompress.models.bounded import Block, init_state, read, read_block
-from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.decoder import Decoder, read
+from jaxcompress.models.init_state import init_state
+from jaxcompress.models.read_block import HiddenBlock, read_block
 from jaxcompress.models.vit import VisionTower
 from jaxcompress.policies import Full
-from jaxcompress.state import State
+from jaxcompress.state.kv_state import State
 from jaxcompress.vision import choose, prefills, prumerge, sparsevlm, windows
 from jaxcompress.vision.dual_attention import LAYERS, dual_attention, passes
 from jaxcompress.vision.encoders import class_row
 from jaxcompress.vision.fastv import last_word
-from jaxcompress.vision.method import Cut, Given, Look, Rule, renumbered
+from jaxcompress.vision.method import Cut, CutRule, Given, Look, renumbered
 from jaxcompress.vision.output_aware import survivors
 from jaxcompress.vision.raters import rating
 from jaxcompress.vision.reading import stages
@@ -267,7 +268,7 @@ def _tome(model: VisionTower, start: Any, counts: tuple[int, ...], proportional:
 def _run(
     model: Decoder, hidden: Any, first: int, patches: int, cuts: Sequence[Cut], *, room: int = 8,
     key: np.ndarray | None = None, rates: bool = False, apart: int = 0, watch: Callable | None = None,
-) -> tuple[Block, State, list[Any]]:  # fmt: skip
+) -> tuple[HiddenBlock, State, list[Any]]:  # fmt: skip
     """Reads embeddings of words and one picture; also what `watch` sees before and after every cut.
 
     Args:
@@ -286,13 +287,13 @@ def _run(
 
     @jax.jit
     def go(model: Decoder, hidden: Any, keys: Any) -> Any:
-        start = Block(hidden, jnp.asarray(place, jnp.int32)[None], jnp.asarray(patch, jnp.int32))
+        start = HiddenBlock(hidden, jnp.asarray(place, jnp.int32)[None], jnp.asarray(patch, jnp.int32))
         words = total - patches
         given = Given(rating(start, words) if rates else jnp.ones((1, words), bool), keys, model.config.rope)
         log: list[Any] = []
 
-        def watched(rule: Rule) -> Rule:
-            def both(given: Given, block: Block, shown: Any, n: int) -> Block:
+        def watched(rule: CutRule) -> CutRule:
+            def both(given: Given, block: HiddenBlock, shown: Any, n: int) -> HiddenBlock:
                 after = rule(given, block, shown, n)
                 seen = {} if watch is None else watch(given, Look.at(given, block, shown))
                 log.append(dict(before=block._replace(hidden=()), after=after._replace(hidden=()), **seen))
@@ -309,12 +310,12 @@ def _run(
     return block, state, [dict(one, words=words) for one in log]
 
 
-def _left(block: Block) -> Any:
+def _left(block: HiddenBlock) -> Any:
     """The hidden states of tokens that are left, without empty places."""
     return np.asarray(block.hidden)[np.asarray(block.positions) >= 0][None]
 
 
-def _positions(block: Block) -> np.ndarray:
+def _positions(block: HiddenBlock) -> np.ndarray:
     positions = np.asarray(block.positions)
     return positions[positions >= 0][None]
 
@@ -324,10 +325,10 @@ def _held(state: State) -> np.ndarray:
     return np.concatenate([np.asarray(part.occupancy())[:, 0, 0] for part in state])
 
 
-def _offsets(before: Block, after: Block) -> tuple[np.ndarray, np.ndarray]:
+def _offsets(before: HiddenBlock, after: HiddenBlock) -> tuple[np.ndarray, np.ndarray]:
     """Which visual tokens there were before a cut and after it."""
 
-    def there(block: Block) -> np.ndarray:
+    def there(block: HiddenBlock) -> np.ndarray:
         patch, positions = np.asarray(block.patch)[0], np.asarray(block.positions)[0]
         return patch[(positions >= 0) & (patch >= 0)]
 

@@ -1,6 +1,6 @@
 """Transformers that live in a fixed amount of memory.
 
-The names below are loaded when first used, so that the command line starts quickly.
+Everything below is loaded when first used, so that the command line starts quickly.
 """
 
 from __future__ import annotations
@@ -11,42 +11,45 @@ from typing import TYPE_CHECKING, Any
 from jaxcompress import _versions
 
 if TYPE_CHECKING:
-    from jaxcompress.checkpoints import load, save
-    from jaxcompress.embedded import load_embedded
-    from jaxcompress.generation import Sampler, Settings, Tokenizer, generate
-    from jaxcompress.models.bounded import init_state, read
-    from jaxcompress.naming import named
+    from jaxcompress import budgets, evaluation, generation, models, policies, prompt, training, vision
+    from jaxcompress.checkpoints import load, load_embedded, save
+    from jaxcompress.evaluation import perplexity
+    from jaxcompress.evaluation.tracing import trace
+    from jaxcompress.generation import GenerationConfig, Tokenizer, generate
+    from jaxcompress.models import init_state, read
     from jaxcompress.policies import Policy
+    from jaxcompress.policies.names import get_policy
     from jaxcompress.recurrence import advance
     from jaxcompress.state import KVState, State
-    from jaxcompress.tracing import trace
 
 __version__ = "0.1.0"
 __all__ = [
-    "KVState", "Policy", "Sampler", "Settings", "State", "Tokenizer", "advance", "generate", "init_state", "load",
-    "load_embedded", "named", "read", "save", "trace",
+    "GenerationConfig", "KVState", "Policy", "State", "Tokenizer", "advance", "budgets", "evaluation", "generate",
+    "generation", "get_policy", "init_state", "load", "load_embedded", "models", "perplexity", "policies", "prompt",
+    "read", "save", "trace", "training", "vision",
 ]  # fmt: skip
 
+_ROOMS = ("budgets", "evaluation", "generation", "models", "policies", "prompt", "training", "vision")
 _HOME = {
-    **dict.fromkeys(("load", "save"), "checkpoints"),
-    "load_embedded": "embedded",
-    **dict.fromkeys(("Sampler", "Settings", "Tokenizer", "generate"), "generation"),
-    **dict.fromkeys(("init_state", "read"), "models.bounded"),
-    "Policy": "policies",
-    "named": "naming",
+    **dict.fromkeys(("load", "load_embedded", "save"), "checkpoints"),
+    **dict.fromkeys(("perplexity", "trace"), "evaluation"),
+    **dict.fromkeys(("GenerationConfig", "Tokenizer", "generate"), "generation"),
+    **dict.fromkeys(("init_state", "read"), "models"),
+    **dict.fromkeys(("Policy", "get_policy"), "policies"),
     "advance": "recurrence",
     **dict.fromkeys(("KVState", "State"), "state"),
-    "trace": "tracing",
 }
 
 _versions.check()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'jaxcompress' has no attribute {name!r}")
-    return getattr(import_module(f"jaxcompress.{_HOME[name]}"), name)
+    if name in _ROOMS:
+        return import_module(f"jaxcompress.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"jaxcompress.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'jaxcompress' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted(["__version__", *__all__])

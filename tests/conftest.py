@@ -33,8 +33,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Shape annotations are checked here and nowhere else. Before any module of the package is imported.
 install_import_hook("jaxcompress", "beartype.beartype")
 
-from jaxcompress.state import KVState  # noqa: E402  after the hook
-from jaxcompress.storage import Quantised  # noqa: E402
+from jaxcompress.state.kv_state import KVState  # noqa: E402  after the hook
+from jaxcompress.state.storage import Quantised  # noqa: E402
 
 
 def _check_those_that_the_package_builds(kind: type) -> None:

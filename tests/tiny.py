@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxcompress.models.decoder import Decoder, DecoderConfig
-from jaxcompress.policies.base import Around, Candidates
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.cache_view import CacheView, LayerContext
 
 VOCABULARY = 61
 
@@ -43,7 +44,7 @@ def with_embedding(model: Decoder, token: int, value: float) -> Decoder:
 
 def candidates(
     keys: Any, values: Any, positions: Any, *, heads: int | None = None, capacity: int = 1, **fields: Any
-) -> Candidates:
+) -> CacheView:
     """What a policy chooses from, for a layer whose positions are not rotated.
 
     Args:
@@ -53,7 +54,7 @@ def candidates(
     """
     keys, values, positions = (jnp.asarray(x) for x in (keys, values, positions))
     kv = keys.shape[1]
-    around = Around(lambda x, at: x, "absolute", None, (heads or kv, kv), tuple(range(kv)))
+    context = LayerContext(lambda x, at: x, "absolute", None, (heads or kv, kv), tuple(range(kv)))
     seen = jnp.zeros(keys.shape[0], jnp.int32)
-    given: dict[str, Any] = dict(owner=None, seen=seen, layer=jnp.int32(0), memory=(), around=around)
-    return Candidates(keys, values, positions, capacity=capacity, **(given | fields))
+    given: dict[str, Any] = dict(owner=None, seen=seen, layer=jnp.int32(0), memory=(), context=context)
+    return CacheView(keys, values, positions, capacity=capacity, **(given | fields))

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress.checkpoints import LoadedLlava, load_llava
+from jaxcompress.checkpoints import Loaded, load_llava
 from jaxcompress.generation.visual import Seen, look
 
 FIXTURES = Path(__file__).parent / "fixtures" / "vision_models"
 
 
 @cache
-def loaded(name: str) -> LoadedLlava:
+def loaded(name: str) -> Loaded:
     return load_llava(FIXTURES / name, dtype="float32")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxcompress._json import read_object_if_there
+from jaxcompress.inputs.json import read_object_if_there
 
 # Names of files, and of files in folders.
 _TOKENIZER = (

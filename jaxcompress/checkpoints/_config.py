@@ -21,7 +21,7 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
-from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.rope import RopeConfig
 
 

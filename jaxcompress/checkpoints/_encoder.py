@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 
-from jaxcompress._json import read_object
 from jaxcompress.checkpoints._carried import config_like
 from jaxcompress.checkpoints._dtype import weights_dtype
 from jaxcompress.checkpoints._entries import (
@@ -23,8 +22,11 @@ from jaxcompress.checkpoints._entries import (
     whole,
 )
 from jaxcompress.checkpoints._load import Shardings, fill, find, opened
+from jaxcompress.checkpoints._loaded import Loaded
 from jaxcompress.checkpoints._save import write_folder
 from jaxcompress.checkpoints._weights import Names, named_weights
+from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
+from jaxcompress.inputs.json import read_object
 from jaxcompress.models.encoder import Encoder, EncoderConfig
 
 _PREFIX = {"bert": "bert", "xlm-roberta": "roberta", "roberta": "roberta"}
@@ -48,21 +50,9 @@ _INTERPRETED = frozenset(
 )  # fmt: skip
 
 
-class LoadedEncoder(NamedTuple):
-    """What a checkpoint of an encoder holds.
-
-    Attributes:
-      model: the encoder; its shape is `model.config`.
-      settings: config.json as it was read.
-      folder: where the files are, the tokenizer's among them.
-    """
-
-    model: Encoder
-    settings: dict[str, Any]
-    folder: Path
-
-
-def load_encoder(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None) -> LoadedEncoder:
+def load_encoder(
+    source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None
+) -> Loaded[Encoder, EncoderConfig, EncoderTokenizer]:
     """Reads a BERT or XLM-RoBERTa checkpoint that classifies tokens, such as those of LLMLingua-2.
 
     Args:
@@ -95,7 +85,7 @@ def load_encoder(source: str | Path, *, dtype: Any = None, sharding: Shardings |
             ignored=lambda name: name.endswith("embeddings.position_ids"), unused=lambda name: ".pooler." in name,
             dtype=target, sharding=sharding,
         )  # fmt: skip
-    return LoadedEncoder(model, settings, folder)
+    return Loaded(model, config, settings, folder, EncoderTokenizer)
 
 
 def save_encoder(encoder: Encoder, folder: str | Path, *, tokenizer_from: str | Path | None = None) -> Path:

@@ -14,20 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from jaxcompress._json import read_object
 from jaxcompress.checkpoints._config import decoder_config
 from jaxcompress.checkpoints._dtype import STORED, weights_dtype
 from jaxcompress.checkpoints._entries import config_of, shown
-from jaxcompress.checkpoints._policy import SavedPolicy, load_policy
+from jaxcompress.checkpoints._loaded import Loaded
 from jaxcompress.checkpoints._weights import Weight, weights_of
-from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.inputs.json import read_object
+from jaxcompress.inputs.tokenizer import Tokenizer
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DOWNLOADED = (
@@ -45,41 +47,9 @@ class NotFinite(FloatingPointError, ValueError):
     """Weights hold NaN or infinity."""
 
 
-class Loaded(NamedTuple):
-    """What a checkpoint holds.
-
-    Attributes:
-      model: the decoder.
-      config: its shape; the same as `model.config`.
-      settings: config.json as it was read, for what the decoder does not need: `eos_token_id`, ...
-      folder: where the files are; `folder / "tokenizer.json"` is there if the checkpoint has a fast tokenizer.
-    """
-
-    model: Decoder
-    config: DecoderConfig
-    settings: dict[str, Any]
-    folder: Path
-
-    def tokenizer(self) -> Any:
-        """The `transformers` tokenizer of this checkpoint. Imports transformers, which takes a second."""
-        return auto("AutoTokenizer").from_pretrained(self.folder, trust_remote_code=False)
-
-    def policy(self) -> SavedPolicy:
-        """What the model was trained to be read with, and that policy's own weights.
-
-        Raises:
-          ValueError: it was saved without a policy (`load_policy(folder)` gives None then).
-        """
-        saved = load_policy(self.folder)
-        if saved is None:
-            raise ValueError(
-                f"the model in {self.folder} was saved without a policy of its own; use one by name, such as "
-                "jaxcompress.named('tova')"
-            )
-        return saved
-
-
-def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None) -> Loaded:
+def load(
+    source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None
+) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
     """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
 
     Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. What the files hold counts: if
@@ -121,23 +91,7 @@ def load(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = 
         make = lambda: Decoder(config, dtype=target, rngs=nnx.Rngs(0))
         sizes = sizes_of(config)
         model = fill(folder, tensors, make, weights_of, sizes=sizes, ignored=ignored, dtype=target, sharding=sharding)
-    return Loaded(model, config, settings, folder)
-
-
-def auto(name: str) -> Any:
-    """One of `transformers`' classes that open a folder; imported without its advice to install PyTorch."""
-    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(quiet)
-    os.environ[quiet] = "1"
-    try:
-        import transformers
-
-        return getattr(transformers, name)  # which imports more, and that may give the advice again
-    finally:
-        if before is None:
-            del os.environ[quiet]
-        else:
-            os.environ[quiet] = before
+    return Loaded(model, config, settings, folder, Tokenizer)
 
 
 def with_own_head(

@@ -15,9 +15,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jaxcompress._json import read_object
-from jaxcompress.naming import named
-from jaxcompress.policies.base import Policy
+from jaxcompress.inputs.json import read_object
+from jaxcompress.policies.names import get_policy
+from jaxcompress.policies.policy import Policy
 from jaxcompress.policies.registry import LEARNED, learned_policy
 
 _SETTINGS, _WEIGHTS = "policy.json", "policy.safetensors"
@@ -27,7 +27,7 @@ class SavedPolicy(NamedTuple):
     """A policy with what it was trained with.
 
     Attributes:
-      name: for `jaxcompress.named`.
+      name: for `jaxcompress.get_policy`.
       settings: e.g. `slots`, `segment`, `chunk`, `placement`.
       weights: the policy's own, nested dicts of arrays; {} if it has none.
     """
@@ -43,7 +43,7 @@ class SavedPolicy(NamedTuple):
           ValueError: an unknown name, or weights or settings of something else.
         """
         if not self.weights:
-            return named(self.name)
+            return get_policy(self.name)
         known = LEARNED[self.name].settings if self.name in LEARNED else ()
         settings = {name: self.settings[name] for name in known if name in self.settings}
         try:

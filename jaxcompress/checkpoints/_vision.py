@@ -6,12 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
 
-from jaxcompress._json import read_object, read_object_if_there
 from jaxcompress.checkpoints._carried import config_like
 from jaxcompress.checkpoints._config import INTERPRETED, decoder_config, hugging_face_config
 from jaxcompress.checkpoints._dtype import weights_dtype
@@ -28,9 +27,13 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
-from jaxcompress.checkpoints._load import Shardings, auto, fill, find, opened, sizes_of, with_own_head
+from jaxcompress.checkpoints._load import Shardings, fill, find, opened, sizes_of, with_own_head
+from jaxcompress.checkpoints._loaded import Loaded
+from jaxcompress.checkpoints._processor import _PROCESSORS
 from jaxcompress.checkpoints._save import write_folder
 from jaxcompress.checkpoints._weights import DECODER, Names, Weight, dotted, named_weights, weight_named
+from jaxcompress.inputs.json import read_object, read_object_if_there
+from jaxcompress.inputs.tokenizer import Tokenizer
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.vit import Activation, TowerConfig, VisionTower
 
@@ -62,7 +65,6 @@ _LLAVA_TOWER = {
     "image_size": 336, "num_hidden_layers": 24, "num_attention_heads": 16,
 }  # fmt: skip
 _LARGEST_SIDE = 2**16
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _INTERPRETED = INTERPRETED | {
     "image_token_index", "image_token_id", "image_seq_length", "vision_feature_layer", "vision_feature_select_strategy",
     "projector_hidden_act", "multimodal_projector_bias", "vision_config", "text_config", "image_grid_pinpoints",
@@ -71,37 +73,9 @@ _INTERPRETED = INTERPRETED | {
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
-class LoadedTower(NamedTuple):
-    """A tower as a checkpoint holds it; attributes as in `Loaded`. `settings["id2label"]` names the classes."""
-
-    model: VisionTower
-    config: TowerConfig
-    settings: dict[str, Any]
-    folder: Path
-
-    def processor(self) -> Any:
-        """The `transformers` image processor of this checkpoint. Raises FileNotFoundError, ValueError."""
-        return image_processor(self.folder)
-
-
-class LoadedLlava(NamedTuple):
-    """A LLaVA model as a checkpoint holds it; attributes as in `Loaded`."""
-
-    model: Llava
-    config: LlavaConfig
-    settings: dict[str, Any]
-    folder: Path
-
-    def processor(self) -> Any:
-        """The `transformers` image processor of this checkpoint. Raises FileNotFoundError, ValueError."""
-        return image_processor(self.folder)
-
-    def tokenizer(self) -> Any:
-        """The `transformers` tokenizer of this checkpoint."""
-        return auto("AutoTokenizer").from_pretrained(self.folder, trust_remote_code=False)
-
-
-def load_tower(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None) -> LoadedTower:
+def load_tower(
+    source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None
+) -> Loaded[VisionTower, TowerConfig, Tokenizer]:
     """Reads a ViT, DeiT, CLIP or SigLIP vision tower; of a checkpoint with words too (CLIP, SigLIP) only the tower.
 
     Args and errors as of `load`.
@@ -124,7 +98,7 @@ def load_tower(source: str | Path, *, dtype: Any = None, sharding: Shardings | N
             ignored=lambda name: name.endswith("embeddings.position_ids") or bool(beside.match(name)), unused=_unused,
             dtype=target, sharding=sharding,
         )  # fmt: skip
-    return LoadedTower(model, config, settings, folder)
+    return Loaded(model, config, settings, folder, Tokenizer)
 
 
 _WORDS = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_scale$|logit_bias$")
@@ -142,7 +116,9 @@ def _sizes_of_tower(config: TowerConfig) -> dict[str, int]:
     }
 
 
-def load_llava(source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None) -> LoadedLlava:
+def load_llava(
+    source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None
+) -> Loaded[Llava, LlavaConfig, Tokenizer]:
     """Reads a LLaVA-1.5 or LLaVA-NeXT checkpoint in transformers' layout (`llava-hf/...`).
 
     Args and errors as of `load`.
@@ -162,7 +138,7 @@ def load_llava(source: str | Path, *, dtype: Any = None, sharding: Shardings | N
             ignored=lambda name: name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")),
             dtype=target, sharding=sharding,
         )  # fmt: skip
-    return LoadedLlava(model, config, settings, folder)
+    return Loaded(model, config, settings, folder, Tokenizer)
 
 
 def save_llava(
@@ -237,24 +213,6 @@ def hugging_face_llava_config(config: LlavaConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.decoder.tied,
         **({"image_grid_pinpoints": [list(point) for point in config.pinpoints]} if following else {}),
     }
-
-
-def image_processor(folder: Path) -> Any:
-    """The `transformers` image processor of a folder, through Pillow.
-
-    Raises:
-      FileNotFoundError: the folder says nothing about pictures.
-      ValueError: what it says cannot be read. Whether it fits the tower is checked by `generation.pictures.process`.
-    """
-    present = [folder / name for name in _PROCESSORS if (folder / name).is_file()]
-    if not present:
-        raise FileNotFoundError(f"{folder} has no {_PROCESSORS[0]}")
-    for path in present:
-        read_object(path)
-    try:
-        return auto("AutoImageProcessor").from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except Exception as error:  # a class of transformers' makes of a config what it likes
-        raise ValueError(f"{present[0]}: no image processor can be made of it: {error}") from error
 
 
 _WITH_WORDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}

@@ -1,7 +1,7 @@
 """What the parser lets through and no command can use: arguments that are no text, numbers that are none.
 
 A person wrote them a moment ago, so nothing is replaced here: the argument is named and refused. (Data is another
-matter, see `jaxcompress.reading`.)
+matter, see `jaxcompress.inputs.text`.)
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from jaxcompress.cli.runtime import (
     words_of,
     write_json,
 )
-from jaxcompress.reading import read_text
+from jaxcompress.inputs.text import read_text
 
 POLICIES = (
     "full", "random", "window", "window+4", "streaming_llm+4", "h2o", "h2o-layer", "tova", "tova-kv_head",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxcompress.cli import runtime
-from jaxcompress.reading import decoded, named, parse_json, read_text, standard_input, unescaped
+from jaxcompress.inputs.text import decoded, named, parse_json, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
     from jaxcompress.prompt import Compressed, Compressor

@@ -67,19 +67,19 @@ def _long_read(model, tokenizer, how: Demo, say) -> dict:
     import numpy as np
 
     from jaxcompress.cli.runtime import progress as bar
-    from jaxcompress.generation import Sampler, Settings, TextStream, continue_, read_on, start
-    from jaxcompress.naming import named
+    from jaxcompress.generation import GenerationConfig, TextStream, decode_stream, init_decode_state, prefill_stream
+    from jaxcompress.policies.names import get_policy
 
     ids, names = _long_text(tokenizer, how.tokens)
-    policy, placement, segment = named("tova"), "slot", 1024
-    now = start(model, policy, how.slots)
-    nbytes = sum(run.nbytes for run in now.state)
+    policy, placement, segment = get_policy("tova"), "slot", 1024
+    now = init_decode_state(model, policy, how.slots, placement=placement)
+    nbytes = sum(run.nbytes for run in now.kv)
     say(f"Reading {len(ids):,} tokens of text it has never seen ({', '.join(names)})")
     say(f"through {how.slots} slots per layer: {nbytes / 1024:.0f} KiB of state, whatever the length.\n")
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     marks, begun, last = [], 0.0, 0
     with bar(len(ids), "reading") as advance:
-        for count, reached in read_on(model, [ids], now, policy, segment=segment, placement=placement):
+        for count, reached in prefill_stream(model, [ids], now, segment=segment):
             advance(count - last)
             last, now = count, reached
             if not begun:
@@ -91,9 +91,9 @@ def _long_read(model, tokenizer, how: Demo, say) -> dict:
     say(f"  {len(ids):7,} tokens read   peak memory {peak() / 2**20:,.0f} MiB   {speed:,.0f} tokens/s\n")
     say("It goes on writing:")
     stream, text = TextStream(tokenizer, after=ids[-64:]), ""
-    settings = Settings(Sampler(temperature=0.7, top_p=0.9))
-    for burst in continue_(model, now, policy, steps=96, settings=settings, burst=16, placement=placement):
-        for token in burst[0][burst[0] >= 0]:
+    config = GenerationConfig(temperature=0.7, top_p=0.9)
+    for tokens in decode_stream(model, now, 96, config, stream_every=16):
+        for token in tokens[0][tokens[0] >= 0]:
             piece = stream.push(token)
             text += piece
             say(piece, end="")
@@ -146,9 +146,9 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
 
 def _draw_deaths(model, tokenizer, out: Path, say) -> None:
     from jaxcompress.evaluation.figures import death_times
-    from jaxcompress.naming import named
-    from jaxcompress.tracing import trace
+    from jaxcompress.evaluation.tracing import trace
+    from jaxcompress.policies.names import get_policy
 
     ids, _ = _long_text(tokenizer, 1024)
-    held = trace(model, ids[None], named("tova"), 128, prompt=1)
+    held = trace(model, ids[None], get_policy("tova"), 128, prompt=1)
     death_times(held, out / "deaths.png", title="TOVA, 128 slots: what each layer held")

@@ -19,7 +19,7 @@ from jaxcompress.cli.runtime import (
     warn_of_positions,
     write_json,
 )
-from jaxcompress.reading import read_text, standard_input, unescaped
+from jaxcompress.inputs.text import read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
     from jaxcompress.generation import TextUntil
@@ -32,7 +32,8 @@ class Generate:
     Text appears as it is written. Several --prompt are written side by side, as one batch. --file reads a file, or
     standard input (-), however long, in segments: memory does not grow.
 
-    Example: cat book.txt | jaxcompress generate --file - --policy tova --slots 128 --placement slot --steps 200
+    Example: cat book.txt | jaxcompress generate --file - --policy tova --slots 128 --placement slot --max-new-tokens
+      200
     """
 
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -50,8 +51,8 @@ class Generate:
     """See `jaxcompress info` for the names; `own` is the one that the model was saved with."""
     slots: tuple[int, ...] = (128,)
     """Capacity: one for all layers, or one for each."""
-    steps: int = 128
-    """Tokens to write."""
+    max_new_tokens: int = 128
+    """Tokens to generate, at most."""
     mode: Literal["streaming", "chunked", "oneshot"] = "streaming"
     """How the prompt is read (--file: streaming or chunked)."""
     chunk: int | None = None
@@ -83,7 +84,7 @@ class Generate:
         if bool(self.prompt) == (self.file is not None):
             raise ValueError("give either --prompt or --file")
 
-        at_least(1, steps=self.steps)
+        at_least(1, max_new_tokens=self.max_new_tokens)
         chunk = chunk_of(self.mode, self.chunk)
         if self.temperature == 0:
             for name in ("top_k", "top_p", "min_p"):
@@ -96,7 +97,7 @@ class Generate:
         if self.mode == "oneshot" and self.file is not None and self.shorten is None:
             raise ValueError("--file is read in segments; use --mode streaming or chunked")
         model, tokenizer = open_model(self.model, self.dtype)
-        from jaxcompress.generation import Sampler, Settings, TextUntil, continue_, prefill, start
+        from jaxcompress.generation import GenerationConfig, TextUntil, decode_stream, init_decode_state, prefill
 
         if wrong := [token for token in self.stop_id if not 0 <= token < model.config.vocab_size]:
             raise ValueError(f"--stop-id {wrong[0]} is outside the vocabulary; give 0 to {model.config.vocab_size - 1}")
@@ -104,29 +105,29 @@ class Generate:
             TextUntil, tokenizer, [unescaped(text) for text in self.stop], (*tokenizer.eos_ids, *self.stop_id)
         )
         policy = policy_named(self.policy, tokenizer.folder)
-        sampler = Sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
-        settings = Settings(sampler, until().ids)
+        config = GenerationConfig(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, until().ids
+        )
         slots = self.slots[0] if len(self.slots) == 1 else self.slots
         batch = max(len(self.prompt), 1)
-        progress = start(model, policy, slots, batch=batch, seeds=self.seed, dtype=self.state_dtype)
+        state = init_decode_state(
+            model, policy, slots, batch=batch, seeds=self.seed, dtype=self.state_dtype, placement=self.placement
+        )
         kept = self._shortened() if self.shorten is not None else []
         if self.file is not None and not kept:
-            progress, last = self._read_file(model, tokenizer, policy, progress, chunk)
+            state, last = self._read_file(model, tokenizer, state, chunk)
             prompts = [last]
         else:
             texts = [one.text for one in kept] or self.prompt
             prompts = [self._encode(tokenizer, text) for text in texts]
-            progress = prefill(model, prompts, progress, policy, mode=self.mode, chunk=chunk, placement=self.placement)
+            state = prefill(model, prompts, state, mode=self.mode, chunk=chunk)
         if kept:
-            self._report(model, tokenizer, policy, progress, kept, prompts)
-        end = int(progress.state[0].seen.max()) + self.steps
+            self._report(model, tokenizer, state, kept, prompts)
+        end = int(state.kv[0].seen.max()) + self.max_new_tokens
         warn_of_positions(model, [self.placement or policy.placement], end)
         rows = [_Row(until(after=[] if ids is None else ids)) for ids in prompts]
         live = batch == 1 and not self.json
-        bursts = continue_(
-            model, progress, policy, steps=self.steps, settings=settings, burst=8, placement=self.placement
-        )
-        for tokens in bursts:
+        for tokens in decode_stream(model, state, self.max_new_tokens, config, stream_every=8):
             for row, new in zip(rows, tokens, strict=True):
                 row.push(new)
             if live:
@@ -155,31 +156,29 @@ class Generate:
         return tokenizer.encode(text)
 
     def _shortened(self):
-        from jaxcompress.embedded import load_compressor
+        from jaxcompress.prompt.classifier import load_compressor
         from jaxcompress.prompt.word_scores import keep
 
         scorer = load_compressor()
         return [keep(scorer(text), rate=self.shorten) for text in self.prompt or (read_text(self.file),)]
 
-    def _report(self, model, tokenizer, policy, progress, kept, prompts) -> None:
+    def _report(self, model, tokenizer, state, kept, prompts) -> None:
         from jaxcompress.prompt.reading import report_of
 
         for row, (one, ids) in enumerate(zip(kept, prompts, strict=True)):
             whole = len(self._encode(tokenizer, one.scored.text))
-            told = report_of(
-                model, policy, progress, one, original_tokens=whole, prompt_tokens=len(ids), row=row
-            )  # fmt: skip
+            told = report_of(model, state, one, original_tokens=whole, prompt_tokens=len(ids), row=row)
             print(f"jaxcompress: {told}", file=sys.stderr)
 
-    def _read_file(self, model, tokenizer, policy, progress, chunk: int):
+    def _read_file(self, model, tokenizer, state, chunk: int):
         from contextlib import nullcontext
 
         from jaxcompress.cli import runtime
-        from jaxcompress.generation import encode_stream, read_on
+        from jaxcompress.generation import encode_stream, prefill_stream
 
         path = str(self.file)
         by = 1 if self.mode == "streaming" else chunk
-        tail, count = None, 0
+        tail, count, last = None, 0, state
 
         def remember(pieces):
             nonlocal tail
@@ -193,12 +192,12 @@ class Generate:
             runtime.progress(None, "reading") as bar,
         ):
             pieces = remember(encode_stream(text, tokenizer))
-            for now, state in read_on(model, pieces, progress, policy, chunk=by, placement=self.placement):
+            for now, after in prefill_stream(model, pieces, state, chunk=by):
                 bar(now - count)
-                count, progress = now, state
+                count, last = now, after
         if count <= opening:
             raise ValueError(f"{self.file} is empty; there is nothing to read")
-        return progress, tail
+        return last, tail
 
 
 class _Row:

@@ -23,9 +23,9 @@ class Info:
         import jax
 
         from jaxcompress import __version__
-        from jaxcompress.attention import decode_backend
         from jaxcompress.cli.runtime import CACHE, write_json
-        from jaxcompress.naming import MODIFIERS, NAMES
+        from jaxcompress.policies.names import MODIFIERS, NAMES
+        from jaxcompress.recurrence.attention import decode_backend
 
         def installed(package: str) -> str | None:
             try:

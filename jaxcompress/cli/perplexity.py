@@ -19,7 +19,7 @@ from jaxcompress.cli.runtime import (
     warn_of_positions,
     write_json,
 )
-from jaxcompress.reading import read_text
+from jaxcompress.inputs.text import read_text
 
 _SLOTS = (64, 128, 256, 512)
 _ROWS = 8

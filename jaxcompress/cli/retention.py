@@ -16,7 +16,7 @@ from jaxcompress.cli.runtime import (
     warn_of_positions,
     write_json,
 )
-from jaxcompress.reading import named, read_text
+from jaxcompress.inputs.text import named, read_text
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Retention:
         model, tokenizer = open_model(self.model, self.dtype)
         from jaxcompress.evaluation.page import page
         from jaxcompress.evaluation.retention import overlap, survival_by_kind, token_kinds, token_texts
-        from jaxcompress.token_ids import token_ids
-        from jaxcompress.tracing import trace
+        from jaxcompress.evaluation.tracing import trace
+        from jaxcompress.inputs.token_ids import token_ids
 
         names = [name for name in (self.policy, self.compare) if name is not None]
         policies = [policy_named(name, tokenizer.folder) for name in names]

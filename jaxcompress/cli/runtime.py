@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
     from jaxcompress.policies import Policy
-    from jaxcompress.policies.base import Placement
+    from jaxcompress.state.placement import Placement
 
 StateDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4"]
-"""`jaxcompress.storage.DTYPES`, for the parser, which knows nothing of arrays."""
+"""`jaxcompress.state.storage.DTYPES`, for the parser, which knows nothing of arrays."""
 
 CHUNK = 128
 PLACEMENTS = "--placement slot or compact keeps distances short"
@@ -42,32 +42,30 @@ def open_weights(model: str | None, dtype: str | None = None) -> Loaded:
     from jaxcompress import embedded
     from jaxcompress.checkpoints import load
 
-    return load(embedded.folder() if model is None else model, dtype=dtype)
+    return load(embedded.decoder_folder() if model is None else model, dtype=dtype)
 
 
 def open_model(model: str | None, dtype: str | None = None) -> tuple[Decoder, Tokenizer]:
     """The same with its tokenizer."""
-    from jaxcompress.generation.text import Tokenizer
-
     loaded = open_weights(model, dtype)
-    return loaded.model, Tokenizer(loaded.folder)
+    return loaded.model, loaded.tokenizer
 
 
 def policy_named(name: str, folder: Path) -> Policy:
-    """A policy by name; `own` is the one that was saved with the model in a folder.
+    """A policy by name; `learned` is the one that was saved with the model in a folder.
 
     Raises:
       ValueError: an unknown name, or none was saved.
     """
     from jaxcompress.checkpoints import load_policy
-    from jaxcompress.naming import named
+    from jaxcompress.policies.names import get_policy
 
-    if name.split("/")[0] != "own":
-        return named(name)
+    if name.split("/")[0] != "learned":
+        return get_policy(name)
     saved = load_policy(folder)
     if saved is None:
         raise ValueError(f"the model in {folder} was saved without a policy of its own; name another one")
-    return named(name, own=saved.make())
+    return get_policy(name, learned=saved.make())
 
 
 def tell(line: str) -> None:

@@ -15,7 +15,7 @@ from jaxcompress.cli.runtime import (
     policy_named,
     warn_of_positions,
 )
-from jaxcompress.reading import read_text
+from jaxcompress.inputs.text import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,9 +71,9 @@ class Trace:
         check_writable(self.out, self.figure)
         loaded = open_weights(self.model, self.dtype)
         model = loaded.model
+        from jaxcompress.evaluation.tracing import trace
         from jaxcompress.generation import Tokenizer
-        from jaxcompress.token_ids import token_rows
-        from jaxcompress.tracing import trace
+        from jaxcompress.inputs.token_ids import token_rows
 
         if self.tokens is not None:
             ids = _array(self.tokens)

@@ -12,13 +12,14 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from jaxcompress.cli.runtime import warn_of_positions
-from jaxcompress.reading import parse_json, parse_toml, read_text
+from jaxcompress.inputs.text import parse_json, parse_toml, read_text
 
 if TYPE_CHECKING:
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
-    from jaxcompress.policies.base import Placement, Policy
     from jaxcompress.policies.learned import ForgetHead
+    from jaxcompress.policies.policy import Policy
+    from jaxcompress.state.placement import Placement
     from jaxcompress.training.data import PackedRows
     from jaxcompress.training.learning import Learning
     from jaxcompress.training.trainer import Objective
@@ -101,7 +102,7 @@ class Train:
     """Capacity: one for all layers, or one for each."""
     segment: int = 256
     """Tokens read at once. More is faster and takes more memory; the result is the same."""
-    reach: int | None = 2
+    bptt_segments: int | None = 2
     """Over how many segments the gradient goes back; None: over the whole row."""
     chunk: int = 1
     """Tokens between two selections; 1 is exactly as in decoding."""
@@ -162,7 +163,7 @@ class Train:
 
         from jaxcompress.checkpoints import config_dtype
         from jaxcompress.generation.text import Tokenizer
-        from jaxcompress.pallas_kernels.contract import device
+        from jaxcompress.pallas_kernels.devices import device
         from jaxcompress.training.checkpointing import Checkpoints
         from jaxcompress.training.data import batches, split
         from jaxcompress.training.metrics import MetricsFile, flops_per_token, mean_attended
@@ -254,7 +255,7 @@ class Train:
         kind, idle = self.policy.split("-")[0], {}
         if self.policy == "full":
             why = "with --policy full, which evicts nothing"
-            idle |= dict.fromkeys(("slots", "segment", "reach", "chunk", "placement"), why)
+            idle |= dict.fromkeys(("slots", "segment", "bptt_segments", "chunk", "placement"), why)
         if kind != "dms":
             idle["window"] = f"with --policy {self.policy}; it is for dms"
         if kind not in ("dms", "dmc"):
@@ -266,11 +267,11 @@ class Train:
     @property
     def _places(self) -> Placement:
         """Where tokens stand for RoPE."""
-        from jaxcompress.naming import named
+        from jaxcompress.policies.names import get_policy
         from jaxcompress.training.learning import LEARNABLE
 
         plain = self.policy == "full" or self.policy in LEARNABLE
-        return self.placement or ("absolute" if plain else named(self.policy).placement)
+        return self.placement or ("absolute" if plain else get_policy(self.policy).placement)
 
     def _rates(self, schedule: Callable[[int], Any], done: int) -> str:
         """How the learning rate goes, from here to the end."""
@@ -286,7 +287,7 @@ class Train:
         """What is trained, for what, and what is told of it."""
         import jax
 
-        from jaxcompress.naming import named
+        from jaxcompress.policies.names import get_policy
         from jaxcompress.training.learning import LEARNABLE, learning
         from jaxcompress.training.lora import add_lora, init_lora
         from jaxcompress.training.objectives import adapted, causal
@@ -308,7 +309,7 @@ class Train:
             parts = (lambda head: (model, head)) if alone else learned.parts
             told = {"language": NATS["loss"]} | (FORESEEN_ALONE if alone else KEPT)
             return Task(learned.params, learned.objective, self._with_language(learned), told, parts, learned)
-        objective = causal() if self.policy == "full" else self._through(named(self.policy), teacher)
+        objective = causal() if self.policy == "full" else self._through(get_policy(self.policy), teacher)
         if self.lora is None:
             return Task(model, objective, objective, told, lambda params: (params, None), None)
         adapters, objective = init_lora(model, key, rank=self.lora), adapted(objective, frozen)
@@ -320,7 +321,9 @@ class Train:
 
         if self.length < self.segment:
             raise ValueError(f"--length {self.length} is less than one --segment of {self.segment} tokens")
-        how: dict[str, Any] = dict(segment=self.segment, reach=self.reach, chunk=self.chunk, placement=self.placement)
+        how: dict[str, Any] = dict(
+            segment=self.segment, bptt_segments=self.bptt_segments, chunk=self.chunk, placement=self.placement
+        )
         if teacher is None:
             return bounded(policy, self._capacity, **how)
         return distilled(policy, self._capacity, teacher=teacher, language=LANGUAGE, **how)

@@ -38,23 +38,24 @@ class VisionDemo:
 
         prepare()
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: it is not needed
-        from jaxcompress.embedded import load_embedded_vision
+        from jaxcompress.checkpoints import load_embedded_vision
         from jaxcompress.evaluation.visual import Examiner, exam, guessing
-        from jaxcompress.vision import named
+        from jaxcompress.vision import get_method
 
         self.out.mkdir(parents=True, exist_ok=True)
-        loaded, tokenizer = load_embedded_vision()
+        loaded = load_embedded_vision()
+        tokenizer = loaded.tokenizer
         patches = loaded.config.tower.num_patches
         if wrong := [n for n in self.tokens if not 0 < n <= patches]:
             raise ValueError(
                 f"tokens: {wrong[0]} of {patches} patches cannot be kept; give numbers from 1 to {patches}"
             )
         budgets = sorted(set(self.tokens), reverse=True)
-        chosen = [(patches, named("full")), *((n, named(name, n)) for n in budgets for name in self.methods)]
+        chosen = [(patches, get_method("full")), *((n, get_method(name, n)) for n in budgets for name in self.methods)]
         if self.pictures < 1:
             raise ValueError(f"pictures: at least 1 is needed, not {self.pictures}")
         say = (lambda *text: None) if self.json else lambda *text: print(*text, flush=True)
-        asked = exam(tokenizer, loaded.processor(), loaded.model, pictures=self.pictures)
+        asked = exam(tokenizer, loaded.processor, loaded.model, pictures=self.pictures)
         example = asked.asked[0][0]
         say(f"{self.pictures} pictures that the model has never seen, {len(asked.answers)} questions about them,")
         say(f"e.g. “{example.text}” — {example.answer}. Guessing well without looking: {guessing(asked):.0%}.")

@@ -17,9 +17,10 @@ from jaxcompress.evaluation.retention import (
     token_texts,
 )
 from jaxcompress.evaluation.sweep import Row, rows_of_text, sweep
+from jaxcompress.evaluation.tracing import Trace, trace
 
 __all__ = [
-    "Ages", "Answers", "KindSurvival", "Overlap", "Perplexity", "Recall", "Row", "Survival", "ages", "answers", "exam",
-    "held", "occupancy", "overlap", "perplexity", "rows_of_text", "survival", "survival_by_kind", "sweep",
-    "token_kinds", "token_texts", "weave", "wording",
+    "Ages", "Answers", "KindSurvival", "Overlap", "Perplexity", "Recall", "Row", "Survival", "Trace", "ages",
+    "answers", "exam", "held", "occupancy", "overlap", "perplexity", "rows_of_text", "survival", "survival_by_kind",
+    "sweep", "token_kinds", "token_texts", "trace", "weave", "wording",
 ]  # fmt: skip

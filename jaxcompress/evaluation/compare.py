@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxcompress.evaluation.recall import WORDS_PER_SIDE, Recall, Wording, answers, exam, one_by_one
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.base import Policy
-from jaxcompress.storage import vector_bytes
+from jaxcompress.policies.policy import Policy
+from jaxcompress.state.storage import vector_bytes
 
 
 class Exams(NamedTuple):

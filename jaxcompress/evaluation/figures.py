@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from jaxcompress.evaluation.retention import KINDS, check_layers, occupancy, survival
 from jaxcompress.evaluation.sweep import Row
-from jaxcompress.tracing import Trace
+from jaxcompress.evaluation.tracing import Trace
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")

@@ -27,7 +27,7 @@ MOST_NUMBERS = 2**21
 _COLOURS = 8  # of the page, besides that for nothing
 
 
-class Shown(NamedTuple):
+class PageView(NamedTuple):
     """The part of the death times that fits on a page.
 
     Attributes:
@@ -40,12 +40,12 @@ class Shown(NamedTuple):
     heads: np.ndarray
 
 
-def fit(death: np.ndarray, most_tokens: int = MOST_TOKENS, most_numbers: int = MOST_NUMBERS) -> Shown:
+def fit(death: np.ndarray, most_tokens: int = MOST_TOKENS, most_numbers: int = MOST_NUMBERS) -> PageView:
     """Leaves out the last tokens, then heads, then layers, until [L, P, T] death times are small enough."""
     tokens = min(death.shape[2], most_tokens)
     heads = _spread(death.shape[1], most_numbers // (death.shape[0] * tokens))
     layers = _spread(death.shape[0], most_numbers // (len(heads) * tokens))
-    return Shown(np.minimum(death[layers][:, heads, :tokens], tokens), layers, heads)
+    return PageView(np.minimum(death[layers][:, heads, :tokens], tokens), layers, heads)
 
 
 def _spread(count: int, most: int) -> np.ndarray:
@@ -127,7 +127,7 @@ def first_ages(death: np.ndarray, colours: int = _COLOURS) -> np.ndarray:
     return np.unique([1, *np.minimum(steps, total)])
 
 
-def _left_out(shown: Shown, layers: int, heads: int, total: int) -> list[str]:
+def _left_out(shown: PageView, layers: int, heads: int, total: int) -> list[str]:
     told = []
     if (count := shown.death.shape[2]) < total:
         told.append(f"the first {count:,} of {total:,} tokens; what was held then is shown as held to the end")

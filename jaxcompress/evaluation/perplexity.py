@@ -13,11 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxcompress.models.bounded import Call, Mode, Slots, calls, check_fits, check_mode, check_policy, init_state, read
-from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.base import Placement, Policy
-from jaxcompress.state import State, runs
-from jaxcompress.token_ids import token_rows
+from jaxcompress.inputs.token_ids import token_rows
+from jaxcompress.models.checks import check_fits, check_mode
+from jaxcompress.models.decoder import Decoder, read
+from jaxcompress.models.init_state import Slots, init_state
+from jaxcompress.models.modes import Mode, ReadCall, calls
+from jaxcompress.policies.checks import check_policy
+from jaxcompress.policies.policy import Policy
+from jaxcompress.state.kv_state import State, runs
+from jaxcompress.state.placement import Placement
 from jaxcompress.training.loss import token_losses
 
 
@@ -63,7 +67,7 @@ def perplexity(
     """Mean loss of predicting each token of each row from the state after the tokens before it.
 
     Rows are independent texts. They are read in segments, so that memory does not grow with T; a layer's projections
-    run over a whole segment at once, which changes nothing (see `jaxcompress.recurrence`).
+    run over a whole segment at once, which changes nothing (see `jaxcompress.recurrence.advance`).
 
     Args:
       mode: `streaming`: exactly as in decoding. `chunked`: selection every `chunk` tokens, over which a token sees more
@@ -71,13 +75,13 @@ def perplexity(
         the rest is streamed; only the rest is counted.
       skip: leave so many of the first tokens out of the mean, to compare modes on the same tokens.
       segment: tokens read per call; made a whole number of chunks.
-      dtype: of keys and values, one of `jaxcompress.storage.DTYPES`; the model's by default.
+      dtype: of keys and values, one of `jaxcompress.state.storage.DTYPES`; the model's by default.
       text: how many tokens the text has that the rows were cut from, for `left_out`; those of the rows by default.
       progress: called with the number of tokens read, per segment.
 
     Raises:
-      ValueError: what is no text (see `jaxcompress.token_ids`), fewer than 2 tokens, a prompt that does not fit, a
-        `full` state that is too small, slots that a policy which selects once has no use for, a skip that leaves
+      ValueError: what is no text (see `jaxcompress.inputs.token_ids`), fewer than 2 tokens, a prompt that does not
+        fit, a `full` state that is too small, slots that a policy which selects once has no use for, a skip that leaves
         nothing or is negative, or a text shorter than what is predicted of it.
       FloatingPointError: losses are not finite; says where first.
     """
@@ -136,7 +140,7 @@ def check_used(policy: Policy, state: State, tokens: int, prompt: int | None) ->
             )
 
 
-def once_and_stream(prompt: int, total: int, *, segment: int) -> list[Call]:
+def once_and_stream(prompt: int, total: int, *, segment: int) -> list[ReadCall]:
     """How to read a prompt at once, and the rest of a text token by token."""
     once = calls("oneshot", prompt, chunk=1, segment=segment) if prompt else []
     return once + calls("streaming", total, chunk=1, segment=segment, start=prompt)
@@ -165,7 +169,7 @@ def predictions(
     tokens: Int[np.ndarray, "B T"],
     state: State,
     policy: Policy,
-    plan: Sequence[Call],
+    plan: Sequence[ReadCall],
     *,
     placement: Placement | None = None,
 ) -> Iterator[Predictions]:

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcompress.evaluation.perplexity import once_and_stream, predictions
-from jaxcompress.models.bounded import Slots, check_fits, check_mode, init_state
+from jaxcompress.inputs.token_ids import token_rows
+from jaxcompress.models.checks import check_fits, check_mode
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.base import Placement, Policy
-from jaxcompress.token_ids import token_rows
+from jaxcompress.models.init_state import Slots, init_state
+from jaxcompress.policies.policy import Policy
+from jaxcompress.state.placement import Placement
 
 WORDS_PER_SIDE = 2
 

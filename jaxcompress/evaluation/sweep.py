@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcompress.evaluation.perplexity import perplexity
-from jaxcompress.models.bounded import check_policy
+from jaxcompress.inputs.token_ids import token_rows
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies import Policy
-from jaxcompress.token_ids import token_rows
+from jaxcompress.policies.checks import check_policy
 
 
 class Row(NamedTuple):

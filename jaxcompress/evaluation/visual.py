@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.attention import Shown, causal_attention
 from jaxcompress.embedded.drawings import Drawing, Question, draw, questions
 from jaxcompress.evaluation.operations import matmul_flops
 from jaxcompress.generation.pictures import process
 from jaxcompress.generation.text import Tokenizer
-from jaxcompress.models.bounded import init_state
+from jaxcompress.models.init_state import init_state
 from jaxcompress.models.llava import Llava
 from jaxcompress.models.rope import rotate
 from jaxcompress.policies.full import Full
+from jaxcompress.recurrence.block_attention import causal_attention
+from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.vision.choose import take
 from jaxcompress.vision.method import Encoded, Given, Method
 from jaxcompress.vision.reading import encode, place, stages
@@ -93,7 +94,7 @@ def encoded(model: Llava, pixels: Any, method: Method) -> Encoded:
     return Encoded(*(take(x, order) for x in given._replace(place=place)))
 
 
-class Read(NamedTuple):
+class VisualReadings(NamedTuple):
     """What reading prompts gave.
 
     Attributes:
@@ -109,7 +110,7 @@ class Read(NamedTuple):
 
 def ask(
     model: Llava, given: Encoded, words: Int[Array, "R W"], valid: Bool[Array, "R W"], *, bos: int, method: Method
-) -> Read:
+) -> VisualReadings:
     """Reads each picture's tokens and then each of its questions, R / I in number.
 
     Plain causal attention, layer after layer and nothing in a loop, so that the compiler's count of FLOPs is complete.
@@ -131,7 +132,7 @@ def ask(
 
     def attend(q, k, v, positions, layer, index, carry, xs):
         q, k = (rotate(y, positions[..., None], rope) for y in (q, k))
-        shown = Shown(q, k, jnp.zeros(positions.shape, jnp.float32), positions)
+        shown = AttentionInputs(q, k, jnp.zeros(positions.shape, jnp.float32), positions)
         window = None if windows is None else windows[index]
         return causal_attention(q, k, v, positions, window=window), shown, xs
 
@@ -139,7 +140,7 @@ def ask(
         counts.append(block.positions.shape[1])
         start = jnp.zeros((*block.positions.shape, 1, config.decoder.head_dim), block.hidden.dtype)
         shape = lambda n, like=start: jnp.broadcast_to(like, (*like.shape[:2], n, like.shape[-1]))
-        nothing = Shown(
+        nothing = AttentionInputs(
             shape(config.decoder.num_heads), shape(config.decoder.num_kv_heads),
             jnp.zeros(block.positions.shape, jnp.float32), block.positions,
         )  # fmt: skip
@@ -153,7 +154,7 @@ def ask(
     kept = jnp.zeros((r, total), bool).at[
         jnp.arange(r)[:, None], jnp.where(left & (given.size > 0), given.place, total)
     ]
-    return Read(logits, kept.set(True, mode="drop"), jnp.array(counts))
+    return VisualReadings(logits, kept.set(True, mode="drop"), jnp.array(counts))
 
 
 class Outcome(NamedTuple):

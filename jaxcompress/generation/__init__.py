@@ -1,10 +1,11 @@
-"""Writing with a bounded state."""
+"""Generation with a bounded state: prompts in, tokens and text out."""
 
-from jaxcompress.generation.generate import Progress, Settings, continue_, generate, prefill, read_on, start, write
-from jaxcompress.generation.sampling import Sampler
+from jaxcompress.generation.config import GenerationConfig
+from jaxcompress.generation.decode_state import DecodeState, init_decode_state
+from jaxcompress.generation.generate import DecodeStream, decode, decode_stream, generate, prefill, prefill_stream
 from jaxcompress.generation.text import StopStrings, TextStream, TextUntil, Tokenizer, encode_stream
 
 __all__ = [
-    "Progress", "Sampler", "Settings", "StopStrings", "TextStream", "TextUntil", "Tokenizer", "continue_",
-    "encode_stream", "generate", "prefill", "read_on", "start", "write",
+    "DecodeState", "DecodeStream", "GenerationConfig", "StopStrings", "TextStream", "TextUntil", "Tokenizer", "decode",
+    "decode_stream", "encode_stream", "generate", "init_decode_state", "prefill", "prefill_stream",
 ]  # fmt: skip

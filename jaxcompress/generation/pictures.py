@@ -180,7 +180,7 @@ def process(pictures: Sequence[Picture], processor: Any, config: LlavaConfig | T
     """Pictures through a checkpoint's image processor.
 
     Args:
-      processor: of transformers (`LoadedTower.processor()`, `LoadedLlava.processor()`).
+      processor: of transformers (`LoadedTower.processor`, `LoadedLlava.processor`).
       config: of the model: how many crops LLaVA-NeXT sees of a picture.
 
     Raises:

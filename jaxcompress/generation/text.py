@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxcompress.generation.tokenizer import TokenIds as TokenIds
-from jaxcompress.generation.tokenizer import Tokenizer as Tokenizer
-from jaxcompress.reading import clean, decoded
+from jaxcompress.inputs.text import clean, decoded
+from jaxcompress.inputs.tokenizer import TokenIds as TokenIds
+from jaxcompress.inputs.tokenizer import Tokenizer as Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not, or not yet, a character
 _CHARACTER_BYTES = 4  # UTF-8's longest character
@@ -192,7 +192,7 @@ class TextUntil:
 
     Attributes:
       ids: the token ids that end the text: `stop_ids`, and the special tokens that are stop strings as a whole. A loop
-        that is given them (`Settings.stop`) ends early.
+        that is given them (`GenerationConfig.stop_token_ids`) ends early.
       stopped: whether a stop was found; from then on `push` returns "".
 
     Raises:

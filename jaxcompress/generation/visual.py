@@ -1,14 +1,14 @@
-"""Reading pictures among words, and writing on, in a fixed number of slots.
+"""Reading pictures among words in a fixed number of slots.
 
     seen = look(model, [picture, ...])
-    progress = prefill_visual(model, prompts, seen, start(model.decoder, policy, slots, batch=2), policy)
-    for tokens in continue_(model.decoder, progress, policy, steps=8): ...
+    state = prefill_visual(model, prompts, seen, init_decode_state(model.decoder, policy, slots, batch=2))
+    for tokens in decode_stream(model.decoder, state, max_new_tokens=8): ...
 
 With a method that keeps fewer patches:
 
     encoded = encode(model, pixels, method)  # or laid_out(seen, method), LLaVA-NeXT's rows and newlines
-    progress = start(model.decoder, policy, slots(method, model.config, room), batch=2)
-    progress = prefill_encoded(model, prompts, encoded, progress, policy, method)
+    state = init_decode_state(model.decoder, policy, slots(method, model.config, room), batch=2)
+    state = prefill_encoded(model, prompts, encoded, state, method)
 
 A picture's patches are read like words, so that every policy decides about them; stages drop or merge them between
 layers while the prompt is read.
@@ -26,14 +26,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.generation.generate import Progress, Rows, check_room, first_broken, raise_if_broken, taken_up
+from jaxcompress.generation.decode_state import (
+    DecodeArrays,
+    DecodeState,
+    check_room,
+    check_usable,
+    first_broken,
+    raise_if_broken,
+)
 from jaxcompress.generation.sampling import remember
-from jaxcompress.models.bounded import Block, Stage, check_mode, read_block
+from jaxcompress.inputs.scalars import whole
+from jaxcompress.inputs.token_ids import prompt_ids
+from jaxcompress.models.checks import check_mode
 from jaxcompress.models.llava import Llava, crops_of, expand_placeholders, picture_index, visual_index
-from jaxcompress.policies.base import Placement, Policy
-from jaxcompress.scalars import whole
-from jaxcompress.state import State
-from jaxcompress.token_ids import prompt_ids
+from jaxcompress.models.read_block import HiddenBlock, Stage, read_block
+from jaxcompress.policies.policy import Policy
+from jaxcompress.state.kv_state import State
+from jaxcompress.state.placement import Placement
 from jaxcompress.vision.encoders import whole as every_patch
 from jaxcompress.vision.method import Encoded, Method
 from jaxcompress.vision.reading import read_encoded
@@ -147,18 +156,16 @@ def prefill_visual(
     model: Llava,
     prompts: Sequence[Sequence[int] | np.ndarray],
     seen: Seen,
-    progress: Progress,
-    policy: Policy,
+    state: DecodeState,
     *,
     stages: tuple[Stage, ...] = (),
     chunk: int | None = None,
-    placement: Placement | None = None,
-) -> Progress:
+) -> DecodeState:
     """Reads a batch of prompts with pictures, each at once unless a chunk is given.
 
     Args:
       prompts: token ids, one image token for each picture.
-      progress: fresh, from `jaxcompress.generation.start(model.decoder, ...)`.
+      state: fresh, from `jaxcompress.generation.init_decode_state(model.decoder, ...)`; donated.
       stages: what leaves between layers (see `jaxcompress.models.bounded.Stage`).
       chunk: tokens between two selections of the policy.
 
@@ -166,45 +173,43 @@ def prefill_visual(
       ValueError: see `prompt`; a policy that keeps everything and has too few slots.
       FloatingPointError: logits are not finite: also where layers after a stage have too few slots for such a policy.
     """
-    progress = _fresh(model, progress, policy, placement)
+    _check_fresh(model, state)
     given = prompt(model, prompts, seen)
-    check_mode(policy, "oneshot" if chunk is None else "chunked")
+    check_mode(state.policy, "oneshot" if chunk is None else "chunked")
     if not stages:
         longest = given.tokens.shape[1]
-        check_room(model.decoder, policy, progress, longest, prompt=longest)
-    rows = _prefill(
-        model, given, seen.visual, progress.rows, policy=progress.policy, stages=stages, chunk=chunk,
-        placement=progress.placement,
+        check_room(model.decoder, state, longest, prompt=longest)
+    arrays = _prefill(
+        model, given, seen.visual, state.arrays, policy=state.policy, stages=stages, chunk=chunk,
+        placement=state.placement,
     )  # fmt: skip
-    progress = replace(progress, **rows._asdict())
-    raise_if_broken(progress)
-    return progress
+    state = replace(state, **arrays._asdict())
+    raise_if_broken(state)
+    return state
 
 
-def _fresh(model: Llava, progress: Progress, policy: Policy, placement: Placement | None) -> Progress:
+def _check_fresh(model: Llava, state: DecodeState) -> None:
     """The gate of prompts with pictures: nothing may have been read before.
 
     Raises:
-      ValueError: something has, or see `jaxcompress.generation.generate.taken_up`.
+      ValueError: something has, or see `jaxcompress.generation.decode_state.check_usable`.
     """
-    progress = taken_up(model.decoder, progress, policy, placement)
-    if int(progress.state[0].seen.max()):
+    check_usable(model.decoder, state)
+    if int(state.kv[0].seen.max()):
         raise ValueError(
-            "pictures are read into a fresh progress, and this one has read something: give one from "
-            "start(model.decoder, policy, slots); later turns without pictures are read by prefill(model.decoder, ...)"
+            "pictures are read into a fresh state, and this one has read something: give one from "
+            "init_decode_state(model.decoder, policy, slots); prefill(model.decoder, ...) reads later turns without "
+            "pictures"
         )
-    return progress
 
 
 @partial(jax.jit, static_argnames=("stages", "chunk", "placement"), donate_argnames="before")
 def _prefill(
-    model: Llava, given: Prompt, visual: Array, before: Rows, *, policy: Policy, stages: Any, chunk: int | None,
+    model: Llava, given: Prompt, visual: Array, before: DecodeArrays, *, policy: Policy, stages: Any, chunk: int | None,
     placement: Placement | None,
-) -> Rows:  # fmt: skip
-    block = Block(model.embed(given.tokens, visual), given.positions, given.patch)
-    left, state = read_block(
-        model.decoder, block, before.state, policy, stages=stages, chunk=chunk, placement=placement
-    )
+) -> DecodeArrays:  # fmt: skip
+    block = HiddenBlock(model.embed(given.tokens, visual), given.positions, given.patch)
+    left, state = read_block(model.decoder, block, before.kv, policy, stages=stages, chunk=chunk, placement=placement)
     return _after(model, given, left, state, before)
 
 
@@ -236,20 +241,19 @@ def prefill_encoded(
     model: Llava,
     prompts: Sequence[Sequence[int] | np.ndarray],
     encoded: Encoded,
-    progress: Progress,
-    policy: Policy,
+    state: DecodeState,
     method: Method,
     *,
     counts: Sequence[int] | None = None,
     chunk: int | None = None,
-) -> Progress:
+) -> DecodeState:
     """Reads a batch of prompts, each with one picture, while a method drops visual tokens between layers.
 
     Args:
       prompts: token ids, one image token in each.
       encoded: from `jaxcompress.vision.encode` with the same method, or `laid_out`.
-      progress: fresh, from `start(model.decoder, policy, jaxcompress.vision.slots(method, ...))`.
-      policy: decides about all tokens, also while words are written: `full()`, or `method.writing(first, last)`.
+      state: fresh, from `init_decode_state(model.decoder, policy, jaxcompress.vision.slots(method, ...))`; donated. Its
+        policy decides about all tokens, also while words are written: `Full()`, or `method.writing(first, last)`.
       counts: visual tokens of each row, where `laid_out` gives rows of different length; all by default.
       chunk: tokens between two selections of the policy.
 
@@ -257,38 +261,36 @@ def prefill_encoded(
       ValueError: not one image token in each prompt, an empty prompt, token ids outside the vocabulary.
       FloatingPointError: logits are not finite: also where layers have too few slots for a policy that keeps all.
     """
-    progress = _fresh(model, progress, policy, None)
+    _check_fresh(model, state)
     b, m = encoded.visual.shape[:2]
-    check_mode(policy, "oneshot" if chunk is None else "chunked")
+    check_mode(state.policy, "oneshot" if chunk is None else "chunked")
     given = prompt(model, prompts, Seen(encoded.visual, ((m,),) * b))
     if counts is not None:  # words follow the last token that is there
         after = (given.patch < 0) & (given.positions >= 0) & (jnp.cumsum(given.patch >= 0, axis=1) == m)
         given = given._replace(positions=given.positions - after * (m - jnp.array(counts, jnp.int32))[:, None])
-    rows = _prefill_encoded(
-        model, given, encoded, progress.rows, policy=progress.policy, method=method, chunk=chunk
-    )  # fmt: skip
-    progress = replace(progress, **rows._asdict())
-    raise_if_broken(progress)
-    return progress
+    arrays = _prefill_encoded(model, given, encoded, state.arrays, policy=state.policy, method=method, chunk=chunk)
+    state = replace(state, **arrays._asdict())
+    raise_if_broken(state)
+    return state
 
 
 @partial(jax.jit, static_argnames=("method", "chunk"), donate_argnames="before")
 def _prefill_encoded(
-    model: Llava, given: Prompt, encoded: Encoded, before: Rows, *, policy: Policy, method: Method,
+    model: Llava, given: Prompt, encoded: Encoded, before: DecodeArrays, *, policy: Policy, method: Method,
     chunk: int | None,
-) -> Rows:  # fmt: skip
-    left, state = read_encoded(model, given.tokens, given.positions, encoded, before.state, policy, method, chunk=chunk)
+) -> DecodeArrays:  # fmt: skip
+    left, state = read_encoded(model, given.tokens, given.positions, encoded, before.kv, policy, method, chunk=chunk)
     return _after(model, given, left, state, before)
 
 
-def _after(model: Llava, given: Prompt, left: Block, state: State, before: Rows) -> Rows:
+def _after(model: Llava, given: Prompt, left: HiddenBlock, state: State, before: DecodeArrays) -> DecodeArrays:
     """Where the rows stand when a prompt was read, of which this is left after the last layer."""
     last = left.positions.argmax(-1)[:, None, None]
     logits = model.decoder.logits(jnp.take_along_axis(left.hidden, last, axis=1))[:, 0]
     words = (given.positions >= 0) & (given.patch < 0)
     return before._replace(
-        state=state,
+        kv=state,
         logits=logits,
-        seen=remember(before.seen, given.tokens, words),
+        appeared=remember(before.appeared, given.tokens, words),
         broken=first_broken(before.broken, logits, state),
     )

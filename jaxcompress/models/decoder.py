@@ -7,65 +7,29 @@ forcing); a step of the bounded recurrence is another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from jaxcompress.attention import causal_attention
+from jaxcompress.inputs.token_ids import check_read
+from jaxcompress.models.checks import check_state
+from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.lookup import look_up
-from jaxcompress.models.rope import RopeConfig, rotate
-from jaxcompress.shapes import AttentionOut, Hidden, Keys, Logits, Positions, Queries, Tokens, Values
-from jaxcompress.token_ids import check_read
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of a decoder. Hashable, so that it can be a static argument under jit.
-
-    Attributes:
-      qkv_bias: biases on the query, key and value projections (Qwen2).
-      out_bias, mlp_bias: biases on the output projection and in the MLP (Llama with `attention_bias`, `mlp_bias`).
-      qk_norm: RMS norm of each head's query and key before RoPE (Qwen3).
-      tied: the output projection is the embedding, transposed.
-      sliding: one entry per layer; the window of a sliding-window layer (a query sees itself and window - 1
-        earlier tokens), None for a full layer. Empty: every layer is full.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    norm_eps: float = 1e-6
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    tied: bool = False
-    sliding: tuple[int | None, ...] = ()
-    max_position: int = 2048
-
-    def __post_init__(self) -> None:
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, not {self.head_dim}: RoPE rotates channels in pairs")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        if self.sliding and len(self.sliding) != self.num_layers:
-            raise ValueError(f"sliding has {len(self.sliding)} entries for {self.num_layers} layers")
-
-    @property
-    def windows(self) -> Int[Array, " L"] | None:
-        """Sliding window per layer as an array (a full layer's is larger than any position), None if all are full."""
-        if not any(self.sliding):
-            return None
-        return jnp.array([w or jnp.iinfo(jnp.int32).max for w in self.sliding], jnp.int32)
+from jaxcompress.models.rope import rotate
+from jaxcompress.policies.cache_view import LayerContext
+from jaxcompress.policies.policy import Policy
+from jaxcompress.recurrence.advance import step_for
+from jaxcompress.recurrence.block_attention import causal_attention
+from jaxcompress.recurrence.layer import Step, StepContext, enter
+from jaxcompress.state.kv_state import KVState, State, runs
+from jaxcompress.state.placement import Placement
+from jaxcompress.state.shapes import AttentionOut, Hidden, Keys, Logits, Positions, Queries, Tokens, Valid, Values
 
 
 @runtime_checkable
@@ -230,3 +194,139 @@ class Decoder(nnx.Module):
 def _initializers(config: DecoderConfig) -> tuple[Any, Any]:
     """Normal(0.02), and the same scaled by the depth for what is added to the residual stream (GPT-2)."""
     return jax.nn.initializers.normal(0.02), jax.nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
+
+
+class ReadResult(NamedTuple):
+    """Result of `read`.
+
+    Attributes:
+      hidden: [B, T, E], normed; `model.logits(hidden)` gives the scores of next tokens. Padding's rows mean nothing.
+      state: advanced by T tokens.
+      freed, died: one entry per part of the state, [L, n, B, P, F]; see `jaxcompress.recurrence.advance.Advanced`.
+    """
+
+    hidden: Hidden
+    state: State
+    freed: tuple[Array, ...]
+    died: tuple[Array, ...]
+
+
+def read(
+    model: Decoder,
+    tokens: Tokens,
+    state: State,
+    policy: Policy,
+    *,
+    valid: Valid | None = None,
+    chunk: int = 1,
+    placement: Placement | None = None,
+    recurrence: Step | None = None,
+) -> ReadResult:
+    """Reads a block of tokens into the state. Pure; jit it with `policy`, `chunk` and `placement` static.
+
+    Args:
+      tokens: [B, T]; T may be 1 (decoding).
+      valid: [B, T], False for padding, which may stand anywhere. None: all are tokens.
+      chunk: tokens between two selections: 1 is streaming, T one-shot, others chunked.
+      placement: where tokens stand for RoPE.
+      recurrence: computes a layer; another one gives the same result with another gradient (see
+        `jaxcompress.training.recurrent`).
+
+    Raises:
+      ValueError: tokens that are no integers [B, T], ids outside the vocabulary (under jit values are not known, and
+        not checked), a state of another batch, or one that was made for another model or policy.
+    """
+    config = model.config
+    check_read(tokens, config.vocab_size, valid)
+    check_state(config, state, policy, batch=tokens.shape[0])
+    valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+    nth = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+    positions = jnp.where(valid, state[0].seen[:, None] + nth - 1, -1)
+    x = model.embed(tokens)
+    done, freed, died = [], [], []
+    for layers, parts in runs(state):
+        attend = attend_slots(config, policy.at(layers.start), layers.start, chunk, placement, recurrence)
+        attend = attend if len(parts) == 1 else by_parts(attend, config)
+        x, parts, gone = model.run_layers(x, layer_positions(positions, parts, state), attend, parts, layers=layers)
+        done += [replace(part, seen=part.seen + nth[:, -1]) for part in parts]
+        freed += [pair[0] for pair in gone]
+        died += [pair[1] for pair in gone]
+    return ReadResult(model.norm(x), tuple(done), tuple(freed), tuple(died))
+
+
+def layer_positions(positions: Positions, parts: State, before: State) -> Positions:
+    """Positions as the layers of these parts count them, from those of layers before: they differ where tokens were
+    numbered anew on the way (see `read_block`)."""
+    return jnp.where(positions >= 0, positions + (parts[0].seen - before[0].seen)[:, None], -1)
+
+
+def attend_slots(
+    config: DecoderConfig, policy: Policy, first: int, chunk: int, placement: Placement | None, recurrence: Step | None
+) -> Attend:
+    """How the layers of one run attend; `first` is the first of them. The carry is the run's parts of the state.
+
+    Args:
+      recurrence: None: what reads tokens in chunks of `chunk` (see `jaxcompress.recurrence.advance`).
+    """
+
+    def attend(q, k, v, positions, layer, index, carry: State, xs):
+        (part,) = carry
+        step = recurrence or step_for(q.shape[1], chunk)
+        how = _step_context(config, policy, layer, index, part, chunk, placement)
+        block, part = enter(q, k, v, positions, part, index - first, how)
+        result = step(block, part, index - first, how)
+        return result.out, (result.state,), ((result.freed, result.died),)
+
+    return attend
+
+
+def by_parts(attend: Attend, config: DecoderConfig) -> Attend:
+    """How a layer attends whose heads differ in capacity: each part of its state on its own."""
+
+    def attend_parts(q, k, v, positions, layer, index, carry: State, xs):
+        heads = lambda x, part: heads_of(x, part, config)
+        results = [
+            attend(heads(q, part), heads(k, part), heads(v, part), positions, layer, index, (part,), xs)
+            for part in carry
+        ]
+        order = np.argsort([head for part in carry for head in part.heads])
+        out = jnp.concatenate([result[0] for result in results], axis=2)[:, :, order]
+        return out, tuple(result[1][0] for result in results), tuple(result[2][0] for result in results)
+
+    return attend_parts
+
+
+def _step_context(
+    config: DecoderConfig, policy: Policy, layer: Layer, index: Array, part: KVState, chunk: int, placement: Any
+) -> StepContext:
+    """What does not change while tokens are read into some heads of a layer."""
+    heads = part.heads or tuple(range(config.num_kv_heads))
+    project = layer.attention.out.kernel[...].reshape(config.num_kv_heads, -1, config.head_dim, config.hidden_size)
+    if part.heads:
+        project = project[part.heads,]
+    group = config.num_heads // config.num_kv_heads
+    which = part.heads or tuple(range(part.kv_heads))
+    context = LayerContext(
+        partial(rotate, rope=config.rope),
+        placement or policy.placement,
+        project,
+        (group * len(heads), len(heads)),
+        which,
+    )
+    window = None if config.windows is None else config.windows[index]
+    return StepContext(policy, context, chunk, window)
+
+
+def heads_of(x: Array, part: KVState, config: DecoderConfig) -> Array:
+    """Queries, keys or values [B, T, heads, D] of the kv heads that a part of the state holds."""
+    split = x.reshape(*x.shape[:2], config.num_kv_heads, -1, x.shape[-1])[:, :, part.heads]
+    return split.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def last_hidden(result: ReadResult, valid: Valid | None) -> Float[Array, "B 1 E"]:
+    """Hidden state of each row's last token, [B, 1, E]."""
+    if valid is None:
+        return result.hidden[:, -1:]
+    t = valid.shape[1]
+    last = (t - 1 - jnp.argmax(valid[:, ::-1], axis=1))[:, None, None]
+    return jnp.take_along_axis(result.hidden, last, axis=1)

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxcompress.attention import MASKED, whole_attention
 from jaxcompress.models.activations import gelu
 from jaxcompress.models.lookup import look_up
-from jaxcompress.shapes import Hidden, Positions, Tokens, Valid
+from jaxcompress.recurrence.block_attention import whole_attention
+from jaxcompress.recurrence.softmax import MASKED
+from jaxcompress.state.shapes import Hidden, Positions, Tokens, Valid
 
 ACTIVATIONS = {
     "gelu": gelu,

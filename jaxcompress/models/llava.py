@@ -24,9 +24,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.models.activations import gelu
-from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.vit import Patches, Pixels, TowerConfig, VisionTower
-from jaxcompress.shapes import Hidden, Logits, Positions, Tokens
+from jaxcompress.state.shapes import Hidden, Logits, Positions, Tokens
 
 NEWLINE, NOTHING = -1, -2
 """Entries of an index that are no patch: the newline token, and padding."""

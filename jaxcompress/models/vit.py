@@ -23,10 +23,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.attention import MASKED, Shown, whole_attention
 from jaxcompress.models.activations import gelu
-from jaxcompress.precision import scores as scores_of
-from jaxcompress.precision import weighted
+from jaxcompress.recurrence.block_attention import whole_attention
+from jaxcompress.recurrence.inputs import AttentionInputs
+from jaxcompress.recurrence.softmax import MASKED
+from jaxcompress.state.precision import scores as scores_of
+from jaxcompress.state.precision import weighted
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 Pixels = Float[Array, "B channels side side"]
@@ -127,7 +129,7 @@ class Patches:
         return self.become(hidden, jnp.take_along_axis(self.size, index, axis=1), into)
 
 
-Reduce = Callable[[Patches, Shown, int], Patches]
+Reduce = Callable[[Patches, AttentionInputs, int], Patches]
 """(tokens, what this layer's attention compared, number of the layer) -> fewer tokens."""
 
 
@@ -263,12 +265,12 @@ class VisionTower(nnx.Module):
         *,
         reduce: Reduce | None = None,
         proportional: bool = False,
-    ) -> tuple[Patches, Shown]:
+    ) -> tuple[Patches, AttentionInputs]:
         """Runs some layers, all by default; returns the tokens, and what the attention of the last layer compared.
 
         Args:
-          reduce: called between attention and MLP of each of these layers. What is `Shown` is then of the tokens that
-            the layer began with.
+          reduce: called between attention and MLP of each of these layers. What is `AttentionInputs` is then of the
+            tokens that the layer began with.
           proportional: a token of size s is attended to like s equal ones: log s is added to its scores (ToMe, 3.2).
 
         Raises:
@@ -287,9 +289,9 @@ class VisionTower(nnx.Module):
             return patches, shown
 
         heads = jnp.zeros((*patches.size.shape, self.config.num_heads, self.config.head_dim), patches.hidden.dtype)
-        start = patches, Shown(heads, heads, _bias(patches.size, proportional))
+        start = patches, AttentionInputs(heads, heads, _bias(patches.size, proportional))
 
-        def body(loop: tuple[Patches, Shown], inputs: Any) -> tuple[tuple[Patches, Shown], None]:
+        def body(loop: tuple[Patches, AttentionInputs], inputs: Any) -> tuple[tuple[Patches, AttentionInputs], None]:
             layer, index = inputs
             if layer is None:
                 layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), self.layers)
@@ -304,11 +306,11 @@ class VisionTower(nnx.Module):
         layer: Any,
         patches: Patches,
         proportional: bool,
-        reduce: Callable[[Patches, Shown], Patches] | None = None,
-    ) -> tuple[Patches, Shown]:
+        reduce: Callable[[Patches, AttentionInputs], Patches] | None = None,
+    ) -> tuple[Patches, AttentionInputs]:
         x, bias = patches.hidden, _bias(patches.size, proportional)
         q, k, v = layer.attention.project(layer.attention_norm(x), self.config.num_heads)
-        shown = Shown(q, k, bias)
+        shown = AttentionInputs(q, k, bias)
         x = x + layer.attention.out(whole_attention(q, k, v, bias).reshape(x.shape))
         patches = Patches(x, patches.size, patches.group)
         if reduce is not None:

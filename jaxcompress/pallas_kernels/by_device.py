@@ -10,24 +10,15 @@ from typing import Any, TypeVar
 import jax
 from jax.core import Tracer
 
-from jaxcompress.pallas_kernels import measured
-from jaxcompress.pallas_kernels.contract import (
-    Backend,
-    Here,
-    On,
-    compiled_for,
-    device,
-    devices_here,
-    kind_of,
-    known,
-    load,
-)
+from jaxcompress.pallas_kernels import devices, measured
+from jaxcompress.pallas_kernels.dispatch import known, limits
+from jaxcompress.pallas_kernels.types import Backend, Here, On
 
 Out = TypeVar("Out")
 
 
 def by_device(run: Callable[[Backend], Out], backend: Backend, arrays: Any) -> Out:
-    """`run(backend)`, with the backend settled for the device that computes (see `contract.Here`).
+    """`run(backend)`, with the backend settled for the device that computes (see `types.Here`).
 
     Arrays that are there say which device that is, and so does a mesh. Of a function that is being traced it is known
     only when it is compiled: where that makes a difference, what each kind of device here would compute is traced, and
@@ -38,7 +29,7 @@ def by_device(run: Callable[[Backend], Out], backend: Backend, arrays: Any) -> O
     """
     if isinstance(backend, Here):
         return run(backend)
-    if compiled_for() is not None:
+    if devices.compiled_for() is not None:
         return run(Here(backend))
     if isinstance(backend, On):
         found = _of_mesh(backend.mesh)
@@ -51,8 +42,12 @@ def by_device(run: Callable[[Backend], Out], backend: Backend, arrays: Any) -> O
             return run(Here(name))
     if name == "auto":
         return _auto(run)
-    able = [each for each in devices_here().values() if name in ("tpu", "gpu") and load(name).runs_on(*kind_of(each))]
-    with _computing_on(able[0] if able and not load(name).runs_on(*device()) else None):
+    able = [
+        each
+        for each in devices.devices_here().values()
+        if name in ("tpu", "gpu") and limits(name).runs_on(*devices.kind_of(each))
+    ]
+    with _computing_on(able[0] if able and not limits(name).runs_on(*devices.device()) else None):
         return run(Here(name))
 
 
@@ -60,8 +55,8 @@ def _auto(run: Callable[[Backend], Out]) -> Out:
     """Of what is being traced."""
     some = {
         platform: each
-        for platform, each in devices_here().items()
-        if any(kind_of(each)[1].startswith(row.kind) for row in measured.TABLE)
+        for platform, each in devices.devices_here().items()
+        if any(devices.kind_of(each)[1].startswith(row.kind) for row in measured.TABLE)
     }
     if not some:
         return run(Here("auto"))
@@ -81,7 +76,7 @@ def _of_mesh(mesh: Any) -> Any:
 
 
 def _computing_on(found: Any) -> AbstractContextManager[Any]:
-    """Makes `contract.device` tell this device's kind. Nothing where it does already: JAX would trace anew."""
-    if found is None or kind_of(found) == device():
+    """Makes `devices.device` tell this device's kind. Nothing where it does already: JAX would trace anew."""
+    if found is None or devices.kind_of(found) == devices.device():
         return nullcontext()
     return jax.default_device(found)

@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from jaxcompress.pallas_kernels.gpu_rows import MASKED, launch, load, transposed
-from jaxcompress.storage import Quantised, Stored, parts
+from jaxcompress.pallas_kernels.gpu_rows import MASKED, launch, load_rows, transposed
+from jaxcompress.state.storage import Quantised, Stored, parts
 
 TILE = 64  # queries, and keys
 STAGES = 2
@@ -129,7 +129,7 @@ def _attend(
     def _(j):
         fetch(j, j)
 
-    position = load(at.at[b, rows], QUERY)
+    position = load_rows(at.at[b, rows], QUERY)
     plgpu.barrier_wait(loaded)
 
     def fold(j, carry):
@@ -139,13 +139,13 @@ def _attend(
         down = lambda x, shape: plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [0]), SQUARE)
         plgpu.barrier_wait(arrived.at[stage])
         acc = _product((TILE, TILE), q_tile, transposed(k_ring.at[stage]))
-        scale = load(scales[0].at[b, head, columns], KEY) if scaled else None
-        scores = _scores(acc, position, load(held.at[b, a_set, columns], KEY), bounds[0], width, scale)
+        scale = load_rows(scales[0].at[b, head, columns], KEY) if scaled else None
+        scores = _scores(acc, position, load_rows(held.at[b, a_set, columns], KEY), bounds[0], width, scale)
         higher = jnp.maximum(top, scores.max(1))
         fade, p = jnp.exp(top - higher), jnp.exp(scores - down(higher, scores.shape))
         total = total * fade + p.sum(1)
         if scaled:
-            v = load(scales[1].at[b, head, columns], KEY)
+            v = load_rows(scales[1].at[b, head, columns], KEY)
             p = p * plgpu.layout_cast(lax.broadcast_in_dim(v, p.shape, [1]), SQUARE)
         shares[...] = p.astype(shares.dtype)
         plgpu.commit_smem()
@@ -188,8 +188,8 @@ def _mass(q, at, held, bounds, newest, logs, keys, *refs, group, scaled, k_tile,
     def _(i):
         fetch(i, i)
 
-    key = load(held.at[b, a_set, columns], KEY)
-    scale = load(refs[0].at[b, head, columns], KEY) if scaled else None
+    key = load_rows(held.at[b, a_set, columns], KEY)
+    scale = load_rows(refs[0].at[b, head, columns], KEY) if scaled else None
     plgpu.barrier_wait(loaded)
 
     def fold(i, carry):
@@ -200,9 +200,9 @@ def _mass(q, at, held, bounds, newest, logs, keys, *refs, group, scaled, k_tile,
         acc = _product((TILE, TILE), q_ring.at[stage], transposed(k_tile))
         plgpu.commit_smem()  # all threads have read before the buffers are filled again
         pl.when(i + STAGES < tiles)(lambda: fetch(i + STAGES, stage))
-        scores = _scores(acc, load(at.at[b, rows], QUERY), key, bounds[0], width, scale)
+        scores = _scores(acc, load_rows(at.at[b, rows], QUERY), key, bounds[0], width, scale)
         down = lambda x: plgpu.layout_cast(lax.broadcast_in_dim(x, scores.shape, [0]), SQUARE)
-        p = jnp.exp(scores - down(load(logs.at[b, h, rows], QUERY)))
+        p = jnp.exp(scores - down(load_rows(logs.at[b, h, rows], QUERY)))
         row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=SQUARE) + i * TILE
         return of_last + jnp.where(row == newest[b], p, 0.0), of_all + p
 

@@ -18,7 +18,7 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-MASKED = -1e30  # as in `jaxcompress.attention`
+MASKED = -1e30  # as in `jaxcompress.recurrence.attention`
 UNIT = 8  # rows in flight over a warpgroup
 
 _TILES = fragmented_array.Tiling(((UNIT, 64), (2, 64), (4,)))
@@ -28,7 +28,7 @@ PER_ROW, PER_COLUMN = ROWS.reduce(1), ROWS.reduce(0)
 _OLD = jax.__version_info__ < (0, 11)  # loads take an index there
 
 
-def load(ref: Any, layout: Any) -> Array:
+def load_rows(ref: Any, layout: Any) -> Array:
     """From global or shared memory to registers."""
     return plgpu.load(ref, *[()] * _OLD, layout=layout, optimized=False)
 
@@ -53,7 +53,7 @@ def along_columns(x: Array) -> Array:
 
 
 def numbers(x: Array, dtype: str) -> Array:
-    """What is stored -> float32; of float8 numbers the 256th part, as in `jaxcompress.storage`."""
+    """What is stored -> float32; of float8 numbers the 256th part, as in `jaxcompress.state.storage`."""
     if dtype != "float8_e4m3fn":
         return x.astype(jnp.float32)
     bits = x.astype(jnp.uint16)

@@ -21,8 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from jaxcompress.pallas_kernels.contract import Rule, stored_as
-from jaxcompress.pallas_kernels.gpu import LINE, PASS, STAGES, TOKENS, rounded
+from jaxcompress.pallas_kernels.gpu_limits import LINE, PASS, STAGES, TOKENS, rounded
 from jaxcompress.pallas_kernels.gpu_rows import (
     MASKED,
     PER_COLUMN,
@@ -33,10 +32,12 @@ from jaxcompress.pallas_kernels.gpu_rows import (
     along_rows,
     full,
     launch,
-    load,
+    load_rows,
     numbers,
 )
-from jaxcompress.storage import Quantised, Stored
+from jaxcompress.pallas_kernels.types import stored_as
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.storage import Quantised, Stored
 
 BEYOND = -2  # position of what is no slot, but only rounds their number up
 _NEVER = jnp.iinfo(jnp.int32).max
@@ -46,7 +47,7 @@ _NEVER = jnp.iinfo(jnp.int32).max
 
 
 def segment(
-    q, new, stored, layer, positions, held, numbers, window, rule: Rule, *, interpret: Any = False
+    q, new, stored, layer, positions, held, numbers, window, rule: EvictionRule, *, interpret: Any = False
 ) -> tuple[Any, ...]:
     """See `Kernels.segment`."""
     b, t, k, g, d = q.shape
@@ -99,8 +100,8 @@ def segment(
 
 
 def _body(
-    q, key, value, positions, bounds, *refs, dtype: str, slots: int, rule: Rule, given: int, k_slots, v_slots, q_ring,
-    k_ring, v_ring, at_slots, masses, arrived, loaded, k_scale: Any = None, v_scale: Any = None,
+    q, key, value, positions, bounds, *refs, dtype: str, slots: int, rule: EvictionRule, given: int, k_slots, v_slots,
+    q_ring, k_ring, v_ring, at_slots, masses, arrived, loaded, k_scale: Any = None, v_scale: Any = None,
 ):  # fmt: skip
     """One row and kv head.
 
@@ -142,12 +143,12 @@ def _body(
     def _(i):
         fetch(i, i)
 
-    held = load(held_in.at[b, a_set], over_slots)
-    number = load(numbers_in.at[b, a_set], over_slots) if folds else None
+    held = load_rows(held_in.at[b, a_set], over_slots)
+    number = load_rows(numbers_in.at[b, a_set], over_slots) if folds else None
     for g in range(group):
         masses[g] = full((flat,), -jnp.inf, over_slots)
     for there, here in zip(scales_in, (k_scale, v_scale), strict=False):
-        here[...] = load(there.at[b, h], over_slots)
+        here[...] = load_rows(there.at[b, h], over_slots)
     plgpu.barrier_wait(loaded)
 
     def token(i, stage, carry, block):
@@ -168,13 +169,13 @@ def _body(
 
         @pl.when(enters)
         def _():
-            k_slots[index] = load(k_ring.at[stage, i], PER_COLUMN)
-            v_slots[index] = load(v_ring.at[stage, i], PER_COLUMN)
+            k_slots[index] = load_rows(k_ring.at[stage, i], PER_COLUMN)
+            v_slots[index] = load_rows(v_ring.at[stage, i], PER_COLUMN)
             for x, y in zip((k_scale, v_scale), one_scale, strict=False):
                 x[index] = y[b, h, t]
 
         plgpu.commit_smem()  # the token is in its slot
-        queries = [load(q_ring.at[stage, i, g], PER_COLUMN).astype(jnp.float32) * d**-0.5 for g in range(group)]
+        queries = [load_rows(q_ring.at[stage, i, g], PER_COLUMN).astype(jnp.float32) * d**-0.5 for g in range(group)]
         tops, totals = [], []
         for g, (top, total, summed) in enumerate(attend(queries)):
             highest = top.max(0)
@@ -187,7 +188,7 @@ def _body(
         gone = jnp.int32(-1)
         if folds:
             plgpu.commit_smem()  # scores are there
-            shares = [jnp.exp(load(masses.at[g], over_slots) - tops[g]) / totals[g] for g in range(group)]
+            shares = [jnp.exp(load_rows(masses.at[g], over_slots) - tops[g]) / totals[g] for g in range(group)]
             mass = functools.reduce(jnp.add, shares) * (1 / group)
             number = jnp.where(present, number + mass if rule.fold == "sum" else mass, number)
         victim = _victim(rule, number, held, position)
@@ -206,9 +207,9 @@ def _body(
         def some(i, carry):
             first = [i * PASS + u for u in range(0, PASS, UNIT)]
             parts = [pl.ds(x, UNIT) for x in first]
-            k = [numbers(load(k_slots.at[x], ROWS), dtype) for x in parts]
-            there = [load(at_slots.at[x], PER_ROW) for x in parts]
-            scales = [[load(y.at[x], PER_ROW) for x in parts] for y in (k_scale, v_scale)] if scaled else None
+            k = [numbers(load_rows(k_slots.at[x], ROWS), dtype) for x in parts]
+            there = [load_rows(at_slots.at[x], PER_ROW) for x in parts]
+            scales = [[load_rows(y.at[x], PER_ROW) for x in parts] for y in (k_scale, v_scale)] if scaled else None
             done = []
             for g, query in enumerate(queries):
                 top, total, summed = carry[g]
@@ -227,7 +228,7 @@ def _body(
                 p = p if scales is None else [x * y for x, y in zip(p, scales[1], strict=True)]
                 done.append((higher, total, summed * along_rows(fade, d), p))
             for u, x in enumerate(parts):
-                v = numbers(load(v_slots.at[x], ROWS), dtype)
+                v = numbers(load_rows(v_slots.at[x], ROWS), dtype)
                 done = [(top, total, summed + along_rows(p[u], d) * v, p) for top, total, summed, p in done]
             return tuple(x[:3] for x in done)
 
@@ -259,11 +260,11 @@ def _body(
             outs[0][b, a_set] = number
 
     for x, y in zip((k_scale, v_scale), outs[folds:], strict=False):
-        y[b, h] = load(x, over_slots)
+        y[b, h] = load_rows(x, over_slots)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _victim(rule: Rule, number: Any, held: Array, newest: Array) -> Array:
+def _victim(rule: EvictionRule, number: Any, held: Array, newest: Array) -> Array:
     """Position of the token that goes; `_NEVER` if a slot is free. As `rules.victim`, in reductions to scalars."""
     age = (newest - held).astype(jnp.float32)
     kept = -age if number is None else jnp.where(number == number, number, -jnp.inf)  # NaN is the lowest

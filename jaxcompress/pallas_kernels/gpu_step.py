@@ -22,8 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from jaxcompress.pallas_kernels import rules
-from jaxcompress.pallas_kernels.contract import Call, Rule, stored_as
-from jaxcompress.pallas_kernels.gpu import step_sizes
+from jaxcompress.pallas_kernels.gpu_limits import step_sizes
 from jaxcompress.pallas_kernels.gpu_rows import (
     MASKED,
     PER_COLUMN,
@@ -34,11 +33,13 @@ from jaxcompress.pallas_kernels.gpu_rows import (
     along_rows,
     full,
     launch,
-    load,
+    load_rows,
     numbers,
 )
 from jaxcompress.pallas_kernels.tuning import Sizes
-from jaxcompress.storage import Quantised, Stored
+from jaxcompress.pallas_kernels.types import KernelCall, stored_as
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.storage import Quantised, Stored
 
 
 class _Plan(NamedTuple):
@@ -107,7 +108,7 @@ def step(q, new, stored, layer, index, visible, present, *, interpret: Any = Fal
     return out, weights, stored
 
 
-def step_evict(q, new, stored, layer, index, held, numbers, present, rule: Rule, *, interpret: Any = False):
+def step_evict(q, new, stored, layer, index, held, numbers, present, rule: EvictionRule, *, interpret: Any = False):
     """See `Kernels.step_evict`. The rule is followed outside: blocks of threads do not wait for each other."""
     sizes = step_sizes("step_evict", _call(q, stored[0], index, rule))
     out, weights, stored = step(q, new, stored, layer, index, held >= 0, present, interpret=interpret, sizes=sizes)
@@ -134,7 +135,7 @@ def _body(q, key, value, *refs, plan: _Plan, scaled: bool, k_ring, v_ring, arriv
     begin = c * plan.tiles // plan.splits
     end = jnp.where(present[b] > 0, (c + 1) * plan.tiles // plan.splits, begin)
     mine = (slot >= begin * plan.rows) & (slot < jnp.minimum(end * plan.rows, plan.slots))
-    queries = [load(q.at[b, h, g], PER_COLUMN) for g in range(group)]
+    queries = [load_rows(q.at[b, h, g], PER_COLUMN) for g in range(group)]
 
     def fetch(tile, stage):
         rows = pl.ds(tile * plan.rows, plan.rows)  # what lies beyond the slots arrives as zeros
@@ -149,15 +150,15 @@ def _body(q, key, value, *refs, plan: _Plan, scaled: bool, k_ring, v_ring, arriv
         plgpu.barrier_wait(arrived.at[stage])
         units = [tile * plan.rows + u for u in range(0, plan.rows, UNIT)]
         part = [pl.ds(u, UNIT) for u in range(0, plan.rows, UNIT)]
-        k = [numbers(load(k_ring.at[stage, rows], ROWS), plan.dtype) for rows in part]
+        k = [numbers(load_rows(k_ring.at[stage, rows], ROWS), plan.dtype) for rows in part]
         biases, k_scale, v_scale = [], [], []
         for first in units:
             rows = pl.ds(first, UNIT)
             taken = plgpu.broadcasted_iota(jnp.int32, (UNIT,), 0, layout=PER_ROW) + first == slot
-            biases.append(jnp.where(taken, -jnp.inf, load(bias.at[b, a_set, rows], PER_ROW)))
+            biases.append(jnp.where(taken, -jnp.inf, load_rows(bias.at[b, a_set, rows], PER_ROW)))
             if scale is not None:
-                k_scale.append(load(scale[0].at[b, h, rows], PER_ROW).astype(jnp.float32))
-                v_scale.append(load(scale[1].at[b, h, rows], PER_ROW).astype(jnp.float32))
+                k_scale.append(load_rows(scale[0].at[b, h, rows], PER_ROW).astype(jnp.float32))
+                v_scale.append(load_rows(scale[1].at[b, h, rows], PER_ROW).astype(jnp.float32))
         probabilities, faded = [], []
         for g, query in enumerate(queries):
             top, total, out = carry[g]
@@ -174,7 +175,7 @@ def _body(q, key, value, *refs, plan: _Plan, scaled: bool, k_ring, v_ring, arriv
             faded.append((higher, total, out * along_rows(fade, d)))
             probabilities.append(p if scale is None else [x * y for x, y in zip(p, v_scale, strict=True)])
         for u, rows in enumerate(part):
-            v = numbers(load(v_ring.at[stage, rows], ROWS), plan.dtype)
+            v = numbers(load_rows(v_ring.at[stage, rows], ROWS), plan.dtype)
             faded = [
                 (top, total, out + along_rows(p[u], d) * v)
                 for (top, total, out), p in zip(faded, probabilities, strict=True)
@@ -187,7 +188,7 @@ def _body(q, key, value, *refs, plan: _Plan, scaled: bool, k_ring, v_ring, arriv
     done = lax.fori_loop(0, end - begin, fold, (nothing,) * group)
 
     scaled_by = lambda i: 1.0 if one_scale is None else one_scale[i][b, h].astype(jnp.float32)
-    own_key, own_value = load(key.at[b, h], PER_COLUMN), load(value.at[b, h], PER_COLUMN)
+    own_key, own_value = load_rows(key.at[b, h], PER_COLUMN), load_rows(value.at[b, h], PER_COLUMN)
     own_bias = bias[b, a_set, jnp.minimum(slot, plan.slots - 1)]
     for g, (query, (top, total, out)) in enumerate(zip(queries, done, strict=True)):
         own = (query * numbers(own_key, plan.dtype)).sum(0) * scaled_by(0)
@@ -208,9 +209,9 @@ def _body(q, key, value, *refs, plan: _Plan, scaled: bool, k_ring, v_ring, arriv
         values[at, slot] = own_value
 
 
-def _call(q: Array, keys: Stored, index: Array, rule: Rule | None = None) -> Call:
+def _call(q: Array, keys: Stored, index: Array, rule: EvictionRule | None = None) -> KernelCall:
     b, k, g, d = q.shape
-    return Call(b, k, g, _codes(keys).shape[3], d, index.shape[1], 1, stored_as(keys), q.dtype.name, rule)
+    return KernelCall(b, k, g, _codes(keys).shape[3], d, index.shape[1], 1, stored_as(keys), q.dtype.name, rule)
 
 
 def _is_stored(x: Any) -> bool:

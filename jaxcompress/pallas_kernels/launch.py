@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxcompress.pallas_kernels.contract import Chosen, On, Rule
+from jaxcompress.pallas_kernels.types import Chosen, On
+from jaxcompress.state.eviction_rule import EvictionRule
 
 # Axes of each argument: rows, heads, sets (1, or one per kv head), or none of these.
 _B, _K, _P = "rows", "heads", "sets"
@@ -27,7 +28,7 @@ def step(chosen: Chosen, q, new, stored, layer, index, visible, present):
     return _spread(run, chosen.on, index.shape[1], ins, outs)(q, new, stored, layer, index, visible, present)
 
 
-def step_evict(chosen: Chosen, q, new, stored, layer, index, held, numbers, present, rule: Rule):
+def step_evict(chosen: Chosen, q, new, stored, layer, index, held, numbers, present, rule: EvictionRule):
     """See `Kernels.step_evict`."""
     run = lambda *args: chosen.kernels.step_evict(*args, rule=rule, interpret=chosen.interpret)
     ins = ((_B, _K), (_B, _K), _STORED, (), (_B, _P), (_B, _P), (_B, _P), (_B,))
@@ -43,7 +44,7 @@ def block(chosen: Chosen, q, at, keys, values, held, window):
     return _spread(run, chosen.on, held.shape[1], ins, outs)(q, at, keys, values, held, window)
 
 
-def segment(chosen: Chosen, q, new, stored, layer, positions, held, numbers, window, rule: Rule):
+def segment(chosen: Chosen, q, new, stored, layer, positions, held, numbers, window, rule: EvictionRule):
     """See `Kernels.segment`."""
     run = lambda *args: chosen.kernels.segment(*args, rule=rule, interpret=chosen.interpret)
     ins = ((_B, None, _K), (_B, None, _K), _STORED, (), (_B,), (_B, _P), (_B, _P), ())

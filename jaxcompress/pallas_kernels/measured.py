@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxcompress.pallas_kernels.contract import Call, Name, Op
+from jaxcompress.pallas_kernels.types import KernelCall, Name, Op
 
 
 class Measured(NamedTuple):
@@ -25,13 +25,13 @@ class Measured(NamedTuple):
     kind: str
     op: Op
     backend: Name
-    where: Callable[[Call], bool]
+    where: Callable[[KernelCall], bool]
 
 
 TABLE: tuple[Measured, ...] = ()
 
 
-def faster(op: Op, call: Call, platform: str, kind: str) -> Name:
+def faster(op: Op, call: KernelCall, platform: str, kind: str) -> Name:
     """What `auto` stands for."""
     for row in TABLE:
         if row.op == op and kind.startswith(row.kind) and row.where(call):

@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.pallas_kernels.contract import Rule
+from jaxcompress.state.eviction_rule import EvictionRule
 
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
 def fold(
-    rule: Rule, numbers: Float[Array, "*set S"], mass: Float[Array, "*set S"], present: Bool[Array, "..."]
+    rule: EvictionRule, numbers: Float[Array, "*set S"], mass: Float[Array, "*set S"], present: Bool[Array, "..."]
 ) -> Float[Array, "*set S"]:
     """A slot's number after a query, where there was one; `present` is of a shape that fits, or a scalar."""
     return numbers + mass if rule.fold == "sum" else jnp.where(present, mass, numbers)
 
 
 def scores(
-    rule: Rule, numbers: Float[Array, "*set S"] | None, held: Int[Array, "*set S"], newest: Int[Array, "*set 1"]
+    rule: EvictionRule, numbers: Float[Array, "*set S"] | None, held: Int[Array, "*set S"], newest: Int[Array, "*set 1"]
 ) -> Float[Array, "*set S"]:
     """Higher stays. As the policies that follow the rule have it."""
     kept = (held - newest).astype(jnp.float32) if numbers is None else numbers
@@ -35,9 +35,11 @@ def scores(
     return kept
 
 
-def victim(rule: Rule, numbers: Float[Array, "*set S"] | None, held: Int[Array, "*set S"]) -> Int[Array, "*set 1"]:
+def victim(
+    rule: EvictionRule, numbers: Float[Array, "*set S"] | None, held: Int[Array, "*set S"]
+) -> Int[Array, "*set 1"]:
     """The slot that goes: a free one if more than `spare` are, else lowest score, youngest on a tie (as
-    `jaxcompress.select.worst`)."""
+    `jaxcompress.state.select.worst`)."""
     newest = held.max(-1, keepdims=True)
     occupied = held >= 0
     of_free, youth_of_free = jnp.float32(-jnp.inf), jnp.int32(_NEVER)

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from jaxcompress.pallas_kernels.contract import Call, stored_as
-from jaxcompress.pallas_kernels.tpu import VMEM, block_sizes
+from jaxcompress.pallas_kernels.tpu_limits import VMEM, block_sizes
 from jaxcompress.pallas_kernels.tpu_slots import LANES, MASKED, multiply_dtype, nbytes, product
+from jaxcompress.pallas_kernels.types import KernelCall, stored_as
 
 _NEVER = jnp.iinfo(jnp.int32).max
 
@@ -39,7 +39,7 @@ def block(q, at, keys, values, held, window, *, interpret=False):
     b, t, k, g, d = q.shape
     sets, n = held.shape[1:]
     dtype = stored_as(keys)
-    size = block_sizes(Call(b, k, g, n, d, sets, t, dtype, q.dtype.name))
+    size = block_sizes(KernelCall(b, k, g, n, d, sets, t, dtype, q.dtype.name))
     plan = _Plan(g, size["keys"], pl.cdiv(n, size["keys"]), n, dtype, window is not None)
     tokens, wide = size["tokens"], plan.tiles * plan.keys
     steps = pl.cdiv(t, tokens)

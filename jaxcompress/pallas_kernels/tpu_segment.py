@@ -16,9 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from jaxcompress.pallas_kernels import rules
-from jaxcompress.pallas_kernels.contract import Call, Rule, stored_as
-from jaxcompress.pallas_kernels.tpu import VMEM, group_rows, segment_sizes
+from jaxcompress.pallas_kernels.tpu_limits import VMEM, group_rows, segment_sizes
 from jaxcompress.pallas_kernels.tpu_slots import MASKED, in_hbm, multiply_dtype, nbytes, places, product, with_row
+from jaxcompress.pallas_kernels.types import KernelCall, stored_as
+from jaxcompress.state.eviction_rule import EvictionRule
 
 
 class _Plan(NamedTuple):
@@ -30,7 +31,7 @@ class _Plan(NamedTuple):
     sets: int  # P
     slots: int  # S
     dtype: str
-    rule: Rule
+    rule: EvictionRule
     numbered: bool  # the rule folds numbers
     windowed: bool
     padded: bool  # memory is, to groups of rows
@@ -41,7 +42,7 @@ def segment(q, new, stored, layer, positions, held, numbers, window, rule, *, in
     b, t, k, g, d = q.shape
     sets, s = held.shape[1:]
     dtype = stored_as(stored[0])
-    size = segment_sizes(Call(b, k, g, s, d, sets, t, dtype, q.dtype.name, rule))
+    size = segment_sizes(KernelCall(b, k, g, s, d, sets, t, dtype, q.dtype.name, rule))
     tokens = size["tokens"]
     pad = -t % tokens
     plan = _Plan(

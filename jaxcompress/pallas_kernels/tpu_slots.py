@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxcompress.pallas_kernels.tpu import QUANTISED
-from jaxcompress.storage import Stored
+from jaxcompress.pallas_kernels.tpu_limits import QUANTISED
+from jaxcompress.state.storage import Stored
 
-MASKED = -1e30  # as in `jaxcompress.attention`
+MASKED = -1e30  # as in `jaxcompress.recurrence.attention`
 LANES = 128
 
 

@@ -19,8 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from jaxcompress.pallas_kernels import rules
-from jaxcompress.pallas_kernels.contract import Call, Rule, stored_as
-from jaxcompress.pallas_kernels.tpu import QUANTISED, VMEM, group_rows, step_sizes
+from jaxcompress.pallas_kernels.tpu_limits import QUANTISED, VMEM, group_rows, step_sizes
 from jaxcompress.pallas_kernels.tpu_slots import (
     LANES,
     MASKED,
@@ -35,7 +34,9 @@ from jaxcompress.pallas_kernels.tpu_slots import (
     product,
     with_row,
 )
-from jaxcompress.storage import Quantised, Stored
+from jaxcompress.pallas_kernels.types import KernelCall, stored_as
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.storage import Quantised, Stored
 
 
 class _Plan(NamedTuple):
@@ -47,7 +48,7 @@ class _Plan(NamedTuple):
     every: int  # S
     sets: int  # P
     dtype: str
-    rule: Rule | None
+    rule: EvictionRule | None
     numbered: bool  # the rule folds numbers
     padded: bool  # memory is, to groups of rows
 
@@ -68,7 +69,9 @@ def _launch(q, new, stored, layer, index, seen, numbers, present, rule, interpre
     b, k, g, d = q.shape
     sets, s = seen.shape[1:]
     dtype = stored_as(stored[0])
-    size = step_sizes("step" if rule is None else "step_evict", Call(b, k, g, s, d, sets, 1, dtype, q.dtype.name, rule))
+    size = step_sizes(
+        "step" if rule is None else "step_evict", KernelCall(b, k, g, s, d, sets, 1, dtype, q.dtype.name, rule)
+    )
     plan = _Plan(
         heads=size["heads"], slots=size["slots"], tiles=pl.cdiv(s, size["slots"]), every=s, sets=sets, dtype=dtype,
         rule=rule, numbered=numbers is not None, padded=not interpret,

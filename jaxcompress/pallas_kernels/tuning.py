@@ -1,7 +1,7 @@
 """Sizes of blocks that were measured to be the best on this kind of device, on disk; sane ones without.
 
 The file is `$XDG_CACHE_HOME/jaxcompress/kernels.json` (by default in `~/.cache`): a device, an operation, and all that
-is known of a call (see `Call`) -> sizes. It is read when a kernel is traced, and written by `tune` only.
+is known of a call (see `KernelCall`) -> sizes. It is read when a kernel is traced, and written by `tune` only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcompress.pallas_kernels.contract import Call, Op, device
+from jaxcompress.pallas_kernels.devices import device
+from jaxcompress.pallas_kernels.types import KernelCall, Op
 
 Sizes = dict[str, int]
 
@@ -29,12 +30,12 @@ def path() -> Path:
     return Path(root) / "jaxcompress" / "kernels.json"
 
 
-def key(op: Op, call: Call) -> str:
+def key(op: Op, call: KernelCall) -> str:
     """What sizes are kept by: the kind of device, the operation, and the call."""
     return " ".join([device()[1], op, *(f"{name}={value}" for name, value in zip(call._fields, call, strict=True))])
 
 
-def sizes(op: Op, call: Call, default: Sizes, fits: Callable[[Sizes], bool]) -> Sizes:
+def sizes(op: Op, call: KernelCall, default: Sizes, fits: Callable[[Sizes], bool]) -> Sizes:
     """The sizes measured for a call; the default where there are none, or none that fit."""
     tried = _TRIED.get(key(op, call))
     if tried is not None:
@@ -47,7 +48,9 @@ def sizes(op: Op, call: Call, default: Sizes, fits: Callable[[Sizes], bool]) -> 
     return found if all(isinstance(x, int) for x in found.values()) and fits(found) else default
 
 
-def tune(op: Op, call: Call, candidates: Sequence[Sizes], run: Callable[[Sizes], Any], *, repeats: int = 20) -> Sizes:
+def tune(
+    op: Op, call: KernelCall, candidates: Sequence[Sizes], run: Callable[[Sizes], Any], *, repeats: int = 20
+) -> Sizes:
     """Times candidates on the default device and keeps the best, on disk.
 
     Args:

@@ -1,7 +1,7 @@
 """Eviction policies: one file per idea."""
 
 from jaxcompress.policies.adaptive import adaptive
-from jaxcompress.policies.base import Candidates, Observation, Policy, leaf, policy
+from jaxcompress.policies.cache_view import CacheView, Observation
 from jaxcompress.policies.chunks import by_chunks, within_chunks
 from jaxcompress.policies.combine import every, mix, once, per_layer, protect, ranked, sampled, then
 from jaxcompress.policies.critical import critical
@@ -12,7 +12,9 @@ from jaxcompress.policies.geometry import CUR, KeyDiff, KNorm, LagKV
 from jaxcompress.policies.h2o import H2O
 from jaxcompress.policies.learned import DMS, ForgetHead, Retention
 from jaxcompress.policies.nacl import NACL
+from jaxcompress.policies.names import get_policy
 from jaxcompress.policies.observed import ObservedAttention
+from jaxcompress.policies.policy import Policy, leaf, policy
 from jaxcompress.policies.pooled import pooled
 from jaxcompress.policies.random import Random
 from jaxcompress.policies.registry import learned_policy
@@ -23,9 +25,9 @@ from jaxcompress.policies.tova import TOVA
 from jaxcompress.policies.window import StreamingLLM, Window
 
 __all__ = [
-    "CUR", "Candidates", "DMS", "ExpectedAttention", "ForgetHead", "Full", "H2O", "KNorm", "KeyDiff", "LagKV", "NACL",
+    "CUR", "CacheView", "DMS", "ExpectedAttention", "ForgetHead", "Full", "H2O", "KNorm", "KeyDiff", "LagKV", "NACL",
     "Observation", "ObservedAttention", "Policy", "RKV", "Random", "Retention", "Scissorhands", "SnapKV",
-    "StreamingLLM", "TOVA", "Window", "adaptive", "by_chunks", "critical", "dmc", "every", "gated", "leaf",
-    "learned_policy", "mix", "once", "per_layer", "policy", "pooled", "protect", "ranked", "sampled", "then",
+    "StreamingLLM", "TOVA", "Window", "adaptive", "by_chunks", "critical", "dmc", "every", "gated", "get_policy",
+    "leaf", "learned_policy", "mix", "once", "per_layer", "policy", "pooled", "protect", "ranked", "sampled", "then",
     "within_chunks",
 ]  # fmt: skip

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxcompress.policies.base import Candidates, policy, wrapper
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.cache_view import CacheView
+from jaxcompress.policies.policy import policy, wrapper
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -43,18 +44,18 @@ class adaptive(wrapper):
     def name(self) -> str:  # type: ignore[override]
         return f"ada-{self.policy.name.removesuffix('-pool')}"
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats, held)
-        heads = held.around.heads[1]
+        heads = held.context.heads[1]
         safe = int(round(held.capacity // heads * self.floor, 6))
         return jnp.where(_rank_in_head(scores, held) < safe, jnp.inf, scores)
 
 
-def _rank_in_head(scores: SlotScores, held: Candidates) -> Int[Array, "B P N"]:
+def _rank_in_head(scores: SlotScores, held: CacheView) -> Int[Array, "B P N"]:
     """How many tokens of its own head are better; free slots belong to no head."""
     n = scores.shape[-1]
     assert held.owner is not None
-    owner = jnp.where(held.occupied, held.owner, held.around.heads[1])
+    owner = jnp.where(held.occupied, held.owner, held.context.heads[1])
     slot = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), scores.shape)
     owner, _, _, order = jax.lax.sort((owner, -scores.astype(jnp.float32), held.positions, slot), num_keys=3)
     begins = jnp.diff(owner, axis=-1, prepend=-1) != 0

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxcompress.policies.base import Candidates, policy, wrapper
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.cache_view import CacheView
+from jaxcompress.policies.policy import policy, wrapper
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 _LAST = jnp.iinfo(jnp.int32).max
 
@@ -41,7 +42,7 @@ class by_chunks(_chunked):
     def name(self) -> str:  # type: ignore[override]
         return f"{self.policy.name}/chunks{self.length}"
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats, held)
         chunk, order = _chunks(held, self.length)
         part = _segments(jnp.take_along_axis(chunk, order, axis=-1))
@@ -66,7 +67,7 @@ class within_chunks(_chunked):
     def name(self) -> str:  # type: ignore[override]
         return f"{self.policy.name}/within{self.length}"
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats, held).astype(jnp.float32)
         chunk, _ = _chunks(held, self.length)
         slot = jnp.broadcast_to(jnp.arange(chunk.shape[-1], dtype=jnp.int32), chunk.shape)
@@ -77,7 +78,7 @@ class within_chunks(_chunked):
         return jnp.put_along_axis(jnp.zeros_like(ranks), order, ranks, axis=-1, inplace=False)
 
 
-def _chunks(held: Candidates, length: int) -> tuple[Array, Array]:
+def _chunks(held: CacheView, length: int) -> tuple[Array, Array]:
     """The chunk of each candidate, and an order that brings chunks together; free ones come last."""
     chunk = jnp.where(held.occupied, held.positions // length, _LAST)
     return chunk, jnp.argsort(chunk, axis=-1)

@@ -7,24 +7,13 @@ from math import lcm
 
 import jax.numpy as jnp
 
-from jaxcompress.pallas_kernels.contract import Rule
-from jaxcompress.policies.base import (
-    Candidates,
-    Incoming,
-    Observation,
-    Placement,
-    Policy,
-    Schedule,
-    Scope,
-    check_part,
-    leaf,
-    policy,
-    protect_newest,
-    wrapper,
-)
-from jaxcompress.select import rank
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Memory, Stats
+from jaxcompress.policies.cache_view import CacheView, IncomingTokens, Observation, Scope
+from jaxcompress.policies.policy import Policy, Schedule, check_part, leaf, policy, protect_newest, wrapper
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.kv_state import Memory, Stats
+from jaxcompress.state.placement import Placement
+from jaxcompress.state.select import rank
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -52,11 +41,11 @@ class protect(wrapper):
     def needs(self) -> int:  # type: ignore[override]
         return max(self.policy.needs, self.first + self.recent + self.schedule.frees)
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = jnp.where(held.positions < self.first, jnp.inf, self.policy.score(stats, held))
         return protect_newest(scores, held, self.recent)
 
-    def rule(self, capacity: int) -> Rule | None:
+    def rule(self, capacity: int) -> EvictionRule | None:
         base = self.policy.rule(capacity)
         return base and base._replace(first=max(base.first, self.first), recent=max(base.recent, self.recent))
 
@@ -75,7 +64,7 @@ class ranked(wrapper):
     def name(self) -> str:  # type: ignore[override]
         return f"{self.policy.name}/ranked"
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats, held)
         count = held.occupied.sum(-1, keepdims=True)
         share = 1 - rank(scores, held.positions) / jnp.maximum(count - 1, 1)
@@ -190,7 +179,7 @@ class sampled(wrapper):
         every, present = lcm(self.n, seen.every or 1), seen.queries if seen.present is None else seen.present
         return self.policy.observe(stats, seen._replace(weights=weights, queries=queries, every=every, present=present))
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return protect_newest(self.policy.score(stats, held), held, self.n)
 
 
@@ -222,7 +211,7 @@ class _several(Policy):
     needs = property(lambda self: max(one.needs for one in self.parts))  # type: ignore[assignment]
     oneshot_only = property(lambda self: any(one.oneshot_only for one in self.parts))  # type: ignore[assignment]
 
-    def each(self, stats: Sequence[Stats], held: Candidates) -> list[SlotScores]:
+    def each(self, stats: Sequence[Stats], held: CacheView) -> list[SlotScores]:
         """Of each part."""
         memories = held.memory or ((),) * len(self.parts)
         return [
@@ -230,7 +219,7 @@ class _several(Policy):
             for one, numbers, memory in zip(self.parts, stats, memories, strict=True)
         ]
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         memories = incoming.memory or ((),) * len(self.parts)
         return tuple(
             one.init(incoming._replace(memory=memory)) for one, memory in zip(self.parts, memories, strict=True)
@@ -239,10 +228,10 @@ class _several(Policy):
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         return tuple(one.observe(numbers, seen) for one, numbers in zip(self.parts, stats, strict=True))
 
-    def memory(self, held: Candidates) -> Memory:
+    def memory(self, held: CacheView) -> Memory:
         return tuple(one.memory(held) for one in self.parts)
 
-    def remember(self, memory: Memory, incoming: Incoming) -> Memory:
+    def remember(self, memory: Memory, incoming: IncomingTokens) -> Memory:
         return tuple(one.remember(mine, incoming) for one, mine in zip(self.parts, memory, strict=True))
 
 
@@ -279,7 +268,7 @@ class mix(_several):
         parts = (f"{weight:g}*{one.name}" for weight, one in zip(self.weights, self.policies, strict=True))
         return f"({'+'.join(parts)})"
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = [weight * mine for weight, mine in zip(self.weights, self.each(stats, held), strict=True)]
         protected = jnp.isposinf(jnp.stack(scores)).any(0)
         return jnp.where(protected, jnp.inf, sum(scores))
@@ -305,7 +294,7 @@ class then(_several):
     def name(self) -> str:
         return f"{self.first.name}>{self.later.name}"
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         one, other = self.each(stats, held)
         return jnp.where((held.seen == 0)[:, None, None], one, other)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.policies.base import Candidates, Observation, policy, wrapper
+from jaxcompress.policies.cache_view import CacheView, Observation
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.select import keep_top
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.policy import policy, wrapper
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.select import keep_top
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -38,21 +39,21 @@ class critical(wrapper):
     def name(self) -> str:  # type: ignore[override]
         return f"{self.policy.name}/critical"
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         return self.policy.init(incoming), _written(incoming)
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         return self.policy.observe(stats[0], seen), stats[1]
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats[0], held)
         sure = keep_top(scores, held.positions, int(round(held.capacity * self.share, 6)))
         return jnp.where(sure | jnp.isposinf(scores), jnp.inf, (scores + self.epsilon) * stats[1])
 
 
-def _written(held: Candidates) -> Float[Array, "B P N"]:
+def _written(held: CacheView) -> Float[Array, "B P N"]:
     """|W_o v|_1 of each token, the mean over the query heads that read it."""
-    out = held.around.out
+    out = held.context.out
     if out is None:
         raise ValueError("critical weighs values by the output projection: call advance with project=, or read a model")
     values = held.values.astype(jnp.float32)

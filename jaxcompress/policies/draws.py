@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxcompress.policies.base import Candidates
+from jaxcompress.policies.cache_view import CacheView
 
 
 def per_token(
-    seed: int, tokens: Candidates, sample: Callable[[Key[Array, ""]], Array] = jax.random.uniform
+    seed: int, tokens: CacheView, sample: Callable[[Key[Array, ""]], Array] = jax.random.uniform
 ) -> Float[Array, "B P N"]:
     """One draw for each token of each set."""
     key = jax.random.fold_in(jax.random.key(seed), tokens.layer)
     draw = lambda head, position: sample(jax.random.fold_in(jax.random.fold_in(key, head), position))
     sets = tokens.positions.shape[1]
-    heads = jnp.array(tokens.around.which[:sets])[None, :, None] if tokens.owner is None else tokens.owner
+    heads = jnp.array(tokens.context.which[:sets])[None, :, None] if tokens.owner is None else tokens.owner
     return jnp.vectorize(draw)(heads, jnp.maximum(tokens.positions, 0))

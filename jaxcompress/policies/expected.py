@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.policies.base import Candidates, Incoming, Policy, policy
+from jaxcompress.policies.cache_view import CacheView, IncomingTokens
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.policies.naming import scoped
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.labels import scoped
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 
 class Moments(NamedTuple):
@@ -63,11 +64,11 @@ class ExpectedAttention(Policy):
     def needs(self) -> int:  # type: ignore[override]
         return self.sinks + 1
 
-    def memory(self, held: Candidates) -> Moments:
-        rows, d, heads = held.keys.shape[0], held.keys.shape[-1], held.around.heads[0]
+    def memory(self, held: CacheView) -> Moments:
+        rows, d, heads = held.keys.shape[0], held.keys.shape[-1], held.context.heads[0]
         return Moments(jnp.zeros(rows), jnp.zeros((rows, heads, d)), jnp.zeros((rows, heads, d, d)))
 
-    def remember(self, memory: Moments, incoming: Incoming) -> Moments:
+    def remember(self, memory: Moments, incoming: IncomingTokens) -> Moments:
         here = (incoming.positions >= self.sinks)[:, :, None, None].astype(jnp.float32)
         q = incoming.q.astype(jnp.float32)
         more = here.sum((1, 2, 3))
@@ -85,23 +86,23 @@ class ExpectedAttention(Policy):
         )  # Chan et al. 1979
         return Moments(count, memory.mean + apart * share, spread)
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
-        around, moments = held.around, held.memory
-        if around.placement != "absolute":
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
+        context, moments = held.context, held.memory
+        if context.placement != "absolute":
             raise ValueError(
-                f"expected_attention needs keys at absolute positions, not placement {around.placement!r}: it foresees "
-                "how queries at the next positions will be rotated"
+                f"expected_attention needs keys at absolute positions, not placement {context.placement!r}: it "
+                "foresees how queries at the next positions will be rotated"
             )
         heads, d = moments.mean.shape[1:]
         basis = jnp.eye(d)
-        size = around.rotate(basis, jnp.zeros(d))[0, 0]  # 1, or the temperature that YaRN puts into its rotations
-        ahead = around.rotate(basis, jnp.arange(self.future, dtype=jnp.float32)[:, None]).mean(0) / size
+        size = context.rotate(basis, jnp.zeros(d))[0, 0]  # 1, or the temperature that YaRN puts into its rotations
+        ahead = context.rotate(basis, jnp.arange(self.future, dtype=jnp.float32)[:, None]).mean(0) / size
         start = (held.positions.max((1, 2)) + 1).astype(jnp.float32)
 
         def turn(x: Array) -> Array:
             """To the mean of the next positions, along the last axis."""
             ahead_of = jnp.matmul(x, ahead, precision="highest")
-            return around.rotate(ahead_of, jnp.broadcast_to(start.reshape(-1, *[1] * (x.ndim - 2)), x.shape[:-1]))
+            return context.rotate(ahead_of, jnp.broadcast_to(start.reshape(-1, *[1] * (x.ndim - 2)), x.shape[:-1]))
 
         keys = held.keys.astype(jnp.float32)
         grouped = lambda x: x.reshape(x.shape[0], keys.shape[1], -1, *x.shape[2:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxcompress.policies.base import Policy, policy
+from jaxcompress.policies.policy import Policy, policy
 
 
 @policy

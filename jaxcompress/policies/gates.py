@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.policies.base import Around, Candidates, Entering, Incoming, Policy, leaf, policy, wrapper
+from jaxcompress.policies.cache_view import CacheView, Entering, IncomingTokens, LayerContext
 from jaxcompress.policies.learned import ForgetHead, token_numbers
+from jaxcompress.policies.policy import Policy, leaf, policy, wrapper
 from jaxcompress.policies.tova import TOVA
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Memory, Stats
-from jaxcompress.values import Value, value
+from jaxcompress.state.kv_state import Memory, Stats
+from jaxcompress.state.shapes import SlotScores
+from jaxcompress.state.values import Value, value
 
 APART = (-5.0, 0.0)
 """What `DMC` starts from: no token joins another, and all weigh the same."""
@@ -28,7 +29,7 @@ class Gates(Value):
     name: str = "dmc"
 
     def __call__(
-        self, incoming: Incoming, layer: Array, around: Around
+        self, incoming: IncomingTokens, layer: Array, context: LayerContext
     ) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
         """The logit of joining the token before, and the weight in the mean, positive."""
         raise NotImplementedError
@@ -63,24 +64,24 @@ class gated(wrapper):
     def name(self) -> str:  # type: ignore[override]
         return f"{self.gates.name}-{self.policy.name}"
 
-    def memory(self, held: Candidates) -> Memory:
+    def memory(self, held: CacheView) -> Memory:
         b, kv, _, d = held.keys.shape
         return self.policy.memory(held), jnp.zeros((b, kv, 1 + 2 * d), jnp.float32)
 
-    def remember(self, memory: Memory, incoming: Incoming) -> Memory:
+    def remember(self, memory: Memory, incoming: IncomingTokens) -> Memory:
         return self.policy.remember(memory[0], incoming), memory[1]
 
-    def enter(self, memory: Memory, incoming: Incoming, layer: Array, around: Around) -> Entering:
-        logits, weights = self.gates(incoming, layer, around)
+    def enter(self, memory: Memory, incoming: IncomingTokens, layer: Array, context: LayerContext) -> Entering:
+        logits, weights = self.gates(incoming, layer, context)
         joins = logits > 0
         sums = running_sums(memory[1], incoming, joins.astype(jnp.float32), weights)
         k, v = means(sums, incoming)
         return Entering(k, v, joins & (incoming.positions >= 0)[..., None], (memory[0], sums[:, -1]))
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         return self.policy.init(incoming._replace(memory=incoming.memory[0]))
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return self.policy.score(stats, held._replace(memory=held.memory[0]))
 
 
@@ -104,9 +105,9 @@ class LearnedGates(Gates):
             )
 
     def __call__(
-        self, incoming: Incoming, layer: Array, around: Around
+        self, incoming: IncomingTokens, layer: Array, context: LayerContext
     ) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
-        which = jnp.array(around.which)
+        which = jnp.array(context.which)
         return gate_numbers(jax.tree.map(lambda x: x[layer][which], self.head), incoming)
 
 
@@ -125,7 +126,7 @@ def dmc(head: ForgetHead, policy: Policy | None = None) -> Policy:
     return gated(TOVA("kv_head") if policy is None else policy, LearnedGates(head))
 
 
-def gate_numbers(head: ForgetHead, incoming: Incoming) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
+def gate_numbers(head: ForgetHead, incoming: IncomingTokens) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
     """Logits and weights of tokens; `head` is of this layer, without the axis L."""
     k, v = (x.swapaxes(1, 2) for x in (incoming.k, incoming.v))
     numbers = token_numbers(head, k, v).swapaxes(1, 2)
@@ -133,7 +134,7 @@ def gate_numbers(head: ForgetHead, incoming: Incoming) -> tuple[Float[Array, "B 
 
 
 def running_sums(
-    start: Float[Array, "B K N"], incoming: Incoming, joins: Float[Array, "B T K"], weights: Float[Array, "B T K"]
+    start: Float[Array, "B K N"], incoming: IncomingTokens, joins: Float[Array, "B T K"], weights: Float[Array, "B T K"]
 ) -> Float[Array, "B T K N"]:
     """Weights, weighted keys and weighted values of the run that each token ends, summed; [..., 1 + 2 D], float32.
 
@@ -152,7 +153,9 @@ def running_sums(
     return jax.lax.associative_scan(follow, (keep, what), axis=1)[1]
 
 
-def means(sums: Float[Array, "B T K N"], incoming: Incoming) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+def means(
+    sums: Float[Array, "B T K N"], incoming: IncomingTokens
+) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
     """Keys and values of the runs, in the dtype of the tokens."""
     mean = sums[..., 1:] / jnp.maximum(sums[..., :1], 1e-9)
     k, v = jnp.split(mean, 2, axis=-1)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.policies.base import Candidates, Policy, Scope, policy
-from jaxcompress.policies.naming import scoped
+from jaxcompress.policies.cache_view import CacheView, Scope
+from jaxcompress.policies.labels import scoped
 from jaxcompress.policies.order import by_age
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -26,10 +27,10 @@ class KNorm(Policy):
     def name(self) -> str:
         return scoped("knorm", self.scope, "kv_head")
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         return for_set(-jnp.linalg.norm(incoming.keys.astype(jnp.float32), axis=-1), incoming)
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return stats
 
 
@@ -47,7 +48,7 @@ class KeyDiff(Policy):
     def name(self) -> str:
         return scoped("keydiff", self.scope, "kv_head")
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         keys = _unit(held.keys.astype(jnp.float32), 1e-12)
         mine = whose(held)  # [B, K, N, heads]
         anchors = jnp.einsum("bknd,bknh->bkhd", keys, mine, precision="highest")
@@ -87,7 +88,7 @@ class LagKV(Policy):
     def needs(self) -> int:  # type: ignore[override]
         return self.sinks + 2 * self.lag
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         lag, sinks, order = self.lag, self.sinks, by_age(held)
         n = held.positions.shape[-1]
         count = order.occupied.sum(-1)[..., None]  # [B, P, 1]
@@ -145,11 +146,11 @@ class CUR(Policy):
     def needs(self) -> int:  # type: ignore[override]
         return self.sinks + 1
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         square = lambda x: jnp.square(x.astype(jnp.float32)).sum(-1)
         return for_set(square(incoming.keys), incoming), for_set(square(incoming.values), incoming)
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         order = by_age(held)
         n = held.positions.shape[-1]
 
@@ -163,17 +164,17 @@ class CUR(Policy):
         return jnp.where(held.positions < self.sinks, jnp.inf, scores)
 
 
-def for_set(x: Float[Array, "B K ..."], held: Candidates) -> Float[Array, "B P ..."]:
+def for_set(x: Float[Array, "B K ..."], held: CacheView) -> Float[Array, "B P ..."]:
     """Numbers of each head -> of each set: the mean where all heads of a layer share one."""
     return x if x.shape[1] == held.positions.shape[1] else x.mean(1, keepdims=True)
 
 
-def whose(held: Candidates) -> Float[Array, "B K N heads"]:
+def whose(held: CacheView) -> Float[Array, "B K N heads"]:
     """1 where a candidate is held by a head, 0 elsewhere; there is one head per set, or in a pool several."""
     if held.owner is None:
         occupied = jnp.broadcast_to(held.occupied, held.keys.shape[:3])
         return occupied[..., None].astype(jnp.float32)
-    return ((held.owner[..., None] == jnp.arange(held.around.heads[1])) & held.occupied[..., None]).astype(jnp.float32)
+    return ((held.owner[..., None] == jnp.arange(held.context.heads[1])) & held.occupied[..., None]).astype(jnp.float32)
 
 
 def _unit(x: Array, least: float) -> Array:

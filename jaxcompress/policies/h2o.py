@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxcompress.pallas_kernels.contract import Rule
-from jaxcompress.policies.base import Candidates, Observation, Policy, Scope, policy, protect_newest
-from jaxcompress.policies.naming import scoped
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.cache_view import CacheView, Observation, Scope
+from jaxcompress.policies.labels import scoped
+from jaxcompress.policies.policy import Policy, policy, protect_newest
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -49,14 +50,14 @@ class H2O(Policy):
         """How many of the newest tokens never go, of so many that stay."""
         return self.recent if isinstance(self.recent, int) else int(round(self.recent * capacity, 6))
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         return jnp.zeros_like(incoming.positions, jnp.float32)
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         return stats + seen.per_set(self.scope).sum(2)
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return protect_newest(stats, held, self.protected(held.per_set))
 
-    def rule(self, capacity: int) -> Rule | None:
-        return None if self.scope == "pool" else Rule("sum", recent=self.protected(capacity))
+    def rule(self, capacity: int) -> EvictionRule | None:
+        return None if self.scope == "pool" else EvictionRule("sum", recent=self.protected(capacity))

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.policies.base import Candidates, Observation, Policy, Scope, leaf, policy, protect_newest
+from jaxcompress.policies.cache_view import CacheView, Observation, Scope
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.policies.naming import scoped
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.labels import scoped
+from jaxcompress.policies.policy import Policy, leaf, policy, protect_newest
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 KEEP_EVERYTHING = (5.0,)
 """What `DMS` starts from: a keep logit of 5 for every token (Łańcucki et al. 2025, section 3.1)."""
@@ -140,10 +141,10 @@ class DMS(Policy):
     def needs(self) -> int:  # type: ignore[override]
         return self.window + 1
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         return _entering(self.head, incoming)[..., 0]
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return protect_newest(stats, held, self.window)
 
 
@@ -191,7 +192,7 @@ class Retention(Policy):
     def name(self) -> str:
         return scoped("retention", self.scope, "kv_head")
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         weights = for_set(_entering(self.head, incoming), incoming)
         nothing = jnp.zeros_like(incoming.positions, jnp.float32)
         return Looked(tuple(weights[..., i] for i in range(len(LIKE_TOVA))), nothing, nothing)
@@ -201,7 +202,7 @@ class Retention(Policy):
         row, present = seen.last(received)
         return stats._replace(last=jnp.where(present, row, stats.last), total=stats.total + received.sum(2))
 
-    def score(self, stats: Looked, held: Candidates) -> SlotScores:
+    def score(self, stats: Looked, held: CacheView) -> SlotScores:
         return foreseen(stats, held.newest - held.positions)
 
 
@@ -213,15 +214,15 @@ def foreseen(seen: Looked, age: Any) -> SlotScores:
     return start + last * log(seen.last) + mean * log(seen.total / age) + old * jnp.log(age)
 
 
-def _entering(head: ForgetHead, incoming: Candidates) -> Float[Array, "B K N R"]:
+def _entering(head: ForgetHead, incoming: CacheView) -> Float[Array, "B K N R"]:
     """The numbers of tokens that enter, from keys as they are cached; in a pool K is 1."""
-    around, keys, owner = incoming.around, incoming.keys.astype(jnp.float32), incoming.owner
-    which = around.which if owner is None else tuple(range(around.heads[1]))
+    context, keys, owner = incoming.context, incoming.keys.astype(jnp.float32), incoming.owner
+    which = context.which if owner is None else tuple(range(context.heads[1]))
     _check_used(head, which, keys.shape[-1])
-    if around.placement == "absolute":
+    if context.placement == "absolute":
         d = keys.shape[-1]
-        size = around.rotate(jnp.eye(d), jnp.zeros(d))[0, 0]  # 1, or the temperature that YaRN puts into its rotations
-        keys = around.rotate(keys, -incoming.positions) / size**2
+        size = context.rotate(jnp.eye(d), jnp.zeros(d))[0, 0]  # 1, or the temperature that YaRN puts into its rotations
+        keys = context.rotate(keys, -incoming.positions) / size**2
     mine = jax.tree.map(lambda x: x[incoming.layer], head)
     if which != tuple(range(head.inner.shape[1])):
         mine = jax.tree.map(lambda x: x[jnp.array(which)], mine)

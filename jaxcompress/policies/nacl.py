@@ -7,12 +7,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.policies.base import Candidates, Observation, Policy, policy, protect_newest
+from jaxcompress.policies.cache_view import CacheView, Observation
 from jaxcompress.policies.draws import per_token
-from jaxcompress.policies.naming import scoped
+from jaxcompress.policies.labels import scoped
+from jaxcompress.policies.policy import Policy, policy, protect_newest
 from jaxcompress.policies.recent_queries import Ring, empty_ring, record
-from jaxcompress.select import keep_top
-from jaxcompress.shapes import SlotScores
+from jaxcompress.state.select import keep_top
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -47,13 +48,13 @@ class NACL(Policy):
     def needs(self) -> int:  # type: ignore[override]
         return self.sinks + self.recent + 1
 
-    def init(self, incoming: Candidates) -> Ring:
+    def init(self, incoming: CacheView) -> Ring:
         return empty_ring(incoming, self.proxies)
 
     def observe(self, stats: Ring, seen: Observation) -> Ring:
         return record(stats, seen, self.scope)
 
-    def score(self, stats: Ring, held: Candidates) -> SlotScores:
+    def score(self, stats: Ring, held: CacheView) -> SlotScores:
         scores = stats.sum(-1)
         room = held.capacity - self.sinks - self.recent
         best = room - int(round(room * self.chance, 6))

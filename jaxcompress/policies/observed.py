@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxcompress.policies.base import Candidates, Observation, Policy, Scope, policy
-from jaxcompress.policies.naming import scoped
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.cache_view import CacheView, Observation, Scope
+from jaxcompress.policies.labels import scoped
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -24,11 +25,11 @@ class ObservedAttention(Policy):
     def name(self) -> str:
         return scoped("observed_attention", self.scope, "kv_head")
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         return jnp.zeros_like(incoming.positions, jnp.float32)
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         return stats + seen.per_set(self.scope).sum(2)
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return stats / (held.newest - held.positions + 1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxcompress.policies.base import Candidates
+from jaxcompress.policies.cache_view import CacheView
 
 _LAST = jnp.iinfo(jnp.int32).max
 
@@ -37,7 +37,7 @@ class ByAge(NamedTuple):
         return jnp.put_along_axis(jnp.zeros_like(x), index, x, axis=-1, inplace=False)
 
 
-def by_age(held: Candidates) -> ByAge:
+def by_age(held: CacheView) -> ByAge:
     """Sorts candidates by position."""
     positions = jnp.where(held.occupied, held.positions, _LAST)
     slot = jnp.broadcast_to(jnp.arange(positions.shape[-1], dtype=jnp.int32), positions.shape)

@@ -7,10 +7,11 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from jaxcompress.policies.base import Candidates, policy, wrapper
+from jaxcompress.policies.cache_view import CacheView
 from jaxcompress.policies.order import by_age, shift
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.policy import policy, wrapper
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 Pool = Literal["avg", "max"]
 
@@ -37,15 +38,13 @@ class pooled(wrapper):
     def name(self) -> str:  # type: ignore[override]
         return f"{self.policy.name}/pooled{self.kernel}"
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats, held)
         protected = jnp.isposinf(scores)
         return jnp.where(protected, scores, neighbours(scores, held, ~protected, self.kernel, self.pool))
 
 
-def neighbours(
-    scores: SlotScores, held: Candidates, among: Bool[Array, "B P N"], kernel: int, pool: Pool
-) -> SlotScores:
+def neighbours(scores: SlotScores, held: CacheView, among: Bool[Array, "B P N"], kernel: int, pool: Pool) -> SlotScores:
     """The mean or maximum over `kernel` tokens around each by age, of those in `among` only.
 
     The mean counts what is missing as zeros, so that ends are penalised, as torch's avg_pool1d does; the maximum not.

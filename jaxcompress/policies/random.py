@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from jaxcompress.policies.base import Candidates, Policy, Scope, policy
+from jaxcompress.policies.cache_view import CacheView, Scope
 from jaxcompress.policies.draws import per_token
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -20,8 +21,8 @@ class Random(Policy):
     scope: Scope = "layer"
     name = "random"  # type: ignore[assignment]
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         return per_token(self.seed, incoming)
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return stats

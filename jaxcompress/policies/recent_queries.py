@@ -5,12 +5,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.policies.base import Candidates, Observation, Policy, Scope
+from jaxcompress.policies.cache_view import CacheView, Observation, Scope
+from jaxcompress.policies.policy import Policy
 
 Ring = Float[Array, "B P N w"]
 
 
-def empty_ring(incoming: Candidates, window: int) -> Ring:
+def empty_ring(incoming: CacheView, window: int) -> Ring:
     """[B, P, T, w] of zeros."""
     return jnp.zeros((*incoming.positions.shape, window), jnp.float32)
 
@@ -45,7 +46,7 @@ class RecentQueries(Policy):
     def needs(self) -> int:  # type: ignore[override]
         return self.window + 1
 
-    def init(self, incoming: Candidates) -> Ring:
+    def init(self, incoming: CacheView) -> Ring:
         return empty_ring(incoming, self.window)
 
     def observe(self, stats: Ring, seen: Observation) -> Ring:

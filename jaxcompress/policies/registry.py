@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxcompress.policies.base import Policy
 from jaxcompress.policies.gates import dmc
 from jaxcompress.policies.learned import DMS, ForgetHead, Retention
+from jaxcompress.policies.policy import Policy
 
 
 class Kind(NamedTuple):

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.policies.base import Candidates, policy, protect_newest
+from jaxcompress.policies.cache_view import CacheView
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.policies.naming import scoped
+from jaxcompress.policies.labels import scoped
+from jaxcompress.policies.policy import policy, protect_newest
 from jaxcompress.policies.pooled import neighbours
 from jaxcompress.policies.recent_queries import RecentQueries, Ring
-from jaxcompress.shapes import SlotScores
+from jaxcompress.state.shapes import SlotScores
 
 _ROWS = 256  # keys compared with all others at once
 
@@ -52,7 +53,7 @@ class RKV(RecentQueries):
     def name(self) -> str:
         return scoped("rkv" if self.sketch is None else f"rkv-sketch{self.sketch}", self.scope, "kv_head")
 
-    def score(self, stats: Ring, held: Candidates) -> SlotScores:
+    def score(self, stats: Ring, held: CacheView) -> SlotScores:
         prefix = held.occupied & (held.positions <= held.newest - self.window)
         mass = jnp.where(prefix[..., None], stats, 0.0)
         mass = (mass / jnp.maximum(mass.sum(2, keepdims=True), 1e-30)).mean(-1)
@@ -62,7 +63,7 @@ class RKV(RecentQueries):
         return protect_newest(self.mix * importance - (1 - self.mix) * alike, held, self.window)
 
 
-def similarity(keys: Float[Array, "B K N R"], held: Candidates, threshold: float) -> Float[Array, "B K N"]:
+def similarity(keys: Float[Array, "B K N R"], held: CacheView, threshold: float) -> Float[Array, "B K N"]:
     """Mean cosine of each key with the others held, each other's newest look-alike left out."""
     b, heads, n, width = keys.shape
     unit = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)

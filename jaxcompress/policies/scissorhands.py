@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt16
 
-from jaxcompress.policies.base import Candidates, Observation, Policy, policy, protect_newest
-from jaxcompress.policies.naming import scoped
-from jaxcompress.shapes import SlotScores
+from jaxcompress.policies.cache_view import CacheView, Observation
+from jaxcompress.policies.labels import scoped
+from jaxcompress.policies.policy import Policy, policy, protect_newest
+from jaxcompress.state.shapes import SlotScores
 
 BITS = 16
 
@@ -53,7 +54,7 @@ class Scissorhands(Policy):
         """Of history, per slot."""
         return -(-self.history // BITS) + 1
 
-    def init(self, incoming: Candidates) -> Bits:
+    def init(self, incoming: CacheView) -> Bits:
         return jnp.zeros((*incoming.positions.shape, self.words), jnp.uint16)
 
     def observe(self, stats: Bits, seen: Observation) -> Bits:
@@ -68,7 +69,7 @@ class Scissorhands(Policy):
         lap = mine.any(1) & (first % BITS == 0)  # a word is begun anew: what it held is `words` words old
         return jnp.where(lap[:, None, None], 0, stats) | new
 
-    def score(self, stats: Bits, held: Candidates) -> SlotScores:
+    def score(self, stats: Bits, held: CacheView) -> SlotScores:
         newest = held.newest[..., None]
         oldest = newest - self.history + 1
         word = newest // BITS - (newest // BITS - jnp.arange(self.words)) % self.words  # of the sequence, by place

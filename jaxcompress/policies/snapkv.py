@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from jaxcompress.policies.base import Candidates, Scope, policy, protect_newest
-from jaxcompress.policies.naming import scoped
+from jaxcompress.policies.cache_view import CacheView, Scope
+from jaxcompress.policies.labels import scoped
+from jaxcompress.policies.policy import policy, protect_newest
 from jaxcompress.policies.pooled import Pool, neighbours
 from jaxcompress.policies.recent_queries import RecentQueries, Ring
-from jaxcompress.shapes import SlotScores
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -41,7 +42,7 @@ class SnapKV(RecentQueries):
     def name(self) -> str:
         return scoped(f"snapkv+{self.window}", self.scope, "kv_head")
 
-    def score(self, stats: Ring, held: Candidates) -> SlotScores:
+    def score(self, stats: Ring, held: CacheView) -> SlotScores:
         prefix = held.positions <= held.newest - self.window
         scores = stats.mean(-1)
         if self.kernel > 1:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxcompress.pallas_kernels.contract import Rule
-from jaxcompress.policies.base import Candidates, Observation, Policy, Scope, policy
-from jaxcompress.policies.naming import scoped
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.cache_view import CacheView, Observation, Scope
+from jaxcompress.policies.labels import scoped
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -29,15 +30,15 @@ class TOVA(Policy):
     def name(self) -> str:
         return scoped("tova", self.scope, "layer")
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         return jnp.zeros_like(incoming.positions, jnp.float32)
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         row, present = seen.last(seen.per_set(self.scope))
         return jnp.where(present, row, stats)
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return stats
 
-    def rule(self, capacity: int) -> Rule | None:
-        return None if self.scope == "pool" else Rule("last")
+    def rule(self, capacity: int) -> EvictionRule | None:
+        return None if self.scope == "pool" else EvictionRule("last")

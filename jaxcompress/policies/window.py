@@ -6,11 +6,12 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxcompress.pallas_kernels.contract import Rule
-from jaxcompress.policies.base import Candidates, Policy, Schedule, policy
-from jaxcompress.policies.naming import scoped
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import Stats
+from jaxcompress.policies.cache_view import CacheView
+from jaxcompress.policies.labels import scoped
+from jaxcompress.policies.policy import Policy, Schedule, policy
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -19,7 +20,7 @@ class Window(Policy):
 
     score = +inf if position < sinks, else -age. Positions stay absolute, as in the static masks of Oren et al. 2024,
     section 3; compare `StreamingLLM`. All heads keep the same; scope="kv_head" is for capacities that differ between
-    heads, such as the streaming heads of DuoAttention (see `jaxcompress.budgets`).
+    heads, such as the streaming heads of DuoAttention (see `jaxcompress.budgets.allocate`).
 
     Raises:
       ValueError: a negative number of sinks.
@@ -39,11 +40,11 @@ class Window(Policy):
     def needs(self) -> int:  # type: ignore[override]
         return self.sinks + 1
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return _newest(held, self.sinks)
 
-    def rule(self, capacity: int) -> Rule | None:
-        return Rule("age", first=self.sinks)
+    def rule(self, capacity: int) -> EvictionRule | None:
+        return EvictionRule("age", first=self.sinks)
 
 
 @policy
@@ -79,11 +80,11 @@ class StreamingLLM(Policy):
     def schedule(self) -> Schedule:  # type: ignore[override]
         return Schedule(self.evict)
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return _newest(held, self.sinks)
 
 
-def _newest(held: Candidates, sinks: int) -> SlotScores:
+def _newest(held: CacheView, sinks: int) -> SlotScores:
     age = held.newest - held.positions  # small: exact in float32, however long the sequence
     return jnp.where(held.positions < sinks, jnp.inf, -age.astype(jnp.float32))
 

@@ -10,15 +10,15 @@ import numpy as np
 
 from jaxcompress.prompt.surface import is_word, words_of
 from jaxcompress.prompt.units import FUNCTION_WORDS, sentences
-from jaxcompress.prompt.word_scores import Scored, Scorer
+from jaxcompress.prompt.word_scores import ScoredWords, Scorer
 
 
 def random_words(seed: int = 0) -> Scorer:
     """Scores drawn evenly; the same for the same seed and number of words."""
 
-    def score(text: str) -> Scored:
+    def score(text: str) -> ScoredWords:
         words = words_of(text)
-        return Scored(text, words, np.random.default_rng(seed).random(len(words), np.float32), "random")
+        return ScoredWords(text, words, np.random.default_rng(seed).random(len(words), np.float32), "random")
 
     return score
 
@@ -26,9 +26,9 @@ def random_words(seed: int = 0) -> Scorer:
 def first_words() -> Scorer:
     """The beginning of the text."""
 
-    def score(text: str) -> Scored:
+    def score(text: str) -> ScoredWords:
         words = words_of(text)
-        return Scored(text, words, -np.arange(len(words), dtype=np.float32), "first words")
+        return ScoredWords(text, words, -np.arange(len(words), dtype=np.float32), "first words")
 
     return score
 
@@ -40,7 +40,7 @@ def evenly_spread() -> Scorer:
     for every n, and at n = total / 2^k they are every 2^k-th word exactly.
     """
 
-    def score(text: str) -> Scored:
+    def score(text: str) -> ScoredWords:
         words = words_of(text)
         n = len(words)
         order = np.zeros(n)
@@ -48,7 +48,7 @@ def evenly_spread() -> Scorer:
             bits = max(1, math.ceil(math.log2(n)))
             for bit in range(bits):
                 order += ((np.arange(n) >> bit) & 1) * 2.0 ** (bits - 1 - bit)
-        return Scored(text, words, -order.astype(np.float32), "uniform")
+        return ScoredWords(text, words, -order.astype(np.float32), "uniform")
 
     return score
 
@@ -65,14 +65,14 @@ def tf_idf(background: Iterable[str] | None = None) -> Scorer:
     """
     given = None if background is None else _document_frequencies(background)
 
-    def score(text: str) -> Scored:
+    def score(text: str) -> ScoredWords:
         words = words_of(text)
         spelled = [text[start:end].lower() for start, end in words]
         frequencies, n = _document_frequencies(_sentences(text)) if given is None else given
         counts = Counter(spelled)
         idf = {word: math.log((1 + n) / (1 + frequencies[word])) + 1 for word in counts}
         scores = [counts[word] * idf[word] if is_word(word) else 0.0 for word in spelled]
-        return Scored(text, words, np.array(scores, np.float32), "tf-idf")
+        return ScoredWords(text, words, np.array(scores, np.float32), "tf-idf")
 
     return score
 
@@ -80,11 +80,11 @@ def tf_idf(background: Iterable[str] | None = None) -> Scorer:
 def content_words() -> Scorer:
     """1 for a word that is not an English function word, 0 for those and for punctuation."""
 
-    def score(text: str) -> Scored:
+    def score(text: str) -> ScoredWords:
         words = words_of(text)
         spelled = (text[start:end].lower() for start, end in words)
         scores = [float(is_word(word) and word not in FUNCTION_WORDS) for word in spelled]
-        return Scored(text, words, np.array(scores, np.float32), "content words")
+        return ScoredWords(text, words, np.array(scores, np.float32), "content words")
 
     return score
 
@@ -105,7 +105,7 @@ def relevance_to(question: str, *, reach: int = 8) -> Scorer:
     asked = {question[start:end].lower() for start, end in words_of(question)}
     asked = {word for word in asked if is_word(word) and word not in FUNCTION_WORDS}
 
-    def score(text: str) -> Scored:
+    def score(text: str) -> ScoredWords:
         words = words_of(text)
         spelled = [text[start:end].lower() for start, end in words]
         frequencies, n = _document_frequencies(_sentences(text))
@@ -116,7 +116,7 @@ def relevance_to(question: str, *, reach: int = 8) -> Scorer:
                 low, high = max(at - reach, 0), min(at + reach + 1, len(words))
                 here = near[low - at + reach : high - at + reach] * (math.log((1 + n) / (1 + frequencies[word])) + 1)
                 scores[low:high] = np.maximum(scores[low:high], here)
-        return Scored(text, words, scores, "question")
+        return ScoredWords(text, words, scores, "question")
 
     return score
 

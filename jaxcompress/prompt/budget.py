@@ -27,7 +27,7 @@ def best_first(scores: Float[np.ndarray, " W"]) -> Int[np.ndarray, " W"]:
     return np.argsort(-np.where(np.isnan(scores), -np.inf, scores), kind="stable")
 
 
-def choose(scores: Float[np.ndarray, " W"], costs: Int[np.ndarray, " W"], n: int) -> Bool[np.ndarray, " W"]:
+def choose_words(scores: Float[np.ndarray, " W"], costs: Int[np.ndarray, " W"], n: int) -> Bool[np.ndarray, " W"]:
     """The words that stay: the best ones, whose costs add up to n, or to the most below n that any words do.
 
     Those that fit in the order of their scores stay as they are if they have so many; else the smallest core around

@@ -20,20 +20,22 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxcompress import embedded
+from jaxcompress.checkpoints import load_encoder
+from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer, Subwords
+from jaxcompress.inputs.scalars import Number, share, whole
+from jaxcompress.inputs.text import clean
 from jaxcompress.models.encoder import Encoder
 from jaxcompress.prompt import protect
-from jaxcompress.prompt.budget import apportion, best_first, choose
+from jaxcompress.prompt.budget import apportion, best_first, choose_words
 from jaxcompress.prompt.chunks import chunks
 from jaxcompress.prompt.counting import Counts
 from jaxcompress.prompt.joining import join
 from jaxcompress.prompt.official import OfficialCompressor
 from jaxcompress.prompt.scoring import score
-from jaxcompress.prompt.tokenizer import EncoderTokenizer, Subwords
 from jaxcompress.prompt.words import Spans, align, of_words, owners, segment
-from jaxcompress.reading import clean
-from jaxcompress.scalars import Number, share, whole
 
-Scope = Literal["chunk", "document", "corpus"]
+BudgetScope = Literal["chunk", "document", "corpus"]
 Rate = Number
 SEPARATOR = "\n\n"  # between contexts
 _CORRECTIONS = 6  # of the budget, where tokens of a text are not the sum of its words'
@@ -128,7 +130,7 @@ class Compressed:
         return np.concatenate([np.zeros(0, np.float32), *(document.probabilities for document in self.documents)])
 
 
-class Scored(NamedTuple):
+class ScoredDocument(NamedTuple):
     """A text before anything is chosen; fields as in `Document`. `tokens`: of the whole text."""
 
     source: str
@@ -161,11 +163,8 @@ class Compressor:
         Raises:
           FileNotFoundError, ValueError: as `load_encoder` and `EncoderTokenizer`.
         """
-        from jaxcompress import embedded
-        from jaxcompress.checkpoints import load_encoder
-
         loaded = load_encoder(embedded.compressor_folder() if source is None else source, dtype=dtype)
-        return cls(loaded.model, EncoderTokenizer(loaded.folder), count)
+        return cls(loaded.model, loaded.tokenizer, count)
 
     @cached_property
     def official(self) -> OfficialCompressor:
@@ -178,7 +177,7 @@ class Compressor:
         *,
         rate: Rate | Sequence[Rate] | None = None,
         tokens: Number | None = None,
-        scope: Scope = "document",
+        scope: BudgetScope = "document",
         force: Sequence[str] = (),
         digits: bool = False,
         drop_consecutive: bool = False,
@@ -219,11 +218,11 @@ class Compressor:
 
     def select(
         self,
-        scored: Sequence[Scored],
+        scored: Sequence[ScoredDocument],
         *,
         rate: Rate | Sequence[Rate] | None = None,
         tokens: Number | None = None,
-        scope: Scope = "document",
+        scope: BudgetScope = "document",
         force: Sequence[str] = (),
         digits: bool = False,
         drop_consecutive: bool = False,
@@ -243,7 +242,7 @@ class Compressor:
         breaks = tuple(string for string in force if string.isspace())
         return _Job(self, scored, present, marked, breaks, drop_consecutive, scope).run(rates, tokens)
 
-    def score(self, texts: Sequence[str], word: str = "mean") -> list[Scored]:
+    def score(self, texts: Sequence[str], word: str = "mean") -> list[ScoredDocument]:
         """Words with probabilities and costs, of every text; see `compress`."""
         texts = [clean(text) for text in texts]
         with ThreadPoolExecutor(1) as beside:  # the tokenizer runs outside of Python
@@ -264,7 +263,7 @@ class Compressor:
             for text, piece, own, cut in zip(texts, pieces, spans, cuts, strict=True)
         ]
 
-    def _scored(self, text: str, piece: Subwords, spans: Spans, scores: list[np.ndarray], word: str) -> Scored:
+    def _scored(self, text: str, piece: Subwords, spans: Spans, scores: list[np.ndarray], word: str) -> ScoredDocument:
         groups = align(spans, piece.offsets)
         chunk = np.append(np.repeat(np.arange(len(scores)), [len(s) for s in scores]), max(len(scores) - 1, 0))
         if self.count is None:
@@ -273,9 +272,9 @@ class Compressor:
         else:
             costs, tokens = _costs(text, spans, self.count), self.count(text)
         probabilities = of_words(np.concatenate([np.zeros(0, np.float32), *scores]), groups, word)
-        return Scored(text, spans, probabilities, costs, chunk[groups.first], tokens)
+        return ScoredDocument(text, spans, probabilities, costs, chunk[groups.first], tokens)
 
-    def _present(self, scored: Sequence[Scored], filter: Contexts | None) -> Bool[np.ndarray, " N"]:
+    def _present(self, scored: Sequence[ScoredDocument], filter: Contexts | None) -> Bool[np.ndarray, " N"]:
         present = np.ones(len(scored), bool)
         if filter is None or len(scored) < 2:
             return present
@@ -295,7 +294,7 @@ class Compressor:
             count = int(np.searchsorted(sizes, tokens, side="right"))
         elif rate is not None:
             count = int(rate * len(scored) + 0.5)
-        return choose(means, np.ones(len(scored), np.int64), max(count or 0, 1, len(set(filter.force))))
+        return choose_words(means, np.ones(len(scored), np.int64), max(count or 0, 1, len(set(filter.force))))
 
 
 @dataclass(frozen=True)
@@ -303,12 +302,12 @@ class _Job:
     """One call, all texts scored."""
 
     owner: Compressor
-    scored: Sequence[Scored]
+    scored: Sequence[ScoredDocument]
     present: Bool[np.ndarray, " N"]
     marked: list[Bool[np.ndarray, "..."]]
     breaks: tuple[str, ...]
     drop: bool
-    scope: Scope
+    scope: BudgetScope
     memo: dict[Any, Any] = field(default_factory=dict)  # of what a correction of the budget leaves as it was
 
     def run(self, rates: list[float] | None, tokens: int | None) -> Compressed:
@@ -459,14 +458,14 @@ class _Job:
 
     def _keep(self, one: _Words, n: int) -> np.ndarray:
         if not self.drop:
-            return choose(one.scores, one.costs, n)
+            return choose_words(one.scores, one.costs, n)
         scores = one.scores.copy()
         while True:
             # Words are only ever barred, so this ends; with all forced words in a row it may do so right away.
             forced = np.isposinf(scores)
             if int(one.costs[forced].sum()) > n:
                 scores[self._repeated(one, forced)] = -np.inf
-            kept = choose(scores, one.costs, n)
+            kept = choose_words(scores, one.costs, n)
             again = self._repeated(one, kept)
             if not again.any():
                 return kept

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from jaxcompress.prompt.tokenizer import EncoderTokenizer
+from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.prompt.words import Costs, Spans
 
 

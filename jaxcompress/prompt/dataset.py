@@ -18,11 +18,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxcompress.inputs.text import clean, json_lines
 from jaxcompress.prompt.annotation import WINDOW, annotate, faithful, rough_lemma
 from jaxcompress.prompt.endpoint import Refused
 from jaxcompress.prompt.surface import Word, spelled, words_of
 from jaxcompress.prompt.teacher import INSTRUCTION, Teacher, TeacherFailed, cut_for_teacher
-from jaxcompress.reading import clean, json_lines
 
 
 class Pair(NamedTuple):

@@ -16,15 +16,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.generation.text import Tokenizer
-from jaxcompress.models.bounded import Slots, init_state, read
-from jaxcompress.models.decoder import Decoder
+from jaxcompress.inputs.token_ids import token_rows
+from jaxcompress.models.decoder import Decoder, read
+from jaxcompress.models.init_state import Slots, init_state
 from jaxcompress.policies import Window
-from jaxcompress.policies.base import Placement, Policy
+from jaxcompress.policies.policy import Policy
 from jaxcompress.prompt.surface import Word, words_of
-from jaxcompress.prompt.word_scores import Scored, Scorer
+from jaxcompress.prompt.word_scores import ScoredWords, Scorer
 from jaxcompress.prompt.words import align
-from jaxcompress.state import State
-from jaxcompress.token_ids import token_rows
+from jaxcompress.state.kv_state import State
+from jaxcompress.state.placement import Placement
 from jaxcompress.training.loss import token_losses
 
 Nats = Float[np.ndarray, " T"]
@@ -69,7 +70,7 @@ class Reader:
         its tokens end. The first token of a text without a begin token has no prediction: its loss is NaN.
 
         Raises:
-          ValueError: ids outside the vocabulary, but for -1 (see `jaxcompress.token_ids`).
+          ValueError: ids outside the vocabulary, but for -1 (see `jaxcompress.inputs.token_ids`).
         """
         there = np.asarray(tokens) != -1
         tokens = np.where(there, token_rows(tokens, self.model.config.vocab_size, valid=there), -1)
@@ -120,7 +121,7 @@ def _read_segment(
     return token_losses(model.logits(done.hidden), targets), done.state
 
 
-class Read(NamedTuple):
+class TokenLosses(NamedTuple):
     """A text as tokens, where each stands in it, and how surprising it was.
 
     Attributes:
@@ -134,14 +135,14 @@ class Read(NamedTuple):
     nats: Nats
 
 
-def surprise(reader: Reader, text: str, context: Context | None = None) -> Read:
+def surprise(reader: Reader, text: str, context: Context | None = None) -> TokenLosses:
     """Reads a text, after `context` if one is given."""
     ids, places = reader.tokenizer.encode_with_places(text)
     losses, _ = reader.losses(reader.begin() if context is None else context, ids[None])
-    return Read(ids, places, losses[0])
+    return TokenLosses(ids, places, losses[0])
 
 
-def per_unit(units: Sequence[Word], read: Read) -> Float[np.ndarray, " U"]:
+def per_unit(units: Sequence[Word], read: TokenLosses) -> Float[np.ndarray, " U"]:
     """The mean surprise of the tokens that lie in each unit, if only in part.
 
     A unit with a token that was not predicted scores +inf (nothing is known against it), one without any token -inf.
@@ -164,8 +165,8 @@ def self_information(reader: Reader) -> Scorer:
     The whole text is read as one; see `jaxcompress.prompt.selective_context` for the paper's phrases and sentences.
     """
 
-    def score(text: str) -> Scored:
+    def score(text: str) -> ScoredWords:
         words = words_of(text)
-        return Scored(text, words, per_unit(words, surprise(reader, text)), "self-information")
+        return ScoredWords(text, words, per_unit(words, surprise(reader, text)), "self-information")
 
     return score

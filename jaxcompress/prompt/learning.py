@@ -45,7 +45,7 @@ class Classifier(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedRows:
     """Examples as rows of equal length, for `grain`.
 
     Short examples follow each other in a row, as sentences do in a text, and long ones are cut, so that little is
@@ -78,7 +78,7 @@ class Rows:
         return Batch(Labelled(ids, np.arange(self.length) < n + 2, wide(np.maximum(labels, 0))), counted)
 
 
-def rows_of(examples: Sequence[Example], tokenizer: FastTokenizer, length: int) -> Rows:
+def rows_of(examples: Sequence[Example], tokenizer: FastTokenizer, length: int) -> PackedRows:
     """Tokenizes examples and packs them into rows, in order.
 
     Raises:
@@ -100,7 +100,7 @@ def rows_of(examples: Sequence[Example], tokenizer: FastTokenizer, length: int) 
                 ids, kept = ids[:0], kept[:0]
             ids, kept = np.concatenate([ids, new[:room]]), np.concatenate([kept, marks[:room]])
             new, marks = new[room:], marks[room:]
-    return Rows((*tokens, ids), (*labels, kept), length, opening, closing, pad)
+    return PackedRows((*tokens, ids), (*labels, kept), length, opening, closing, pad)
 
 
 def tokenized(example: Example, tokenizer: FastTokenizer) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
@@ -133,7 +133,7 @@ def special_ids(tokenizer: FastTokenizer) -> tuple[int, int, int]:
     return found[0], found[1], found[2]
 
 
-def batches(*sources: Rows, batch: int, seed: int, shares: Sequence[float] = ()) -> grain.DatasetIterator[Batch]:
+def batches(*sources: PackedRows, batch: int, seed: int, shares: Sequence[float] = ()) -> grain.DatasetIterator[Batch]:
     """Batches without end, each source shuffled anew in every epoch of its own.
 
     `get_state` and `set_state` of the iterator take up the order exactly where it was.

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxcompress.prompt.information import Context, Read, Reader, per_unit
+from jaxcompress.inputs.scalars import Number, share
+from jaxcompress.prompt.information import Context, Reader, TokenLosses, per_unit
 from jaxcompress.prompt.surface import Word, words_of
-from jaxcompress.prompt.word_scores import Scored, Scorer, Scores, chosen
+from jaxcompress.prompt.word_scores import ScoredWords, Scorer, Scores, chosen
 from jaxcompress.prompt.words import align
-from jaxcompress.scalars import Number, share
 
 
 def llmlingua(reader: Reader, *, rate: Number = 0.5, before: str = "") -> Scorer:
@@ -34,7 +34,7 @@ def llmlingua(reader: Reader, *, rate: Number = 0.5, before: str = "") -> Scorer
     """
     stays = share(rate, of="words")
 
-    def score(text: str) -> Scored:
+    def score(text: str) -> ScoredWords:
         (start,) = _starts(reader, [before])
         return _iterate(reader, text, [start], lambda nats: nats[0], stays, "llmlingua")
 
@@ -56,7 +56,7 @@ def contrastive(reader: Reader, question: str, *, rate: Number = 0.5) -> Scorer:
     if not question.strip():
         raise ValueError("the question is empty; without one there is nothing to contrast: use llmlingua")
 
-    def score(text: str) -> Scored:
+    def score(text: str) -> ScoredWords:
         starts = _starts(reader, ["", question + "\n"])
         return _iterate(reader, text, starts, lambda nats: nats[0] - nats[1], stays, "contrastive")
 
@@ -82,7 +82,7 @@ def _iterate(
     combine: Callable[[list[Scores]], Scores],
     rate: float,
     by: str,
-) -> Scored:
+) -> ScoredWords:
     words = words_of(text)
     ids, places = reader.tokenizer.encode_with_places(text)
     scores = np.zeros(len(words), np.float32)
@@ -91,7 +91,7 @@ def _iterate(
         nats = []
         for context in contexts:
             losses, _ = reader.losses(context, ids[None, tokens])
-            nats.append(per_unit(mine, Read(ids[tokens], places[tokens], losses[0])))
+            nats.append(per_unit(mine, TokenLosses(ids[tokens], places[tokens], losses[0])))
         scores[part] = combine(nats)
         if np.isposinf(nats[0]).any():  # no prediction, in all contexts alike or in the one without a question
             scores[part] = np.where(np.isposinf(nats[0]), np.inf, scores[part])
@@ -99,7 +99,7 @@ def _iterate(
         going_on = ids[tokens][_touching(kept, places[tokens])]
         if len(going_on):
             contexts = [reader.losses(context, going_on[None])[1] for context in contexts]
-    return Scored(text, words, scores, by)
+    return ScoredWords(text, words, scores, by)
 
 
 def _share(words: int, rate: float) -> int:

@@ -13,11 +13,11 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from jaxcompress.inputs.scalars import Number, number, share
 from jaxcompress.prompt.information import Reader
 from jaxcompress.prompt.llmlingua import after, contrastive
 from jaxcompress.prompt.surface import Word, words_of
 from jaxcompress.prompt.word_scores import Kept, Scorer, keep
-from jaxcompress.scalars import Number, number, share
 
 RESTRICT = " We can get the answer to this question in the given documents."
 """Said after the question when documents are ranked (the paper's, section 4.1)."""

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken
 
+from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
+from jaxcompress.inputs.text import clean
+from jaxcompress.inputs.tokenizer_files import read_tokenizer
 from jaxcompress.models.encoder import Encoder
 from jaxcompress.prompt.scoring import score
-from jaxcompress.prompt.tokenizer import EncoderTokenizer
-from jaxcompress.reading import clean
-from jaxcompress.tokenizer_files import read_tokenizer
 
 MAX_TOKENS = 512
 MAX_FORCED = 100

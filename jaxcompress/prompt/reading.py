@@ -1,7 +1,7 @@
 """Two compressions in a row: a long prompt is shortened, then read into a bounded state.
 
-read = read_shortened(model, tokenizer, text, scorer, rate=0.5, policy=tova(), slots=128)
-for tokens in continue_(model, read.progress, tova(), steps=100): ...
+read = read_shortened(model, tokenizer, text, scorer, rate=0.5, policy=TOVA(), slots=128)
+for tokens in decode_stream(model, read.state, max_new_tokens=100): ...
 print(read.report)
 """
 
@@ -10,13 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxcompress.generation.generate import Progress, prefill, start
+from jaxcompress.generation.decode_state import DecodeState, init_decode_state
+from jaxcompress.generation.generate import prefill
 from jaxcompress.generation.text import Tokenizer
-from jaxcompress.models.bounded import Slots
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.base import Policy
+from jaxcompress.models.init_state import Slots
+from jaxcompress.policies.policy import Policy
 from jaxcompress.prompt.recovery import Recovery, recovery
 from jaxcompress.prompt.word_scores import Kept, Scorer, keep
+from jaxcompress.state.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class ReadingReport:
 
 
 class ShortenedReading(NamedTuple):
-    """A shortened prompt, read: `jaxcompress.generation.continue_` writes on from `progress`."""
+    """A shortened prompt, read: `jaxcompress.generation.decode_stream` goes on from `state`."""
 
-    progress: Progress
+    state: DecodeState
     kept: Kept
     report: ReadingReport
 
@@ -84,6 +86,7 @@ def read_shortened(
     after: str = "",
     seed: int = 0,
     dtype: Any = None,
+    placement: Placement | None = None,
     **reading: Any,
 ) -> ShortenedReading:
     """Shortens a text and reads what is left through a bounded state.
@@ -91,8 +94,8 @@ def read_shortened(
     Args:
       rate: share of the words that stay, exactly.
       before, after: read as they are, around the text: instruction and question. They count in both numbers of tokens.
-      dtype: of the state.
-      reading: `mode`, `chunk`, `segment`, `placement` (see `jaxcompress.generation.prefill`).
+      dtype, placement: of the state (see `jaxcompress.generation.init_decode_state`).
+      reading: `mode`, `chunk`, `segment` (see `jaxcompress.generation.prefill`).
 
     Raises:
       ValueError: as `keep` and `prefill` do; the text has no words.
@@ -101,32 +104,31 @@ def read_shortened(
     if not kept.labels.any():
         raise ValueError(f"nothing is left to read: {int(kept.labels.sum())} of {len(kept.labels)} words stay")
     whole, short = (tokenizer.encode(before + middle + after) for middle in (text, kept.text))
-    progress = start(model, policy, slots, seeds=seed, dtype=dtype)
-    progress = prefill(model, [short], progress, policy, **reading)
-    report = report_of(model, policy, progress, kept, original_tokens=len(whole), prompt_tokens=len(short))
-    return ShortenedReading(progress, kept, report)
+    state = init_decode_state(model, policy, slots, seeds=seed, dtype=dtype, placement=placement)
+    state = prefill(model, [short], state, **reading)
+    report = report_of(model, state, kept, original_tokens=len(whole), prompt_tokens=len(short))
+    return ShortenedReading(state, kept, report)
 
 
 def report_of(
     model: Decoder,
-    policy: Policy,
-    progress: Progress,
+    state: DecodeState,
     kept: Kept,
     *,
     original_tokens: int,
     prompt_tokens: int,
     row: int = 0,
 ) -> ReadingReport:
-    """What was done to a prompt that has been read, which is one row of `progress`."""
-    held = held_tokens(model, progress, row)
+    """What was done to a prompt that has been read, which is one row of `state`."""
+    held = held_tokens(model, state, row)
     found = recovery(kept.scored.text, kept.text)
-    return ReadingReport(original_tokens, prompt_tokens, held, found, kept.scored.by, policy.name)
+    return ReadingReport(original_tokens, prompt_tokens, held, found, kept.scored.by, state.policy.name)
 
 
-def held_tokens(model: Decoder, progress: Progress, row: int = 0) -> float:
+def held_tokens(model: Decoder, state: DecodeState, row: int = 0) -> float:
     """Slots in use in a row, of a layer and kv head on average."""
     used = 0.0
-    for part in progress.state:
+    for part in state.kv:
         occupied = (part.positions[:, row] >= 0).sum()  # all sets of the part's layers
         sets = part.positions.shape[2]
         heads = model.config.num_kv_heads if part.owner is not None else len(part.heads) or model.config.num_kv_heads

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.models.encoder import Encoder
-from jaxcompress.shapes import Tokens, Valid
+from jaxcompress.state.shapes import Tokens, Valid
 
 LENGTHS = (32, 64, 128, 192, 256, 384, 512)
 TOKENS = 4096  # of one call, padding included

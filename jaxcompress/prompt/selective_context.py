@@ -6,10 +6,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from jaxcompress.prompt.information import Read, Reader, per_unit
+from jaxcompress.prompt.information import Reader, TokenLosses, per_unit
 from jaxcompress.prompt.surface import Word, words_of
 from jaxcompress.prompt.units import phrases, sentences
-from jaxcompress.prompt.word_scores import Scored, Scorer
+from jaxcompress.prompt.word_scores import ScoredWords, Scorer
 
 Unit = Literal["word", "phrase", "sentence"]
 _ROWS = 8
@@ -28,18 +28,18 @@ def selective_context(reader: Reader, unit: Unit = "phrase") -> Scorer:
     if unit not in get_args(Unit):
         raise ValueError(f"unknown unit {unit!r}; known: {', '.join(get_args(Unit))}")
 
-    def score(text: str) -> Scored:
+    def score(text: str) -> ScoredWords:
         words, whole = words_of(text), sentences(text)
         units = {"word": lambda: words, "phrase": lambda: phrases(text), "sentence": lambda: whole}[unit]()
         values = per_unit(units, read_apart(reader, text, whole))
         owner = np.searchsorted([one.start for one in units], [word.start for word in words], side="right") - 1
         scores = values[owner] if words else np.zeros(0, np.float32)
-        return Scored(text, words, scores, f"selective context ({unit}s)")
+        return ScoredWords(text, words, scores, f"selective context ({unit}s)")
 
     return score
 
 
-def read_apart(reader: Reader, text: str, parts: list[Word]) -> Read:
+def read_apart(reader: Reader, text: str, parts: list[Word]) -> TokenLosses:
     """Reads parts of a text, each as if it were all; several at a time."""
     encoded = [reader.tokenizer.encode_with_places(text[part.start : part.end]) for part in parts]
     order = sorted(range(len(parts)), key=lambda at: len(encoded[at][0]))  # little padding
@@ -53,6 +53,6 @@ def read_apart(reader: Reader, text: str, parts: list[Word]) -> Read:
         for row, at in enumerate(now):
             nats[at] = losses[row, : len(encoded[at][0])]
     if not parts:
-        return Read(np.zeros(0, np.int32), np.zeros((0, 2), np.int32), np.zeros(0, np.float32))
+        return TokenLosses(np.zeros(0, np.int32), np.zeros((0, 2), np.int32), np.zeros(0, np.float32))
     places = [places + part.start for (_, places), part in zip(encoded, parts, strict=True)]
-    return Read(np.concatenate([ids for ids, _ in encoded]), np.concatenate(places), np.concatenate(nats))
+    return TokenLosses(np.concatenate([ids for ids, _ in encoded]), np.concatenate(places), np.concatenate(nats))

@@ -8,9 +8,9 @@ from typing import Any
 
 import regex
 
+from jaxcompress.inputs.scalars import Number, share, whole
 from jaxcompress.prompt.compressor import Compressed, Compressor, Rate
 from jaxcompress.prompt.joining import found_break
-from jaxcompress.scalars import Number, share, whole
 
 WINDOW = 1 << 18  # characters
 # Where a window is cut, the best first: after a paragraph, a line, a sentence, a word.

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
+from jaxcompress.inputs.text import clean, clean_value
 from jaxcompress.prompt.compressor import Compressed, Compressor, Rate
-from jaxcompress.reading import clean, clean_value
 
 _TAG = re.compile(r"<(?P<closes>/?)llmlingua\b(?P<settings>[^<>]*)>")
 _SETTINGS = ("rate", "compress")
@@ -95,7 +95,7 @@ def compress_structured(
     return replace(result, text="".join(texts))
 
 
-class Rule(NamedTuple):
+class KeyRule(NamedTuple):
     """What becomes of the texts under a key of a JSON object.
 
     Attributes:
@@ -112,7 +112,7 @@ class Rule(NamedTuple):
 def compress_json(
     compressor: Compressor,
     value: Any,
-    rules: Mapping[str, Rule] | None = None,
+    rules: Mapping[str, KeyRule] | None = None,
     *,
     rate: Rate = 0.5,
     **options: Any,
@@ -132,7 +132,7 @@ def compress_json(
       ValueError: as `Compressor.compress`; nested too deeply; keys that differ only in halves of characters.
     """
     value, rules = clean_value(value, "the value"), rules or {}
-    found = list(_strings(value, rules, Rule()))
+    found = list(_strings(value, rules, KeyRule()))
     rates = [1 if not rule.compress else rate if rule.rate is None else rule.rate for _, rule in found]
     result = compressor.compress([text for text, _ in found], rate=rates, **options)
     texts = (text if own == 1 else document.text for (text, _), own, document in
@@ -140,7 +140,7 @@ def compress_json(
     return _put_back(value, rules, texts), result
 
 
-def _strings(value: Any, rules: Mapping[str, Rule], rule: Rule) -> Iterator[tuple[str, Rule]]:
+def _strings(value: Any, rules: Mapping[str, KeyRule], rule: KeyRule) -> Iterator[tuple[str, KeyRule]]:
     if isinstance(value, str):
         yield value, rule
     elif isinstance(value, Mapping):
@@ -151,10 +151,10 @@ def _strings(value: Any, rules: Mapping[str, Rule], rule: Rule) -> Iterator[tupl
             yield from _strings(inner, rules, rule)
 
 
-def _put_back(value: Any, rules: Mapping[str, Rule], texts: Iterator[str]) -> Any:
+def _put_back(value: Any, rules: Mapping[str, KeyRule], texts: Iterator[str]) -> Any:
     if isinstance(value, str):
         return next(texts)
     if isinstance(value, Mapping):
         new = {key: _put_back(inner, rules, texts) for key, inner in value.items()}
-        return {key: inner for key, inner in new.items() if inner != "" or not rules.get(key, Rule()).remove}
+        return {key: inner for key, inner in new.items() if inner != "" or not rules.get(key, KeyRule()).remove}
     return [_put_back(inner, rules, texts) for inner in value] if isinstance(value, list | tuple) else value

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
-from jaxcompress.generation.generate import GREEDY, Settings, generate
+from jaxcompress.generation.config import GREEDY, GenerationConfig
+from jaxcompress.generation.generate import generate
 from jaxcompress.generation.text import Tokenizer
-from jaxcompress.models.bounded import Slots
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.base import Policy
+from jaxcompress.models.init_state import Slots
+from jaxcompress.policies.policy import Policy
 from jaxcompress.prompt.surface import words_of
 
 INSTRUCTION = """\
@@ -46,16 +48,17 @@ def model_teacher(
     policy: Policy,
     slots: Slots,
     *,
-    steps: int = 1024,
-    settings: Settings = GREEDY,
+    max_new_tokens: int = 1024,
+    config: GenerationConfig = GREEDY,
 ) -> Teacher:
     """A decoder loaded by this library, which reads and writes through a bounded state.
 
     With a chat template the instruction is the system's message and the text the user's; without one they follow each
-    other as plain text. An answer that is not ended by one of the tokenizer's end tokens within `steps` tokens is a
+    other as plain text. An answer that is not ended by one of the tokenizer's end tokens within `max_new_tokens`
+    tokens is a
     failure: words that were never reached would be labelled as deleted.
     """
-    stop = tuple(dict.fromkeys((*settings.stop, *tokenizer.eos_ids)))
+    stop = tuple(dict.fromkeys((*config.stop_token_ids, *tokenizer.eos_ids)))
 
     def shorten(instruction: str, text: str) -> str:
         if tokenizer.has_chat_template:
@@ -63,10 +66,12 @@ def model_teacher(
             prompt = tokenizer.encode(tokenizer.apply_chat_template(messages), add_bos=False)
         else:
             prompt = tokenizer.encode(f"{instruction}\n\nText:\n{text}\n\nShortened text:\n")
-        (tokens,) = generate(model, [prompt], policy, slots, steps=steps, settings=settings._replace(stop=stop))
+        (tokens,) = generate(
+            model, [prompt], policy, slots, max_new_tokens=max_new_tokens, config=replace(config, stop_token_ids=stop)
+        )
         written = tokens[0][tokens[0] >= 0]
         if not len(written) or int(written[-1]) not in stop:
-            raise TeacherFailed(f"the answer did not end within {steps} tokens")
+            raise TeacherFailed(f"the answer did not end within {max_new_tokens} tokens")
         return tokenizer.decode(written[:-1]).strip()
 
     return shorten

@@ -4,8 +4,9 @@
     kept = keep(scored, rate=0.5)
     kept.text, kept.labels, kept.scored.by
 
-A scorer is a function from text to `Scored`; scorers can be mixed, and a new one is a few lines. What stays is chosen
-by `jaxcompress.select`, as everywhere: exactly so many words, higher scores first, the earlier word on a tie.
+A scorer is a function from text to `ScoredWords`; scorers can be mixed, and a new one is a few lines. What stays is
+chosen by `jaxcompress.state.select`, as everywhere: exactly so many words, higher scores first, the earlier word on a
+tie.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxcompress.prompt.budget import best_first, choose
+from jaxcompress.inputs.scalars import Number, number, share, whole
+from jaxcompress.prompt.budget import best_first, choose_words
 from jaxcompress.prompt.joining import join
 from jaxcompress.prompt.surface import Word
-from jaxcompress.scalars import Number, number, share, whole
 
 Scores = Float[np.ndarray, " W"]
 
 
-class Scored(NamedTuple):
+class ScoredWords(NamedTuple):
     """The words of a text and how much each is worth keeping.
 
     Attributes:
@@ -39,7 +40,7 @@ class Scored(NamedTuple):
     by: str
 
 
-Scorer = Callable[[str], Scored]
+Scorer = Callable[[str], ScoredWords]
 
 
 class Kept(NamedTuple):
@@ -50,7 +51,7 @@ class Kept(NamedTuple):
       text: the kept words (`jaxcompress.prompt.joining`); a line break over a gap stays one.
     """
 
-    scored: Scored
+    scored: ScoredWords
     labels: Bool[np.ndarray, " W"]
     text: str
 
@@ -61,7 +62,11 @@ class Kept(NamedTuple):
 
 
 def keep(
-    scored: Scored, *, rate: Number | None = None, n: Number | None = None, costs: Int[np.ndarray, " W"] | None = None
+    scored: ScoredWords,
+    *,
+    rate: Number | None = None,
+    n: Number | None = None,
+    costs: Int[np.ndarray, " W"] | None = None,
 ) -> Kept:
     """Keeps exactly so many words, those that score highest.
 
@@ -85,7 +90,7 @@ def keep(
     least = int(protected.sum() if costs is None else costs[protected].sum())
     if least > n:
         raise ValueError(f"{least} of {total} are protected, only {n} may stay: raise the rate")
-    labels = chosen(scored.scores, n) if costs is None else choose(scored.scores, costs, n)
+    labels = chosen(scored.scores, n) if costs is None else choose_words(scored.scores, costs, n)
     spans = np.array(scored.words, np.int64).reshape(-1, 2)
     return Kept(scored, labels, join(scored.text, spans, labels, breaks=("\n",)))
 
@@ -115,7 +120,7 @@ def mixed(*weighted: tuple[Number, Scorer]) -> Scorer:
     if min(weights, default=0.0) < 0 or total <= 0:
         raise ValueError(f"weights must be positive, not {weights}")
 
-    def score(text: str) -> Scored:
+    def score(text: str) -> ScoredWords:
         all_scored = [scorer(text) for _, scorer in weighted]
         first = all_scored[0]
         for other in all_scored[1:]:
@@ -124,7 +129,7 @@ def mixed(*weighted: tuple[Number, Scorer]) -> Scorer:
         scores = sum(w / total * ranks(one.scores) for w, one in zip(weights, all_scored, strict=True))
         protected = np.any([np.isposinf(one.scores) for one in all_scored], axis=0)
         by = " + ".join(f"{w / total:.2g} {one.by}" for w, one in zip(weights, all_scored, strict=True))
-        return Scored(text, first.words, np.where(protected, np.inf, scores).astype(np.float32), by)
+        return ScoredWords(text, first.words, np.where(protected, np.inf, scores).astype(np.float32), by)
 
     return score
 

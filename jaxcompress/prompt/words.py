@@ -18,8 +18,9 @@ import numpy as np
 import regex
 from jaxtyping import Int, Num
 
+from jaxcompress.inputs.encoder_tokenizer import Offsets
+
 Spans = Int[np.ndarray, "W 2"]
-Offsets = Int[np.ndarray, "T 2"]
 Costs = Int[np.ndarray, " W"]  # tokens of words
 
 _APART = r"\p{Han}\p{Hiragana}\p{Katakana}"  # scripts without spaces: cut where the script changes, Han at each sign

@@ -23,8 +23,8 @@ import grain
 import numpy as np
 
 from jaxcompress.generation.text import Tokenizer, encode_stream
-from jaxcompress.reading import clean, json_lines, read_text
-from jaxcompress.token_ids import token_ids
+from jaxcompress.inputs.text import clean, json_lines, read_text
+from jaxcompress.inputs.token_ids import token_ids
 
 Document = str | np.ndarray
 """A text, or token ids [n]."""

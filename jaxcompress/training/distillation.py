@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.models.bounded import Slots, init_state, read
-from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.base import Placement, Policy
-from jaxcompress.recurrence import Recurrence
-from jaxcompress.shapes import Hidden, Logits, Tokens
-from jaxcompress.state import State
-from jaxcompress.token_ids import check_read
+from jaxcompress.inputs.token_ids import check_read
+from jaxcompress.models.decoder import Decoder, read
+from jaxcompress.models.init_state import Slots, init_state
+from jaxcompress.policies.policy import Policy
+from jaxcompress.recurrence.advance import Step
+from jaxcompress.state.kv_state import State
+from jaxcompress.state.placement import Placement
+from jaxcompress.state.shapes import Hidden, Logits, Tokens
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import check_text, cut_segments, exact_gradient, through_time
 
@@ -48,10 +49,10 @@ def distilled_value_and_grad(
     policy: Policy,
     slots: Slots,
     segment: int,
-    reach: int | None = None,
+    bptt_segments: int | None = None,
     chunk: int = 1,
     placement: Placement | None = None,
-    recurrence: Recurrence | None = None,
+    recurrence: Step | None = None,
     student: Callable[[Any], Decoder] = lambda params: params,
     teacher: Decoder | None = None,
     language: float = 0.0,
@@ -114,6 +115,6 @@ def distilled_value_and_grad(
 
     whole = jnp.maximum(weights.sum(), 1e-9)
     pieces = cut_segments(tokens, weights, segment, seen)
-    value, gradient, (_, parts) = through_time(loss, params, (state, jnp.zeros(3)), pieces, reach=reach)
+    value, gradient, (_, parts) = through_time(loss, params, (state, jnp.zeros(3)), pieces, bptt_segments=bptt_segments)
     metrics = dict(zip(("divergence", "language", "hidden"), parts / whole, strict=True))
     return {"loss": value / whole, **metrics}, jax.tree.map(lambda g: g / whole, gradient)

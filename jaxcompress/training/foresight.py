@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.attention import MASKED
-from jaxcompress.precision import scores as scores_of
-from jaxcompress.shapes import Keys, Positions, Queries
+from jaxcompress.recurrence.softmax import MASKED
+from jaxcompress.state.precision import scores as scores_of
+from jaxcompress.state.shapes import Keys, Positions, Queries
 
 
 def foresight_loss(

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.attention import MASKED, causal_attention, forgetful_attention, masked_softmax
-from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
-from jaxcompress.policies.base import Scope
+from jaxcompress.policies.cache_view import Scope
 from jaxcompress.policies.learned import (
     KEEP_EVERYTHING,
     LIKE_TOVA,
@@ -29,8 +29,10 @@ from jaxcompress.policies.learned import (
     init_forget_head,
     token_numbers,
 )
-from jaxcompress.precision import scores as scores_of
-from jaxcompress.shapes import Hidden, Keys, Positions, Queries, Tokens, Valid
+from jaxcompress.recurrence.block_attention import causal_attention, forgetful_attention
+from jaxcompress.recurrence.softmax import MASKED, masked_softmax
+from jaxcompress.state.precision import scores as scores_of
+from jaxcompress.state.shapes import Hidden, Keys, Positions, Queries, Tokens, Valid
 from jaxcompress.training.distillation import divergence
 from jaxcompress.training.loss import token_losses
 

@@ -9,8 +9,9 @@ import jax
 from jaxtyping import Array
 
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.base import Policy, Scope
+from jaxcompress.policies.cache_view import Scope
 from jaxcompress.policies.learned import ForgetHead
+from jaxcompress.policies.policy import Policy
 from jaxcompress.training.data import Batch
 from jaxcompress.training.forgetting import (
     dms_loss,
@@ -21,7 +22,7 @@ from jaxcompress.training.forgetting import (
     temperature_schedule,
 )
 from jaxcompress.training.merging import init_gates, merging_loss
-from jaxcompress.training.objectives import beside_retention
+from jaxcompress.training.objectives import joint_retention
 from jaxcompress.training.trainer import Metrics, Objective
 
 LEARNABLE = ("retention", "retention-layer", "retention-pool", "dms", "dms-pool", "dmc")
@@ -68,7 +69,7 @@ def learning(
       window: tokens before `dms` evicts.
       pressure: weight of the share that is kept too much.
       hidden: width of the network that reads a token's key and value.
-      through: for `retention`, what the model is trained for with this policy (see `beside_retention`); None: it stays
+      through: for `retention`, what the model is trained for with this policy (see `joint_retention`); None: it stays
         as it is.
 
     Raises:
@@ -98,7 +99,7 @@ def learning(
         if through is not None:
 
             def both(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-                return beside_retention(through, scope=scope, block=block_of(batch))(params, batch, step, key)
+                return joint_retention(through, scope=scope, block=block_of(batch))(params, batch, step, key)
 
             return Learning(kind, {"scope": scope}, (model, head), both, lambda params: params)
         return Learning(kind, {"scope": scope}, head, watch, lambda head: (watched, head))

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.attention import forgetful_attention
-from jaxcompress.models.decoder import Decoder, DecoderConfig
-from jaxcompress.policies.base import Incoming
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.cache_view import IncomingTokens
 from jaxcompress.policies.gates import APART, gate_numbers, means, running_sums
 from jaxcompress.policies.learned import ForgetHead
-from jaxcompress.shapes import Tokens, Valid
+from jaxcompress.recurrence.block_attention import forgetful_attention
+from jaxcompress.state.shapes import Tokens, Valid
 from jaxcompress.training.forgetting import (
     Forgetful,
     check_network,
@@ -63,7 +64,7 @@ def read_merging(
 
     def attend(q, k, v, positions, layer, index, carry, xs):
         mine, key = xs
-        incoming = Incoming(q, k, v, positions)
+        incoming = IncomingTokens(q, k, v, positions)
         logits, weights = gate_numbers(mine, incoming)
         if key is not None:
             logits += jax.random.logistic(key, logits.shape)

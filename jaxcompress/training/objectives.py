@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.models.bounded import Slots
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.base import Placement, Policy, Scope
+from jaxcompress.models.init_state import Slots
+from jaxcompress.policies.cache_view import Scope
 from jaxcompress.policies.learned import Retention
+from jaxcompress.policies.policy import Policy
+from jaxcompress.state.placement import Placement
 from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import distilled_value_and_grad
 from jaxcompress.training.forgetting import retention_loss
@@ -44,13 +46,13 @@ def bounded(
     slots: Slots,
     *,
     segment: int,
-    reach: int | None = None,
+    bptt_segments: int | None = None,
     chunk: int = 1,
     placement: Placement | None = None,
 ) -> Objective:
     """Language modelling through a state of so many slots (see `jaxcompress.training.recurrent`)."""
     how: dict[str, Any] = dict(
-        policy=policy, slots=slots, segment=segment, reach=reach, chunk=chunk, placement=placement
+        policy=policy, slots=slots, segment=segment, bptt_segments=bptt_segments, chunk=chunk, placement=placement
     )
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
@@ -73,7 +75,7 @@ def distilled(policy: Policy, slots: Slots, **how: Any) -> Objective:
     return objective
 
 
-def beside_retention(
+def joint_retention(
     through: Callable[[Policy], Objective], *, scope: Scope = "kv_head", block: int = 64, watched: int | None = None
 ) -> Objective:
     """A model and a retention head that learn together, each from the other as it is by then.

@@ -1,13 +1,13 @@
 """The recurrence in the loss: language modelling through a bounded state, with backpropagation through time.
 
 A text is cut into segments. The state goes from segment to segment, and the gradient goes back with it as far as it is
-let: over `reach` segments, or over the whole text. The gradient of `reach` segments is taken before the next are read,
-so that memory does not grow with the text.
+let: over `bptt_segments` segments, or over the whole text. The gradient of so many segments is taken before the next
+are read, so that memory does not grow with the text.
 
 What a layer's recurrence costs going back can be had in two exact ways:
 
-  parallel       the death times that the forward pass found, as a mask (see `jaxcompress.parallel`): for every policy
-                 that only evicts
+  parallel       the death times that the forward pass found, as a mask (see `jaxcompress.recurrence.exact_gradient`):
+                 for every policy that only evicts
   rematerialised the scan itself, run again and differentiated: for any policy
 """
 
@@ -20,51 +20,41 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.models.bounded import Slots, check_fits, init_state, read
-from jaxcompress.models.decoder import Decoder, DecoderConfig
-from jaxcompress.parallel import advance_parallel, check_parallel
-from jaxcompress.policies.base import Placement, Policy
-from jaxcompress.recurrence import Advanced, Recurrence, advance
-from jaxcompress.shapes import Keys, Positions, Queries, Values
-from jaxcompress.state import KVState, State
-from jaxcompress.token_ids import check_read
+from jaxcompress.inputs.token_ids import check_read
+from jaxcompress.models.checks import check_fits
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder, read
+from jaxcompress.models.init_state import Slots, init_state
+from jaxcompress.policies.policy import Policy
+from jaxcompress.recurrence.advance import Step, steps
+from jaxcompress.recurrence.exact_gradient import check_parallel, parallel_gradient
+from jaxcompress.recurrence.layer import StepContext, StepResult, TokenBlock
+from jaxcompress.state.kv_state import KVState, State
+from jaxcompress.state.placement import Placement
 from jaxcompress.training.loss import token_losses
 
 Params = TypeVar("Params")
 Carry = TypeVar("Carry")
 
 
-def advance_rematerialised(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    positions: Positions,
-    state: KVState,
-    layer: Int[Array, ""] | int,
-    policy: Policy,
-    **how: Any,
-) -> Advanced:
-    """As `jaxcompress.recurrence.advance`; for the gradient a layer's scan is run again.
+def rematerialised(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
+    """The recurrence; for the gradient a layer's scan is run again.
 
     Only one layer's steps are then in memory at a time: T times its slots. The gradient goes back from token to token
     in the state's dtype: in one narrower than float32 that of a token is rounded at each step for which it is held.
     """
-
-    @jax.checkpoint
-    def run(q: Array, k: Array, v: Array, one: KVState) -> Advanced:
-        return advance(q, k, v, positions, one, 0, policy, **how)
-
-    done = run(q, k, v, state.take(layer))
+    run = jax.checkpoint(lambda block, one: steps(block, one, 0, how))
+    done = run(block, state.take(layer))
     return done._replace(state=state.put(layer, done.state))
 
 
-def exact_gradient(policy: Policy, placement: Placement | None = None) -> Recurrence:
-    """The cheaper recurrence whose gradient is exact for a policy: `advance_parallel` if it only evicts."""
+def exact_gradient(policy: Policy, placement: Placement | None = None) -> Step:
+    """The cheaper recurrence whose gradient is exact for a policy: `parallel_gradient` if it only evicts."""
     try:
         check_parallel(policy, placement)
     except ValueError:
-        return advance_rematerialised
-    return advance_parallel
+        return rematerialised
+    return parallel_gradient
 
 
 def through_time(
@@ -73,13 +63,13 @@ def through_time(
     carry: Carry,
     segments: Any,
     *,
-    reach: int | None = None,
+    bptt_segments: int | None = None,
 ) -> tuple[Float[Array, ""], Params, Carry]:
     """Sum of the losses of all segments, its gradient, and the carry after the last. Pure; jit it.
 
     Truncated backpropagation through time (Williams & Peng 1990): the gradient goes back to the beginning of a window
-    of `reach` segments, and is taken window by window inside one scan. Within a window segments are rematerialised, so
-    that memory is that of one segment's activations and of `reach` carries.
+    of `bptt_segments` segments, and is taken window by window inside one scan. Within a window segments are
+    rematerialised, so that memory is that of one segment's activations and of `bptt_segments` carries.
 
     The gradients of segments and windows are added up in float32, whatever `params` are, and come back as it: in
     bfloat16 a sum stops to grow once it is 256 times as large as what is added.
@@ -88,15 +78,15 @@ def through_time(
       loss: (params, carry, segment) -> loss of the segment and the next carry.
       carry: what the first segment starts from; no gradient goes into it.
       segments: pytree, [n, ...] each.
-      reach: None: over all segments.
+      bptt_segments: None: over all segments.
 
     Raises:
-      ValueError: n is not a multiple of `reach`.
+      ValueError: n is not a multiple of `bptt_segments`.
     """
     n = jax.tree.leaves(segments)[0].shape[0]
-    size = n if reach is None else reach
+    size = n if bptt_segments is None else bptt_segments
     if size < 1 or n % size:
-        raise ValueError(f"{n} segments cannot be cut into windows of {size}: give a reach that divides them")
+        raise ValueError(f"{n} segments cannot be cut into windows of {size}: give bptt_segments that divide them")
     dtypes = jax.tree.map(jnp.result_type, params)
     wide = jax.tree.map(_at_least_float32, params)
 
@@ -137,10 +127,10 @@ def bounded_value_and_grad(
     policy: Policy,
     slots: Slots,
     segment: int,
-    reach: int | None = None,
+    bptt_segments: int | None = None,
     chunk: int = 1,
     placement: Placement | None = None,
-    recurrence: Recurrence | None = None,
+    recurrence: Step | None = None,
 ) -> tuple[Float[Array, ""], Decoder]:
     """Mean loss of predicting tokens from a bounded state, in nats, and its gradient. Pure; jit it.
 
@@ -151,14 +141,14 @@ def bounded_value_and_grad(
       weights: of predicting each but the first; a mean with these weights is taken.
       slots: as for `init_state`; of the model's dtype.
       segment: how many tokens are read at once. The last may be shorter.
-      reach: over how many segments the gradient goes back; None: to the beginning.
+      bptt_segments: over how many segments the gradient goes back; None: to the beginning.
       chunk: tokens between two selections; 1 is exactly as in decoding.
       recurrence: whose gradient is taken; the cheapest exact one by default.
 
     Raises:
       ValueError: tokens that are no integers [B, T + 1], ids outside the vocabulary (not checked under jit), a text
-        shorter than a segment, a reach that does not divide the number of segments, slots that the policy cannot work
-        with, or a policy that needs a whole prompt.
+        shorter than a segment, bptt_segments that do not divide the number of segments, slots that the policy cannot
+        work with, or a policy that needs a whole prompt.
     """
     check_read(tokens, model.config.vocab_size)
     check_text(model.config, policy, slots, tokens.shape, segment)
@@ -171,7 +161,9 @@ def bounded_value_and_grad(
         return (token_losses(model.logits(done.hidden), targets) * weights).sum(), done.state
 
     whole = jnp.maximum(weights.sum(), 1e-9)
-    value, gradient, _ = through_time(loss, model, state, cut_segments(tokens, weights, segment), reach=reach)
+    value, gradient, _ = through_time(
+        loss, model, state, cut_segments(tokens, weights, segment), bptt_segments=bptt_segments
+    )
     return value / whole, jax.tree.map(lambda g: g / whole, gradient)
 
 

@@ -1,11 +1,11 @@
-"""Which tokens of a picture are chosen, as indices: `jaxcompress.select` with a number known to the compiler."""
+"""Which tokens of a picture are chosen, as indices: `jaxcompress.state.select` with a number known to the compiler."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.select import keep_top, rank
+from jaxcompress.state.select import keep_top, rank
 
 
 def best(scores: Float[Array, "B N"], n: int, what: str = "tokens") -> Int[Array, "B n"]:

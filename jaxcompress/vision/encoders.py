@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.attention import Shown
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.vit import Patches, Pixels
+from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.vision import uniform
 from jaxcompress.vision.cdpruner import diverse
 from jaxcompress.vision.choose import best, best_first, check_budget, others, take
@@ -30,12 +30,12 @@ def whole(model: Llava, pixels: Pixels) -> Encoded:
     return encoded(model, patches)
 
 
-def see(model: Llava, pixels: Pixels) -> tuple[Patches, Shown]:
+def see(model: Llava, pixels: Pixels) -> tuple[Patches, AttentionInputs]:
     """The tower's tokens as the projector gets them, and what the last layer before it compared."""
     return model.tower.run_layers(model.tower.embed(pixels), range(model.config.feature_layers))
 
 
-def last_shown(model: Llava, patches: Patches, shown: Shown) -> Shown:
+def last_shown(model: Llava, patches: Patches, shown: AttentionInputs) -> AttentionInputs:
     """What the tower's last layer compares, also where the projector's tokens come from the one before it."""
     config = model.config
     if config.feature_layers == config.tower.num_layers:
@@ -43,7 +43,7 @@ def last_shown(model: Llava, patches: Patches, shown: Shown) -> Shown:
     return model.tower.run_layers(patches, range(config.feature_layers, config.tower.num_layers))[1]
 
 
-def class_row(shown: Shown, special: int) -> Float[Array, "B H N"]:
+def class_row(shown: AttentionInputs, special: int) -> Float[Array, "B H N"]:
     """Attention of the class token to each patch; of all tokens, where there is no class token (as VisionZip does)."""
     b, total = shown.bias.shape
     if special:
@@ -117,7 +117,7 @@ def _in_raster_order(done: Encoded) -> Encoded:
     return Encoded(*(take(x, order) for x in done))
 
 
-def chosen(score: Callable[[Llava, Patches, Shown], Array], n: int) -> Encode:
+def chosen(score: Callable[[Llava, Patches, AttentionInputs], Array], n: int) -> Encode:
     """The n patches with the highest scores, in raster order."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
@@ -131,12 +131,12 @@ def chosen(score: Callable[[Llava, Patches, Shown], Array], n: int) -> Encode:
     return encode
 
 
-def by_class(model: Llava, patches: Patches, shown: Shown) -> Array:
+def by_class(model: Llava, patches: Patches, shown: AttentionInputs) -> Array:
     return class_row(shown, model.config.tower.special).mean(1)
 
 
-def by_chance(seed: int) -> Callable[[Llava, Patches, Shown], Array]:
-    def score(model: Llava, patches: Patches, shown: Shown) -> Array:
+def by_chance(seed: int) -> Callable[[Llava, Patches, AttentionInputs], Array]:
+    def score(model: Llava, patches: Patches, shown: AttentionInputs) -> Array:
         n = model.config.tower.num_patches
         draws = uniform.random_scores(seed, jnp.arange(n))
         return jnp.broadcast_to(draws, (patches.size.shape[0], n))
@@ -147,7 +147,7 @@ def by_chance(seed: int) -> Callable[[Llava, Patches, Shown], Array]:
 def at_places(places: Callable[[int, int], Any], n: int) -> Encode:
     """The patches that a table (grid side, n) names."""
 
-    def score(model: Llava, patches: Patches, shown: Shown) -> Array:
+    def score(model: Llava, patches: Patches, shown: AttentionInputs) -> Array:
         total = model.config.tower.num_patches
         table = jnp.zeros(total).at[jnp.asarray(places(model.config.tower.grid, n))].set(1.0)
         return jnp.broadcast_to(table, (patches.size.shape[0], total))
@@ -274,7 +274,7 @@ def windowed_above(threshold: float = THRESHOLD, *, window: int, keys: bool) -> 
     return encode
 
 
-def _rest(model: Llava, patches: Patches, shown: Shown, keys: bool) -> Encoded:
+def _rest(model: Llava, patches: Patches, shown: AttentionInputs, keys: bool) -> Encoded:
     config, special = model.config, model.config.tower.special
     if config.feature_layers > 1:
         patches, shown = model.tower.run_layers(patches, range(1, config.feature_layers))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxcompress.select import rank
+from jaxcompress.state.select import rank
 from jaxcompress.vision.choose import nth_best
 
 LAYER = 2

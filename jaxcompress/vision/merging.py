@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.reduce import pour
+from jaxcompress.policies.reductions.nearest import pour
 from jaxcompress.vision.choose import marks, standing, take
 
 

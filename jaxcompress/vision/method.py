@@ -17,14 +17,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.attention import Shown
-from jaxcompress.models.bounded import Block
-from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.llava import Llava, LlavaConfig
+from jaxcompress.models.read_block import HiddenBlock
 from jaxcompress.models.rope import RopeConfig
 from jaxcompress.models.vit import Pixels
-from jaxcompress.policies.base import Policy
 from jaxcompress.policies.full import Full
+from jaxcompress.policies.policy import Policy
+from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.vision.choose import best, check_budget, marks, standing, take
 
 
@@ -58,7 +58,7 @@ class Given(NamedTuple):
     rope: RopeConfig
 
 
-Rule = Callable[[Given, Block, Shown, int], Block]
+CutRule = Callable[[Given, HiddenBlock, AttentionInputs, int], HiddenBlock]
 """(what is given, tokens after a layer, what its attention compared, how many visual tokens stay) -> the rest."""
 
 
@@ -70,7 +70,7 @@ class Cut(NamedTuple):
 
     layer: int
     keep: int
-    rule: Rule
+    rule: CutRule
 
 
 class Method(NamedTuple):
@@ -89,7 +89,7 @@ class Method(NamedTuple):
     encode: Callable[[Llava, Pixels], Encoded]
     encoded: Callable[[LlavaConfig], int] = lambda config: config.tower.num_patches
     cuts: Callable[[DecoderConfig, int], tuple[Cut, ...]] = lambda config, tokens: ()
-    rates: Callable[[Block, int], Bool[Array, "B W"]] | None = None
+    rates: Callable[[HiddenBlock, int], Bool[Array, "B W"]] | None = None
     writing: Callable[[int, int], Policy] = lambda first, last: Full()
 
     def counts(self, config: LlavaConfig, crops: int = 1) -> tuple[int, ...]:
@@ -127,15 +127,15 @@ class Look(NamedTuple):
       after: [B, W] bool, which of those are words that follow the last visual token.
     """
 
-    block: Block
-    shown: Shown
+    block: HiddenBlock
+    shown: AttentionInputs
     patches: Int[Array, "B M"]
     there: Bool[Array, "B M"]
     words: Int[Array, "B W"]
     after: Bool[Array, "B W"]
 
     @classmethod
-    def at(cls, given: Given, block: Block, shown: Shown) -> Look:
+    def at(cls, given: Given, block: HiddenBlock, shown: AttentionInputs) -> Look:
         w = given.words.shape[1]
         m = block.patch.shape[1] - w
         patches, words = standing(block.patch >= 0, m), standing(block.patch < 0, w)
@@ -161,7 +161,7 @@ class Look(NamedTuple):
         """Attention of the last word to patches."""
         return self.of_patches(self.shown.rows(self.block.positions.argmax(1)[:, None]))[:, :, 0]
 
-    def keep(self, scores: Float[Array, "B M"], n: int, protected: Bool[Array, "B M"] | None = None) -> Block:
+    def keep(self, scores: Float[Array, "B M"], n: int, protected: Bool[Array, "B M"] | None = None) -> HiddenBlock:
         """All words, and the n patches with the highest scores, in their order and at their positions.
 
         Args:
@@ -173,13 +173,13 @@ class Look(NamedTuple):
             scores = jnp.where(protected & self.there, jnp.inf, scores)
         return self.only(best(scores, n))
 
-    def only(self, kept: Int[Array, "B n"]) -> Block:
+    def only(self, kept: Int[Array, "B n"]) -> HiddenBlock:
         """All words, and the patches at these places among the patches."""
         total = self.block.patch.shape[1]
         stays = marks(take(self.patches, kept), total) | marks(self.words, total)
         return self.block.take(standing(stays, self.words.shape[1] + kept.shape[1]))
 
-    def empty(self, stays: Bool[Array, "B M"]) -> Block:
+    def empty(self, stays: Bool[Array, "B M"]) -> HiddenBlock:
         """As many tokens as before, where patches that do not stay are padding: nobody attends to them."""
         rows = jnp.arange(stays.shape[0])[:, None]
         leaves = self.there & ~stays
@@ -187,10 +187,10 @@ class Look(NamedTuple):
         return self.block._replace(positions=jnp.where(gone, -1, self.block.positions))
 
 
-def ranked(scores: Callable[[Given, Look], Float[Array, "B M"]], *, protect: bool = False) -> Rule:
+def ranked(scores: Callable[[Given, Look], Float[Array, "B M"]], *, protect: bool = False) -> CutRule:
     """The rule that keeps the best by a score; with `protect` key tokens stay."""
 
-    def rule(given: Given, block: Block, shown: Shown, n: int) -> Block:
+    def rule(given: Given, block: HiddenBlock, shown: AttentionInputs, n: int) -> HiddenBlock:
         look = Look.at(given, block, shown)
         protected = take(given.key, jnp.maximum(look.of_patches(block.patch), 0)) if protect else None
         return look.keep(scores(given, look), n, protected)
@@ -198,10 +198,10 @@ def ranked(scores: Callable[[Given, Look], Float[Array, "B M"]], *, protect: boo
     return rule
 
 
-def emptied(scores: Callable[[Given, Look], Float[Array, "B M"]]) -> Rule:
+def emptied(scores: Callable[[Given, Look], Float[Array, "B M"]]) -> CutRule:
     """The same choice as `ranked`, but what goes leaves its place empty: nobody attends to it, and shapes stay."""
 
-    def rule(given: Given, block: Block, shown: Shown, n: int) -> Block:
+    def rule(given: Given, block: HiddenBlock, shown: AttentionInputs, n: int) -> HiddenBlock:
         look = Look.at(given, block, shown)
         of = jnp.where(look.there, scores(given, look).astype(jnp.float32), -jnp.inf)
         return look.empty(marks(best(of, n), of.shape[1]))
@@ -209,16 +209,16 @@ def emptied(scores: Callable[[Given, Look], Float[Array, "B M"]]) -> Rule:
     return rule
 
 
-def renumbered(rule: Rule) -> Rule:
+def renumbered(rule: CutRule) -> CutRule:
     """The rule, after which tokens stand close together again, as in released code that numbers from 0 anew."""
 
-    def again(given: Given, block: Block, shown: Shown, n: int) -> Block:
+    def again(given: Given, block: HiddenBlock, shown: AttentionInputs, n: int) -> HiddenBlock:
         return compact(rule(given, block, shown, n))
 
     return again
 
 
-def compact(block: Block) -> Block:
+def compact(block: HiddenBlock) -> HiddenBlock:
     """Positions 0, 1, 2, ... for the tokens that are left."""
     there = block.positions >= 0
     nth = jnp.cumsum(there, axis=1, dtype=jnp.int32) - 1

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.llava import LlavaConfig
 from jaxcompress.vision import prefills
 from jaxcompress.vision.dual_attention import LAYERS, THRESHOLDS
 from jaxcompress.vision.encoders import whole, windowed, windowed_above
-from jaxcompress.vision.method import Cut, Method, Rule, renumbered
+from jaxcompress.vision.method import Cut, CutRule, Method, renumbered
 from jaxcompress.vision.output_aware import OutputAware
 from jaxcompress.vision.schedule import cuts_down_to, spread_over
 from jaxcompress.vision.windows import WINDOW
@@ -47,7 +47,7 @@ def encoding(n: int, share: float = 0.25) -> Method:
 
 def prefilling(n: int, *, protect: bool = False, compact: bool = False) -> Method:
     """The second stage alone: after layers 2, 6, 10 and 14 of 32 patches go, until n are left."""
-    rule: Rule = prefills.mustdrop if protect else prefills.mustdrop_without_keys
+    rule: CutRule = prefills.mustdrop if protect else prefills.mustdrop_without_keys
     rule = renumbered(rule) if compact else rule
 
     def cuts(config: DecoderConfig, tokens: int) -> tuple[Cut, ...]:

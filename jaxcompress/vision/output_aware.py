@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxcompress.policies.base import Candidates, Observation, Policy, policy
-from jaxcompress.shapes import SlotScores
-from jaxcompress.state import KVState, State, Stats
+from jaxcompress.policies.cache_view import CacheView, Observation
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.state.kv_state import KVState, State, Stats
+from jaxcompress.state.shapes import SlotScores
 
 
 @policy
@@ -44,14 +45,14 @@ class OutputAware(Policy):
     def name(self) -> str:
         return f"output_aware[{self.first}:{self.last}]"
 
-    def init(self, incoming: Candidates) -> Stats:
+    def init(self, incoming: CacheView) -> Stats:
         return jnp.zeros(incoming.positions.shape, jnp.float32)
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         written = (seen.queries >= self.last)[:, None, :, None]
         return stats + jnp.where(written, seen.per_set("layer"), 0.0).sum(2)
 
-    def score(self, stats: Stats, held: Candidates) -> SlotScores:
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
         patch = (held.positions >= self.first) & (held.positions < self.last)
         # Words above every patch, the newest on top; positions beyond float32's whole numbers do not occur.
         return jnp.where(patch, stats, 1e6 + held.positions.astype(jnp.float32))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxcompress.attention import Shown
-from jaxcompress.models.bounded import Block
+from jaxcompress.models.read_block import HiddenBlock
+from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.vision import sparsevlm, uniform
 from jaxcompress.vision.choose import best, best_first, check_budget, marks, order, others, take, top
 from jaxcompress.vision.dart import dart
 from jaxcompress.vision.dual_attention import dual_attention, passes, relevance
 from jaxcompress.vision.fastv import by_window, last_word
 from jaxcompress.vision.fitprune import cross_attention, importance, self_attention
-from jaxcompress.vision.method import Given, Look, Rule, compact, emptied, ranked
+from jaxcompress.vision.method import CutRule, Given, Look, compact, emptied, ranked
 from jaxcompress.vision.windows import square, window_table
 
 
@@ -66,10 +66,10 @@ sparsevlm_plus = ranked(rated_plus)
 random = ranked(_by_chance)
 
 
-def mustdrop_above(thresholds: tuple[float, float]) -> Rule:
+def mustdrop_above(thresholds: tuple[float, float]) -> CutRule:
     """The published thresholds with fixed shapes: what goes leaves its place empty."""
 
-    def rule(given: Given, block: Block, shown: Shown, n: int) -> Block:
+    def rule(given: Given, block: HiddenBlock, shown: AttentionInputs, n: int) -> HiddenBlock:
         look = Look.at(given, block, shown)
         stays = passes(*dual_attention(look.from_words(), look.after, look.there), thresholds)
         return look.empty(stays | take(given.key, jnp.maximum(look.of_patches(block.patch), 0)))
@@ -77,7 +77,7 @@ def mustdrop_above(thresholds: tuple[float, float]) -> Rule:
     return rule
 
 
-def rule_of_dart(given: Given, block: Block, shown: Shown, n: int) -> Block:
+def rule_of_dart(given: Given, block: HiddenBlock, shown: AttentionInputs, n: int) -> HiddenBlock:
     """DART: no attention at all."""
     look = Look.at(given, block, shown)
     norm = jnp.abs(shown.keys.astype(jnp.float32)).sum((2, 3))
@@ -86,7 +86,7 @@ def rule_of_dart(given: Given, block: Block, shown: Shown, n: int) -> Block:
     return look.only(dart(patches, words, patch_norm, take(norm, look.words), look.after, n).kept)
 
 
-def recycling(given: Given, block: Block, shown: Shown, n: int) -> Block:
+def recycling(given: Given, block: HiddenBlock, shown: AttentionInputs, n: int) -> HiddenBlock:
     """SparseVLM v1.5: n visual tokens are left, clusters of what goes among them, and positions are numbered anew."""
     look = Look.at(given, block, shown)
     total = look.there.shape[1]
@@ -109,17 +109,17 @@ def kept_beside_clusters(total: int, n: int) -> int:
     raise ValueError(f"{total} visual tokens cannot become {n}: clusters of all that goes are {least}")
 
 
-def fixed(kept: int, noise: Float[Array, "B m"] | None = None) -> Rule:
+def fixed(kept: int, noise: Float[Array, "B m"] | None = None) -> CutRule:
     """SparseVLM v1.5 with a number of patches that stay as they are, clusters not counted."""
 
-    def rule(given: Given, block: Block, shown: Shown, n: int) -> Block:
+    def rule(given: Given, block: HiddenBlock, shown: AttentionInputs, n: int) -> HiddenBlock:
         look = Look.at(given, block, shown)
         return _recycled(look, _rated(given, look), kept, noise)
 
     return rule
 
 
-def _recycled(look: Look, scores: Float[Array, "B M"], kept: int, noise: Array | None) -> Block:
+def _recycled(look: Look, scores: Float[Array, "B M"], kept: int, noise: Array | None) -> HiddenBlock:
     total = scores.shape[1]
     if kept == total:
         return compact(look.block)
@@ -134,7 +134,7 @@ def _recycled(look: Look, scores: Float[Array, "B M"], kept: int, noise: Array |
 
 def after_patches(
     look: Look, kept: Array, more: Float[Array, "B c E"], stand_for: Array, present: Bool[Array, "B c"] | None = None
-) -> Block:
+) -> HiddenBlock:
     """All words and the kept patches, with other tokens after the last patch; positions numbered anew.
 
     Args:
@@ -148,7 +148,7 @@ def after_patches(
     last = take(look.patches, jnp.full((b, 1), look.patches.shape[1] - 1))
     patch = take(block.patch, take(look.patches, stand_for))
     at = jnp.zeros((b, c), jnp.int32) if present is None else jnp.where(present, 0, -1)
-    joined = Block(
+    joined = HiddenBlock(
         jnp.concatenate([block.hidden, more.astype(block.hidden.dtype)], axis=1),
         jnp.concatenate([block.positions, at], axis=1),
         jnp.concatenate([block.patch, patch], axis=1),
@@ -164,11 +164,11 @@ def after_patches(
     return compact(joined.take(sequence.astype(jnp.int32)))
 
 
-def by_rank(scale: float, bias: float, noise: Float[Array, "B m"] | None = None) -> Rule:
+def by_rank(scale: float, bias: float, noise: Float[Array, "B m"] | None = None) -> CutRule:
     """SparseVLM v1 with fixed shapes: as many patches stay as the rank of the raters' attention says, and what goes is
     recycled; places that are left over are empty. The number of visual tokens grows by the places for clusters."""
 
-    def rule(given: Given, block: Block, shown: Shown, n: int) -> Block:
+    def rule(given: Given, block: HiddenBlock, shown: AttentionInputs, n: int) -> HiddenBlock:
         look = Look.at(given, block, shown)
         total = look.there.shape[1]
         rates = given.words & look.after

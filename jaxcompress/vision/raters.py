@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from jaxcompress.models.bounded import Block
+from jaxcompress.models.read_block import HiddenBlock
 from jaxcompress.vision.choose import standing, take
 from jaxcompress.vision.sparsevlm import rater_mass, raters
 
 
-def rating(block: Block, words: int) -> Bool[Array, "B W"]:
+def rating(block: HiddenBlock, words: int) -> Bool[Array, "B W"]:
     """The words after the picture that it is more like than the mean.
 
     Args:

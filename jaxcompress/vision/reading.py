@@ -1,9 +1,9 @@
 """Pictures through a method: seen by the tower, read among the words, written about.
 
-    method = named("mustdrop", keep=64)
+    method = get_method("mustdrop", keep=64)
     encoded = encode(model, pixels, method)
-    state = init_state(model.config.decoder, full(), slots(method, model.config, words + 20), batch=B)
-    block, state = read_encoded(model, tokens, positions, encoded, state, full(), method)
+    state = init_state(model.config.decoder, Full(), slots(method, model.config, words + 20), batch=B)
+    block, state = read_encoded(model, tokens, positions, encoded, state, Full(), method)
 
 All of it is pure; jit it with `method` and `policy` static.
 """
@@ -13,11 +13,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.models.bounded import Block, Stage, read_block
 from jaxcompress.models.llava import Llava, LlavaConfig
-from jaxcompress.policies.base import Policy
-from jaxcompress.shapes import Positions, Tokens
-from jaxcompress.state import State
+from jaxcompress.models.read_block import HiddenBlock, Stage, read_block
+from jaxcompress.policies.policy import Policy
+from jaxcompress.state.kv_state import State
+from jaxcompress.state.shapes import Positions, Tokens
 from jaxcompress.vision.method import Cut, Encoded, Given, Method
 
 
@@ -61,7 +61,7 @@ def read_encoded(
     method: Method,
     *,
     chunk: int | None = None,
-) -> tuple[Block, State]:
+) -> tuple[HiddenBlock, State]:
     """Reads prompts with a picture each: tokens that are left after the last layer, normed, and the state.
 
     Args:
@@ -80,7 +80,7 @@ def read_encoded(
     return read_block(model.decoder, block, state, policy, stages=stages(given, cuts), chunk=chunk)
 
 
-def place(model: Llava, tokens: Tokens, positions: Positions, encoded: Encoded) -> Block:
+def place(model: Llava, tokens: Tokens, positions: Positions, encoded: Encoded) -> HiddenBlock:
     """The prompt as the first layer gets it. An empty visual token is padding, and words after it keep their place.
 
     Raises:
@@ -92,7 +92,7 @@ def place(model: Llava, tokens: Tokens, positions: Positions, encoded: Encoded) 
     here = (tokens == model.config.image_token) & (positions >= 0)
     patch = jnp.where(here, jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1, -1)
     there = jnp.take_along_axis(encoded.size > 0, jnp.clip(patch, 0, m - 1), axis=1)
-    return Block(model.embed(tokens, encoded.visual), jnp.where(here & ~there, -1, positions), patch)
+    return HiddenBlock(model.embed(tokens, encoded.visual), jnp.where(here & ~there, -1, positions), patch)
 
 
 def stages(given: Given, cuts: tuple[Cut, ...]) -> tuple[Stage, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from jaxcompress.inputs.scalars import Number, number
 from jaxcompress.models.llava import LlavaConfig
-from jaxcompress.scalars import Number, number
 from jaxcompress.vision.choose import check_budget
-from jaxcompress.vision.method import Cut, Method, Rule
+from jaxcompress.vision.method import Cut, CutRule, Method
 
 DEPTH = 32
 """Layers of the decoders for which numbers were published (LLaVA-1.5-7B)."""
@@ -34,7 +34,7 @@ def falling(tokens: int, n: int, steps: int) -> tuple[int, ...]:
     return (*left[:-1], n)
 
 
-def cuts_down_to(rule: Rule, layers: Sequence[int], tokens: int, n: int) -> tuple[Cut, ...]:
+def cuts_down_to(rule: CutRule, layers: Sequence[int], tokens: int, n: int) -> tuple[Cut, ...]:
     """One rule after these layers, until n tokens are left."""
     return tuple(Cut(layer, keep, rule) for layer, keep in zip(layers, falling(tokens, n, len(layers)), strict=True))
 

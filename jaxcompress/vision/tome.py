@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxcompress.attention import Shown
 from jaxcompress.models.vit import Patches
+from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.vision.choose import best, best_first, check_budget, cosine, others, take
 from jaxcompress.vision.merging import Merging, merge
 
@@ -111,7 +111,7 @@ def schedule(layers: int, r: int | Sequence[int], inflect: float = 0.0) -> tuple
     return tuple(int(low + step * layer) for layer in range(layers))
 
 
-def tome(counts: Sequence[int], special: int) -> Callable[[Patches, Shown, int], Patches]:
+def tome(counts: Sequence[int], special: int) -> Callable[[Patches, AttentionInputs, int], Patches]:
     """ToMe for `VisionTower.run_layers(..., reduce=tome(schedule(12, 8), 1), proportional=True)`.
 
     Args:
@@ -119,7 +119,7 @@ def tome(counts: Sequence[int], special: int) -> Callable[[Patches, Shown, int],
       special: of the tower.
     """
 
-    def reduce(patches: Patches, shown: Shown, layer: int) -> Patches:
+    def reduce(patches: Patches, shown: AttentionInputs, layer: int) -> Patches:
         if not counts[layer]:
             return patches
         how = bipartite(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer_files import made, roberta
+from inputs.test_tokenizer_files import made, roberta
 
 from jaxcompress.checkpoints import (
     decoder_config,
@@ -28,9 +28,9 @@ from jaxcompress.checkpoints import (
     load_tower,
     tower_config,
 )
-from jaxcompress.checkpoints._vision import image_processor
-from jaxcompress.generation.tokenizer import Tokenizer
-from jaxcompress.prompt.tokenizer import EncoderTokenizer
+from jaxcompress.checkpoints._processor import image_processor
+from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
+from jaxcompress.inputs.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 READERS: dict[str, tuple[Callable[[Any], Any], Callable[[Path], Any], Path]] = {

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxcompress.checkpoints import decoder_config, hugging_face_config, load, save
-from jaxcompress.models.decoder import Decoder, DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
 
 from .folders import NAMES, PARITY, ROOT, assert_same_bits
 

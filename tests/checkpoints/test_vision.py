@@ -47,7 +47,7 @@ def test_what_is_saved_is_loaded_bit_by_bit(name: str, tmp_path: Path) -> None:
     same(again.model, loaded.model)
     theirs, ours = load_file(FIXTURES / name / "model.safetensors"), load_file(folder / "model.safetensors")
     assert {key.replace("vision_model.", "") for key in ours} == set(theirs)
-    assert again.processor().__class__.__name__ == "CLIPImageProcessorPil"
+    assert again.processor.__class__.__name__ == "CLIPImageProcessorPil"
     with pytest.raises(FileExistsError):
         save_llava(loaded.model, folder, processor={})
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import embedded
+from jaxcompress.checkpoints._embedded import load_embedded
 from jaxcompress.embedded import corpus
 from jaxcompress.embedded.corpus import Document, documents, held_out
 
@@ -67,10 +68,10 @@ class TestModel:
 
     @pytest.fixture(scope="class")
     def loaded(self) -> Any:
-        return embedded.load_embedded()
+        return load_embedded()
 
     def test_is_small(self) -> None:
-        files = [path for path in embedded.folder().rglob("*") if path.is_file()]
+        files = [path for path in embedded.decoder_folder().rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) <= 10 * 2**20
 
     def test_fits_its_tokenizer(self, loaded: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 from jaxcompress import embedded
 from jaxcompress.cli import main
 from jaxcompress.prompt.baselines import content_words, random_words, tf_idf
+from jaxcompress.prompt.classifier import load_compressor
 from jaxcompress.prompt.dataset import Pair, label
 from jaxcompress.prompt.recovery import recovery
 from jaxcompress.prompt.word_scores import keep
@@ -20,7 +21,7 @@ from jaxcompress.prompt.word_scores import keep
 
 @pytest.fixture(scope="module")
 def scorer() -> Any:
-    return embedded.load_compressor()
+    return load_compressor()
 
 
 def test_is_small() -> None:

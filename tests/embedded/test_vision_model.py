@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from jaxcompress.embedded import load_embedded_vision, vision_folder
+from jaxcompress.checkpoints import load_embedded_vision
+from jaxcompress.embedded import vision_folder
 from jaxcompress.embedded.drawings import SIDE, draw, words
 from jaxcompress.evaluation.visual import Examiner, exam, guessing
-from jaxcompress.vision import named
+from jaxcompress.vision import get_method
 
 
 def test_it_is_small_and_complete() -> None:
@@ -23,7 +24,8 @@ def test_it_is_small_and_complete() -> None:
 
 
 def test_words_and_pictures_go_in() -> None:
-    loaded, tokenizer = load_embedded_vision()
+    loaded = load_embedded_vision()
+    tokenizer = loaded.tokenizer
     for word in words():
         (token,) = tokenizer.encode(word, add_bos=False).tolist()
         assert tokenizer.decode([token]) == word
@@ -32,15 +34,16 @@ def test_words_and_pictures_go_in() -> None:
         loaded.config.image_token,
     ]
     drawing = draw(0)
-    pixels = loaded.processor()(images=[drawing.pixels], return_tensors="np")["pixel_values"]
+    pixels = loaded.processor(images=[drawing.pixels], return_tensors="np")["pixel_values"]
     assert pixels.shape == (1, 3, SIDE, SIDE)
     np.testing.assert_allclose(pixels[0], (drawing.pixels.transpose(2, 0, 1) / 255 - 0.5) / 0.25, atol=1e-5)
 
 
 def test_it_answers_far_better_than_by_guessing() -> None:
-    loaded, tokenizer = load_embedded_vision()
-    asked = exam(tokenizer, loaded.processor(), loaded.model, pictures=24, each=8)
-    got = Examiner(loaded.model, asked, runs=1)(named("full"))
+    loaded = load_embedded_vision()
+    tokenizer = loaded.tokenizer
+    asked = exam(tokenizer, loaded.processor, loaded.model, pictures=24, each=8)
+    got = Examiner(loaded.model, asked, runs=1)(get_method("full"))
     assert guessing(asked) < 0.45
     assert got.accuracy > 0.85
     assert min(got.by_kind.values()) > 0.6
@@ -48,6 +51,7 @@ def test_it_answers_far_better_than_by_guessing() -> None:
 
 @pytest.mark.slow
 def test_in_bfloat16_it_answers_as_well() -> None:
-    loaded, tokenizer = load_embedded_vision("bfloat16")
-    asked = exam(tokenizer, loaded.processor(), loaded.model, pictures=24, each=8)
-    assert Examiner(loaded.model, asked, runs=1)(named("full")).accuracy > 0.85
+    loaded = load_embedded_vision("bfloat16")
+    tokenizer = loaded.tokenizer
+    asked = exam(tokenizer, loaded.processor, loaded.model, pictures=24, each=8)
+    assert Examiner(loaded.model, asked, runs=1)(get_method("full")).accuracy > 0.85

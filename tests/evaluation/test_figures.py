@@ -11,7 +11,7 @@ from PIL import Image
 from jaxcompress.evaluation.figures import Point, _held, comparison, death_times, perplexity_against_slots, retention
 from jaxcompress.evaluation.retention import KINDS
 from jaxcompress.evaluation.sweep import Row
-from jaxcompress.tracing import Trace
+from jaxcompress.evaluation.tracing import Trace
 
 
 def row(policy: str, slots: int, perplexity: float) -> Row:

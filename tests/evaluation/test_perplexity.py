@@ -14,8 +14,8 @@ from tiny import random_tokens, tiny_decoder, with_embedding
 
 from jaxcompress.evaluation.perplexity import perplexity
 from jaxcompress.evaluation.sweep import rows_of_text, sweep
-from jaxcompress.models.bounded import init_state, read
-from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.decoder import Decoder, read
+from jaxcompress.models.init_state import init_state
 from jaxcompress.policies import TOVA, Full, Policy, Window, once
 from jaxcompress.training.loss import token_losses
 

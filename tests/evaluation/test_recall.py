@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcompress import embedded
+from jaxcompress.checkpoints._embedded import load_embedded
 from jaxcompress.evaluation.recall import WORDS_PER_SIDE, Recall, Wording, answers, exam, one_by_one, weave, wording
 from jaxcompress.models.decoder import Decoder
 
@@ -154,7 +154,8 @@ def embedded_exam(**how: int) -> tuple[Decoder, list[Recall]]:
     """The embedded model, and two rows of what it has not seen with questions about facts."""
     from jaxcompress.embedded.corpus import held_out
 
-    model, tokenizer = embedded.load_embedded()
+    loaded = load_embedded()
+    model, tokenizer = loaded.model, loaded.tokenizer
     encode = lambda text: tokenizer.encode(text, add_bos=False)
     filler = np.concatenate([encode(document.text) for document in held_out("topics/")[:3]])
     words: Wording = wording(tokenizer.vocabulary(), encode)
@@ -182,6 +183,6 @@ def test_the_embedded_model_and_its_own_policy_keep_facts_where_tova_loses_them(
     from jaxcompress.policies import TOVA
 
     model, tasks = embedded_exam(length=1024, seed=5)
-    own = answers(model, tasks, embedded.load_embedded_policy(), 64)
+    own = answers(model, tasks, load_embedded().policy, 64)
     other = answers(model, tasks, TOVA(), 64)
     assert own.accuracy >= other.accuracy + 0.3, (own.accuracy, other.accuracy)

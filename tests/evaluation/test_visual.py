@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.embedded import load_embedded_vision
+from jaxcompress.checkpoints import load_embedded_vision
 from jaxcompress.evaluation.dropped import Panel, draw_dropped, draw_heat, greyed
 from jaxcompress.evaluation.visual import Exam, Examiner, Outcome, exam, guessing, kv_bytes
-from jaxcompress.generation import continue_, start
+from jaxcompress.generation import decode_stream, init_decode_state
 from jaxcompress.generation.visual import look, prefill_visual
 from jaxcompress.policies.full import Full
-from jaxcompress.vision import named
+from jaxcompress.vision import get_method
 
 PICTURES, EACH, PATCHES = 4, 2, 144
 
@@ -30,7 +30,7 @@ def embedded() -> tuple[Any, Any]:
 @cache
 def asked() -> Exam:
     loaded, tokenizer = embedded()
-    return exam(tokenizer, loaded.processor(), loaded.model, pictures=PICTURES, each=EACH)
+    return exam(tokenizer, loaded.processor, loaded.model, pictures=PICTURES, each=EACH)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def examiner() -> Examiner:
 
 @pytest.fixture(scope="module")
 def whole(examiner: Examiner) -> Outcome:
-    return examiner(named("full"))
+    return examiner(get_method("full"))
 
 
 def prompts() -> list[list[int]]:
@@ -51,10 +51,10 @@ def prompts() -> list[list[int]]:
 
 def test_it_is_the_same_exam_at_every_call() -> None:
     loaded, tokenizer = embedded()
-    again = exam(tokenizer, loaded.processor(), loaded.model, pictures=2, each=EACH)
+    again = exam(tokenizer, loaded.processor, loaded.model, pictures=2, each=EACH)
     np.testing.assert_array_equal(again.pixels, asked().pixels[:2])
     assert again.asked == asked().asked[:2]
-    later = exam(tokenizer, loaded.processor(), loaded.model, pictures=1, each=EACH, first=1)
+    later = exam(tokenizer, loaded.processor, loaded.model, pictures=1, each=EACH, first=1)
     assert later.asked == asked().asked[1:2]
     assert 0 < guessing(asked()) <= 1
 
@@ -65,13 +65,13 @@ def test_answers_are_those_that_the_model_writes(whole: Outcome) -> None:
     model, policy = loaded.model, Full()
     pixels = np.repeat(asked().pixels, EACH, axis=0)
     seen = look(model, pixels)
-    progress = start(model.decoder, policy, PATCHES + 16, batch=len(pixels))
-    progress = prefill_visual(model, prompts(), seen, progress, policy)
-    (written,) = continue_(model.decoder, progress, policy, steps=2)
+    progress = init_decode_state(model.decoder, policy, PATCHES + 16, batch=len(pixels))
+    progress = prefill_visual(model, prompts(), seen, progress)
+    (written,) = decode_stream(model.decoder, progress, max_new_tokens=2)
     right = written[:, 0] == asked().answers
     assert right.mean() == whole.accuracy
     assert set(written[:, 1]) == set(tokenizer.eos_ids)
-    assert sum(part.nbytes for part in progress.state) > kv_bytes(model, [PATCHES] * 4) * len(pixels)
+    assert sum(part.nbytes for part in progress.kv) > kv_bytes(model, [PATCHES] * 4) * len(pixels)
 
 
 def test_what_the_state_costs() -> None:
@@ -86,7 +86,7 @@ def test_what_the_state_costs() -> None:
 @pytest.mark.slow
 def test_keeping_everything_is_keeping_everything(examiner: Examiner, whole: Outcome) -> None:
     for name in ("grid", "fastervlm"):
-        got = examiner(named(name, PATCHES))
+        got = examiner(get_method(name, PATCHES))
         assert got.kept.all()
         assert got.accuracy == whole.accuracy
         assert got.flops == whole.flops
@@ -96,7 +96,7 @@ def test_keeping_everything_is_keeping_everything(examiner: Examiner, whole: Out
 @pytest.mark.parametrize("name", [pytest.param("random", marks=pytest.mark.slow), "fastervlm"])
 def test_so_many_stay_in_the_tower_and_the_decoder_saves(name: str, examiner: Examiner, whole: Outcome) -> None:
     """At a ninth of the tokens (64 of 576) at least 80 % fewer FLOPs in the decoder."""
-    got = examiner(named(name, 16))
+    got = examiner(get_method(name, 16))
     assert got.tokens == got.left == 16
     assert (got.kept.sum(1) == 16).all()
     assert got.flops < 0.2 * whole.flops
@@ -107,7 +107,7 @@ def test_so_many_stay_in_the_tower_and_the_decoder_saves(name: str, examiner: Ex
 
 @pytest.mark.slow
 def test_so_many_stay_in_the_decoder(examiner: Examiner, whole: Outcome) -> None:
-    method = named("fastv", 16)
+    method = get_method("fastv", 16)
     got = examiner(method)
     counts = method.counts(embedded()[0].config)
     assert got.tokens == PATCHES
@@ -124,7 +124,7 @@ def test_a_picture_alone_keeps_what_it_keeps_among_others(examiner: Examiner) ->
                             answers=asked().answers[:EACH], asked=asked().asked[:1])  # fmt: skip
     alone = Examiner(embedded()[0].model, only, runs=1)
     for name in ("random", "fastervlm"):
-        np.testing.assert_array_equal(alone(named(name, 16)).kept, examiner(named(name, 16)).kept[:EACH])
+        np.testing.assert_array_equal(alone(get_method(name, 16)).kept, examiner(get_method(name, 16)).kept[:EACH])
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_a_picture_alone_keeps_what_it_keeps_among_others(examiner: Examiner) ->
     "name", ["tome", "pool", "visionzip", "prumerge+", "sparsevlm", "sparsevlm+", "dart", "mustdrop"]
 )
 def test_other_methods(name: str, examiner: Examiner, whole: Outcome) -> None:
-    got = examiner(named(name, 18))  # the least that ToMe reaches in three layers
+    got = examiner(get_method(name, 18))  # the least that ToMe reaches in three layers
     assert got.flops < whole.flops
     assert got.kept.any(1).all()
 
@@ -156,4 +156,4 @@ def test_dropped_patches_are_grey(tmp_path: Path) -> None:
 def test_logits_that_are_not_finite_are_told() -> None:
     model = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), embedded()[0].model)
     with pytest.raises(FloatingPointError, match="full: logits are not finite"):
-        Examiner(model, asked(), runs=1)(named("full"))
+        Examiner(model, asked(), runs=1)(get_method("full"))

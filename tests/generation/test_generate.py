@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,15 +14,25 @@ import numpy as np
 import pytest
 from tiny import VOCABULARY, random_tokens, tiny_decoder, with_embedding
 
-from jaxcompress.generation import Progress, Sampler, Settings, continue_, generate, prefill, read_on, start, write
-from jaxcompress.models.bounded import MODES as READING
-from jaxcompress.models.bounded import calls, init_state, last_hidden, read
-from jaxcompress.models.decoder import Decoder
-from jaxcompress.naming import named
+from jaxcompress.generation import (
+    DecodeState,
+    GenerationConfig,
+    decode,
+    decode_stream,
+    generate,
+    init_decode_state,
+    prefill,
+    prefill_stream,
+)
+from jaxcompress.models.decoder import Decoder, last_hidden, read
+from jaxcompress.models.init_state import init_state
+from jaxcompress.models.modes import MODES as READING
+from jaxcompress.models.modes import calls
 from jaxcompress.policies import TOVA, Full, Policy, Window
+from jaxcompress.policies.names import get_policy
 
 SLOTS, SEGMENT, STEPS = 6, 8, 10
-SAMPLED = Settings(Sampler(temperature=0.9, top_k=40))
+SAMPLED = GenerationConfig(temperature=0.9, top_k=40)
 MODES: dict[str, dict[str, Any]] = {
     "streaming": dict(mode="streaming", segment=SEGMENT),
     "chunked": dict(mode="chunked", chunk=4, segment=SEGMENT),
@@ -41,13 +50,16 @@ def written(
     model: Decoder, prompts: Sequence[np.ndarray], policy: Policy, slots: int = SLOTS, **how: Any
 ) -> np.ndarray:
     """[B, steps]"""
-    how = dict(steps=STEPS, segment=SEGMENT) | how
+    how = dict(max_new_tokens=STEPS, segment=SEGMENT) | how
     return np.concatenate(list(generate(model, prompts, policy, slots, **how)), axis=1)
 
 
-def begun(model: Decoder, prompts: Sequence[np.ndarray], policy: Policy, slots: int = SLOTS, **how: Any) -> Progress:
+def begun(model: Decoder, prompts: Sequence[np.ndarray], policy: Policy, slots: int = SLOTS, **how: Any) -> DecodeState:
     return prefill(
-        model, prompts, start(model, policy, slots, batch=len(prompts)), policy, **(dict(segment=SEGMENT) | how)
+        model,
+        prompts,
+        init_decode_state(model, policy, slots, batch=len(prompts)),
+        **(dict(segment=SEGMENT) | how),
     )
 
 
@@ -80,38 +92,38 @@ def test_greedy_tokens_are_those_of_a_plain_loop(model: Decoder, policy: Policy)
     [("tova", "streaming"), ("tova", "chunked"), ("tova", "oneshot"), ("h2o", "oneshot"), ("window", "streaming")],
 )
 def test_rows_of_a_batch_are_what_each_gives_alone(model: Decoder, policy: str, mode: str) -> None:
-    how = dict(settings=SAMPLED, **MODES[mode])
-    together = written(model, PROMPTS, named(policy), seeds=[7, 8, 9], **how)
+    how = dict(config=SAMPLED, **MODES[mode])
+    together = written(model, PROMPTS, get_policy(policy), seeds=[7, 8, 9], **how)
     for row in (1,) if mode == "oneshot" else range(3):  # oneshot compiles once more for each length
-        alone = written(model, PROMPTS[row : row + 1], named(policy), seeds=[7 + row], **how)
+        alone = written(model, PROMPTS[row : row + 1], get_policy(policy), seeds=[7 + row], **how)
         assert together[row].tolist() == alone[0].tolist()
 
 
 def test_rows_draw_from_seeds_of_their_own(model: Decoder) -> None:
     same = [PROMPTS[0]] * 3
-    counted = written(model, same, TOVA(), settings=SAMPLED, seeds=5)
-    assert counted.tolist() == written(model, same, TOVA(), settings=SAMPLED, seeds=[5, 6, 7]).tolist()
+    counted = written(model, same, TOVA(), config=SAMPLED, seeds=5)
+    assert counted.tolist() == written(model, same, TOVA(), config=SAMPLED, seeds=[5, 6, 7]).tolist()
     assert len({tuple(row) for row in counted}) == 3
-    equal = written(model, same, TOVA(), settings=SAMPLED, seeds=[3, 3, 3])
+    equal = written(model, same, TOVA(), config=SAMPLED, seeds=[3, 3, 3])
     assert len({tuple(row) for row in equal}) == 1
 
 
 def test_modes_keep_different_tokens(model: Decoder) -> None:
     held = {
-        mode: np.sort(begun(model, PROMPTS, TOVA(), **how).state[0].positions, axis=-1).tobytes()
+        mode: np.sort(begun(model, PROMPTS, TOVA(), **how).kv[0].positions, axis=-1).tobytes()
         for mode, how in MODES.items()
     }
     assert len(set(held.values())) == 3
 
 
-@pytest.mark.parametrize("settings", [Settings(), SAMPLED], ids=["greedy", "sampled"])
-def test_writing_twice_is_writing_once_as_much(model: Decoder, settings: Settings) -> None:
-    whole, end = write(model, begun(model, PROMPTS, TOVA()), TOVA(), STEPS, settings)
-    first, between = write(model, begun(model, PROMPTS, TOVA()), TOVA(), STEPS // 2, settings)
-    second, last = write(model, between, TOVA(), STEPS // 2, settings)
+@pytest.mark.parametrize("settings", [GenerationConfig(), SAMPLED], ids=["greedy", "sampled"])
+def test_writing_twice_is_writing_once_as_much(model: Decoder, settings: GenerationConfig) -> None:
+    whole, end = decode(model, begun(model, PROMPTS, TOVA()), STEPS, settings)
+    first, between = decode(model, begun(model, PROMPTS, TOVA()), STEPS // 2, settings)
+    second, last = decode(model, between, STEPS // 2, settings)
     assert np.concatenate([first, second], axis=1).tolist() == np.asarray(whole).tolist()
-    np.testing.assert_array_equal(end.state[0].positions, last.state[0].positions)
-    np.testing.assert_array_equal(end.seen, last.seen)
+    np.testing.assert_array_equal(end.kv[0].positions, last.kv[0].positions)
+    np.testing.assert_array_equal(end.appeared, last.appeared)
     np.testing.assert_allclose(end.logits, last.logits, atol=1e-5)
 
 
@@ -131,59 +143,61 @@ def test_a_stop_token_ends_its_row_only(model: Decoder) -> None:
     free, stop, ended = _greedy_stop(model)
     assert (ended != free).any()
     assert (ended == free).all(axis=1).any()
-    assert written(model, PROMPTS, TOVA(), settings=Settings(stop=(stop,))).tolist() == ended.tolist()
+    assert written(model, PROMPTS, TOVA(), config=GenerationConfig(stop_token_ids=(stop,))).tolist() == ended.tolist()
 
 
 def test_the_loop_ends_with_the_last_row(model: Decoder) -> None:
     _, stop, ended = _greedy_stop(model)
     calls: list[int] = []
 
-    def counting(keys: Any, logits: Any, seen: Any) -> Any:
-        jax.debug.callback(lambda: calls.append(1))
-        return Sampler(0.0)(None, logits)
+    class Counting(GenerationConfig):
+        def sample(self, keys: Any, logits: Any, appeared: Any = None) -> Any:
+            jax.debug.callback(lambda: calls.append(1))
+            return super().sample(keys, logits, appeared)
 
-    settings = Settings(counting, (stop,))
-    progress = begun(model, PROMPTS[:1], TOVA())
-    out, progress = write(model, progress, TOVA(), 10_000, settings)
+    settings = Counting(stop_token_ids=(stop,))
+    state = begun(model, PROMPTS[:1], TOVA())
+    out, state = decode(model, state, 10_000, settings)
     jax.effects_barrier()
     length = int((ended[0] >= 0).sum())
     assert len(calls) == length
     assert np.asarray(out)[0, : length + 1].tolist() == [*ended[0, :length].tolist(), -1]
-    assert progress.done.tolist() == [True]
-    more, _ = write(model, progress, TOVA(), STEPS, Settings(stop=(stop,)))
+    assert state.done.tolist() == [True]
+    more, _ = decode(model, state, STEPS, GenerationConfig(stop_token_ids=(stop,)))
     assert (np.asarray(more) == -1).all()
 
 
 def test_a_conversation_goes_on_after_a_stop_token(model: Decoder) -> None:
     """Rows that have stopped, in different places, and rows that have not all read the next turn and are written to."""
     _, stop, ended = _greedy_stop(model)
-    settings = Settings(stop=(stop,))
+    settings = GenerationConfig(stop_token_ids=(stop,))
     turns = [random_tokens(n, seed=n) for n in (5, 11, 3)]
-    first, progress = write(model, begun(model, PROMPTS, TOVA()), TOVA(), STEPS, settings)
+    first, state = decode(model, begun(model, PROMPTS, TOVA()), STEPS, settings)
     assert np.asarray(first).tolist() == ended.tolist()
-    assert len(set(progress.done.tolist())) == 2
-    progress = prefill(model, turns, progress, TOVA(), segment=SEGMENT)
-    assert not progress.done.any()
-    second, progress = write(model, progress, TOVA(), STEPS)
-    assert not progress.done.any()
+    assert len(set(state.done.tolist())) == 2
+    state = prefill(model, turns, state, segment=SEGMENT)
+    assert not state.done.any()
+    second, state = decode(model, state, STEPS)
+    assert not state.done.any()
     whole = [np.r_[prompt, row[row >= 0], turn] for prompt, row, turn in zip(PROMPTS, ended, turns, strict=True)]
     assert np.asarray(second).tolist() == written(model, whole, TOVA()).tolist()
 
 
 def test_reading_on_goes_on_after_a_stop_token(model: Decoder) -> None:
     free, stop, _ = _greedy_stop(model)
-    _, progress = write(model, begun(model, PROMPTS[:1], TOVA()), TOVA(), STEPS, Settings(stop=(stop,)))
-    assert progress.done.tolist() == [True]
-    ((count, progress),) = read_on(model, [PROMPTS[1][:4]], progress, TOVA(), segment=SEGMENT)
+    _, state = decode(model, begun(model, PROMPTS[:1], TOVA()), STEPS, GenerationConfig(stop_token_ids=(stop,)))
+    assert state.done.tolist() == [True]
+    ((count, state),) = prefill_stream(model, [PROMPTS[1][:4]], state, segment=SEGMENT)
     assert count == 4
-    assert progress.done.tolist() == [False]
-    assert (np.asarray(write(model, progress, TOVA(), STEPS)[0]) >= 0).all()
+    assert state.done.tolist() == [False]
+    assert (np.asarray(decode(model, state, STEPS)[0]) >= 0).all()
 
 
 def test_bursts_end_with_the_last_row(model: Decoder) -> None:
     _, stop, ended = _greedy_stop(model)
     bursts = list(generate(
-        model, PROMPTS[:1], TOVA(), SLOTS, steps=4000, burst=4, settings=Settings(stop=(stop,)), segment=SEGMENT
+        model, PROMPTS[:1], TOVA(), SLOTS, max_new_tokens=4000, stream_every=4,
+        config=GenerationConfig(stop_token_ids=(stop,)), segment=SEGMENT
     ))  # fmt: skip
     assert len(bursts) <= 3
     joined = np.concatenate(bursts, axis=1)[0]
@@ -194,22 +208,22 @@ def test_bursts_end_with_the_last_row(model: Decoder) -> None:
 def test_the_size_of_bursts_changes_nothing(model: Decoder, policy: Policy) -> None:
     slots = max(map(len, PROMPTS)) + STEPS if not policy.evicts else SLOTS
     whole = written(model, PROMPTS, policy, slots)
-    bursts = list(generate(model, PROMPTS, policy, slots, steps=STEPS, burst=4, segment=SEGMENT))
+    bursts = list(generate(model, PROMPTS, policy, slots, max_new_tokens=STEPS, stream_every=4, segment=SEGMENT))
     assert [burst.shape[1] for burst in bursts] == [4, 4, 2]
     assert np.concatenate(bursts, axis=1).tolist() == whole.tolist()
-    more = list(generate(model, PROMPTS, policy, slots, steps=STEPS, burst=99, segment=SEGMENT))
+    more = list(generate(model, PROMPTS, policy, slots, max_new_tokens=STEPS, stream_every=99, segment=SEGMENT))
     assert [burst.tolist() for burst in more] == [whole.tolist()]
 
 
 @pytest.mark.parametrize("policy", ["tova", "streaming_llm+2"])
 def test_a_prompt_in_segments_is_a_prompt_at_once(model: Decoder, policy: str) -> None:
-    pieces, whole = (begun(model, PROMPTS, named(policy), segment=segment) for segment in (SEGMENT, 512))
-    np.testing.assert_array_equal(pieces.state[0].positions, whole.state[0].positions)
-    np.testing.assert_array_equal(pieces.state[0].seen, [len(prompt) for prompt in PROMPTS])
+    pieces, whole = (begun(model, PROMPTS, get_policy(policy), segment=segment) for segment in (SEGMENT, 512))
+    np.testing.assert_array_equal(pieces.kv[0].positions, whole.kv[0].positions)
+    np.testing.assert_array_equal(pieces.kv[0].seen, [len(prompt) for prompt in PROMPTS])
     np.testing.assert_allclose(pieces.logits, whole.logits, atol=1e-4)
-    np.testing.assert_array_equal(pieces.seen, whole.seen)
+    np.testing.assert_array_equal(pieces.appeared, whole.appeared)
     for row, prompt in enumerate(PROMPTS):
-        assert set(np.flatnonzero(whole.seen[row])) == set(prompt.tolist())
+        assert set(np.flatnonzero(whole.appeared[row])) == set(prompt.tolist())
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -217,25 +231,27 @@ def test_reading_on_in_odd_pieces_is_reading_at_once(model: Decoder, chunk: int)
     text = random_tokens(29, seed=3)
     cuts = np.split(text, [3, 3, 14, 15])
     counts = []
-    for count, progress in read_on(model, cuts, start(model, TOVA(), SLOTS), TOVA(), chunk=chunk, segment=SEGMENT):
+    for count, state in prefill_stream(
+        model, cuts, init_decode_state(model, TOVA(), SLOTS), chunk=chunk, segment=SEGMENT
+    ):
         counts.append(count)
-        last = progress
+        last = state
     assert counts == [8, 16, 24, 29]
     mode = MODES["streaming" if chunk == 1 else "chunked"]
     whole = begun(model, [text], TOVA(), **mode)
-    np.testing.assert_array_equal(last.state[0].positions, whole.state[0].positions)
+    np.testing.assert_array_equal(last.kv[0].positions, whole.kv[0].positions)
     np.testing.assert_allclose(last.logits, whole.logits, atol=1e-4)
 
 
 def test_reading_on_from_nothing_is_an_error(model: Decoder) -> None:
     for pieces in ([], [np.zeros(0, np.int64)]):
         with pytest.raises(ValueError, match="the text is empty"):
-            list(read_on(model, pieces, start(model, TOVA(), SLOTS), TOVA()))
+            list(prefill_stream(model, pieces, init_decode_state(model, TOVA(), SLOTS)))
 
 
 def test_a_repetition_penalty_forbids_what_was_seen(model: Decoder) -> None:
     free = written(model, PROMPTS, TOVA())
-    new = written(model, PROMPTS, TOVA(), settings=Settings(Sampler(0.0, repetition_penalty=1e6)))
+    new = written(model, PROMPTS, TOVA(), config=GenerationConfig(repetition_penalty=1e6))
     assert (free != new).any()
     for prompt, row in zip(PROMPTS, new, strict=True):
         assert len(set(row.tolist())) == STEPS
@@ -249,7 +265,7 @@ def test_full_says_how_many_slots_it_needs(model: Decoder) -> None:
     with pytest.raises(ValueError, match="19 tokens do not fit into the 18 slots"):
         begun(model, PROMPTS, Full(), 18)
     with pytest.raises(ValueError, match="24 tokens do not fit into the 20 slots"):
-        write(model, begun(model, PROMPTS, Full(), 20), Full(), 5)
+        decode(model, begun(model, PROMPTS, Full(), 20), 5)
 
 
 @pytest.mark.parametrize(
@@ -262,16 +278,16 @@ def test_full_says_how_many_slots_it_needs(model: Decoder) -> None:
 )
 def test_prompts_that_cannot_be_read(model: Decoder, prompts: list[list[int]], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        next(generate(model, prompts, TOVA(), SLOTS, steps=2))
+        next(generate(model, prompts, TOVA(), SLOTS, max_new_tokens=2))
 
 
 def test_other_things_that_do_not_fit(model: Decoder) -> None:
     with pytest.raises(ValueError, match="2 seeds were given for a batch of 3"):
-        next(generate(model, PROMPTS, TOVA(), SLOTS, steps=2, seeds=[1, 2]))
+        next(generate(model, PROMPTS, TOVA(), SLOTS, max_new_tokens=2, seeds=[1, 2]))
     with pytest.raises(ValueError, match="1 prompts were given for a batch of 3"):
-        prefill(model, PROMPTS[:1], start(model, TOVA(), SLOTS, batch=3), TOVA())
+        prefill(model, PROMPTS[:1], init_decode_state(model, TOVA(), SLOTS, batch=3))
     with pytest.raises(ValueError, match="at least 1 slot per layer, slots=0"):
-        start(model, TOVA(), 0)
+        init_decode_state(model, TOVA(), 0)
 
 
 def test_numbers_that_are_not_finite_name_row_and_position(model: Decoder) -> None:
@@ -285,11 +301,11 @@ def test_numbers_that_are_not_finite_name_row_and_position(model: Decoder) -> No
 
 def test_what_is_broken_stays_broken(model: Decoder) -> None:
     """A row of numbers that are none is refused by every call, before its memory is taken."""
-    progress = replace(begun(model, PROMPTS, TOVA()), broken=jnp.array([-1, 7, -1]))
+    state = replace(begun(model, PROMPTS, TOVA()), broken=jnp.array([-1, 7, -1]))
     goes_on: list[Callable[[], Any]] = [
-        lambda: prefill(model, PROMPTS, progress, TOVA(), segment=SEGMENT),
-        lambda: write(model, progress, TOVA(), STEPS),
-        lambda: continue_(model, progress, TOVA(), steps=STEPS),
+        lambda: prefill(model, PROMPTS, state, segment=SEGMENT),
+        lambda: decode(model, state, STEPS),
+        lambda: decode_stream(model, state, max_new_tokens=STEPS),
     ]
     for go_on in goes_on:
         with pytest.raises(FloatingPointError, match="first in row 1 by position 7"):
@@ -300,8 +316,8 @@ def test_a_long_text_that_breaks_is_given_up_soon(model: Decoder) -> None:
     text = random_tokens(SEGMENT * 9, seed=3)
     absent = next(t for t in range(VOCABULARY) if t not in text)
     text[2 * SEGMENT - 1] = absent
-    broken, progress, seen = with_embedding(model, absent, np.nan), start(model, TOVA(), SLOTS), []
-    reading = read_on(broken, [text], progress, TOVA(), segment=SEGMENT)
+    broken, state, seen = with_embedding(model, absent, np.nan), init_decode_state(model, TOVA(), SLOTS), []
+    reading = prefill_stream(broken, [text], state, segment=SEGMENT)
     with pytest.raises(FloatingPointError, match=f"first in row 0 by position {2 * SEGMENT - 1}"):
         seen.extend(count for count, _ in reading)
     assert 2 <= len(seen) <= 4
@@ -321,50 +337,41 @@ def test_two_questions_about_one_context(model: Decoder) -> None:
     context = begun(model, PROMPTS[:1], TOVA())
     questions = [random_tokens(n, seed=n) for n in (4, 6)]
     for question in questions:
-        asked = prefill(model, [question], context.copy(), TOVA(), segment=SEGMENT)
-        answer, _ = write(model, asked, TOVA(), STEPS)
+        asked = prefill(model, [question], context.copy(), segment=SEGMENT)
+        answer, _ = decode(model, asked, STEPS)
         assert np.asarray(answer).tolist() == written(model, [np.r_[PROMPTS[0], question]], TOVA()).tolist()
-    prefill(model, questions[:1], context, TOVA(), segment=SEGMENT)
+    prefill(model, questions[:1], context, segment=SEGMENT)
     used: list[Callable[[], Any]] = [
-        lambda: prefill(model, questions[:1], context, TOVA()),
-        lambda: write(model, context, TOVA(), STEPS),
-        lambda: continue_(model, context, TOVA(), steps=STEPS),
-        lambda: read_on(model, questions, context, TOVA()),
+        lambda: prefill(model, questions[:1], context),
+        lambda: decode(model, context, STEPS),
+        lambda: decode_stream(model, context, max_new_tokens=STEPS),
+        lambda: prefill_stream(model, questions, context),
         context.copy,
     ]
     for use in used:
-        with pytest.raises(ValueError, match=r"was used before: .* give progress\.copy\(\)"):
+        with pytest.raises(ValueError, match=r"was used before: .* give state\.copy\(\)"):
             use()
 
 
-@pytest.mark.parametrize("policy", ["h2o-layer", "knorm", "window", "streaming_llm", "tova-kv_head", "tova/every2"])
-def test_a_state_is_gone_on_with_by_the_policy_it_was_made_for(model: Decoder, policy: str) -> None:
-    progress, other = start(model, TOVA(), SLOTS), named(policy)
-    goes_on: list[Callable[[], Any]] = [
-        lambda: prefill(model, PROMPTS[:1], progress, other),
-        lambda: write(model, progress, other, STEPS),
-        lambda: continue_(model, progress, other, steps=STEPS),
-        lambda: read_on(model, PROMPTS, progress, other),
-    ]
-    for go_on in goes_on:
-        with pytest.raises(ValueError, match=f"made for policy tova, not {re.escape(other.name)}"):
-            go_on()
-
-
 def test_a_state_knows_where_its_tokens_stand(model: Decoder) -> None:
-    """The first call that reads settles it; the others follow, and cannot change it."""
-    how = dict(segment=SEGMENT)
-    slot = prefill(model, PROMPTS[:1], start(model, TOVA(), SLOTS), TOVA(), placement="slot", **how)
-    assert slot.placement == "slot"
-    tokens, _ = write(model, slot.copy(), TOVA(), STEPS)
-    assert np.asarray(tokens).tolist() == written(model, PROMPTS[:1], TOVA(), placement="slot").tolist()
-    for other in ("absolute", "compact"):
-        with pytest.raises(ValueError, match=f"stand at slot positions, not {other}"):
-            write(model, slot, TOVA(), STEPS, placement=other)
-    absolute = begun(model, PROMPTS[:1], TOVA())
-    with pytest.raises(ValueError, match="stand at absolute positions, not slot"):
-        prefill(model, PROMPTS[:1], absolute, TOVA(), placement="slot")
-    write(model, absolute, TOVA(), STEPS, placement="absolute")  # where the policy puts them
+    begin = lambda placement: init_decode_state(model, TOVA(), SLOTS, placement=placement)
+    answers = {}
+    for placement in ("absolute", "slot", None):
+        state = prefill(model, PROMPTS[:1], begin(placement), segment=SEGMENT)
+        assert state.placement == placement
+        answers[placement] = np.asarray(decode(model, state, STEPS)[0]).tolist()
+    assert answers["slot"] == written(model, PROMPTS[:1], TOVA(), placement="slot").tolist()
+    assert answers["absolute"] == answers[None] != answers["slot"]
+
+
+def test_a_stream_has_the_state_to_go_on_from(model: Decoder) -> None:
+    """A turn that is streamed, and the next turn: as one text."""
+    stream = decode_stream(model, begun(model, PROMPTS[:1], TOVA()), STEPS, stream_every=4)
+    first = np.concatenate(list(stream), axis=1)
+    again = prefill(model, [PROMPTS[1]], stream.state, segment=SEGMENT)
+    second, _ = decode(model, again, STEPS)
+    whole = np.r_[PROMPTS[0], first[0], PROMPTS[1]]
+    assert np.asarray(second).tolist() == written(model, [whole], TOVA()).tolist()
 
 
 def test_lengths_share_programs(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,11 +380,11 @@ def test_lengths_share_programs(model: Decoder, monkeypatch: pytest.MonkeyPatch)
     module = sys.modules["jaxcompress.generation.generate"]
     monkeypatch.setattr(module, "read", lambda *args, **how: traced.append(1) or read(*args, **how))
     lengths = np.random.default_rng(0).integers(1, 2 * SEGMENT, 50)
-    progress = start(model, Window(1), SLOTS)
+    state = init_decode_state(model, Window(1), SLOTS)
     for length in lengths:
-        progress = prefill(model, [random_tokens(length)], progress, Window(1), segment=SEGMENT)
+        state = prefill(model, [random_tokens(length)], state, segment=SEGMENT)
     assert len(traced) == 1
-    assert progress.state[0].seen.tolist() == [lengths.sum()]
+    assert state.kv[0].seen.tolist() == [lengths.sum()]
 
 
 @pytest.mark.parametrize("mode", READING)
@@ -403,13 +410,19 @@ def test_calls(mode: Any) -> None:
     assert calls("oneshot", 5000, chunk=1, segment=512)[0].width == 5120
 
 
-ANY: Any = SimpleNamespace(start=start, prefill=prefill, write=write, generate=generate)  # of arguments of any type
+ANY: Any = SimpleNamespace(
+    start=init_decode_state, prefill=prefill, decode=decode, generate=generate
+)  # of arguments of any type
+
+
+def asked(model: Any, **how: Any) -> Any:
+    return ANY.generate(model, PROMPTS, TOVA(), 4, **(dict(max_new_tokens=1) | how))
 
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda m: ANY.start(m, "tova", 4), r"not its name 'tova': write jaxcompress\.named\('tova'\)"),
+        (lambda m: ANY.start(m, "tova", 4), r"not its name 'tova': write jaxcompress\.get_policy\('tova'\)"),
         (lambda m: ANY.start(m, TOVA, 4), r"not TOVA itself: call it, TOVA\(\)"),
         (lambda m: ANY.start(m, 4, TOVA()), "a policy is expected, .* not 4; the model comes first"),
         (lambda m: ANY.start(m, None, 4), "a policy is expected, .* not None"),
@@ -420,20 +433,20 @@ ANY: Any = SimpleNamespace(start=start, prefill=prefill, write=write, generate=g
         (lambda m: ANY.start(m, TOVA(), 4, seeds=0.5), r"seeds must be a whole number, or one for each row, not 0\.5"),
         (lambda m: ANY.start(m.config, TOVA(), 4), "first argument must be a Decoder, not DecoderConfig"),
         (lambda m: ANY.start(SimpleNamespace(model=m), TOVA(), 4), r"not SimpleNamespace; give its \.model"),
-        (lambda m: ANY.generate(m, PROMPTS, "tova", 4, steps=1), "not its name 'tova'"),
-        (lambda m: ANY.generate(m, PROMPTS, 4, TOVA(), steps=1), "a policy is expected"),
-        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=0), "steps must be a whole number, at least 1, not 0"),
-        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, burst=0), "burst must be a whole number"),
-        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, mode="at once"), "unknown mode 'at once'"),
-        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, settings=Sampler()), r"Settings\(.*, not Sampler"),
-        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, settings=Settings(stop=5)), "a tuple of token ids"),
-        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, settings=Settings(stop=("a",))), "not text"),
-        (lambda m: ANY.generate(m, PROMPTS, TOVA(), 4, steps=1, settings=Settings(stop=(999,))), "token id 999"),
-        (lambda m: ANY.write(m, ANY.start(m, TOVA(), 4), 8, TOVA()), "a policy is expected, .* not 8"),
-        (lambda m: ANY.write(m, ANY.start(m, TOVA(), 4), TOVA(), True), "steps must be .*, not True"),
-        (lambda m: ANY.write(m, ANY.start(m, TOVA(), 4).state, TOVA(), 8), "a Progress is expected, .* not tuple"),
-        (lambda m: ANY.prefill(m, PROMPTS, ANY.start(m, TOVA(), 4), TOVA(), placement="slots"), "unknown placement"),
-        (lambda m: ANY.prefill(m, PROMPTS, TOVA(), ANY.start(m, TOVA(), 4)), "a Progress is expected, .* not"),
+        (lambda m: ANY.generate(m, PROMPTS, "tova", 4, max_new_tokens=1), "not its name 'tova'"),
+        (lambda m: ANY.generate(m, PROMPTS, 4, TOVA(), max_new_tokens=1), "a policy is expected"),
+        (lambda m: asked(m, max_new_tokens=0), "max_new_tokens must be a whole number, at least 1, not 0"),
+        (lambda m: asked(m, stream_every=0), "stream_every must be a whole number"),
+        (lambda m: asked(m, mode="at once"), "unknown mode 'at once'"),
+        (lambda m: asked(m, config=0.7), r"config must be GenerationConfig\(.*, not 0\.7"),
+        (lambda m: asked(m, config=GenerationConfig(stop_token_ids=5)), "a tuple of token ids"),
+        (lambda m: asked(m, config=GenerationConfig(stop_token_ids=("a",))), "not text"),
+        (lambda m: asked(m, config=GenerationConfig(stop_token_ids=(999,))), "token id 999"),
+        (lambda m: ANY.decode(m, ANY.start(m, TOVA(), 4), TOVA()), "max_new_tokens must be .*, not TOVA"),
+        (lambda m: ANY.decode(m, ANY.start(m, TOVA(), 4), True), "max_new_tokens must be .*, not True"),
+        (lambda m: ANY.decode(m, ANY.start(m, TOVA(), 4).kv, 8), "a DecodeState is expected, .* not tuple"),
+        (lambda m: ANY.start(m, TOVA(), 4, placement="slots"), "unknown placement"),
+        (lambda m: ANY.prefill(m, PROMPTS, TOVA()), "a DecodeState is expected, .* not"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("as_users_call_it")
@@ -445,11 +458,11 @@ def test_wrong_arguments_say_what_was_expected(model: Decoder, wrong: Callable[[
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("stop", r"settings=Settings\(stop=\.\.\.\)"),
-        ("temperature", r"settings=Settings\(Sampler\(temperature=\.\.\.\)\)"),
-        ("lenght", "no argument 'lenght'; how prompts are read: mode, chunk, segment, placement"),
+        ("stop_token_ids", r"config=GenerationConfig\(stop_token_ids=\.\.\.\)"),
+        ("temperature", r"config=GenerationConfig\(temperature=\.\.\.\)"),
+        ("lenght", "no argument 'lenght'; how prompts are read: mode, chunk, segment, placement, dtype"),
     ],
 )
 def test_arguments_of_other_names(model: Decoder, name: str, says: str) -> None:
     with pytest.raises(TypeError, match=says):
-        ANY.generate(model, PROMPTS, TOVA(), SLOTS, steps=1, **{name: 1})
+        ANY.generate(model, PROMPTS, TOVA(), SLOTS, max_new_tokens=1, **{name: 1})

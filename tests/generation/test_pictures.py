@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from jaxcompress._json import read_object
 from jaxcompress.checkpoints import llava_config, load_tower
-from jaxcompress.checkpoints._vision import image_processor
+from jaxcompress.checkpoints._processor import image_processor
 from jaxcompress.generation.pictures import open_picture, process
+from jaxcompress.inputs.json import read_object
 from jaxcompress.models.llava import LlavaConfig
 
 ASSETS = os.environ.get("JAXCOMPRESS_ASSETS")
@@ -338,7 +338,7 @@ def test_deit_tiny_classifies_photographs() -> None:
     assert ASSETS is not None
     loaded = load_tower(Path(ASSETS) / "weights" / "deit_tiny")
     photos = Path(ASSETS) / "vision" / "photos"
-    done = process([photos / "chelsea.png", photos / "coffee.png"], loaded.processor(), loaded.config)
+    done = process([photos / "chelsea.png", photos / "coffee.png"], loaded.processor, loaded.config)
     chances = jax.jit(lambda model, x: jax.nn.softmax(model.logits(model(x))))(loaded.model, done.pixels)
     for row, (name, chance) in enumerate((("Egyptian cat", 0.31), ("espresso", 0.88))):
         best = int(chances[row].argmax())

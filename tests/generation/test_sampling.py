@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from jaxcompress.generation.config import GenerationConfig
 from jaxcompress.generation.sampling import (
-    Sampler,
     draw,
     greedy,
     keep_min_p,
@@ -45,7 +45,7 @@ class TestOfficial:
     @pytest.mark.parametrize("case", range(len(OFFICIAL["settings"])), ids=lambda i: str(OFFICIAL["settings"][i]))
     def test_equals_the_hugging_face_processors(self, case):
         logits, history = jnp.asarray(OFFICIAL["logits"]), jnp.asarray(OFFICIAL["history"])
-        sampler = Sampler(**json.loads(str(OFFICIAL["settings"][case])))
+        sampler = GenerationConfig(**{"temperature": 1.0} | json.loads(str(OFFICIAL["settings"][case])))
         seen = remember(jnp.zeros(logits.shape, bool), history)
         ours, theirs = np.asarray(sampler.warp(logits, seen)), OFFICIAL["expected"][case]
         np.testing.assert_array_equal(kept(ours), kept(theirs))
@@ -54,11 +54,13 @@ class TestOfficial:
     def test_greedy_applies_the_penalty_alone(self):
         logits = jnp.array([[2.0, 1.9, -1.0]])
         seen = jnp.array([[True, False, False]])
-        assert Sampler(temperature=0, top_k=1)(None, logits) == 0
-        assert Sampler(temperature=0, top_k=1, repetition_penalty=1.5)(None, logits, seen) == 1
+        assert GenerationConfig(temperature=0).sample(None, logits) == 0
+        assert GenerationConfig(temperature=0, repetition_penalty=1.5).sample(None, logits, seen) == 1
 
     def test_a_negative_logit_of_a_seen_token_is_multiplied(self):
-        warped = Sampler(repetition_penalty=2.0).warp(jnp.array([[-1.0, 1.0, -1.0]]), jnp.array([[True, True, False]]))
+        warped = GenerationConfig(1.0, repetition_penalty=2.0).warp(
+            jnp.array([[-1.0, 1.0, -1.0]]), jnp.array([[True, True, False]])
+        )
         np.testing.assert_array_equal(warped, [[-2.0, 0.5, -1.0]])
 
 
@@ -83,14 +85,19 @@ class TestRules:
         assert mask[ratio > min_p + 1e-6].all()
         assert not mask[ratio < min_p - 1e-6].any()
 
-    @given(any_logits, st.sampled_from([Sampler(top_k=1), Sampler(top_p=1e-9), Sampler(min_p=1.0)]))
+    @given(
+        any_logits,
+        st.sampled_from(
+            [GenerationConfig(1.0, top_k=1), GenerationConfig(1.0, top_p=1e-9), GenerationConfig(1.0, min_p=1.0)]
+        ),
+    )
     def test_the_best_token_is_never_removed(self, logits, sampler):
         warped = np.asarray(sampler.warp(jnp.asarray(logits)))
         np.testing.assert_array_equal(warped.max(-1), logits.max(-1))
 
     @given(logits_without_ties, st.permutations(range(VOCABULARY)))
     def test_names_of_tokens_carry_no_meaning(self, logits, order):
-        sampler = Sampler(temperature=0.7, top_k=9, top_p=0.8, min_p=0.01, repetition_penalty=1.4)
+        sampler = GenerationConfig(temperature=0.7, top_k=9, top_p=0.8, min_p=0.01, repetition_penalty=1.4)
         seen = jnp.asarray(logits > 3)
         straight = np.asarray(sampler.warp(jnp.asarray(logits), seen))
         renamed = np.asarray(sampler.warp(jnp.asarray(logits[:, order]), seen[:, np.array(order)]))
@@ -106,38 +113,38 @@ class TestRules:
 class TestDrawing:
     @given(st.integers(0, 2**31), any_logits)
     def test_a_batch_is_its_rows(self, seed, logits):
-        sampler = Sampler(temperature=0.9, top_p=0.95)
+        sampler = GenerationConfig(temperature=0.9, top_p=0.95)
         seeds = [seed, 7, seed + 1]
-        together = sampler(row_keys(seeds), jnp.asarray(logits))
-        alone = [sampler(row_keys([s]), jnp.asarray(row[None]))[0] for s, row in zip(seeds, logits, strict=True)]
+        together = sampler.sample(row_keys(seeds), jnp.asarray(logits))
+        alone = [sampler.sample(row_keys([s]), jnp.asarray(row[None]))[0] for s, row in zip(seeds, logits, strict=True)]
         np.testing.assert_array_equal(together, jnp.stack(alone))
 
     def test_same_seed_same_token_other_seeds_other_tokens(self):
         flat = jnp.zeros((8, 1000))
-        same = Sampler()(row_keys([3] * 8), flat)
+        same = GenerationConfig(1.0).sample(row_keys([3] * 8), flat)
         assert len(set(same.tolist())) == 1
-        assert len(set(Sampler()(row_keys(range(8)), flat).tolist())) > 4
+        assert len(set(GenerationConfig(1.0).sample(row_keys(range(8)), flat).tolist())) > 4
 
     def test_removed_tokens_are_never_drawn_and_the_rest_by_probability(self):
         rows = 4000
         logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
         keys = jax.random.split(jax.random.key(0), rows)
-        tokens = Sampler(top_k=2)(keys, jnp.tile(logits, (rows, 1)))
+        tokens = GenerationConfig(1.0, top_k=2).sample(keys, jnp.tile(logits, (rows, 1)))
         counts = np.bincount(tokens, minlength=4) / rows
         np.testing.assert_allclose(counts, [0, 0, 3 / 7, 4 / 7], atol=0.03)
 
     def test_is_a_static_argument_under_jit(self):
         @partial(jax.jit, static_argnums=0)
         def step(sampler, keys, logits, seen):
-            return sampler(keys, logits, seen)
+            return sampler.sample(keys, logits, seen)
 
         logits = jnp.asarray(OFFICIAL["logits"])
         keys, seen = row_keys(range(len(logits))), jnp.zeros(logits.shape, bool)
-        for sampler in (Sampler(temperature=0), Sampler(0.8, 20, 0.9, 0.02, 1.2)):
-            np.testing.assert_array_equal(step(sampler, keys, logits, seen), sampler(keys, logits, seen))
-        assert Sampler(top_k=3) == Sampler(top_k=3)
-        assert hash(Sampler(top_k=3)) == hash(Sampler(top_k=3))
-        assert step(Sampler(), keys, logits.astype(jnp.bfloat16), seen).dtype == jnp.int32
+        for sampler in (GenerationConfig(temperature=0), GenerationConfig(0.8, 20, 0.9, 0.02, 1.2)):
+            np.testing.assert_array_equal(step(sampler, keys, logits, seen), sampler.sample(keys, logits, seen))
+        assert GenerationConfig(1.0, top_k=3) == GenerationConfig(1.0, top_k=3)
+        assert hash(GenerationConfig(1.0, top_k=3)) == hash(GenerationConfig(1.0, top_k=3))
+        assert step(GenerationConfig(1.0), keys, logits.astype(jnp.bfloat16), seen).dtype == jnp.int32
 
     def test_draw_is_the_categorical_of_each_key(self):
         logits = jnp.asarray(OFFICIAL["logits"])
@@ -178,14 +185,14 @@ class TestMistakes:
     )
     def test_a_wrong_setting_is_named(self, field, value):
         with pytest.raises(ValueError, match=rf"{field} must be .*, got {value}"):
-            Sampler(**{field: value})
+            GenerationConfig(**{field: value})
 
     def test_missing_keys_and_missing_memory(self):
         logits = jnp.zeros((2, 4))
         with pytest.raises(ValueError, match="row_keys"):
-            Sampler()(None, logits)
-        with pytest.raises(ValueError, match="needs `seen`"):
-            Sampler(repetition_penalty=1.1)(row_keys([0, 1]), logits)
+            GenerationConfig(1.0).sample(None, logits)
+        with pytest.raises(ValueError, match="needs `appeared`"):
+            GenerationConfig(1.0, repetition_penalty=1.1).sample(row_keys([0, 1]), logits)
 
 
 class TestExtremes:
@@ -201,16 +208,18 @@ class TestExtremes:
         "more", [{}, dict(top_p=0.9), dict(top_p=1e-300), dict(top_k=2, min_p=0.1), dict(top_k=10**9)]
     )
     def test_next_to_no_temperature_takes_the_best(self, temperature, more):
-        sampler = Sampler(temperature=temperature, **more)
+        sampler = GenerationConfig(temperature=temperature, **more)
         assert not np.isnan(sampler.warp(self.LOGITS)).any()
-        np.testing.assert_array_equal(sampler(row_keys(range(4)), self.LOGITS), self.BEST)
+        np.testing.assert_array_equal(sampler.sample(row_keys(range(4)), self.LOGITS), self.BEST)
 
     def test_equally_good_tokens_stay_so(self):
         flat = jnp.zeros((64, 2))
-        assert set(Sampler(temperature=1e-40)(row_keys(range(64)), flat).tolist()) == {0, 1}
+        assert set(GenerationConfig(temperature=1e-40).sample(row_keys(range(64)), flat).tolist()) == {0, 1}
 
     @pytest.mark.parametrize("penalty", [1e-320, 1e-38, 1e38, 1e308])
     @pytest.mark.parametrize("temperature", [0, 1e-38, 1, 1e300])
     def test_any_penalty_leaves_a_distribution(self, penalty, temperature):
-        warped = Sampler(temperature=temperature, repetition_penalty=penalty).warp(self.LOGITS, self.LOGITS > -5)
+        warped = GenerationConfig(temperature=temperature, repetition_penalty=penalty).warp(
+            self.LOGITS, self.LOGITS > -5
+        )
         np.testing.assert_allclose(softmax(warped).sum(-1), 1, rtol=1e-6)

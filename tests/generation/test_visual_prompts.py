@@ -10,7 +10,7 @@ import pytest
 from tiny_llava import loaded, pictures
 
 from jaxcompress.generation.visual import laid_out, look, prompt
-from jaxcompress.vision import encode, named
+from jaxcompress.vision import encode, get_method
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
@@ -42,13 +42,13 @@ def test_what_cannot_be_looked_at() -> None:
         (crops, [[]], "2 crops were given for pictures that have 0"),
         (crops, [(side, side)], r"row 0 has the sizes .*; give a list with \(height, width\) of each picture"),
         (crops, [[side, side]], "row 0 has the sizes"),
-        (crops, [[(side, 0), (side, side)]], "a width must be at least 1, not 0"),
+        (crops, [[(side, 0), (side, side)]], "a width must be a whole number, at least 1, not 0"),
         (crops[..., 1:], None, r"pixels must be \[crops, 3, \d+, \d+\], not"),
     ]
     for pixels, sizes, message in wrong:
         with pytest.raises(ValueError, match=message):
             look(model, pixels, sizes)
     with pytest.raises(ValueError, match="one picture in each row; use `prefill_visual` for several, or none"):
-        laid_out(look(model, [], [[]]), named("full"))
+        laid_out(look(model, [], [[]]), get_method("full"))
     with pytest.raises(ValueError, match="no images were given"):
-        encode(model, jnp.asarray(crops[:0]), named("full"))
+        encode(model, jnp.asarray(crops[:0]), get_method("full"))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 from tiny import tiny_decoder
 
-from jaxcompress.models.bounded import init_state, read
-from jaxcompress.naming import named
+from jaxcompress.models.decoder import read
+from jaxcompress.models.init_state import init_state
 from jaxcompress.policies import H2O, TOVA, Window, per_layer
-from jaxcompress.state import State
+from jaxcompress.policies.names import get_policy
+from jaxcompress.state.kv_state import State
 
 pytestmark = pytest.mark.usefixtures("as_users_call_it")
 MODEL = tiny_decoder()
@@ -30,9 +31,9 @@ def traced(state: State, policy: Any, tokens: Any = TOKENS, model: Any = MODEL) 
 
 
 def test_a_state_is_read_with_its_policy() -> None:
-    states = {name: init_state(MODEL.config, named(name), 40) for name in POLICIES}
+    states = {name: init_state(MODEL.config, get_policy(name), 40) for name in POLICIES}
     for name, state in states.items():
-        assert traced(state, named(name)).shape == (1, 2, MODEL.config.hidden_size)
+        assert traced(state, get_policy(name)).shape == (1, 2, MODEL.config.hidden_size)
     refused = {
         pair for pair in permutations(POLICIES, 2) if _refused(states[pair[0]], pair[1])
     }  # fmt: skip
@@ -42,7 +43,7 @@ def test_a_state_is_read_with_its_policy() -> None:
 
 def _refused(state: State, policy: str) -> bool:
     try:
-        traced(state, named(policy))
+        traced(state, get_policy(policy))
     except ValueError as error:
         return "was not made for policy" in str(error)
     return False

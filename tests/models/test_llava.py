@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from tiny_llava import io, loaded, seen, short_prompts
 
-from jaxcompress.attention import Shown
-from jaxcompress.generation import start, write
+from jaxcompress.generation import decode, init_decode_state
 from jaxcompress.generation.visual import look, prefill_visual, prompt
-from jaxcompress.models.bounded import Block, Stage, init_state, read_block
+from jaxcompress.models.init_state import init_state
 from jaxcompress.models.llava import (
     NEWLINE,
     NOTHING,
@@ -30,10 +29,12 @@ from jaxcompress.models.llava import (
     picture_index,
     visual_index,
 )
-from jaxcompress.naming import named
+from jaxcompress.models.read_block import HiddenBlock, Stage, read_block
+from jaxcompress.policies.names import get_policy
+from jaxcompress.recurrence.inputs import AttentionInputs
 
 NAMES = ("llava", "llava_siglip", "llava_next")
-FULL = named("full")
+FULL = get_policy("full")
 SLOW = pytest.mark.slow
 
 
@@ -43,17 +44,17 @@ def logits_of(model: Llava, tokens: Any, visual: Any, positions: Any) -> jax.Arr
 
 
 @partial(jax.jit, static_argnames=("stages", "chunk"))
-def read(model: Llava, block: Block, state: Any, **how: Any) -> tuple[Block, Any, jax.Array]:
+def read(model: Llava, block: HiddenBlock, state: Any, **how: Any) -> tuple[HiddenBlock, Any, jax.Array]:
     left, state = read_block(model.decoder, block, state, **how)
     return left, state, model.decoder.logits(left.hidden)
 
 
 @partial(jax.jit, static_argnames="chunk")
-def block_of(model: Llava, given: Any, visual: Any, chunk: None = None) -> Block:
-    return Block(model.embed(given.tokens, visual), given.positions, given.patch)
+def block_of(model: Llava, given: Any, visual: Any, chunk: None = None) -> HiddenBlock:
+    return HiddenBlock(model.embed(given.tokens, visual), given.positions, given.patch)
 
 
-def block(name: str) -> Block:
+def block(name: str) -> HiddenBlock:
     model = loaded(name).model
     return block_of(model, prompt(model, short_prompts(name), seen(name)), seen(name).visual)
 
@@ -88,9 +89,9 @@ def test_it_writes_what_pytorch_writes(name: str) -> None:
     model = loaded(name).model
     ids = short_prompts(name)
     longest = prompt(model, ids, seen(name)).tokens.shape[1]
-    progress = start(model.decoder, FULL, longest + 8, batch=2)
-    progress = prefill_visual(model, ids, seen(name), progress, FULL)
-    tokens, _ = write(model.decoder, progress, FULL, 8)
+    progress = init_decode_state(model.decoder, FULL, longest + 8, batch=2)
+    progress = prefill_visual(model, ids, seen(name), progress)
+    tokens, _ = decode(model.decoder, progress, 8)
     np.testing.assert_array_equal(tokens, np.concatenate([io(name)["written_0"], io(name)["written_1"]]))
 
 
@@ -100,14 +101,14 @@ def test_it_writes_what_pytorch_writes(name: str) -> None:
 )
 def test_a_policy_decides_about_patches_like_about_words(policy: str, slots: int) -> None:
     """Reading embeddings at once keeps what reading tokens at once keeps, where a picture's are those of words."""
-    from jaxcompress.models.bounded import read as read_tokens
+    from jaxcompress.models.decoder import read as read_tokens
 
-    model, mine = loaded("llava").model, named(policy)
+    model, mine = loaded("llava").model, get_policy(policy)
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 62, (2, 20)))
     valid = jnp.arange(20) < jnp.array([[20], [13]])
     state = init_state(model.decoder.config, mine, slots, batch=2)
     at = jnp.where(valid, jnp.arange(20), -1)
-    words = Block(model.decoder.embedding[...][tokens], at, jnp.full((2, 20), -1, jnp.int32))
+    words = HiddenBlock(model.decoder.embedding[...][tokens], at, jnp.full((2, 20), -1, jnp.int32))
     _, held, _ = read(model, words, state, policy=mine)
     expected = jax.jit(partial(read_tokens, policy=mine, chunk=20))(model.decoder, tokens, state, valid=valid).state
     for part, other in zip(held, expected, strict=True):
@@ -116,18 +117,18 @@ def test_a_policy_decides_about_patches_like_about_words(policy: str, slots: int
         np.testing.assert_allclose(part.keys, other.keys, atol=1e-5)
 
 
-def keep_all(tokens: Block, shown: Shown) -> Block:
+def keep_all(tokens: HiddenBlock, shown: AttentionInputs) -> HiddenBlock:
     return tokens
 
 
-def keep_half(tokens: Block, shown: Shown) -> Block:
+def keep_half(tokens: HiddenBlock, shown: AttentionInputs) -> HiddenBlock:
     """Every second token of 16, and all words after them."""
     n = tokens.positions.shape[1]
     index = jnp.concatenate([jnp.arange(0, 16, 2), jnp.arange(16, n)])
     return tokens.take(jnp.broadcast_to(index, (tokens.positions.shape[0], len(index))))
 
 
-def renumbered(tokens: Block, shown: Shown) -> Block:
+def renumbered(tokens: HiddenBlock, shown: AttentionInputs) -> HiddenBlock:
     left = keep_half(tokens, shown)
     there = left.positions >= 0
     return left._replace(positions=jnp.where(there, jnp.cumsum(there, axis=1) - 1, -1))
@@ -149,8 +150,8 @@ def test_a_stage_that_keeps_everything_changes_nothing() -> None:
 @SLOW
 def test_layers_after_a_stage_see_what_is_left() -> None:
     """Against running the layers one after the other with plain attention."""
-    from jaxcompress.attention import causal_attention
     from jaxcompress.models.rope import rotate
+    from jaxcompress.recurrence.block_attention import causal_attention
 
     model, tokens = loaded("llava").model, block("llava")
     decoder = model.decoder
@@ -162,7 +163,7 @@ def test_layers_after_a_stage_see_what_is_left() -> None:
         return causal_attention(q, k, v, positions), carry, xs
 
     @jax.jit
-    def plain(decoder: Any, tokens: Block) -> jax.Array:
+    def plain(decoder: Any, tokens: HiddenBlock) -> jax.Array:
         x = decoder.run_layers(tokens.hidden, tokens.positions, attend, layers=range(1))[0]
         half = keep_half(tokens._replace(hidden=x), None)  # pyright: ignore[reportArgumentType]
         x = decoder.run_layers(half.hidden, half.positions, attend, layers=range(1, 2))[0]
@@ -180,12 +181,12 @@ def test_layers_after_a_stage_see_what_is_left() -> None:
 def test_where_the_next_token_stands_if_a_stage_numbers_anew() -> None:
     model = loaded("llava").model
     ids, pictures = short_prompts("llava"), seen("llava")
-    progress = start(model.decoder, FULL, [48, 40], batch=2)
-    progress = prefill_visual(model, ids, pictures, progress, FULL, stages=(Stage(0, renumbered),))
-    before = [np.asarray(part.seen) for part in progress.state]
+    progress = init_decode_state(model.decoder, FULL, [48, 40], batch=2)
+    progress = prefill_visual(model, ids, pictures, progress, stages=(Stage(0, renumbered),))
+    before = [np.asarray(part.seen) for part in progress.kv]
     np.testing.assert_array_equal(before[0] - before[1], [8, 8])
-    _, progress = write(model.decoder, progress, FULL, 3)
-    for part, then in zip(progress.state, before, strict=True):
+    _, progress = decode(model.decoder, progress, 3)
+    for part, then in zip(progress.kv, before, strict=True):
         np.testing.assert_array_equal(part.seen, then + 3)
         np.testing.assert_array_equal(np.asarray(part.positions[0, :, 0]).max(-1), then + 2)
 
@@ -195,11 +196,11 @@ def test_what_a_stage_is_shown() -> None:
     model, tokens = loaded("llava").model, block("llava")
     rows = []
 
-    def watch(tokens: Block, shown: Shown) -> Block:
+    def watch(tokens: HiddenBlock, shown: AttentionInputs) -> HiddenBlock:
         rows.append(shown.rows(jnp.array([[2, 20, 29]] * 2)))
         return tokens
 
-    def run(model: Llava, tokens: Block, state: Any) -> jax.Array:
+    def run(model: Llava, tokens: HiddenBlock, state: Any) -> jax.Array:
         rows.clear()
         read_block(model.decoder, tokens, state, FULL, stages=(Stage(1, watch),))
         return rows[0]
@@ -216,7 +217,7 @@ def test_what_a_stage_is_shown() -> None:
 @SLOW
 def test_a_batch_is_its_rows() -> None:
     model, tokens = loaded("llava_next").model, block("llava_next")
-    how: dict[str, Any] = dict(policy=named("tova"), stages=(Stage(0, keep_half),))
+    how: dict[str, Any] = dict(policy=get_policy("tova"), stages=(Stage(0, keep_half),))
     state = lambda batch: init_state(model.decoder.config, how["policy"], 12, batch=batch)
     both, held, _ = read(model, tokens, state(2), **how)
     for row in range(2):
@@ -309,12 +310,12 @@ def test_wrong_input() -> None:
     with pytest.raises(ValueError, match="nothing to see"):
         picture_index(config(), (0, 20))
     with pytest.raises(ValueError, match="do not fit"):
-        prefill_visual(model, short_prompts("llava"), pictures, start(model.decoder, FULL, 20, batch=2), FULL)
+        prefill_visual(model, short_prompts("llava"), pictures, init_decode_state(model.decoder, FULL, 20, batch=2))
     state, tokens = init_state(model.decoder.config, FULL, 40, batch=2), block("llava")
     for layers in ((1, 0), (2,)):
         stages = tuple(Stage(layer, keep_all) for layer in layers)
         with pytest.raises(ValueError, match="in order"):
             read_block(model.decoder, tokens, state, FULL, stages=stages)
-    progress = start(model.decoder, FULL, [40, 20], batch=2)
+    progress = init_decode_state(model.decoder, FULL, [40, 20], batch=2)
     with pytest.raises(FloatingPointError):  # the second layer has room for fewer tokens than the stage leaves
-        prefill_visual(model, short_prompts("llava"), pictures, progress, FULL, stages=(Stage(0, keep_half),))
+        prefill_visual(model, short_prompts("llava"), pictures, progress, stages=(Stage(0, keep_half),))

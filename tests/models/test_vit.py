@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxcompress.attention import MASKED, Shown
-from jaxcompress.checkpoints import LoadedTower, load_tower
+from jaxcompress.checkpoints import Loaded, load_tower
 from jaxcompress.models.vit import Patches, TowerConfig, VisionTower
+from jaxcompress.recurrence.inputs import AttentionInputs
+from jaxcompress.recurrence.softmax import MASKED
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "vision_models"
 TOWERS = ("clip", "siglip", "vit", "deit_distilled")
 
 
 @pytest.fixture(scope="module", params=TOWERS)
-def loaded(request: pytest.FixtureRequest) -> LoadedTower:
+def loaded(request: pytest.FixtureRequest) -> Loaded:
     return load_tower(FIXTURES / request.param, dtype="float32")
 
 
@@ -41,7 +42,7 @@ def embed(model: VisionTower, pixels: jax.Array) -> Patches:
 
 
 @partial(jax.jit, static_argnames=("layers", "reduce", "proportional"))
-def run(model: VisionTower, patches: Patches, **how: Any) -> tuple[Patches, Shown]:
+def run(model: VisionTower, patches: Patches, **how: Any) -> tuple[Patches, AttentionInputs]:
     return model.run_layers(patches, **how)
 
 
@@ -65,7 +66,7 @@ def io(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def test_every_layer_is_that_of_pytorch(loaded: LoadedTower) -> None:
+def test_every_layer_is_that_of_pytorch(loaded: Loaded) -> None:
     expected = io(loaded.folder.name)
     model = loaded.model
     patches = embed(model, jnp.asarray(expected["pixels"], jnp.float32))
@@ -77,7 +78,7 @@ def test_every_layer_is_that_of_pytorch(loaded: LoadedTower) -> None:
     np.testing.assert_allclose(out_of(model, patches), expected["out"], atol=1e-4)
 
 
-def test_the_whole_is_its_pieces(loaded: LoadedTower) -> None:
+def test_the_whole_is_its_pieces(loaded: Loaded) -> None:
     model = loaded.model
     pixels = jnp.asarray(io(loaded.folder.name)["pixels"], jnp.float32)
     np.testing.assert_allclose(
@@ -96,7 +97,7 @@ def test_a_batch_is_its_rows(tower: VisionTower, pixels: jax.Array) -> None:
 def test_a_hook_that_changes_nothing_changes_nothing(tower: VisionTower, pixels: jax.Array) -> None:
     numbers = []
 
-    def watch(patches: Patches, shown: Shown, layer: int) -> Patches:
+    def watch(patches: Patches, shown: AttentionInputs, layer: int) -> Patches:
         numbers.append(layer)
         assert shown.keys.shape == (2, 17, 2, 8)
         return patches

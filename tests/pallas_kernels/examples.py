@@ -11,10 +11,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxcompress import policies
-from jaxcompress.pallas_kernels.contract import Rule
 from jaxcompress.policies import Policy
 from jaxcompress.policies.combine import protect
-from jaxcompress.storage import store, zeros
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.storage import store_vectors, zeros
 
 D = 128
 
@@ -63,8 +63,8 @@ def a_step(
     random = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
     like = zeros((1, 1, 1, 1, D), dtype)
-    stored = tuple(store(normal(layers, rows, heads, slots, D), like) for _ in range(2))
-    new = tuple(store(normal(rows, heads, D), like) for _ in range(2))
+    stored = tuple(store_vectors(normal(layers, rows, heads, slots, D), like) for _ in range(2))
+    new = tuple(store_vectors(normal(rows, heads, D), like) for _ in range(2))
     order = np.argsort(random.random((rows, sets, slots)), -1)
     held = np.where(random.random((rows, sets, slots)) < 0.8, order, -1)
     held[0] = -1
@@ -102,9 +102,9 @@ def no_races() -> None:
         pytest.fail("a race")
 
 
-RULES: dict[str, Rule] = {
-    "last": Rule("last"),
-    "sum": Rule("sum", recent=3),
-    "protected": Rule("sum", first=4, recent=2),
-    "age": Rule("age", first=2),
+RULES: dict[str, EvictionRule] = {
+    "last": EvictionRule("last"),
+    "sum": EvictionRule("sum", recent=3),
+    "protected": EvictionRule("sum", first=4, recent=2),
+    "age": EvictionRule("age", first=2),
 }

@@ -9,7 +9,7 @@ import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from jaxcompress.storage import store, zeros
+from jaxcompress.state.storage import store_vectors, zeros
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="JAX interprets Mosaic GPU kernels from 0.11 on (Python 3.12)"
@@ -41,4 +41,4 @@ def races_found() -> bool:
 
 def normal(seed: int, shape: tuple[int, ...], dtype: str) -> Any:
     """Random vectors as a state of a dtype stores them."""
-    return store(jax.random.normal(jax.random.key(seed), shape), zeros((1, shape[-1]), dtype))
+    return store_vectors(jax.random.normal(jax.random.key(seed), shape), zeros((1, shape[-1]), dtype))

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from jaxcompress import policies
-from jaxcompress.attention import slot_step
-from jaxcompress.models.bounded import init_state
-from jaxcompress.models.decoder import DecoderConfig
-from jaxcompress.pallas_kernels import contract, measured
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.init_state import init_state
+from jaxcompress.pallas_kernels import devices, dispatch, measured
 from jaxcompress.pallas_kernels.by_device import by_device
-from jaxcompress.pallas_kernels.contract import Here, On, choose
-from jaxcompress.recurrence import advance
+from jaxcompress.pallas_kernels.dispatch import choose_kernel
+from jaxcompress.pallas_kernels.types import Here, On
+from jaxcompress.recurrence.advance import advance
+from jaxcompress.recurrence.attention import slot_step
 
 from .test_contract import CALL, for_tpu
 from .test_tpu_recurrence import fresh, tokens
@@ -28,16 +29,14 @@ KINDS = {FIRST: ("cpu", "cpu"), SECOND: ("tpu", "TPU v5 lite")}
 @pytest.fixture
 def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the second device were a TPU, on which a kernel has been measured faster."""
-    monkeypatch.setattr(contract, "kind_of", KINDS.__getitem__)
-    monkeypatch.setattr("jaxcompress.pallas_kernels.by_device.kind_of", KINDS.__getitem__)
+    monkeypatch.setattr(devices, "kind_of", KINDS.__getitem__)
     here = lambda: {"cpu": FIRST, "tpu": SECOND}
-    monkeypatch.setattr(contract, "devices_here", here)
-    monkeypatch.setattr("jaxcompress.pallas_kernels.by_device.devices_here", here)
+    monkeypatch.setattr(devices, "devices_here", here)
     monkeypatch.setattr(measured, "TABLE", (measured.Measured("TPU v5", "step", "tpu", lambda call: True),))
 
 
 def picked(backend: Any) -> str:
-    chosen = choose("step", CALL, backend)
+    chosen = choose_kernel("step", CALL, backend)
     return "jnp" if chosen is None else chosen.kernels.__name__.rsplit(".", 1)[-1]
 
 
@@ -57,7 +56,7 @@ def test_arrays_say_where_they_are(default: jax.Device) -> None:
         # Arrays that were not put anywhere go where others are, and else to the default device.
         assert by_device(picked, "auto", (jnp.zeros(2), on(SECOND))) == "tpu"
         assert by_device(picked, "auto", np.zeros(2)) == ("tpu" if default is SECOND else "jnp")
-        assert contract.device() == KINDS[default]
+        assert devices.device() == KINDS[default]
 
 
 @pytest.mark.usefixtures("mixed")
@@ -103,7 +102,7 @@ def test_where_nothing_was_measured_nothing_is_traced_twice() -> None:
     jax.make_jaxpr(lambda x: seen.append(by_device(lambda backend: backend, "auto", x)) or x)(1.0)
     assert seen == [Here("auto")]
     with for_tpu():
-        assert by_device(lambda backend: contract.device(), "auto", on(FIRST)) == ("tpu", "TPU v5 lite")
+        assert by_device(lambda backend: devices.device(), "auto", on(FIRST)) == ("tpu", "TPU v5 lite")
 
 
 class Asked(Exception):
@@ -115,10 +114,10 @@ def test_the_library_asks_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way in: what is chosen with is the arrays' own device."""
 
     def told(op: Any, call: Any, backend: Any, never: Any = None) -> None:
-        raise Asked(op, type(backend), contract.device())
+        raise Asked(op, type(backend), devices.device())
 
-    for module in ("attention", "recurrence", "_one_token", "_many_tokens"):
-        monkeypatch.setattr(f"jaxcompress.{module}.choose", told)
+    for module in ("attention", "layer", "stream", "chunk_step"):
+        monkeypatch.setattr(f"jaxcompress.recurrence.{module}.choose_kernel", told)
     policy = policies.TOVA()
     state = fresh(policy)
     rows, heads, slots, width = state.keys.shape[1:]
@@ -143,4 +142,4 @@ def test_slots_lie_together_for_any_device_here() -> None:
     for default in (FIRST, SECOND):
         with jax.default_device(default):
             assert init_state(config, policies.TOVA(), 12)[0].positions.shape[-1] == 16
-            assert contract.together("int8") == 32
+            assert dispatch.slot_multiple("int8") == 32

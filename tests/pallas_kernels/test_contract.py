@@ -15,20 +15,24 @@ import pytest
 from tiny import random_tokens, tiny_decoder
 
 from jaxcompress import policies
-from jaxcompress.attention import decode_backend, slot_step
-from jaxcompress.models.bounded import init_state, read
-from jaxcompress.models.decoder import DecoderConfig
-from jaxcompress.pallas_kernels import contract, measured, tpu, tuning
-from jaxcompress.pallas_kernels.contract import Call, Kernels, On, Rule, choose
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import read
+from jaxcompress.models.init_state import init_state
+from jaxcompress.pallas_kernels import dispatch, measured, tpu_limits, tuning
+from jaxcompress.pallas_kernels.dispatch import choose_kernel
+from jaxcompress.pallas_kernels.types import KernelCall, Kernels, On
 from jaxcompress.policies import Policy
 from jaxcompress.policies.combine import every, protect, sampled
-from jaxcompress.recurrence import advance, on
-from jaxcompress.reduce import merge_nearest, with_reduce
+from jaxcompress.policies.reductions.merge import merge_nearest
+from jaxcompress.policies.reductions.reduced import with_reduce
+from jaxcompress.recurrence.advance import advance, on
+from jaxcompress.recurrence.attention import decode_backend, slot_step
+from jaxcompress.state.eviction_rule import EvictionRule
 
 from .examples import POLICIES, a_step, close, compiled, some
 from .test_tpu_recurrence import fresh, tokens
 
-CALL = Call(2, 2, 2, 16, 128, 1, 1, "float32", "float32")
+CALL = KernelCall(2, 2, 2, 16, 128, 1, 1, "float32", "float32")
 TPU = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")  # type: ignore
 
 
@@ -73,29 +77,29 @@ def test_a_policy_with_rules_of_its_own_uses_the_step() -> None:
 
 
 def test_auto_is_jnp_until_something_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose("step", CALL, "auto") is None
+    assert choose_kernel("step", CALL, "auto") is None
     assert decode_backend() == "jnp on cpu"
     with for_tpu():
-        assert choose("step", CALL, "auto") is None
+        assert choose_kernel("step", CALL, "auto") is None
         assert decode_backend() == "jnp on tpu (kernels by name: tpu; not measured here)"
         row = measured.Measured("TPU v5", "step", "tpu", lambda call: call.slots >= 16)
         monkeypatch.setattr(measured, "TABLE", (row,))
-        chosen = choose("step", CALL, "auto")
+        chosen = choose_kernel("step", CALL, "auto")
         assert chosen is not None
         assert chosen.kernels.__name__.endswith("tpu")
-        assert choose("step", CALL._replace(slots=8), "auto") is None
-        assert choose("block", CALL, "auto") is None
+        assert choose_kernel("step", CALL._replace(slots=8), "auto") is None
+        assert choose_kernel("block", CALL, "auto") is None
         assert decode_backend() == "tpu for a decoding step, jnp on tpu"
 
 
 def test_the_environment_says_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXCOMPRESS_BACKEND", "tpu-interpret")
-    assert choose("step", CALL, "auto") is not None
-    assert choose("step", CALL, "jnp") is None
+    assert choose_kernel("step", CALL, "auto") is not None
+    assert choose_kernel("step", CALL, "jnp") is None
     assert decode_backend() == "tpu-interpret on cpu"
     monkeypatch.setenv("JAXCOMPRESS_BACKEND", "fast")
     with pytest.raises(ValueError, match="'fast' .environment variable JAXCOMPRESS_BACKEND.; known: auto, jnp"):
-        choose("step", CALL, "auto")
+        choose_kernel("step", CALL, "auto")
 
 
 def test_kernels_that_the_device_cannot_run() -> None:
@@ -113,10 +117,10 @@ def test_kernels_that_the_device_cannot_run() -> None:
     ],
 )
 def test_a_fallback_is_logged_once(change: Any, says: str, caplog: pytest.LogCaptureFixture) -> None:
-    contract._say.cache_clear()
+    dispatch._say.cache_clear()
     with caplog.at_level(logging.WARNING, "jaxcompress"):
         for _ in range(3):
-            assert choose("step", CALL._replace(**change), "tpu-interpret") is None
+            assert choose_kernel("step", CALL._replace(**change), "tpu-interpret") is None
     assert len(caplog.messages) == 1
     assert says in caplog.messages[0]
     assert "jnp instead" in caplog.messages[0]
@@ -129,7 +133,7 @@ def test_a_fallback_is_logged_once(change: Any, says: str, caplog: pytest.LogCap
 def test_what_kernels_do_not_do_is_done_all_the_same(
     policy: Policy, says: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    contract._say.cache_clear()
+    dispatch._say.cache_clear()
     state = fresh(policy)
     with caplog.at_level(logging.WARNING, "jaxcompress"):
         got = advance(*tokens(4), state, 0, policy, backend="tpu-interpret")
@@ -147,10 +151,10 @@ class Upside(policies.TOVA):
 
 def test_a_policy_follows_its_rule_only_while_it_is_what_the_rule_says() -> None:
     tova, h2o = policies.TOVA(), policies.H2O(0.5, "kv_head")
-    assert tova.rule(10) == Rule("last")
-    assert h2o.rule(9) == Rule("sum", recent=4)
-    assert policies.Window(4).rule(9) == Rule("age", first=4)
-    assert protect(protect(h2o, first=2, recent=6), first=1).rule(9) == Rule("sum", first=2, recent=6)
+    assert tova.rule(10) == EvictionRule("last")
+    assert h2o.rule(9) == EvictionRule("sum", recent=4)
+    assert policies.Window(4).rule(9) == EvictionRule("age", first=4)
+    assert protect(protect(h2o, first=2, recent=6), first=1).rule(9) == EvictionRule("sum", first=2, recent=6)
     for other in (
         every(tova, 4), sampled(tova, 2), with_reduce(tova, merge_nearest()), policies.TOVA("pool"),
         policies.SnapKV(2, 3),
@@ -162,16 +166,13 @@ def test_a_policy_follows_its_rule_only_while_it_is_what_the_rule_says() -> None
 
 @pytest.mark.parametrize("name", ["tpu", "gpu"])
 def test_a_backend_has_what_the_contract_says(name: str) -> None:
-    kernels = contract.load(name)  # type: ignore
-    assert kernels.needs
-    assert not kernels.runs_on("cpu", "cpu")
+    kernels, limits = dispatch.kernels(name), dispatch.limits(name)  # type: ignore
+    assert limits.needs
+    assert not limits.runs_on("cpu", "cpu")
     for op in ("step", "step_evict", "block", "segment"):
-        declined = kernels.declines(op, CALL._replace(dtype="int4"))
-        assert isinstance(declined, str)
-        assert hasattr(kernels, op) or kernels.declines(op, CALL)
-        if hasattr(kernels, op):
-            assert "interpret" in inspect.signature(getattr(kernels, op)).parameters
-    assert set(dir(Kernels)) >= {"step", "step_evict", "block", "segment", "declines", "runs_on"}
+        assert isinstance(limits.declines(op, CALL._replace(dtype="int4")), str)
+        assert "interpret" in inspect.signature(getattr(kernels, op)).parameters
+    assert set(dir(Kernels)) >= {"step", "step_evict", "block", "segment"}
 
 
 @pytest.mark.slow
@@ -239,10 +240,10 @@ def test_nothing_is_sent_but_the_mean_over_heads() -> None:
 
 
 def test_heads_that_do_not_divide_are_not_spread(caplog: pytest.LogCaptureFixture) -> None:
-    contract._say.cache_clear()
+    dispatch._say.cache_clear()
     spread = On("tpu-interpret", a_mesh(1, 2), None, "model")
-    assert choose("step", CALL._replace(kv_heads=3), spread) is None
-    assert choose("segment", CALL._replace(rule=Rule("last")), spread) is None
+    assert choose_kernel("step", CALL._replace(kv_heads=3), spread) is None
+    assert choose_kernel("segment", CALL._replace(rule=EvictionRule("last")), spread) is None
     assert "cannot be spread" in caplog.messages[0]
     assert "the rule takes their mean" in caplog.messages[1]
 
@@ -320,11 +321,11 @@ def test_candidates_are_what_kernels_are_traced_with() -> None:
 @pytest.mark.parametrize("op", ["step", "step_evict", "segment", "block"])
 def test_sizes_to_try(op: Any) -> None:
     """All fit, and there are some wherever the kernel does not decline."""
-    rule = Rule("last") if op in ("step_evict", "segment") else None
+    rule = EvictionRule("last") if op in ("step_evict", "segment") else None
     for slots, kv_heads, dtype in [(16, 2, "float32"), (512, 8, "bfloat16"), (8192, 8, "int8")]:
-        call = Call(8, kv_heads, 4, slots, 128, 1, 64, dtype, "bfloat16", rule)
-        if tpu.declines(op, call) is None:
-            tried = tpu.candidates(op, call)
+        call = KernelCall(8, kv_heads, 4, slots, 128, 1, 64, dtype, "bfloat16", rule)
+        if tpu_limits.declines(op, call) is None:
+            tried = tpu_limits.candidates(op, call)
             assert tried
             assert all(size.keys() == tried[0].keys() for size in tried)
 

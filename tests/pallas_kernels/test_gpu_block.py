@@ -12,13 +12,13 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jaxcompress import policies
-from jaxcompress.attention import masked_softmax
-from jaxcompress.pallas_kernels import contract, gpu
-from jaxcompress.pallas_kernels.contract import Call
+from jaxcompress.pallas_kernels import devices, gpu_limits
 from jaxcompress.pallas_kernels.gpu_block import _ends, block
-from jaxcompress.recurrence import advance
-from jaxcompress.state import empty, with_numbers
-from jaxcompress.storage import load
+from jaxcompress.pallas_kernels.types import KernelCall
+from jaxcompress.recurrence.advance import advance
+from jaxcompress.recurrence.softmax import masked_softmax
+from jaxcompress.state.kv_state import empty, with_numbers
+from jaxcompress.state.storage import load_vectors
 
 from .gpu import compiled, exported, interpreted, normal
 
@@ -44,7 +44,7 @@ def arguments(*, b=2, k=2, g=2, n=40, t=9, d=D, p=1, dtype="bfloat16", **_: Any)
 
 
 def reference(q, at, keys, values, held, window):
-    keys, values, q = (x.astype(jnp.float32) for x in (load(keys), load(values), q))
+    keys, values, q = (x.astype(jnp.float32) for x in (load_vectors(keys), load_vectors(values), q))
     scores = jnp.einsum("btkgd,bknd->bkgtn", q, keys) * q.shape[-1] ** -0.5
     key, query = held[:, :, None], at[:, None, :, None]
     visible = (key >= 0) & (key <= query) & (key > query - (window or 1000))
@@ -115,15 +115,15 @@ def test_lowers_for_nvidia(dtype: str) -> None:
     ],
 )
 def test_declines(change: dict[str, Any], why: str) -> None:
-    call = Call(2, 8, 4, 500, 128, 8, 100, "bfloat16", "bfloat16")
-    assert gpu.declines("block", call) is None
-    assert gpu.declines("block", call._replace(dtype="int8", group=16)) is None
-    assert why in (gpu.declines("block", call._replace(**change)) or "")
+    call = KernelCall(2, 8, 4, 500, 128, 8, 100, "bfloat16", "bfloat16")
+    assert gpu_limits.declines("block", call) is None
+    assert gpu_limits.declines("block", call._replace(dtype="int8", group=16)) is None
+    assert why in (gpu_limits.declines("block", call._replace(**change)) or "")
 
 
 def test_declines_where_there_is_no_wgmma() -> None:
-    call = Call(2, 8, 4, 500, 128, 8, 100, "bfloat16", "bfloat16")
+    call = KernelCall(2, 8, 4, 500, 128, 8, 100, "bfloat16", "bfloat16")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA B200", 148, "gpu"))):
-        assert gpu.runs_on(*contract.device())
-        assert "wgmma" in (gpu.declines("block", call) or "")
-        assert gpu.declines("step", call) is None
+        assert gpu_limits.runs_on(*devices.device())
+        assert "wgmma" in (gpu_limits.declines("block", call) or "")
+        assert gpu_limits.declines("step", call) is None

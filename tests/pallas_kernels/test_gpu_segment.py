@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from jaxcompress import policies
-from jaxcompress.pallas_kernels import gpu
-from jaxcompress.pallas_kernels.contract import Call, Rule
+from jaxcompress.pallas_kernels import gpu_limits
 from jaxcompress.pallas_kernels.gpu_segment import segment
+from jaxcompress.pallas_kernels.types import KernelCall
 from jaxcompress.policies import Policy
-from jaxcompress.recurrence import Advanced, advance
-from jaxcompress.state import KVState, empty, with_numbers
+from jaxcompress.recurrence.advance import Advanced, advance
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.kv_state import KVState, empty, with_numbers
 
 from .gpu import compiled, exported, interpreted, normal, races_found
 
@@ -87,7 +88,7 @@ def test_no_races() -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     interpreter = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    call = partial(segment, window=None, rule=Rule("last"), interpret=interpreter)
+    call = partial(segment, window=None, rule=EvictionRule("last"), interpret=interpreter)
     out, _, held, numbers, freed = compiled(call)(*arguments("bfloat16"))
     assert not races_found()
     assert np.isfinite(out.astype(jnp.float32)).all()
@@ -101,7 +102,7 @@ def test_equal_keys_free_the_youngest() -> None:
     """All masses equal: on a tie the older token stays."""
     q, (key, value), (keys, values), *rest = arguments("float32")
     new, stored = (jnp.ones_like(key), value), (jnp.ones_like(keys), values)
-    _, _, held, _, freed = compiled(partial(segment, window=None, rule=Rule("last"), interpret=True))(
+    _, _, held, _, freed = compiled(partial(segment, window=None, rule=EvictionRule("last"), interpret=True))(
         q, new, stored, *rest
     )
     assert (freed[1] == jnp.arange(20, 31)).all()
@@ -110,10 +111,11 @@ def test_equal_keys_free_the_youngest() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "rule", "sets"),
-    [("bfloat16", Rule("last"), K), ("float32", Rule("sum", recent=3), K), ("int8", Rule("age", first=1), 1),
-     ("float8_e4m3fn", Rule("last", first=2), K)],
+    [("bfloat16", EvictionRule("last"), K), ("float32", EvictionRule("sum", recent=3), K),
+     ("int8", EvictionRule("age", first=1), 1),
+     ("float8_e4m3fn", EvictionRule("last", first=2), K)],
 )  # fmt: skip
-def test_lowers_for_nvidia(dtype: str, rule: Rule, sets: int) -> None:
+def test_lowers_for_nvidia(dtype: str, rule: EvictionRule, sets: int) -> None:
     args = arguments(dtype, s=129, d=128, g=4, sets=sets, numbered=rule.fold != "age")
     text = exported(partial(segment, window=jnp.int32(100), rule=rule), *args)
     assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 1  # one launch
@@ -130,12 +132,12 @@ def test_lowers_for_nvidia(dtype: str, rule: Rule, sets: int) -> None:
     ],
 )
 def test_declines(change: dict[str, Any], why: str) -> None:
-    call = Call(2, 8, 4, 257, 128, 8, 100, "bfloat16", "bfloat16", Rule("last"))
-    assert gpu.declines("segment", call) is None
-    assert why in (gpu.declines("segment", call._replace(**change)) or "")
+    call = KernelCall(2, 8, 4, 257, 128, 8, 100, "bfloat16", "bfloat16", EvictionRule("last"))
+    assert gpu_limits.declines("segment", call) is None
+    assert why in (gpu_limits.declines("segment", call._replace(**change)) or "")
 
 
 def test_a_window_shared_by_heads_is_followed() -> None:
-    call = Call(2, 8, 4, 257, 128, 1, 100, "bfloat16", "bfloat16", Rule("age"))
-    assert gpu.declines("segment", call) is None
-    assert gpu.declines("segment", call._replace(dtype="int8", slots=600)) is None
+    call = KernelCall(2, 8, 4, 257, 128, 1, 100, "bfloat16", "bfloat16", EvictionRule("age"))
+    assert gpu_limits.declines("segment", call) is None
+    assert gpu_limits.declines("segment", call._replace(dtype="int8", slots=600)) is None

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from jaxcompress import policies
-from jaxcompress.attention import slot_step
-from jaxcompress.pallas_kernels import gpu
-from jaxcompress.pallas_kernels.contract import Call, Rule
+from jaxcompress.pallas_kernels import gpu_limits
 from jaxcompress.pallas_kernels.gpu_step import step, step_evict
-from jaxcompress.recurrence import advance
-from jaxcompress.state import empty, with_numbers
+from jaxcompress.pallas_kernels.types import KernelCall
+from jaxcompress.recurrence.advance import advance
+from jaxcompress.recurrence.attention import slot_step
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.kv_state import empty, with_numbers
 
 from .gpu import compiled, exported, interpreted, normal, races_found
 
@@ -97,8 +98,10 @@ def test_equal_masses_stay_equal() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("rule", [Rule("last"), Rule("sum", recent=2), Rule("age", first=1)], ids=lambda x: x.fold)
-def test_follows_a_rule(rule: Rule) -> None:
+@pytest.mark.parametrize(
+    "rule", [EvictionRule("last"), EvictionRule("sum", recent=2), EvictionRule("age", first=1)], ids=lambda x: x.fold
+)
+def test_follows_a_rule(rule: EvictionRule) -> None:
     q, new, stored, layer, _, _, present = arguments("bfloat16", s=12, k=2, p=2)
     held = jax.random.uniform(jax.random.key(7), (3, 2, 12)).argsort(-1).astype(jnp.int32)
     held = held.at[1, 0, 3].set(-1)
@@ -174,34 +177,35 @@ def test_where_there_is_no_interpreter_it_says_so() -> None:
     ],
 )
 def test_declines(change: dict[str, Any], why: str) -> None:
-    call = Call(2, 8, 4, 129, 128, 1, 1, "bfloat16", "bfloat16")
-    assert gpu.declines("step", call) is None
-    assert why in (gpu.declines("step", call._replace(**change)) or "")
+    call = KernelCall(2, 8, 4, 129, 128, 1, 1, "bfloat16", "bfloat16")
+    assert gpu_limits.declines("step", call) is None
+    assert why in (gpu_limits.declines("step", call._replace(**change)) or "")
 
 
 def test_runs_on_hopper_and_later() -> None:
     assert all(
-        gpu.runs_on("gpu", kind) for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA B200", "NVIDIA GB200")
+        gpu_limits.runs_on("gpu", kind)
+        for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA B200", "NVIDIA GB200")
     )
     assert not any(
-        gpu.runs_on(*x)
+        gpu_limits.runs_on(*x)
         for x in [("gpu", "NVIDIA A100-SXM4-80GB"), ("gpu", "NVIDIA L4"), ("tpu", "TPU v5e"), ("cpu", "cpu")]
     )
 
 
 def test_sizes_fit_the_device() -> None:
     """Few rows are shared by many blocks of threads, and sizes from the disk that are none are left."""
-    some = Call(1, 8, 4, 1025, 128, 1, 1, "bfloat16", "bfloat16")
+    some = KernelCall(1, 8, 4, 1025, 128, 1, 1, "bfloat16", "bfloat16")
     for batch in (1, 8, 256):
         for slots in (1, 17, 129, 1025, 8193):
             for width, dtype in ((64, "float16"), (128, "int8"), (128, "bfloat16"), (256, "float32")):
                 call = some._replace(batch=batch, slots=slots, head_dim=width, dtype=dtype)
-                size = gpu.step_sizes("step", call, measured=False)
-                assert gpu._step_fits(call, size)
-                assert 2 * size["stages"] * size["rows"] * width * gpu._itemsize(call) <= 100 * 1024
-    assert gpu.step_sizes("step", some, measured=False)["splits"] == 16
-    assert gpu.step_sizes("step", some._replace(batch=256), measured=False)["splits"] == 1
-    assert gpu.step_sizes("step", some, measured=False) in gpu.candidates("step", some)
-    assert not gpu._step_fits(some, dict(rows=12, stages=1, splits=1))
-    assert not gpu._step_fits(some, dict(rows=32, stages=1, splits=40))
-    assert not gpu._step_fits(some, dict(rows=64, stages=9, splits=1))
+                size = gpu_limits.step_sizes("step", call, measured=False)
+                assert gpu_limits._step_fits(call, size)
+                assert 2 * size["stages"] * size["rows"] * width * gpu_limits._itemsize(call) <= 100 * 1024
+    assert gpu_limits.step_sizes("step", some, measured=False)["splits"] == 16
+    assert gpu_limits.step_sizes("step", some._replace(batch=256), measured=False)["splits"] == 1
+    assert gpu_limits.step_sizes("step", some, measured=False) in gpu_limits.candidates("step", some)
+    assert not gpu_limits._step_fits(some, dict(rows=12, stages=1, splits=1))
+    assert not gpu_limits._step_fits(some, dict(rows=32, stages=1, splits=40))
+    assert not gpu_limits._step_fits(some, dict(rows=64, stages=9, splits=1))

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.attention import masked_softmax
 from jaxcompress.pallas_kernels import tpu_block
-from jaxcompress.recurrence import advance
+from jaxcompress.recurrence.advance import advance
+from jaxcompress.recurrence.softmax import masked_softmax
 
 from .examples import POLICIES, RACES, D, close, compiled, no_races, some
 from .test_tpu_recurrence import ROPE, fresh, same, tokens

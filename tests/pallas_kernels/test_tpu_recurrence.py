@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.models.bounded import init_state
-from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.pallas_kernels import tpu_segment
-from jaxcompress.parallel import advance_parallel
 from jaxcompress.policies import Policy
-from jaxcompress.recurrence import advance
-from jaxcompress.state import KVState
+from jaxcompress.recurrence.advance import advance
+from jaxcompress.recurrence.exact_gradient import parallel_gradient
+from jaxcompress.state.kv_state import KVState
 
 from .examples import POLICIES, RACES, D, close, compiled, no_races, some
 
@@ -40,7 +40,7 @@ def tokens(t: int, seed: int = 0, padded: bool = True) -> tuple[Any, ...]:
 
 def fresh(policy: Policy, dtype: str = "float32", capacity: int = C) -> KVState:
     config = DecoderConfig(7, 16, 16, 2, K * G, K, D)
-    return init_state(config, policy, capacity, batch=B, dtype=dtype, together=8)[0]
+    return init_state(config, policy, capacity, batch=B, dtype=dtype, slot_multiple=8)[0]
 
 
 def streamed(
@@ -148,7 +148,7 @@ def test_gradient_by_death_times_that_the_kernel_found() -> None:
     state = fresh(policy)
 
     def loss(inputs: Any, backend: str) -> Any:
-        done = advance_parallel(*inputs, positions, state, 1, policy, rotate=ROPE, backend=backend)
+        done = advance(*inputs, positions, state, 1, policy, rotate=ROPE, backend=backend, recurrence=parallel_gradient)
         return jnp.square(done.out).sum() + jnp.square(done.state.values).sum()
 
     got, want = (
@@ -163,5 +163,5 @@ def test_gradient_through_a_streamed_segment_says_what_to_do() -> None:
     policy = POLICIES["tova"]
     q, k, v, positions = tokens(12)
     loss = lambda q: advance(q, k, v, positions, fresh(policy), 0, policy, backend="tpu-interpret").out.sum()
-    with pytest.raises(ValueError, match="advance_parallel"):
+    with pytest.raises(ValueError, match="parallel_gradient"):
         jax.grad(loss)(q)

@@ -12,16 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress.attention import slot_attention, slot_write
-from jaxcompress.pallas_kernels import rules, tpu, tpu_step
-from jaxcompress.pallas_kernels.contract import Call
-from jaxcompress.select import worst
+from jaxcompress.pallas_kernels import rules, tpu_limits, tpu_step
+from jaxcompress.pallas_kernels.types import KernelCall
+from jaxcompress.recurrence.attention import slot_attention
+from jaxcompress.state.select import worst
+from jaxcompress.state.slots import write_slots
 
 from .examples import RACES, RULES, Step, a_step, close, compiled, no_races, some
 
 
 def reference(step: Step) -> Any:
-    stored = slot_write(step.stored, jax.tree.map(lambda x: x[:, :, None], step.new), step.layer, step.index[..., None])
+    stored = write_slots(
+        step.stored, jax.tree.map(lambda x: x[:, :, None], step.new), step.layer, step.index[..., None]
+    )
     keys, values = jax.tree.map(lambda x: x[step.layer], stored)
     visible = (step.held >= 0)[:, :, None]
     out, weights = slot_attention(step.q, keys, values, visible, step.present)
@@ -155,17 +158,17 @@ def test_any_shape(seed, rows, heads, group, slots, per_head, dtype, rule, races
 
 
 def test_what_is_declined() -> None:
-    call = Call(1, 8, 4, 512, 128, 1, 1, "bfloat16", "bfloat16")
-    assert tpu.declines("step", call) is None
+    call = KernelCall(1, 8, 4, 512, 128, 1, 1, "bfloat16", "bfloat16")
+    assert tpu_limits.declines("step", call) is None
     for change, says in [
         (dict(head_dim=64), "64 wide, not a multiple of 128"),
         (dict(dtype="int4"), "int4"),
         (dict(dtype="float16"), "float16"),
         (dict(query="float16"), "queries are float16"),
-        (dict(slots=513), "init_state(..., together=8)"),
+        (dict(slots=513), "init_state(..., slot_multiple=8)"),
         (dict(dtype="int8", slots=513), "multiple of the 32 rows"),
         (dict(slots=2**20), "do not fit into VMEM"),
     ]:
-        why = tpu.declines("step", call._replace(**change))
+        why = tpu_limits.declines("step", call._replace(**change))
         assert why is not None
         assert says in why

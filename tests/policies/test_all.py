@@ -1,4 +1,4 @@
-"""What holds for every policy beyond those of `tests/core`, whatever is read and however it is cut."""
+"""What holds for every policy beyond those of `tests/recurrence`, whatever is read and however it is cut."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core.harness import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recurrence.harness import (
     MORE,
     RULES,
     B,
@@ -26,11 +28,9 @@ from core.harness import (
     run,
     tokens_of,
 )  # fmt: skip
-from core.reference import rope
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from recurrence.reference import rope
 
-from jaxcompress.state import KVState
+from jaxcompress.state.kv_state import KVState
 
 few = settings(max_examples=4)  # of three rows each
 CASES = [

@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from core.harness import RULES, B, C, Case, D, H, held, name_of, ragged, run
-from core.reference import rope, softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recurrence.harness import RULES, B, C, Case, D, H, held, name_of, ragged, run
+from recurrence.reference import rope, softmax
 
 from jaxcompress import policies
 

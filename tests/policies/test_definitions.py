@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core.harness import FAST_COMPILE
+from recurrence.harness import FAST_COMPILE
 from tiny import candidates
 
-from jaxcompress import _many_tokens, policies
-from jaxcompress.models.bounded import init_state
-from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress import policies
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig, rotate
-from jaxcompress.naming import named
 from jaxcompress.policies import Policy
-from jaxcompress.policies.base import Incoming, Observation
+from jaxcompress.policies.cache_view import IncomingTokens, Observation
 from jaxcompress.policies.draws import per_token
-from jaxcompress.recurrence import advance
+from jaxcompress.policies.names import get_policy
+from jaxcompress.recurrence import attention
+from jaxcompress.recurrence.advance import advance
 
 from . import reference
 from .watched import scored_as
@@ -167,9 +168,9 @@ def test_what_a_value_writes(scope: Any) -> None:
     v = {"query_head": np.repeat(v, group, 0), "pool": a["v"].reshape(1, -1, D)}.get(scope, v)[None]
     pool = scope == "pool"
     held = candidates(v, v, np.repeat(at, 3)[None, None] if pool else np.tile(at, (1, len(want[scope]), 1)), heads=6)
-    around = held.around._replace(heads=(6, 3), out=jnp.asarray(a["wo"].reshape(3, group, D, E)))
+    context = held.context._replace(heads=(6, 3), out=jnp.asarray(a["wo"].reshape(3, group, D, E)))
     owner = jnp.asarray(np.tile(np.arange(3), T)[None, None]) if pool else None
-    written = policies.critical(policies.KNorm(scope)).init(held._replace(around=around, owner=owner))[1]
+    written = policies.critical(policies.KNorm(scope)).init(held._replace(context=context, owner=owner))[1]
     np.testing.assert_allclose(written[0], want[scope], 1e-5)
 
 
@@ -198,7 +199,7 @@ def test_then() -> None:
 def test_queries_in_several_blocks(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of more queries than attend at once: what is observed is a fold."""
     want, kept = ours(policy, 4, 2, 16)
-    monkeypatch.setattr(_many_tokens, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 7)
     got, also = ours(policy, 4, 2, 16)
     same(got, want)
     assert also == kept
@@ -261,8 +262,8 @@ def test_bfloat16_is_scored_in_float32(policy: Policy) -> None:
         at = jnp.arange(T, dtype=jnp.int32)[None]
         keys, values = (cast(x.swapaxes(0, 1)[None]) for x in (k, v))
         held = candidates(keys, values, jnp.tile(at, (1, 2, 1)), heads=4)
-        held = held._replace(around=held.around._replace(out=cast(out), rotate=partial(rotate, rope=RopeConfig())))
-        incoming = Incoming(*(cast(x)[None] for x in (q, k, v)), at)
+        held = held._replace(context=held.context._replace(out=cast(out), rotate=partial(rotate, rope=RopeConfig())))
+        incoming = IncomingTokens(*(cast(x)[None] for x in (q, k, v)), at)
         held = held._replace(memory=policy.remember(policy.memory(held), incoming))
         return policy.score(policy.init(held), held)
 
@@ -372,8 +373,8 @@ class TestErrors:
         (lambda: policies.protect(policies.TOVA(), first=-1), "0 or more"),
         (lambda: policies.per_layer(), "each layer"),
         (lambda: policies.every(policies.per_layer(policies.TOVA()), 2), "inside per_layer"),
-        (lambda: named("tova/nonsense3"), "unknown modifier"),
-        (lambda: named("nonsense"), "unknown policy"),
+        (lambda: get_policy("tova/nonsense3"), "unknown modifier"),
+        (lambda: get_policy("nonsense"), "unknown policy"),
     ])  # fmt: skip
     def test_of_construction(self, make: Any, says: str) -> None:
         with pytest.raises(ValueError, match=says):
@@ -402,6 +403,6 @@ class TestErrors:
     "h2o-layer/mean_slots4", "tova/cam32", "h2o-layer/d2o", "knorm/within64", "tova/sampled4",
 ])  # fmt: skip
 def test_names(name: str) -> None:
-    assert named(name) == named(name)  # one compiled program
-    assert hash(named(name)) == hash(named(name))
-    assert named(name).evicts
+    assert get_policy(name) == get_policy(name)  # one compiled program
+    assert hash(get_policy(name)) == hash(get_policy(name))
+    assert get_policy(name).evicts

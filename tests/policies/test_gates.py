@@ -10,19 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core.harness import FAST_COMPILE, ROPE, B, D, Data, H, K, T, data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from recurrence.harness import FAST_COMPILE, ROPE, B, D, Data, H, K, T, data
 
 from jaxcompress import policies
-from jaxcompress.models.bounded import init_state
-from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig
 from jaxcompress.policies import Policy
 from jaxcompress.policies.gates import Gates, gated
-from jaxcompress.recurrence import advance, death_times
-from jaxcompress.reduce import mean_slots, merge_nearest, with_reduce
-from jaxcompress.values import value
+from jaxcompress.policies.reductions.merge import merge_nearest
+from jaxcompress.policies.reductions.reduced import with_reduce
+from jaxcompress.policies.reductions.summarise import mean_slots
+from jaxcompress.recurrence.advance import advance, death_times
+from jaxcompress.state.values import value
 
 from . import reference
 
@@ -34,7 +36,7 @@ CUTS = {"steps": (1, 1), "streaming": (T, 1), "chunked": (T, 5), "pieces": (5, 5
 class ByKey(Gates):
     """Joins where the first number of a key is positive, with a weight by the second."""
 
-    def __call__(self, incoming: Any, layer: Any, around: Any) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, incoming: Any, layer: Any, context: Any) -> tuple[jax.Array, jax.Array]:
         return incoming.k[..., 0], jnp.exp(incoming.k[..., 1])
 
 

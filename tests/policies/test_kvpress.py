@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core.test_official import FAST_COMPILE, PROMPT, SLOTS, llama
+from recurrence.test_official import FAST_COMPILE, PROMPT, SLOTS, llama
 
 from jaxcompress import policies
-from jaxcompress.models.bounded import init_state, read
+from jaxcompress.models.decoder import read
+from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.policies import Policy
 

@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core.harness import FAST_COMPILE, ROPE, B, C, D, Data, H, K, T, data, held, permuted, ragged, tokens_of
-from core.reference import THETA, rope, softmax
 from hypothesis import given, settings
+from recurrence.harness import FAST_COMPILE, ROPE, B, C, D, Data, H, K, T, data, held, permuted, ragged, tokens_of
+from recurrence.reference import THETA, rope, softmax
 
 from jaxcompress import policies
 from jaxcompress.checkpoints import load_policy, save_policy
-from jaxcompress.models.bounded import init_state
-from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.policies import Policy, learned
 from jaxcompress.policies.learned import EPSILON, ForgetHead, check_head, init_forget_head
-from jaxcompress.recurrence import advance
-from jaxcompress.state import KVState
+from jaxcompress.recurrence.advance import advance
+from jaxcompress.state.kv_state import KVState
 
 LAYERS, LAYER, WINDOW = 3, 1, 2
 CONFIG = DecoderConfig(8, 8, 8, LAYERS, H, K, D)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcompress.prompt import budget
-from jaxcompress.prompt.budget import CORE, apportion, best_first, choose, fill, reachable
+from jaxcompress.prompt.budget import CORE, apportion, best_first, choose_words, fill, reachable
 
 COSTS = {
     "small": lambda rng, w: rng.integers(1, 5, w),
@@ -60,7 +60,7 @@ def test_the_documented_choice(kind: str, table: int, seed: int) -> None:
     n = int(rng.integers(costs[scores == np.inf].sum(), costs.sum() + 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget, "_TABLE", table)
-        np.testing.assert_array_equal(choose(scores, costs, n), by_trying(scores, costs, n))
+        np.testing.assert_array_equal(choose_words(scores, costs, n), by_trying(scores, costs, n))
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 3), (5, 8), (4, 6, 7), (3, 40)]))
@@ -80,7 +80,7 @@ def test_few_words_of_many_are_open(seed: int, of: tuple[int, ...]) -> None:
 
 def test_numbers_that_are_none_are_the_lowest_scores() -> None:
     scores = np.array([np.nan, 0.5, np.nan, 0.1], np.float32)
-    np.testing.assert_array_equal(choose(scores, np.array([1, 2, 1, 4]), 3), [True, True, False, False])
+    np.testing.assert_array_equal(choose_words(scores, np.array([1, 2, 1, 4]), 3), [True, True, False, False])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_memory_and_time_of_long_texts(costs) -> None:
         n = int(cost.sum()) // 4 * 2 + 1
         begun = time.process_time()
         tracemalloc.start()
-        kept = choose(scores, cost, n)
+        kept = choose_words(scores, cost, n)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert cost[kept].sum() == n - (cost % 2 == 0).all()

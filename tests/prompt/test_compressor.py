@@ -19,17 +19,17 @@ from jaxcompress.prompt import (
     Compressed,
     Compressor,
     Contexts,
-    Rule,
+    KeyRule,
     Segment,
     compress_json,
     compress_stream,
     compress_structured,
 )
-from jaxcompress.prompt.budget import apportion, best_first, choose
+from jaxcompress.prompt.budget import apportion, best_first, choose_words
 from jaxcompress.prompt.chunks import chunks
 from jaxcompress.prompt.joining import join
 from jaxcompress.prompt.words import segment
-from jaxcompress.select import rank
+from jaxcompress.state.select import rank
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
@@ -260,7 +260,7 @@ WAYS: dict[str, Any] = {
     "another count": lambda c, text: replace(c, count=len).compress(text).text,
     "stream": lambda c, text: "".join(part.text for part in compress_stream(c, [text, "", text], window=5)),
     "parts": lambda c, text: compress_structured(c, [Segment(text, 0.3), Segment(text, 1)]).text,
-    "json": lambda c, text: compress_json(c, {text: [text, None, {"": text}]}, {text: Rule(remove=True)})[0],
+    "json": lambda c, text: compress_json(c, {text: [text, None, {"": text}]}, {text: KeyRule(remove=True)})[0],
 }
 
 
@@ -294,7 +294,7 @@ def test_nothing_to_compress(bert: Compressor) -> None:
 
 @given(st.lists(st.sampled_from([0.0, -0.0, 0.25, 0.5, np.inf, -np.inf, np.nan]), min_size=1, max_size=20))
 def test_words_are_ranked_as_everything_else(scores: list[float]) -> None:
-    """`jaxcompress.select` has the rule; here it is followed on the host."""
+    """`jaxcompress.state.select` has the rule; here it is followed on the host."""
     ranks = rank(jnp.array([[scores]], jnp.float32), jnp.arange(len(scores))[None, None])[0, 0]
     assert np.argsort(np.asarray(ranks)).tolist() == best_first(np.array(scores)).tolist()
 
@@ -303,12 +303,12 @@ def test_words_are_ranked_as_everything_else(scores: list[float]) -> None:
 def test_choice_against_all_subsets(words: list[tuple[float, int]], n: int) -> None:
     """As many tokens as any subset has within the budget; the best such subset where all words cost the same."""
     scores, costs = np.array([w[0] for w in words], np.float32), np.array([w[1] for w in words])
-    kept = choose(scores, costs, n)
+    kept = choose_words(scores, costs, n)
     sums = {0}
     for cost in costs.tolist():
         sums |= {s + cost for s in sums}
     assert costs[kept].sum() == max(s for s in sums if s <= n)
-    same = choose(scores, np.ones_like(costs), n)
+    same = choose_words(scores, np.ones_like(costs), n)
     best = sorted(range(len(words)), key=lambda i: (-scores[i], i))[:n]
     assert np.flatnonzero(same).tolist() == sorted(best)
 

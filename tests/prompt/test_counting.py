@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
+from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.prompt.counting import Counts
 from jaxcompress.prompt.joining import join
-from jaxcompress.prompt.tokenizer import EncoderTokenizer
 from jaxcompress.prompt.words import align, owners, segment
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"

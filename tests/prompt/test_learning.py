@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.models.encoder import Encoder, EncoderConfig
 from jaxcompress.prompt.classifier import token_classifier
 from jaxcompress.prompt.compressor import Compressor
 from jaxcompress.prompt.dataset import Example
 from jaxcompress.prompt.learning import batches, classification, label_losses, rows_of, special_ids, tokenized
 from jaxcompress.prompt.surface import words_of
-from jaxcompress.prompt.tokenizer import EncoderTokenizer
 from jaxcompress.prompt.word_scores import keep
 from jaxcompress.training import Checkpoints, fit, init_train_state, make_step
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jaxcompress.checkpoints import load_encoder
+from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.prompt.official import OfficialCompressor
-from jaxcompress.prompt.tokenizer import EncoderTokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
 CONTENT = json.loads((FIXTURES / "cases.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcompress.embedded import load_embedded
+from jaxcompress.checkpoints import load_embedded
 from jaxcompress.policies import Full
 from jaxcompress.prompt.information import Reader, per_unit, self_information, surprise
 from jaxcompress.prompt.llmlingua import contrastive, llmlingua
@@ -35,7 +35,8 @@ SEGMENT = 16
 
 @pytest.fixture(scope="module")
 def reader() -> Reader:
-    model, tokenizer = load_embedded()
+    loaded = load_embedded()
+    model, tokenizer = loaded.model, loaded.tokenizer
     return Reader(model, tokenizer, Full(), slots=256, segment=SEGMENT)
 
 
@@ -221,12 +222,12 @@ class TestLong:
         assert arranged([3, 1, 4, 0, 2], "ends") == [3, 4, 2, 0, 1]
 
     def test_recovers_what_was_between(self, reader: Reader) -> None:
-        from jaxcompress.prompt.word_scores import Scored
+        from jaxcompress.prompt.word_scores import ScoredWords
 
         text = "Dictionaries keep the order of insertion since version 3.7."
         words = words_of(text)
         scores = np.array([1, 1, 0, 1, 0, 1, 0, 0, 1, 0], np.float32)
-        kept = keep(Scored(text, words, scores, "test"), n=5)
+        kept = keep(ScoredWords(text, words, scores, "test"), n=5)
         assert kept.text == "Dictionaries keep order insertion 3.7"
         assert recover([kept], "They say: keep order insertion, I think.") == (
             "They say: keep the order of insertion, I think."

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxcompress.checkpoints import load_embedded
 from jaxcompress.cli import main
 from jaxcompress.cli.runtime import open_model
-from jaxcompress.embedded import load_compressor, load_embedded
-from jaxcompress.generation import continue_, generate
-from jaxcompress.naming import named
+from jaxcompress.generation import decode_stream, generate
 from jaxcompress.policies import TOVA, Full
+from jaxcompress.policies.names import get_policy
 from jaxcompress.prompt.baselines import content_words, evenly_spread
+from jaxcompress.prompt.classifier import load_compressor
 from jaxcompress.prompt.reading import read_shortened
 from jaxcompress.prompt.word_scores import keep
 
@@ -31,8 +32,8 @@ def test_is_reading_what_is_left(loaded: Any) -> None:
     model, tokenizer = loaded
     read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=TOVA(), slots=32, after="\nSo")
     short = tokenizer.encode(read.kept.text + "\nSo")
-    (expected,) = generate(model, [short], TOVA(), 32, steps=6)
-    (tokens,) = continue_(model, read.progress, TOVA(), steps=6)
+    (expected,) = generate(model, [short], TOVA(), 32, max_new_tokens=6)
+    (tokens,) = decode_stream(model, read.progress, max_new_tokens=6)
     assert tokens.tolist() == expected.tolist()
     report = read.report
     assert report.original_tokens == len(tokenizer.encode(TEXT + "\nSo"))
@@ -55,7 +56,7 @@ def test_a_state_with_room_to_spare_is_no_compression(loaded: Any) -> None:
 @pytest.mark.parametrize(("name", "slots"), [("h2o", 24), ("ada-tova", 24), ("tova", [8, 16, 24, 32])])
 def test_held_is_what_slots_hold(loaded: Any, name: str, slots: Any) -> None:
     model, tokenizer = loaded
-    read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=named(name), slots=slots)
+    read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=get_policy(name), slots=slots)
     assert read.report.held_tokens == pytest.approx(np.mean(slots), rel=0.01)
 
 
@@ -72,7 +73,7 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     file.write_text(TEXT)
     model, tokenizer = open_model(None)
     short = keep(load_compressor()(TEXT), rate=0.5).text
-    (expected,) = generate(model, [tokenizer.encode(short)], TOVA(), 32, steps=4)
+    (expected,) = generate(model, [tokenizer.encode(short)], TOVA(), 32, max_new_tokens=4)
     for source in (["--prompt", TEXT], ["--file", str(file)]):
         assert main(["generate", *source, "--shorten", "0.5", "--slots", "32", "--steps", "4"]) == 0
         told = capsys.readouterr()

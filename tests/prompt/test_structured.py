@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxcompress.prompt import Compressor, Rule, Segment, compress_json, compress_stream, compress_structured
+from jaxcompress.prompt import Compressor, KeyRule, Segment, compress_json, compress_stream, compress_structured
 from jaxcompress.prompt.joining import join
 from jaxcompress.prompt.streaming import _windows
 from jaxcompress.prompt.structured import parse
@@ -58,7 +58,7 @@ def test_tags_that_are_wrong(compressor: Compressor, prompt: str, message: str) 
 
 def test_json(compressor: Compressor) -> None:
     value = {"id": 7, "name": "Maria Delgado", "notes": [LONG, {"deep": LONG, "ok": True}], "junk": "  ", "none": None}
-    rules = {"name": Rule(compress=False), "deep": Rule(rate=0.25), "junk": Rule(remove=True)}
+    rules = {"name": KeyRule(compress=False), "deep": KeyRule(rate=0.25), "junk": KeyRule(remove=True)}
     shorter, result = compress_json(compressor, value, rules, rate=0.5)
     half, quarter = (compressor.compress(LONG, rate=rate).text for rate in (0.5, 0.25))
     assert shorter == {"id": 7, "name": "Maria Delgado", "notes": [half, {"deep": quarter, "ok": True}], "none": None}

@@ -177,7 +177,7 @@ class TestEndpoint:
 class TestModel:
     @pytest.fixture(scope="class")
     def loaded(self) -> Any:
-        from jaxcompress.embedded import load_embedded
+        from jaxcompress.checkpoints import load_embedded
 
         return load_embedded()
 
@@ -187,11 +187,11 @@ class TestModel:
 
         model, tokenizer = loaded
         stop = tokenizer.encode(" the", add_bos=False).tolist()  # a word that this model soon writes
-        from jaxcompress.generation import Settings
+        from jaxcompress.generation import GenerationConfig
 
-        teacher = model_teacher(model, tokenizer, TOVA(), 32, steps=64, settings=Settings(stop=tuple(stop)))
+        teacher = model_teacher(model, tokenizer, TOVA(), 32, steps=64, settings=GenerationConfig(stop=tuple(stop)))
         prompt = tokenizer.encode("Shorten.\n\nText:\nThe list is a list.\n\nShortened text:\n")
-        (tokens,) = generate(model, [prompt], TOVA(), 32, steps=64, settings=Settings(stop=tuple(stop)))
+        (tokens,) = generate(model, [prompt], TOVA(), 32, max_new_tokens=64, config=GenerationConfig(stop=tuple(stop)))
         written = tokens[0][tokens[0] >= 0]
         if int(written[-1]) in stop:
             assert teacher("Shorten.", "The list is a list.") == tokenizer.decode(written[:-1]).strip()

@@ -16,13 +16,13 @@ from jaxcompress.prompt.baselines import (
     tf_idf,
 )
 from jaxcompress.prompt.surface import words_of
-from jaxcompress.prompt.word_scores import Scored, Scorer, keep, mixed, ranks
+from jaxcompress.prompt.word_scores import ScoredWords, Scorer, keep, mixed, ranks
 
 TEXT = "The council will vote, on Monday. The budget (of 3.5 million) is large."
 
 
-def scored(text: str, scores: list[float]) -> Scored:
-    return Scored(text, words_of(text), np.array(scores, np.float32), "test")
+def scored(text: str, scores: list[float]) -> ScoredWords:
+    return ScoredWords(text, words_of(text), np.array(scores, np.float32), "test")
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.0, float("nan"), -float("inf")]), max_size=40), st.floats(0.01, 1.0))
@@ -145,6 +145,6 @@ def test_what_cannot_be_mixed() -> None:
         mixed()
     with pytest.raises(ValueError, match="positive"):
         mixed((-1.0, content_words()))
-    shorter = lambda text: Scored(text, words_of(text)[1:], np.zeros(len(words_of(text)) - 1, np.float32), "other")
+    shorter = lambda text: ScoredWords(text, words_of(text)[1:], np.zeros(len(words_of(text)) - 1, np.float32), "other")
     with pytest.raises(ValueError, match="different words"):
         mixed((1.0, content_words()), (1.0, shorter))("a b")

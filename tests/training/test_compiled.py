@@ -16,8 +16,8 @@ import optax
 import pytest
 from tiny import random_tokens, tiny_decoder
 
-from jaxcompress.naming import named
 from jaxcompress.policies import Retention
+from jaxcompress.policies.names import get_policy
 from jaxcompress.training.compiled import Compiled
 from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import full_cache_hidden
@@ -64,13 +64,13 @@ def learned(name: str, **how: Any) -> tuple[Any, Any]:
 HEAD = init_retention(MODEL.config, KEY)
 CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "causal": lambda: (MODEL, causal()),
-    "distilled": lambda: (MODEL, distilled(named("tova"), teacher=MODEL, **HOW)),
+    "distilled": lambda: (MODEL, distilled(get_policy("tova"), teacher=MODEL, **HOW)),
     "a learned policy": lambda: (MODEL, bounded(Retention(HEAD), **HOW)),
     "LoRA": lambda: (adapters(), adapted(causal(), MODEL)),
-    "LoRA with a teacher": lambda: (adapters(), adapted(distilled(named("tova"), teacher=MODEL, **HOW), MODEL)),
+    "LoRA with a teacher": lambda: (adapters(), adapted(distilled(get_policy("tova"), teacher=MODEL, **HOW), MODEL)),
     "LoRA as a student": lambda: (
         adapters(),
-        distilled(named("tova"), teacher=MODEL, student=lambda adapters: add_lora(MODEL, adapters), **HOW),
+        distilled(get_policy("tova"), teacher=MODEL, student=lambda adapters: add_lora(MODEL, adapters), **HOW),
     ),
     "retention": lambda: learned("retention"),
     "retention beside the model": lambda: learned("retention", through=partial(distilled, teacher=MODEL, **HOW)),

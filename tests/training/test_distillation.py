@@ -14,9 +14,9 @@ from flax import nnx
 from tiny import random_tokens, tiny_decoder
 
 from jaxcompress.checkpoints import load, save
-from jaxcompress.models.bounded import init_state, read
-from jaxcompress.models.decoder import Decoder
-from jaxcompress.naming import named
+from jaxcompress.models.decoder import Decoder, read
+from jaxcompress.models.init_state import init_state
+from jaxcompress.policies.names import get_policy
 from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import distilled_value_and_grad, divergence
 from jaxcompress.training.lora import EVERY, Adapter, add_lora, init_lora
@@ -26,7 +26,7 @@ from jaxcompress.training.objectives import adapted
 T, SLOTS = 16, 5
 TOKENS = jnp.asarray(random_tokens(2, T + 1))
 WEIGHTS = jnp.asarray(np.random.default_rng(1).uniform(0, 1, (2, T)).astype(np.float32))
-HOW: dict[str, Any] = dict(policy=named("tova"), slots=SLOTS, segment=8)
+HOW: dict[str, Any] = dict(policy=get_policy("tova"), slots=SLOTS, segment=8)
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 

@@ -13,12 +13,12 @@ import pytest
 from tiny import random_tokens, tiny_decoder
 
 from jaxcompress import policies
-from jaxcompress.attention import causal_attention, forgetful_attention
-from jaxcompress.models.bounded import init_state
-from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.init_state import init_state
 from jaxcompress.policies import ForgetHead, Policy
 from jaxcompress.policies.learned import EPSILON, LIKE_TOVA, token_numbers
-from jaxcompress.recurrence import advance
+from jaxcompress.recurrence.advance import advance
+from jaxcompress.recurrence.block_attention import causal_attention, forgetful_attention
 from jaxcompress.training.data import Batch
 from jaxcompress.training.forgetting import (
     dms_loss,
@@ -31,7 +31,7 @@ from jaxcompress.training.forgetting import (
     share_schedule,
     temperature_schedule,
 )
-from jaxcompress.training.objectives import beside_retention, bounded
+from jaxcompress.training.objectives import bounded, joint_retention
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 MODEL = tiny_decoder()
@@ -226,7 +226,7 @@ def test_a_head_beside_its_model() -> None:
     head = noisy(init_retention(MODEL.config, jax.random.key(0), hidden=4), 0.3)
     batch = Batch(TOKENS, jnp.ones((2, 23)))
     how: dict[str, Any] = dict(slots=8, segment=8)
-    both = beside_retention(partial(bounded, **how), scope="layer", block=8, watched=1)
+    both = joint_retention(partial(bounded, **how), scope="layer", block=8, watched=1)
     metrics, (model_slope, slope) = jitted(lambda *params: both(params, batch, 0, None))(MODEL, head)
     alone = jitted(lambda model: bounded(policies.Retention(head, "layer"), **how)(model, batch, 0, None))
     told, expected = alone(MODEL)

@@ -12,8 +12,9 @@ import optax
 import pytest
 from tiny import random_tokens, tiny_decoder
 
-from jaxcompress.models.bounded import init_state, read
-from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import read
+from jaxcompress.models.init_state import init_state
 from jaxcompress.policies import H2O, TOVA, KNorm
 from jaxcompress.policies.gates import dmc
 from jaxcompress.policies.learned import ForgetHead

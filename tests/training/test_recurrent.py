@@ -13,13 +13,13 @@ import pytest
 from tiny import random_tokens, tiny_decoder
 
 from jaxcompress.evaluation import perplexity
-from jaxcompress.models.bounded import init_state, read
-from jaxcompress.models.decoder import Decoder
-from jaxcompress.naming import named
-from jaxcompress.parallel import advance_parallel
-from jaxcompress.recurrence import Recurrence, advance
+from jaxcompress.models.decoder import Decoder, read
+from jaxcompress.models.init_state import init_state
+from jaxcompress.policies.names import get_policy
+from jaxcompress.recurrence.advance import Step, steps
+from jaxcompress.recurrence.exact_gradient import parallel_gradient
 from jaxcompress.training.loss import token_losses
-from jaxcompress.training.recurrent import advance_rematerialised, bounded_value_and_grad, through_time
+from jaxcompress.training.recurrent import bounded_value_and_grad, rematerialised, through_time
 
 T, SLOTS = 24, 6
 TOKENS = random_tokens(2, T + 1)
@@ -31,14 +31,19 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}
 def gradient(
     policy: str,
     segment: int,
-    reach: int | None,
-    recurrence: Recurrence | None,
+    bptt_segments: int | None,
+    recurrence: Step | None,
     slots: Any = SLOTS,
     chunk: int = 1,
     **model: Any,
 ) -> tuple[float, Decoder]:
     how: dict[str, Any] = dict(
-        policy=named(policy), slots=slots, segment=segment, reach=reach, chunk=chunk, recurrence=recurrence
+        policy=get_policy(policy),
+        slots=slots,
+        segment=segment,
+        bptt_segments=bptt_segments,
+        chunk=chunk,
+        recurrence=recurrence,
     )
     run = jax.jit(partial(bounded_value_and_grad, **how), compiler_options=FAST_COMPILE)
     return run(tiny_decoder(**model), jnp.asarray(TOKENS), jnp.asarray(WEIGHTS))
@@ -53,8 +58,8 @@ def same(got: tuple[Any, Any], want: tuple[Any, Any]) -> None:
         assert np.abs(b).max() > 0
 
 
-FORMS = advance_parallel, advance_rematerialised
-QUICK = {("tova", 9, advance_parallel), ("tova", 9, advance_rematerialised)}
+FORMS = parallel_gradient, rematerialised
+QUICK = {("tova", 9, parallel_gradient), ("tova", 9, rematerialised)}
 
 
 @pytest.mark.parametrize(
@@ -64,8 +69,8 @@ QUICK = {("tova", 9, advance_parallel), ("tova", 9, advance_rematerialised)}
         for case in product(["tova", "h2o", "window+2"], [8, 9, T], FORMS)  # 9: the last segment is shorter
     ],
 )
-def test_both_forms_are_token_by_token(policy: str, segment: int, recurrence: Recurrence) -> None:
-    same(gradient(policy, segment, None, recurrence), gradient(policy, 1, None, advance))
+def test_both_forms_are_token_by_token(policy: str, segment: int, recurrence: Step) -> None:
+    same(gradient(policy, segment, None, recurrence), gradient(policy, 1, None, steps))
 
 
 @pytest.mark.slow
@@ -93,18 +98,18 @@ def test_chunks() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["tova/merge_nearest", "streaming_llm+2", "tova/mean_slots2"])
 def test_policies_that_do_more_than_evict_use_the_scan(policy: str) -> None:
-    same(gradient(policy, 8, None, None), gradient(policy, 1, None, advance))
+    same(gradient(policy, 8, None, None), gradient(policy, 1, None, steps))
 
 
-@pytest.mark.parametrize("reach", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_gradient_goes_back_as_far_as_it_is_let(reach: int) -> None:
+@pytest.mark.parametrize("bptt_segments", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_gradient_goes_back_as_far_as_it_is_let(bptt_segments: int) -> None:
     """Against a loop over windows, between which the state is a constant."""
-    segment, policy, model = 4, named("tova"), tiny_decoder()
+    segment, policy, model = 4, get_policy("tova"), tiny_decoder()
 
     def loss(model: Decoder) -> jax.Array:
         state, total = init_state(model.config, policy, SLOTS, batch=2), jnp.zeros(())
         for start in range(0, T, segment):
-            if start % (reach * segment) == 0:
+            if start % (bptt_segments * segment) == 0:
                 state = jax.lax.stop_gradient(state)
             done = read(model, jnp.asarray(TOKENS[:, start : start + segment]), state, policy)
             targets = jnp.asarray(TOKENS[:, start + 1 : start + segment + 1])
@@ -114,7 +119,7 @@ def test_the_gradient_goes_back_as_far_as_it_is_let(reach: int) -> None:
         return total / WEIGHTS.sum()
 
     want = jax.jit(jax.value_and_grad(loss), compiler_options=FAST_COMPILE)(model)
-    same(gradient("tova", segment, reach, None), want)
+    same(gradient("tova", segment, bptt_segments, None), want)
     short = gradient("tova", segment, 1, None)[1].layers.attention.key.kernel[...]
     whole = gradient("tova", segment, None, None)[1].layers.attention.key.kernel[...]
     assert np.abs(short - whole).max() > 1e-3 * np.abs(whole).max()
@@ -122,9 +127,9 @@ def test_the_gradient_goes_back_as_far_as_it_is_let(reach: int) -> None:
 
 def test_the_loss_is_the_perplexity_of_streaming() -> None:
     model, ones = tiny_decoder(), jnp.ones_like(WEIGHTS)
-    run = jax.jit(partial(bounded_value_and_grad, policy=named("tova"), slots=SLOTS, segment=8, reach=1))
+    run = jax.jit(partial(bounded_value_and_grad, policy=get_policy("tova"), slots=SLOTS, segment=8, bptt_segments=1))
     loss, _ = run(model, jnp.asarray(TOKENS), ones)
-    assert float(loss) == pytest.approx(perplexity(model, TOKENS, named("tova"), SLOTS).nats, rel=1e-6)
+    assert float(loss) == pytest.approx(perplexity(model, TOKENS, get_policy("tova"), SLOTS).nats, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -136,10 +141,12 @@ def test_with_room_for_everything_it_is_plain_training() -> None:
     same(gradient("full", 8, None, None, T), jax.value_and_grad(loss)(tiny_decoder()))
 
 
-@pytest.mark.parametrize("recurrence", [advance_parallel, pytest.param(advance_rematerialised, marks=pytest.mark.slow)])
-def test_memory_does_not_grow_with_the_text(recurrence: Recurrence) -> None:
-    def memory(length: int, reach: int | None) -> int:
-        how: dict[str, Any] = dict(policy=named("tova"), slots=16, segment=32, reach=reach, recurrence=recurrence)
+@pytest.mark.parametrize("recurrence", [parallel_gradient, pytest.param(rematerialised, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_text(recurrence: Step) -> None:
+    def memory(length: int, bptt_segments: int | None) -> int:
+        how: dict[str, Any] = dict(
+            policy=get_policy("tova"), slots=16, segment=32, bptt_segments=bptt_segments, recurrence=recurrence
+        )
         shapes = jax.ShapeDtypeStruct((1, length + 1), jnp.int32), jax.ShapeDtypeStruct((1, length), jnp.float32)
         program = jax.jit(partial(bounded_value_and_grad, **how)).lower(tiny_decoder(), *shapes).compile()
         analysis: Any = program.memory_analysis()
@@ -159,19 +166,19 @@ def test_any_loss_goes_through_time() -> None:
         return carry, carry
 
     params = {"a": jnp.asarray(0.5)}
-    total, gradients, last = through_time(loss, params, jnp.asarray(2.0), xs, reach=None)
+    total, gradients, last = through_time(loss, params, jnp.asarray(2.0), xs, bptt_segments=None)
     values, slopes, slope, value = [], [], 0.0, 2.0
     for x in xs.tolist():
         slope, value = value + 0.5 * slope, 0.5 * value + x
         values.append(value), slopes.append(slope)
     assert (float(total), float(last)) == pytest.approx((sum(values), values[-1]))
     assert float(gradients["a"]) == pytest.approx(sum(slopes))
-    _, gradients, _ = through_time(loss, params, jnp.asarray(2.0), xs, reach=1)
+    _, gradients, _ = through_time(loss, params, jnp.asarray(2.0), xs, bptt_segments=1)
     assert float(gradients["a"]) == pytest.approx(2.0 + sum(values[:-1]))
 
 
-@pytest.mark.parametrize("reach", [1, 100, None])
-def test_gradients_in_bfloat16_are_added_up_in_float32(reach: int | None) -> None:
+@pytest.mark.parametrize("bptt_segments", [1, 100, None])
+def test_gradients_in_bfloat16_are_added_up_in_float32(bptt_segments: int | None) -> None:
     """Of many small windows, and of many segments in one: a bfloat16 sum of ones is 256 at most."""
     n = 1000
     segments = jax.random.uniform(jax.random.key(0), (n,), minval=0.9).astype(jnp.bfloat16)
@@ -179,7 +186,7 @@ def test_gradients_in_bfloat16_are_added_up_in_float32(reach: int | None) -> Non
 
     def run(dtype: Any) -> Any:
         given = {"a": jnp.ones((), dtype)}
-        return jax.jit(partial(through_time, loss, reach=reach))(given, jnp.zeros(()), segments)
+        return jax.jit(partial(through_time, loss, bptt_segments=bptt_segments))(given, jnp.zeros(()), segments)
 
     (total, gradient, carry), (want_total, want, _) = run(jnp.bfloat16), run(jnp.float32)
     assert gradient["a"].dtype == jnp.float32
@@ -194,15 +201,15 @@ def test_gradients_in_bfloat16_are_added_up_in_float32(reach: int | None) -> Non
     [
         (dict(segment=T + 1), f"a segment of {T + 1} tokens does not fit into texts of {T}"),
         (dict(segment=0), "a segment of 0 tokens"),
-        (dict(reach=2), "3 segments cannot be cut into windows of 2"),
-        (dict(reach=0), "windows of 0"),
+        (dict(bptt_segments=2), "3 segments cannot be cut into windows of 2"),
+        (dict(bptt_segments=0), "windows of 0"),
         (dict(slots=0), "at least 1 slot"),
-        (dict(policy=named("snapkv+8"), slots=4), "needs at least"),
-        (dict(policy=named("full"), slots=T - 1), "keeps every token"),
-        (dict(policy=named("streaming_llm+2"), recurrence=advance_parallel), "moves tokens"),
+        (dict(policy=get_policy("snapkv+8"), slots=4), "needs at least"),
+        (dict(policy=get_policy("full"), slots=T - 1), "keeps every token"),
+        (dict(policy=get_policy("streaming_llm+2"), recurrence=parallel_gradient), "moves tokens"),
     ],
 )
 def test_errors_say_what_was_given(how: dict[str, Any], says: str) -> None:
-    given: dict[str, Any] = dict(policy=named("tova"), slots=SLOTS, segment=8) | how
+    given: dict[str, Any] = dict(policy=get_policy("tova"), slots=SLOTS, segment=8) | how
     with pytest.raises(ValueError, match=says):
         bounded_value_and_grad(tiny_decoder(), jnp.asarray(TOKENS), jnp.asarray(WEIGHTS), **given)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.policies.base import Around, Candidates, Observation
+from jaxcompress.policies.cache_view import CacheView, LayerContext, Observation
 from jaxcompress.vision import choose, dual_attention, fastv, fitprune, prumerge, sparsevlm, uniform, windows
 from jaxcompress.vision.cdpruner import diverse, question_relevance
 from jaxcompress.vision.dart import dart
@@ -227,8 +227,8 @@ def test_what_the_output_does_not_look_at_goes_first() -> None:
     stats = see(stats, (0.9, 0, 0.02, 0.01, 0.07, 0, 0), 6)
 
     positions, vectors = jnp.arange(7)[None, None], jnp.zeros((1, 1, 7, 2))
-    around = Around(lambda x, at: x, "absolute", None, (1, 1), (0,))
-    held = Candidates(vectors, vectors, positions, None, jnp.array([7]), jnp.array(0), (), 6, around)
+    around = LayerContext(lambda x, at: x, "absolute", None, (1, 1), (0,))
+    held = CacheView(vectors, vectors, positions, None, jnp.array([7]), jnp.array(0), (), 6, around)
     order = jnp.argsort(policy.score(stats, held))[0, 0].tolist()
     assert order == [3, 2, 4, 0, 1, 5, 6]  # patches by attention, then words, the oldest first
     with pytest.raises(ValueError, match="patches stand at positions"):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.attention import Shown
 from jaxcompress.models.vit import Patches
+from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.vision import temporal, tome, uniform, windows
 from jaxcompress.vision.merging import Merging, followed, grouped, merge, merge_in_place, unmerge
 
@@ -83,7 +83,7 @@ def test_tome_with_nothing_to_merge_is_the_identity() -> None:
     reduce = tome.tome((0, 0), 1)
     patches = Patches(x, size, jnp.broadcast_to(jnp.arange(N), (B, N)))
     heads = x[:, :, None]
-    assert reduce(patches, Shown(heads, heads, jnp.zeros((B, N))), 1) is patches
+    assert reduce(patches, AttentionInputs(heads, heads, jnp.zeros((B, N))), 1) is patches
 
 
 def test_special_tokens_stay_alone() -> None:

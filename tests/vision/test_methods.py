@@ -11,12 +11,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxcompress.models.bounded import init_state, read
-from jaxcompress.models.decoder import DecoderConfig
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import read
+from jaxcompress.models.init_state import init_state
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.vit import TowerConfig
 from jaxcompress.policies import Full
-from jaxcompress.vision import NAMES, Method, encode, mustdrop, named, named_for_average, prefills, read_encoded, slots
+from jaxcompress.vision import (
+    NAMES,
+    Method,
+    encode,
+    get_method,
+    mustdrop,
+    named_for_average,
+    prefills,
+    read_encoded,
+    slots,
+)
 from jaxcompress.vision.encoders import tome_counts, whole, zip_split
 from jaxcompress.vision.method import Cut
 
@@ -55,7 +66,7 @@ def run(model: Llava, pixels: Any, method: Method, crops: int = 1, left: int = 0
 
 
 def budget(name: str, keep: int = 9) -> Method:
-    return named(name) if name in ALL else named(name, keep)
+    return get_method(name) if name in ALL else get_method(name, keep)
 
 
 named_methods = pytest.mark.parametrize(
@@ -91,7 +102,7 @@ MERGING = ("full", "pool", "tome", "visionzip", "prumerge", "prumerge+", "mustdr
 def test_keeping_everything_is_the_model_itself(name: str) -> None:
     if name in ("prumerge", "prumerge+", "mustdrop-thresholds", "visionzip"):
         pytest.skip("adds to what it keeps, or has no number")
-    _, expected, _ = run(model(), pixels(), named("full"))
+    _, expected, _ = run(model(), pixels(), get_method("full"))
     _, block, _ = run(model(), pixels(), budget(name, PATCHES))
     np.testing.assert_allclose(block.hidden, expected.hidden, atol=1e-5)
     # ... which is the plain forward pass of the decoder.
@@ -103,8 +114,8 @@ def test_keeping_everything_is_the_model_itself(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fastv", "dart", "sparsevlm", "sparsevlm+", "fitprune", "mustdrop"])
 def test_padding_at_the_left_changes_nothing(name: str) -> None:
-    _, block, _ = run(model(), pixels(), named(name, 9))
-    _, padded, _ = run(model(), pixels(), named(name, 9), left=4)
+    _, block, _ = run(model(), pixels(), get_method(name, 9))
+    _, padded, _ = run(model(), pixels(), get_method(name, 9), left=4)
     np.testing.assert_array_equal(padded.positions[:, 4:], block.positions)
     np.testing.assert_allclose(padded.hidden[:, 4:], block.hidden, atol=2e-5)
 
@@ -122,8 +133,8 @@ def test_an_emptied_place_is_a_token_that_is_not_there() -> None:
 
 
 def test_tokens_stay_where_they_stood_or_are_numbered_anew() -> None:
-    _, block, state = run(model(), pixels(), named("mustdrop", 9))
-    m = named("mustdrop", 9).encoded(CONFIG)
+    _, block, state = run(model(), pixels(), get_method("mustdrop", 9))
+    m = get_method("mustdrop", 9).encoded(CONFIG)
     np.testing.assert_array_equal(
         block.positions[:, -AFTER:], np.arange(BEFORE + m, BEFORE + m + AFTER)[None].repeat(2, 0)
     )
@@ -134,14 +145,14 @@ def test_tokens_stay_where_they_stood_or_are_numbered_anew() -> None:
 
 @pytest.mark.slow
 def test_numbered_anew_as_released() -> None:
-    _, block, state = run(model(), pixels(), named("mustdrop-compact", 9))
+    _, block, state = run(model(), pixels(), get_method("mustdrop-compact", 9))
     np.testing.assert_array_equal(block.positions, np.arange(BEFORE + 9 + AFTER)[None].repeat(2, 0))
-    left = dict.fromkeys(named("mustdrop-compact", 9).counts(CONFIG))
+    left = dict.fromkeys(get_method("mustdrop-compact", 9).counts(CONFIG))
     assert [int(part.seen[0]) for part in state] == [n + BEFORE + AFTER for n in left]
 
 
 def test_words_written_after_a_method_continue_the_prompt() -> None:
-    _, block, state = run(model(), pixels(), named("fastv", 9))
+    _, block, state = run(model(), pixels(), get_method("fastv", 9))
     tokens = model().decoder.logits(block.hidden)[:, -1].argmax(-1)[:, None]
     done = read(model().decoder, tokens, state, Full())
     assert bool(jnp.isfinite(done.hidden).all())
@@ -150,7 +161,7 @@ def test_words_written_after_a_method_continue_the_prompt() -> None:
 
 @pytest.mark.slow
 def test_the_third_stage_evicts_patches_while_words_are_written() -> None:
-    method = named("mustdrop", 9)
+    method = get_method("mustdrop", 9)
     m = method.encoded(CONFIG)
     policy = method.writing(BEFORE, BEFORE + m)
     room = BEFORE + AFTER  # nothing for what is written: patches make place
@@ -184,10 +195,10 @@ def test_budgets_that_papers_report() -> None:
         assert counts[0] == counts[2] > counts[3] > counts[7] > counts[11] > counts[15] == counts[31]
     with pytest.raises(ValueError, match="no final number of visual tokens has a mean of 3"):
         mustdrop_for(config, 3, 1)
-    assert named("sparsevlm", 64).counts(config)[-1] == 64
-    assert named("fitprune", 64).counts(config)[-1] == 64
-    assert named("fastv", 64).counts(config)[:3] == (576, 576, 64)
-    assert named("tome", 64).counts(config)[0] == 64
+    assert get_method("sparsevlm", 64).counts(config)[-1] == 64
+    assert get_method("fitprune", 64).counts(config)[-1] == 64
+    assert get_method("fastv", 64).counts(config)[:3] == (576, 576, 64)
+    assert get_method("tome", 64).counts(config)[0] == 64
 
 
 def mustdrop_for(config: LlavaConfig, average: float, crops: int) -> Method:
@@ -195,7 +206,7 @@ def mustdrop_for(config: LlavaConfig, average: float, crops: int) -> Method:
 
 
 def test_crops_of_one_picture_come_one_after_the_other() -> None:
-    encoded, block, _ = run(model(), pixels(), named("grid", 9), crops=2)
+    encoded, block, _ = run(model(), pixels(), get_method("grid", 9), crops=2)
     assert encoded.visual.shape[1] == 18
     np.testing.assert_array_equal(encoded.place[:, 9:], encoded.place[:, :9] + PATCHES)
     np.testing.assert_allclose(encoded.visual[:, 9:], encoded.visual[:, :9], atol=1e-6)
@@ -204,20 +215,20 @@ def test_crops_of_one_picture_come_one_after_the_other() -> None:
 
 def test_wrong_input() -> None:
     with pytest.raises(ValueError, match="unknown method 'fastw'; known: full, random"):
-        named("fastw", 3)
+        get_method("fastw", 3)
     with pytest.raises(ValueError, match="fastv needs to know how many visual tokens stay"):
-        named("fastv")
+        get_method("fastv")
     with pytest.raises(ValueError, match="fastv needs to know"):
-        named("fastv", 0)
+        get_method("fastv", 0)
     with pytest.raises(ValueError, match="full keeps every visual token of the prompt; leave keep out"):
-        named("full", 3)
+        get_method("full", 3)
     with pytest.raises(ValueError, match="thresholds were published for"):
-        named("mustdrop-thresholds", 100)
+        get_method("mustdrop-thresholds", 100)
     for name in ("random", "fastv", "tome", "mustdrop-prefill", "visionzip", "sparsevlm", "cdpruner", "prumerge"):
         with pytest.raises(ValueError, match="37"):
-            run(model(), pixels(), named(name, 37))
+            run(model(), pixels(), get_method(name, 37))
     with pytest.raises(ValueError, match="7 cells do not lie in a grid inside 6 x 6 patches; the nearest numbers"):
-        run(model(), pixels(), named("grid", 7))
+        run(model(), pixels(), get_method("grid", 7))
     with pytest.raises(ValueError, match="2 layers cannot merge 36 patches into 3; keep 9 or more"):
         tome_counts(36, 3, 2)
     assert tome_counts(36, 9, 2) == (18, 9)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from tiny_llava import io, loaded, pictures, seen, short_prompts
 
-from jaxcompress.generation import start, write
+from jaxcompress.generation import decode, init_decode_state
 from jaxcompress.generation.visual import Seen, laid_out, prefill_encoded, prefill_visual
-from jaxcompress.naming import named as policy_named
 from jaxcompress.policies import Full
-from jaxcompress.vision import encode, named, slots
+from jaxcompress.policies.names import get_policy
+from jaxcompress.vision import encode, slots
+from jaxcompress.vision.names import get_method
 
 FULL = Full()
 ROOM = 24  # words of the longest prompt, and what is written
@@ -20,7 +21,7 @@ ROOM = 24  # words of the longest prompt, and what is written
 def written(name: str, method: str, keep: int | None, row: int | None = None, *, wide: bool = False) -> np.ndarray:
     """Eight greedy tokens after prompts with pictures as the model lays them out; of both rows or of one, which may be
     as wide as both."""
-    model, how = loaded(name).model, named(method, keep)
+    model, how = loaded(name).model, get_method(method, keep)
     one = seen(name, row)
     if wide:
         more = seen(name).visual.shape[1] - one.visual.shape[1]
@@ -28,10 +29,10 @@ def written(name: str, method: str, keep: int | None, row: int | None = None, *,
     given = laid_out(one, how)
     ids = short_prompts(name) if row is None else short_prompts(name)[row : row + 1]
     held = slots(how, model.config, ROOM, tokens=given.visual.shape[1])
-    progress = start(model.decoder, FULL, held, batch=len(ids))
+    progress = init_decode_state(model.decoder, FULL, held, batch=len(ids))
     counts = [sum(counts) for counts in one.counts]
-    progress = prefill_encoded(model, ids, given, progress, FULL, how, counts=counts)
-    return np.asarray(write(model.decoder, progress, FULL, 8)[0])
+    progress = prefill_encoded(model, ids, given, progress, how, counts=counts)
+    return np.asarray(decode(model.decoder, progress, 8)[0])
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
@@ -55,27 +56,27 @@ def test_rows_of_a_ragged_batch_are_those_alone(method: str) -> None:
 
 @pytest.mark.slow
 def test_patches_make_room_for_what_is_written() -> None:
-    model, how = loaded("llava").model, named("mustdrop", 6)
+    model, how = loaded("llava").model, get_method("mustdrop", 6)
     given = encode(model, jnp.asarray(pictures("llava")[0]), how)
     first = short_prompts("llava")[0].index(model.config.image_token)
     policy = how.writing(first, first + given.visual.shape[1])
     held = slots(how, model.config, 10)
-    progress = start(model.decoder, policy, held, batch=2)
-    progress = prefill_encoded(model, short_prompts("llava"), given, progress, policy, how)
-    tokens, progress = write(model.decoder, progress, policy, 12)
+    progress = init_decode_state(model.decoder, policy, held, batch=2)
+    progress = prefill_encoded(model, short_prompts("llava"), given, progress, how)
+    tokens, progress = decode(model.decoder, progress, 12)
     assert ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < model.config.decoder.vocab_size)).all()
-    capacities = np.concatenate([np.asarray(part.occupancy()) for part in progress.state])[:, :, 0]
+    capacities = np.concatenate([np.asarray(part.occupancy()) for part in progress.kv])[:, :, 0]
     assert (capacities <= np.asarray(held)[:, None] + 1).all()  # twelve words were written into ten places
 
 
 @pytest.mark.slow
 def test_a_bounded_state_reads_pictures_by_method_or_by_stage_alike() -> None:
     """`full` as a method and no stages at all, through TOVA."""
-    model, how, tova = loaded("llava").model, named("full"), policy_named("tova")
+    model, how, tova = loaded("llava").model, get_method("full"), get_policy("tova")
     one = seen("llava")
-    begin = lambda: start(model.decoder, tova, 12, batch=2)
-    mine = prefill_encoded(model, short_prompts("llava"), laid_out(one, how), begin(), tova, how)
-    other = prefill_visual(model, short_prompts("llava"), one, begin(), tova)
+    begin = lambda: init_decode_state(model.decoder, tova, 12, batch=2)
+    mine = prefill_encoded(model, short_prompts("llava"), laid_out(one, how), begin(), how)
+    other = prefill_visual(model, short_prompts("llava"), one, begin())
     np.testing.assert_allclose(mine.logits, other.logits, atol=1e-5)
     for part, same in zip(mine.state, other.state, strict=True):
         np.testing.assert_array_equal(part.positions, same.positions)
@@ -84,10 +85,10 @@ def test_a_bounded_state_reads_pictures_by_method_or_by_stage_alike() -> None:
 def test_wrong_input() -> None:
     model, one = loaded("llava").model, seen("llava")
     with pytest.raises(ValueError, match="pool acts in the tower"):
-        laid_out(one, named("pool", 4))
+        laid_out(one, get_method("pool", 4))
     with pytest.raises(ValueError, match="one picture in each row"):
-        laid_out(Seen(one.visual, ((8, 8), (16,))), named("full"))
-    given = laid_out(one, named("full"))
-    progress = start(model.decoder, FULL, 40, batch=2)
+        laid_out(Seen(one.visual, ((8, 8), (16,))), get_method("full"))
+    given = laid_out(one, get_method("full"))
+    progress = init_decode_state(model.decoder, FULL, 40, batch=2)
     with pytest.raises(ValueError, match="2 image tokens"):
-        prefill_encoded(model, [[63, 63], [63]], given, progress, FULL, named("full"))
+        prefill_encoded(model, [[63, 63], [63]], given, progress, get_method("full"))

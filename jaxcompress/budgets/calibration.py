@@ -1,0 +1,243 @@
+"""What each head needs, measured on texts: the numbers from which `jaxcompress.budgets.allocate` makes capacities.
+
+The model is read in parallel, as in training; nothing of it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+
+from jaxcompress.inputs.token_ids import token_rows
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.rope import rotate
+from jaxcompress.recurrence.block_attention import causal_attention
+from jaxcompress.recurrence.softmax import masked_softmax
+from jaxcompress.state.precision import scores as scores_of
+from jaxcompress.state.shapes import Hidden, Keys, Positions, Queries, Tokens, Valid, Values
+
+QUERY_BLOCK = 128  # queries whose weights exist at once
+
+
+def attention_spread(model: Decoder, tokens: Tokens, valid: Valid | None = None) -> Float[Array, "L K"]:
+    """Over how many tokens the attention of each kv head is spread.
+
+    A query's spread is exp(entropy) of its attention, averaged over the query heads that share the kv head: 1 if all of
+    it falls on one token, n if n tokens get the same. What is returned is its mean over all queries of all rows.
+
+    It describes a head and is no measure of its need: a head that looks at one token at a time may look far back for
+    it, and what a diffuse head averages may not matter. On the embedded model, slots in proportion to spread are worse
+    than the same for all, in proportion to the gates of `retrieval_heads` better (`experiments/slot_sharing.py`).
+
+    Weights exist for one layer and `QUERY_BLOCK` queries at a time, never for all queries and keys.
+
+    Args:
+      tokens: [B, T], texts like those that will be read.
+      valid: False for padding, which may stand anywhere and counts nowhere.
+
+    Raises:
+      ValueError: what is no text (see `jaxcompress.inputs.token_ids`), or no token at all.
+    """
+    tokens = jnp.asarray(token_rows(tokens, model.config.vocab_size, valid=valid))
+    positions = _positions(tokens, valid)
+    if not (positions >= 0).any():
+        raise ValueError("the attention of no token cannot be measured: every token is padding, or none was given")
+    return _spread(model, tokens, positions)
+
+
+@jax.jit
+def _spread(model: Decoder, tokens: Tokens, positions: Positions) -> Float[Array, "L K"]:
+    def attend(q, k, v, positions, layer, index, carry, xs):
+        q, k, window = _placed(model, q, k, positions, index)
+        return causal_attention(q, k, v, positions, window=window), carry, _spread_of(q, k, positions, window)
+
+    return model.run_layers(model.embed(tokens), positions, attend)[2]
+
+
+def _spread_of(q: Queries, k: Keys, positions: Positions, window: Any) -> Float[Array, " K"]:
+    """Mean spread in one layer; q and k are rotated."""
+    b, t, _, d = q.shape
+    q = q.reshape(b, t, k.shape[2], -1, d)
+    n = -(-t // QUERY_BLOCK)
+    pad = n * QUERY_BLOCK - t
+    cut = lambda x: x.reshape(b, n, QUERY_BLOCK, *x.shape[2:]).swapaxes(0, 1)
+    blocks = cut(jnp.pad(q, [(0, 0), (0, pad), *[(0, 0)] * 3]))
+    ats = cut(jnp.pad(positions, [(0, 0), (0, pad)], constant_values=-1))
+
+    def block(queries: tuple[Array, Array]) -> Float[Array, " K"]:
+        q, at = queries
+        scores = scores_of("btkgd,bnkd->bkgtn", q, k)
+        at, key = at[:, :, None], positions[:, None]
+        seen = (key <= at) & (key >= 0)
+        if window is not None:
+            seen &= key > at - window
+        present = at >= 0
+        weights = masked_softmax(scores, seen[:, None, None], present[:, None, None]).mean(2)  # [B, K, T, N]
+        entropy = -jnp.where(weights > 0, weights * jnp.log(weights), 0.0).sum(-1)
+        return jnp.where(present[:, None, :, 0], jnp.exp(entropy), 0.0).sum((0, 2))
+
+    return jax.lax.map(block, (blocks, ats)).sum(0) / (positions >= 0).sum()
+
+
+class RetrievalHeads(NamedTuple):
+    """Which heads look far back.
+
+    Attributes:
+      gates: [L, K], how much of each head's full attention the answers need; 0 where sinks and recent tokens do.
+      retrieval: [L, K] bool, the share of heads with the highest gates, for
+        `jaxcompress.budgets.allocate.retrieval_split`.
+      losses: [steps], how far the answers' hidden states were from those of full attention, without the penalty.
+    """
+
+    gates: Float[np.ndarray, "L K"]
+    retrieval: Bool[np.ndarray, "L K"]
+    losses: Float[np.ndarray, " steps"]
+
+
+def retrieval_heads(
+    model: Decoder,
+    tokens: np.ndarray,
+    asked: np.ndarray,
+    *,
+    share: float = 0.5,
+    sinks: int = 4,
+    recent: int = 64,
+    steps: int = 60,
+    rows: int = 1,
+    rate: float = 0.05,
+    penalty: float = 0.05,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda step: None,
+) -> RetrievalHeads:
+    """Finds the heads that need the whole context (DuoAttention, Xiao et al. 2024, section 2.2).
+
+    Each kv head of each layer gets a gate g, 1 at first, and returns g * full attention + (1 - g) * attention to sinks
+    and recent tokens. Adam lowers, over the gates alone,
+
+        mean over answers of mean_E (hidden of the model - hidden with gates)^2 + penalty * mean(gates)
+
+    of final hidden states, so that a gate stays open only where an answer depends on it. Gates are clipped to 0..1
+    after every step; the rate rises over the first fifth of the steps and falls over the last, from and to a tenth.
+
+    Other than the authors' code: both attentions of a head see the gated layers below, as they will in use (there, full
+    attention is that of the ungated model), the hidden states compared are those that predict an answer's tokens, and
+    rate and steps suit a model of a few heads (theirs: 0.02 and 2,000).
+
+    Args:
+      tokens: [B, T] integers, texts that ask for something told long before (see `jaxcompress.evaluation.exam`).
+      asked: [B, T] bool, True for the tokens of the answers.
+      share: of all heads, how many are called retrieval heads; rounded.
+      sinks, recent: what the other heads will see.
+      rows: texts per step, drawn from all in an order given by the seed.
+      penalty: on open gates. Final hidden states are normed, so that its size hardly depends on the model.
+      progress: called with the number of each step done.
+
+    Raises:
+      ValueError: what is no text (see `jaxcompress.inputs.token_ids`), a share outside 0..1, no answers in some text,
+        or no tokens beyond sinks and recent ones.
+    """
+    tokens, asked = token_rows(tokens, model.config.vocab_size), np.asarray(asked, bool)
+    _check_texts(tokens, asked, share, sinks + recent)
+    predicting = np.pad(asked[:, 1:], [(0, 0), (0, 1)])
+    schedule = lambda step: jnp.minimum(1.0, jnp.maximum(0.1, jnp.minimum(step + 1, steps - step) * 5 / steps)) * rate
+    optimizer = optax.adam(schedule)
+    gates = jnp.ones((model.config.num_layers, model.config.num_kv_heads))
+    update: Any
+    moments = optimizer.init(gates)
+    wanted = [np.asarray(_hidden(model, row[None])) for row in tokens]  # the same at every step
+    how: dict[str, Any] = dict(streaming=(sinks, recent), penalty=penalty)
+    rng, order, losses = np.random.default_rng(seed), np.zeros(0, int), []
+    for step in range(steps):
+        while len(order) < rows:
+            order = np.concatenate([order, rng.permutation(len(tokens))])
+        pick, order = order[:rows], order[rows:]
+        target = np.concatenate([wanted[row] for row in pick])
+        loss, slope = _slope(gates, model, tokens[pick], predicting[pick], target, **how)
+        update, moments = optimizer.update(slope, moments)
+        gates = jnp.clip(gates + update, 0.0, 1.0)
+        losses.append(float(loss))
+        progress(step + 1)
+    found = np.asarray(gates)
+    best = np.argsort(-found.ravel(), kind="stable")[: round(share * found.size)]
+    retrieval = np.zeros(found.size, bool)
+    retrieval[best] = True
+    return RetrievalHeads(found, retrieval.reshape(found.shape), np.array(losses))
+
+
+@jax.jit
+def _hidden(model: Decoder, tokens: Tokens) -> Hidden:
+    """Final hidden states, normed, with full attention."""
+
+    def attend(q, k, v, positions, layer, index, carry, xs):
+        q, k, window = _placed(model, q, k, positions, index)
+        return causal_attention(q, k, v, positions, window=window), carry, None
+
+    return model.norm(model.run_layers(model.embed(tokens), _positions(tokens, None), attend)[0])
+
+
+@partial(jax.jit, static_argnames=("streaming", "penalty"))
+def _slope(
+    gates: Float[Array, "L K"],
+    model: Decoder,
+    tokens: Tokens,
+    predicting: Bool[Array, "B T"],
+    wanted: Hidden,
+    *,
+    streaming: tuple[int, int],
+    penalty: float,
+) -> tuple[Float[Array, ""], Float[Array, "L K"]]:
+    """How far the hidden states that predict answers are from those wanted, and the gradient of loss and penalty."""
+    positions = _positions(tokens, None)
+
+    @jax.checkpoint
+    def mixed(q: Queries, k: Keys, v: Values, gate: Float[Array, " K"], window: Any) -> Array:
+        full = causal_attention(q, k, v, positions, window=window)
+        near = causal_attention(q, k, v, positions, window=window, streaming=streaming)
+        gate = jnp.repeat(gate, q.shape[2] // k.shape[2])[:, None]  # float32, in which its gradient is added up
+        return (gate * full + (1 - gate) * near).astype(q.dtype)
+
+    def attend(q, k, v, positions, layer, index, carry, xs):
+        q, k, window = _placed(model, q, k, positions, index)
+        return mixed(q, k, v, xs, window), carry, None
+
+    def loss(gates: Array) -> tuple[Array, Array]:
+        hidden = model.norm(model.run_layers(model.embed(tokens), positions, attend, xs=gates)[0])
+        apart = ((hidden.astype(jnp.float32) - wanted.astype(jnp.float32)) ** 2).mean(-1)
+        apart = (apart * predicting).sum() / predicting.sum()
+        return apart + penalty * jnp.abs(gates).mean(), apart
+
+    (_, apart), slope = jax.value_and_grad(loss, has_aux=True)(gates)
+    return apart, slope
+
+
+def _placed(model: Decoder, q: Queries, k: Keys, positions: Positions, index: Any) -> tuple[Queries, Keys, Any]:
+    """Queries and keys rotated, and the layer's window."""
+    at, rope, windows = positions[..., None], model.config.rope, model.config.windows
+    return rotate(q, at, rope), rotate(k, at, rope), None if windows is None else windows[index]
+
+
+def _positions(tokens: Tokens, valid: Valid | None) -> Positions:
+    valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid)
+    return jnp.where(valid, jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, -1)
+
+
+def _check_texts(tokens: np.ndarray, asked: np.ndarray, share: float, near: int) -> None:
+    if tokens.shape != asked.shape:
+        raise ValueError(f"tokens and asked are both [B, T], not {list(tokens.shape)} and {list(asked.shape)}")
+    if not asked[:, 1:].any(axis=1).all():
+        row = int((~asked[:, 1:].any(axis=1)).argmax())
+        raise ValueError(f"text {row} has no answer (no token after the first is asked for)")
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is a part of all heads, 0 to 1, not {share}")
+    if tokens.shape[1] <= near:
+        raise ValueError(
+            f"texts of {tokens.shape[1]} tokens lie within the {near} sinks and recent tokens that every head sees; "
+            "give longer texts or fewer of these"
+        )

@@ -1,0 +1,27 @@
+"""The small models that ship with the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxcompress import embedded
+from jaxcompress.checkpoints._load import load
+from jaxcompress.checkpoints._loaded import Loaded
+from jaxcompress.checkpoints._vision import load_llava
+from jaxcompress.inputs.tokenizer import Tokenizer
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.llava import Llava, LlavaConfig
+
+
+def load_embedded(dtype: Any = "float32") -> Loaded[Decoder, DecoderConfig, Tokenizer]:
+    """The embedded language model: Qwen3 shape, context of 2,048 tokens, Python documentation and sources.
+
+    Its `policy` learnt beside it: a retention head, one set of slots per layer.
+    """
+    return load(embedded.decoder_folder(), dtype=dtype)
+
+
+def load_embedded_vision(dtype: Any = "float32") -> Loaded[Llava, LlavaConfig, Tokenizer]:
+    """The embedded vision-language model: LLaVA's shape, 144 patches, questions about drawings."""
+    return load_llava(embedded.vision_folder(), dtype=dtype)

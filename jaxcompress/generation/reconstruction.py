@@ -1,0 +1,404 @@
+"""KVzip: keeps what the model needs to repeat its context (Kim et al. 2025, "KVzip").
+
+A context is read in full, then the model is given the context once more, as if it repeated it. What its attention never
+looks up in the cache while repeating, no question is likely to need. So the compressed state is good for questions that
+are not known yet, which scores taken from the end of a prompt are not.
+
+    now = kvzip(model, [context], tova("kv_head"), slots=256, repeat=asking(encode))
+    state = prefill(model, [question], state)     # from here on everything is as ever
+
+Scores made in any other way can be used the same: `shrink` turns a full state and scores into a bounded state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcompress.generation.decode_state import DecodeState, init_decode_state
+from jaxcompress.generation.generate import prefill
+from jaxcompress.inputs.token_ids import prompt_ids, token_ids
+from jaxcompress.models.decoder import Decoder, read
+from jaxcompress.models.init_state import Slots, init_state
+from jaxcompress.models.rope import rotate
+from jaxcompress.policies.cache_view import CacheView, LayerContext, Observation
+from jaxcompress.policies.policy import Policy, Schedule, policy
+from jaxcompress.state.kv_state import KVState, State, Stats
+from jaxcompress.state.placement import Placement
+from jaxcompress.state.select import keep_top
+from jaxcompress.state.shapes import SlotScores, Tokens, Valid
+from jaxcompress.state.storage import load_vectors, store_vectors
+
+
+class _OldestFirst(Policy):
+    scope = "kv_head"
+
+    def score(self, stats: Stats, held: CacheView) -> SlotScores:
+        """A full state takes nothing more."""
+        return -held.positions.astype(jnp.float32)
+
+
+@policy
+class Growing(_OldestFirst):
+    """What was kept stays, and whatever comes is added: for a shrunk state that has `room`, as in KVzip's code.
+
+    A token that finds no room is an error. Means nothing in a fresh state.
+    """
+
+    name = "growing"  # type: ignore[assignment]
+    schedule = Schedule("once")
+
+
+READ_CHUNK = 512  # tokens of a context that are read at once
+
+
+class Repeat(NamedTuple):
+    """What stands before the repetition of a chunk of context, as token ids.
+
+    Attributes:
+      first: before the first chunk.
+      later: before every other chunk, followed by the last `lead` tokens of the chunk before it.
+      after: between these and the chunk; the turn to the model in a chat template.
+      lead: see `later`.
+    """
+
+    first: tuple[int, ...] = ()
+    later: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    lead: int = 8
+
+
+def asking(encode: Callable[[str], Sequence[int]], after: str = "\n") -> Repeat:
+    """The authors' words (KVzip `model/wrapper.py`).
+
+    Args:
+      encode: from text to ids, without special tokens.
+      after: what the model's chat template puts between a user's message and the answer; a line break for a model
+        without one, as in kvpress.
+    """
+    ids = lambda text: tuple(map(int, encode(text)))
+    return Repeat(
+        ids("\n\nRepeat the previous context exactly."),
+        ids("\n\nRepeat the part of the previous context exactly, starting with "),
+        ids(after),
+    )
+
+
+def kvzip(
+    model: Decoder,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    policy: Policy,
+    slots: Slots,
+    *,
+    repeat: Repeat,
+    room: int = 0,
+    sinks: int = 4,
+    chunk: int = 2048,
+    seeds: Sequence[int] | int = 0,
+    dtype: Any = None,
+    placement: Placement | None = None,
+) -> DecodeState:
+    """Reads contexts and compresses them so that they could be repeated; `prefill` or `decode` go on from there.
+
+    While it runs, the keys and values of the whole contexts are in memory, once in the state that is read into and once
+    more in every step of reading and repeating, with the weights of 128 queries over all of it; what is returned is as
+    small as any state of so many slots. Computes about three times as much as reading alone.
+
+    Args:
+      prompts: contexts of any lengths; rows are independent.
+      policy: what decides from here on, of scope `kv_head`, `layer` or `pool`; `Growing()` for nothing more to go. Its
+        numbers start fresh. In a pool the heads of a layer compete for its slots.
+      slots: how many tokens each head keeps. To share them over layers and heads by the scores themselves, call
+        `reconstruct`, `jaxcompress.budgets.allocate.from_scores` and `shrink` in turn.
+      repeat: see `asking`.
+      room: slots beside these, for what comes later.
+      sinks: the first tokens, always kept and not asked for (the system prompt, in the authors' code).
+      chunk: tokens repeated at a time.
+      seeds, dtype, placement: see `jaxcompress.generation.init_decode_state`; dtype is that of the small state.
+
+    Raises:
+      ValueError: layers of different placement, and see `prefill`, `reconstruct` and `shrink`.
+      FloatingPointError: logits are not finite.
+    """
+    placements = {mine.placement for mine in policy.layers or (policy,)}
+    if placement is None and len(placements) > 1:
+        raise ValueError(
+            f"the layers of {policy.name} place tokens differently: {sorted(placements)}; name a placement"
+        )
+    placement = placement or policy.placement
+    whole = read_whole(model, prompts, seeds=seeds, placement=placement)
+    scores = reconstruct(model, prompts, whole.kv, repeat, sinks=sinks, chunk=chunk, placement=placement)
+    small = shrink(model, whole.kv, scores, policy, slots, room=room, dtype=dtype)
+    return replace(whole, kv=small, policy=policy, placement=placement)
+
+
+def read_whole(
+    model: Decoder,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    seeds: Sequence[int] | int = 0,
+    placement: Placement = "absolute",
+) -> DecodeState:
+    """Reads contexts into a state that holds all of the longest: the token at position i is in slot i."""
+    _check_windows(model)
+    prompts = prompt_ids(prompts, model.config.vocab_size)
+    longest = max(map(len, prompts))
+    size = min(READ_CHUNK, longest)
+    empty = init_decode_state(model, _Reading(), longest, batch=len(prompts), seeds=seeds, placement=placement)
+    return prefill(model, prompts, empty, mode="chunked", chunk=size, segment=size)
+
+
+def reconstruct(
+    model: Decoder,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    state: State,
+    repeat: Repeat,
+    *,
+    sinks: int = 4,
+    chunk: int = 2048,
+    placement: Placement = "absolute",
+) -> Float[Array, "L B K N"]:
+    """How much the repetition of each token looks at it: the highest attention of any query of its chunk's repetition.
+
+        score[n] = max over queries i of the repetition and query heads of softmax_j(q_i k_j / sqrt(D))[n]
+
+    with j over the first tokens, n's chunk of the context, and the repetition itself up to i; float32. The forward pass
+    that repeats sees the whole context.
+
+    Args:
+      prompts: the contexts that `state` has read.
+      state: as `read_whole` returns it; left as it is.
+      repeat, sinks, chunk, placement: see `kvzip`.
+
+    Returns:
+      A score for every slot of the state: +inf for the first `sinks` tokens, -inf for free slots.
+
+    Raises:
+      ValueError: contexts that the state has not read, sinks below 0, or a chunk below 1.
+    """
+    if sinks < 0 or chunk < 1:
+        raise ValueError(f"sinks must be 0 or more and a chunk 1 token or more, not {sinks} and {chunk}")
+    vocabulary = model.config.vocab_size
+    rows = prompt_ids(prompts, vocabulary)
+    for name in ("first", "later", "after"):
+        token_ids(list(getattr(repeat, name)), vocabulary, f"Repeat.{name}")
+    if not all(isinstance(part.stats, _Watched) for part in state):
+        raise ValueError("contexts are repeated against a state that read_whole has made")
+    if [len(row) for row in rows] != np.asarray(state[0].seen).tolist():
+        lengths = [len(row) for row in rows]
+        raise ValueError(
+            f"contexts of {lengths} tokens are to be repeated, the state has read {np.asarray(state[0].seen).tolist()}"
+        )
+    pieces = [[(at, min(at + chunk, len(row))) for at in range(sinks, len(row), chunk)] for row in rows]
+    asked = [[_question(row, span, repeat, sinks) for span in spans] for row, spans in zip(rows, pieces, strict=True)]
+    width = max((len(ids) for row in asked for ids in row), default=0)
+    best = tuple(jnp.zeros(part.stats.best.shape, jnp.float32) for part in state)
+    for i in range(max(map(len, asked))):
+        tokens, valid = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+        span = np.zeros((len(rows), 2), np.int32)
+        for row, (questions, spans) in enumerate(zip(asked, pieces, strict=True)):
+            if i < len(questions):
+                tokens[row, : len(questions[i])], valid[row, : len(questions[i])] = questions[i], True
+                span[row] = spans[i]
+        best = _repeated(model, state, best, tokens, valid, span, sinks=sinks, placement=placement)
+    scores, held = jnp.concatenate(best), jnp.concatenate([part.positions for part in state])
+    return jnp.where(held < 0, -jnp.inf, jnp.where(held < sinks, jnp.inf, scores))
+
+
+def shrink(
+    model: Decoder,
+    state: State,
+    scores: Float[Array, "L B K N"],
+    policy: Policy,
+    slots: Slots,
+    *,
+    room: int = 0,
+    dtype: Any = None,
+) -> State:
+    """Keeps the tokens of highest score: a full state and scores of any origin -> a bounded state.
+
+    Runs once, outside of jit. Both states are in memory until the full one is let go.
+
+    Args:
+      state: every layer with all its heads in one part, such as `read_whole` or the policy `full` make; with keys
+        cached as the policy's placement needs them.
+      scores: for every slot, higher is kept, +inf for sure. On a tie the older token stays.
+      policy: what decides from here on, of scope `kv_head`, `layer` (the mean of a layer's scores counts) or `pool`.
+        Its numbers start as for tokens that just came; what it remembers per row starts empty.
+      slots: how many tokens each head keeps; heads of different number are stored apart (scope `kv_head`).
+      room: slots beside these, for what comes later.
+      dtype: of the new state, that of the old one by default; quantised here, once (see `jaxcompress.state.storage`).
+
+    Raises:
+      ValueError: scores of another shape, a state that is not of the kind above, sliding-window layers, a policy with a
+        set per query head, a negative room, or slots that do not fit model or policy.
+    """
+    config = model.config
+    _check_windows(model)
+    if sum(part.layer.shape[0] for part in state) != config.num_layers or any(
+        part.heads or part.owner is not None or part.kv_heads != config.num_kv_heads for part in state
+    ):
+        raise ValueError(
+            "only a state that holds all kv heads of a layer together, each in slots of its own, can shrink"
+        )
+    _, batch, _, n = state[0].positions.shape
+    expected = config.num_layers, batch, config.num_kv_heads, n
+    if scores.shape != expected:
+        raise ValueError(f"scores are one for each slot, {list(expected)}, not {list(scores.shape)}")
+    if any(mine.scope == "query_head" for mine in policy.layers or (policy,)):
+        raise ValueError(f"scores are per kv head; policy {policy.name} has a set per query head")
+    if room < 0:
+        raise ValueError(f"room is a number of slots, 0 or more, not {room}")
+    like = state[0].keys.dtype if dtype is None else dtype
+    small = []
+    for part in init_state(config, policy, _with_room(slots, room), batch=batch, dtype=like):
+        layers = tuple(np.asarray(part.layer).tolist())
+        mine = policy.at(layers[0])
+        small.append(_filled(model, part, state, scores, policy=mine, room=room, layers=layers))
+    return tuple(small)
+
+
+class _Watched(NamedTuple):
+    """Stats while repeating: [B, K, N] each.
+
+    Attributes:
+      inside: what a query's attention is shared among.
+      best: the most that a query gave.
+    """
+
+    inside: Bool[Array, "..."]
+    best: Float[Array, "..."]
+
+
+@policy
+class _Reading(_OldestFirst):
+    """Has the numbers of `_Watching` and leaves them as they are."""
+
+    name = "kvzip"  # type: ignore[assignment]
+
+    def init(self, incoming: CacheView) -> Stats:
+        return _Watched(jnp.ones(incoming.positions.shape, bool), jnp.zeros(incoming.positions.shape))
+
+
+@policy
+class _Watching(_Reading):
+    def observe(self, stats: Stats, seen: Observation) -> Stats:
+        weights = seen.weights * stats.inside[:, :, None, None]
+        whole = weights.sum(-1, keepdims=True)
+        weights = weights / jnp.where(whole > 0, whole, 1.0)
+        return _Watched(stats.inside, jnp.maximum(stats.best, weights.max((2, 3))))
+
+
+def _question(row: np.ndarray, span: tuple[int, int], repeat: Repeat, sinks: int) -> np.ndarray:
+    """Tokens that have the model repeat row[span]."""
+    begin, end = span
+    ask = repeat.first
+    if begin > sinks:
+        ask = (*repeat.later, *row[max(begin - repeat.lead, sinks) : begin])
+    return np.array([*ask, *repeat.after, *row[begin:end]], np.int32)
+
+
+@partial(jax.jit, static_argnames=("sinks", "placement"))
+def _repeated(
+    model: Decoder,
+    state: State,
+    best: tuple[Array, ...],
+    tokens: Tokens,
+    valid: Valid,
+    span: Int[Array, "B 2"],
+    *,
+    sinks: int,
+    placement: Placement,
+) -> tuple[Array, ...]:
+    """The best mass so far after one chunk was repeated."""
+    begin, end = span[:, 0, None, None], span[:, 1, None, None]
+    here = [(part.positions >= begin) & (part.positions < end) for part in state]
+    first = [(part.positions >= 0) & (part.positions < sinks) for part in state]
+    aimed = tuple(
+        replace(part, stats=_Watched(one | two, jnp.zeros(one.shape)))
+        for part, one, two in zip(state, here, first, strict=True)
+    )
+    done = read(model, tokens, aimed, _Watching(), valid=valid, chunk=tokens.shape[1], placement=placement).state
+    # What is held stays in its slots. Free slots may have taken tokens of the repetition: they are not `here`.
+    return tuple(jnp.where(mine, part.stats.best, old) for mine, part, old in zip(here, done, best, strict=True))
+
+
+@partial(jax.jit, static_argnames=("room", "layers"))
+def _filled(
+    model: Decoder, new: KVState, state: State, scores: Array, *, policy: Policy, room: int, layers: tuple[int, ...]
+) -> KVState:
+    """Some heads of some layers of the small state."""
+    config, pooled = model.config, policy.scope == "pool"
+    which = new.heads or tuple(range(config.num_kv_heads))
+    keep = new.capacity - room * (config.num_kv_heads if pooled else 1)
+    places = [(part, i) for part in state for i in range(part.layer.shape[0])]
+
+    def of(field: str) -> Any:
+        """Of these layers, one above the other."""
+        one = lambda part, i: jax.tree.map(lambda x: x[i], getattr(part, field))
+        return jax.tree.map(lambda *x: jnp.stack(x), *[one(*places[layer]) for layer in layers])
+
+    keys, values = (load_vectors(of(field))[:, :, which] for field in ("keys", "values"))
+    held = jnp.broadcast_to(of("positions"), (len(layers), *scores.shape[1:]))[:, :, which]
+    score, owner = scores[layers,][:, :, which], None
+    if policy.scope == "layer":
+        held, score = held[:, :, :1], score.mean(2, keepdims=True)
+    elif pooled:
+        flat = lambda x: x.reshape(*x.shape[:2], 1, -1, *x.shape[4:])
+        owner = flat(jnp.broadcast_to(jnp.arange(len(which))[:, None], held.shape))
+        keys, values, held, score = flat(keys), flat(values), flat(held), flat(score)
+
+    kept = jax.vmap(lambda score, held: keep_top(score, held, keep))(score, held)
+    order = jnp.argsort(~kept, axis=-1, stable=True)[..., :keep]
+
+    def pick(x: Array) -> Array:
+        """[L, B, K or P, N, ...] -> what is kept."""
+        where = jnp.broadcast_to(order, (*x.shape[:3], order.shape[-1]))
+        return jnp.take_along_axis(x, where.reshape(*where.shape, *[1] * (x.ndim - 4)), axis=3)
+
+    keys, values, held = pick(keys), pick(values), jnp.where(pick(kept), pick(held), -1)
+    owner = None if owner is None else jnp.where(held >= 0, pick(owner), 0)
+    group = config.num_heads // config.num_kv_heads
+    out = model.layers.attention.out.kernel[...].reshape(
+        config.num_layers, -1, group, config.head_dim, config.hidden_size
+    )
+    turn, nothing = partial(rotate, rope=config.rope), jnp.zeros_like(new.seen)
+
+    def numbers(keys: Any, values: Any, held: Any, owner: Any, memory: Any, layer: Any) -> Stats:
+        heads = group * len(which), len(which)
+        context = LayerContext(turn, policy.placement, out[layer][which,], heads, which[: new.kv_heads])
+        came = CacheView(keys, values, held, owner, nothing, layer, memory, new.capacity, context)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*held.shape, *x.shape[3:])), policy.init(came))
+
+    stats = jax.vmap(numbers)(keys, values, held, owner, new.memory, new.layer)
+    fresh = dict(
+        keys=store_vectors(keys, new.keys),
+        values=store_vectors(values, new.values),
+        positions=held,
+        owner=owner,
+        stats=stats,
+    )
+    put = lambda old, x: old.at[:, :, :, : order.shape[-1]].set(x)
+    old = new.slotted()
+    return replace(new, seen=state[0].seen, **{name: jax.tree.map(put, old[name], fresh[name]) for name in old})
+
+
+def _with_room(slots: Slots, room: int) -> Slots:
+    if isinstance(slots, Sequence):
+        return [_with_room(one, room) for one in slots]  # type: ignore[return-value]
+    return slots + room
+
+
+def _check_windows(model: Decoder) -> None:
+    if any(model.config.sliding):
+        raise ValueError(
+            "some layers of this model have a sliding window: they forget by themselves, and cannot be asked to repeat "
+            "what left it"
+        )

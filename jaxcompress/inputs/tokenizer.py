@@ -1,0 +1,187 @@
+"""The tokenizer of a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import Tokenizer as FastTokenizer
+
+from jaxcompress.inputs.chat import render
+from jaxcompress.inputs.json import read_object_if_there
+from jaxcompress.inputs.text import clean, masked
+from jaxcompress.inputs.tokenizer_files import id_array, read_tokenizer
+
+TokenIds = Int[np.ndarray, "T"]
+
+
+class Tokenizer:
+    """The tokenizer of a model folder, as `transformers` reads it.
+
+    Attributes:
+      folder: where it was read from.
+      bos_id: the token that begins a text, or None.
+      eos_ids: the tokens that end one: those of generation_config.json (else config.json), and the tokenizer's own.
+      pad_id: a token to fill batches with, the tokenizer's or the model's; the end token or 0 where there is none,
+        since padding is never read.
+      adds_bos: whether a text begins with tokens of its own, usually `bos_id`: the post-processor of tokenizer.json
+        says so, and nothing else.
+      vocab_size: the number of tokens; a model may have more logits, for padding.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Reads tokenizer.json and, where present, the configs beside it.
+
+        Raises:
+          FileNotFoundError: the folder has no tokenizer.json.
+          ValueError: a file cannot be read, or gives a token an id that is none.
+        """
+        self.folder = Path(folder).expanduser()
+        self._fast, self._named, self._templates = read_tokenizer(self.folder)
+        self._special = frozenset(
+            token for token, added in self._fast.get_added_tokens_decoder().items() if added.special
+        )
+        own = {name: _known([self._fast.token_to_id(token)]) for name, token in self._named.items()}
+        of = lambda name: own.get(name, ())
+        self.bos_id = next(iter(of("bos_token") + _said(self.folder, "bos_token_id")), None)
+        self.eos_ids = tuple(dict.fromkeys(_said(self.folder, "eos_token_id") + of("eos_token")))
+        self.pad_id = (*of("pad_token"), *_said(self.folder, "pad_token_id"), *self.eos_ids, 0)[0]
+        self.vocab_size = self._fast.get_vocab_size()
+        self._opening = _opening(self._fast)
+        self.adds_bos = bool(self._opening)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({str(self.folder)!r})"
+
+    def vocabulary(self) -> dict[str, int]:
+        """From tokens, as the tokenizer spells them, to ids."""
+        return self._fast.get_vocab()
+
+    def encode(self, text: str, add_bos: bool = True) -> TokenIds:
+        """Token ids [T] int32.
+
+        Names of special tokens in the text become those tokens, as with Hugging Face.
+
+        Args:
+          text: any string; halves of characters are read as U+FFFD (see `jaxcompress.inputs.text`).
+          add_bos: begin as the model is used to it, usually with `bos_id` (`adds_bos`). A chat template writes it
+            itself, so pass False for its output. No end token is ever added.
+        """
+        ids = self._fast.encode(clean(text), add_special_tokens=False).ids
+        return id_array(self.opening(add_bos) + ids)
+
+    def encode_with_places(self, text: str) -> tuple[TokenIds, Int[np.ndarray, "T 2"]]:
+        """Token ids [T] without `opening`, and the characters text[start:end] that each stands for, [T, 2].
+
+        Halves of characters are read as U+FFFD, pairs of them as two.
+        """
+        encoding = self._fast.encode(masked(text), add_special_tokens=False)
+        return id_array(encoding.ids), np.array(encoding.offsets, np.int32).reshape(-1, 2)
+
+    def encode_after(self, context: str, text: str) -> TokenIds:
+        """Token ids [T] int32 of a text as the continuation of `context`, whose own tokens are left out.
+
+        It keeps a tokenizer from treating `text` as the beginning of something: SentencePiece would put a space there.
+        """
+        context = clean(context)
+        encoding = self._fast.encode(context + clean(text), add_special_tokens=False)
+        start = len(context)
+        if any(first < start < end for first, end in encoding.offsets):  # a token joins the two: it would be lost
+            return self.encode(text, add_bos=False)
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        return id_array(token for token, (first, _) in pairs if first >= start)
+
+    def opening(self, add_bos: bool = True) -> list[int]:
+        """The ids that come before the first token of a text, usually `bos_id` or nothing."""
+        return list(self._opening) if add_bos else []
+
+    def decode(self, ids: Any, skip_special: bool = True) -> str:
+        """The text of token ids [T]; bytes that are no UTF-8 appear as U+FFFD. Special tokens are left out; so
+        is -1, which fills up rows that have ended.
+
+        Raises:
+          ValueError: anything but whole numbers from -1 up, in a sequence.
+        """
+        given = np.asarray(ids)
+        if given.ndim != 1 or (
+            given.size and (given.dtype.kind not in "iu" or given.min() < -1 or given.max() >= 2**31)
+        ):
+            raise ValueError(
+                f"token ids are whole numbers from 0, and -1 for nothing, in a sequence [T], not {ids!r:.60}"
+            )
+        return self._fast.decode(given[given >= 0].tolist(), skip_special_tokens=skip_special)
+
+    def is_special(self, token: int | np.integer) -> bool:
+        """Whether a token is a mark (begin, end, turn, ...) and not text."""
+        return token in self._special
+
+    def special_tokens(self) -> dict[str, int]:
+        """From the names of marks to ids."""
+        return {added.content: token for token, added in self._fast.get_added_tokens_decoder().items() if added.special}
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation, as the model's own template writes it.
+
+        Args:
+          messages: e.g. `[{"role": "user", "content": "Hello"}]`.
+          add_generation_prompt: end with what opens the model's turn.
+
+        Returns:
+          Text for `encode(text, add_bos=False)`.
+
+        Raises:
+          ValueError: the folder has no chat template, or several and none of them the default; the template refuses
+            the messages.
+        """
+        if not self._templates:
+            raise ValueError(
+                f"{self.folder} has no chat template (neither chat_template.jinja nor chat_template in "
+                "tokenizer_config.json or chat_template.json); pass a plain prompt to encode(), or use an "
+                "instruction-tuned model"
+            )
+        if "default" not in self._templates:
+            names = ", ".join(sorted(self._templates))
+            raise ValueError(f"{self.folder} has several chat templates and none of them is the default: {names}")
+        return render(self._templates["default"], messages, self._named, add_generation_prompt)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` has a template to apply."""
+        return "default" in self._templates
+
+
+def _opening(fast: FastTokenizer) -> list[int]:
+    """What the post-processor puts before a text."""
+    of_text = fast.encode("a", add_special_tokens=False).ids
+    encoding = fast.encode("a" if of_text else "")
+    if not of_text:  # what comes before and after cannot be told apart: a text begins with one token at most
+        return encoding.ids[:1]
+    places = zip(encoding.ids, encoding.sequence_ids, strict=True)
+    return [token for token, _ in takewhile(lambda place: place[1] is None, places)]
+
+
+def _said(folder: Path, key: str) -> tuple[int, ...]:
+    """The ids of a special token that generation_config.json has; else config.json, or in it the decoder's config."""
+    for name in ("generation_config.json", "config.json"):
+        entries = read_object_if_there(folder / name)
+        nested = entries.get("text_config")
+        for given in (entries, nested if isinstance(nested, dict) else {}):
+            if (value := given.get(key)) is not None:
+                return _ids(value, f"{folder / name}: {key}")
+    return ()
+
+
+def _ids(value: Any, what: str) -> tuple[int, ...]:
+    """An id or a list of ids, as configs give them. Older ones have -1 for none."""
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(index, int) and not isinstance(index, bool) and index < 2**31 for index in ids):
+        raise ValueError(f"{what} must be the id of a token or a list of ids, not {value!r:.80}")
+    return _known(index for index in ids if index >= 0)
+
+
+def _known(ids: Iterable[int | None]) -> tuple[int, ...]:
+    return tuple(index for index in ids if index is not None)

@@ -1,0 +1,137 @@
+"""Whether policy, state and model belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import jax
+
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.init_state import policy_numbers
+from jaxcompress.models.modes import Mode
+from jaxcompress.policies.checks import check_policy
+from jaxcompress.policies.policy import Policy
+from jaxcompress.state.kv_state import KVState, State, runs
+from jaxcompress.state.storage import load_vectors
+
+
+def check_state(config: DecoderConfig, state: State, policy: Policy, *, batch: int) -> None:
+    """Raises ValueError if a state was not made for a model's shape, a policy and so many rows.
+
+    It compares shapes and types: policies that keep the same numbers for the same heads cannot be told apart by their
+    state. A `Progress` knows its policy.
+    """
+    check_policy(policy)
+    if not isinstance(state, tuple) or not all(isinstance(part, KVState) for part in state):
+        raise ValueError(f"a state is expected, as init_state makes it, not {type(state).__name__}")
+    if policy.layers and len(policy.layers) != config.num_layers:
+        raise ValueError(f"{policy.name} has {len(policy.layers)} policies, the model has {config.num_layers} layers")
+    layers = sum(parts[0].layer.shape[0] for _, parts in runs(state))
+    if layers != config.num_layers:
+        raise ValueError(f"the state has {layers} layers, the model {config.num_layers}: it was made for another model")
+    for run, parts in runs(state):
+        mine = policy.at(run.start)
+        if other := next((policy.at(layer) for layer in run if policy.at(layer) != mine), None):
+            raise ValueError(
+                f"the state holds layers {run.start} to {run.stop - 1} together, and the policy has {mine.name} and "
+                f"{other.name} for them: make the state with init_state(config, policy, slots)"
+            )
+        for part in parts:
+            _check_part(config, part, mine, batch)
+
+
+def _check_part(config: DecoderConfig, part: KVState, policy: Policy, batch: int) -> None:
+    which = part.heads or tuple(range(config.num_kv_heads))
+    pooled = policy.scope == "pool"
+    entries = config.num_kv_heads if pooled else 1
+    group = config.num_heads // config.num_kv_heads
+    heads = policy.heads(group * len(which), len(which))
+    if part.positions.shape[1] != batch:
+        raise ValueError(f"the state has {part.positions.shape[1]} rows, the tokens {batch}")
+    if jax.tree.leaves(part.values)[0].shape[1:3] != (batch, part.kv_heads) or _width(part) != config.head_dim:
+        raise ValueError(f"the state's heads are {_width(part)} wide, the model's {config.head_dim}")
+    made = lambda what, has, wants: ValueError(
+        f"the state was not made for policy {policy.name}: it has {has} {what}, the policy needs {wants}; make it with "
+        "init_state(config, policy, slots), and go on with the policy that it was made for"
+    )
+    pools = lambda pooled: "one pool for all heads" if pooled else "slots for each head"
+    if pooled != (part.owner is not None):
+        raise made("in a layer", pools(part.owner is not None), pools(pooled))
+    if part.kv_heads != heads:
+        raise made("heads in a layer", part.kv_heads, heads)
+    if part.sets != policy.sets(heads):
+        raise made("sets of slots in a layer", part.sets, policy.sets(heads))
+    slots, need = part.positions.shape[-1], policy.slots(part.capacity, entries)
+    if slots < need:
+        raise made("slots in a set", slots, need)
+    stats, memory = policy_numbers(config, policy, which, part.capacity // entries, batch)
+    if _kind(stats, 3) != _kind(part.stats, 4):
+        raise made("numbers for each slot", _dtypes(part.stats), _dtypes(stats))
+    if _kind(memory, 1) != _kind(part.memory, 2):
+        raise made("numbers for each row", _dtypes(part.memory), _dtypes(memory))
+
+
+def _width(part: KVState) -> int:
+    """D, whatever values are stored as."""
+    return jax.eval_shape(load_vectors, part.values).shape[-1]
+
+
+def _kind(numbers: Any, leading: int) -> Any:
+    """What tells one policy's numbers from another's: structure, type and the axes after the first few."""
+    return jax.tree.structure(numbers), [(x.dtype, x.shape[leading:]) for x in jax.tree.leaves(numbers)]
+
+
+def _dtypes(numbers: Any) -> str:
+    return ", ".join(f"{x.dtype}" for x in jax.tree.leaves(numbers)) or "no"
+
+
+def check_mode(policy: Policy, mode: Mode) -> None:
+    """Raises ValueError if a policy means nothing in a mode; says which it needs."""
+    check_policy(policy)
+    if policy.oneshot_only and mode != "oneshot":
+        raise ValueError(f"policy {policy.name} selects from a whole prompt at once: it needs mode oneshot, not {mode}")
+
+
+def check_fits(
+    config: DecoderConfig,
+    policy: Policy,
+    state: State,
+    tokens: int,
+    *,
+    prompt: int | None = None,
+    held: Sequence[int] | None = None,
+) -> None:
+    """Raises ValueError if a policy that cannot make room is to hold more tokens than it has slots.
+
+    Args:
+      tokens: how many will have been read in all; a sliding-window layer needs no more slots than its window.
+      prompt: how many of them are read at once at first, for a policy that then selects once.
+      held: where a prompt was read, and layers may have read different numbers of its tokens: how many each layer
+        holds. `tokens` are then those to come.
+    """
+    if policy.forgets:
+        return
+    total = tokens
+    for layers, parts in runs(state):
+        for part, layer in product(parts, layers):
+            mine, window = policy.at(layer), config.sliding[layer] if config.sliding else None
+            capacity = part.capacity if part.owner is None else part.capacity // config.num_kv_heads
+            if held is not None:
+                total = held[layer] + tokens
+                what, need = "keeps every token", min(total, window or total)
+            elif not mine.evicts:
+                what, need = "keeps every token", min(tokens, window or tokens)
+            elif mine.schedule.when == "once" and prompt:
+                what, need = (
+                    f"keeps {mine.schedule.keep} of {prompt} tokens and every later one",
+                    mine.schedule.keep + tokens - prompt,
+                )
+            else:
+                continue
+            if capacity < need:
+                raise ValueError(
+                    f"policy {mine.name} {what}: {total} tokens do not fit into the {capacity} slots of layer "
+                    f"{layer}; give {need} slots or more, or a policy that evicts"
+                )

@@ -1,0 +1,160 @@
+"""A fresh state for a decoder, a policy and a number of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from operator import index
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.pallas_kernels.dispatch import slot_multiple as usual_multiple
+from jaxcompress.policies.cache_view import CacheView, LayerContext
+from jaxcompress.policies.checks import check_policy
+from jaxcompress.policies.policy import Policy
+from jaxcompress.state.kv_state import KVState, Memory, State, Stats, empty, with_numbers
+from jaxcompress.state.placement import Rotate
+from jaxcompress.state.storage import dtype_name
+
+Slots = int | Sequence[int] | Sequence[Sequence[int]]
+"""Capacity: one for all layers, one for each, or one for each kv head of each layer (see
+`jaxcompress.budgets.allocate`)."""
+
+
+def init_state(
+    config: DecoderConfig,
+    policy: Policy,
+    slots: Slots,
+    *,
+    batch: int = 1,
+    dtype: Any = jnp.float32,
+    slot_multiple: int | None = None,
+) -> State:
+    """A fresh state with every slot free.
+
+    Consecutive layers that share capacities and policy are stacked. Heads of different capacity are stored apart, so
+    that what a small one does not need is never allocated.
+
+    Args:
+      slots: capacities (see `Slots`). A sliding-window layer gets no more than its window. In a pool the capacity is
+        the mean of the kv heads that share it.
+      dtype: of keys and values; `int8`, `int4` and `float8_e4m3fn` are quantised (see `jaxcompress.state.storage`).
+      slot_multiple: slots are allocated in multiples of this; those beyond what the policy needs stay free. None: as
+        the default device lays them out anyway, 8 on a TPU (32 for quantised states), 1 elsewhere.
+
+    Raises:
+      ValueError: something that is no policy or no capacity, a capacity below 1 or below what the policy needs, not one
+        per layer or head, capacities per head for a policy whose heads share a set, policies for another number of
+        layers, an unknown dtype, or int4 for heads of odd width.
+    """
+    check_policy(policy)
+    slot_multiple = usual_multiple(dtype_name(dtype)) if slot_multiple is None else slot_multiple
+    if policy.layers and len(policy.layers) != config.num_layers:
+        raise ValueError(f"{policy.name} has {len(policy.layers)} policies, the model has {config.num_layers} layers")
+    capacities = [_capacities(config, policy.at(layer), layer, slots) for layer in range(config.num_layers)]
+    plans = [(policy.at(layer), capacities[layer]) for layer in range(config.num_layers)]
+    state = []
+    for _, run in groupby(range(config.num_layers), key=plans.__getitem__):
+        layers = list(run)
+        mine, capacity = plans[layers[0]]
+        for which in sorted(_alike(capacity).values()):
+            part = range(layers[0], layers[-1] + 1)
+            state.append(_part(config, mine, part, capacity[which[0]], which, batch, dtype, slot_multiple))
+    return tuple(state)
+
+
+def _capacities(config: DecoderConfig, policy: Policy, layer: int, slots: Slots) -> tuple[int, ...]:
+    """Of each kv head of a layer."""
+    every: Any = slots.tolist() if isinstance(slots, np.ndarray) else slots
+    given = every
+    if isinstance(every, list | tuple):
+        if len(every) != config.num_layers:
+            raise ValueError(f"slots has {len(every)} entries, the model has {config.num_layers} layers")
+        given = every[layer]
+    heads = list(given) if isinstance(given, list | tuple) else [given] * config.num_kv_heads
+    heads = [_capacity(head) for head in heads]
+    if len(heads) != config.num_kv_heads:
+        raise ValueError(
+            f"slots has {len(heads)} entries for layer {layer}, the model has {config.num_kv_heads} kv heads"
+        )
+    if len(set(heads)) > 1 and policy.scope != "kv_head":
+        raise ValueError(
+            f"policy {policy.name} cannot give the heads of layer {layer} different capacities {heads}: its scope is "
+            f"{policy.scope}; use one with scope kv_head"
+        )
+    if min(heads) < 1:
+        raise ValueError(f"a state needs at least 1 slot per layer, slots={slots} was given")
+    if min(heads) < policy.needs:
+        raise ValueError(f"policy {policy.name} needs at least {policy.needs} slots per layer, slots={slots} was given")
+    window = config.sliding[layer] if config.sliding else None
+    return tuple(min(head, window or head) for head in heads)
+
+
+def _capacity(given: Any) -> int:
+    try:
+        if not isinstance(given, bool):
+            return index(given)
+    except TypeError:
+        pass
+    raise ValueError(
+        f"slots must be a number of slots, one for each layer, or one for each kv head of each layer, not {given!r:.60}"
+    )
+
+
+def _alike(capacity: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """Heads of each capacity."""
+    return {c: tuple(head for head, other in enumerate(capacity) if other == c) for c in capacity}
+
+
+def _part(
+    config: DecoderConfig,
+    policy: Policy,
+    layers: range,
+    capacity: int,
+    which: tuple[int, ...],
+    batch: int,
+    dtype: Any,
+    slot_multiple: int,
+) -> KVState:
+    """Some heads of some layers."""
+    every = len(which) == config.num_kv_heads
+    entries = config.num_kv_heads if policy.scope == "pool" else 1
+    group = config.num_heads // config.num_kv_heads
+    heads = policy.heads(group * len(which), len(which))
+    slots = -(-policy.slots(capacity * entries, entries) // slot_multiple) * slot_multiple
+    bare = empty(
+        layers=layers, batch=batch, heads=heads, sets=policy.sets(heads), capacity=capacity * entries,
+        slots=slots, head_dim=config.head_dim, dtype=dtype,
+        which=() if every else which, pooled=policy.scope == "pool",
+    )  # fmt: skip
+    return with_numbers(bare, *policy_numbers(config, policy, which, capacity, batch))
+
+
+def policy_numbers(
+    config: DecoderConfig, policy: Policy, which: tuple[int, ...], capacity: int, batch: int
+) -> tuple[Stats, Memory]:
+    """Shapes and types of a policy's numbers, of one token and of one row, for some heads of a layer."""
+    entries = config.num_kv_heads if policy.scope == "pool" else 1
+    group = config.num_heads // config.num_kv_heads
+    heads = policy.heads(group * len(which), len(which))
+    shape = lambda *size, dtype=jnp.float32: jax.ShapeDtypeStruct(size, dtype)
+    sets, d = policy.sets(heads), config.head_dim
+    unplaced: Rotate = lambda x, positions: x
+    context = LayerContext(
+        unplaced, policy.placement, None, (group * len(which), len(which)), tuple(which[:heads]) or (0,)
+    )
+
+    def numbers(keys: Any, positions: Any, owner: Any, seen: Any, layer: Any, out: Any) -> tuple[Any, Any]:
+        one = CacheView(keys, keys, positions, owner, seen, layer, (), capacity * entries, context._replace(out=out))
+        memory = policy.memory(one)
+        return policy.init(one._replace(memory=memory)), memory
+
+    return jax.eval_shape(
+        numbers, shape(batch, heads, 1, d), shape(batch, sets, 1, dtype=jnp.int32),
+        shape(batch, 1, 1, dtype=jnp.int32) if entries > 1 else None, shape(batch, dtype=jnp.int32),
+        shape(dtype=jnp.int32), shape(len(which), group, d, config.hidden_size),
+    )  # fmt: skip

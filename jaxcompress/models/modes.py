@@ -1,0 +1,68 @@
+"""The three ways to read a text, and how its tokens are cut into calls."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+Mode = Literal["streaming", "chunked", "oneshot"]
+
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+class ReadCall(NamedTuple):
+    """What one call reads of a text.
+
+    Attributes:
+      start, stop: tokens [start, stop) of the text.
+      width: tokens of the call; what `stop - start` leaves of it is padding.
+      chunk: tokens between two selections.
+    """
+
+    start: int
+    stop: int
+    width: int
+    chunk: int
+
+
+FEWEST = 32
+"""The width of the shortest call: texts below it are filled up."""
+
+
+def padded(tokens: int, most: int) -> int:
+    """The width of a call that reads so many tokens: one of few, so that few programs are compiled.
+
+    Up to `most` these are the powers of two from `FEWEST` on, and `most`; above it, multiples of `most`.
+    """
+    if tokens > most:
+        return -(-tokens // most) * most
+    return min(max(1 << (tokens - 1).bit_length(), FEWEST), most)
+
+
+def calls(mode: Mode, total: int, *, chunk: int, segment: int, start: int = 0) -> list[ReadCall]:
+    """How to read tokens [start, total) of a text in a named mode: the calls, one after the other.
+
+    Where calls end changes nothing: a segment is made a whole number of chunks, and padding is masked. Only `oneshot`
+    needs all tokens in one call, since it selects from all of them at once.
+
+    Raises:
+      ValueError: an unknown mode, or a chunk or segment below 1.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    if chunk < 1 or segment < 1:
+        raise ValueError(f"a chunk and a segment have at least 1 token, not chunk={chunk}, segment={segment}")
+    if mode == "oneshot":
+        width = padded(total - start, segment)
+        return [ReadCall(start, total, width, width)]
+    by = 1 if mode == "streaming" else chunk
+    segment = max(segment // by, 1) * by
+    plan = []
+    for at in range(start, total, segment):
+        stop = min(at + segment, total)
+        width = padded(stop - at, segment)
+        if width <= by:  # one selection, from all of it
+            plan.append(ReadCall(at, stop, width, width))
+        else:
+            plan.append(ReadCall(at, stop, -(-width // by) * by, by))
+    return plan

@@ -1,0 +1,181 @@
+"""What a policy sees of a layer, and what it gives back: plain tuples of arrays."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxcompress.state.kv_state import Memory, Stats
+from jaxcompress.state.placement import Placement, Rotate
+from jaxcompress.state.shapes import Positions, SlotPositions, Weights
+
+Scope = Literal["layer", "kv_head", "query_head", "pool"]
+"""Who shares a set of tokens.
+
+  layer       all heads of a layer hold the same tokens
+  kv_head     every kv head holds its own
+  query_head  every query head holds its own: the state is as many times larger as there are query heads per kv head
+  pool        the kv heads of a layer share a pool of slots, so that how many each holds follows from the scores (AdaKV)
+"""
+
+
+class LayerContext(NamedTuple):
+    """What a policy may know of the layer in which it works.
+
+    Attributes:
+      rotate: the model's position embedding.
+      placement: where tokens stand for it; keys are cached rotated if this is `absolute`.
+      out: [K, G, D, E], the output projection of each query head; None where there is no model around.
+      heads: H and K of the layer, or of the part of it that has these slots.
+      which: the indices of the state's heads in the layer.
+    """
+
+    rotate: Rotate
+    placement: Placement
+    out: Float[Array, "K G D E"] | None
+    heads: tuple[int, int]
+    which: tuple[int, ...]
+
+    @property
+    def group(self) -> int:
+        """G, query heads per kv head."""
+        return self.heads[0] // self.heads[1]
+
+
+class CacheView(NamedTuple):
+    """The tokens among which a policy chooses in one layer: those in the slots and, in a block, those that come in.
+
+    Attributes:
+      keys, values: [B, K, N, D], as they are cached.
+      positions: [B, P, N] int32, -1 for what is free or padding.
+      owner: [B, 1, N] int32 in a pool, the kv head of each; else None.
+      seen: [B] int32, tokens read before these came.
+      layer: index of the layer in the model, a scalar.
+      memory: the policy's numbers per row, [B, ...].
+      capacity: how many of a set stay when these are selected from; in a pool of all heads together.
+      context: what else may be known of the layer.
+    """
+
+    keys: Float[Array, "B K N D"]
+    values: Float[Array, "B K N D"]
+    positions: SlotPositions
+    owner: Int[Array, "B 1 N"] | None
+    seen: Int[Array, " B"]
+    layer: Int[Array, ""]
+    memory: Memory
+    capacity: int
+    context: LayerContext
+
+    @property
+    def occupied(self) -> Array:
+        """[B, P, N] bool."""
+        return self.positions >= 0
+
+    @property
+    def per_set(self) -> int:
+        """Capacity per head: in a pool the mean."""
+        return self.capacity if self.owner is None else self.capacity // self.context.heads[1]
+
+    @property
+    def newest(self) -> Array:
+        """[B, P, 1] int32, the newest position held."""
+        return self.positions.max(-1, keepdims=True)
+
+
+class Observation(NamedTuple):
+    """What one attention call over a block of T queries showed.
+
+    Attributes:
+      weights: [B, K, G, T, N] float32, attention probabilities; zero in the rows of padded queries, and in a pool
+        between queries and keys of different heads.
+      queries: [B, T] int32, positions of the queries, -1 for padding.
+      visible: [B, P, T] float32, how many candidates each query saw; in a pool the mean over its heads.
+      group: query heads per kv head.
+      every, present: where only queries at multiples of `every` are watched (see `sampled`): this number, and the
+        positions of all queries; the others have no weights and are -1 in `queries`. None where all are watched.
+    """
+
+    weights: Weights
+    queries: Positions
+    visible: Float[Array, "B P T"]
+    group: int
+    every: int | None = None
+    present: Positions | None = None
+
+    def per_set(self, scope: Scope) -> Float[Array, "B P T N"]:
+        """Probabilities averaged over the heads that share a set."""
+        if scope == "layer":
+            return self.weights.mean((1, 2))[:, None]
+        if scope == "pool":  # only the queries of a key's own head have given it any
+            return self.weights.sum(2) / self.group
+        return self.weights.mean(2)
+
+    def last(self, per_query: Float[Array, "B P T N"]) -> tuple[Float[Array, "B P N"], Array]:
+        """The row of the newest query, and whether there is one: [B, P, N] and [B, 1, 1] bool."""
+        newest = self.queries.argmax(-1)
+        row = jnp.take_along_axis(per_query, newest[:, None, None, None], axis=2)[:, :, 0]
+        return row, (self.queries.max(-1) >= 0)[:, None, None]
+
+
+class IncomingTokens(NamedTuple):
+    """The tokens that come in, before RoPE.
+
+    Attributes:
+      q: [B, T, H, D].
+      k, v: [B, T, K, D].
+      positions: [B, T] int32, -1 for padding.
+    """
+
+    q: Float[Array, "B T H D"]
+    k: Float[Array, "B T K D"]
+    v: Float[Array, "B T K D"]
+    positions: Positions
+
+
+class Entering(NamedTuple):
+    """What goes into slots when tokens come in.
+
+    Attributes:
+      k, v: [B, T, K, D], before RoPE, in place of the tokens' own.
+      replaces: [B, T, K] bool, where a token takes the slot of the one before it, whose content it carries on.
+      memory: as for the policy, after the tokens.
+    """
+
+    k: Float[Array, "B T K D"]
+    v: Float[Array, "B T K D"]
+    replaces: Array
+    memory: Memory
+
+
+class Evicted(NamedTuple):
+    """Tokens that were just evicted, before their slots are used again.
+
+    Attributes:
+      keys, values: [B, K, M, D], as they were cached.
+      positions: [B, P, M] int32, the newest first, -1 for nothing.
+      stats: their stats, [B, P, M, ...].
+      owner: [B, 1, M] int32 in a pool, the kv head of each; else None.
+    """
+
+    keys: Float[Array, "B K M D"]
+    values: Float[Array, "B K M D"]
+    positions: Int[Array, "B P M"]
+    stats: Stats
+    owner: Int[Array, "B 1 M"] | None = None
+
+
+class Absorbed(NamedTuple):
+    """What is held after evicted tokens were merged into it.
+
+    Attributes:
+      values: [B, K, N, D].
+      changed: [B, K, N] bool, where they differ from before; nothing else is written.
+      stats, memory: as for the policy.
+    """
+
+    values: Float[Array, "B K N D"]
+    changed: Array
+    stats: Stats
+    memory: Memory

@@ -1,0 +1,32 @@
+"""Stand-ins for evicted tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.state.precision import scores as scores_of
+
+
+class Summary(NamedTuple):
+    """Stand-ins for evicted tokens that every query sees beside the slots.
+
+    Attributes:
+      keys, values: [B, K, M, D]; keys as queries meet them.
+      bias: [B, K, 1 or G, M] float32, added to the scores: the logarithm of how many tokens each stands for, -inf for
+        none.
+      norm: times the squared norm of the query, taken off the scores.
+    """
+
+    keys: Float[Array, "B K M D"]
+    values: Float[Array, "B K M D"]
+    bias: Float[Array, "B K #G M"]
+    norm: float = 0.0
+
+    def scores(self, q: Float[Array, "B T K G D"]) -> Float[Array, "B K G T M"]:
+        scores = scores_of("btkgd,bkmd->bkgtm", q, self.keys) + self.bias[:, :, :, None]
+        if self.norm:
+            scores -= self.norm * jnp.square(q.astype(jnp.float32)).sum(-1).transpose(0, 2, 3, 1)[..., None]
+        return scores

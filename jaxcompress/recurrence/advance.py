@@ -1,0 +1,130 @@
+"""The one recurrence: attend over the slots and the incoming tokens, observe, evict back to capacity.
+
+    advance(q, k, v, positions, state, layer, policy, chunk=m) -> out, state, ...
+
+Only this is sequential in a transformer with a bounded state: projections and MLPs of a whole segment run at once, and
+the recurrence scans over the segment's tokens inside one layer's attention. How the segment is cut is the mode, and
+modes keep different tokens wherever scores depend on attention:
+
+  streaming   chunk = 1: one token after the other, exactly as in decoding
+  chunked     chunk = m: m tokens attend to the slots and to each other, then all are selected from at once
+  one-shot    chunk = T: the whole prompt attends to itself, then one selection (official TOVA, H2O, SnapKV, ...)
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxcompress.pallas_kernels.types import Backend
+from jaxcompress.policies.cache_view import LayerContext
+from jaxcompress.policies.policy import Policy
+from jaxcompress.recurrence.chunk_step import chunk_steps
+from jaxcompress.recurrence.decode_step import decode_step
+from jaxcompress.recurrence.layer import Step, StepContext, StepResult, TokenBlock, enter
+from jaxcompress.recurrence.stream import stream
+from jaxcompress.state.kv_state import KVState
+from jaxcompress.state.placement import Placement, Rotate
+from jaxcompress.state.shapes import AttentionOut, Keys, Positions, Queries, Values
+
+
+class Advanced(NamedTuple):
+    """Result of `advance`.
+
+    Attributes:
+      out: [B, T, H, D], in the dtype of the queries, whatever the state's.
+      state: the stack with this layer advanced; `seen` is left to the caller, since all layers share it.
+      freed: [n, B, P, F] int32, positions of the tokens that each of the n chunks freed, -1 for none. In a pool P is
+        the number of kv heads that share it.
+      died: [n, B, P, F] int32, the first position whose query no longer sees each of them.
+    """
+
+    out: AttentionOut
+    state: KVState
+    freed: Int[Array, "n B P F"]
+    died: Int[Array, "n B P F"]
+
+
+def advance(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    positions: Positions,
+    state: KVState,
+    layer: Int[Array, ""] | int,
+    policy: Policy,
+    *,
+    chunk: int = 1,
+    rotate: Rotate = lambda x, positions: x,
+    placement: Placement | None = None,
+    window: Int[Array, ""] | int | None = None,
+    project: Float[Array, "K G D E"] | None = None,
+    backend: Backend = "auto",
+    recurrence: Step | None = None,
+) -> Advanced:
+    """Advances one layer of a state over a block of T tokens.
+
+    Fourteen parameters: all that a layer may be, by name, for those who have arrays and no model.
+
+    Args:
+      q, k, v: of the incoming tokens, not rotated.
+      positions: [B, T], growing along T; -1 where a row has no token (padding, at any side).
+      state: a stack of layers.
+      layer: index into the stack.
+      policy: what to forget.
+      chunk: tokens between two selections (see above). T is padded up to a multiple of it.
+      rotate, placement: position embedding, and where tokens stand for it (None: where the policy puts them).
+      window: width of a sliding-window layer; tokens that no later query can see free their slot.
+      project: the layer's output projection, for policies that weigh values by it.
+      backend: what computes: `auto`, `jnp`, or kernels by name (see `jaxcompress.pallas_kernels.types`). For
+        `read`, give `recurrence=on(backend)`.
+      recurrence: another computation of the same (see `jaxcompress.recurrence.exact_gradient`).
+
+    Raises:
+      ValueError: kernels asked for by name that this device cannot run.
+    """
+    b, t, h, d = q.shape
+    heads = state.heads or tuple(range(state.kv_heads))
+    context = LayerContext(rotate, placement or policy.placement, project, (h, k.shape[2]), heads)
+    how = StepContext(policy, context, chunk, window, backend)
+    block, state = enter(q, k, v, positions, state, layer, how)
+    done = (recurrence or step_for(t, chunk))(block, state, layer, how)
+    return Advanced(done.out.reshape(b, t, h, d).astype(block.q.dtype), done.state, done.freed, done.died)
+
+
+def step_for(tokens: int, chunk: int) -> Step:
+    """What reads so many tokens with a selection after each chunk."""
+    if tokens == 1:
+        return decode_step
+    return stream if chunk == 1 else chunk_steps
+
+
+def steps(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
+    """The recurrence of a block of any length, as `how` cuts it."""
+    return step_for(block.positions.shape[1], how.chunk)(block, state, layer, how)
+
+
+@cache
+def on(backend: Backend, recurrence: Step = steps) -> Step:
+    """A recurrence computed by a backend: `read(..., recurrence=on("tpu"))`. The same one each time, so that what is
+    compiled for it is found again."""
+
+    def step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
+        return recurrence(block, state, layer, how._replace(backend=backend))
+
+    return step
+
+
+def death_times(freed: Int[Array, "n B P F"], died: Int[Array, "n B P F"], total: int) -> Int[Array, "B P total"]:
+    """The first position whose query no longer sees each token; `total` for tokens still held.
+
+    Under these times the mask `j <= i < death[j]` makes plain attention equal to the recurrence.
+    """
+    n, b, sets, f = freed.shape
+    flat = lambda x: x.transpose(1, 2, 0, 3).reshape(b, sets, n * f)
+    token = jnp.where(flat(freed) >= 0, flat(freed), total)  # out of bounds: dropped
+    rows, heads = jnp.indices((b, sets, 1), sparse=True)[:2]
+    return jnp.full((b, sets, total), total, jnp.int32).at[rows, heads, token].set(flat(died), mode="drop")

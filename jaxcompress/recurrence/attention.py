@@ -1,0 +1,321 @@
+"""Attention over the slots of a state: of one token, and of a block of tokens.
+
+This is the only door to kernels: whoever attends to slots comes through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcompress.pallas_kernels import launch
+from jaxcompress.pallas_kernels.by_device import by_device
+from jaxcompress.pallas_kernels.dispatch import choose_kernel, describe
+from jaxcompress.pallas_kernels.types import Backend, Chosen, Here, KernelCall, Op, stored_as
+from jaxcompress.policies.summary import Summary
+from jaxcompress.recurrence.quantised import code_scores, code_sum
+from jaxcompress.recurrence.softmax import masked_softmax, softmax_beside
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.precision import scores as scores_of
+from jaxcompress.state.precision import weighted
+from jaxcompress.state.shapes import Positions, SlotPositions, Weights
+from jaxcompress.state.slots import write_slots
+from jaxcompress.state.storage import Stored
+
+
+class Extra(NamedTuple):
+    """What is added to attention over slots.
+
+    Attributes:
+      bias: [B, K or 1, S] float32, added to the scores of slots, or None.
+      summary: seen beside the slots, or None.
+    """
+
+    bias: Float[Array, "B K S"] | None = None
+    summary: Summary | None = None
+
+
+NOTHING = Extra()
+
+QUERY_BLOCK = 128
+"""Queries that attend at once to slots and chunk: bounds the memory of a one-shot prompt."""
+
+
+def slot_attention(
+    q: Float[Array, "B K G D"],
+    keys: Stored,
+    values: Stored,
+    visible: Bool[Array, "#B #K #G S"],
+    present: Bool[Array, " B"],
+    extra: Extra = NOTHING,
+) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G S"]]:
+    """One query per row and head over the slots of one layer: output, and the probability that each slot received.
+
+    Args:
+      keys, values: [B, K, S, D], as the state stores them.
+      visible: the slots that a query sees; others receive nothing.
+      present: rows that have a query; the others (padding) give zeros.
+      extra: what the policy adds.
+    """
+    plain = isinstance(keys, jax.Array)
+    scores = scores_of("bkgd,bksd->bkgs", q, keys) if plain else code_scores(q, keys)
+    if extra.bias is not None:
+        scores += extra.bias[:, :, None]
+    present = present[:, None, None, None]
+    if extra.summary is None:
+        weights, shares = masked_softmax(scores, visible, present), None
+    else:
+        weights, shares = softmax_beside(scores, visible, present, extra.summary.scores(q[:, None])[:, :, :, 0])
+    out = weighted("bkgs,bksd->bkgd", weights, values) if isinstance(values, jax.Array) else code_sum(weights, values)
+    if extra.summary is not None and shares is not None:
+        out += weighted("bkgm,bkmd->bkgd", shares, extra.summary.values)
+    return out.astype(q.dtype), weights
+
+
+def slot_step(
+    q: Float[Array, "B K G D"],
+    new: tuple[Stored, Stored],
+    stored: tuple[Stored, Stored],
+    layer: Int[Array, ""] | int,
+    index: Int[Array, "B P M"],
+    visible: Bool[Array, "#B #K #G S"],
+    present: Bool[Array, " B"],
+    extra: Extra = NOTHING,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G S"], tuple[Stored, Stored]]:
+    """A decoding step: new keys and values go into their slots, then `slot_attention` over all of the layer's.
+
+    Nine parameters: they are the arrays of one launch.
+
+    Args:
+      new: key and value of one token per row (in a pool M), [B, K, M, D], as the state stores them.
+      stored: stacks [L, B, K, S, D].
+      index: the slots to write, S for none.
+      visible: what each query sees, the slots just written included.
+      backend: what computes (see `jaxcompress.pallas_kernels.types`).
+
+    Returns:
+      The output, the probability that each slot received, and what is stored then.
+
+    Raises:
+      ValueError: kernels asked for by name that this device cannot run.
+    """
+    if not isinstance(backend, Here):
+        run = lambda here: slot_step(q, new, stored, layer, index, visible, present, extra, backend=here)
+        return by_device(run, backend, (q, stored))
+    call = call_of(q[:, None], stored[0], index.shape[1])
+    chosen = choose_kernel("step", call, backend, _beyond_kernels(index, visible, extra))
+    if chosen is not None:
+        return _kernel_step(chosen, q, new, stored, layer, index, visible, present)
+    stored = write_slots(stored, new, layer, index)
+    keys, values = jax.tree.map(lambda x: x[layer], stored)
+    return *slot_attention(q, keys, values, visible, present, extra), stored
+
+
+def _kernel_step(chosen: Chosen, q, new, stored, layer, index, visible, present):
+    def run(q, new, stored, layer, index, visible, present):
+        return launch.step(chosen, q, _only(new), stored, layer, index[..., 0], visible[:, :, 0], present)
+
+    reference = partial(slot_step, backend=Here("jnp"))
+    return _differentiable(run, reference)(q, new, stored, jnp.asarray(layer), index, visible, present)
+
+
+class BlockKeys(NamedTuple):
+    """Keys and values that a block of queries attends to: those in the slots, and the block's own.
+
+    Attributes:
+      keys, values: [B, K, N, D] float32, so that the gradients of many queries add up in it; codes if quantised.
+      key_scale, value_scale: [B, K, N], what codes are multiplied by; None for numbers.
+      dtypes: what keys and values are stored in.
+    """
+
+    keys: Float[Array, "B K N D"]
+    values: Float[Array, "B K N D"]
+    key_scale: Float[Array, "B K N"] | None
+    value_scale: Float[Array, "B K N"] | None
+    dtypes: tuple[Any, Any]
+
+
+def chunk_attention(
+    q: Float[Array, "B T K G D"],
+    at: Positions,
+    given: BlockKeys,
+    stats: Stats,
+    visible: Callable[[Positions], Bool[Array, "#B #K #G T N"]],
+    extra: Callable[[Stats], Extra],
+    observe: Callable[[Stats, Weights, Positions, Array], Stats],
+) -> tuple[Stats, Float[Array, "B T K G D"]]:
+    """A block of queries over slots and the block's own tokens, in blocks of `QUERY_BLOCK`, so that no array of all
+    queries by all keys exists.
+
+    Args:
+      at: positions of the queries, -1 for padding.
+      stats: the policy's numbers of all N tokens; folded over the blocks of queries.
+      visible: positions of queries -> what each of them sees.
+      extra: stats -> what the policy adds.
+      observe: stats, probabilities, positions and visible tokens of some queries -> stats.
+
+    Returns:
+      The stats after all queries, and the output.
+    """
+
+    def attend(stats: Stats, queries: tuple[Array, Array]) -> tuple[Stats, Array]:
+        q, at = queries
+        seen, present, more = visible(at), (at >= 0)[:, None, None, :, None], extra(stats)
+        scores = scores_of("btkgd,bknd->bkgtn", q, given.keys, given.dtypes[0])
+        if given.key_scale is not None:
+            scores *= given.key_scale[:, :, None, None]
+        if more.bias is not None:
+            scores += more.bias[:, :, None, None]
+        if more.summary is None:
+            weights, shares = masked_softmax(scores, seen, present), None
+        else:
+            weights, shares = softmax_beside(scores, seen, present, more.summary.scores(q))
+        scaled = weights if given.value_scale is None else weights * given.value_scale[:, :, None, None]
+        out = weighted("bkgtn,bknd->btkgd", scaled, given.values, given.dtypes[1])
+        if more.summary is not None and shares is not None:
+            out += weighted("bkgtm,bkmd->btkgd", shares, more.summary.values)
+        return observe(stats, weights, at, seen), out.astype(q.dtype)
+
+    t = at.shape[1]
+    if t <= QUERY_BLOCK:
+        return attend(stats, (q, at))
+    n = -(-t // QUERY_BLOCK)
+    pad = [(0, 0), (0, n * QUERY_BLOCK - t)]
+    cut = lambda x: x.reshape(x.shape[0], n, QUERY_BLOCK, *x.shape[2:]).swapaxes(0, 1)
+    blocks = cut(jnp.pad(q, [*pad, *[(0, 0)] * (q.ndim - 2)])), cut(jnp.pad(at, pad, constant_values=-1))
+    stats, out = jax.lax.scan(attend, stats, blocks)
+    return stats, out.swapaxes(0, 1).reshape(out.shape[1], -1, *out.shape[3:])[:, :t]
+
+
+def slot_step_by_rule(
+    chosen: Chosen,
+    q: Float[Array, "B K G D"],
+    new: tuple[Stored, Stored],
+    stored: tuple[Stored, Stored],
+    layer: Int[Array, ""] | int,
+    index: Int[Array, "B P 1"],
+    held: SlotPositions,
+    numbers: Float[Array, "B P S"] | None,
+    present: Bool[Array, " B"],
+    rule: EvictionRule,
+) -> tuple[Float[Array, "B K G D"], Float[Array, "B P S"] | None, Int[Array, "B P"], tuple[Stored, Stored]]:
+    """A decoding step of a policy that the kernel follows by itself (see `Kernels.step_evict`)."""
+
+    def run(q, new, stored, layer, index, held, numbers, present):
+        return launch.step_evict(chosen, q, _only(new), stored, layer, index[..., 0], held, numbers, present, rule)
+
+    return _without_gradient(run, "a decoding step with eviction")(
+        q, new, stored, jnp.asarray(layer), index, held, numbers, present
+    )
+
+
+def block_attention(
+    chosen: Chosen,
+    q: Float[Array, "B T K G D"],
+    at: Positions,
+    keys: Stored,
+    values: Stored,
+    held: SlotPositions,
+    window: Int[Array, ""] | int | None,
+) -> tuple[Float[Array, "B T K G D"], Float[Array, "B K G N"], Float[Array, "B K G N"]]:
+    """A block of queries, with the mass that policies fold over (see `Kernels.block`)."""
+
+    def run(q, at, keys, values, held, window):
+        return launch.block(chosen, q, at, keys, values, held, window)
+
+    window = None if window is None else jnp.asarray(window)
+    return _without_gradient(run, "a block of queries")(q, at, keys, values, held, window)
+
+
+def stream_attention(
+    chosen: Chosen,
+    q: Float[Array, "B T K G D"],
+    new: tuple[Stored, Stored],
+    stored: tuple[Stored, Stored],
+    layer: Int[Array, ""] | int,
+    positions: Positions,
+    held: SlotPositions,
+    numbers: Float[Array, "B P S"] | None,
+    window: Int[Array, ""] | int | None,
+    rule: EvictionRule,
+) -> tuple[Any, ...]:
+    """The recurrence of a whole segment in one launch (see `Kernels.segment`)."""
+
+    def run(q, new, stored, layer, positions, held, numbers, window):
+        return launch.segment(chosen, q, new, stored, layer, positions, held, numbers, window, rule)
+
+    window = None if window is None else jnp.asarray(window)
+    return _without_gradient(run, "a streamed segment")(
+        q, new, stored, jnp.asarray(layer), positions, held, numbers, window
+    )
+
+
+def no_kernel(op: Op, q: Float[Array, "B T K G D"], stored: Stored, sets: int, backend: Backend, why: str) -> None:
+    """Says once that no kernel does this, where one was asked for by name.
+
+    Raises:
+      ValueError: as `choose_kernel`.
+    """
+    choose_kernel(op, call_of(q, stored, sets), backend, why)
+
+
+def call_of(q: Float[Array, "B T K G D"], stored: Stored, sets: int, rule: EvictionRule | None = None) -> KernelCall:
+    """What a kernel may decline a call for.
+
+    Args:
+      stored: keys, [..., S, D].
+    """
+    b, t, k, g, d = q.shape
+    slots = jax.tree.leaves(stored)[0].shape[-2]
+    return KernelCall(b, k, g, slots, d, sets, t, stored_as(stored), q.dtype.name, rule)
+
+
+def _beyond_kernels(index: Array, visible: Array, extra: Extra) -> str | None:
+    """What no kernel does in a decoding step."""
+    if extra.bias is not None or extra.summary is not None:
+        return "the policy adds to attention scores or shows stand-ins"
+    if index.shape[-1] > 1 or visible.shape[2] > 1:
+        return "heads share a pool of slots"
+    return None
+
+
+def _only(new: Any) -> Any:
+    return jax.tree.map(lambda x: x[:, :, 0], new)
+
+
+def _differentiable(run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel with the gradient of what it computes."""
+    function = jax.custom_vjp(run)
+
+    def backward(saved: Any, cotangent: Any) -> Any:
+        return jax.vjp(reference, *saved)[1](cotangent)
+
+    function.defvjp(lambda *args: (run(*args), args), backward)
+    return function
+
+
+def _without_gradient(run: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """A kernel through which nobody may differentiate."""
+    function = jax.custom_vjp(run)
+
+    def forward(*args: Any) -> Any:
+        raise ValueError(
+            f"no gradient passes through the kernel for {what}: take it by death times, which kernels compute "
+            "(`jaxcompress.recurrence.exact_gradient.parallel_gradient`), or use backend='jnp'"
+        )
+
+    function.defvjp(forward, lambda saved, cotangent: ())
+    return function
+
+
+def decode_backend(backend: Backend = "auto") -> str:
+    """What computes on this machine's default device, in words."""
+    return describe(backend)

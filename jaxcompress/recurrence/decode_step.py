@@ -1,0 +1,156 @@
+"""One token: into a free slot, attend, evict by marking slots free. K and V are read once, never moved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxcompress.pallas_kernels.types import Chosen
+from jaxcompress.policies.cache_view import Observation
+from jaxcompress.recurrence.attention import no_kernel, slot_attention, slot_step, slot_step_by_rule
+from jaxcompress.recurrence.eviction import evict
+from jaxcompress.recurrence.layer import (
+    Entries,
+    StepContext,
+    StepResult,
+    TokenBlock,
+    cache_view,
+    entries_of,
+    extra_of,
+    observed,
+    remembered,
+    replaced_by_next,
+    rule_kernel,
+    rule_numbers,
+    seen_by,
+    settled,
+    spare_slots,
+    with_rule_numbers,
+    with_stored,
+    within_window,
+)
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.kv_state import KVState
+from jaxcompress.state.placement import place
+from jaxcompress.state.slots import write_slots
+from jaxcompress.state.storage import load_vectors
+
+
+@settled
+def decode_step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
+    """One token: into a free slot, attend, evict by marking slots free. K and V are read once, never moved."""
+    policy, context, position = how.policy, how.context, block.positions[:, 0]
+    state, replaced = _make_room(block, state, layer, how)
+    freed, died, unclear = None, position, None
+    if policy.schedule.when == "before":
+        state, freed, unclear = evict(state, layer, how, rows=position >= 0)
+    state = remembered(state, layer, policy, block.bare)
+    entries = entries_of(block, state)
+    state, index = _write_numbers(state, layer, entries, how)
+    if replaced is None and (kernel := rule_kernel(block, state, how)) is not None:
+        return _step_by_rule(kernel, block, state, layer, entries, index)
+    held, owner = state.positions[layer], jax.tree.map(lambda x: x[layer], state.owner)
+    visible, extra = seen_by(held, owner, context.heads[0], context.group), extra_of(state, layer, how)
+    attend = slot_step if context.placement == "absolute" else partial(_reindexed_step, held=held, block=block, how=how)
+    out, weights, stored = attend(
+        block.grouped(state)[:, 0], (entries.keys, entries.values), (state.keys, state.values), layer, index, visible,
+        position >= 0, extra, backend=how.backend,
+    )  # fmt: skip
+    state = with_stored(state, stored)
+    if not policy.forgets:  # nothing is freed, so a token that found no slot must not go unnoticed
+        found = (held == position[:, None, None]).any(-1) | (position < 0)[:, None]
+        out = jnp.where(found[..., None, None], out, jnp.nan)
+    count = visible.sum(-1, dtype=jnp.float32).mean(-1, keepdims=True)
+    state = observed(state, layer, policy, Observation(weights[:, :, :, None], position[:, None], count, context.group))
+    if policy.schedule.when == "after":
+        state, freed, unclear = evict(state, layer, how)
+        died = position + 1
+    if unclear is not None:  # no score says what should have stayed: this must not go unnoticed
+        out = jnp.where(unclear[:, None, None, None], jnp.nan, out)
+    if freed is None:
+        freed, died = jnp.full((*state.positions.shape[1:3], 1), -1, jnp.int32), position
+    died = jnp.broadcast_to(jnp.reshape(died, (-1, 1, 1)), freed.shape)
+    if replaced is not None:
+        freed = jnp.concatenate([freed, replaced], axis=-1)
+        died = jnp.concatenate([died, jnp.broadcast_to(position[:, None, None], replaced.shape)], axis=-1)
+    return StepResult(out[:, None], state, freed[None], died[None])
+
+
+def _make_room(block: TokenBlock, state: KVState, layer: Any, how: StepContext) -> tuple[KVState, Array | None]:
+    """Frees what has left a sliding window, and the token that this one replaces.
+
+    Returns the state and the positions of replaced tokens, [B, P, 1]; None where the policy replaces none.
+    """
+    position, replaced = block.positions[:, 0], None
+    if how.window is not None:  # first of all: what has left the window takes no other token's place
+        held = within_window(state.positions[layer], position, how.window)
+        state = replace(state, positions=state.positions.at[layer].set(held))
+    if block.replaces is not None:
+        held = state.positions[layer]
+        goes = replaced_by_next(held, block, state.seen)
+        replaced = jnp.where(goes, held, -1).max(-1, keepdims=True)
+        state = replace(state, positions=state.positions.at[layer].set(jnp.where(goes, -1, held)))
+    return state, replaced
+
+
+def _reindexed_step(
+    q, new, stored, layer, index, visible, present, extra, *, backend, held: Array, block: TokenBlock, how: StepContext
+):
+    """As `slot_step`, where keys are cached un-rotated and rotated to new positions at every step.
+
+    Twelve parameters: those of `slot_step`, and what the new positions follow from.
+    """
+    no_kernel("step", q[:, None], stored[0], index.shape[1], backend, "keys are re-indexed at each step")
+    stored = write_slots(stored, new, layer, index)
+    keys, values = jax.tree.map(lambda x: x[layer], stored)
+    places, rotate = place(held, how.context.placement), how.context.rotate
+    own = jnp.where(held == block.positions[:, :1, None], places, 0).max(-1)  # [B, P]
+    keys, q = rotate(load_vectors(keys), places), rotate(q, own[..., None])
+    return *slot_attention(q, keys, values, visible, present, extra), stored
+
+
+def _step_by_rule(
+    kernel: tuple[Chosen, EvictionRule], block: TokenBlock, state: KVState, layer: Any, entries: Entries, index: Array
+) -> StepResult:
+    """The same by a kernel that follows the policy's rule: it attends, observes, and says which slot goes."""
+    position, held = block.positions[:, 0], state.positions[layer]
+    chosen, rule = kernel
+    out, numbers, goes, stored = slot_step_by_rule(
+        chosen, block.grouped(state)[:, 0], (entries.keys, entries.values), (state.keys, state.values), layer, index,
+        held, rule_numbers(state, layer), position >= 0, rule,
+    )  # fmt: skip
+    state = with_rule_numbers(with_stored(state, stored), layer, numbers)
+    leaves = jnp.arange(held.shape[-1]) == goes[..., None]
+    state = replace(state, positions=state.positions.at[layer].set(jnp.where(leaves, -1, held)))
+    freed = jnp.where(leaves, held, -1).max(-1, keepdims=True)
+    died = jnp.broadcast_to((position + 1)[:, None, None], freed.shape)
+    return StepResult(out[:, None], state, freed[None], died[None])
+
+
+def _write_numbers(state: KVState, layer: Any, entries: Entries, how: StepContext) -> tuple[KVState, Array]:
+    """Gives the entries of one token free slots of each set, and writes their positions and stats.
+
+    Nothing happens in rows without a token.
+
+    Returns the state, in which keys and values are still to be written, and where: [B, P, M], S for nowhere.
+    """
+    held = state.positions[layer]
+    slots, m = held.shape[-1], entries.positions.shape[-1]
+    # A free slot has -1, so it comes before all others.
+    index = held.argmin(-1, keepdims=True) if m == 1 else jax.lax.top_k(-held, m)[1]
+    free = jnp.take_along_axis(held, index, axis=-1) < 0
+    spare = spare_slots(state, how)
+    if spare and not how.policy.forgets:  # else there is room at every step
+        free &= (held < 0).sum(-1, keepdims=True) >= m + spare
+    index = jnp.where(free & (entries.positions >= 0), index, slots)  # [B, P, M]; out of bounds: dropped
+    stats = how.policy.init(cache_view(state, layer, how, entries=entries))
+
+    stats = jax.tree.map(lambda x: jnp.broadcast_to(x, (*entries.positions.shape, *x.shape[3:])), stats)
+    names = ("positions", "owner", "stats")
+    old, new = state.slotted(), dict(positions=entries.positions, owner=entries.owner, stats=stats)
+    return replace(state, **{name: write_slots(old[name], new[name], layer, index) for name in names}), index

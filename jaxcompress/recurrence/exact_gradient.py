@@ -1,0 +1,136 @@
+"""The recurrence with its gradient in parallel.
+
+All that a policy decides is when each token is freed. Once that is known, attention under the mask
+`born <= i < dies` is the recurrence: the tokens of a block can be differentiated through at once, and nothing that the
+recurrence held on its way has to be kept for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxcompress.policies.policy import Policy
+from jaxcompress.recurrence.advance import death_times, steps
+from jaxcompress.recurrence.block_attention import lifetime_attention
+from jaxcompress.recurrence.layer import StepContext, StepResult, TokenBlock
+from jaxcompress.state.kv_state import KVState
+from jaxcompress.state.placement import Placement
+from jaxcompress.state.shapes import Positions
+from jaxcompress.state.storage import Quantised
+
+FOREVER = jnp.iinfo(jnp.int32).max
+
+
+def check_parallel(policy: Policy, placement: Placement | None = None) -> None:
+    """Raises ValueError if death times are not all that a policy decides; says what else it does."""
+    for mine in policy.layers or (policy,):
+        reasons = {
+            "changes what enters": mine.joins,
+            "merges or summarises what it evicts": mine.reduces,
+            "moves tokens to other positions": (placement or mine.placement) != "absolute",
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(
+                    f"policy {mine.name} {reason}, so that its gradient does not follow from death times: "
+                    "differentiate through `advance` instead"
+                )
+
+
+def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
+    """The recurrence, with the gradient of attention under the death times that it found.
+
+    Results and gradient are those of `jaxcompress.recurrence.advance.steps`. The gradient is taken for blocks of
+    queries at once: no step of the recurrence is repeated or reversed.
+
+    Raises:
+      ValueError: a policy that does more than evict (see `check_parallel`), or a quantised state.
+    """
+    check_parallel(how.policy, how.context.placement)
+    one = state.take(layer)
+    if isinstance(one.keys, Quantised) or isinstance(one.values, Quantised):
+        raise ValueError(f"no gradient passes through keys stored as {one.keys.dtype}; train in a plain dtype")
+    still = jax.lax.stop_gradient
+    context = how.context._replace(out=None if how.context.out is None else still(how.context.out))
+    done = steps(still(block), still(one), 0, how._replace(context=context))
+
+    positions = block.positions
+    k, v = cast(tuple[Array, Array], (block.k, block.v))
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, D], as cached
+    b, kv, t = keys.shape[:3]
+    # As when both were attended to: from the slots as they were, and the block.
+    wide = lambda x: jnp.broadcast_to(x[0], (b, kv, *x.shape[3:]))
+    before = one.positions[0]
+    if one.owner is not None:
+        before = jnp.where(one.owner[0] == jnp.arange(kv)[:, None], before, -1)
+    born = jnp.concatenate([before, jnp.broadcast_to(positions[:, None], (*before.shape[:2], t))], axis=-1)
+    dies = _dies(before, positions, one.seen, done)
+    if how.window is not None:
+        dies = jnp.minimum(dies, jnp.where(born > FOREVER - how.window, FOREVER, born + how.window))
+    alive = one.positions.shape[-1] + (how.chunk if how.chunk > 1 else 0)
+    q = block.q.reshape(b, t, kv, -1, block.q.shape[-1])
+    out: Any = _given(
+        alive, q, jnp.concatenate([wide(one.keys), keys], axis=2), jnp.concatenate([wide(one.values), values], axis=2),
+        done.out.reshape(q.shape), (positions, born, dies),
+    )  # fmt: skip
+
+    # Slots never move: what a slot holds is what it held, or came with this block.
+    after = done.state
+    column = _column(after.positions[0], positions)
+    fresh = (after.positions[0] >= one.seen[:, None, None])[..., None]
+
+    def settle(old: Array, block: Array) -> Array:
+        if after.owner is not None:  # a pool, of all heads' tokens
+            new = block[jnp.arange(b)[:, None, None], after.owner[0], column]
+        else:
+            new = jnp.take_along_axis(block, jnp.broadcast_to(column, (b, kv, column.shape[-1]))[..., None], axis=2)
+        return jnp.where(fresh, new, old[0])[None]
+
+    held = replace(after, keys=settle(one.keys, keys), values=settle(one.values, values))
+    return done._replace(out=out.reshape(done.out.shape), state=state.put(layer, held))
+
+
+def _dies(before: Int[Array, "B P S"], positions: Positions, seen: Int[Array, " B"], done: StepResult) -> Array:
+    """[B, P, S + T]: when the tokens in the slots and those of the block die."""
+    flat = lambda x: x.transpose(1, 2, 0, 3).reshape(*x.shape[1:3], -1)
+    freed, died = flat(done.freed), flat(done.died)
+    hit = (freed[..., None] == before[:, :, None]) & (freed[..., None] >= 0)
+    old = jnp.where(hit, died[..., None], -1).max(2)
+    first = seen[:, None, None]
+    fresh = jnp.where(done.freed >= first, done.freed - first, -1)
+    new = first + death_times(fresh, done.died - first, positions.shape[1])  # after the block is never, within it
+    column = jnp.maximum(positions - seen[:, None], 0)[:, None]
+    new = jnp.take_along_axis(new, jnp.broadcast_to(column, new.shape), axis=-1)
+    return jnp.concatenate([jnp.where(old < 0, FOREVER, old), new], axis=-1)
+
+
+def _column(held: Int[Array, "B P S"], positions: Positions) -> Int[Array, "B P S"]:
+    """Where in the block each token is; anything for those that are not in it. Padding may stand between tokens."""
+    filled = jax.lax.cummax(positions, axis=1)
+    return jax.vmap(lambda row, at: jnp.searchsorted(row, at))(filled, held).clip(max=positions.shape[1] - 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _given(alive: int, q: Array, keys: Array, values: Array, out: Array, lives: Any) -> Array:
+    """`out`, with the gradient of `lifetime_attention`, of which it is the result."""
+    return out
+
+
+def _forward(alive: int, q: Array, keys: Array, values: Array, out: Array, lives: Any) -> tuple[Array, Any]:
+    return out, (q, keys, values, lives)
+
+
+def _backward(alive: int, saved: Any, cotangent: Array) -> tuple[Any, ...]:
+    q, keys, values, lives = saved
+    attend = lambda q, keys, values: lifetime_attention(q, keys, values, *lives, alive=alive)
+    _, pull = jax.vjp(attend, q, keys, values)
+    return *pull(cotangent), jnp.zeros_like(cotangent), None
+
+
+_given.defvjp(_forward, _backward)

@@ -1,0 +1,65 @@
+"""Many tokens, one after the other, exactly as in decoding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxcompress.pallas_kernels.dispatch import choose_kernel
+from jaxcompress.pallas_kernels.types import Chosen
+from jaxcompress.recurrence.attention import call_of, stream_attention
+from jaxcompress.recurrence.decode_step import decode_step
+from jaxcompress.recurrence.layer import (
+    StepContext,
+    StepResult,
+    TokenBlock,
+    cut_block,
+    join_chunks,
+    rule_numbers,
+    rule_of,
+    settled,
+    why_no_rule,
+    with_rule_numbers,
+    with_stored,
+)
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.kv_state import KVState
+
+
+@settled
+def stream(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
+    """T tokens, each of which sees what the one before it left: a scan of `decode_step` over one layer."""
+    rule = rule_of(state, how)
+    call = call_of(block.grouped(state), state.keys, state.sets, rule)
+    kernel = choose_kernel("segment", call, how.backend, why_no_rule(rule, how))
+    if kernel is not None and rule is not None:
+        return _stream_by_rule(kernel, block, state, layer, how, rule)
+
+    def step(one: KVState, token: TokenBlock) -> tuple[KVState, Any]:
+        done = decode_step(token, one, 0, how)
+        seen = jnp.maximum(
+            one.seen, token.positions.max(-1) + 1
+        )  # so that policies tell the first token from later ones
+        return replace(done.state, seen=seen), (done.out, done.freed[0], done.died[0])
+
+    one, (out, freed, died) = jax.lax.scan(step, state.take(layer), cut_block(block, 1))
+    return StepResult(join_chunks(out, block), state.put(layer, one), freed, died)
+
+
+def _stream_by_rule(
+    kernel: Chosen, block: TokenBlock, state: KVState, layer: Any, how: StepContext, rule: EvictionRule
+) -> StepResult:
+    """All tokens in one launch of a kernel that follows the policy's rule."""
+    out, stored, held, numbers, freed = stream_attention(
+        kernel, block.grouped(state), (block.k, block.v), (state.keys, state.values), layer, block.positions,
+        state.positions[layer], rule_numbers(state, layer), how.window, rule,
+    )  # fmt: skip
+    state = with_rule_numbers(with_stored(state, stored), layer, numbers)
+    state = replace(state, positions=state.positions.at[layer].set(held))
+    freed = freed.transpose(2, 0, 1)[..., None]  # [T, B, P, 1]
+    died = jnp.broadcast_to((block.positions + 1).T[:, :, None, None], freed.shape)
+    return StepResult(out, state, freed, died)

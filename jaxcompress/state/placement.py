@@ -1,0 +1,41 @@
+"""Where tokens stand for RoPE once some between them are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Real
+
+from jaxcompress.state.shapes import SlotPositions
+
+Placement = Literal["absolute", "slot", "compact"]
+"""Where tokens stand for RoPE.
+
+  absolute  at their position in the sequence; keys are cached rotated (TOVA, H2O)
+  slot      at their rank among the tokens held, so that no distance exceeds the capacity (StreamingLLM)
+  compact   at re-indexed positions: the gap g between neighbours held becomes ln(ln(g)) if it is over 10 (Oren et al.
+            2024, section 7.2)
+
+Both re-indexings cache keys un-rotated and rotate them at every step.
+"""
+
+
+Rotate = Callable[[Float[Array, "... D"], Real[Array, "..."]], Float[Array, "... D"]]
+"""(vectors, positions) -> vectors: the model's position embedding."""
+
+
+def place(held: SlotPositions, placement: Placement) -> Float[Array, "B P N"]:
+    """Re-indexed positions of the tokens held (see `Placement`); what free slots get has no meaning."""
+    if placement == "absolute":
+        return held.astype(jnp.float32)
+    order = jnp.argsort(jnp.where(held >= 0, held, jnp.iinfo(jnp.int32).max), axis=-1, stable=True)
+    if placement == "slot":
+        places = jnp.broadcast_to(jnp.arange(held.shape[-1], dtype=jnp.float32), held.shape)
+    else:
+        ordered = jnp.take_along_axis(held, order, axis=-1)
+        gaps = jnp.diff(ordered, axis=-1, prepend=ordered[..., :1] * 0).astype(jnp.float32)
+        squashed = jnp.where(gaps > 10, jnp.log(jnp.log(jnp.maximum(gaps, 11.0))), gaps)
+        places = jnp.cumsum(jnp.maximum(squashed, 0.0), axis=-1)
+    return jnp.put_along_axis(jnp.zeros(held.shape, jnp.float32), order, places, axis=-1, inplace=False)

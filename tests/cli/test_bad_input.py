@@ -1,0 +1,199 @@
+"""The command line and what nobody should give it: the documented exit code, one line, never a traceback."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import Ran, folder, run  # noqa: F401  fixtures
+
+from jaxcompress.cli import main
+from jaxcompress.cli.info import Info
+from jaxcompress.evaluation.perplexity import Perplexity
+
+# ruff: noqa: F811  pytest's fixtures
+
+GENERATE = ("generate", "--prompt", "a")
+ENCODER = Path(__file__).parents[1] / "fixtures" / "prompt" / "bert"
+
+
+def refused(ran: Ran, *says: str, code: int = 2) -> None:
+    assert (ran.code, ran.err.count("\n")) == (code, 1), ran.err
+    assert ran.err.startswith("jaxcompress: ")
+    assert "Traceback" not in ran.err
+    for part in says:
+        assert part in ran.err
+
+
+def put(path: Path, what: str) -> Path:
+    """A file that is no use: by what is wrong with it."""
+    contents = {
+        "empty": b"", "latin-1": b"caf\xe9", "utf-16": "text".encode("utf-16"), "zeros": "text".encode("utf-16-le"),
+        "binary": bytes(range(256)), "gzip": b"\x1f\x8b\x08\x00\x00", "deep": b"[" * 100_000, "cut": b'{"text": "a',
+    }  # fmt: skip
+    if what == "folder":
+        path.mkdir()
+    elif what != "missing":
+        path.write_bytes(contents[what])
+    return path
+
+
+FILES = {
+    "generate": ("--file",),
+    "perplexity": ("--text",),
+    "compare": ("--policies", "tova", "--text"),
+    "retention": ("--out", "page.html", "--text"),
+    "trace": ("--out", "t.npz", "--prompt", 1, "--text"),
+    "trace ": ("--out", "t.npz", "--prompt", 1, "--tokens"),
+    "train": ("--out", "run", "--data"),
+    "train ": ("--out", "run", "--data", "x", "--config"),
+    "train  ": ("--out", "run", "--resume", "--data"),
+    "compress-prompt": ("--json-text", "--file"),
+}
+
+
+@pytest.mark.parametrize("what", ["missing", "folder", "empty", "latin-1", "utf-16", "zeros", "binary", "gzip", "deep"])
+@pytest.mark.parametrize("command", FILES)
+def test_files(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, what: str) -> None:
+    if what == "deep" and command not in ("trace ", "train ", "compress-prompt"):
+        pytest.skip("brackets are text")
+    if what == "empty" and command == "train ":
+        pytest.skip("a file without settings")
+    if what == "folder" and command in ("train", "train  "):
+        pytest.skip("a folder of texts")
+    monkeypatch.chdir(tmp_path)
+    path = put(tmp_path / ("wrong.jsonl" if command == "train  " else "wrong"), what)
+    how = dict(model=ENCODER) if command == "compress-prompt" else {}
+    ran = run(command.strip(), *FILES[command], path, **how)
+    refused(ran, "UTF-16" if what in ("utf-16", "zeros") and command != "trace " else "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((*GENERATE, "--temperature", "nan"), "--temperature must be a number"),
+        ((*GENERATE, "--seed", 10**30), "--seed must lie between"),
+        ((*GENERATE, "--slots", 10**12), "--slots must lie between"),
+        ((*GENERATE, "--top-k", 5), "--top-k does nothing at --temperature 0"),
+        ((*GENERATE, "--chunk", 5), "--chunk is for --mode chunked"),
+        ((*GENERATE, "--chunk", 0, "--mode", "chunked"), "--chunk must be at least 1"),
+        ((*GENERATE, "--stop", ""), "not empty"),
+        ((*GENERATE, "--stop-id", 300_000), "--stop-id 300000 is outside the vocabulary"),
+        ((*GENERATE, "--stop-id", -1), "--stop-id -1 is outside"),
+        ((*GENERATE, "--dtype", "int8"), "must be a floating-point type"),
+        ((*GENERATE, "--dtype", "bf15"), "must be a floating-point type, not 'bf15'; known: float32"),
+        ((*GENERATE, "--dtype", ""), "must be a floating-point type, not ''"),
+        ((*GENERATE, "--shorten", 0), "rate"),
+        ((*GENERATE, "--policy", ""), "unknown policy ''"),
+        ((*GENERATE, "--policy", "tova/every99999999999999999999"), ""),
+        (("generate", "--file", "x", "--mode", "oneshot"), "use --mode streaming or chunked"),
+        (("perplexity", "--context", 1), "--context must be 0"),
+        (("perplexity", "--context", -5), "--context must be 0"),
+        (("perplexity", "--rows", 0), "--rows must be at least 1"),
+        (("perplexity", "--slots", 0), "--slots must be at least 1"),
+        (("perplexity", "--prompt", 3), "--prompt is for --mode oneshot"),
+        (("perplexity", "--context", 0, "--rows", 3), "--rows does nothing with --context 0"),
+        (("perplexity", "--out", "."), "is a folder"),
+        (("perplexity", "--out", "no/where.json"), "there is no folder no"),
+        (("perplexity", "--context", 16, "--policies", "full", "--slots", 4), "--slots does nothing for full"),
+        (("perplexity", "--context", 16, "--policies", "window+4", "--slots", 2), "too few: window+4 needs 5"),
+        (("compare", "--context", 0), "--context must be at least 2"),
+        (("compare", "--fractions", 0), "--fractions must be at least 1"),
+        (("compare", "--context", 16, "--fractions", 32), "--context must"),
+        (("trace", "--out", "t.npz", "--prompt", 1, "--text", "t", "--limit", 0), "--limit must be at least 1"),
+        (("retention", "--out", "no/where.html"), "there is no folder no"),
+        (("train", "--data", "t", "--out", "r", "--policy", "full", "--slots", 4), "--slots does nothing with"),
+        (("train", "--data", "t", "--out", "r", "--ratio", 4), "--ratio does nothing with --policy tova"),
+        (("train", "--data", "t", "--out", "r", "--split", "test"), "--split does nothing with files"),
+        (("train", "--data", "t", "--out", "r", "--learning-rate", "nan"), "--learning-rate must be a number"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_settings(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").write_text("word " * 64)
+    more = ("--text", "t") if arguments[0] in ("perplexity", "compare") else ()
+    refused(run(*arguments, *more), says)
+
+
+@pytest.mark.parametrize(
+    "template", ['{{ raise_exception("roles must alternate") }}', "{% if %}", "{{ 1 + 'a' }}", "{{ a.b.c }}"]
+)
+def test_templates(run: Any, tmp_path: Path, folder: Path, template: str) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    refused(run(*GENERATE, "--chat", model=tmp_path / "model"), "chat template")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("\udce9",), ("generate", "--prompt", "caf\udce9"), ("generate", "--stop=\udce9")]
+)
+def test_arguments_that_are_not_utf_8(run: Any, arguments: tuple[str, ...]) -> None:
+    flag = next((a.partition("=")[0] for a in arguments if a.startswith("--")), "argument 1")
+    refused(run(*arguments, model=None), f"{flag} is not UTF-8: byte 0xe9 in ")
+    refused(run(*GENERATE, "--stop", "\ud83d", model=None), "--stop is not UTF-8: half of a character")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (MemoryError("Unable to allocate 9 TiB"), 2, "out of memory (Unable to allocate 9 TiB); ask for fewer --slots"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n\nmore"), 2, "out of memory (RESOURCE_EXHAUSTED: Out of"),
+        (ImportError("pip install x"), 2, "pip install x"),
+        (OSError(28, "No space left on device"), 2, "No space left"),
+        (ValueError("two\n  lines"), 2, "two lines"),
+        (ValueError(), 2, "ValueError"),
+        (FloatingPointError("not finite"), 1, "not finite"),
+        (KeyError("x"), 3, "a fault of jaxcompress: KeyError: 'x' (test_bad_input.py, line "),
+    ],
+)
+def test_exit_codes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, says: str
+) -> None:
+    def fails(self: Info) -> None:
+        raise error
+
+    monkeypatch.setattr(Info, "run", fails)
+    monkeypatch.setattr("jaxcompress.cli._silence", lambda: None)
+    ran = Ran()
+    ran.code, ran.err = main(["info"]), capsys.readouterr().err
+    refused(ran, says, code=code)
+
+
+def test_standard_streams_that_are_closed(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    monkeypatch.setattr(Info, "run", lambda self: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        assert main(["info"]) == 0
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(run("perplexity", "--text", "-"), "standard input is closed")
+
+
+def test_what_is_left_out_and_beyond_what_the_model_knows_is_told(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_trace(*arguments: Any, **how: Any) -> None:
+        raise ValueError("enough")
+
+    monkeypatch.setattr(
+        sys.modules["jaxcompress.evaluation.sweep"], "perplexity", lambda *arguments, **how: Perplexity(2.0, 10, 1.0, 1)
+    )
+    monkeypatch.setattr("jaxcompress.evaluation.tracing.trace", no_trace)
+    (tmp_path / "t").write_text("a b c d " * 60)
+    beyond = "the model was made for 128; --placement slot or compact keeps distances short\n"
+    window = ("--slots", 4, "--text", tmp_path / "t")
+    sweep = ("perplexity", *window, "--policies", "window", "tova")
+    told = run(*sweep, "--context", 16, "--rows", 2).err
+    assert "tokens are read, in 2 of " in told
+    assert "positions reach" not in told
+    assert run(*sweep, "--context", 0).err.count(beyond) == 1
+    assert run(*sweep, "--context", 0, "--placement", "slot").err == ""
+    for command in (("trace", "--prompt", 8), ("retention", "--compare", "h2o")):
+        how = (*command, *window, "--out", tmp_path / "out", "--policy", "window")
+        assert run(*how, "--limit", 130).err.count(f"positions reach 130, {beyond}") == 1
+        assert run(*how, "--limit", 12).err == "jaxcompress: enough\n"

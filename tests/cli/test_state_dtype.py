@@ -1,0 +1,132 @@
+"""--state-dtype: what keys and values are stored in, in every command that makes a state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from test_cli import SENTENCE, TEXT, folder, model, run, text, tokenizer  # noqa: F401  fixtures
+
+from jaxcompress.cli.compare import Compare
+from jaxcompress.cli.runtime import StateDtype
+from jaxcompress.evaluation.compare import Compared
+from jaxcompress.evaluation.tracing import trace
+from jaxcompress.generation import Tokenizer, generate
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.init_state import init_state
+from jaxcompress.policies import TOVA
+from jaxcompress.state.storage import DTYPES
+
+# ruff: noqa: F811  pytest's fixtures
+
+COMMANDS = {
+    "generate": ("--prompt", "a"),
+    "perplexity": (),
+    "trace": ("--prompt", 3, "--out", "x.npz", "--text", "-"),
+    "retention": ("--out", "x.html"),
+    "compare": (),
+}
+
+
+def test_the_parser_knows_what_the_library_knows() -> None:
+    assert get_args(StateDtype) == DTYPES
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_wrong_names_are_refused_at_once(
+    command: str, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before there is a model."""
+    with pytest.raises(SystemExit) as caught:
+        run(command, *COMMANDS[command], "--state-dtype", "int3", model=tmp_path / "nothing")
+    assert caught.value.code == 2
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "--state-dtype" in told
+    assert all(name in told for name in DTYPES)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(command, "--help", model=None)
+    assert f"--state-dtype{{None,{','.join(DTYPES)}}}" in "".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_generate(run: Any, model: Decoder, tokenizer: Tokenizer) -> None:
+    how = ("--prompt", SENTENCE, "--policy", "tova", "--slots", 6, "--steps", 10, "--json")
+    ids = [tokenizer.encode(SENTENCE)]
+    tokens = np.concatenate(
+        list(generate(model, ids, TOVA(), 6, max_new_tokens=10, stream_every=8, dtype="int4")), axis=1
+    )
+    (told,) = run("generate", *how, "--state-dtype", "int4").json
+    assert told["text"] == tokenizer.decode(tokens[0])
+    assert told["text"] != run("generate", *how).json[0]["text"]  # of sharp random weights
+
+
+def test_perplexity_reports_the_bytes_of_codes_and_scales(run: Any, text: Path, tmp_path: Path, model: Decoder) -> None:
+    how = ("--text", text, "--context", 16, "--rows", 2, "--policies", "window", "--slots", 4, "--json")
+    told = {name: run("perplexity", *how, "--state-dtype", name).json for name in ("int8", "int4")}
+    told["float32"] = run("perplexity", *how, "--out", tmp_path / "table.json").json  # as the weights
+    assert json.loads((tmp_path / "table.json").read_text()) == told["float32"]
+    config = model.config
+    numbers = 2 * config.num_layers * 2 * config.num_kv_heads * 5  # vectors: K and V, layers, rows, heads, slots
+    rest = 4 * (config.num_layers * 2 * 5 + 2 + config.num_layers)  # positions, seen, layer
+    width = config.head_dim
+    for name, vector in (("float32", 4 * width), ("int8", width + 2), ("int4", width // 2 + 2)):
+        assert told[name]["state_dtype"] == name
+        (row,) = told[name]["table"]
+        assert row["state_bytes"] == numbers * vector + rest
+        assert row["state_bytes"] == sum(part.nbytes for part in init_state(config, TOVA(), 4, batch=2, dtype=name)) - (
+            4 * config.num_layers * 2 * 5  # TOVA's own numbers
+        )
+    (exact,), (int8,), (int4,) = (told[name]["table"] for name in ("float32", "int8", "int4"))
+    assert 0 < abs(int8["nats"] - exact["nats"]) < 0.1
+    assert int8["nats"] != int4["nats"]
+
+
+def test_trace(run: Any, text: Path, tmp_path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
+    out = tmp_path / "trace.npz"
+    how = ("--text", text, "--limit", 12, "--prompt", 6, "--policy", "tova", "--slots", 4, "--out", out)
+    assert run("trace", *how, "--state-dtype", "int4").code == 0
+    ids = tokenizer.encode(TEXT)[None, :12]
+    same, exact = (trace(model, ids, TOVA(), 4, prompt=6, dtype=name) for name in ("int4", None))
+    with np.load(out) as file:
+        np.testing.assert_array_equal(file["positions"], same.positions)
+        np.testing.assert_array_equal(file["death"], same.death)
+        np.testing.assert_allclose(file["logits"], same.logits, atol=1e-4)
+    assert np.abs(same.logits - exact.logits).max() > 1e-3
+
+
+def test_retention(run: Any, text: Path, tmp_path: Path) -> None:
+    how = ("--text", text, "--out", tmp_path / "page.html", "--slots", 6, "--limit", 24, "--json")
+    assert run("retention", *how, "--state-dtype", "int8").json["tokens"] == 24
+
+
+def test_compare(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    """It gets there; what it does with it is tested where it is computed."""
+    given = []
+
+    def compare(*arguments: Any, dtype: Any) -> list[Compared]:
+        given.append(dtype)
+        return []
+
+    monkeypatch.setattr("jaxcompress.evaluation.compare.compare", compare)
+    run(
+        "compare",
+        "--context",
+        512,
+        "--rows",
+        1,
+        "--seeds",
+        1,
+        "--policies",
+        "tova",
+        "--state-dtype",
+        "int4",
+        model=None,
+    )
+    assert given == ["int4"]
+    assert Compare().state_dtype is None
