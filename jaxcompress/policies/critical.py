@@ -7,7 +7,8 @@ from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, Observation
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.policies.policy import policy, wrapper
+from jaxcompress.policies.policy import policy
+from jaxcompress.policies.wrapper import wrapper
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.select import keep_top
 from jaxcompress.state.shapes import SlotScores
@@ -32,12 +33,8 @@ class critical(wrapper):
         super().check()
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must be in 0..1, not {self.share}")
-        if self.policy.reduces:
+        if self.policy.reduction:
             raise ValueError(f"critical: apply merging to it, not to the policy in it: {self.policy.name}")
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{self.policy.name}/critical"
 
     def init(self, incoming: CacheView) -> Stats:
         return self.policy.init(incoming), _written(incoming)

@@ -12,27 +12,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, Entering, IncomingTokens, LayerContext
-from jaxcompress.policies.learned import ForgetHead, token_numbers
-from jaxcompress.policies.policy import Policy, leaf, policy, wrapper
+from jaxcompress.policies.entry import Gates
+from jaxcompress.policies.forget_head import ForgetHead, token_numbers
+from jaxcompress.policies.policy import Policy, leaf, policy
 from jaxcompress.policies.tova import TOVA
+from jaxcompress.policies.wrapper import wrapper
 from jaxcompress.state.kv_state import Memory, Stats
 from jaxcompress.state.shapes import SlotScores
-from jaxcompress.state.values import Value, value
+from jaxcompress.state.values import value
 
 APART = (-5.0, 0.0)
 """What `DMC` starts from: no token joins another, and all weigh the same."""
-
-
-class Gates(Value):
-    """Says of each token whether it joins the one before it."""
-
-    name: str = "dmc"
-
-    def __call__(
-        self, incoming: IncomingTokens, layer: Array, context: LayerContext
-    ) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
-        """The logit of joining the token before, and the weight in the mean, positive."""
-        raise NotImplementedError
 
 
 @policy
@@ -47,7 +37,10 @@ class gated(wrapper):
     """
 
     gates: Gates = leaf()
-    joins = True  # type: ignore[assignment]
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy.name}/{self.gates.name}"
 
     def check(self) -> None:
         one = self.policy
@@ -57,12 +50,8 @@ class gated(wrapper):
             raise ValueError(
                 f"gates join tokens in each kv head: {one.name} with scope {one.scope} chooses for several"
             )
-        if one.joins or one.reduces:
+        if one.gates or one.reduction:
             raise ValueError(f"gates come before a policy that only evicts; {one.name} merges or summarises")
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{self.gates.name}-{self.policy.name}"
 
     def memory(self, held: CacheView) -> Memory:
         b, kv, _, d = held.keys.shape
@@ -71,18 +60,35 @@ class gated(wrapper):
     def remember(self, memory: Memory, incoming: IncomingTokens) -> Memory:
         return self.policy.remember(memory[0], incoming), memory[1]
 
-    def enter(self, memory: Memory, incoming: IncomingTokens, layer: Array, context: LayerContext) -> Entering:
-        logits, weights = self.gates(incoming, layer, context)
-        joins = logits > 0
-        sums = running_sums(memory[1], incoming, joins.astype(jnp.float32), weights)
-        k, v = means(sums, incoming)
-        return Entering(k, v, joins & (incoming.positions >= 0)[..., None], (memory[0], sums[:, -1]))
-
     def init(self, incoming: CacheView) -> Stats:
         return self.policy.init(incoming._replace(memory=incoming.memory[0]))
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return self.policy.score(stats, held._replace(memory=held.memory[0]))
+
+
+def join_tokens(
+    policy: Policy, memory: Memory, incoming: IncomingTokens, layer: Array, context: LayerContext
+) -> Entering:
+    """What goes into slots instead of the tokens, for a policy that has gates: `gated`, or what goes around one.
+
+    Args:
+      memory: the policy's.
+      incoming: all tokens of a read at once.
+      layer: index of the layer in the model, a scalar.
+    """
+    assert policy.gates is not None
+    if policy.reduction is not None:  # it comes after the gates, and has put a memory of its own beside theirs
+        inside, reduced = memory
+    else:
+        inside, reduced = memory, None
+    logits, weights = policy.gates(incoming, layer, context)
+    joins = logits > 0
+    sums = running_sums(inside[1], incoming, joins.astype(jnp.float32), weights)
+    k, v = means(sums, incoming)
+    after = inside[0], sums[:, -1]
+    there = (incoming.positions >= 0)[..., None]
+    return Entering(k, v, joins & there, after if policy.reduction is None else (after, reduced))
 
 
 @value
@@ -95,6 +101,8 @@ class LearnedGates(Gates):
     Raises:
       ValueError: weights that give another number of numbers.
     """
+
+    label = "dmc"
 
     head: ForgetHead = leaf()
 

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, Scope
-from jaxcompress.policies.labels import scoped
 from jaxcompress.policies.order import by_age
 from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.policies.protect import protected
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.shapes import SlotScores
+from jaxcompress.state.vectors import unit
 
 
 @policy
@@ -21,11 +22,9 @@ class KNorm(Policy):
     The authors leave the first two layers alone (`per_layer`).
     """
 
-    scope: Scope = "kv_head"
+    label = "knorm"
 
-    @property
-    def name(self) -> str:
-        return scoped("knorm", self.scope, "kv_head")
+    scope: Scope = "kv_head"
 
     def init(self, incoming: CacheView) -> Stats:
         return for_set(-jnp.linalg.norm(incoming.keys.astype(jnp.float32), axis=-1), incoming)
@@ -42,17 +41,15 @@ class KeyDiff(Policy):
     `every` for decoding.
     """
 
+    label = "keydiff"
+
     scope: Scope = "kv_head"
 
-    @property
-    def name(self) -> str:
-        return scoped("keydiff", self.scope, "kv_head")
-
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
-        keys = _unit(held.keys.astype(jnp.float32), 1e-12)
+        keys = unit(held.keys.astype(jnp.float32), 1e-12)
         mine = whose(held)  # [B, K, N, heads]
         anchors = jnp.einsum("bknd,bknh->bkhd", keys, mine, precision="highest")
-        anchor = jnp.einsum("bkhd,bknh->bknd", _unit(anchors, 1e-8), mine, precision="highest")
+        anchor = jnp.einsum("bkhd,bknh->bknd", unit(anchors, 1e-8), mine, precision="highest")
         return for_set(-(keys * anchor).sum(-1), held)
 
 
@@ -70,6 +67,8 @@ class LagKV(Policy):
       ValueError: a lag below 2 tokens, or a pool, in which tokens of different heads have no common order.
     """
 
+    label = "lagkv+{lag}"
+
     lag: int = 128
     sinks: int = 4
     cross: bool = False
@@ -79,10 +78,6 @@ class LagKV(Policy):
         if self.lag < 2 or self.sinks < 0:
             raise ValueError(f"lag must be at least 2 tokens and sinks 0 or more, not {self.lag} and {self.sinks}")
         _no_pool("lagkv", self.scope)
-
-    @property
-    def name(self) -> str:
-        return scoped(f"lagkv+{self.lag}" + "-cross" * self.cross, self.scope, "kv_head")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -112,8 +107,7 @@ class LagKV(Policy):
         rank = jnp.arange(n)
         judged = (rank >= sinks) & (sinks + ((rank - sinks) // lag + 2) * lag <= count)
         scores = order.put(jnp.where(judged, part, jnp.inf))
-        age = (held.newest - held.positions).astype(jnp.float32)
-        newest_first = jnp.where(held.positions < sinks, jnp.inf, -age)
+        newest_first = protected(-(held.newest - held.positions).astype(jnp.float32), held, first=sinks)
         return jnp.where(count < sinks + 2 * lag, newest_first, scores)
 
 
@@ -129,6 +123,8 @@ class CUR(Policy):
       ValueError: a window below 1 token, or a pool, in which tokens of different heads have no common order.
     """
 
+    label = "cur"
+
     local: int = 16
     sinks: int = 4
     scope: Scope = "kv_head"
@@ -137,10 +133,6 @@ class CUR(Policy):
         if self.local < 1 or self.sinks < 0:
             raise ValueError(f"local must be at least 1 token and sinks 0 or more, not {self.local} and {self.sinks}")
         _no_pool("cur", self.scope)
-
-    @property
-    def name(self) -> str:
-        return scoped("cur", self.scope, "kv_head")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -161,7 +153,7 @@ class CUR(Policy):
 
         product = share(stats[0]) * share(stats[1])
         scores = order.put(product / jnp.maximum(product.sum(-1, keepdims=True), 1e-30))
-        return jnp.where(held.positions < self.sinks, jnp.inf, scores)
+        return protected(scores, held, first=self.sinks)
 
 
 def for_set(x: Float[Array, "B K ..."], held: CacheView) -> Float[Array, "B P ..."]:
@@ -175,10 +167,6 @@ def whose(held: CacheView) -> Float[Array, "B K N heads"]:
         occupied = jnp.broadcast_to(held.occupied, held.keys.shape[:3])
         return occupied[..., None].astype(jnp.float32)
     return ((held.owner[..., None] == jnp.arange(held.context.heads[1])) & held.occupied[..., None]).astype(jnp.float32)
-
-
-def _unit(x: Array, least: float) -> Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), least)
 
 
 def _no_pool(name: str, scope: Scope) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxcompress.policies.cache_view import CacheView, Observation, Scope
-from jaxcompress.policies.labels import scoped
-from jaxcompress.policies.policy import Policy, policy, protect_newest
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.policies.protect import protected
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.shapes import SlotScores
@@ -30,6 +30,8 @@ class H2O(Policy):
       ValueError: a negative number of tokens, or a share outside 0..1.
     """
 
+    label = "h2o"
+
     recent: float | int = 0.5
     scope: Scope = "query_head"
 
@@ -37,10 +39,6 @@ class H2O(Policy):
         share = isinstance(self.recent, float)
         if isinstance(self.recent, bool) or not 0 <= self.recent <= (1.0 if share else float("inf")):
             raise ValueError(f"recent must be a number of tokens >= 0 or a share in 0.0..1.0, not {self.recent!r}")
-
-    @property
-    def name(self) -> str:
-        return scoped("h2o", self.scope, "query_head")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -57,7 +55,7 @@ class H2O(Policy):
         return stats + seen.per_set(self.scope).sum(2)
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
-        return protect_newest(stats, held, self.protected(held.per_set))
+        return protected(stats, held, recent=self.protected(held.per_set))
 
     def rule(self, capacity: int) -> EvictionRule | None:
         return None if self.scope == "pool" else EvictionRule("sum", recent=self.protected(capacity))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxcompress.policies.cache_view import CacheView, Observation
 from jaxcompress.policies.draws import per_token
-from jaxcompress.policies.labels import scoped
-from jaxcompress.policies.policy import Policy, policy, protect_newest
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.policies.protect import protected
 from jaxcompress.policies.recent_queries import Ring, empty_ring, record
 from jaxcompress.state.select import keep_top
 from jaxcompress.state.shapes import SlotScores
@@ -29,6 +29,8 @@ class NACL(Policy):
       ValueError: fewer than 1 proxy, negative counts, or a share outside 0..1.
     """
 
+    label = "nacl"
+
     proxies: int = 8
     sinks: int = 4
     recent: int = 8
@@ -39,10 +41,6 @@ class NACL(Policy):
     def check(self) -> None:
         if self.proxies < 1 or self.sinks < 0 or self.recent < 0 or not 0 <= self.chance <= 1:
             raise ValueError(f"nacl needs proxies >= 1, sinks and recent >= 0 and chance in 0..1, not {self}")
-
-    @property
-    def name(self) -> str:
-        return scoped("nacl", self.scope, "kv_head")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -58,7 +56,7 @@ class NACL(Policy):
         scores = stats.sum(-1)
         room = held.capacity - self.sinks - self.recent
         best = room - int(round(room * self.chance, 6))
-        safe = protect_newest(jnp.where(held.positions < self.sinks, jnp.inf, 0.0), held, self.recent)
+        safe = protected(jnp.zeros_like(scores), held, first=self.sinks, recent=self.recent)
         inside = jnp.where(jnp.isposinf(safe), -1, held.positions)
         sure = keep_top(scores, inside, best)
         drawn = scores + per_token(self.seed, held, jax.random.gumbel)

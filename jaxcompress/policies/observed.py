@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxcompress.policies.cache_view import CacheView, Observation, Scope
-from jaxcompress.policies.labels import scoped
 from jaxcompress.policies.policy import Policy, policy
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.shapes import SlotScores
@@ -19,11 +18,9 @@ class ObservedAttention(Policy):
     `H2O` nothing is protected, and old tokens have no advantage from having been seen more often.
     """
 
-    scope: Scope = "kv_head"
+    label = "observed_attention"
 
-    @property
-    def name(self) -> str:
-        return scoped("observed_attention", self.scope, "kv_head")
+    scope: Scope = "kv_head"
 
     def init(self, incoming: CacheView) -> Stats:
         return jnp.zeros_like(incoming.positions, jnp.float32)

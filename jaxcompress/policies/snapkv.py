@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from jaxcompress.policies.cache_view import CacheView, Scope
-from jaxcompress.policies.labels import scoped
-from jaxcompress.policies.policy import policy, protect_newest
+from jaxcompress.policies.policy import policy
 from jaxcompress.policies.pooled import Pool, neighbours
+from jaxcompress.policies.protect import protected
 from jaxcompress.policies.recent_queries import RecentQueries, Ring
 from jaxcompress.state.shapes import SlotScores
 
@@ -27,6 +27,8 @@ class SnapKV(RecentQueries):
       ValueError: a window below 1 or an even kernel.
     """
 
+    label = "snapkv+{window}"
+
     window: int = 32
     kernel: int = 5
     pool: Pool = "avg"
@@ -38,13 +40,9 @@ class SnapKV(RecentQueries):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel must be an odd number of tokens, not {self.kernel}")
 
-    @property
-    def name(self) -> str:
-        return scoped(f"snapkv+{self.window}", self.scope, "kv_head")
-
     def score(self, stats: Ring, held: CacheView) -> SlotScores:
         prefix = held.positions <= held.newest - self.window
         scores = stats.mean(-1)
         if self.kernel > 1:
             scores = neighbours(scores, held, prefix, self.kernel, self.pool)
-        return protect_newest(scores, held, self.window)
+        return protected(scores, held, recent=self.window)

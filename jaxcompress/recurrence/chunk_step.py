@@ -12,6 +12,8 @@ from jaxtyping import Array, Int
 
 from jaxcompress.pallas_kernels.dispatch import choose_kernel
 from jaxcompress.policies.cache_view import Observation
+from jaxcompress.policies.checks import checked_scores, checked_stats
+from jaxcompress.policies.reductions.reduced import slot_bias
 from jaxcompress.recurrence.attention import BlockKeys, Extra, block_attention, call_of, chunk_attention
 from jaxcompress.recurrence.layer import (
     StepContext,
@@ -76,7 +78,7 @@ def chunk_step(block: TokenBlock, state: KVState, how: StepContext) -> StepResul
     folded = _fold_by_rule(block, state, how, whole, q)
     if folded is None:
         summary, see = extra_of(state, 0, how).summary, partial(_visible, whole=whole, replaced=replaced, how=how)
-        extra = lambda stats: Extra(policy.bias(stats), summary)
+        extra = lambda stats: Extra(slot_bias(policy, stats), summary)
         folded = chunk_attention(q, positions, given, whole["stats"], see, extra, partial(_observe, how=how))
     stats, out = folded
     lived = within_window(held, jnp.where(newest >= 0, newest, state.seen - 1), how.window)
@@ -90,7 +92,7 @@ def chunk_step(block: TokenBlock, state: KVState, how: StepContext) -> StepResul
         out = jnp.where(lost[:, None, :, None, None], jnp.nan, out)
     freed = jnp.where((lived >= 0) & ~kept, lived, -1)
     after = _settle(everything, kept, slots)
-    if policy.reduces:
+    if policy.reduction:
         index = jax.lax.top_k(freed, freed.shape[-1] - min(state.capacity, freed.shape[-1] - 1))[1]
         evicted = evicted_at(everything, 0, index, jnp.take_along_axis(freed, index, axis=-1))
         after = absorbed(after, 0, how, evicted)
@@ -152,7 +154,7 @@ def _select(everything: KVState, how: StepContext) -> tuple[Array, Array]:
         return alive >= 0, jnp.zeros(alive.shape[0], bool)
     stay = _stay(everything, how)
     stats = jax.tree.map(lambda x: x[0], everything.stats)
-    scores = policy.scores(stats, cache_view(everything, 0, how, stay))
+    scores = checked_scores(policy, stats, cache_view(everything, 0, how, stay))
     most = jnp.full(everything.seen.shape, stay)
     if policy.schedule.when == "once":
         most = jnp.where(everything.seen == 0, stay, alive.shape[-1])
@@ -180,7 +182,7 @@ def _make_room(state: KVState, how: StepContext, valid: Array) -> tuple[KVState,
     """Evicts before a block, so that slots and block together fill the capacity."""
     held, coming, block_length = state.positions[0], valid.sum(-1), valid.shape[1]
     stay = max(state.capacity - block_length, 0)
-    scores = how.policy.scores(jax.tree.map(lambda x: x[0], state.stats), cache_view(state, 0, how, stay))
+    scores = checked_scores(how.policy, jax.tree.map(lambda x: x[0], state.stats), cache_view(state, 0, how, stay))
     kept = keep_top(scores, held, jnp.maximum(state.capacity - coming, 0)[:, None])
     freed = jnp.where((held >= 0) & ~kept, held, -1)
     return replace(state, positions=jnp.where(kept, held, -1)[None]), freed
@@ -189,7 +191,7 @@ def _make_room(state: KVState, how: StepContext, valid: Array) -> tuple[KVState,
 def _observe(stats: Stats, weights: Array, at: Array, visible: Array, how: StepContext) -> Stats:
     """The stats after some queries."""
     counts = visible.sum(-1, dtype=jnp.float32).mean(2)
-    return how.policy.observed(stats, Observation(weights, at, counts, how.context.group))
+    return checked_stats(how.policy, stats, Observation(weights, at, counts, how.context.group))
 
 
 def _settle(everything: KVState, kept: Array, slots: int) -> KVState:

@@ -8,6 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
+from jaxcompress.state.order import oldest_first
 from jaxcompress.state.shapes import SlotPositions
 
 Placement = Literal["absolute", "slot", "compact"]
@@ -30,7 +31,7 @@ def place(held: SlotPositions, placement: Placement) -> Float[Array, "B P N"]:
     """Re-indexed positions of the tokens held (see `Placement`); what free slots get has no meaning."""
     if placement == "absolute":
         return held.astype(jnp.float32)
-    order = jnp.argsort(jnp.where(held >= 0, held, jnp.iinfo(jnp.int32).max), axis=-1, stable=True)
+    order = oldest_first(held)
     if placement == "slot":
         places = jnp.broadcast_to(jnp.arange(held.shape[-1], dtype=jnp.float32), held.shape)
     else:

@@ -44,10 +44,10 @@ from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.policies.cache_view import Evicted, LayerContext
 from jaxcompress.policies.draws import per_token
 from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.reduction import Reduction
 from jaxcompress.policies.reductions.merge import cam, d2o, merge_nearest, merge_weighted
 from jaxcompress.policies.reductions.nearest import BLOCK
 from jaxcompress.policies.reductions.reduced import with_reduce
-from jaxcompress.policies.reductions.reduction import Reduction
 from jaxcompress.policies.reductions.summarise import low_rank, mean_slots, random_features
 from jaxcompress.recurrence.advance import advance
 from jaxcompress.state.kv_state import KVState

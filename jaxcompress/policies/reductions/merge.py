@@ -11,10 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxcompress.policies.cache_view import Absorbed, CacheView, Evicted
 from jaxcompress.policies.draws import per_token
-from jaxcompress.policies.reductions.nearest import NEVER, add_shares, in_blocks, nearest, norm, pour
-from jaxcompress.policies.reductions.reduction import Reduction
+from jaxcompress.policies.reduction import Reduction
+from jaxcompress.policies.reductions.nearest import add_shares, in_blocks, nearest, pour
 from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.order import age_key, oldest_first, rank_of
 from jaxcompress.state.values import value
+from jaxcompress.state.vectors import norm
 
 
 @value
@@ -32,10 +34,6 @@ class merge_nearest(Reduction):
 
     def check(self) -> None:
         check_share("threshold", self.threshold, -1.0)
-
-    @property
-    def name(self) -> str:
-        return f"merge_nearest(threshold={self.threshold:g})" if self.threshold else "merge_nearest"
 
     def absorb(self, numbers: Stats, held: CacheView, gone: Evicted) -> Absorbed:
         near = nearest(held, gone)
@@ -91,6 +89,8 @@ class cam(Reduction):
     eviction, without bound where every step evicts.
     """
 
+    label = "cam{targets}"
+
     targets: int = 32
     seed: int = 0
 
@@ -98,16 +98,9 @@ class cam(Reduction):
         if self.targets < 1:
             raise ValueError(f"targets must be at least 1 token, not {self.targets}")
 
-    @property
-    def name(self) -> str:
-        return f"cam{self.targets}"
-
     def absorb(self, numbers: Stats, held: CacheView, gone: Evicted) -> Absorbed:
         kept = held.positions >= 0
-        age = jnp.where(kept, held.positions, NEVER)
-        slots = jnp.broadcast_to(jnp.arange(age.shape[-1], dtype=jnp.int32), age.shape)
-        order = jax.lax.sort((age, slots), num_keys=1)[1]
-        rank = jnp.put_along_axis(jnp.zeros_like(order), order, slots, axis=-1, inplace=False)
+        age, rank = age_key(held.positions), rank_of(oldest_first(held.positions))
         draw = per_token(self.seed, held._replace(positions=gone.positions))
 
         def block(sums: Any, parts: Any) -> Any:

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import Absorbed, CacheView, Evicted, LayerContext
-from jaxcompress.policies.reductions.nearest import norm, unit
-from jaxcompress.policies.reductions.reduction import Reduction
+from jaxcompress.policies.reduction import Reduction
 from jaxcompress.policies.summary import Summary
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.values import value
+from jaxcompress.state.vectors import norm, unit
 
 
 class MeanSlots(NamedTuple):
@@ -46,16 +46,14 @@ class mean_slots(Reduction):
     row and kv head, as much as about n slots of float32.
     """
 
+    label = "mean_slots{n}"
+
     n: int = 4
     summarises = True
 
     def check(self) -> None:
         if self.n < 1:
             raise ValueError(f"mean_slots needs at least 1 stand-in, not {self.n}")
-
-    @property
-    def name(self) -> str:
-        return f"mean_slots{self.n}"
 
     def memory(self, rows: int, heads: int, width: int) -> MeanSlots:
         vectors, numbers = jnp.zeros((rows, heads, self.n, width)), jnp.zeros((rows, heads, self.n))
@@ -121,6 +119,8 @@ class low_rank(Reduction):
     Costs r * (D + 1) + 1 float32 numbers per row and kv head.
     """
 
+    label = "low_rank{rank}"
+
     rank: int = 8
     seed: int = 0
     summarises = True
@@ -128,10 +128,6 @@ class low_rank(Reduction):
     def check(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1 feature, not {self.rank}")
-
-    @property
-    def name(self) -> str:
-        return f"low_rank{self.rank}"
 
     def memory(self, rows: int, heads: int, width: int) -> LowRank:
         return LowRank(
