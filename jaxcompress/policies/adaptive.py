@@ -17,14 +17,14 @@ from jaxcompress.state.shapes import SlotScores
 class adaptive(wrapper):
     """Lets the kv heads of a layer compete for one pool of slots, with a guaranteed share for each.
 
-    The best `floor` * capacity tokens of every head are safe; the rest of the pool goes to the highest scores of all
-    heads together. What one head does not need is really used by another: the pool has K * capacity slots whatever the
-    split, in a batch too, and a slot that is freed can take any head's next token. Queries meet the whole pool under a
-    mask, so that attention reads the same bytes as ever and computes K times as many products.
+    The best `floor` * capacity tokens of every head are protected. The rest of the pool goes to the highest scores of
+    all heads together. The pool has K * capacity slots, and a freed slot can take any head's next token, so slots that
+    one head does not need serve another, in a batch too. Each query attends to the whole pool under a mask: attention
+    reads as many bytes as without a pool, and computes K times as many products.
 
     Attributes:
       policy: of scope "pool", e.g. `SnapKV(scope="pool")`.
-      floor: kvpress's safeguard; the authors blend an even and an adaptive split instead.
+      floor: the guaranteed part of an even share, as in kvpress; the authors blend an even and an adaptive split.
 
     Raises:
       ValueError: a policy of another scope, or a floor outside 0..1.

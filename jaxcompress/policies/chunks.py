@@ -33,9 +33,10 @@ class _chunked(wrapper):
 class by_chunks(_chunked):
     """ChunkKV: keeps whole chunks of `length` tokens, so that what stays can be read (Liu et al. 2025).
 
-    score[n] = mean score of the tokens held of chunk floor(position / length). Where the capacity is no multiple of the
-    length, the last chunk chosen keeps its oldest tokens. A chunk with a protected token is protected. The paper
-    selects for all heads of a layer together: use a base of scope `layer`. Costs a sort.
+    Chunk c holds positions c * length to (c + 1) * length - 1. score[n] = mean score of the tokens held of n's chunk.
+    If the capacity is no multiple of the length, the last chunk chosen keeps its oldest tokens. A chunk with a
+    protected token is protected. The paper selects for all heads of a layer together: use a policy of scope `layer`.
+    Costs a sort.
 
     Raises:
       ValueError: a length below 1, a pool, or a policy that never evicts.
@@ -59,7 +60,7 @@ class by_chunks(_chunked):
 class within_chunks(_chunked):
     """Keeps equally many tokens of every chunk of `length` tokens (Corallo and Papotti 2024, FINCH).
 
-    score[n] = - rank of the token within chunk floor(position / length). Costs a sort.
+    score[n] = - rank of token n within its chunk, by the policy's scores. Costs a sort.
 
     Raises:
       ValueError: a length below 1, a pool, or a policy that never evicts.

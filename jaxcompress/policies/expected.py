@@ -36,8 +36,8 @@ class ExpectedAttention(Policy):
 
     Queries so far have mean m and covariance C before RoPE; R is the mean of the rotations to the next positions. Then
     score[n] = (softmax_n(k.Rm / sqrt(d) + k^T R C R^T k / 2d) + epsilon) |v_n|, averaged over the query heads of a kv
-    head; the first `sinks` tokens are protected, and their queries are not counted. Needs keys at absolute positions. A
-    selection costs a product with the covariance per key: combine with `every` for decoding.
+    head. The first `sinks` tokens are protected, and their queries are not counted. Keys must stand at absolute
+    positions. A selection multiplies every key by the covariance: combine with `every` for decoding.
 
     Raises:
       ValueError: fewer than 1 future position; where keys are re-indexed, when it is used.

@@ -43,7 +43,7 @@ class ForgetHead(NamedTuple):
 def init_forget_head(
     key: Array, *, layers: int, kv_heads: int, head_dim: int, hidden: int = 64, start: Sequence[float] = KEEP_EVERYTHING
 ) -> ForgetHead:
-    """A fresh network, which gives the numbers `start` for every token.
+    """A fresh network. It gives every token the numbers `start`.
 
     Raises:
       ValueError: a hidden layer of no units.

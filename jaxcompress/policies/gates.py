@@ -1,8 +1,9 @@
-"""Merging gates: each token of a kv head is appended to the cache or joined to the one before it.
+"""Merging gates: each token of a kv head takes a new slot, or is joined to the token before it.
 
 Dynamic memory compression (Nawrot et al. 2024, "Dynamic Memory Compression: Retrofitting LLMs for Accelerated
-Inference", section 3.1). A slot then holds the weighted mean of a run of tokens. Keys are averaged before rotation and
-stand where the last token of the run stands: the mean of keys that are rotated differently is the key of no position.
+Inference", section 3.1). A slot then holds the weighted mean of a run of tokens. Keys are averaged before rotation,
+since the mean of keys that are rotated differently is the key of no position; the mean stands where the run's last
+token stands.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ APART = (-5.0, 0.0)
 
 @policy
 class gated(wrapper):
-    """A policy whose tokens are joined by gates before it chooses among what there is.
+    """A policy around which gates join tokens as they enter; the policy chooses among the joined ones.
 
-    A token joins where its logit is positive: it takes the slot of the token before it, and holds the mean of both.
-    Joining depends on the gates alone, never on what is held, so that runs are the same in every mode.
+    A token with a positive logit joins the token before it: it takes that token's slot, and holds the mean of both.
+    Joining depends on the gates alone, never on what is held, so runs are the same in every mode.
 
     Raises:
       ValueError: the policy's heads share a set, or it changes what enters or what stays itself.
@@ -122,8 +123,8 @@ class LearnedGates(Gates):
 def dmc(head: ForgetHead, policy: Policy | None = None) -> Policy:
     """Learned gates before a policy: TOVA per kv head if none is given.
 
-    Other than in the paper, where the cache grows with the number of runs, a full state evicts; and the gates are read
-    from a token's key and value instead of from borrowed neurons of its key and query.
+    Two differences from the paper: a full state evicts, instead of growing with the number of runs; and gates read a
+    token's key and value instead of borrowed neurons of its key and query.
 
     Args:
       head: R = 2, the logit of joining and the logarithm of the weight.

@@ -1,4 +1,4 @@
-"""Scores from keys and values alone: no attention is watched, so that any kernel will do, and no query is needed."""
+"""Scores from keys and values alone. No attention is watched, so any attention kernel serves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class KNorm(Policy):
 class KeyDiff(Policy):
     """Keeps keys that point away from the mean direction (Park et al. 2025, "KeyDiff").
 
-    score[n] = -cos(k_n, mean of k/|k| over the tokens held). Reads all keys once more at every selection: combine with
+    score[n] = -cos(k_n, mean of k/|k| over the tokens held). Every selection reads all keys once more: combine with
     `every` for decoding.
     """
 
@@ -57,11 +57,11 @@ class KeyDiff(Policy):
 class LagKV(Policy):
     """Keeps tokens whose channels spread widely within the range of the chunk after theirs (Liang et al. 2025).
 
-    By age, the tokens after the `sinks` first are cut into chunks of `lag`; x = (k - min) / (max - min) per channel,
-    with the range of the next chunk; the score is the standard deviation over channels, softmaxed over the chunk,
-    averaged over keys and values. Ranks within a chunk are compared (`cross=False`), so that every chunk gives equally
-    many, or the numbers themselves. The sinks and the last `lag` to 2 lag - 1 tokens are protected. Costs a sort and a
-    pass over keys and values per selection.
+    The tokens after the first `sinks` are cut into chunks of `lag` by age. x = (k - min) / (max - min) per channel,
+    with the range of the next chunk. The score is the standard deviation of x over channels, softmaxed over the chunk,
+    and averaged over keys and values. With `cross=False` ranks within a chunk are compared, so that every chunk gives
+    equally many; else the scores themselves. The sinks and the last `lag` to 2 lag - 1 tokens are protected. A
+    selection costs a sort and a pass over keys and values.
 
     Raises:
       ValueError: a lag below 2 tokens, or a pool, in which tokens of different heads have no common order.
@@ -116,8 +116,7 @@ class CUR(Policy):
     """Keeps tokens of large keys and values, relative to their surroundings (Sengupta et al. 2025, "CurDKV").
 
     score[n] = |k|^2 |v|^2, each as a share of its sum over windows of `local` tokens by age: cheap leverage scores of a
-    CUR decomposition. The first `sinks` tokens are protected. Costs a sort and a pass over keys and values per
-    selection.
+    CUR decomposition. The first `sinks` tokens are protected. A selection costs a sort and a pass over keys and values.
 
     Raises:
       ValueError: a window below 1 token, or a pool, in which tokens of different heads have no common order.
@@ -162,7 +161,7 @@ def for_set(x: Float[Array, "B K ..."], held: CacheView) -> Float[Array, "B P ..
 
 
 def whose(held: CacheView) -> Float[Array, "B K N heads"]:
-    """1 where a candidate is held by a head, 0 elsewhere; there is one head per set, or in a pool several."""
+    """1 where a head holds a candidate, 0 elsewhere. `heads` is 1, or in a pool the number of kv heads."""
     if held.owner is None:
         occupied = jnp.broadcast_to(held.occupied, held.keys.shape[:3])
         return occupied[..., None].astype(jnp.float32)

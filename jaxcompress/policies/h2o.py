@@ -17,14 +17,15 @@ class H2O(Policy):
     """Keeps the most recent tokens and, of the others, those that received most attention so far.
 
     score[n] = sum, over all queries so far, of the attention probability that they gave token n; +inf for the
-    `recent` newest tokens. A token's own query counts, so that in a one-shot prompt early tokens collect more.
+    `recent` newest tokens. A token's own query counts. In a one-shot prompt, early tokens are seen by more queries and
+    collect more.
 
     Attributes:
       recent: how many of the newest tokens are protected: a number of tokens (int), or a share of what stays
         (float, rounded down; 0.5 is the paper's 1:1 of heavy and recent).
-      scope: "query_head" is the authors' code that really drops (`h2o_hf/utils_real_drop`): a set per query head, the
-        state then has as many heads as there are query heads. "kv_head" and "layer" sum over the heads that share
-        a set; "layer" is the variant of Oren et al. 2024, table 3.
+      scope: "query_head" is the authors' code that drops tokens (`h2o_hf/utils_real_drop`): one set per query head, in
+        a state of as many heads. "kv_head" and "layer" average over the heads that share a set; "layer" is the variant
+        of Oren et al. 2024, table 3.
 
     Raises:
       ValueError: a negative number of tokens, or a share outside 0..1.

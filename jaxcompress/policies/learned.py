@@ -25,11 +25,11 @@ EPSILON = 1e-8  # below it, attention is none
 class DMS(Policy):
     """Keeps the tokens of highest logit among those that are older than `window` tokens; newer ones are protected.
 
-    Dynamic memory sparsification (Łańcucki et al. 2025, "Inference-Time Hyper-Scaling with KV Cache Compression"): what
-    becomes of a token is decided when it enters, and done `window` tokens later, so that its neighbours can still use
-    it. Other than there, the logits rank the tokens of a fixed number of slots instead of being cut at zero, and come
-    from key and value instead of a borrowed neuron of the query. An untrained one, whose logits are all the same, keeps
-    the first tokens and the `window` newest.
+    Dynamic memory sparsification (Łańcucki et al. 2025, "Inference-Time Hyper-Scaling with KV Cache Compression"). A
+    token's fate is decided when it enters and carried out `window` tokens later, so that its neighbours can still use
+    it. Two differences from the paper: logits rank the tokens of a fixed number of slots instead of being cut at zero,
+    and they come from key and value instead of a borrowed neuron of the query. Before training all logits are equal:
+    the first tokens and the `window` newest stay.
 
     Attributes:
       head: R = 1.
@@ -81,13 +81,13 @@ class Looked(NamedTuple):
 
 @policy
 class Retention(Policy):
-    """Keeps the tokens that are going to be attended to most, as foreseen by a network.
+    """Keeps the tokens that later queries will attend to most, as a network foresees.
 
-    The network gives each token four numbers when it enters; with the attention that it received since,
+    The network gives each token four numbers a, b1, b2, b3 when it enters. With the attention that it received since,
 
         score = a + b1 log(newest query's attention) + b2 log(mean attention per query) + b3 log(age + 1).
 
-    An untrained one has a, b2, b3 = 0 and b1 = 1 and is TOVA of the same scope.
+    Before training a, b2, b3 = 0 and b1 = 1: TOVA of the same scope.
 
     Attributes:
       head: R = 4.
@@ -149,7 +149,7 @@ def _entering(head: ForgetHead, incoming: CacheView) -> Float[Array, "B K N R"]:
 
 
 def _check_used(head: ForgetHead, which: tuple[int, ...], head_dim: int) -> None:
-    """As far as one layer shows it: how many layers the model has is not known here."""
+    """Checks heads and width. How many layers the model has is not known here."""
     kv_heads = head.inner.shape[1]
     if max(which) >= kv_heads or head_dim != head.head_dim:
         raise ValueError(

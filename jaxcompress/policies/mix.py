@@ -88,7 +88,7 @@ class _several(Policy):
 class mix(_several):
     """Weighted sum of scores: `mix((0.7, ranked(TOVA())), (0.3, ranked(Window())))`.
 
-    Scores are added as they are; `ranked` brings them to a common scale. What any part protects is protected.
+    Scores are added as they are; `ranked` brings them to a common scale. A token that any part protects is protected.
 
     Raises:
       ValueError: fewer than two parts, weights that are not positive, or parts that do not fit together: another scope,
@@ -127,8 +127,8 @@ class mix(_several):
 class then(_several):
     """Selects from the first block (the prompt, read at once) with one policy and from then on with another.
 
-    `then(SnapKV(), Window(4))` compresses the prompt by what its end looks at, and keeps decoding in the same slots.
-    Both watch from the start.
+    `then(SnapKV(), Window(4, "kv_head"))` compresses the prompt by what its end looks at, then decodes in the same
+    slots with a window. Both policies watch from the start.
 
     Raises:
       ValueError: policies that do not fit together (see `mix`).

@@ -71,8 +71,10 @@ def get_policy(name: str, learned: Policy | None = None) -> Policy:
     Raises:
       ValueError: an unknown name, setting or modifier (the message lists the known ones), parts that do not fit
         together, or a file or module without such a policy.
-      TypeError: `learned` is no policy.
+      TypeError: the name is no string, or `learned` no policy.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a policy is expected, such as 'tova', not {name!r:.60}")
     place, text = "", name
     if ":" in name and not _COMPOUND.match(name):
         place, _, text = name.rpartition(":")

@@ -1,4 +1,4 @@
-"""Tokens in the order of their age, for scores that look at neighbours: slots themselves have no order."""
+"""Tokens by age, for scores that look at neighbours."""
 
 from __future__ import annotations
 

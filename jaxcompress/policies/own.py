@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -31,17 +30,20 @@ def own_policy(place: str, text: str) -> Policy:
     """
     module = _of_file(Path(place).expanduser()) if place.endswith(".py") else _of_name(place)
     classes = {name: one for name, one in vars(module).items() if isinstance(one, type) and issubclass(one, Policy)}
-    own = {name: one for name, one in classes.items() if one.__module__ == module.__name__}
+    decorated = {name: one for name, one in classes.items() if "__dataclass_fields__" in vars(one)}
     made = {name: one for name, one in vars(module).items() if isinstance(one, Policy)}
     name = text.partition("-")[0]
     if text in made:
         return made[text]
-    if name in classes and "__dataclass_fields__" not in vars(classes[name]):
-        raise ValueError(f"{place}:{name} is not decorated: write @policy in the line above `class {name}`")
-    for one in (*own.values(), *classes.values()):
-        if "__dataclass_fields__" in vars(one) and (policy := read(one, text)) is not None:
+    for one in decorated.values():
+        if (policy := read(one, text)) is not None:
             return policy
-    known = ", ".join((*(spelling for one in own.values() for spelling in spellings(one)), *made)) or "none"
+    if name in decorated:
+        raise ValueError(f"{place}:{name} goes by its label, {' or '.join(spellings(decorated[name]))}")
+    if name in classes:
+        raise ValueError(f"{place}:{name} is not decorated: write @policy in the line above `class {name}`")
+    here = [one for one in decorated.values() if one.__module__ == module.__name__]
+    known = ", ".join((*(spelling for one in here for spelling in spellings(one)), *made)) or "none"
     if hasattr(module, name):
         raise ValueError(f"{place}:{text} is no policy but {getattr(module, name)!r:.60}; the policies in it: {known}")
     raise ValueError(f"{place} has no policy {text!r}; the policies in it: {known}")
@@ -51,17 +53,15 @@ def _of_file(path: Path) -> ModuleType:
     """The module of a file. The same content is run once, so that policies of it are equal whenever they are made."""
     if not path.is_file():
         raise ValueError(f"there is no file {path} to take a policy from")
-    content = str(path.resolve()).encode() + path.read_bytes()
-    name = f"_jaxcompress_{path.stem}_{hashlib.sha256(content).hexdigest()}"
+    source = path.read_bytes()
+    name = f"_{path.stem}_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(name)
+    module.__file__ = str(path.resolve())
     sys.modules[name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, module.__file__, "exec"), vars(module))
     except Exception as error:
         del sys.modules[name]
         raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error

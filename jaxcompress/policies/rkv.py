@@ -24,15 +24,15 @@ _ROWS = 256  # keys compared with all others at once
 class RKV(RecentQueries):
     """Keeps what is important and not redundant; made for long generations, in which models repeat themselves.
 
-    score[n] = mix * importance - (1 - mix) * redundancy; +inf for the last `window` tokens. Importance: the mean
-    probability from the last `window` queries within the prefix, max-pooled over `kernel` tokens. Redundancy: the mean
-    cosine of k_n with the other keys held, softmaxed; for each key, the newest one more similar than `threshold` is
-    spared, so that of repeated tokens the last stays.
+    score[n] = mix * importance - (1 - mix) * redundancy; +inf for the last `window` tokens. Importance is the mean
+    probability from the last `window` queries within the prefix, max-pooled over `kernel` tokens. Redundancy is the
+    mean cosine of k_n with the other keys held, softmaxed. For each key, the newest key more similar than `threshold`
+    is spared, so that of repeated tokens the last stays.
 
-    The authors compare all keys of a head with each other whenever 128 new tokens have come: combine with `every`.
-    `sketch` compares random projections of the keys to so many channels instead (Johnson and Lindenstrauss 1984): the
-    cosines err by about 1/sqrt(sketch). Two differences from their code: with several query heads per kv head they take
-    the maximum of scores before the softmax, this the mean after it; and where no key is similar they spare the first.
+    The authors compare all keys of a head with each other once per 128 new tokens: combine with `every`. `sketch`
+    compares random projections of the keys to so many channels instead (Johnson and Lindenstrauss 1984); cosines err by
+    about 1/sqrt(sketch). Two differences from their code. With several query heads per kv head, they take the maximum
+    of scores before the softmax; this takes the mean after it. Where no key is similar, they spare the first.
 
     Raises:
       ValueError: a mix outside 0..1, a window below 1, an even kernel or a sketch below 1.

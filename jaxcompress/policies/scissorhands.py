@@ -22,9 +22,9 @@ Bits = UInt16[Array, "B P N words"]
 class Scissorhands(Policy):
     """Keeps the `recent` newest tokens and, of the others, those that were pivotal most often of late.
 
-    score[n] = how many of the last `history` queries gave token n at least the even share 1/t of the t keys that they
-    saw (algorithm 2 of the paper counts the complement); +inf for the newest. Within a set of several heads the mean
-    probability is compared. History costs one bit per slot and query. The paper drops half of the budget at once:
+    score[n] = how many of the last `history` queries gave token n at least the even share 1/t, where t is how many keys
+    they saw (algorithm 2 of the paper counts the complement); +inf for the newest. If heads share a set, their mean
+    probability is compared. The history costs one bit per slot and query. The paper drops half of the budget at once:
     `every(Scissorhands(), capacity // 2)`.
 
     Raises:

@@ -15,13 +15,12 @@ class SnapKV(RecentQueries):
     """Keeps the last `window` tokens and, of the others, those to which their queries attend most.
 
     score[n] = mean, over the last `window` queries, of the probability that they gave token n, pooled over `kernel`
-    neighbours of the prefix; +inf for the window. "The last queries" are exactly that in every mode: at the end of a
-    one-shot prompt this is the published method, while streaming it looks at the last `window` queries at every step.
+    neighbours of the prefix; +inf for the window. The last queries are the same in every mode. At the end of a one-shot
+    prompt this is the published method; while streaming, every step looks at its last `window` queries.
 
-    The authors' code sums over queries and keeps a set per query head, which costs as many times more memory as there
-    are query heads per kv head (scope="query_head", pool="max" or "avg"); kvpress averages within the group, as here.
-    With pool="max" this pools after averaging. Costs `window` float32 numbers per slot, and a sort per selection:
-    combine with `every` for decoding.
+    The authors' code sums over queries and keeps a set per query head, which takes H / K times the memory
+    (scope="query_head", pool="max" or "avg"). kvpress averages within the group, as here. pool="max" pools after
+    averaging. Costs `window` float32 numbers per slot, and a sort per selection: combine with `every` for decoding.
 
     Raises:
       ValueError: a window below 1 or an even kernel.

@@ -11,9 +11,9 @@ from jaxcompress.policies.wrapper import wrapper
 class every(wrapper):
     """Frees n slots at once when the state is full, so that scores are computed only every n-th step.
 
-    Between, between capacity - n + 1 and capacity tokens are held: the memory is the same, and a policy whose scores
-    cost a pass over the keys or a sort decodes at nearly the cost of plain attention. This is also "on overflow, by a
-    block". Shares that a policy protects are of what stays.
+    The state takes the same memory, and holds between capacity - n + 1 and capacity tokens. A policy whose scores cost
+    a sort or a pass over the keys decodes at nearly the cost of plain attention. If a policy protects a share, it is a
+    share of what stays.
 
     Raises:
       ValueError: n below 1, or a policy that evicts before a step, once, or never.
@@ -47,7 +47,8 @@ class once(wrapper):
     """Reduces the prompt, read at once, to `keep` tokens per set; after that nothing is evicted.
 
     The rest of the capacity is room for what is read and written later. A token that finds no room is an error, as in a
-    full cache. This is how SnapKV and most prefill methods were published. Shares that a policy protects are of `keep`.
+    full cache. SnapKV and most prefill methods were published so. If a policy protects a share, it is a share of
+    `keep`.
 
     Raises:
       ValueError: keep below what the policy needs, or a policy that never evicts or evicts before a step.

@@ -20,8 +20,8 @@ class Window(Policy):
     """Keeps the first `sinks` tokens of the sequence and the most recent ones (Window, Window+i).
 
     score = +inf if position < sinks, else -age. Positions stay absolute, as in the static masks of Oren et al. 2024,
-    section 3; compare `StreamingLLM`. All heads keep the same; scope="kv_head" is for capacities that differ between
-    heads, such as the streaming heads of DuoAttention (see `jaxcompress.budgets.allocate`).
+    section 3; compare `StreamingLLM`. All heads keep the same tokens. scope="kv_head" is for capacities that differ
+    between heads, such as the streaming heads of DuoAttention (see `jaxcompress.budgets.allocate`).
 
     Raises:
       ValueError: a negative number of sinks.

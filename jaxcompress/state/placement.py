@@ -1,4 +1,4 @@
-"""Where tokens stand for RoPE once some between them are gone."""
+"""Where tokens stand for RoPE when tokens between them are gone."""
 
 from __future__ import annotations
 

@@ -136,6 +136,12 @@ def test_what_is_no_name(name: str, says: str) -> None:
         get_policy(name)
 
 
+@pytest.mark.usefixtures("as_users_call_it")
+def test_a_policy_is_no_name() -> None:
+    with pytest.raises(TypeError, match=r"name of a policy is expected, such as 'tova', not TOVA\(\)"):
+        get_policy(TOVA())  # type: ignore[arg-type]
+
+
 def test_what_has_weights_appears_by_its_label() -> None:
     head = lambda start: init_forget_head(jax.random.key(0), layers=1, kv_heads=2, head_dim=4, hidden=3, start=start)
     retention = Retention(head(LIKE_TOVA), "layer")

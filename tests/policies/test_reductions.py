@@ -567,7 +567,7 @@ def test_names_and_layers() -> None:
     assert with_reduce(policies.Window(4), mean_slots(8)).name == "window+4/mean_slots8"
     mixed = with_reduce(policies.per_layer(policies.Full(), policies.TOVA()), merge_nearest())
     assert mixed.layers == (policies.Full(), policy)
-    assert policies.protect(policy, first=2).reduces
+    assert policies.protect(policy, first=2).reduction == merge_nearest()
 
 
 @pytest.mark.parametrize(("policy", "reduce", "message"), [

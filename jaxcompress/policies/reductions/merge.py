@@ -27,7 +27,7 @@ class merge_nearest(Reduction):
 
       w_e = max(cos(k_e, k_t), 0) * |v_e| / (|v_e| + |v_t|)        v_t <- (v_t + sum w_e v_e) / (1 + sum w_e)
 
-    The sums go over all tokens evicted at once into t. What is less similar than `threshold` is dropped.
+    The sums run over all tokens that are evicted into t at once. Tokens less similar than `threshold` are dropped.
     """
 
     threshold: float | int = 0.0
@@ -55,9 +55,9 @@ class merge_weighted(Reduction):
 
       v_t <- (n_t v_t + sum n_e v_e) / (n_t + sum n_e)        n_t <- n_t + sum n_e
 
-    so that merging tokens of equal key and value changes nothing, and tokens of equal key are merged without error. The
-    mean of all values, weighted by n, stays what it was. A slot that many unlike tokens have joined draws as much
-    attention as all of them and drowns what single tokens say: recall of single facts is lost.
+    Merging tokens of equal key and value changes nothing, and tokens of equal key are merged without error. The mean of
+    all values, weighted by n, stays as it was. A slot that many unlike tokens have joined draws as much attention as
+    all of them together, so recall of single facts is lost.
     """
 
     weighs = True
@@ -85,7 +85,7 @@ class cam(Reduction):
 
       v_t <- v_t + v_e / m  for each of them, with probability min(a_e / mean a_t, 1), else e is dropped
 
-    The draw depends on seed, layer, head and position only. What is moved is mass, not a mean: values grow with every
+    The draw depends on seed, layer, head and position only. Values are added, not averaged: they grow with every
     eviction, without bound where every step evicts.
     """
 
@@ -135,9 +135,9 @@ class _Limit(NamedTuple):
 class d2o(Reduction):
     """Merges an evicted value into the most similar kept token if it is similar enough (Wan et al. 2024, "D2O").
 
-    "Enough" is a running mean of the largest cosines c_e between the keys of what went and of what stayed, one per row
-    and kv head: the mean of the first eviction's, then old * threshold + new * mean at every later one. Those that
-    reach it are averaged in:
+    c_e is the largest cosine between the key of an evicted token and those that stay. The threshold is a running mean
+    of c_e, one per row and kv head: the mean of the first eviction, then old * threshold + new * mean at every later
+    one. Tokens that reach it are averaged in:
 
       v_t <- (e v_t + sum exp(c_e) v_e) / (e + sum exp(c_e))
 

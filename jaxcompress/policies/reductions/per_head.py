@@ -17,8 +17,8 @@ from jaxcompress.state.kv_state import Stats
 class PerHead(NamedTuple):
     """A policy's arrays for single kv heads, and back.
 
-    Heads that share a set still merge each into another token, so that their numbers differ: they are kept as
-    [B, 1, N, K]. Where every head has a set, and in a pool, they are [B, P, N].
+    Heads that share a set may merge a token into different targets, so a reduction has numbers per head: [B, 1, N, K].
+    Where every head has a set, and in a pool, they are [B, P, N].
     """
 
     policy: Policy
@@ -56,7 +56,7 @@ class PerHead(NamedTuple):
         return held._replace(keys=keys, values=values, positions=positions, owner=None, context=context)
 
     def split_gone(self, gone: Evicted, context: LayerContext) -> Evicted:
-        """Likewise."""
+        """The same for tokens that were evicted."""
         k = context.heads[1] if gone.owner is not None else gone.keys.shape[1]
         wide = lambda x: jnp.broadcast_to(x, (x.shape[0], k, *x.shape[2:]))
         positions = wide(gone.positions)

@@ -1,4 +1,4 @@
-"""A policy whose evicted tokens are reduced instead of dropped."""
+"""Policies whose evicted tokens are reduced instead of dropped, and what the recurrence asks of them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from jaxcompress.state.shapes import SlotScores
 
 
 def with_reduce(policy: Policy, reduction: Reduction) -> Policy:
-    """The policy, with evicted tokens reduced instead of dropped. What is kept follows the same rule as without.
+    """The policy, with evicted tokens reduced instead of dropped. The same tokens are kept as without.
 
-    The policy's stats become (its own, the reduction's), and so does its memory. Of a policy with layers of their own,
-    those that forget are given the reduction. Whatever works on scores may come before or after: `every(p, 16)` and
-    `protect(p, first=4)` of a reduced p are the same as reducing these.
+    The policy's stats become (its own, the reduction's), and so does its memory. In a `per_layer`, each policy that
+    evicts gets the reduction. Combinators that change scores may go inside or outside: reducing `every(p, 16)` is the
+    same as `every` of a reduced p.
 
     Raises:
       ValueError: nothing is ever evicted, evicted before the new token is seen, or reduced already; or a summary where
