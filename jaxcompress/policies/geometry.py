@@ -10,6 +10,7 @@ from jaxcompress.policies.order import by_age
 from jaxcompress.policies.policy import Policy, policy
 from jaxcompress.policies.protect import protected
 from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.order import order_by, rank_of
 from jaxcompress.state.shapes import SlotScores
 from jaxcompress.state.vectors import unit
 
@@ -100,7 +101,7 @@ class LagKV(Policy):
             parts[-1] /= parts[-1].sum(-1, keepdims=True)
         part = for_set((parts[0] + parts[1]) / 2, held)  # [B, P, chunks, lag]
         if not self.cross:
-            part = part.argsort(-1, stable=True).argsort(-1, stable=True) / lag
+            part = rank_of(order_by(part)) / lag
         part = jnp.pad(part.reshape(*part.shape[:2], -1), [(0, 0), (0, 0), (sinks, 0)], constant_values=jnp.inf)[
             ..., :n
         ]

@@ -32,7 +32,8 @@ class Named(Value):
     """A value that has a name. `str` gives it.
 
     Attributes:
-      label: how the class is written (see `jaxcompress.policies.labels`); the name of the class if empty.
+      label: how the class is written (see `jaxcompress.policies.labels`). It is not inherited: a class without a label
+        of its own is written by its name.
     """
 
     label = ""
@@ -111,7 +112,7 @@ def read(cls: type[Kind], text: str, *parts: Any) -> Kind | None:
 
 @cache
 def _form(cls: Any) -> _Form:
-    label = cls.label or cls.__name__
+    label = vars(cls).get("label") or cls.__name__
     found = re.fullmatch(r"(\w+)(\[?)(\+?)(?:\{(\w+)\})?\]?", label)
     if found is None:
         raise ValueError(

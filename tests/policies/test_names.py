@@ -71,7 +71,7 @@ def chain(draw: Any) -> Policy:
     return policy
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(draws=st.data())
 def test_names_and_policies_are_inverse(draws: st.DataObject) -> None:
     """For every policy of the library that has no weights, alone, mixed, one after the other or layer by layer."""
@@ -163,6 +163,11 @@ def test_a_policy_of_one_s_own_is_written_like_its_class() -> None:
         def score(self, stats: Any, held: Any) -> Any:
             return held.positions
 
+    @policy
+    class Mine(TOVA):
+        """Another policy than its base has another name."""
+
     assert str(Far()) == "Far"
+    assert str(Mine("kv_head")) == "Mine-kv_head"
     assert str(protect(Far(reach=8), first=1)) == "Far-reach8/protect-first1"
     assert str(Far(words=("a",))) == "Far-words=('a',)"

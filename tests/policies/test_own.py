@@ -11,6 +11,7 @@ import optax
 import pytest
 from tiny import random_tokens, tiny_decoder
 
+from jaxcompress.checkpoints._policy import SavedPolicy
 from jaxcompress.evaluation.compare import compare, exams
 from jaxcompress.evaluation.perplexity import perplexity
 from jaxcompress.evaluation.tracing import trace
@@ -141,6 +142,11 @@ def test_what_is_no_policy_of_a_file(name: str, says: str, file: Path, monkeypat
     monkeypatch.chdir(file.parent)
     with pytest.raises(ValueError, match=says):
         get_policy(name)
+
+
+def test_a_checkpoint_runs_no_file(file: Path) -> None:
+    with pytest.raises(ValueError, match="does not run code"):
+        SavedPolicy(f"{file}:Quiet", {}, {}).make()
 
 
 def test_a_file_that_changed_is_run_again(tmp_path: Path) -> None:
