@@ -6,13 +6,11 @@ chosen. A score of +inf protects. Scores are compared in float32.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxcompress.state.order import NEVER, age_key, order_by, rank_of
 from jaxcompress.state.shapes import SlotPositions, SlotScores
-
-_NEVER = jnp.iinfo(jnp.int32).max
 
 
 def rank(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P N"]:
@@ -22,12 +20,8 @@ def rank(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P N"]:
       scores: [..., N].
       positions: [..., N], -1 for a free slot.
     """
-    occupied = positions >= 0
-    worst_last = jnp.where(occupied, -_comparable(scores), jnp.inf)
-    age = jnp.where(occupied, positions, _NEVER)
-    slot = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
-    order = jax.lax.sort((worst_last, age, slot), dimension=-1, num_keys=2)[2]
-    return jnp.put_along_axis(jnp.zeros_like(slot), order, slot, axis=-1, inplace=False)
+    worst_last = jnp.where(positions >= 0, -_comparable(scores), jnp.inf)
+    return rank_of(order_by(worst_last, age_key(positions)))
 
 
 def keep_top(scores: SlotScores, positions: SlotPositions, n: Int[Array, "..."] | int) -> Bool[Array, "B P N"]:
@@ -42,23 +36,22 @@ def keep_top(scores: SlotScores, positions: SlotPositions, n: Int[Array, "..."] 
 
 
 def worst(scores: SlotScores, positions: SlotPositions, spare: int = 0) -> Int[Array, "B P"]:
-    """The slot of each set to free: a free one if more than `spare` are, else lowest score, youngest on a tie.
+    """The slot to free in each set: the lowest score, the youngest on a tie; a free slot if more than `spare` are free.
 
-    Two reductions. Freeing what is free changes nothing, so that nobody needs to count the occupied slots, but where
-    there are some to spare.
+    Two reductions, no sort. Freeing a free slot is a no-op, so occupancy is counted only when spare slots exist.
     """
     occupied = positions >= 0
-    of_free, youth_of_free = -jnp.inf, jnp.asarray(_NEVER)
+    of_free, youth_of_free = -jnp.inf, jnp.asarray(NEVER)
     if spare:
         room = (~occupied).sum(-1, keepdims=True) > spare
-        of_free, youth_of_free = jnp.where(room, -jnp.inf, jnp.inf), jnp.where(room, _NEVER, -1)
+        of_free, youth_of_free = jnp.where(room, -jnp.inf, jnp.inf), jnp.where(room, NEVER, -1)
     candidate = jnp.where(occupied, _comparable(scores), of_free)
     youth = jnp.where(occupied, positions, youth_of_free)
     return jnp.where(candidate == candidate.min(-1, keepdims=True), youth, -1).argmax(-1)
 
 
 def unranked(scores: SlotScores, positions: SlotPositions) -> Bool[Array, "B P"]:
-    """Marks sets of tokens whose scores are all NaN, so that nothing says which should stay."""
+    """Marks the sets whose scores are all NaN: no score says what should stay."""
     return (jnp.isnan(scores) | (positions < 0)).all(-1) & (positions >= 0).any(-1)
 
 

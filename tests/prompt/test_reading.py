@@ -53,7 +53,7 @@ def test_a_state_with_room_to_spare_is_no_compression(loaded: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "slots"), [("h2o", 24), ("ada-tova", 24), ("tova", [8, 16, 24, 32])])
+@pytest.mark.parametrize(("name", "slots"), [("h2o", 24), ("tova-pool/adaptive", 24), ("tova", [8, 16, 24, 32])])
 def test_held_is_what_slots_hold(loaded: Any, name: str, slots: Any) -> None:
     model, tokenizer = loaded
     read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=get_policy(name), slots=slots)
