@@ -11,10 +11,17 @@ from jaxtyping import Bool
 
 from jaxcompress.prompt.words import Spans
 
+SEPARATOR = "\n\n"  # between texts that are read one after the other
+
 _BEGINS, _ENDS = regex.compile(r"[\p{L}\p{N}_]"), regex.compile(r"[\p{L}\p{N}_]\p{M}*\Z")
 
 _LINE_ENDS = {"\n": r"(?:\r\n|\r(?!\n)|(?<!\r)\n)", "\r": r"\r(?!\n)"}
 _MARKS = 16  # characters looked back over for a letter with accents
+
+
+def joined(texts: Sequence[str]) -> str:
+    """Texts one after the other, an empty line between them; empty ones are left out."""
+    return SEPARATOR.join(text for text in texts if text)
 
 
 def join(text: str, spans: Spans, kept: Bool[np.ndarray, " W"], breaks: Sequence[str] = ()) -> str:
