@@ -85,7 +85,7 @@ class Shortened(NamedTuple):
         return recover(self.kept, answer)
 
 
-def long_llmlingua(
+def long_llmlingua(  # nine parameters: those of the paper's method
     reader: Reader,
     documents: Sequence[str],
     question: str,
@@ -96,7 +96,7 @@ def long_llmlingua(
     order: Order = "ends",
     scorer: Scorer | None = None,
     count: Count | None = None,
-) -> Shortened:  # nine parameters: those of the paper's method
+) -> Shortened:
     """Shortens documents for a question, to the share `rate` of their tokens.
 
     Documents are taken by relevance until they have `room` times the tokens that may stay. More is kept of a document

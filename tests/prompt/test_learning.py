@@ -170,9 +170,7 @@ def test_long_texts_are_read_in_rows_of_sentences(trained: Any) -> None:
     sentences = [f"{one.text}." for one in texts(9)]
     text = " ".join(sentences)
     found = scorer(text)
-    assert (found.scores > 0.5).tolist() == [
-        text[word.start : word.end] in ("council", "budget") for word in found.words
-    ]
+    assert (found.scores > 0.5).tolist() == [word in ("council", "budget") for word in found.words]
     unbroken = " ".join(one.text for one in texts(9))
     assert (scorer(unbroken).scores > 0.5).sum() == sum(sum(one.labels) for one in texts(9))
 
