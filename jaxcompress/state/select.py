@@ -42,7 +42,7 @@ def rank(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P N"]:
       scores: [..., N].
       positions: [..., N], -1 for a free slot.
     """
-    return rank_of(best_first(scores, positions))
+    return rank_of(jnp.asarray(best_first(scores, positions)))
 
 
 def keep_top(scores: SlotScores, positions: SlotPositions, n: Int[Array, "..."] | int) -> Bool[Array, "B P N"]:
