@@ -160,9 +160,13 @@ class Generate:
 
     def _shortened(self, tokenizer):
         from jaxcompress.prompt import Compressor, TokenizerCounter
+        from jaxcompress.prompt.reading import check_left
 
         compressor = Compressor.load(count=TokenizerCounter(tokenizer))
-        return [compressor.compress(text, rate=self.shorten) for text in self.prompt or (read_text(self.file),)]
+        kept = [compressor.compress(text, rate=self.shorten) for text in self.prompt or (read_text(self.file),)]
+        for one in kept:
+            check_left(one)
+        return kept
 
     def _report(self, model, tokenizer, state, kept, prompts) -> None:
         from jaxcompress.prompt.reading import report_of
