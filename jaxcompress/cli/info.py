@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxcompress.cli.flags import JsonFlag
 
-@dataclass(frozen=True)
-class Info:
-    """Shows versions, devices, policies, and which attention would be used.
+
+@dataclass(frozen=True, kw_only=True)
+class Info(JsonFlag):
+    """Shows versions, devices, policies, and which attention is used here.
 
     Example: jaxcompress info --json
     """
-
-    json: bool = False
-    """Print JSON."""
 
     def run(self) -> None:
         import os

@@ -76,7 +76,7 @@ def test_other_ways(run: Any) -> None:
         (["--rate", 0.5, "--tokens", 5], "not both"),
         (["--tokens", 1, "--force", "."], "more than the 1 asked for"),
         (["--stream", "--tokens", 5], "--stream needs --rate"),
-        (["--stream", "--structured"], "structured and stream cannot be had together"),
+        (["--stream", "--structured"], "structured and stream exclude each other"),
         (["--json-text"], "the text is not JSON"),
         (["--file", "no-such-file"], "no-such-file"),
         (["--budget", "official", "--json"], "do not go with official"),
