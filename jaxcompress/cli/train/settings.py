@@ -57,7 +57,7 @@ def train_defaults(arguments: Sequence[str]) -> Train:
 
 def _with_open_flags(values: dict[str, Any]) -> Train:
     """`Train` of these values. What has neither a value nor a default, the parser asks for."""
-    required = dict(data="", out=Path())
+    required: dict[str, Any] = dict(data="", out=Path())
     made = Train(**(required | values))
     for name in required.keys() - values.keys():
         object.__setattr__(made, name, tyro.MISSING)  # not given to the constructor, which wants values
