@@ -38,7 +38,7 @@ def parsed(
         raise ValueError(f"unknown command {arguments[0]!r}; known: {names}")
     kinds: Any = Union[tuple(_annotated(name, kind, (defaults or {}).get(name)) for name, kind in commands.items())]  # noqa: UP007  made from values
     parse = lambda: tyro.cli(kinds, prog="jaxcompress", description=description, args=arguments)
-    return in_one_line(arguments[0], parse)
+    return in_one_line(f"jaxcompress {arguments[0]}", parse)
 
 
 def _annotated(name: str, kind: type, default: Any) -> Any:
@@ -48,8 +48,12 @@ def _annotated(name: str, kind: type, default: Any) -> Any:
     return Annotated[tyro.conf.FlagCreatePairsOff[kind], tyro.conf.subcommand(name)]
 
 
-def in_one_line(command: str, parse: Callable[[], T]) -> T:
+def in_one_line(program: str, parse: Callable[[], T]) -> T:
     """What `parse` returns.
+
+    Args:
+      program: whose --help says more.
+      parse: calls tyro.
 
     Raises:
       ValueError: what tyro prints in a box on standard error, in one line.
@@ -62,7 +66,7 @@ def in_one_line(command: str, parse: Callable[[], T]) -> T:
     except SystemExit as ended:
         if not ended.code:
             raise
-        raise ValueError(f"{_unboxed(told.getvalue())}; see jaxcompress {command} --help") from None
+        raise ValueError(f"{_unboxed(told.getvalue())}; see {program} --help") from None
 
 
 def _unboxed(box: str) -> str:

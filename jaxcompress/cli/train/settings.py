@@ -39,7 +39,9 @@ def train_defaults(arguments: Sequence[str]) -> Train:
     """
     if "-h" in arguments or "--help" in arguments:
         return _with_open_flags({})
-    where, _ = in_one_line("train", lambda: tyro.cli(_Where, args=arguments, return_unknown_args=True, add_help=False))
+    where, _ = in_one_line(
+        "jaxcompress train", lambda: tyro.cli(_Where, args=arguments, return_unknown_args=True, add_help=False)
+    )
     config: dict[str, Any] = {}
     if where.config is not None:
         config = _checked(parse_toml(read_text(where.config), str(where.config)), where.config)
