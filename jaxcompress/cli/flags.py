@@ -63,7 +63,7 @@ class PolicyFlags:
 
     policy: str = "tova"
     """Eviction policy: a name from `jaxcompress info`, learned for the one saved with the model, or FILE.py:NAME for
-    your own. Modifiers follow after slashes: tova/recent64."""
+    your own. Modifiers follow after slashes: tova/protect-recent64."""
     slots: tuple[int, ...] = (128,)
     """Capacity of each layer: one number for all layers, or one per layer."""
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jaxcompress.generation import DecodeState, TextUntil
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
+    from jaxcompress.prompt import Compressed
 
 _BLOCK = 1 << 16  # bytes of a file that are read at once
 
@@ -58,8 +59,9 @@ class Generate(
     system: str | None = None
     """System message before the user's, with --chat."""
     shorten: float | None = None
-    """Keep only this share of the words, chosen by the embedded prompt compressor, and read what is left. What both
-    compressions came to is told on standard error. A file is then read whole."""
+    """Share of the prompt's tokens that stay, in (0, 1], counted by the model's tokenizer without the begin token: the
+    embedded prompt compressor drops words, as `compress-prompt --rate` does, and the model reads what is left. The
+    ratios of both compressions are told on standard error. A file is then read whole."""
     max_new_tokens: int = 128
     """Tokens to write, at most."""
     temperature: float = 0.0
@@ -126,6 +128,8 @@ class Generate(
     def _check(self) -> None:
         """What can be known before anything is loaded."""
         at_least(1, max_new_tokens=self.max_new_tokens)
+        if self.shorten is not None and not 0 < self.shorten <= 1:
+            raise ValueError(f"--shorten must be in (0, 1], the share of tokens that stays, not {self.shorten}")
         self.chunk_tokens()
         if not self.prompt and self.file is None:
             raise ValueError("give --prompt or --file")
@@ -156,7 +160,7 @@ class Generate(
         if self.shorten is None and self.file is not None:
             state, last = self._read_file(model, tokenizer, state)
             return state, [last]
-        kept = self._shortened() if self.shorten is not None else []
+        kept = self._shortened(tokenizer) if self.shorten is not None else []
         prompts = [self._encode(tokenizer, text) for text in ([one.text for one in kept] or self.prompt)]
         state = prefill(model, prompts, state, mode=self.mode, chunk=self.chunk_tokens())
         if kept:
@@ -170,21 +174,20 @@ class Generate(
         content = joined(text, self.prompt[0] if self.prompt and self.file is not None else None)
         return tokenizer.encode(tokenizer.apply_chat_template(messages(content, self.system)), add_bos=False)
 
-    def _shortened(self) -> list[Any]:
+    def _shortened(self, tokenizer: Tokenizer) -> list[Compressed]:
         """What the prompt compressor keeps of each text."""
-        from jaxcompress.prompt.classifier import load_compressor
-        from jaxcompress.prompt.word_scores import keep
+        from jaxcompress.prompt import Compressor, TokenizerCounter
 
-        scorer = load_compressor()
+        compressor = Compressor.load(count=TokenizerCounter(tokenizer))
         texts = self.prompt if self.file is None else (read_text(self.file),)
-        return [keep(scorer(text), rate=self.shorten) for text in texts]
+        return [compressor.compress(text, rate=self.shorten) for text in texts]
 
     def _report(self, model, tokenizer, state, kept, prompts) -> None:
         """Tells what both compressions came to."""
         from jaxcompress.prompt.reading import report_of
 
         for row, (one, ids) in enumerate(zip(kept, prompts, strict=True)):
-            whole = len(self._encode(tokenizer, one.scored.text))
+            whole = len(self._encode(tokenizer, one.documents[0].scored.text))
             tell(str(report_of(model, state, one, original_tokens=whole, prompt_tokens=len(ids), row=row)))
 
     def _read_file(self, model: Decoder, tokenizer: Tokenizer, state: DecodeState) -> tuple[DecodeState, np.ndarray]:

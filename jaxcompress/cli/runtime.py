@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxcompress.cli.own_policy import own_policy
-
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
     from jaxcompress.evaluation.recall import Wording
@@ -54,24 +52,16 @@ def chosen_policy(name: str, folder: Path) -> Policy:
 
     Raises:
       ValueError: an unknown name, or none was saved.
-      OSError: a file of the user's own policy cannot be read.
     """
     from jaxcompress.checkpoints import load_policy
     from jaxcompress.policies.names import get_policy
 
-    if name.split("/")[0] == "learned":
-        saved = load_policy(folder)
-        if saved is None:
-            raise ValueError(f"the model in {folder} was saved without a policy of its own; name another one")
-        return get_policy(name, learned=saved.make())
-    return named_policy(name)
-
-
-def named_policy(name: str) -> Policy:
-    """A policy by its published name, or from a user's own file. Raises ValueError and OSError as `chosen_policy`."""
-    from jaxcompress.policies.names import get_policy
-
-    return get_policy(name) if (own := own_policy(name)) is None else own
+    if name.split("/")[0] != "learned":
+        return get_policy(name)
+    saved = load_policy(folder)
+    if saved is None:
+        raise ValueError(f"the model in {folder} was saved without a policy of its own; name another one")
+    return get_policy(name, learned=saved.make())
 
 
 def tell(line: str) -> None:

@@ -8,7 +8,6 @@ forcing); a step of the bounded recurrence is another.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -21,12 +20,12 @@ from jaxcompress.inputs.token_ids import check_read
 from jaxcompress.models.checks import check_state
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.lookup import look_up
-from jaxcompress.models.rope import rotate
+from jaxcompress.models.rope import Rotary, rotate
 from jaxcompress.policies.cache_view import LayerContext
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import step_for
 from jaxcompress.recurrence.block_attention import causal_attention
-from jaxcompress.recurrence.layer import Step, StepContext, enter
+from jaxcompress.recurrence.layer import Step, StepSpec, enter
 from jaxcompress.state.kv_state import KVState, State, runs
 from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import AttentionOut, Hidden, Keys, Logits, Positions, Queries, Tokens, Valid, Values
@@ -222,7 +221,7 @@ def read(
     placement: Placement | None = None,
     recurrence: Step | None = None,
 ) -> ReadResult:
-    """Reads a block of tokens into the state. Pure; jit it with `policy`, `chunk` and `placement` static.
+    """Reads a block of tokens into the state. Pure; jit it with `chunk` and `placement` static.
 
     Args:
       tokens: [B, T]; T may be 1 (decoding).
@@ -272,9 +271,9 @@ def attend_slots(
     def attend(q, k, v, positions, layer, index, carry: State, xs):
         (part,) = carry
         step = recurrence or step_for(q.shape[1], chunk)
-        how = _step_context(config, policy, layer, index, part, chunk, placement)
-        block, part = enter(q, k, v, positions, part, index - first, how)
-        result = step(block, part, index - first, how)
+        spec = _step_spec(config, policy, layer, index, part, chunk, placement)
+        block, part = enter(q, k, v, positions, part, index - first, spec)
+        result = step(block, part, index - first, spec)
         return result.out, (result.state,), ((result.freed, result.died),)
 
     return attend
@@ -296,9 +295,9 @@ def by_parts(attend: Attend, config: DecoderConfig) -> Attend:
     return attend_parts
 
 
-def _step_context(
+def _step_spec(
     config: DecoderConfig, policy: Policy, layer: Layer, index: Array, part: KVState, chunk: int, placement: Any
-) -> StepContext:
+) -> StepSpec:
     """What does not change while tokens are read into some heads of a layer."""
     heads = part.heads or tuple(range(config.num_kv_heads))
     project = layer.attention.out.kernel[...].reshape(config.num_kv_heads, -1, config.head_dim, config.hidden_size)
@@ -307,14 +306,14 @@ def _step_context(
     group = config.num_heads // config.num_kv_heads
     which = part.heads or tuple(range(part.kv_heads))
     context = LayerContext(
-        partial(rotate, rope=config.rope),
+        Rotary(config.rope),
         placement or policy.placement,
         project,
         (group * len(heads), len(heads)),
         which,
     )
     window = None if config.windows is None else config.windows[index]
-    return StepContext(policy, context, chunk, window)
+    return StepSpec(policy, context, chunk, window)
 
 
 def heads_of(x: Array, part: KVState, config: DecoderConfig) -> Array:

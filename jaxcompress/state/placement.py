@@ -1,4 +1,4 @@
-"""Where tokens stand for RoPE once some between them are gone."""
+"""Where tokens stand for RoPE when tokens between them are gone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
+from jaxcompress.state.order import oldest_first
 from jaxcompress.state.shapes import SlotPositions
 
 Placement = Literal["absolute", "slot", "compact"]
@@ -26,11 +27,19 @@ Rotate = Callable[[Float[Array, "... D"], Real[Array, "..."]], Float[Array, "...
 """(vectors, positions) -> vectors: the model's position embedding."""
 
 
+MOST_COMPARED = 1024
+"""Tokens that are ranked by comparing each with each, which takes less time than a sort of so few."""
+
+
 def place(held: SlotPositions, placement: Placement) -> Float[Array, "B P N"]:
     """Re-indexed positions of the tokens held (see `Placement`); what free slots get has no meaning."""
     if placement == "absolute":
         return held.astype(jnp.float32)
-    order = jnp.argsort(jnp.where(held >= 0, held, jnp.iinfo(jnp.int32).max), axis=-1, stable=True)
+    if placement == "slot" and held.shape[-1] <= MOST_COMPARED:
+        age, slot = jnp.where(held >= 0, held, jnp.iinfo(jnp.int32).max), jnp.arange(held.shape[-1])
+        one, other = age[..., None], age[..., None, :]
+        return ((other < one) | (other == one) & (slot < slot[:, None])).sum(-1, dtype=jnp.float32)
+    order = oldest_first(held)
     if placement == "slot":
         places = jnp.broadcast_to(jnp.arange(held.shape[-1], dtype=jnp.float32), held.shape)
     else:

@@ -86,7 +86,7 @@ def test_files(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comman
         ((*GENERATE, "--dtype", "int8"), "must be a floating-point type"),
         ((*GENERATE, "--dtype", "bf15"), "must be a floating-point type, not 'bf15'; known: float32"),
         ((*GENERATE, "--dtype", ""), "must be a floating-point type, not ''"),
-        ((*GENERATE, "--shorten", 0), "rate"),
+        ((*GENERATE, "--shorten", 0), "--shorten must be in (0, 1]"),
         ((*GENERATE, "--policy", ""), "unknown policy ''"),
         ((*GENERATE, "--policy", "tova/every99999999999999999999"), ""),
         (("generate", "--file", "x", "--mode", "oneshot"), "use --mode streaming or chunked"),

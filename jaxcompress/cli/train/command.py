@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxcompress.cli.runtime import named_policy, open_weights, warn_of_positions, write_json
+from jaxcompress.cli.runtime import open_weights, warn_of_positions, write_json
 from jaxcompress.cli.train.arguments import TrainFlags
 from jaxcompress.cli.train.data import packed_rows
 from jaxcompress.cli.train.record import recorded_settings, unchanged
@@ -50,12 +50,13 @@ class Train(TrainFlags):
         from jaxcompress.checkpoints import config_dtype
         from jaxcompress.generation.text import Tokenizer
         from jaxcompress.pallas_kernels.devices import device
+        from jaxcompress.policies.names import get_policy
         from jaxcompress.training.checkpointing import Checkpoints
         from jaxcompress.training.learning import LEARNABLE
 
         tokenizer = Tokenizer(self.tokenizer or loaded.folder)
         dtype = self.compute_dtype or ("float32" if device()[0] == "cpu" else "bfloat16")
-        policy = None if self.policy == "full" or self.policy in LEARNABLE else named_policy(self.policy)
+        policy = None if self.policy == "full" or self.policy in LEARNABLE else get_policy(self.policy)
         task = task_of(self, loaded.model, policy, dtype)
         rows = packed_rows(self, tokenizer, loaded.config.vocab_size)
         stored = config_dtype(loaded.settings) or "float32"

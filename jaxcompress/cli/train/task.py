@@ -10,7 +10,7 @@ from jaxcompress.cli.train.arguments import TrainFlags
 
 if TYPE_CHECKING:
     from jaxcompress.models.decoder import Decoder
-    from jaxcompress.policies.learned import ForgetHead
+    from jaxcompress.policies.forget_head import ForgetHead
     from jaxcompress.policies.policy import Policy
     from jaxcompress.training.learning import Learning
     from jaxcompress.training.trainer import Objective
