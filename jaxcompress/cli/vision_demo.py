@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxcompress.cli.flags import JsonFlag, at_least
 
-@dataclass(frozen=True)
-class VisionDemo:
+
+@dataclass(frozen=True, kw_only=True)
+class VisionDemo(JsonFlag):
     """Asks the embedded vision-language model about pictures of which it sees ever fewer patches.
 
     Prints what each way of choosing patches costs and saves, and writes a picture of each picture with what was dropped
@@ -17,23 +19,23 @@ class VisionDemo:
     """
 
     out: Path = Path("vision-demo")
-    """Folder for the table (JSON) and the pictures."""
+    """Write the table (JSON) and the pictures into this folder."""
     methods: tuple[str, ...] = (
         "random", "grid", "pool", "tome", "fastervlm", "visionzip", "fastv", "sparsevlm+", "dart", "mustdrop",
     )  # fmt: skip
-    """Names of methods; see docs/vision.md."""
+    """Methods that choose patches; see docs/vision.md."""
     tokens: tuple[int, ...] = (36, 16)
-    """Visual tokens left in the end, of 144."""
+    """Numbers of visual tokens that are left in the end, of 144."""
     pictures: int = 48
-    """Held-out pictures, with eight questions about each."""
+    """Number of held-out pictures, with eight questions about each."""
     drawn: int = 4
-    """How many of them are drawn."""
-    json: bool = False
-    """Print JSON only."""
+    """Number of pictures that are drawn."""
 
     def run(self) -> None:
         import os
 
+        at_least(1, pictures=self.pictures)
+        at_least(0, drawn=self.drawn)
         from jaxcompress.cli.runtime import prepare, write_json
 
         prepare()
@@ -48,12 +50,10 @@ class VisionDemo:
         patches = loaded.config.tower.num_patches
         if wrong := [n for n in self.tokens if not 0 < n <= patches]:
             raise ValueError(
-                f"tokens: {wrong[0]} of {patches} patches cannot be kept; give numbers from 1 to {patches}"
+                f"--tokens: {wrong[0]} of {patches} patches cannot be kept; give numbers from 1 to {patches}"
             )
         budgets = sorted(set(self.tokens), reverse=True)
         chosen = [(patches, get_method("full")), *((n, get_method(name, n)) for n in budgets for name in self.methods)]
-        if self.pictures < 1:
-            raise ValueError(f"pictures: at least 1 is needed, not {self.pictures}")
         say = (lambda *text: None) if self.json else lambda *text: print(*text, flush=True)
         asked = exam(tokenizer, loaded.processor, loaded.model, pictures=self.pictures)
         example = asked.asked[0][0]
