@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float
 
+from jaxcompress._extras import extra
 from jaxcompress.inputs.token_ids import token_rows
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
@@ -22,6 +22,9 @@ from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.softmax import masked_softmax
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.shapes import Hidden, Keys, Positions, Queries, Tokens, Valid, Values
+
+with extra("train"):
+    import optax
 
 QUERY_BLOCK = 128  # queries whose weights exist at once
 

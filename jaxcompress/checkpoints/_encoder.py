@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxcompress.checkpoints._carried import config_like
 from jaxcompress.checkpoints._dtype import weights_dtype
@@ -51,7 +52,7 @@ _INTERPRETED = frozenset(
 
 
 def load_encoder(
-    source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None
+    source: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
 ) -> Loaded[Encoder, EncoderConfig, EncoderTokenizer]:
     """Reads a BERT or XLM-RoBERTa checkpoint that classifies tokens, such as those of LLMLingua-2.
 

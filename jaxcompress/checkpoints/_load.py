@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jaxcompress.checkpoints._config import decoder_config
@@ -48,7 +49,7 @@ class NotFinite(FloatingPointError, ValueError):
 
 
 def load(
-    source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None
+    source: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
 ) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
     """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
 

@@ -159,8 +159,8 @@ class Train:
 
         loaded = open_weights(self.model, "float32")
         import jax
-        import optax
 
+        from jaxcompress._extras import extra
         from jaxcompress.checkpoints import config_dtype
         from jaxcompress.generation.text import Tokenizer
         from jaxcompress.pallas_kernels.devices import device
@@ -169,6 +169,9 @@ class Train:
         from jaxcompress.training.metrics import MetricsFile, flops_per_token, mean_attended
         from jaxcompress.training.optimizer import OPTIMIZERS, SCHEDULES
         from jaxcompress.training.trainer import fit, init_train_state, make_measure, make_step
+
+        with extra("train"):
+            import optax
 
         tokenizer = Tokenizer(self.tokenizer or loaded.folder)
         dtype = self.compute_dtype or ("float32" if device()[0] == "cpu" else "bfloat16")

@@ -32,12 +32,9 @@ class VisionDemo:
     """Print JSON only."""
 
     def run(self) -> None:
-        import os
-
         from jaxcompress.cli.runtime import prepare, write_json
 
         prepare()
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: it is not needed
         from jaxcompress.checkpoints import load_embedded_vision
         from jaxcompress.evaluation.visual import Examiner, exam, guessing
         from jaxcompress.vision import get_method

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxcompress.evaluation.recall import WORDS_PER_SIDE, Recall, Wording, answers, exam, one_by_one
 from jaxcompress.models.decoder import Decoder
@@ -111,7 +112,7 @@ class Compared:
 
 
 def compare(
-    model: Decoder, tasks: Exams, policies: Sequence[Policy], slots: Sequence[int], *, dtype: Any = None
+    model: Decoder, tasks: Exams, policies: Sequence[Policy], slots: Sequence[int], *, dtype: DTypeLike | None = None
 ) -> Iterator[Compared]:
     """Every policy at every capacity; one that keeps everything gets the whole context, once.
 
@@ -125,7 +126,7 @@ def compare(
                 yield _compared(model, tasks, policy, capacity, dtype)
 
 
-def _compared(model: Decoder, tasks: Exams, policy: Policy, slots: int, dtype: Any) -> Compared:
+def _compared(model: Decoder, tasks: Exams, policy: Policy, slots: int, dtype: DTypeLike | None) -> Compared:
     whole = None if policy.oneshot_only else answers(model, tasks.whole, policy, slots, dtype=dtype)
     line = len(tasks.single[0].tokens) - tasks.prompt if tasks.single else 0
     before, after = (

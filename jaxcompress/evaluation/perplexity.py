@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from jaxcompress.inputs.token_ids import token_rows
@@ -60,7 +61,7 @@ def perplexity(
     skip: int = 0,
     segment: int = 512,
     placement: Placement | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     text: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Perplexity:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxcompress.evaluation.perplexity import once_and_stream, predictions
 from jaxcompress.inputs.token_ids import token_rows
@@ -245,7 +246,7 @@ def answers(
     prompt: int = 0,
     segment: int = 512,
     placement: Placement | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Answers:
     """Reads the tasks through a bounded state and looks at its greedy answers.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.inputs.token_ids import token_rows
@@ -51,7 +52,7 @@ def trace(
     mode: Mode = "oneshot",
     chunk: int = 128,
     placement: Placement | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Trace:
     """Feeds the first `prompt` tokens as the mode says and the rest one by one.
 
@@ -69,8 +70,8 @@ def trace(
     total = tokens.shape[1]
     if not 1 <= prompt <= total:
         raise ValueError(f"prompt must be between 1 and the {total} tokens given, not {prompt}")
-    dtype = dtype or model.embedding[...].dtype
-    state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=dtype)
+    stored = dtype or model.embedding[...].dtype
+    state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=stored)
     check_mode(policy, mode)
     check_fits(model.config, policy, state, total, prompt=prompt)
     begun, steps = _prompt(tokens[:, :prompt], mode, chunk), _filled(tokens[:, prompt:])

@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
+from jaxcompress._extras import extra
 from jaxcompress.generation.text import Tokenizer, encode_stream
 from jaxcompress.inputs.text import clean, json_lines, read_text
 from jaxcompress.inputs.token_ids import token_ids
+
+with extra("train"):
+    import grain
 
 Document = str | np.ndarray
 """A text, or token ids [n]."""
@@ -105,13 +108,8 @@ def _document(value: Any, field: str, where: str) -> Document:
 def _read_dataset(name: str, field: str, split: str) -> Iterator[Document]:
     if name.startswith(("/", ".", "~")) or name.endswith((".txt", *_JSON_LINES)) or name.count("/") > 1:
         raise FileNotFoundError(f"there is no file or folder {name}")
-    try:
+    with extra("data", f"{name!r} is no file or folder; reading a dataset of the Hugging Face hub"):
         import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError(
-            f"{name!r} is no file or folder, and for datasets of the Hugging Face hub a package is missing: "
-            'pip install "jaxcompress[data]"'
-        ) from None
     repository, _, configuration = name.partition(":")
     try:
         rows: Any = datasets.load_dataset(repository, configuration or None, split=split)

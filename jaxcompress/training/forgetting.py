@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
+from jaxcompress._extras import extra
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
@@ -35,6 +35,9 @@ from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.shapes import Hidden, Keys, Positions, Queries, Tokens, Valid
 from jaxcompress.training.distillation import divergence
 from jaxcompress.training.loss import token_losses
+
+with extra("train"):
+    import optax
 
 
 def init_dms(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:

@@ -12,6 +12,7 @@ import jax
 import jax.extend.backend
 import numpy as np
 
+from jaxcompress._extras import extra
 from jaxcompress.models.decoder import Decoder
 
 # Dense bfloat16 FLOP/s of one device as JAX counts them, from the makers' data sheets. The first name that the
@@ -145,10 +146,8 @@ def tensorboard(folder: str | Path, *, after: int = 0) -> Callable[[int, Mapping
     Raises:
       ImportError: tensorboardX is not installed.
     """
-    try:
+    with extra("tensorboard"):
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError('TensorBoard needs one more package: pip install "jaxcompress[tensorboard]"') from None
     writer = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
 
     def log(step: int, metrics: Mapping[str, Any]) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import optax
-from optax.contrib import MuonDimensionNumbers, muon
+
+from jaxcompress._extras import extra
+
+with extra("train"):
+    import optax
+    from optax.contrib import MuonDimensionNumbers, muon
 
 
 def warmup_stable_decay(peak: float, steps: int, *, warmup: int = 100, decay: float = 0.3) -> optax.Schedule:

@@ -16,13 +16,17 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from tqdm import tqdm
+from jax.typing import DTypeLike
 
+from jaxcompress._extras import extra
 from jaxcompress.training.checkpointing import Checkpoints
 from jaxcompress.training.compiled import Compiled
 from jaxcompress.training.data import Batch
 from jaxcompress.training.metrics import Throughput
+
+with extra("train"):
+    import optax
+    from tqdm import tqdm
 
 Metrics = dict[str, Any]
 """Scalars by name."""
@@ -82,7 +86,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    compute_dtype: Any = None,
+    compute_dtype: DTypeLike | None = None,
 ) -> Compiled:
     """The compiled step of training; it consumes (donates) the state that it is given.
 
@@ -124,7 +128,7 @@ def make_step(
     return Compiled(step, donate=True)
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
+def _cast(tree: Any, dtype: DTypeLike | None) -> Any:
     """Floating-point leaves as `dtype`; all as they are if that is None."""
     if dtype is None:
         return tree
@@ -210,7 +214,7 @@ def fit(
 
 
 def make_measure(
-    objective: Objective, *, compute_dtype: Any = None, seed: int = 0
+    objective: Objective, *, compute_dtype: DTypeLike | None = None, seed: int = 0
 ) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
     """A function of weights and batches of one shape: the mean metrics, weighted by token, with nothing learned.
 
@@ -236,7 +240,7 @@ def make_measure(
 
 
 def make_evaluate(
-    objective: Objective, *, compute_dtype: Any = None, seed: int = 0
+    objective: Objective, *, compute_dtype: DTypeLike | None = None, seed: int = 0
 ) -> Callable[[Any, Iterable[Batch]], float]:
     """As `make_measure`, of the loss alone; NaN where there is none."""
     loss = lambda *given: ({"loss": objective(*given)[0]["loss"]}, None)  # nothing else is computed
