@@ -4,8 +4,8 @@ A context is read in full, then the model is given the context once more, as if 
 looks up in the cache while repeating, no question is likely to need. So the compressed state is good for questions that
 are not known yet, which scores taken from the end of a prompt are not.
 
-    now = kvzip(model, [context], tova("kv_head"), slots=256, repeat=asking(encode))
-    state = prefill(model, [question], state)     # from here on everything is as ever
+    state = kvzip(model, [context], TOVA("kv_head"), slots=256, repeat=asking(encode))
+    state = prefill(model, [question], state)  # from here on everything is as ever
 
 Scores made in any other way can be used the same: `shrink` turns a full state and scores into a bounded state.
 """
@@ -107,6 +107,8 @@ def kvzip(
     placement: Placement | None = None,
 ) -> DecodeState:
     """Reads contexts and compresses them so that they could be repeated; `prefill` or `decode` go on from there.
+
+    Eleven parameters: those of `init_decode_state`, and those of KVzip.
 
     While it runs, the keys and values of the whole contexts are in memory, once in the state that is read into and once
     more in every step of reading and repeating, with the weights of 128 queries over all of it; what is returned is as

@@ -21,7 +21,7 @@ def check_state(config: DecoderConfig, state: State, policy: Policy, *, batch: i
     """Raises ValueError if a state was not made for a model's shape, a policy and so many rows.
 
     It compares shapes and types: policies that keep the same numbers for the same heads cannot be told apart by their
-    state. A `Progress` knows its policy.
+    state. A `DecodeState` knows its policy.
     """
     check_policy(policy)
     if not isinstance(state, tuple) or not all(isinstance(part, KVState) for part in state):

@@ -27,7 +27,7 @@ from jaxcompress.policies.cache_view import LayerContext
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import step_for
 from jaxcompress.recurrence.block_attention import causal_attention
-from jaxcompress.recurrence.layer import Step, StepContext, enter
+from jaxcompress.recurrence.layer import Step, StepSpec, enter
 from jaxcompress.state.kv_state import KVState, State, runs
 from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import AttentionOut, Hidden, Keys, Logits, Positions, Queries, Tokens, Valid, Values
@@ -273,9 +273,9 @@ def attend_slots(
     def attend(q, k, v, positions, layer, index, carry: State, xs):
         (part,) = carry
         step = recurrence or step_for(q.shape[1], chunk)
-        how = _step_context(config, policy, layer, index, part, chunk, placement)
-        block, part = enter(q, k, v, positions, part, index - first, how)
-        result = step(block, part, index - first, how)
+        spec = _step_spec(config, policy, layer, index, part, chunk, placement)
+        block, part = enter(q, k, v, positions, part, index - first, spec)
+        result = step(block, part, index - first, spec)
         return result.out, (result.state,), ((result.freed, result.died),)
 
     return attend
@@ -297,9 +297,9 @@ def by_parts(attend: Attend, config: DecoderConfig) -> Attend:
     return attend_parts
 
 
-def _step_context(
+def _step_spec(
     config: DecoderConfig, policy: Policy, layer: Layer, index: Array, part: KVState, chunk: int, placement: Any
-) -> StepContext:
+) -> StepSpec:
     """What does not change while tokens are read into some heads of a layer."""
     heads = part.heads or tuple(range(config.num_kv_heads))
     project = layer.attention.out.kernel[...].reshape(config.num_kv_heads, -1, config.head_dim, config.hidden_size)
@@ -315,7 +315,7 @@ def _step_context(
         which,
     )
     window = None if config.windows is None else config.windows[index]
-    return StepContext(policy, context, chunk, window)
+    return StepSpec(policy, context, chunk, window)
 
 
 def heads_of(x: Array, part: KVState, config: DecoderConfig) -> Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxcompress.inputs.described import described
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.pallas_kernels.dispatch import slot_multiple as usual_multiple
 from jaxcompress.policies.cache_view import CacheView, LayerContext
@@ -48,10 +49,12 @@ def init_state(
         the default device lays them out anyway, 8 on a TPU (32 for quantised states), 1 elsewhere.
 
     Raises:
-      ValueError: something that is no policy or no capacity, a capacity below 1 or below what the policy needs, not one
+      ValueError: something that is no config, no policy or no capacity, a capacity below 1 or below what the policy needs, not one
         per layer or head, capacities per head for a policy whose heads share a set, policies for another number of
         layers, an unknown dtype, or int4 for heads of odd width.
     """
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"the first argument must be a DecoderConfig, such as model.config, not {described(config)}")
     check_policy(policy)
     slot_multiple = usual_multiple(dtype_name(dtype)) if slot_multiple is None else slot_multiple
     if policy.layers and len(policy.layers) != config.num_layers:

@@ -24,7 +24,7 @@ from jaxcompress.policies.cache_view import LayerContext
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.chunk_step import chunk_steps
 from jaxcompress.recurrence.decode_step import decode_step
-from jaxcompress.recurrence.layer import Step, StepContext, StepResult, TokenBlock, enter
+from jaxcompress.recurrence.layer import Step, StepResult, StepSpec, TokenBlock, enter
 from jaxcompress.recurrence.stream import stream
 from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.placement import Placement, Rotate
@@ -89,9 +89,9 @@ def advance(
     b, t, h, d = q.shape
     heads = state.heads or tuple(range(state.kv_heads))
     context = LayerContext(rotate, placement or policy.placement, project, (h, k.shape[2]), heads)
-    how = StepContext(policy, context, chunk, window, backend)
-    block, state = enter(q, k, v, positions, state, layer, how)
-    done = (recurrence or step_for(t, chunk))(block, state, layer, how)
+    spec = StepSpec(policy, context, chunk, window, backend)
+    block, state = enter(q, k, v, positions, state, layer, spec)
+    done = (recurrence or step_for(t, chunk))(block, state, layer, spec)
     return Advanced(done.out.reshape(b, t, h, d).astype(block.q.dtype), done.state, done.freed, done.died)
 
 
@@ -102,9 +102,9 @@ def step_for(tokens: int, chunk: int) -> Step:
     return stream if chunk == 1 else chunk_steps
 
 
-def steps(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
-    """The recurrence of a block of any length, as `how` cuts it."""
-    return step_for(block.positions.shape[1], how.chunk)(block, state, layer, how)
+def steps(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
+    """The recurrence of a block of any length, as `spec` cuts it."""
+    return step_for(block.positions.shape[1], spec.chunk)(block, state, layer, spec)
 
 
 @cache
@@ -112,8 +112,8 @@ def on(backend: Backend, recurrence: Step = steps) -> Step:
     """A recurrence computed by a backend: `read(..., recurrence=on("tpu"))`. The same one each time, so that what is
     compiled for it is found again."""
 
-    def step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
-        return recurrence(block, state, layer, how._replace(backend=backend))
+    def step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
+        return recurrence(block, state, layer, spec._replace(backend=backend))
 
     return step
 

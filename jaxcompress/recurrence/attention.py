@@ -207,7 +207,10 @@ def slot_step_by_rule(
     present: Bool[Array, " B"],
     rule: EvictionRule,
 ) -> tuple[Float[Array, "B K G D"], Float[Array, "B P S"] | None, Int[Array, "B P"], tuple[Stored, Stored]]:
-    """A decoding step of a policy that the kernel follows by itself (see `Kernels.step_evict`)."""
+    """A decoding step of a policy that the kernel follows by itself (see `Kernels.step_evict`).
+
+    Ten parameters: the arrays of one launch.
+    """
 
     def run(q, new, stored, layer, index, held, numbers, present):
         return launch.step_evict(chosen, q, _only(new), stored, layer, index[..., 0], held, numbers, present, rule)
@@ -247,7 +250,10 @@ def stream_attention(
     window: Int[Array, ""] | int | None,
     rule: EvictionRule,
 ) -> tuple[Any, ...]:
-    """The recurrence of a whole segment in one launch (see `Kernels.segment`)."""
+    """The recurrence of a whole segment in one launch (see `Kernels.segment`).
+
+    Ten parameters: the arrays of one launch.
+    """
 
     def run(q, new, stored, layer, positions, held, numbers, window):
         return launch.segment(chosen, q, new, stored, layer, positions, held, numbers, window, rule)

@@ -14,8 +14,8 @@ from jaxcompress.pallas_kernels.dispatch import choose_kernel
 from jaxcompress.policies.cache_view import Observation
 from jaxcompress.recurrence.attention import BlockKeys, Extra, block_attention, call_of, chunk_attention
 from jaxcompress.recurrence.layer import (
-    StepContext,
     StepResult,
+    StepSpec,
     TokenBlock,
     absorbed,
     by_owner,
@@ -44,58 +44,58 @@ from jaxcompress.state.storage import load_vectors, split
 
 
 @settled
-def chunk_steps(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
+def chunk_steps(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
     """T tokens in chunks: a scan of `chunk_step` over one layer."""
 
     def step(one: KVState, chunk: TokenBlock) -> tuple[KVState, Any]:
-        done = chunk_step(chunk, one, how)
+        done = chunk_step(chunk, one, spec)
         seen = jnp.maximum(one.seen, chunk.positions.max(-1) + 1)  # so that policies know the first chunk
         return replace(done.state, seen=seen), (done.out, done.freed[0], done.died[0])
 
-    one, (out, freed, died) = jax.lax.scan(step, state.take(layer), cut_block(block, how.chunk))
+    one, (out, freed, died) = jax.lax.scan(step, state.take(layer), cut_block(block, spec.chunk))
     return StepResult(join_chunks(out, block), state.put(layer, one), freed, died)
 
 
-def chunk_step(block: TokenBlock, state: KVState, how: StepContext) -> StepResult:
+def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
     """T tokens at once into a state of one layer: attend to slots and each other, then select from all of them.
 
     What stays of the slots stays where it is. What stays of the block goes into the slots set free.
     """
-    policy, positions = how.policy, block.positions
+    policy, positions = spec.policy, block.positions
     newest = positions.max(-1)
     oldest = jnp.where(positions >= 0, positions, newest[:, None]).min(-1)  # -1 in rows without a token
     freed_before = None
     if policy.schedule.when == "before":
-        state = replace(state, positions=within_window(state.positions[0], oldest, how.window)[None])
-        state, freed_before = _make_room(state, how, positions >= 0)
+        state = replace(state, positions=within_window(state.positions[0], oldest, spec.window)[None])
+        state, freed_before = _make_room(state, spec, positions >= 0)
     state = remembered(state, 0, policy, block.bare)
-    whole = _joined(block, state, how)
+    whole = _joined(block, state, spec)
     held, slots = whole["positions"], state.positions.shape[-1]
     replaced = None if block.replaces is None else replaced_by_next(held, block, state.seen)
-    q, given = _keys(block, state, whole, how)
-    folded = _fold_by_rule(block, state, how, whole, q)
+    q, given = _keys(block, state, whole, spec)
+    folded = _fold_by_rule(block, state, spec, whole, q)
     if folded is None:
-        summary, see = extra_of(state, 0, how).summary, partial(_visible, whole=whole, replaced=replaced, how=how)
+        summary, see = extra_of(state, 0, spec).summary, partial(_visible, whole=whole, replaced=replaced, spec=spec)
         extra = lambda stats: Extra(policy.bias(stats), summary)
-        folded = chunk_attention(q, positions, given, whole["stats"], see, extra, partial(_observe, how=how))
+        folded = chunk_attention(q, positions, given, whole["stats"], see, extra, partial(_observe, spec=spec))
     stats, out = folded
-    lived = within_window(held, jnp.where(newest >= 0, newest, state.seen - 1), how.window)
+    lived = within_window(held, jnp.where(newest >= 0, newest, state.seen - 1), spec.window)
     alive = lived if replaced is None else jnp.where(replaced, -1, lived)
     everything = replace(state, **jax.tree.map(lambda x: x[None], dict(whole, positions=alive, stats=stats)))
-    kept, unclear = _select(everything, how)
+    kept, unclear = _select(everything, spec)
     # Where no score says what should stay, or a token finds no slot, the output says so.
     out = jnp.where(unclear[:, None, None, None, None], jnp.nan, out)
     if not policy.forgets:
-        lost = kept.sum(-1) > slots - spare_slots(state, how)
+        lost = kept.sum(-1) > slots - spare_slots(state, spec)
         out = jnp.where(lost[:, None, :, None, None], jnp.nan, out)
     freed = jnp.where((lived >= 0) & ~kept, lived, -1)
     after = _settle(everything, kept, slots)
     if policy.reduces:
         index = jax.lax.top_k(freed, freed.shape[-1] - min(state.capacity, freed.shape[-1] - 1))[1]
         evicted = evicted_at(everything, 0, index, jnp.take_along_axis(freed, index, axis=-1))
-        after = absorbed(after, 0, how, evicted)
+        after = absorbed(after, 0, spec, evicted)
     every = jnp.broadcast_to(jnp.arange(freed.shape[-1]), freed.shape)
-    freed = by_owner(freed, every, whole["owner"], how)
+    freed = by_owner(freed, every, whole["owner"], spec)
     died = jnp.broadcast_to((newest + 1)[:, None, None], freed.shape)
     died = died if replaced is None else jnp.where(replaced, held + 1, died)
     if freed_before is not None:
@@ -104,16 +104,16 @@ def chunk_step(block: TokenBlock, state: KVState, how: StepContext) -> StepResul
     return StepResult(out, after, freed[None], died[None])
 
 
-def _stay(state: KVState, how: StepContext) -> int:
+def _stay(state: KVState, spec: StepSpec) -> int:
     """How many tokens of a set stay of slots and block."""
-    schedule = how.policy.schedule
-    return schedule.keep * entries_per_token(state, how) if schedule.when == "once" else state.capacity
+    schedule = spec.policy.schedule
+    return schedule.keep * entries_per_token(state, spec) if schedule.when == "once" else state.capacity
 
 
-def _joined(block: TokenBlock, state: KVState, how: StepContext) -> dict[str, Any]:
+def _joined(block: TokenBlock, state: KVState, spec: StepSpec) -> dict[str, Any]:
     """The fields that have a slot axis, with the block's tokens after the slots: [B, K or P, S + T, ...]."""
     entries = entries_of(block, state)
-    fresh = how.policy.init(cache_view(state, 0, how, _stay(state, how), entries))
+    fresh = spec.policy.init(cache_view(state, 0, spec, _stay(state, spec), entries))
     fresh = jax.tree.map(lambda x: jnp.broadcast_to(x, (*entries.positions.shape, *x.shape[3:])), fresh)
     old = state.slotted()
     new = dict(keys=entries.keys, values=entries.values, positions=entries.positions, owner=entries.owner, stats=fresh)
@@ -121,9 +121,9 @@ def _joined(block: TokenBlock, state: KVState, how: StepContext) -> dict[str, An
     return {name: jax.tree.map(join, old[name], new[name]) for name in old}
 
 
-def _keys(block: TokenBlock, state: KVState, whole: dict[str, Any], how: StepContext) -> tuple[Array, BlockKeys]:
+def _keys(block: TokenBlock, state: KVState, whole: dict[str, Any], spec: StepSpec) -> tuple[Array, BlockKeys]:
     """Queries [B, T, K, G, D] and the keys and values that they meet."""
-    context, q = how.context, block.grouped(state)
+    context, q = spec.context, block.grouped(state)
     keys, key_scale = split(whole["keys"])
     values, value_scale = split(whole["values"])
     if context.placement != "absolute":
@@ -134,25 +134,25 @@ def _keys(block: TokenBlock, state: KVState, whole: dict[str, Any], how: StepCon
     return q, BlockKeys(wide(keys), wide(values), key_scale, value_scale, (keys.dtype, values.dtype))
 
 
-def _visible(at: Array, whole: dict[str, Any], replaced: Array | None, how: StepContext) -> Array:
+def _visible(at: Array, whole: dict[str, Any], replaced: Array | None, spec: StepSpec) -> Array:
     """[B, P or K, 1 or G, T, N]: what queries at these positions see."""
     held = whole["positions"]
     visible = held[:, :, None] <= at[:, None, :, None]
-    if how.window is not None:
-        visible &= held[:, :, None] > at[:, None, :, None] - how.window
+    if spec.window is not None:
+        visible &= held[:, :, None] > at[:, None, :, None] - spec.window
     if replaced is not None:  # by the next token, for which they are no longer there
         visible &= (held[:, :, None] == at[:, None, :, None]) | ~replaced[:, :, None]
-    return visible[:, :, None] & seen_by(held, whole["owner"], how.context.heads[0], how.context.group)[:, :, :, None]
+    return visible[:, :, None] & seen_by(held, whole["owner"], spec.context.heads[0], spec.context.group)[:, :, :, None]
 
 
-def _select(everything: KVState, how: StepContext) -> tuple[Array, Array]:
+def _select(everything: KVState, spec: StepSpec) -> tuple[Array, Array]:
     """Which tokens of slots and block stay, [B, P, N]; and the rows in which no score says so, [B]."""
-    alive, policy = everything.positions[0], how.policy
+    alive, policy = everything.positions[0], spec.policy
     if not policy.evicts:
         return alive >= 0, jnp.zeros(alive.shape[0], bool)
-    stay = _stay(everything, how)
+    stay = _stay(everything, spec)
     stats = jax.tree.map(lambda x: x[0], everything.stats)
-    scores = policy.scores(stats, cache_view(everything, 0, how, stay))
+    scores = policy.scores(stats, cache_view(everything, 0, spec, stay))
     most = jnp.full(everything.seen.shape, stay)
     if policy.schedule.when == "once":
         most = jnp.where(everything.seen == 0, stay, alive.shape[-1])
@@ -161,35 +161,35 @@ def _select(everything: KVState, how: StepContext) -> tuple[Array, Array]:
     return kept, unclear.any(-1)
 
 
-def _fold_by_rule(
-    block: TokenBlock, state: KVState, how: StepContext, whole: Any, q: Array
-) -> tuple[Any, Array] | None:
+def _fold_by_rule(block: TokenBlock, state: KVState, spec: StepSpec, whole: Any, q: Array) -> tuple[Any, Array] | None:
     """Stats and output by a kernel, where the policy follows a rule; None: where none will."""
-    rule, held, positions = rule_of(state, how), whole["positions"], block.positions
-    chosen = choose_kernel("block", call_of(q, whole["keys"], held.shape[1], rule), how.backend, why_no_rule(rule, how))
+    rule, held, positions = rule_of(state, spec), whole["positions"], block.positions
+    chosen = choose_kernel(
+        "block", call_of(q, whole["keys"], held.shape[1], rule), spec.backend, why_no_rule(rule, spec)
+    )
     if chosen is None or rule is None:
         return None
-    out, last, total = block_attention(chosen, q, positions, whole["keys"], whole["values"], held, how.window)
+    out, last, total = block_attention(chosen, q, positions, whole["keys"], whole["values"], held, spec.window)
     present = (positions.max(-1) >= 0)[:, None, None]
     mean = lambda x: x.mean((1, 2))[:, None] if held.shape[1] == 1 else x.mean(2)
     observed = lambda x: x + mean(total) if rule.fold == "sum" else jnp.where(present, mean(last), x)
     return jax.tree.map(observed, whole["stats"]), out  # no stats where nothing is folded
 
 
-def _make_room(state: KVState, how: StepContext, valid: Array) -> tuple[KVState, Array]:
+def _make_room(state: KVState, spec: StepSpec, valid: Array) -> tuple[KVState, Array]:
     """Evicts before a block, so that slots and block together fill the capacity."""
     held, coming, block_length = state.positions[0], valid.sum(-1), valid.shape[1]
     stay = max(state.capacity - block_length, 0)
-    scores = how.policy.scores(jax.tree.map(lambda x: x[0], state.stats), cache_view(state, 0, how, stay))
+    scores = spec.policy.scores(jax.tree.map(lambda x: x[0], state.stats), cache_view(state, 0, spec, stay))
     kept = keep_top(scores, held, jnp.maximum(state.capacity - coming, 0)[:, None])
     freed = jnp.where((held >= 0) & ~kept, held, -1)
     return replace(state, positions=jnp.where(kept, held, -1)[None]), freed
 
 
-def _observe(stats: Stats, weights: Array, at: Array, visible: Array, how: StepContext) -> Stats:
+def _observe(stats: Stats, weights: Array, at: Array, visible: Array, spec: StepSpec) -> Stats:
     """The stats after some queries."""
     counts = visible.sum(-1, dtype=jnp.float32).mean(2)
-    return how.policy.observed(stats, Observation(weights, at, counts, how.context.group))
+    return spec.policy.observed(stats, Observation(weights, at, counts, spec.context.group))
 
 
 def _settle(everything: KVState, kept: Array, slots: int) -> KVState:

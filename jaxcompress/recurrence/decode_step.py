@@ -16,8 +16,8 @@ from jaxcompress.recurrence.attention import no_kernel, slot_attention, slot_ste
 from jaxcompress.recurrence.eviction import evict
 from jaxcompress.recurrence.layer import (
     Entries,
-    StepContext,
     StepResult,
+    StepSpec,
     TokenBlock,
     cache_view,
     entries_of,
@@ -42,24 +42,26 @@ from jaxcompress.state.storage import load_vectors
 
 
 @settled
-def decode_step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
+def decode_step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
     """One token: into a free slot, attend, evict by marking slots free. K and V are read once, never moved."""
-    policy, context, position = how.policy, how.context, block.positions[:, 0]
-    state, replaced = _make_room(block, state, layer, how)
+    policy, context, position = spec.policy, spec.context, block.positions[:, 0]
+    state, replaced = _make_room(block, state, layer, spec)
     freed, died, unclear = None, position, None
     if policy.schedule.when == "before":
-        state, freed, unclear = evict(state, layer, how, rows=position >= 0)
+        state, freed, unclear = evict(state, layer, spec, rows=position >= 0)
     state = remembered(state, layer, policy, block.bare)
     entries = entries_of(block, state)
-    state, index = _write_numbers(state, layer, entries, how)
-    if replaced is None and (kernel := rule_kernel(block, state, how)) is not None:
+    state, index = _write_numbers(state, layer, entries, spec)
+    if replaced is None and (kernel := rule_kernel(block, state, spec)) is not None:
         return _step_by_rule(kernel, block, state, layer, entries, index)
     held, owner = state.positions[layer], jax.tree.map(lambda x: x[layer], state.owner)
-    visible, extra = seen_by(held, owner, context.heads[0], context.group), extra_of(state, layer, how)
-    attend = slot_step if context.placement == "absolute" else partial(_reindexed_step, held=held, block=block, how=how)
+    visible, extra = seen_by(held, owner, context.heads[0], context.group), extra_of(state, layer, spec)
+    attend = slot_step
+    if context.placement != "absolute":
+        attend = partial(_reindexed_step, held=held, block=block, spec=spec)
     out, weights, stored = attend(
         block.grouped(state)[:, 0], (entries.keys, entries.values), (state.keys, state.values), layer, index, visible,
-        position >= 0, extra, backend=how.backend,
+        position >= 0, extra, backend=spec.backend,
     )  # fmt: skip
     state = with_stored(state, stored)
     if not policy.forgets:  # nothing is freed, so a token that found no slot must not go unnoticed
@@ -68,7 +70,7 @@ def decode_step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, 
     count = visible.sum(-1, dtype=jnp.float32).mean(-1, keepdims=True)
     state = observed(state, layer, policy, Observation(weights[:, :, :, None], position[:, None], count, context.group))
     if policy.schedule.when == "after":
-        state, freed, unclear = evict(state, layer, how)
+        state, freed, unclear = evict(state, layer, spec)
         died = position + 1
     if unclear is not None:  # no score says what should have stayed: this must not go unnoticed
         out = jnp.where(unclear[:, None, None, None], jnp.nan, out)
@@ -81,14 +83,14 @@ def decode_step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, 
     return StepResult(out[:, None], state, freed[None], died[None])
 
 
-def _make_room(block: TokenBlock, state: KVState, layer: Any, how: StepContext) -> tuple[KVState, Array | None]:
+def _make_room(block: TokenBlock, state: KVState, layer: Any, spec: StepSpec) -> tuple[KVState, Array | None]:
     """Frees what has left a sliding window, and the token that this one replaces.
 
     Returns the state and the positions of replaced tokens, [B, P, 1]; None where the policy replaces none.
     """
     position, replaced = block.positions[:, 0], None
-    if how.window is not None:  # first of all: what has left the window takes no other token's place
-        held = within_window(state.positions[layer], position, how.window)
+    if spec.window is not None:  # first of all: what has left the window takes no other token's place
+        held = within_window(state.positions[layer], position, spec.window)
         state = replace(state, positions=state.positions.at[layer].set(held))
     if block.replaces is not None:
         held = state.positions[layer]
@@ -99,7 +101,7 @@ def _make_room(block: TokenBlock, state: KVState, layer: Any, how: StepContext) 
 
 
 def _reindexed_step(
-    q, new, stored, layer, index, visible, present, extra, *, backend, held: Array, block: TokenBlock, how: StepContext
+    q, new, stored, layer, index, visible, present, extra, *, backend, held: Array, block: TokenBlock, spec: StepSpec
 ):
     """As `slot_step`, where keys are cached un-rotated and rotated to new positions at every step.
 
@@ -108,7 +110,7 @@ def _reindexed_step(
     no_kernel("step", q[:, None], stored[0], index.shape[1], backend, "keys are re-indexed at each step")
     stored = write_slots(stored, new, layer, index)
     keys, values = jax.tree.map(lambda x: x[layer], stored)
-    places, rotate = place(held, how.context.placement), how.context.rotate
+    places, rotate = place(held, spec.context.placement), spec.context.rotate
     own = jnp.where(held == block.positions[:, :1, None], places, 0).max(-1)  # [B, P]
     keys, q = rotate(load_vectors(keys), places), rotate(q, own[..., None])
     return *slot_attention(q, keys, values, visible, present, extra), stored
@@ -132,7 +134,7 @@ def _step_by_rule(
     return StepResult(out[:, None], state, freed[None], died[None])
 
 
-def _write_numbers(state: KVState, layer: Any, entries: Entries, how: StepContext) -> tuple[KVState, Array]:
+def _write_numbers(state: KVState, layer: Any, entries: Entries, spec: StepSpec) -> tuple[KVState, Array]:
     """Gives the entries of one token free slots of each set, and writes their positions and stats.
 
     Nothing happens in rows without a token.
@@ -144,12 +146,11 @@ def _write_numbers(state: KVState, layer: Any, entries: Entries, how: StepContex
     # A free slot has -1, so it comes before all others.
     index = held.argmin(-1, keepdims=True) if m == 1 else jax.lax.top_k(-held, m)[1]
     free = jnp.take_along_axis(held, index, axis=-1) < 0
-    spare = spare_slots(state, how)
-    if spare and not how.policy.forgets:  # else there is room at every step
+    spare = spare_slots(state, spec)
+    if spare and not spec.policy.forgets:  # else there is room at every step
         free &= (held < 0).sum(-1, keepdims=True) >= m + spare
     index = jnp.where(free & (entries.positions >= 0), index, slots)  # [B, P, M]; out of bounds: dropped
-    stats = how.policy.init(cache_view(state, layer, how, entries=entries))
-
+    stats = spec.policy.init(cache_view(state, layer, spec, entries=entries))
     stats = jax.tree.map(lambda x: jnp.broadcast_to(x, (*entries.positions.shape, *x.shape[3:])), stats)
     names = ("positions", "owner", "stats")
     old, new = state.slotted(), dict(positions=entries.positions, owner=entries.owner, stats=stats)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxcompress.recurrence.layer import (
-    StepContext,
+    StepSpec,
     absorbed,
     by_owner,
     cache_view,
@@ -22,29 +22,27 @@ from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.select import keep_top, unranked, worst
 
 
-def evict(
-    state: KVState, layer: Any, how: StepContext, rows: Array | None = None
-) -> tuple[KVState, Array, Array | None]:
+def evict(state: KVState, layer: Any, spec: StepSpec, rows: Array | None = None) -> tuple[KVState, Array, Array | None]:
     """Frees slots of each set in which there is no room for another token.
 
     Returns the state, the freed positions, -1 for none, and [B] the rows in which something went though no score said
     what.
     """
-    policy, held = how.policy, state.positions[layer]
+    policy, held = spec.policy, state.positions[layer]
     if not policy.evicts:
         return state, jnp.full((*held.shape[:2], 1), -1, jnp.int32), None
-    n = policy.schedule.frees * entries_per_token(state, how)
+    n = policy.schedule.frees * entries_per_token(state, spec)
 
     def ranked() -> Array:
         stats = jax.tree.map(lambda x: x[layer], state.stats)
-        return policy.scores(stats, cache_view(state, layer, how))
+        return policy.scores(stats, cache_view(state, layer, spec))
 
     if n == 1:
         scores = ranked()
-        goes = jnp.arange(held.shape[-1]) == worst(scores, held, spare_slots(state, how))[..., None]
+        goes = jnp.arange(held.shape[-1]) == worst(scores, held, spare_slots(state, spec))[..., None]
         unclear = unranked(scores, held)
     else:
-        full = (held < 0).sum(-1) < entries_per_token(state, how) + spare_slots(state, how)
+        full = (held < 0).sum(-1) < entries_per_token(state, spec) + spare_slots(state, spec)
 
         def lowest() -> tuple[Array, Array]:
             scores, stay = ranked(), (held >= 0).sum(-1) - jnp.where(full, n, 0)
@@ -67,8 +65,8 @@ def evict(
         index = jax.lax.top_k(jnp.where(goes, held, -1), n)[1]
         gone = jnp.take_along_axis(marked, index, axis=-1)
         if policy.reduces:
-            merged = lambda: absorbed(after, layer, how, evicted_at(state, layer, index, gone))
+            merged = lambda: absorbed(after, layer, spec, evicted_at(state, layer, index, gone))
             # Where many are freed at once, most steps free nothing.
             after = merged() if policy.schedule.frees == 1 else jax.lax.cond((gone >= 0).any(), merged, lambda: after)
-        freed = by_owner(gone, index, jax.tree.map(lambda x: x[layer], state.owner), how)
+        freed = by_owner(gone, index, jax.tree.map(lambda x: x[layer], state.owner), spec)
     return after, freed, unclear

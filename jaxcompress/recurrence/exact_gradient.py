@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import death_times, steps
 from jaxcompress.recurrence.block_attention import lifetime_attention
-from jaxcompress.recurrence.layer import StepContext, StepResult, TokenBlock
+from jaxcompress.recurrence.layer import StepResult, StepSpec, TokenBlock
 from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import Positions
@@ -43,7 +43,7 @@ def check_parallel(policy: Policy, placement: Placement | None = None) -> None:
                 )
 
 
-def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
+def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
     """The recurrence, with the gradient of attention under the death times that it found.
 
     Results and gradient are those of `jaxcompress.recurrence.advance.steps`. The gradient is taken for blocks of
@@ -52,13 +52,13 @@ def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] |
     Raises:
       ValueError: a policy that does more than evict (see `check_parallel`), or a quantised state.
     """
-    check_parallel(how.policy, how.context.placement)
+    check_parallel(spec.policy, spec.context.placement)
     one = state.take(layer)
     if isinstance(one.keys, Quantised) or isinstance(one.values, Quantised):
         raise ValueError(f"no gradient passes through keys stored as {one.keys.dtype}; train in a plain dtype")
     still = jax.lax.stop_gradient
-    context = how.context._replace(out=None if how.context.out is None else still(how.context.out))
-    done = steps(still(block), still(one), 0, how._replace(context=context))
+    context = spec.context._replace(out=None if spec.context.out is None else still(spec.context.out))
+    done = steps(still(block), still(one), 0, spec._replace(context=context))
 
     positions = block.positions
     k, v = cast(tuple[Array, Array], (block.k, block.v))
@@ -71,9 +71,9 @@ def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] |
         before = jnp.where(one.owner[0] == jnp.arange(kv)[:, None], before, -1)
     born = jnp.concatenate([before, jnp.broadcast_to(positions[:, None], (*before.shape[:2], t))], axis=-1)
     dies = _dies(before, positions, one.seen, done)
-    if how.window is not None:
-        dies = jnp.minimum(dies, jnp.where(born > FOREVER - how.window, FOREVER, born + how.window))
-    alive = one.positions.shape[-1] + (how.chunk if how.chunk > 1 else 0)
+    if spec.window is not None:
+        dies = jnp.minimum(dies, jnp.where(born > FOREVER - spec.window, FOREVER, born + spec.window))
+    alive = one.positions.shape[-1] + (spec.chunk if spec.chunk > 1 else 0)
     q = block.q.reshape(b, t, kv, -1, block.q.shape[-1])
     out: Any = _given(
         alive, q, jnp.concatenate([wide(one.keys), keys], axis=2), jnp.concatenate([wide(one.values), values], axis=2),

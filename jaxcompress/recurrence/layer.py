@@ -23,7 +23,7 @@ from jaxcompress.state.shapes import Keys, Positions, Queries, SlotPositions, Va
 from jaxcompress.state.storage import Stored, load_vectors, store_vectors
 
 
-class StepContext(NamedTuple):
+class StepSpec(NamedTuple):
     """What does not change while a layer is read into.
 
     Attributes:
@@ -41,7 +41,7 @@ class StepContext(NamedTuple):
     backend: Backend = "auto"
 
 
-Step = Callable[["TokenBlock", KVState, Int[Array, ""] | int, StepContext], "StepResult"]
+Step = Callable[["TokenBlock", KVState, Int[Array, ""] | int, StepSpec], "StepResult"]
 """(tokens, a stack of layers, index of the layer, context) -> the result of reading the tokens into that layer."""
 
 
@@ -49,32 +49,32 @@ def settled(step: Step) -> Step:
     """Makes a step that is given any backend; the step itself is given one for the device that computes."""
 
     @wraps(step)
-    def on_device(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
-        run = lambda backend: step(block, state, layer, how._replace(backend=backend))
-        return by_device(run, how.backend, (block, state))
+    def on_device(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
+        run = lambda backend: step(block, state, layer, spec._replace(backend=backend))
+        return by_device(run, spec.backend, (block, state))
 
     return on_device
 
 
-def rule_of(state: KVState, how: StepContext) -> EvictionRule | None:
+def rule_of(state: KVState, spec: StepSpec) -> EvictionRule | None:
     """What a kernel may follow on its own, where all else is as kernels know it."""
-    policy = how.policy
+    policy = spec.policy
     plain = policy.schedule == Schedule() and policy.scope != "pool" and not policy.joins and not policy.reduces
-    rule = policy.rule(state.capacity) if plain and how.context.placement == "absolute" else None
-    return rule and rule._replace(spare=spare_slots(state, how))
+    rule = policy.rule(state.capacity) if plain and spec.context.placement == "absolute" else None
+    return rule and rule._replace(spare=spare_slots(state, spec))
 
 
-def why_no_rule(rule: EvictionRule | None, how: StepContext) -> str | None:
+def why_no_rule(rule: EvictionRule | None, spec: StepSpec) -> str | None:
     """Why a kernel that sees more than one token cannot do it."""
-    return None if rule else f"policy {how.policy.name}, or where it places tokens, follows no rule that kernels know"
+    return None if rule else f"policy {spec.policy.name}, or where it places tokens, follows no rule that kernels know"
 
 
-def rule_kernel(block: TokenBlock, state: KVState, how: StepContext) -> tuple[Chosen, EvictionRule] | None:
+def rule_kernel(block: TokenBlock, state: KVState, spec: StepSpec) -> tuple[Chosen, EvictionRule] | None:
     """The kernel that does a whole decoding step of this policy, and its rule; None where there is none that will."""
-    rule = rule_of(state, how)
+    rule = rule_of(state, spec)
     if rule is None:
         return None
-    chosen = choose_kernel("step_evict", call_of(block.grouped(state), state.keys, state.sets, rule), how.backend)
+    chosen = choose_kernel("step_evict", call_of(block.grouped(state), state.keys, state.sets, rule), spec.backend)
     return chosen and (chosen, rule)
 
 
@@ -95,14 +95,14 @@ class TokenBlock(NamedTuple):
 
 
 def enter(
-    q: Queries, k: Keys, v: Values, positions: Positions, state: KVState, layer: Int[Array, ""] | int, how: StepContext
+    q: Queries, k: Keys, v: Values, positions: Positions, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec
 ) -> tuple[TokenBlock, KVState]:
     """Tokens as the state stores them, all at once: changed by the policy, rotated, in the state's dtype.
 
     Args:
       q, k, v: [B, T, H, D] and [B, T, K, D], not rotated.
     """
-    policy, context, bare, replaces = how.policy, how.context, IncomingTokens(q, k, v, positions), None
+    policy, context, bare, replaces = spec.policy, spec.context, IncomingTokens(q, k, v, positions), None
     if policy.joins:
         entering = policy.enter(jax.tree.map(lambda x: x[layer], state.memory), bare, state.layer[layer], context)
         k, v, replaces = entering.k, entering.v, entering.replaces
@@ -175,7 +175,7 @@ def entries_of(block: TokenBlock, state: KVState) -> Entries:
 
 
 def cache_view(
-    state: KVState, layer: Any, how: StepContext, stay: int | None = None, entries: Entries | None = None
+    state: KVState, layer: Any, spec: StepSpec, stay: int | None = None, entries: Entries | None = None
 ) -> CacheView:
     """One layer as a policy sees it: its slots, or entries that come in.
 
@@ -187,7 +187,7 @@ def cache_view(
         entries = Entries(at(state.keys), at(state.values), state.positions[layer], at(state.owner))
     return CacheView(
         load_vectors(entries.keys), load_vectors(entries.values), entries.positions, entries.owner, state.seen,
-        state.layer[layer], at(state.memory), stay_in_step(state, how) if stay is None else stay, how.context,
+        state.layer[layer], at(state.memory), stay_in_step(state, spec) if stay is None else stay, spec.context,
     )  # fmt: skip
 
 
@@ -222,10 +222,10 @@ def replaced_by_next(held: SlotPositions, block: TokenBlock, seen: Int[Array, " 
     return found & (held >= 0) & (following >= 0) & (following < t)
 
 
-def extra_of(state: KVState, layer: Any, how: StepContext) -> Extra:
+def extra_of(state: KVState, layer: Any, spec: StepSpec) -> Extra:
     """What a policy adds to attention: a bias on the slots, stand-ins for what was evicted."""
-    policy, at = how.policy, lambda x: jax.tree.map(lambda y: y[layer], x)
-    return Extra(policy.bias(at(state.stats)), policy.summary(at(state.memory), how.context))
+    policy, at = spec.policy, lambda x: jax.tree.map(lambda y: y[layer], x)
+    return Extra(policy.bias(at(state.stats)), policy.summary(at(state.memory), spec.context))
 
 
 def with_stored(state: KVState, stored: tuple[Stored, Stored]) -> KVState:
@@ -249,29 +249,29 @@ def observed(state: KVState, layer: Any, policy: Policy, seen: Observation) -> K
     return replace(state, stats=with_layer(state.stats, layer, policy.observed(old, seen)))
 
 
-def spare_slots(state: KVState, how: StepContext) -> int:
+def spare_slots(state: KVState, spec: StepSpec) -> int:
     """Slots that are allocated and stay free (see `init_state`)."""
-    return state.positions.shape[-1] - how.policy.slots(state.capacity, entries_per_token(state, how))
+    return state.positions.shape[-1] - spec.policy.slots(state.capacity, entries_per_token(state, spec))
 
 
-def stay_in_step(state: KVState, how: StepContext) -> int:
+def stay_in_step(state: KVState, spec: StepSpec) -> int:
     """How many tokens of a set stay when a full state takes a token; after `once`, how many stayed of the prompt."""
-    entries, schedule = entries_per_token(state, how), how.policy.schedule
+    entries, schedule = entries_per_token(state, spec), spec.policy.schedule
     if schedule.when == "once":
         return schedule.keep * entries
     return max(state.capacity - entries * (schedule.frees - (schedule.when == "after")), 0)
 
 
-def entries_per_token(state: KVState, how: StepContext) -> int:
-    return 1 if state.owner is None else how.context.heads[1]
+def entries_per_token(state: KVState, spec: StepSpec) -> int:
+    return 1 if state.owner is None else spec.context.heads[1]
 
 
-def by_owner(freed: Array, index: Array, owner: Array | None, how: StepContext) -> Array:
+def by_owner(freed: Array, index: Array, owner: Array | None, spec: StepSpec) -> Array:
     """Freed entries of a pool [B, 1, M] -> of each kv head [B, K, M]."""
     if owner is None:
         return freed
     whose = jnp.take_along_axis(owner, index, axis=-1)
-    return jnp.where(whose == jnp.arange(how.context.heads[1])[:, None], freed, -1)
+    return jnp.where(whose == jnp.arange(spec.context.heads[1])[:, None], freed, -1)
 
 
 def evicted_at(state: KVState, layer: Any, index: Array, freed: Array) -> Evicted:
@@ -288,10 +288,10 @@ def evicted_at(state: KVState, layer: Any, index: Array, freed: Array) -> Evicte
     )
 
 
-def absorbed(state: KVState, layer: Any, how: StepContext, gone: Evicted) -> KVState:
+def absorbed(state: KVState, layer: Any, spec: StepSpec, gone: Evicted) -> KVState:
     """Merges evicted tokens into what stays; only slots that change are stored anew."""
     stats = jax.tree.map(lambda x: x[layer], state.stats)
-    done = how.policy.absorb(stats, cache_view(state, layer, how), gone)
+    done = spec.policy.absorb(stats, cache_view(state, layer, spec), gone)
     fresh = store_vectors(done.values, jax.tree.map(lambda x: x[layer], state.values))
 
     def put(old: Array, new: Array) -> Array:

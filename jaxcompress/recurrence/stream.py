@@ -14,8 +14,8 @@ from jaxcompress.pallas_kernels.types import Chosen
 from jaxcompress.recurrence.attention import call_of, stream_attention
 from jaxcompress.recurrence.decode_step import decode_step
 from jaxcompress.recurrence.layer import (
-    StepContext,
     StepResult,
+    StepSpec,
     TokenBlock,
     cut_block,
     join_chunks,
@@ -31,16 +31,16 @@ from jaxcompress.state.kv_state import KVState
 
 
 @settled
-def stream(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
+def stream(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
     """T tokens, each of which sees what the one before it left: a scan of `decode_step` over one layer."""
-    rule = rule_of(state, how)
+    rule = rule_of(state, spec)
     call = call_of(block.grouped(state), state.keys, state.sets, rule)
-    kernel = choose_kernel("segment", call, how.backend, why_no_rule(rule, how))
+    kernel = choose_kernel("segment", call, spec.backend, why_no_rule(rule, spec))
     if kernel is not None and rule is not None:
-        return _stream_by_rule(kernel, block, state, layer, how, rule)
+        return _stream_by_rule(kernel, block, state, layer, spec, rule)
 
     def step(one: KVState, token: TokenBlock) -> tuple[KVState, Any]:
-        done = decode_step(token, one, 0, how)
+        done = decode_step(token, one, 0, spec)
         seen = jnp.maximum(
             one.seen, token.positions.max(-1) + 1
         )  # so that policies tell the first token from later ones
@@ -51,12 +51,12 @@ def stream(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: 
 
 
 def _stream_by_rule(
-    kernel: Chosen, block: TokenBlock, state: KVState, layer: Any, how: StepContext, rule: EvictionRule
+    kernel: Chosen, block: TokenBlock, state: KVState, layer: Any, spec: StepSpec, rule: EvictionRule
 ) -> StepResult:
     """All tokens in one launch of a kernel that follows the policy's rule."""
     out, stored, held, numbers, freed = stream_attention(
         kernel, block.grouped(state), (block.k, block.v), (state.keys, state.values), layer, block.positions,
-        state.positions[layer], rule_numbers(state, layer), how.window, rule,
+        state.positions[layer], rule_numbers(state, layer), spec.window, rule,
     )  # fmt: skip
     state = with_rule_numbers(with_stored(state, stored), layer, numbers)
     state = replace(state, positions=state.positions.at[layer].set(held))

@@ -117,6 +117,8 @@ def empty(
 ) -> KVState:  # fmt: skip
     """A state without stats in which every slot is free.
 
+    Ten parameters: each is one fact about its shape.
+
     Args:
       layers: indices of the layers in the model.
       heads, sets: K and P.

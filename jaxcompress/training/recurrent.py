@@ -28,7 +28,7 @@ from jaxcompress.models.init_state import Slots, init_state
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import Step, steps
 from jaxcompress.recurrence.exact_gradient import check_parallel, parallel_gradient
-from jaxcompress.recurrence.layer import StepContext, StepResult, TokenBlock
+from jaxcompress.recurrence.layer import StepResult, StepSpec, TokenBlock
 from jaxcompress.state.kv_state import KVState, State
 from jaxcompress.state.placement import Placement
 from jaxcompress.training.loss import token_losses
@@ -37,13 +37,13 @@ Params = TypeVar("Params")
 Carry = TypeVar("Carry")
 
 
-def rematerialised(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, how: StepContext) -> StepResult:
+def rematerialised(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
     """The recurrence; for the gradient a layer's scan is run again.
 
     Only one layer's steps are then in memory at a time: T times its slots. The gradient goes back from token to token
     in the state's dtype: in one narrower than float32 that of a token is rounded at each step for which it is held.
     """
-    run = jax.checkpoint(lambda block, one: steps(block, one, 0, how))
+    run = jax.checkpoint(lambda block, one: steps(block, one, 0, spec))
     done = run(block, state.take(layer))
     return done._replace(state=state.put(layer, done.state))
 
