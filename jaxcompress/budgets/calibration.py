@@ -78,11 +78,11 @@ def _spread_of(q: Queries, k: Keys, positions: Positions, window: Any) -> Float[
         q, at = queries
         scores = scores_of("btkgd,bnkd->bkgtn", q, k)
         at, key = at[:, :, None], positions[:, None]
-        seen = (key <= at) & (key >= 0)
+        visible = (key <= at) & (key >= 0)
         if window is not None:
-            seen &= key > at - window
+            visible &= key > at - window
         present = at >= 0
-        weights = masked_softmax(scores, seen[:, None, None], present[:, None, None]).mean(2)  # [B, K, T, N]
+        weights = masked_softmax(scores, visible[:, None, None], present[:, None, None]).mean(2)  # [B, K, T, N]
         entropy = -jnp.where(weights > 0, weights * jnp.log(weights), 0.0).sum(-1)
         return jnp.where(present[:, None, :, 0], jnp.exp(entropy), 0.0).sum((0, 2))
 
@@ -132,6 +132,8 @@ def retrieval_heads(
     Other than the authors' code: both attentions of a head see the gated layers below, as they will in use (there, full
     attention is that of the ungated model), the hidden states compared are those that predict an answer's tokens, and
     rate and steps suit a model of a few heads (theirs: 0.02 and 2,000).
+
+    Twelve parameters: the settings of one search, all but the first three by keyword, each with a default.
 
     Args:
       tokens: [B, T] integers, texts that ask for something told long before (see `jaxcompress.evaluation.exam`).

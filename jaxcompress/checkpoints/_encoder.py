@@ -22,7 +22,7 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
-from jaxcompress.checkpoints._load import Shardings, fill, find, opened
+from jaxcompress.checkpoints._load import Shardings, Surplus, fill, find, opened
 from jaxcompress.checkpoints._loaded import Loaded
 from jaxcompress.checkpoints._save import write_folder
 from jaxcompress.checkpoints._weights import Names, named_weights
@@ -83,7 +83,7 @@ def load_encoder(
         target = weights_dtype(dtype, settings, tensors, folder)
         model = fill(
             folder, tensors, lambda: Encoder(config, dtype=target, rngs=nnx.Rngs(0)), weights_of, sizes=sizes,
-            ignored=lambda name: name.endswith("embeddings.position_ids"), unused=lambda name: ".pooler." in name,
+            surplus=Surplus(lambda name: name.endswith("embeddings.position_ids"), lambda name: ".pooler." in name),
             dtype=target, sharding=sharding,
         )  # fmt: skip
     return Loaded(model, config, settings, folder, EncoderTokenizer)

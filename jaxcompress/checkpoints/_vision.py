@@ -28,7 +28,7 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
-from jaxcompress.checkpoints._load import Shardings, fill, find, opened, sizes_of, with_own_head
+from jaxcompress.checkpoints._load import Shardings, Surplus, fill, find, opened, sizes_of, with_own_head
 from jaxcompress.checkpoints._loaded import Loaded
 from jaxcompress.checkpoints._processor import PROCESSOR_FILES
 from jaxcompress.checkpoints._save import write_folder
@@ -96,7 +96,9 @@ def load_tower(
         model = fill(
             folder, tensors, lambda: VisionTower(config, dtype=target, rngs=nnx.Rngs(0)),
             lambda tower: named_weights(tower, names), sizes=_sizes_of_tower(config),
-            ignored=lambda name: name.endswith("embeddings.position_ids") or bool(beside.match(name)), unused=_unused,
+            surplus=Surplus(
+                lambda name: name.endswith("embeddings.position_ids") or bool(beside.match(name)), _unused
+            ),
             dtype=target, sharding=sharding,
         )  # fmt: skip
     return Loaded(model, config, settings, folder, Tokenizer)
@@ -136,7 +138,7 @@ def load_llava(
         model = fill(
             folder, tensors, lambda: Llava(config, dtype=target, rngs=nnx.Rngs(0)), llava_weights,
             sizes=_sizes_of_tower(config.tower) | sizes_of(config.decoder),
-            ignored=lambda name: name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")),
+            surplus=Surplus(lambda name: name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))),
             dtype=target, sharding=sharding,
         )  # fmt: skip
     return Loaded(model, config, settings, folder, Tokenizer)

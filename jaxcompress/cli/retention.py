@@ -69,8 +69,8 @@ class Retention:
             raise ValueError("--prompt is for --mode chunked and oneshot; streaming reads all tokens one by one")
         check_writable(self.out, self.figure)
         model, tokenizer = open_model(self.model, self.dtype)
+        from jaxcompress.evaluation.lifetimes import overlap, survival_by_kind, token_kinds, token_texts
         from jaxcompress.evaluation.page import page
-        from jaxcompress.evaluation.retention import overlap, survival_by_kind, token_kinds, token_texts
         from jaxcompress.evaluation.tracing import trace
         from jaxcompress.inputs.token_ids import token_ids
 
@@ -108,9 +108,9 @@ class Retention:
         html = page(death, texts, title=title, about=_told(about), kinds=kinds)
         self.out.write_text(html, encoding="utf-8")
         if self.figure is not None:
-            from jaxcompress.evaluation.figures import retention
+            from jaxcompress.evaluation.figures import lifetimes
 
-            retention(death, self.figure, f"{title}: {name}", kinds)
+            lifetimes(death, self.figure, f"{title}: {name}", kinds)
         same = overlap(*deaths) if self.compare is not None else None
         if self.json:
             return write_json(dict(about, kinds=[_row(row) for row in table], overlap=_overlap(self.compare, same)))
@@ -151,7 +151,7 @@ def _told(about: dict[str, Any]) -> dict[str, str]:
 
 
 def _row(row: Any) -> dict[str, Any]:
-    from jaxcompress.evaluation.retention import AFTER
+    from jaxcompress.evaluation.lifetimes import AFTER
 
     after = {str(steps): _known(share) for steps, share in zip(AFTER, row.after, strict=True)}
     return dict(row._asdict(), after=after)
@@ -173,7 +173,7 @@ def _overlap(policy: str | None, same: Any) -> dict[str, Any] | None:
 
 
 def _print_kinds(table: list[Any]) -> None:
-    from jaxcompress.evaluation.retention import AFTER
+    from jaxcompress.evaluation.lifetimes import AFTER
 
     print(f"{'kind':14}{'tokens':>8}" + "".join(f"{f'after {steps}':>12}" for steps in AFTER) + f"{'at the end':>12}")
     for row in table:

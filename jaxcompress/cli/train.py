@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxcompress.policies.policy import Policy
     from jaxcompress.state.placement import Placement
     from jaxcompress.training.data import PackedRows
-    from jaxcompress.training.learning import Learning
+    from jaxcompress.training.policy_objectives import PolicyObjective
     from jaxcompress.training.trainer import Objective
 
 LANGUAGE = 0.5  # weight of the text itself beside the teacher
@@ -45,7 +45,7 @@ class Task(NamedTuple):
     measured: Objective
     told: dict[str, tuple[str, str]]
     parts: Callable[[Any], tuple[Decoder, ForgetHead | None]]
-    learned: Learning | None
+    learned: PolicyObjective | None
 
 
 NATS = {"loss": ("loss", "nats per token")}
@@ -271,9 +271,9 @@ class Train:
     def _places(self) -> Placement:
         """Where tokens stand for RoPE."""
         from jaxcompress.policies.names import get_policy
-        from jaxcompress.training.learning import LEARNABLE
+        from jaxcompress.training.policy_objectives import TRAINABLE
 
-        plain = self.policy == "full" or self.policy in LEARNABLE
+        plain = self.policy == "full" or self.policy in TRAINABLE
         return self.placement or ("absolute" if plain else get_policy(self.policy).placement)
 
     def _rates(self, schedule: Callable[[int], Any], done: int) -> str:
@@ -291,19 +291,19 @@ class Train:
         import jax
 
         from jaxcompress.policies.names import get_policy
-        from jaxcompress.training.learning import LEARNABLE, learning
         from jaxcompress.training.lora import add_lora, init_lora
         from jaxcompress.training.objectives import adapted, causal
+        from jaxcompress.training.policy_objectives import TRAINABLE, policy_objective
 
         frozen = jax.tree.map(lambda x: x.astype(dtype), model)  # what stays as it is needs no master weights
         teacher, told = (frozen, DISTILLED) if self.distill else (None, NATS)
         key = jax.random.key(self.seed)
-        if self.policy in LEARNABLE:
+        if self.policy in TRAINABLE:
             through = partial(self._through, teacher=teacher) if self.distill else None
             alone = self.policy.startswith("retention") and not self.distill
-            learned = learning(
-                self.policy, frozen if alone else model, key,
-                steps=self.steps, ratio=self.ratio, window=self.window, through=through,
+            learned = policy_objective(
+                frozen if alone else model, self.policy, key,
+                steps=self.steps, ratio=self.ratio, window=self.window, model_objective=through,
             )  # fmt: skip
             if through is not None:
                 return Task(
@@ -331,7 +331,7 @@ class Train:
             return bounded(policy, self._capacity, **how)
         return distilled(policy, self._capacity, teacher=teacher, language=LANGUAGE, **how)
 
-    def _with_language(self, learned: Learning) -> Objective:
+    def _with_language(self, learned: PolicyObjective) -> Objective:
         """The metrics of a policy that is learned, and the loss of the text when it is used as a policy."""
         from jaxcompress.policies.registry import learned_policy
         from jaxcompress.training.objectives import bounded
@@ -356,7 +356,7 @@ class Train:
         """Model and policy, both or neither, in place of those of fewer steps."""
         import jax
 
-        from jaxcompress.checkpoints import save, save_policy
+        from jaxcompress.checkpoints import SavedPolicy, save, save_policy
 
         new = folder.with_name(folder.name + ".new")
         shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
@@ -365,9 +365,10 @@ class Train:
         reading = () if self.policy == "full" else ("slots", "segment", "chunk", "placement")
         settings = {name: getattr(self, name) for name in reading}
         if task.learned is None or own is None:
-            save_policy(new, self.policy, settings)
+            saved = SavedPolicy(self.policy, settings)
         else:
-            save_policy(new, task.learned.kind, settings | task.learned.settings, own._asdict())
+            saved = SavedPolicy(task.learned.kind, settings | task.learned.settings, own._asdict())
+        save_policy(saved, new)
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcompress._extras import extra
-from jaxcompress.evaluation.retention import KINDS, check_layers, occupancy, survival
+from jaxcompress.evaluation.lifetimes import KINDS, check_layers, occupancy, survival
 from jaxcompress.evaluation.sweep import Row
 from jaxcompress.evaluation.tracing import Trace
 
@@ -156,7 +156,7 @@ def death_times(trace: Trace, path: Path, title: str = "", row: int = 0) -> None
         figure.savefig(path, dpi=150)
 
 
-def retention(death: np.ndarray, path: Path, title: str = "", kinds: np.ndarray | None = None) -> None:
+def lifetimes(death: np.ndarray, path: Path, title: str = "", kinds: np.ndarray | None = None) -> None:
     """How long each layer, head and kind of token was remembered.
 
     Left, the share of tokens still held n steps after they came, for every layer (Kaplan-Meier; hatched where the text
@@ -165,7 +165,7 @@ def retention(death: np.ndarray, path: Path, title: str = "", kinds: np.ndarray 
 
     Args:
       death: [L, P, T], such as `trace.death[:, row]`.
-      kinds: [T], see `jaxcompress.evaluation.retention.token_kinds`.
+      kinds: [T], see `jaxcompress.evaluation.lifetimes.token_kinds`.
 
     Raises:
       ValueError: no death times of this shape.

@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from jaxcompress.evaluation.retention import AFTER, KINDS, check_layers, survival_by_kind, token_kinds
+from jaxcompress.evaluation.lifetimes import AFTER, KINDS, check_layers, survival_by_kind, token_kinds
 
 MOST_TOKENS = 8192
 """Tokens of the text on a page; the rest is left out."""

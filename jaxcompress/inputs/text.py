@@ -147,9 +147,15 @@ def json_lines(path: Path | str) -> Iterator[tuple[int, str, Any]]:
     One line is in memory at a time.
 
     Raises:
-      ValueError: a line is not UTF-8 or not JSON; names file and line.
-      OSError: the file cannot be read.
+      OSError: the file cannot be read; raised at the call.
+      ValueError: a line is not UTF-8 or not JSON; names file and line; raised when the line is reached.
     """
+    with open(path, "rb"):
+        pass
+    return _json_lines(path)
+
+
+def _json_lines(path: Path | str) -> Iterator[tuple[int, str, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):  # cut at \n only: strings may hold the other separators of lines
             where = f"{path}, line {number}"

@@ -49,9 +49,9 @@ def init_state(
         the default device lays them out anyway, 8 on a TPU (32 for quantised states), 1 elsewhere.
 
     Raises:
-      ValueError: something that is no config, no policy or no capacity, a capacity below 1 or below what the policy needs, not one
-        per layer or head, capacities per head for a policy whose heads share a set, policies for another number of
-        layers, an unknown dtype, or int4 for heads of odd width.
+      ValueError: something that is no config, no policy or no capacity, a capacity below 1 or below what the policy
+        needs, not one per layer or head, capacities per head for a policy whose heads share a set, policies for another
+        number of layers, an unknown dtype, or int4 for heads of odd width.
     """
     if not isinstance(config, DecoderConfig):
         raise ValueError(f"the first argument must be a DecoderConfig, such as model.config, not {described(config)}")

@@ -132,13 +132,13 @@ class TokenStream(NamedTuple):
     Attributes:
       tokens: [N] int32: each document, then the end mark and the mark that begins a document, where the tokenizer has
         them; one mark where they are the same.
-      learned: [N] bool; whether a token is to be predicted. All are, but what comes after an end: nothing says what
+      predicted: [N] bool; whether a token is to be predicted. All are, but what comes after an end: nothing says what
         the next document will be.
       bos: what every row begins with, or None.
     """
 
     tokens: np.ndarray
-    learned: np.ndarray
+    predicted: np.ndarray
     bos: int | None
 
     @property
@@ -167,16 +167,16 @@ def pack(
     bos, eos = tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
     marks = list(dict.fromkeys(mark for mark in (eos, bos) if mark is not None))
     # Of two marks only the end can be predicted; of one, it is the end; without any, the first word stands for both.
-    learn = np.arange(len(marks)) < 1
-    tokens, learned = [], []
+    of_marks = np.arange(len(marks)) < 1
+    tokens, predicted = [], []
     for number, document in enumerate(documents):
         ids = token_ids(_encode(document, tokenizer), vocab_size, f"document {number}")
         tokens += [ids, np.array(marks, np.int32)]
-        learned += [np.ones(len(ids), bool), learn]
+        predicted += [np.ones(len(ids), bool), of_marks]
         if not marks and len(ids):
-            learned[-2][0] = False
+            predicted[-2][0] = False
         progress(len(ids))
-    return TokenStream(np.concatenate(tokens), np.concatenate(learned), bos)
+    return TokenStream(np.concatenate(tokens), np.concatenate(predicted), bos)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -220,7 +220,7 @@ class PackedRows:
         span = slice(start, start + self.length)
         first = self.stream.tokens[start - 1] if self.stream.bos is None else self.stream.bos
         tokens = np.concatenate([[np.int32(first)], self.stream.tokens[span]])
-        return Batch(tokens, self.stream.learned[span].astype(np.float32))
+        return Batch(tokens, self.stream.predicted[span].astype(np.float32))
 
 
 class Split(NamedTuple):

@@ -20,10 +20,10 @@ from jaxcompress.policies.policy import Policy
 from jaxcompress.state.placement import Placement
 from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import distilled_value_and_grad
-from jaxcompress.training.forgetting import retention_loss
 from jaxcompress.training.lora import ALPHA, Adapter, add_lora, kernel_of, lora_changes
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import bounded_value_and_grad
+from jaxcompress.training.retention_heads import retention_loss
 from jaxcompress.training.trainer import Metrics, Objective
 
 
@@ -51,12 +51,10 @@ def bounded(
     placement: Placement | None = None,
 ) -> Objective:
     """Language modelling through a state of so many slots (see `jaxcompress.training.recurrent`)."""
-    how: dict[str, Any] = dict(
-        policy=policy, slots=slots, segment=segment, bptt_segments=bptt_segments, chunk=chunk, placement=placement
-    )
+    how: dict[str, Any] = dict(segment=segment, bptt_segments=bptt_segments, chunk=chunk, placement=placement)
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-        value, gradient = bounded_value_and_grad(params, batch.tokens, batch.weights, **how)
+        value, gradient = bounded_value_and_grad(params, batch.tokens, policy, slots, weights=batch.weights, **how)
         return {"loss": value}, gradient
 
     return objective
@@ -70,31 +68,36 @@ def distilled(policy: Policy, slots: Slots, **how: Any) -> Objective:
     """
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-        return distilled_value_and_grad(params, batch.tokens, batch.weights, policy=policy, slots=slots, **how)
+        return distilled_value_and_grad(params, batch.tokens, policy, slots, weights=batch.weights, **how)
 
     return objective
 
 
 def joint_retention(
-    through: Callable[[Policy], Objective], *, scope: Scope = "kv_head", block: int = 64, watched: int | None = None
+    model_objective: Callable[[Policy], Objective],
+    *,
+    scope: Scope = "kv_head",
+    block: int = 64,
+    watched: int | None = None,
 ) -> Objective:
-    """A model and a retention head that learn together, each from the other as it is by then.
+    """A model and a retention head that are trained together.
 
-    The model is trained by `through(policy)`, where the head decides what goes; the head watches the model read with
-    everything in sight (`retention_loss`). No gradient goes from one to the other. The parameters are
-    (model, head), with the head of `init_retention`.
+    The model is trained by `model_objective(policy)`, where the policy is the head as it is at that step. The head is
+    trained by `retention_loss`, for the model as it is at that step. No gradient goes from one to the other. The
+    parameters are (model, head), with the head of `init_retention`.
 
     Args:
-      through: makes an objective of a decoder, such as `partial(distilled, slots=128, segment=256, teacher=before)`.
+      model_objective: (policy) -> an objective of a decoder, such as
+        `partial(distilled, slots=128, segment=256, teacher=before)`.
       scope, block: see `retention_loss`.
-      watched: for how many rows of a step the head watches, which costs a pass of its own; all if None.
+      watched: how many rows of a batch the head is trained on; all if None. It costs a forward pass of its own.
     """
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
         model, head = params
-        metrics, slope = through(Retention(jax.lax.stop_gradient(head), scope))(model, batch, step, key)
+        metrics, slope = model_objective(Retention(jax.lax.stop_gradient(head), scope))(model, batch, step, key)
         tokens = batch.tokens[:watched, :-1]
-        watch = lambda head: retention_loss(model, head, tokens, scope=scope, block=block)
+        watch = lambda head: retention_loss(model, tokens, head, scope=scope, block=block)
         apart, change = jax.value_and_grad(watch)(head)
         return {**metrics, "retention": apart}, (slope, change)
 

@@ -122,10 +122,10 @@ def _at_least_float32(x: Any) -> Array:
 def bounded_value_and_grad(
     model: Decoder,
     tokens: Int[Array, "B _"],
-    weights: Float[Array, "B T"],
-    *,
     policy: Policy,
     slots: Slots,
+    *,
+    weights: Float[Array, "B T"],
     segment: int,
     bptt_segments: int | None = None,
     chunk: int = 1,
@@ -134,12 +134,14 @@ def bounded_value_and_grad(
 ) -> tuple[Float[Array, ""], Decoder]:
     """Mean loss of predicting tokens from a bounded state, in nats, and its gradient. Pure; jit it.
 
-    The gradient is float32 where the model's dtype is narrower (see `through_time`).
+    Nothing is donated. The gradient is float32 where the model's dtype is narrower (see `through_time`).
+
+    Ten parameters: the first four as everywhere, the rest by keyword.
 
     Args:
       tokens: [B, T + 1].
-      weights: of predicting each but the first; a mean with these weights is taken.
-      slots: as for `init_state`; of the model's dtype.
+      slots: as for `init_state`; the state has the model's dtype.
+      weights: [B, T], of predicting each token but the first; the loss is the mean with these weights.
       segment: how many tokens are read at once. The last may be shorter.
       bptt_segments: over how many segments the gradient goes back; None: to the beginning.
       chunk: tokens between two selections; 1 is exactly as in decoding.

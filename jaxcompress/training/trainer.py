@@ -88,7 +88,7 @@ def make_step(
     accumulate: int = 1,
     compute_dtype: DTypeLike | None = None,
 ) -> Compiled:
-    """The compiled step of training; it consumes (donates) the state that it is given.
+    """The compiled step of training. It donates the state that it is given: use the state that it returns.
 
     Besides the objective's metrics it returns `tokens` (the sum of weights), `gradient_norm`, before any clipping, and
     `parameter_norm`, after the update: if any weight is not finite, that one is not.
@@ -153,16 +153,18 @@ def fit(
     flops_per_token: float | None = None,
     bar: bool = True,
 ) -> TrainState:
-    """Trains until so many steps are taken in all; returns the state.
+    """Trains until `steps` steps are taken in all; returns the state.
 
-    A state that comes from a checkpoint goes on where it was, if `data` does: the steps are then bit by bit those of a
-    run that was never stopped, on the same machine and on a CPU.
+    A state from a checkpoint continues its run if `data` continues too: on a CPU of the same kind, the steps are then
+    bit by bit those of a run that was never stopped.
 
-    The numbers of a step are looked at while the next one runs. All numbers up to a checkpoint are looked at, and
-    logged, before it is saved: no checkpoint has weights that are not finite, and a log is never behind a checkpoint.
+    The numbers of a step are read while the next step runs. Before a checkpoint is saved, all numbers up to it are
+    checked and logged: no checkpoint has weights that are not finite, and a log is never behind a checkpoint.
+
+    Nine parameters: what every run has, and how it is logged and saved, all but the first three by keyword.
 
     Args:
-      state: consumed.
+      state: donated; it must not be used afterwards.
       step: from `make_step`.
       data: what `next` gives is the second argument of `step`.
       steps: in all, those in `state.step` included.

@@ -45,11 +45,13 @@ def test_rows() -> None:
     config = model.config
     assert tova.asked_bytes == 2 * config.num_layers * config.num_kv_heads * 40 * config.head_dim * 4
     assert tova.asked_bytes < tova.state_bytes < 1.2 * tova.asked_bytes
-    assert tova.held == 1.0
+    assert tova.occupied == 1.0
     once = rows[3]
     assert once.nats is once.recall is once.tokens_per_second is None
     assert once.before is not None
-    assert once.held == pytest.approx((12 + 6) / 40)  # the prompt's 12, and the question up to its last token but one
+    assert once.occupied == pytest.approx(
+        (12 + 6) / 40
+    )  # the prompt's 12, and the question up to its last token but one
 
 
 def test_what_comes_from_the_prompt_does_not_count() -> None:

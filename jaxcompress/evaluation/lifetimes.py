@@ -14,12 +14,11 @@ import unicodedata
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxcompress.generation.text import Tokenizer
+from jaxcompress.generation.text import TextStream, Tokenizer
 
 KINDS = ("first", "whitespace", "digits", "punctuation", "rare words", "common words", "other")
 """What a token may be; see `token_kinds`."""
@@ -183,8 +182,6 @@ def token_texts(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
     Marks such as <s> are spelt out. The character that several tokens spell belongs to the last of them, the others
     are "". Bytes that are no UTF-8 appear as U+FFFD.
     """
-    from jaxcompress.generation.text import TextStream
-
     stream = TextStream(tokenizer, skip_special=False)
     texts = [stream.push(token) for token in ids]
     if texts:
