@@ -48,7 +48,7 @@ class Generate:
     model: str | None = None
     """Hugging Face folder or hub id; the embedded model if not given."""
     policy: str = "tova"
-    """See `jaxcompress info` for the names; `own` is the one that the model was saved with."""
+    """See `jaxcompress info` for the names; `learned` is the one that the model was saved with."""
     slots: tuple[int, ...] = (128,)
     """Capacity: one for all layers, or one for each."""
     max_new_tokens: int = 128

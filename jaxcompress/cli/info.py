@@ -40,7 +40,7 @@ class Info:
             versions={name: found for name in packages if (found := installed(name))},
             devices=[f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
             attention=decode_backend(),
-            policies=[*NAMES, "own"],
+            policies=[*NAMES, "learned"],
             modifiers=[f"/{name}" for name in MODIFIERS],
             compiled=str(os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)),
         )

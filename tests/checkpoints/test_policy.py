@@ -17,14 +17,14 @@ from jaxcompress.policies.learned import ForgetHead
 def test_a_policy_comes_back_with_the_model(tmp_path: Path) -> None:
     folder = save(tiny_decoder(), tmp_path / "model")
     assert load_policy(folder) is None
-    with pytest.raises(ValueError, match=r"saved without a policy of its own; use one by name, such as .*named"):
-        load(folder).policy()
+    assert load(folder).policy is None
     weights = {
         "gate": {"kernel": jnp.arange(6.0).reshape(2, 3).T, "half": jnp.ones(2, jnp.bfloat16)},
         "bias": np.ones(1),
     }
     save_policy(SavedPolicy("tova", {"slots": [4], "placement": None}, weights), folder)
-    policy = load(folder).policy()
+    policy = load(folder).saved_policy
+    assert policy is not None
     assert (policy.name, policy.settings) == ("tova", {"slots": [4], "placement": None})
     assert policy.weights.keys() == weights.keys()
     np.testing.assert_array_equal(policy.weights["gate"]["kernel"], weights["gate"]["kernel"])

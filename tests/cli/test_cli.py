@@ -98,7 +98,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     return run
 
 
-GREEDY = ("--policy", "tova", "--slots", 6, "--steps", 10)
+GREEDY = ("--policy", "tova", "--slots", 6, "--max-new-tokens", 10)
 
 
 def expected(model: Decoder, tokenizer: Tokenizer, *prompts: str) -> list[np.ndarray]:
@@ -143,8 +143,8 @@ class TestGenerate:
 
     def test_warns_of_positions_that_the_model_has_not_seen(self, run: Any) -> None:
         how = ("generate", "--prompt", "The", "--policy", "window", "--slots", 4)
-        assert "--placement slot or compact" in run(*how, "--steps", 130).err
-        assert run(*how, "--steps", 10).err == ""
+        assert "--placement slot or compact" in run(*how, "--max-new-tokens", 130).err
+        assert run(*how, "--max-new-tokens", 10).err == ""
 
 
 def test_perplexity(run: Any, text: Path, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_trace_of_text(run: Any, text: Path, tmp_path: Path, model: Decoder, tok
 
 def test_info(run: Any) -> None:
     facts = run("info", "--json", model=None).json
-    assert facts["policies"] == [*NAMES, "own"]
+    assert facts["policies"] == [*NAMES, "learned"]
     assert {"jax", "flax"} <= facts["versions"].keys()
     assert facts["devices"]
     assert facts["attention"] == "jnp on cpu"
@@ -256,7 +256,7 @@ class TestWrong:
             (("generate", "--prompt", "a", "--policy", "tovaa"), "unknown policy 'tovaa'; known: full, window"),
             (("generate", "--prompt", "a", "--slots", 0), "at least 1 slot per layer, slots=0"),
             (("generate", "--prompt", "a", "--slots", 4, 4, 4), "slots has 3 entries, the model has 2 layers"),
-            (("generate", "--prompt", "a", "--steps", 0), "--steps must be at least 1, not 0"),
+            (("generate", "--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, not 0"),
             (("generate", "--prompt", ""), "prompt 0 is empty"),
             (("generate",), "give either --prompt or --file"),
             (("generate", "--prompt", "a", "--file", "b"), "give either --prompt or --file"),

@@ -56,7 +56,7 @@ def test_help(command: str, run: Any, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_generate(run: Any, model: Decoder, tokenizer: Tokenizer) -> None:
-    how = ("--prompt", SENTENCE, "--policy", "tova", "--slots", 6, "--steps", 10, "--json")
+    how = ("--prompt", SENTENCE, "--policy", "tova", "--slots", 6, "--max-new-tokens", 10, "--json")
     ids = [tokenizer.encode(SENTENCE)]
     tokens = np.concatenate(
         list(generate(model, ids, TOVA(), 6, max_new_tokens=10, stream_every=8, dtype="int4")), axis=1

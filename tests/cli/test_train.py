@@ -75,7 +75,7 @@ class TestTrain:
         trained = load(out / "model")
         assert trained.config == model.config
         assert (out / "model" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-        policy = trained.policy()
+        policy = trained.saved_policy
         assert policy is not None
         assert policy.name == "full"
         moved = [
@@ -286,7 +286,7 @@ class TestSettings:
         assert added == [
             "--policy",
             "h2o",
-            "--bptt_segments",
+            "--bptt-segments",
             "None",
             "--seed",
             "3",
@@ -376,7 +376,7 @@ def test_kill_9_at_any_moment(folder: Path, book: Path, tmp_path: Path) -> None:
 def test_a_policy_that_is_learned(
     run: Any, book: Path, folder: Path, tmp_path: Path, policy: str, name: str, more: tuple[Any, ...]
 ) -> None:
-    """It is saved with the model, comes back with it, and is what `own` stands for."""
+    """It is saved with the model, comes back with it, and is what `learned` stands for."""
     out = tmp_path / "run"
     ran = run("train", "--data", book, "--out", out, "--policy", policy, "--slots", 12, *SMALL, *more)
     assert (ran.code, ran.err) == (0, "")
@@ -388,7 +388,7 @@ def test_a_policy_that_is_learned(
     ran = run("train", "--out", out, "--resume")
     assert (ran.code, "going on from step 6" in ran) == (0, True)
     loaded = load(out / "model")
-    saved = loaded.policy()
+    saved = loaded.saved_policy
     assert saved is not None
     assert saved.make().name == name
     assert saved.settings["slots"] == [12]
@@ -397,8 +397,8 @@ def test_a_policy_that_is_learned(
     assert same == (policy == "retention-layer" and "--distill" not in more)
     assert any(np.abs(saved.weights["outer"]).reshape(-1) > 0)
     reading = "--text", book, "--slots", 12, "--context", 64, "--json"
-    ran = run("perplexity", *reading, "--policies", "own", "own/recent2", model=out / "model")
+    ran = run("perplexity", *reading, "--policies", "learned", "learned/recent2", model=out / "model")
     assert ran.code == 0, ran.err
     assert name in ran
-    ran = run("perplexity", *reading, "--policies", "own")
+    ran = run("perplexity", *reading, "--policies", "learned")
     assert (ran.code, "without a policy of its own" in ran.err) == (2, True)

@@ -24,7 +24,8 @@ PICTURES, EACH, PATCHES = 4, 2, 144
 
 @cache
 def embedded() -> tuple[Any, Any]:
-    return load_embedded_vision()
+    loaded = load_embedded_vision()
+    return loaded, loaded.tokenizer
 
 
 @cache

@@ -213,7 +213,7 @@ def test_names_of_special_tokens_are_text(compressor: Compressor) -> None:
         (ValueError, "tokens must be a whole number", dict(tokens=7.0)),
         (ValueError, "tokens must be a whole number", dict(tokens=True)),
         (ValueError, "2 rates for 1 contexts", dict(rate=[0.5, 0.5])),
-        (ValueError, "tokens must be at least 1, not 0", dict(tokens=0)),
+        (ValueError, "tokens must be a whole number, at least 1, not 0", dict(tokens=0)),
         (ValueError, "not both", dict(tokens=5, rate=0.5)),
         (ValueError, "empty string", dict(force=["."  , ""])),
         (TypeError, "list of strings", dict(force=".")),

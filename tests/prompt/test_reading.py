@@ -29,11 +29,11 @@ def loaded() -> Any:
 
 
 def test_is_reading_what_is_left(loaded: Any) -> None:
-    model, tokenizer = loaded
+    model, tokenizer = loaded.model, loaded.tokenizer
     read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=TOVA(), slots=32, after="\nSo")
     short = tokenizer.encode(read.kept.text + "\nSo")
     (expected,) = generate(model, [short], TOVA(), 32, max_new_tokens=6)
-    (tokens,) = decode_stream(model, read.progress, max_new_tokens=6)
+    (tokens,) = decode_stream(model, read.state, max_new_tokens=6)
     assert tokens.tolist() == expected.tolist()
     report = read.report
     assert report.original_tokens == len(tokenizer.encode(TEXT + "\nSo"))
@@ -45,7 +45,7 @@ def test_is_reading_what_is_left(loaded: Any) -> None:
 
 
 def test_a_state_with_room_to_spare_is_no_compression(loaded: Any) -> None:
-    model, tokenizer = loaded
+    model, tokenizer = loaded.model, loaded.tokenizer
     read = read_shortened(model, tokenizer, TEXT, content_words(), rate=0.3, policy=Full(), slots=512)
     assert read.report.held_tokens == read.report.prompt_tokens
     assert read.report.state_ratio == 1
@@ -55,13 +55,13 @@ def test_a_state_with_room_to_spare_is_no_compression(loaded: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "slots"), [("h2o", 24), ("ada-tova", 24), ("tova", [8, 16, 24, 32])])
 def test_held_is_what_slots_hold(loaded: Any, name: str, slots: Any) -> None:
-    model, tokenizer = loaded
+    model, tokenizer = loaded.model, loaded.tokenizer
     read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=get_policy(name), slots=slots)
     assert read.report.held_tokens == pytest.approx(np.mean(slots), rel=0.01)
 
 
 def test_nothing_left(loaded: Any) -> None:
-    model, tokenizer = loaded
+    model, tokenizer = loaded.model, loaded.tokenizer
     for text, rate in (("", 0.5), ("word", 0.1)):
         with pytest.raises(ValueError, match="nothing is left"):
             read_shortened(model, tokenizer, text, evenly_spread(), rate=rate, policy=TOVA(), slots=8)
@@ -75,7 +75,7 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     short = keep(load_compressor()(TEXT), rate=0.5).text
     (expected,) = generate(model, [tokenizer.encode(short)], TOVA(), 32, max_new_tokens=4)
     for source in (["--prompt", TEXT], ["--file", str(file)]):
-        assert main(["generate", *source, "--shorten", "0.5", "--slots", "32", "--steps", "4"]) == 0
+        assert main(["generate", *source, "--shorten", "0.5", "--slots", "32", "--max-new-tokens", "4"]) == 0
         told = capsys.readouterr()
         assert told.out.strip() == tokenizer.decode(expected[0]).strip()
         assert re.search(r"tokens -> \d+ .*32 held .*x in all; recovered \d+% of the content words", told.err)
