@@ -122,7 +122,7 @@ def _read_fast(path: Path) -> FastTokenizer:
                 "jaxcompress.Tokenizer(folder)"
             )
         raise FileNotFoundError(
-            f"{path} does not exist (the folder has {', '.join(there)}). Only fast tokenizers (tokenizer.json) are "
+            f"{path} does not exist (it has {', '.join(there)}). Only fast tokenizers (tokenizer.json) are "
             "read; a folder with a SentencePiece model or a vocabulary alone is converted by "
             f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )

@@ -180,7 +180,7 @@ class TestTokenizer:
         with pytest.raises(FileNotFoundError, match=r"has no tokenizer\. Open the tokenizer of another folder"):
             Tokenizer(tmp_path)
         (tmp_path / "spiece.model").touch()
-        with pytest.raises(FileNotFoundError, match=r"has spiece.model.*Only fast tokenizers.*AutoTokenizer"):
+        with pytest.raises(FileNotFoundError, match=r"it has spiece.model.*Only fast tokenizers.*AutoTokenizer"):
             Tokenizer(tmp_path)
 
     def test_files_that_are_broken(self, tmp_path):

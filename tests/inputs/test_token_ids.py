@@ -35,7 +35,7 @@ def _answers(tokens: Any) -> Any:
 TAKE_ROWS: dict[str, Callable[[Any], Any]] = {
     "trace": lambda x: trace(MODEL, x, **HOW, prompt=2),
     "perplexity": lambda x: perplexity(MODEL, x, **HOW),
-    "sweep": lambda x: next(sweep(MODEL, x, [TOVA()], [4])),
+    "sweep": lambda x: sweep(MODEL, x, [TOVA()], [4]),
     "answers": _answers,
     "attention_spread": lambda x: attention_spread(MODEL, x),
     "retrieval_heads": lambda x: retrieval_heads(MODEL, x, np.ones((1, 4), bool), sinks=1, recent=1),
