@@ -8,7 +8,6 @@ forcing); a step of the bounded recurrence is another.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -22,7 +21,7 @@ from jaxcompress.inputs.token_ids import check_read
 from jaxcompress.models.checks import check_state
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.lookup import look_up
-from jaxcompress.models.rope import rotate
+from jaxcompress.models.rope import Rotary, rotate
 from jaxcompress.policies.cache_view import LayerContext
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import step_for
@@ -223,7 +222,7 @@ def read(
     placement: Placement | None = None,
     recurrence: Step | None = None,
 ) -> ReadResult:
-    """Reads a block of tokens into the state. Pure; jit it with `policy`, `chunk` and `placement` static.
+    """Reads a block of tokens into the state. Pure; jit it with `chunk` and `placement` static.
 
     Args:
       tokens: [B, T]; T may be 1 (decoding).
@@ -308,7 +307,7 @@ def _step_spec(
     group = config.num_heads // config.num_kv_heads
     which = part.heads or tuple(range(part.kv_heads))
     context = LayerContext(
-        partial(rotate, rope=config.rope),
+        Rotary(config.rope),
         placement or policy.placement,
         project,
         (group * len(heads), len(heads)),

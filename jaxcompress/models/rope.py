@@ -11,7 +11,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Int, Real
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,38 @@ class RopeConfig:
         return (1 - ramp) * plain + ramp * plain / self.factor, temperature
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """Rotates vectors by the angles of their positions: a model's `jaxcompress.state.placement.Rotate`."""
+
+    rope: RopeConfig
+
+    def __call__(self, x: Float[Array, "... D"], positions: Real[Array, "..."]) -> Float[Array, "... D"]:
+        return rotate(x, positions, self.rope)
+
+    def by_rank(self, x: Float[Array, "... D"], ranks: Int[Array, "..."], count: int) -> Float[Array, "... D"]:
+        """The same at whole positions below `count`. Sines come from a table, which is cheaper than to compute them."""
+        cos, sin = cos_sin(jnp.arange(count), self.rope, x.shape[-1])
+        return turned(x, cos[ranks], sin[ranks])
+
+
+def cos_sin(positions: Real[Array, "..."], rope: RopeConfig, head_dim: int) -> tuple[Array, Array]:
+    """Of each channel pair at each position, float32."""
+    frequencies, factor = rope.frequencies(head_dim)
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def turned(x: Float[Array, "... D"], cos: Float[Array, "... H"], sin: Float[Array, "... H"]) -> Float[Array, "... D"]:
+    """Vectors with their channel pairs turned by these angles, computed in float32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
 def rotate(x: Float[Array, "... D"], positions: Real[Array, "..."], rope: RopeConfig) -> Float[Array, "... D"]:
     """Rotates each vector of x by the angle of its position.
 
     `positions` has the shape of x without its last axis, or one that broadcasts to it; whole or fractional.
     Angles and products are float32, the result has the dtype of x.
     """
-    frequencies, factor = rope.frequencies(x.shape[-1])
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return turned(x, *cos_sin(positions, rope, x.shape[-1]))

@@ -35,6 +35,7 @@ from jaxcompress.recurrence.layer import (
     why_no_rule,
     within_window,
 )
+from jaxcompress.recurrence.reindexing import rotated
 from jaxcompress.state.kv_state import KVState, Stats
 from jaxcompress.state.placement import place
 from jaxcompress.state.precision import wide
@@ -128,9 +129,9 @@ def _keys(block: TokenBlock, state: KVState, whole: dict[str, Any], spec: StepSp
     values, value_scale = split(whole["values"])
     if context.placement != "absolute":
         places = place(whole["positions"], context.placement)
-        keys, key_scale = context.rotate(load_vectors(whole["keys"]), places), None
+        keys, key_scale = rotated(load_vectors(whole["keys"]), places, places.shape[-1], context), None
         own = places[..., -block.positions.shape[1] :].swapaxes(1, 2)  # [B, T, P]
-        q = context.rotate(q, own[..., None])
+        q = rotated(q, own[..., None], places.shape[-1], context)
     return q, BlockKeys(wide(keys), wide(values), key_scale, value_scale, (keys.dtype, values.dtype))
 
 

@@ -34,6 +34,7 @@ from jaxcompress.recurrence.layer import (
     with_stored,
     within_window,
 )
+from jaxcompress.recurrence.reindexing import rotated
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.placement import place
@@ -110,9 +111,10 @@ def _reindexed_step(
     no_kernel("step", q[:, None], stored[0], index.shape[1], backend, "keys are re-indexed at each step")
     stored = write_slots(stored, new, layer, index)
     keys, values = jax.tree.map(lambda x: x[layer], stored)
-    places, rotate = place(held, spec.context.placement), spec.context.rotate
+    places, count = place(held, spec.context.placement), held.shape[-1]
     own = jnp.where(held == block.positions[:, :1, None], places, 0).max(-1)  # [B, P]
-    keys, q = rotate(load_vectors(keys), places), rotate(q, own[..., None])
+    keys = rotated(load_vectors(keys), places, count, spec.context)
+    q = rotated(q, own[..., None], count, spec.context)
     return *slot_attention(q, keys, values, visible, present, extra), stored
 
 

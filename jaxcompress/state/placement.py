@@ -26,11 +26,19 @@ Rotate = Callable[[Float[Array, "... D"], Real[Array, "..."]], Float[Array, "...
 """(vectors, positions) -> vectors: the model's position embedding."""
 
 
+MOST_COMPARED = 1024
+"""Tokens that are ranked by comparing each with each, which takes less time than a sort of so few."""
+
+
 def place(held: SlotPositions, placement: Placement) -> Float[Array, "B P N"]:
     """Re-indexed positions of the tokens held (see `Placement`); what free slots get has no meaning."""
     if placement == "absolute":
         return held.astype(jnp.float32)
-    order = jnp.argsort(jnp.where(held >= 0, held, jnp.iinfo(jnp.int32).max), axis=-1, stable=True)
+    age = jnp.where(held >= 0, held, jnp.iinfo(jnp.int32).max)
+    if placement == "slot" and held.shape[-1] <= MOST_COMPARED:
+        one, other, slot = age[..., None], age[..., None, :], jnp.arange(held.shape[-1])
+        return ((other < one) | (other == one) & (slot < slot[:, None])).sum(-1, dtype=jnp.float32)
+    order = jnp.argsort(age, axis=-1, stable=True)
     if placement == "slot":
         places = jnp.broadcast_to(jnp.arange(held.shape[-1], dtype=jnp.float32), held.shape)
     else:
