@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from jaxcompress.checkpoints._config import decoder_config
 from jaxcompress.checkpoints._dtype import STORED, weights_dtype
 from jaxcompress.checkpoints._entries import config_of, shown
-from jaxcompress.checkpoints._loaded import Loaded
+from jaxcompress.checkpoints._loaded import Loaded, Model
 from jaxcompress.checkpoints._weights import Weight, weights_of
 from jaxcompress.inputs.json import read_object
 from jaxcompress.inputs.tokenizer import Tokenizer
@@ -65,9 +65,9 @@ def load(
 ) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
     """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
 
-    Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. What the files hold counts: if
-    config.json says that the output projection is the embedding, but there is another one, that one is used and the
-    model is not tied.
+    Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. If config.json says that the output
+    projection is the embedding, but the files hold another projection, that projection is used and the model is not
+    tied.
 
     Args:
       source: a folder with config.json and safetensors (model.safetensors, or several files with
@@ -155,14 +155,14 @@ def sizes_of(config: DecoderConfig) -> dict[str, int]:
 def fill(
     folder: Path,
     tensors: Mapping[str, Any],
-    make: Callable[[], Any],
-    weights_of: Callable[[Any], tuple[list[Weight], Any]],
+    make: Callable[[], Model],
+    weights_of: Callable[[Model], tuple[list[Weight], Any]],
     *,
     sizes: Mapping[str, int],
     surplus: Surplus,
     dtype: np.dtype,
     sharding: Shardings | None,
-) -> Any:
+) -> Model:
     """A module with the weights of a folder.
 
     Args:

@@ -1,7 +1,7 @@
-"""What a model was trained to be read with, beside its weights in a Hugging Face folder.
+"""The policy that a model was trained with, saved in the model's Hugging Face folder.
 
-policy.json has the name of the policy and its settings, policy.safetensors the policy's own weights, if it has any.
-Other software overlooks both files.
+policy.json has the policy's name and settings, policy.safetensors the weights of a learned policy. Other software
+ignores both files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SETTINGS, _WEIGHTS = "policy.json", "policy.safetensors"
 
 
 class SavedPolicy(NamedTuple):
-    """A policy with what it was trained with.
+    """A policy as it is saved: by name, with settings and weights.
 
     Attributes:
       name: for `jaxcompress.get_policy`.

@@ -1,4 +1,4 @@
-"""All policies side by side: loss, recall, bytes and speed, at fractions of the context, with their spread."""
+"""Many policies side by side: loss, recall, bytes and speed at several capacities, with deviations over seeds."""
 
 from __future__ import annotations
 

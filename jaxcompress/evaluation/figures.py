@@ -1,4 +1,4 @@
-"""Pictures of what policies do. Every function writes a file and returns nothing."""
+"""Figures of policies. Every function writes a file and returns nothing."""
 
 from __future__ import annotations
 
@@ -157,11 +157,12 @@ def death_times(trace: Trace, path: Path, title: str = "", row: int = 0) -> None
 
 
 def lifetimes(death: np.ndarray, path: Path, title: str = "", kinds: np.ndarray | None = None) -> None:
-    """How long each layer, head and kind of token was remembered.
+    """How long tokens were held, by layer, head and kind.
 
-    Left, the share of tokens still held n steps after they came, for every layer (Kaplan-Meier; hatched where the text
-    is too short to tell). Then, where a layer has several sets of slots, the share of each that was held for longer
-    than its slots would last if the oldest always went. Right, if `kinds` are given, the share held for every kind.
+    Left: the share of tokens still held n steps after they came, for every layer (Kaplan-Meier; hatched where the text
+    is too short). Middle, where a layer has several sets of slots: the share of each set's tokens that was held for
+    more steps than the set has slots, which is 0 for a sliding window. Right, if `kinds` are given: the share held by
+    kind.
 
     Args:
       death: [L, P, T], such as `trace.death[:, row]`.

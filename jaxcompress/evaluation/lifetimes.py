@@ -1,10 +1,9 @@
-"""What a policy kept, told from its death times: how much, how old, of what kind, and where two policies differ.
+"""How long tokens stay in the state: how many are held, their age and kind, and where two policies differ.
 
-Token j is *held* at step i if the query of position i sees it, `j <= i < death[j]`. So a policy that evicts after a
-step holds capacity + 1 tokens, and a prompt that is read at once is held whole until its end. Its *age* at step i is
-i - j. A token that was held at the last step (death T) was never seen to die: estimates treat it as censored.
-
-The functions take death times [..., T], such as `trace.death[:, row]`, [L, P, T].
+Everything follows from death times [..., T], such as `trace.death[:, row]`, [L, P, T]. Token j is *held* at step i if
+the query at position i sees it: `j <= i < death[j]`. A policy that evicts after a step therefore holds capacity + 1
+tokens, and a prompt that is read at once is held whole until its end. The *age* of token j at step i is i - j. A token
+that is held at the last step has death T; estimates treat it as censored.
 """
 
 from __future__ import annotations

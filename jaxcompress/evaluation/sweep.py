@@ -1,19 +1,22 @@
-"""Many policies at many capacities on one text: the table and the picture that papers show."""
+"""Perplexity of many policies at many capacities on one text: the usual table of a paper."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxcompress.evaluation.perplexity import perplexity
 from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.token_ids import token_rows
 from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.modes import Mode
 from jaxcompress.policies import Policy
 from jaxcompress.policies.checks import check_policy
+from jaxcompress.state.placement import Placement
 
 
 class Row(NamedTuple):
@@ -35,6 +38,19 @@ class Row(NamedTuple):
     tokens_per_second: float
     state_bytes: int
     left_out: int
+
+
+class ReadOptions(TypedDict, total=False):
+    """Keywords of `perplexity`: how texts are read, and what is counted."""
+
+    mode: Mode
+    chunk: int
+    prompt: int | None
+    skip: int
+    segment: int
+    placement: Placement | None
+    dtype: DTypeLike | None
+    text: int | None
 
 
 def rows_of_text(tokens: np.ndarray, context: int, rows: int | None = None, bos: int | None = None) -> np.ndarray:
@@ -62,7 +78,7 @@ def sweep(
     slots: Sequence[int],
     *,
     progress: Callable[[int], None] = lambda tokens: None,
-    **options: Any,
+    **options: Unpack[ReadOptions],
 ) -> Iterator[Row]:
     """Perplexity of every policy at every capacity.
 

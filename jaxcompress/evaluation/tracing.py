@@ -1,4 +1,4 @@
-"""What a policy decided over a sequence: what was held after every step, and when each token died."""
+"""What a policy did with a sequence: the tokens held after every step, and when each token was evicted."""
 
 from __future__ import annotations
 

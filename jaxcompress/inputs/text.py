@@ -19,7 +19,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 DEPTH = 200
 """So deep may lists and objects of JSON and TOML be nested."""
@@ -114,7 +114,7 @@ def read_text(path: Path | str | None) -> str:
     return decode(data, named(path))
 
 
-def standard_input() -> Any:
+def standard_input() -> BinaryIO:
     """Standard input, as a binary file. Raises ValueError if it is closed."""
     if sys.stdin is None:
         raise ValueError("standard input is closed; there is nothing to read")

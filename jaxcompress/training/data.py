@@ -1,13 +1,13 @@
-"""Text for training: documents from files, packed into rows, in an order that can be taken up again.
+"""Text for training: documents from files, packed into rows, in an order that can be resumed.
 
     documents -> one stream of tokens -> rows of equal length -> batches
 
-Documents are joined into one stream with a mark between them and cut into rows, so that nothing is spent on padding.
-Rows, not documents, are shuffled, anew in every epoch, so that the rows of a batch come from all over the data. Which
-rows the n-th batch has depends on the seed and n alone: the state of the iterator is one number.
+Documents are joined into one stream, with end and begin tokens between them, and cut into rows, so there is no padding.
+Rows, not documents, are shuffled, anew in every epoch, so the rows of a batch come from the whole data. The rows of the
+n-th batch depend only on the seed and n, so the state of the iterator is one number.
 
-The stream is held in memory, 5 bytes per token. For corpora that do not fit, build a `grain` dataset of `Batch` over
-your own source and hand its iterator to `jaxcompress.training.trainer.fit`.
+The stream stays in memory and takes 5 bytes per token. For a larger corpus, build a `grain` dataset of `Batch` over
+your own source and pass its iterator to `jaxcompress.training.fit`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Batch(NamedTuple):
 
     Attributes:
       tokens: [B, T + 1] int32; each but the last is read, each but the first is predicted.
-      weights: [B, T] float32, of predicting tokens[:, 1:]; 0 where nothing is to be learned: the first token of a
-        document when the one before has ended, and padding.
+      weights: [B, T] float32, of predicting tokens[:, 1:]; 0 for padding and for the first token after a document's
+      end.
     """
 
     tokens: Any
@@ -132,9 +132,9 @@ class TokenStream(NamedTuple):
     Attributes:
       tokens: [N] int32: each document, then the end mark and the mark that begins a document, where the tokenizer has
         them; one mark where they are the same.
-      predicted: [N] bool; whether a token is to be predicted. All are, but what comes after an end: nothing says what
-        the next document will be.
-      bos: what every row begins with, or None.
+      predicted: [N] bool, whether the loss counts a token: False for the first token after a document's end, which
+        nothing predicts.
+      bos: the token that every row begins with, or None.
     """
 
     tokens: np.ndarray
@@ -143,7 +143,7 @@ class TokenStream(NamedTuple):
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of the tokens: whether this is the same data."""
+        """CRC-32 of the tokens, to tell whether data is the same."""
         return zlib.crc32(self.tokens.tobytes())
 
 
@@ -201,8 +201,8 @@ def _encode(document: Document, tokenizer: Tokenizer) -> np.ndarray:
 class PackedRows:
     """A stream cut into rows: a random-access source, as `grain` reads them.
 
-    Row i is BOS and tokens i T to (i + 1) T of the stream; the rest that fills no row is left out. Without BOS, a row
-    begins with the token before. Attention and states are not cut at documents' boundaries: a model reads the mark.
+    Row i is BOS and tokens i T to (i + 1) T of the stream. Tokens at the end that do not fill a row are left out.
+    Without BOS, a row begins with the token before it. Attention and states are not cut between documents.
 
     Attributes:
       length: T, tokens predicted per row.

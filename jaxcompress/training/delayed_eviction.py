@@ -28,7 +28,7 @@ with extra("train"):
 
 
 def init_dms(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
-    """A network for `jaxcompress.policies.dms` that keeps everything."""
+    """A network for `jaxcompress.policies.DMS` that keeps every token."""
     return network(config, key, hidden, KEEP_EVERYTHING)
 
 
@@ -89,15 +89,17 @@ def read_with_soft_eviction(
     valid: Valid | None = None,
     key: Array | None = None,
 ) -> SoftRead:
-    """Reads with attention in which tokens fade that the network would evict (Łańcucki et al. 2025, section 3.1).
+    """Reads with soft eviction (Łańcucki et al. 2025, section 3.1).
 
-    Once a token is `window` tokens old, log sigmoid(logit / temperature) is added to its scores.
+    Once a token is `window` tokens old, log sigmoid(logit / temperature) is added to its attention scores.
 
     Args:
+      tokens: [B, T].
+      head: one logit per token and kv head; above 0, the token is kept.
       window: tokens before a decision takes effect.
-      temperature: the lower, the less lies between kept and evicted.
+      temperature: the lower, the closer the decisions are to 0 and 1.
       valid: [B, T], False for padding.
-      key: for noise on the logits, which makes decisions samples (Gumbel-sigmoid); None for none.
+      key: adds noise to the logits, so that decisions are samples (Gumbel-sigmoid); None for no noise.
 
     Raises:
       ValueError: a network for a model of another shape, a negative window, a temperature that is not positive.
@@ -137,12 +139,12 @@ def dms_loss(
     pressure: float | int | Float[Array, ""] = 1.0,
     key: Array | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """How badly a text is predicted from what is kept, and how much too much that is.
+    """The loss of delayed eviction: of the prediction, and of keeping more tokens than allowed.
 
         loss = prediction + pressure * max(share kept - share allowed, 0)
 
-    The second term is the one-sided loss of the paper (section 3.1), as a mean over all layers, kv heads and tokens:
-    which layers and heads keep more is left to learning. Differentiate with respect to `head`, or to the model too.
+    The second term is the one-sided loss of the paper (section 3.1). The share is the mean over all layers, kv heads
+    and tokens, so training decides which layers and heads keep more. Differentiate by `head`, or by the model as well.
 
     Ten parameters: what is read, and the settings of the loss, all but the first three by keyword.
 
@@ -151,8 +153,8 @@ def dms_loss(
       weights: [B, T], of predicting each token but the first.
       window, temperature, key: see `read_with_soft_eviction`; the temperature of a schedule.
       share: of tokens that may be kept, at this step of `share_schedule`.
-      teacher: the prediction is then asked to be that of this model with everything in sight (divergence, as in the
-        paper), without gradient; it may be the model itself. None: next-token loss.
+      teacher: a model with full attention whose prediction is the target (divergence, as in the paper). It gets no
+        gradient and may be the model itself. None: the target is the next token.
 
     Returns:
       The loss, and its parts `prediction` and `kept`.

@@ -1,9 +1,9 @@
 """Distillation: a bounded state learns to predict what the full cache predicts.
 
-The teacher is a decoder with its full cache, the student one with a bounded state. They may be the same weights: then
-nothing is kept twice, and the model learns to lose nothing by forgetting. A frozen teacher may be the weights that the
-student started from, or those below its adapters (see `jaxcompress.training.lora`): there is no copy. `make_step`
-passes it by reference; in a jit of your own make it an argument of the jitted function.
+The teacher is a decoder with its full cache, the student a decoder with a bounded state. They may share their weights,
+which are then stored once. A frozen teacher may be the weights that the student started from, or those below its
+adapters (see `jaxcompress.training.lora`); nothing is copied. `make_step` passes a teacher by reference. In a `jax.jit`
+of your own, make it an argument of the jitted function.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
@@ -27,13 +27,15 @@ def check_network(head: ForgetHead, outputs: int, config: DecoderConfig) -> None
         raise ValueError(f"this loss needs {outputs} numbers per token, the weights give {head.outer_bias.shape[-1]}")
 
 
-def check_temperature(temperature: Any) -> None:
+def check_temperature(temperature: float | Array) -> None:
     """Raises ValueError if it is known and not positive."""
     if isinstance(temperature, int | float) and temperature <= 0:
         raise ValueError(f"a temperature is positive, not {temperature}")
 
 
-def placed(model: Decoder, q: Queries, k: Keys, positions: Positions, index: Any) -> tuple[Queries, Keys, Any]:
+def placed(
+    model: Decoder, q: Queries, k: Keys, positions: Positions, index: Int[Array, ""] | int
+) -> tuple[Queries, Keys, Any]:
     """Queries and keys rotated, and the layer's window."""
     at, rope, windows = positions[..., None], model.config.rope, model.config.windows
     return rotate(q, at, rope), rotate(k, at, rope), None if windows is None else windows[index]

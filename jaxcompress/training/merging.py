@@ -1,8 +1,8 @@
-"""Learning which tokens to join: losses for the gates behind `jaxcompress.policies.gates`.
+"""Merging gates: a loss for the networks behind `jaxcompress.policies.gates`.
 
-Dynamic memory compression (Nawrot et al. 2024, section 3.2): in training a gate lies between 0 and 1. Every token keeps
-the running mean of the run that it ends, and later queries see it as far as the next token does not carry it on. With
-gates of 0 and 1 this is what the policy does, in parallel.
+Dynamic memory compression (Nawrot et al. 2024, section 3.2). In training, a gate lies between 0 and 1. Every token
+stands for the running mean of the run that it ends. Later queries see it less the more the next token joins the same
+run. With gates of 0 and 1 this equals the policy, computed in parallel.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""What decoders are trained for, as objectives of the trainer.
+"""Objectives of the trainer for decoders.
 
-Frozen models that an objective is given (teachers, the weights below adapters) are passed to the compiled step by
-reference.
+Frozen models (teachers, weights below adapters) are passed to the compiled step by reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxcompress.models.init_state import Slots
 from jaxcompress.policies.cache_view import Scope
 from jaxcompress.policies.learned import Retention
 from jaxcompress.policies.policy import Policy
+from jaxcompress.recurrence.advance import Step
 from jaxcompress.state.placement import Placement
 from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import distilled_value_and_grad
@@ -50,7 +50,7 @@ def bounded(
     chunk: int = 1,
     placement: Placement | None = None,
 ) -> Objective:
-    """Language modelling through a state of so many slots (see `jaxcompress.training.recurrent`)."""
+    """Language modelling through a bounded state; arguments as for `bounded_value_and_grad`."""
     how: dict[str, Any] = dict(segment=segment, bptt_segments=bptt_segments, chunk=chunk, placement=placement)
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
@@ -60,11 +60,26 @@ def bounded(
     return objective
 
 
-def distilled(policy: Policy, slots: Slots, **how: Any) -> Objective:
-    """A student with a state of so many slots and a teacher with the full cache.
+class DistillationOptions(TypedDict, total=False):
+    """Keywords of `distilled_value_and_grad`."""
+
+    segment: Required[int]
+    bptt_segments: int | None
+    chunk: int
+    placement: Placement | None
+    recurrence: Step | None
+    student: Callable[[Any], Decoder]
+    teacher: Decoder | None
+    language: float
+    hidden: float
+    temperature: float
+
+
+def distilled(policy: Policy, slots: Slots, **how: Unpack[DistillationOptions]) -> Objective:
+    """A student with a bounded state learns to predict what a teacher with the full cache predicts.
 
     Args:
-      how: segment, teacher, student, weights and temperature: see `distilled_value_and_grad`.
+      how: keywords of `distilled_value_and_grad`; `segment` must be given.
     """
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:

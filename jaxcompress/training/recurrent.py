@@ -1,14 +1,14 @@
 """The recurrence in the loss: language modelling through a bounded state, with backpropagation through time.
 
-A text is cut into segments. The state goes from segment to segment, and the gradient goes back with it as far as it is
-let: over `bptt_segments` segments, or over the whole text. The gradient of so many segments is taken before the next
-are read, so that memory does not grow with the text.
+A text is cut into segments, and the state is carried from segment to segment. The gradient goes back over
+`bptt_segments` segments, or over the whole text. The gradient of one window of segments is taken before the next window
+is read, so memory does not grow with the text.
 
-What a layer's recurrence costs going back can be had in two exact ways:
+The gradient of a layer's recurrence is computed in one of two exact ways:
 
-  parallel       the death times that the forward pass found, as a mask (see `jaxcompress.recurrence.exact_gradient`):
-                 for every policy that only evicts
-  rematerialised the scan itself, run again and differentiated: for any policy
+  parallel       attention under a mask of the death times that the forward pass found (see
+                 `jaxcompress.recurrence.exact_gradient`), for policies that only evict
+  rematerialised the scan is run again and differentiated, for any policy
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from jaxcompress.training.forget_heads import check_network, network, placed, po
 
 
 def init_retention(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
-    """A network for `jaxcompress.policies.retention` that is TOVA."""
+    """A network for `jaxcompress.policies.Retention` whose policy equals TOVA."""
     return network(config, key, hidden, LIKE_TOVA)
 
 
@@ -38,9 +38,9 @@ def retention_loss(
     block: int = 64,
     horizon: float | int | None = 128,
 ) -> Float[Array, ""]:
-    """How far the scores of `jaxcompress.policies.retention` are from where attention is going to fall, in nats.
+    """Cross-entropy between a retention head's scores and future attention, in nats.
 
-    The mean over layers, sets and the ends of blocks of `future_attention_loss`. The gradient reaches the network only.
+    The mean of `future_attention_loss` over layers, sets and block ends. Only the network gets a gradient.
 
     Args:
       tokens: [B, T], longer than a block.
@@ -76,25 +76,24 @@ def future_attention_loss(
     horizon: float | int | None = 128,
     window: Int[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Cross-entropy between the attention that is still to come and the softmax of scores, in nats.
+    """Cross-entropy between future attention and the softmax of scores, in nats.
 
-    At the end of each block of queries, when the text has been read up to position t, the tokens j <= t have scores by
-    their numbers and the attention that they received (see `jaxcompress.policies.retention`). What they are compared to
-    is the attention that the queries i > t give them,
+    At the end of each block of queries, at position t, every token j <= t has a score, from its numbers and the
+    attention that it received (see `jaxcompress.policies.Retention`). The target is the attention that later queries
+    give it,
 
-        F[j] = sum over i > t of exp(-(i - t) / horizon) p[i, j], as a share of its sum over j <= t,
+        F[j] = sum over i > t of exp(-(i - t) / horizon) p[i, j], divided by its sum over j <= t,
 
-    with p averaged over the heads that share a set. The mean over rows, sets and ends of blocks is returned; blocks in
-    which no token is and those after which nothing comes do not count. All attention is computed twice, for one block
-    of queries at a time, and memory does not grow beyond block x T: the gradient, which reaches `numbers` only, is
-    taken on the way.
+    with p averaged over the heads that share a set. Returned is the mean over rows, sets and block ends. Blocks without
+    tokens, and blocks after which nothing comes, do not count. Attention is computed twice, one block of queries at a
+    time, so memory is block x T. The gradient, of `numbers` only, is computed in the same pass.
 
     Args:
       numbers: four for each token; P is 1 or K.
       q, k: rotated.
-      block: tokens between two looks. If texts ask at regular places, take one that meets these at different ends.
-      horizon: in tokens; None counts the whole future alike. A token that is needed soon can be let go soon after:
-        the shorter the horizon, the more it is worth beside one that is needed once, much later.
+      block: tokens between two block ends. If questions come at regular places, choose a length that does not divide
+        their distance.
+      horizon: in tokens; None weighs all future queries alike. A short horizon favours tokens that are needed soon.
       window: width of a sliding-window layer.
 
     Raises:

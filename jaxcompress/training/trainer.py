@@ -1,7 +1,7 @@
 """Training: one jitted step and one loop around it.
 
-An `Objective` says what is minimised and returns the gradient itself, so that truncated backpropagation through time,
-which takes gradients inside a scan, is an objective like any other. An optimizer is optax's. The rest is here.
+An `Objective` computes a loss and its gradient. It computes the gradient itself, because truncated backpropagation
+through time takes gradients inside a scan. Optimizers are optax's.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ a pytree like `params`, is that of this mean: microbatches are then averaged by 
 the mean over the whole batch. Other metrics are averaged in the same way. `step` is an int32 scalar, `key` a key of its
 own for every step and microbatch.
 
-An objective may close over frozen weights, a teacher's for one: these are arguments of the compiled step, not part of
-its program (see `jaxcompress.training.compiled`).
+An objective may close over frozen weights, such as a teacher's. They become arguments of the compiled step, not
+constants of its program (see `jaxcompress.training.compiled`).
 """
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a training run changes.
+    """Everything that a training step changes.
 
     Attributes:
       params: float32 master weights, any pytree; an NNX module is one.
