@@ -27,7 +27,7 @@ def check_network(head: ForgetHead, outputs: int, config: DecoderConfig) -> None
         raise ValueError(f"this loss needs {outputs} numbers per token, the weights give {head.outer_bias.shape[-1]}")
 
 
-def check_temperature(temperature: float | Array) -> None:
+def check_temperature(temperature: float | int | Array) -> None:
     """Raises ValueError if it is known and not positive."""
     if isinstance(temperature, int | float) and temperature <= 0:
         raise ValueError(f"a temperature is positive, not {temperature}")
