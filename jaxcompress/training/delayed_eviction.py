@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxcompress._extras import extra
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.policies.learned import KEEP_EVERYTHING, ForgetHead, token_numbers
+from jaxcompress.policies.forget_head import KEEP_EVERYTHING, ForgetHead, token_numbers
 from jaxcompress.recurrence.block_attention import forgetful_attention
 from jaxcompress.state.shapes import Hidden, Tokens, Valid
 from jaxcompress.training.distillation import divergence

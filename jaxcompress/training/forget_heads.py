@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
-from jaxcompress.policies.learned import ForgetHead, check_head, init_forget_head
+from jaxcompress.policies.forget_head import ForgetHead, check_head, init_forget_head
 from jaxcompress.state.shapes import Keys, Positions, Queries, Tokens, Valid
 
 

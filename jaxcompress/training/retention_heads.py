@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.cache_view import Scope
-from jaxcompress.policies.learned import LIKE_TOVA, ForgetHead, Looked, foreseen, token_numbers
+from jaxcompress.policies.forget_head import ForgetHead, token_numbers
+from jaxcompress.policies.learned import LIKE_TOVA, Looked, foreseen
 from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.softmax import MASKED, masked_softmax
 from jaxcompress.state.precision import scores as scores_of

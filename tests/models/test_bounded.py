@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("as_users_call_it")
 MODEL = tiny_decoder()
 TOKENS = jnp.zeros((1, 2), jnp.int32)
 POLICIES = (
-    "window", "streaming_llm+2-before", "tova", "tova-kv_head", "tova-query_head", "ada-tova", "rkv-sketch8",
+    "window", "streaming_llm+2-before", "tova", "tova-kv_head", "tova-query_head", "tova-pool/adaptive", "rkv-sketch8",
     "expected_attention",
 )  # fmt: skip
 

@@ -182,11 +182,13 @@ class TestModel:
         return load_embedded()
 
     def test_writes_on_after_instruction_and_text(self, loaded: Any) -> None:
-        from jaxcompress.generation import GenerationConfig, generate
+        from jaxcompress.generation import generate
         from jaxcompress.policies import TOVA
 
         model, tokenizer = loaded.model, loaded.tokenizer
         stop = tokenizer.encode(" the", add_bos=False).tolist()  # a word that this model soon writes
+        from jaxcompress.generation import GenerationConfig
+
         config = GenerationConfig(stop_token_ids=tuple(stop))
         teacher = model_teacher(model, tokenizer, TOVA(), 32, max_new_tokens=64, config=config)
         prompt = tokenizer.encode("Shorten.\n\nText:\nThe list is a list.\n\nShortened text:\n")
