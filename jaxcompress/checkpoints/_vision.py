@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxcompress.checkpoints._carried import config_like
 from jaxcompress.checkpoints._config import INTERPRETED, decoder_config, hugging_face_config
@@ -27,9 +28,9 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
-from jaxcompress.checkpoints._load import Shardings, fill, find, opened, sizes_of, with_own_head
+from jaxcompress.checkpoints._load import Shardings, Surplus, fill, find, opened, sizes_of, with_own_head
 from jaxcompress.checkpoints._loaded import Loaded
-from jaxcompress.checkpoints._processor import _PROCESSORS
+from jaxcompress.checkpoints._processor import PROCESSOR_FILES
 from jaxcompress.checkpoints._save import write_folder
 from jaxcompress.checkpoints._weights import DECODER, Names, Weight, dotted, named_weights, weight_named
 from jaxcompress.inputs.json import read_object, read_object_if_there
@@ -74,7 +75,7 @@ _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 def load_tower(
-    source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None
+    source: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
 ) -> Loaded[VisionTower, TowerConfig, Tokenizer]:
     """Reads a ViT, DeiT, CLIP or SigLIP vision tower; of a checkpoint with words too (CLIP, SigLIP) only the tower.
 
@@ -95,7 +96,9 @@ def load_tower(
         model = fill(
             folder, tensors, lambda: VisionTower(config, dtype=target, rngs=nnx.Rngs(0)),
             lambda tower: named_weights(tower, names), sizes=_sizes_of_tower(config),
-            ignored=lambda name: name.endswith("embeddings.position_ids") or bool(beside.match(name)), unused=_unused,
+            surplus=Surplus(
+                lambda name: name.endswith("embeddings.position_ids") or bool(beside.match(name)), _unused
+            ),
             dtype=target, sharding=sharding,
         )  # fmt: skip
     return Loaded(model, config, settings, folder, Tokenizer)
@@ -117,7 +120,7 @@ def _sizes_of_tower(config: TowerConfig) -> dict[str, int]:
 
 
 def load_llava(
-    source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None
+    source: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
 ) -> Loaded[Llava, LlavaConfig, Tokenizer]:
     """Reads a LLaVA-1.5 or LLaVA-NeXT checkpoint in transformers' layout (`llava-hf/...`).
 
@@ -135,7 +138,7 @@ def load_llava(
         model = fill(
             folder, tensors, lambda: Llava(config, dtype=target, rngs=nnx.Rngs(0)), llava_weights,
             sizes=_sizes_of_tower(config.tower) | sizes_of(config.decoder),
-            ignored=lambda name: name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")),
+            surplus=Surplus(lambda name: name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))),
             dtype=target, sharding=sharding,
         )  # fmt: skip
     return Loaded(model, config, settings, folder, Tokenizer)
@@ -170,10 +173,12 @@ def _processor_files(processor: Mapping[str, Any] | None, source: str | Path | N
     """What is written beside what is copied."""
     folder = None if source is None else Path(source).expanduser()
     if processor is None:
-        if folder is None or not any((folder / name).is_file() for name in _PROCESSORS):
-            raise ValueError(f"no image processor: give processor=, or tokenizer_from= a folder with {_PROCESSORS[0]}")
+        if folder is None or not any((folder / name).is_file() for name in PROCESSOR_FILES):
+            raise ValueError(
+                f"no image processor: give processor=, or tokenizer_from= a folder with {PROCESSOR_FILES[0]}"
+            )
         return {}
-    alone, among_others = _PROCESSORS
+    alone, among_others = PROCESSOR_FILES
     others = {} if folder is None else read_object_if_there(folder / among_others)
     # transformers 5 may have it there, and reads it there first.
     inside = {among_others: others | {"image_processor": dict(processor)}} if "image_processor" in others else {}

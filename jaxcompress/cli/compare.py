@@ -115,7 +115,7 @@ def _line(row: Any) -> str:
     return (
         f"{row.policy:34}{row.slots:6}{nats:>15}{share(row.recall, row.recall_spread):>12}"
         f"{share(row.before, row.before_spread):>12}{share(row.after, row.after_spread):>12}"
-        f"{row.asked_bytes / 1024:8,.0f}{row.state_bytes / 1024:7,.0f}{row.held:6.0%}{speed:>8}"
+        f"{row.asked_bytes / 1024:8,.0f}{row.state_bytes / 1024:7,.0f}{row.occupied:6.0%}{speed:>8}"
     )
 
 

@@ -76,7 +76,7 @@ def _long_read(model, tokenizer, how: Demo, say) -> dict:
     say(f"Reading {len(ids):,} tokens of text it has never seen ({', '.join(names)})")
     say(f"through {how.slots} slots per layer: {nbytes / 1024:.0f} KiB of state, whatever the length.\n")
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    marks, begun, last = [], 0.0, 0
+    marks, begun, last, first = [], 0.0, 0, 0
     with bar(len(ids), "reading") as advance:
         for count, reached in prefill_stream(model, [ids], now, segment=segment):
             advance(count - last)

@@ -49,8 +49,8 @@ class Retention(
     def run(self) -> None:
         self._check()
         model, tokenizer = open_model(self.model, self.dtype)
+        from jaxcompress.evaluation.lifetimes import overlap, survival_by_kind, token_kinds, token_texts
         from jaxcompress.evaluation.page import page
-        from jaxcompress.evaluation.retention import overlap, survival_by_kind, token_kinds, token_texts
         from jaxcompress.inputs.token_ids import token_ids
 
         name, text = self.text() or _held_out()
@@ -71,9 +71,9 @@ class Retention(
         title = f"What {self.policy} keeps in {_words(self.capacity)} slots"
         self.out.write_text(page(deaths[0], texts, title=title, about=_told(about), kinds=kinds), encoding="utf-8")
         if self.figure is not None:
-            from jaxcompress.evaluation.figures import retention
+            from jaxcompress.evaluation.figures import lifetimes
 
-            retention(deaths[0], self.figure, f"{title}: {name}", kinds)
+            lifetimes(deaths[0], self.figure, f"{title}: {name}", kinds)
         table = survival_by_kind(deaths[0], kinds)
         same = overlap(*deaths) if self.compare is not None else None
         if self.json:
@@ -142,7 +142,7 @@ def _told(about: dict[str, Any]) -> dict[str, str]:
 
 
 def _row(row: Any) -> dict[str, Any]:
-    from jaxcompress.evaluation.retention import AFTER
+    from jaxcompress.evaluation.lifetimes import AFTER
 
     after = {str(steps): _known(share) for steps, share in zip(AFTER, row.after, strict=True)}
     return dict(row._asdict(), after=after)
@@ -164,7 +164,7 @@ def _overlap(policy: str | None, same: Any) -> dict[str, Any] | None:
 
 
 def _print_kinds(table: list[Any]) -> None:
-    from jaxcompress.evaluation.retention import AFTER
+    from jaxcompress.evaluation.lifetimes import AFTER
 
     print(f"{'kind':14}{'tokens':>8}" + "".join(f"{f'after {steps}':>12}" for steps in AFTER) + f"{'at the end':>12}")
     for row in table:

@@ -32,14 +32,11 @@ class VisionDemo(JsonFlag):
     """Number of pictures that are drawn."""
 
     def run(self) -> None:
-        import os
-
         at_least(1, pictures=self.pictures)
         at_least(0, drawn=self.drawn)
         from jaxcompress.cli.runtime import prepare, write_json
 
         prepare()
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: it is not needed
         from jaxcompress.checkpoints import load_embedded_vision
         from jaxcompress.evaluation.visual import Examiner, exam, guessing
         from jaxcompress.vision import get_method

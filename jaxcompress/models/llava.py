@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.models.activations import gelu
@@ -67,7 +68,7 @@ class LlavaConfig:
 class Projector(nnx.Module):
     """From the tower's width to the decoder's."""
 
-    def __init__(self, config: LlavaConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: LlavaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         small = jax.nn.initializers.normal(0.02)
         linear = lambda n, m: nnx.Linear(
             n, m, use_bias=config.projector_bias, kernel_init=small, param_dtype=dtype, rngs=rngs
@@ -88,7 +89,7 @@ class Llava(nnx.Module):
       newline: [E], LLaVA-NeXT's.
     """
 
-    def __init__(self, config: LlavaConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: LlavaConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.tower = VisionTower(config.tower, dtype=dtype, rngs=rngs)
         self.projector = Projector(config, dtype=dtype, rngs=rngs)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.models.activations import gelu
@@ -136,7 +137,7 @@ Reduce = Callable[[Patches, AttentionInputs, int], Patches]
 class TowerAttention(nnx.Module):
     """Projections around attention."""
 
-    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = lambda: _linear(config.hidden_size, config.hidden_size, dtype, rngs)
         self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
 
@@ -147,7 +148,7 @@ class TowerAttention(nnx.Module):
 
 
 class TowerMLP(nnx.Module):
-    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.up = _linear(config.hidden_size, config.intermediate_size, dtype, rngs)
         self.down = _linear(config.intermediate_size, config.hidden_size, dtype, rngs)
 
@@ -158,7 +159,7 @@ class TowerMLP(nnx.Module):
 class TowerLayer(nnx.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.attention_norm, self.mlp_norm = _norm(config, dtype, rngs), _norm(config, dtype, rngs)
         self.attention = TowerAttention(config, dtype=dtype, rngs=rngs)
         self.mlp = TowerMLP(config, dtype=dtype, rngs=rngs)
@@ -172,7 +173,7 @@ class AttentionPool(nnx.Module):
       kernel, bias: [3E, E] (out, in) and [3E], the projections of query, key and value.
     """
 
-    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e = config.hidden_size
         self.probe = nnx.Param(_small(rngs.params(), (e,), dtype))
         self.kernel = nnx.Param(_small(rngs.params(), (3 * e, e), dtype))
@@ -208,7 +209,7 @@ class VisionTower(nnx.Module):
       classifier, distillation_classifier: of a classifier.
     """
 
-    def __init__(self, config: TowerConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         e, p = config.hidden_size, config.patch_size
         self.patch = nnx.Param(_small(rngs.params(), (e, config.channels, p, p), dtype))
@@ -355,11 +356,11 @@ def _bias(size: Float[Array, "B N"], proportional: bool) -> Float[Array, "B N"]:
     return jnp.where(present, jnp.log(jnp.where(present, size, 1.0)) if proportional else 0.0, MASKED)
 
 
-def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs, returns: Any = None) -> nnx.Linear:
+def _linear(n: int, m: int, dtype: DTypeLike, rngs: nnx.Rngs, returns: Any = None) -> nnx.Linear:
     return nnx.Linear(n, m, kernel_init=_small, param_dtype=dtype, preferred_element_type=returns, rngs=rngs)
 
 
-def _norm(config: TowerConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _norm(config: TowerConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         config.hidden_size, epsilon=config.norm_eps, param_dtype=dtype, use_fast_variance=False, rngs=rngs
     )

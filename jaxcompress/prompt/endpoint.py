@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxcompress._extras import extra
 from jaxcompress.prompt.teacher import TeacherFailed
 
 _NEVER = {401, 403, 404, 405, 501}  # no text will ever succeed
@@ -89,11 +90,9 @@ class Endpoint:
 
 
 def _openai() -> Any:
-    """The package. Raises ImportError if it is not installed."""
-    try:
+    """The package. Raises MissingExtra if it is not installed."""
+    with extra("teacher"):
         import openai  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError('an endpoint needs one more package: pip install "jaxcompress[teacher]"') from None
     return openai
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_cli import TEXT, folder, model, run, text, tokenizer  # noqa: F401  fixtures
 
-from jaxcompress.evaluation.retention import AFTER, overlap, survival_by_kind, token_kinds, token_texts
+from jaxcompress.evaluation.lifetimes import AFTER, overlap, survival_by_kind, token_kinds, token_texts
 from jaxcompress.evaluation.tracing import trace
 from jaxcompress.generation import Tokenizer
 from jaxcompress.models.decoder import Decoder

@@ -52,11 +52,11 @@ class Train(TrainFlags):
         from jaxcompress.pallas_kernels.devices import device
         from jaxcompress.policies.names import get_policy
         from jaxcompress.training.checkpointing import Checkpoints
-        from jaxcompress.training.learning import LEARNABLE
+        from jaxcompress.training.policy_objectives import TRAINABLE
 
         tokenizer = Tokenizer(self.tokenizer or loaded.folder)
         dtype = self.compute_dtype or ("float32" if device()[0] == "cpu" else "bfloat16")
-        policy = None if self.policy == "full" or self.policy in LEARNABLE else get_policy(self.policy)
+        policy = None if self.policy == "full" or self.policy in TRAINABLE else get_policy(self.policy)
         task = task_of(self, loaded.model, policy, dtype)
         rows = packed_rows(self, tokenizer, loaded.config.vocab_size)
         stored = config_dtype(loaded.settings) or "float32"
@@ -170,10 +170,11 @@ def _optimizer(how: Train, *, both: bool) -> tuple[Callable[[int], Any], Any]:
     Args:
       both: whether a policy's network is trained beside the model.
     """
-    import optax
-
+    from jaxcompress._extras import extra
     from jaxcompress.training.optimizer import OPTIMIZERS, SCHEDULES
 
+    with extra("train"):
+        import optax
     of_rate = lambda rate: SCHEDULES[how.schedule](rate, how.steps, warmup=how.warmup_steps)
     schedule = of_rate(how.learning_rate)
     optimizer = OPTIMIZERS[how.optimizer](schedule, clip=how.clip, weight_decay=how.weight_decay)

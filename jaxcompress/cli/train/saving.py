@@ -20,7 +20,7 @@ def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: 
     """
     import jax
 
-    from jaxcompress.checkpoints import save, save_policy
+    from jaxcompress.checkpoints import SavedPolicy, save, save_policy
 
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
@@ -30,8 +30,9 @@ def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: 
     if how.policy != "full":
         settings = dict(slots=how.slots, segment=how.segment, chunk=how.chunk_length, placement=how.placement)
     if task.learned is None or own is None:
-        save_policy(new, how.policy, settings)
+        saved = SavedPolicy(how.policy, settings)
     else:
-        save_policy(new, task.learned.kind, settings | task.learned.settings, own._asdict())
+        saved = SavedPolicy(task.learned.kind, settings | task.learned.settings, own._asdict())
+    save_policy(saved, new)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)

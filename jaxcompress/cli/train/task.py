@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jaxcompress.models.decoder import Decoder
     from jaxcompress.policies.forget_head import ForgetHead
     from jaxcompress.policies.policy import Policy
-    from jaxcompress.training.learning import Learning
+    from jaxcompress.training.policy_objectives import PolicyObjective
     from jaxcompress.training.trainer import Objective
 
 LANGUAGE = 0.5
@@ -47,7 +47,7 @@ class Task(NamedTuple):
     measured: Objective
     told: dict[str, tuple[str, str]]
     parts: Callable[[Any], tuple[Decoder, ForgetHead | None]]
-    learned: Learning | None
+    learned: PolicyObjective | None
 
 
 def task_of(how: TrainFlags, model: Decoder, policy: Policy | None, dtype: str) -> Task:
@@ -63,12 +63,12 @@ def task_of(how: TrainFlags, model: Decoder, policy: Policy | None, dtype: str) 
     """
     import jax
 
-    from jaxcompress.training.learning import LEARNABLE
     from jaxcompress.training.lora import add_lora, init_lora
     from jaxcompress.training.objectives import adapted, causal
+    from jaxcompress.training.policy_objectives import TRAINABLE
 
     frozen = jax.tree.map(lambda x: x.astype(dtype), model)  # what stays as it is needs no master weights
-    if how.policy in LEARNABLE:
+    if how.policy in TRAINABLE:
         return _learning(how, model, frozen)
     teacher, told = (frozen, _DISTILLED) if how.distill else (None, _NATS)
     objective = causal() if policy is None else _through(policy, how=how, teacher=teacher)
@@ -83,13 +83,13 @@ def _learning(how: TrainFlags, model: Decoder, frozen: Decoder) -> Task:
     """The task of a policy that is learned: with the model, or beside one that stays as it is."""
     import jax
 
-    from jaxcompress.training.learning import learning
+    from jaxcompress.training.policy_objectives import policy_objective
 
     through = partial(_through, how=how, teacher=frozen) if how.distill else None
     alone = how.policy.startswith("retention") and not how.distill
-    learned = learning(
-        how.policy, frozen if alone else model, jax.random.key(how.seed),
-        steps=how.steps, ratio=how.ratio, window=how.window, through=through,
+    learned = policy_objective(
+        frozen if alone else model, how.policy, jax.random.key(how.seed),
+        steps=how.steps, ratio=how.ratio, window=how.window, model_objective=through,
     )  # fmt: skip
     if through is not None:
         told = _DISTILLED | {"retention": _FORESIGHT}
@@ -113,7 +113,7 @@ def _through(policy: Policy, *, how: TrainFlags, teacher: Decoder | None) -> Obj
     return distilled(policy, how.capacity, teacher=teacher, language=LANGUAGE, **reading)
 
 
-def _with_language(how: TrainFlags, learned: Learning) -> Objective:
+def _with_language(how: TrainFlags, learned: PolicyObjective) -> Objective:
     """The metrics of a policy that is learned, and the loss of the text when it is used as a policy."""
     from jaxcompress.policies.registry import learned_policy
     from jaxcompress.training.objectives import bounded
