@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from jaxcompress.checkpoints import load_embedded_vision
 from jaxcompress.evaluation.visual import Examiner, Outcome, exam, guessing
 from jaxcompress.vision import Method, get_method
-from jaxcompress.vision.encoders import by_chance, chosen
+from jaxcompress.vision.encoders import random_score, top_patches
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def main(args: Arguments) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     loaded = load_embedded_vision()
     tokenizer = loaded.tokenizer
-    asked = exam(tokenizer, loaded.processor, loaded.model, pictures=args.pictures)
+    asked = exam(loaded.model, tokenizer, loaded.processor, pictures=args.pictures)
     examiner = Examiner(loaded.model, asked)
     rows: dict[str, list[Outcome]] = {name: [] for name in ["random", *args.methods]}
     whole = examiner(get_method("full"))
@@ -56,7 +56,8 @@ def main(args: Arguments) -> None:
     spread: list[tuple[float, float]] = []
     for n in args.tokens:
         drawn = [
-            examiner(Method("random", chosen(by_chance(seed), n), lambda config, n=n: n)) for seed in range(args.seeds)
+            examiner(Method("random", top_patches(random_score(seed), n), lambda config, n=n: n))
+            for seed in range(args.seeds)
         ]
         right = [one.accuracy for one in drawn]
         spread.append((min(right), max(right)))

@@ -54,7 +54,7 @@ def space(args: Arguments) -> list[tuple[str, int, float, float, float]]:
     loaded = load_embedded_vision()
     tokenizer = loaded.tokenizer
     grid = (loaded.config.tower.grid, loaded.config.tower.grid)
-    examiner = Examiner(loaded.model, exam(tokenizer, loaded.processor, loaded.model, pictures=args.pictures), runs=1)
+    examiner = Examiner(loaded.model, exam(loaded.model, tokenizer, loaded.processor, pictures=args.pictures), runs=1)
     out = []
     print(f"{'method':14}{'kept':>5}{'gap':>7}{'evenness':>10}{'right':>8}")
     for n in args.tokens:
@@ -74,8 +74,8 @@ def video(args: Arguments) -> dict[str, np.ndarray]:
 
     @jax.jit
     def scores(model, pixels):
-        _, shown = model.tower.run_layers(model.tower.embed(pixels), range(model.config.feature_layers))
-        return shown.rows(jnp.zeros((pixels.shape[0], 1), jnp.int32))[:, :, 0, 1:].mean(1)
+        _, attention = model.tower.run_layers(model.tower.embed(pixels), range(model.config.feature_layers))
+        return attention.rows(jnp.zeros((pixels.shape[0], 1), jnp.int32))[:, :, 0, 1:].mean(1)
 
     masks: dict[str, list[np.ndarray]] = {"random": [], "class attention": [], "class attention, each frame": []}
     rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from jaxcompress.models.llava import LlavaConfig, crops_of
-from jaxcompress.models.vit import TowerConfig
+from jaxcompress.models.tower_config import TowerConfig
 
 MOST_TIMES_AS_WIDE = 200
 """Processors that resize by the shorter side would make such a strip enormous."""
