@@ -62,8 +62,8 @@ def space(args: Arguments) -> list[tuple[str, int, float, float, float]]:
             got = examiner(get_method(name, n))
             kept = jnp.asarray(got.kept)
             apart, even = float(gap(kept, grid).mean()), float(spatial_evenness(kept, grid).mean())
-            out.append((name, n, apart, even, got.accuracy))
-            print(f"{name:14}{n:5}{apart:7.2f}{even:10.3f}{got.accuracy:8.1%}", flush=True)
+            out.append((name, n, apart, even, got.word_accuracy))
+            print(f"{name:14}{n:5}{apart:7.2f}{even:10.3f}{got.word_accuracy:8.1%}", flush=True)
     return out
 
 
