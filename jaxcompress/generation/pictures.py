@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from jaxcompress._extras import extra
 from jaxcompress.models.llava import LlavaConfig, crops_of
-from jaxcompress.models.vit import TowerConfig
+from jaxcompress.models.tower_config import TowerConfig
 
 with extra("vision"):
     from PIL import ExifTags, Image, UnidentifiedImageError
