@@ -100,7 +100,7 @@ class OfficialCompressor:
                 f"{self.tokenizer.kind!r}; use Compressor.compress"
             )
 
-    def compress(  # 18 parameters, as the published function
+    def compress(
         self,
         context: str | Sequence[str],
         rate: float | int = 0.5,
@@ -121,6 +121,8 @@ class OfficialCompressor:
         chunk_end_tokens: Sequence[str] = (".", "\n"),
     ) -> OfficialResult:
         """Arguments, defaults, results and exceptions are those of `compress_prompt_llmlingua2`.
+
+        Eighteen parameters: those of the published function.
 
         Raises:
           AssertionError: more than 100 force tokens.

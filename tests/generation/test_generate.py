@@ -226,10 +226,10 @@ def test_the_size_of_bursts_changes_nothing(model: Decoder, policy: Policy) -> N
     slots = max(map(len, PROMPTS)) + STEPS if not policy.evicts else SLOTS
     whole = written(model, PROMPTS, policy, slots)
     bursts = list(generate(model, PROMPTS, policy, slots, max_new_tokens=STEPS, stream_every=4, segment=SEGMENT))
-    assert [burst.shape[1] for burst in bursts] == [4, 4, 2]
+    assert [group.shape[1] for group in bursts] == [4, 4, 2]
     assert np.concatenate(bursts, axis=1).tolist() == whole.tolist()
     more = list(generate(model, PROMPTS, policy, slots, max_new_tokens=STEPS, stream_every=99, segment=SEGMENT))
-    assert [burst.tolist() for burst in more] == [whole.tolist()]
+    assert [group.tolist() for group in more] == [whole.tolist()]
 
 
 @pytest.mark.parametrize("policy", ["tova", "streaming_llm+2"])

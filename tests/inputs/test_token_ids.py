@@ -48,7 +48,7 @@ TAKE_ARRAYS: dict[str, Callable[[Any], Any]] = {
 TAKE_PROMPTS: dict[str, Callable[[Any], Any]] = {
     "generate": lambda x: generate(MODEL, x, **HOW, max_new_tokens=1),
     "prefill": lambda x: prefill(MODEL, x, init_decode_state(MODEL, **HOW)),
-    "read_on": lambda x: next(prefill_stream(MODEL, x, init_decode_state(MODEL, **HOW))),
+    "prefill_stream": lambda x: next(prefill_stream(MODEL, x, init_decode_state(MODEL, **HOW))),
     "kvzip": lambda x: kvzip(MODEL, x, **HOW, repeat=Repeat()),
     "read_whole": lambda x: read_whole(MODEL, x),
 }
@@ -98,7 +98,7 @@ def test_shapes() -> None:
     for name, take in TAKE_PROMPTS.items():
         with pytest.raises(ValueError, match="sequence"):
             print(name, take([1, 2, 3]))
-        if name != "read_on":
+        if name != "prefill_stream":
             with pytest.raises(ValueError, match=r"prompt 0 must be a sequence .*, not \[1, 2\]"):
                 print(name, take([[[1, 2]]]))
             with pytest.raises(ValueError, match="prompt 0 is empty"):
