@@ -25,8 +25,9 @@ class Loaded(Generic[Model, Config, TokenizerOf]):
     Attributes:
       model: the weights.
       config: their shape; the same as `model.config`.
-      settings: config.json as it was read, for what the model does not need: `eos_token_id`, `id2label`, ...
-      folder: where the files are.
+      settings: config.json as it was read, for what the model does not need: `eos_token_id`, `id2label`, ...; of a
+        GGUF file, the config.json that its metadata amounts to.
+      folder: where the files are; of a GGUF file, the file.
     """
 
     model: Model
