@@ -1,7 +1,7 @@
 """Writes tests/fixtures/gguf/sentencepiece.json: a vocabulary that SentencePiece learnt, and its ids of a few texts.
 
-    pip install sentencepiece
-    python experiments/make_gguf_fixtures.py
+pip install sentencepiece
+python experiments/make_gguf_fixtures.py
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from command import Command, arguments, need
 
-from jaxcompress import embedded
+from jaxcompress.embedded.corpus import held_out
 
 need("sentencepiece", install="pip install sentencepiece")
 import sentencepiece  # noqa: E402
 
 TEXTS = [
-    "", "hello", " two  spaces ", "   three", "a\n b\n\n  c\t", "naïve 你好 😀", "x y", "def main(argument: int) -> None:",
-    "        return self.value", "The quick brown fox jumps over the lazy dog.", "aaaaaaa    aaaaaaaa", "<s> </s> <0x0A>",
+    "", "hello", " two  spaces ", "   three", "a\n b\n\n  c\t", "naïve 你好 😀", "x", "def main(argument: int):",
+    "        return self.value", "The quick brown fox jumps.", "aaaaaaa    aaaaaaaa", "1234567",
 ]  # fmt: skip
 
 
@@ -31,9 +31,10 @@ class Make(Command):
 
 
 def main(args: Make) -> None:
+    lines = [line for document in held_out("topics/") for line in document.text.splitlines()]
     learnt = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
-        sentence_iterator=iter(embedded.example_text().splitlines()[: 200 if args.quick else 3000]),
+        sentence_iterator=iter(lines[: 300 if args.quick else None]),
         model_writer=learnt,
         model_type="bpe",
         vocab_size=330 if args.quick else 600,

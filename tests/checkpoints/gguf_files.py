@@ -127,15 +127,6 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def write_tokenizer(path: Path, architecture: str = "llama", **metadata: Any) -> Path:
-    """A file with a tokenizer and no weights; keys are those behind `tokenizer.`, with `__` for a full stop."""
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in metadata.items():
-        add(writer, "tokenizer." + key.replace("__", "."), value)
-    _finish(writer)
-    return path
-
-
 def dequantised(folder: Path, path: Path, name: str) -> Path:
     """The same weights as a folder: what the `gguf` package makes of each whole tensor of a file, back in order."""
     from safetensors.numpy import save_file
