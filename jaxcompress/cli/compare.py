@@ -46,7 +46,7 @@ class Compare:
     fractions: tuple[int, ...] = (2, 4, 8, 16)
     """Slots are the context divided by these."""
     model: str | None = None
-    """Hugging Face folder or hub id; the embedded model if not given."""
+    """Hugging Face folder, hub id, GGUF file or smollm2; the embedded model if not given."""
     text: Path | None = None
     """UTF-8 text to weave facts into; - for standard input; the embedded model's held-out documents if not given."""
     context: int = 1024

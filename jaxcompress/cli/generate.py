@@ -46,7 +46,7 @@ class Generate:
     """Keep only this share of the prompt's words, chosen by the embedded prompt compressor, and read what is left; what
     both compressions came to is told on standard error. A file is then read whole."""
     model: str | None = None
-    """Hugging Face folder or hub id; the embedded model if not given."""
+    """Hugging Face folder, hub id, GGUF file or smollm2; the embedded model if not given."""
     policy: str = "tova"
     """See `jaxcompress info` for the names; `own` is the one that the model was saved with."""
     slots: tuple[int, ...] = (128,)

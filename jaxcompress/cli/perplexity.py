@@ -43,7 +43,7 @@ class Perplexity:
     """Capacities; 64 128 256 512 if not given. A policy that keeps everything, or as much as its name says (/onceN),
     gets the whole context."""
     model: str | None = None
-    """Hugging Face folder or hub id; the embedded model if not given."""
+    """Hugging Face folder, hub id, GGUF file or smollm2; the embedded model if not given."""
     context: int = 2048
     """Tokens per row, the beginning-of-sequence token included; 0: one endless row."""
     rows: int | None = _ROWS

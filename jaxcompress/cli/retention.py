@@ -34,7 +34,7 @@ class Retention:
     text: Path | None = None
     """UTF-8 text; - for standard input; a document held out from the embedded model's training if not given."""
     model: str | None = None
-    """Hugging Face folder or hub id; the embedded model if not given."""
+    """Hugging Face folder, hub id, GGUF file or smollm2; the embedded model if not given."""
     policy: str = "tova"
     """See `jaxcompress info` for the names."""
     slots: tuple[int, ...] = (128,)

@@ -43,7 +43,7 @@ class Trace:
     limit: int | None = None
     """Use so many tokens of the text."""
     model: str | None = None
-    """Hugging Face folder or hub id; the embedded model if not given."""
+    """Hugging Face folder, hub id, GGUF file or smollm2; the embedded model if not given."""
     policy: str = "tova"
     """See `jaxcompress info` for the names."""
     slots: tuple[int, ...] = (128,)

@@ -82,7 +82,7 @@ class Train:
     out: Path
     """Folder of the run."""
     model: str | None = None
-    """Hugging Face folder or hub id; the embedded model if not given."""
+    """Hugging Face folder, hub id, GGUF file or smollm2; the embedded model if not given."""
     tokenizer: str | None = None
     """Folder with another tokenizer; the model's if not given."""
     field: str = "text"

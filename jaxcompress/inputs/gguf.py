@@ -9,6 +9,7 @@ an error and no memory. (`gguf.GGUFReader` checks none of them, and takes second
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -104,10 +105,12 @@ def entry(metadata: Mapping[str, Any], key: str, kind: type | tuple[type, ...], 
 
 
 class _Cursor:
-    """Reads one thing after another, and never beyond the end."""
+    """Reads one thing after another from a memory map, and never beyond the end."""
 
-    def __init__(self, data: np.ndarray):
-        self.data = data
+    def __init__(self, path: Path):
+        with path.open("rb") as file:
+            self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self.data = np.frombuffer(self.bytes, np.uint8)
         self.at = 0
 
     def skip(self, size: int, what: str) -> int:
@@ -121,7 +124,7 @@ class _Cursor:
     def number(self, kind: str, what: str) -> Any:
         form = _FORMATS[kind]
         start = self.skip(struct.calcsize(form), what)
-        return struct.unpack_from(form, self.data, start)[0]
+        return struct.unpack_from(form, self.bytes, start)[0]
 
     def count(self, kind: str, most: int, what: str) -> int:
         value = self.number(kind, what)
@@ -133,13 +136,13 @@ class _Cursor:
         size = self.count("<u8", MOST_STRING, f"the length of {what}")
         start = self.skip(size, what)
         try:
-            return self.data[start : start + size].tobytes().decode("utf-8")
+            return bytes(self.bytes[start : start + size]).decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{what} is not UTF-8: {error.reason} at its byte {error.start}") from None
 
     def strings(self, count: int, what: str) -> list[str]:
         """The same many times over, in one loop: vocabularies have 100,000s."""
-        data = memoryview(self.data)
+        data = self.bytes
         found, at, end, unpack = [], self.at, len(data), struct.Struct("<Q").unpack_from
         for _ in range(count):
             if end - at < 8 or (size := unpack(data, at)[0]) > end - at - 8:
@@ -156,8 +159,8 @@ class _Cursor:
 def _read(path: Path) -> Header:
     if not path.stat().st_size:
         raise ValueError("the file is empty, not GGUF")
-    cursor = _Cursor(np.memmap(path, np.uint8, "r"))
-    if (magic := cursor.data[:4].tobytes()) != MAGIC:
+    cursor = _Cursor(path)
+    if (magic := bytes(cursor.bytes[:4])) != MAGIC:
         raise ValueError(f"not a GGUF file: it begins with {magic!r}, not {MAGIC!r}")
     cursor.skip(4, "its header")
     version = cursor.number("<u4", "its header")
