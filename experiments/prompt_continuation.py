@@ -21,13 +21,13 @@ from sentences import write_sentences
 from jaxcompress.checkpoints._embedded import load_embedded
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.policies import Full
+from jaxcompress.prompt import WORDS, Compressor, keep
 from jaxcompress.prompt.baselines import content_words, evenly_spread, first_words, random_words, tf_idf
-from jaxcompress.prompt.classifier import load_compressor
 from jaxcompress.prompt.dataset import Pair, label
 from jaxcompress.prompt.information import Reader, self_information
 from jaxcompress.prompt.llmlingua import llmlingua
 from jaxcompress.prompt.surface import words_of
-from jaxcompress.prompt.word_scores import Scorer, keep
+from jaxcompress.prompt.word_scores import ScoredWords, Scorer
 
 ROWS = 8
 
@@ -58,7 +58,7 @@ QUICK = Arguments(quick=True, held_out=8, contexts=2, words=40, tokens=16, rates
 
 def scorers(reader: Reader) -> dict[str, Scorer]:
     return {
-        "shipped classifier": load_compressor(),
+        "shipped classifier": Compressor.load(dtype="float32"),
         "self-information": self_information(reader),
         "llmlingua": llmlingua(reader),
         "tf-idf": tf_idf(),
@@ -74,6 +74,11 @@ def f1(kept: np.ndarray, gold: np.ndarray) -> float:
     return 2 * int((kept & gold).sum()) / total if total else 1.0
 
 
+def best_words(scored: ScoredWords, n: int) -> np.ndarray:
+    """Labels of the n best words."""
+    return keep(scored, WORDS, tokens=n).labels if n else np.zeros(len(scored.spans), bool)
+
+
 def agreement(data: Path, last: int, chosen: Mapping[str, Scorer], seeds: int) -> dict[str, float]:
     """Mean F1 of kept words over sentences; each method keeps as many words as people did."""
     lines = data.read_text(encoding="utf-8").splitlines()[-last:]
@@ -82,10 +87,7 @@ def agreement(data: Path, last: int, chosen: Mapping[str, Scorer], seeds: int) -
     every = dict(chosen) | {f"random {seed}": random_words(seed) for seed in range(seeds)}
     table = {}
     for name, scorer in every.items():
-        found = [
-            f1(keep(scorer(example.text), n=sum(example.labels)).labels, np.array(example.labels))
-            for example in examples
-        ]  # fmt: skip
+        found = [f1(best_words(scorer(one.text), sum(one.labels)), np.array(one.labels)) for one in examples]
         table[name] = float(np.mean(found))
     random = [table.pop(f"random {seed}") for seed in range(seeds)]
     return table | {"random": float(np.mean(random))}
@@ -148,7 +150,9 @@ def main(args: Arguments) -> None:
     losses: dict[str, list[float]] = {}
     for name, scorer in (chosen | {f"random {seed}": random_words(seed) for seed in range(args.seeds)}).items():
         scored = [scorer(context) for context, _ in pieces]
-        losses[name] = [loss([keep(one, rate=rate).text + "\n" for one in scored]) for rate in args.rates]
+        losses[name] = [
+            loss([keep(one, WORDS, rate=rate, force=["\n"]).text + "\n" for one in scored]) for rate in args.rates
+        ]
         if not name.startswith("random"):
             print(f"{name:22}" + "".join(f"{value:8.3f}" for value in losses[name]), flush=True)
     random = np.mean([losses.pop(f"random {seed}") for seed in range(args.seeds)], axis=0)

@@ -22,8 +22,9 @@ from jaxcompress.policies.names import get_policy
 POLICIES = (
     "tova", "window+4", "streaming_llm+4", "random", "h2o", "h2o-layer", "tova-kv_head", "tova-query_head",
     "observed_attention", "knorm", "scissorhands", "scissorhands/every16", "tova/sampled4", "snapkv+16",
-    "snapkv+16/every16", "snapkv+16/critical/every16", "ada-snapkv+16/every16", "ada-tova", "ada-tova/every16", "nacl",
-    "nacl/every16", "keydiff", "keydiff/every16", "lagkv+16", "lagkv+16/every16", "cur", "cur/every16",
+    "snapkv+16/every16", "snapkv+16/critical/every16", "snapkv+16-pool/adaptive/every16", "tova-pool/adaptive",
+    "tova-pool/adaptive/every16", "nacl", "nacl/every16",
+    "keydiff", "keydiff/every16", "lagkv+16", "lagkv+16/every16", "cur", "cur/every16",
     "expected_attention", "expected_attention/every16", "rkv", "rkv/every16", "rkv-sketch16/every16",
     "tova/merge_nearest", "tova/mean_slots4",
 )  # fmt: skip

@@ -30,12 +30,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from jaxcompress.checkpoints import load_embedded, save_encoder
 from jaxcompress.embedded.corpus import documents
 from jaxcompress.models.encoder import Encoder, EncoderConfig
+from jaxcompress.prompt import WORDS, keep
 from jaxcompress.prompt.baselines import content_words
 from jaxcompress.prompt.dataset import Example, Pair, label, read_examples, write_examples
 from jaxcompress.prompt.information import Reader, self_information
 from jaxcompress.prompt.learning import PackedRows, batches, classification, label_losses, rows_of
+from jaxcompress.prompt.surface import words_of
 from jaxcompress.prompt.teacher import cut_for_teacher
-from jaxcompress.prompt.word_scores import keep, mixed
+from jaxcompress.prompt.word_scores import mixed
 from jaxcompress.training import Checkpoints, MetricsFile, fit, init_train_state, make_step, muon_for_decoder
 from jaxcompress.training.optimizer import warmup_stable_decay
 
@@ -131,9 +133,9 @@ def by_rules(pieces: list[str], rate: float) -> list[Example]:
     examples = []
     for piece in pieces:
         scored = scorer(piece)
-        if len(scored.words) > 3:
-            kept = keep(scored, rate=rate)
-            examples.append(Example(piece, scored.words, kept.labels.tolist()))
+        if len(scored.spans) > 3:
+            kept = keep(scored, WORDS, rate=rate)
+            examples.append(Example(piece, words_of(piece), kept.labels.tolist()))
     return examples
 
 

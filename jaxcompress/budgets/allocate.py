@@ -1,8 +1,8 @@
 """How a total of slots is shared among layers and heads: capacities for `init_state`, one per layer or per kv head.
 
-Everything is counted in slots, and totals are exact: what one layer or head has more, another has less. Heads of
-different capacity need a policy with a set of tokens per kv head (scope `kv_head`). Pure functions of numbers; what a
-model needs is measured in `jaxcompress.budgets.calibration`.
+Everything is counted in slots, and totals are exact: a slot more for one layer or head is a slot less for another.
+Heads of different capacity need a policy of scope `kv_head`. These are pure functions of numbers;
+`jaxcompress.budgets.calibration` measures what a model needs.
 """
 
 from __future__ import annotations
@@ -100,8 +100,9 @@ def pyramid_even(mean: int | float, layers: int, tokens: int, window: int = 64, 
 def proportional(weights: Any, mean: int, least: int = 1) -> PerLayer | PerHead:
     """Slots in proportion to weights; the total is exactly mean times their number, rounded by largest remainder.
 
-    Who would get less than `least` gets `least`, and the others share the rest in proportion. Equal remainders are
-    rounded up in order, so that of equal weights the earlier never gets less. Some weights of the literature:
+    A layer or head that would get less than `least` gets `least`; the others share the rest in proportion. Equal
+    remainders are rounded up in order, so that of equal weights the earlier never gets less. Weights from the
+    literature:
 
       HeadKV (Fu et al. 2024)  1 - 1 / beta + scores / scores.mean() / beta
       D2O (Wan et al. 2024)    what falls with the variance of the attention that a layer's tokens receive
@@ -130,9 +131,9 @@ def proportional(weights: Any, mean: int, least: int = 1) -> PerLayer | PerHead:
 def from_scores(scores: Float[Array, "L B K N"], mean: int, least: int = 1) -> PerHead:
     """Head budgets by competition: how many of the best mean * L * K scores of a row are each head's own.
 
-    This is how a threshold over all layers and heads shares slots (KVzip, Kim et al. 2025, "pair" level), turned into
-    capacities. Shapes depend on them: this runs on the host, and what follows is compiled for this very split. With
-    several rows every head gets its mean share, rounded, since the rows of a batch have one shape.
+    A threshold over all layers and heads shares slots so (KVzip, Kim et al. 2025, "pair" level). This runs on the host,
+    since shapes depend on the capacities: programs are compiled for this split. With several rows every head gets its
+    mean share, rounded, since the rows of a batch have one shape.
 
     Args:
       scores: higher is kept, inf for sure, -inf for what is not there.

@@ -1,6 +1,6 @@
 """What each head needs, measured on texts: the numbers from which `jaxcompress.budgets.allocate` makes capacities.
 
-The model is read in parallel, as in training; nothing of it changes.
+The model reads in parallel, as in training, and stays as it is.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ QUERY_BLOCK = 128  # queries whose weights exist at once
 def attention_spread(model: Decoder, tokens: Tokens, valid: Valid | None = None) -> Float[Array, "L K"]:
     """Over how many tokens the attention of each kv head is spread.
 
-    A query's spread is exp(entropy) of its attention, averaged over the query heads that share the kv head: 1 if all of
-    it falls on one token, n if n tokens get the same. What is returned is its mean over all queries of all rows.
+    A query's spread is exp(entropy) of its attention, averaged over the query heads that share the kv head: 1 if all
+    attention falls on one token, n if n tokens get the same. The result is the mean over all queries of all rows.
 
-    It describes a head and is no measure of its need: a head that looks at one token at a time may look far back for
-    it, and what a diffuse head averages may not matter. On the embedded model, slots in proportion to spread are worse
-    than the same for all, in proportion to the gates of `retrieval_heads` better (`experiments/slot_sharing.py`).
+    Spread describes a head; it does not measure what the head needs. A head that looks at one token at a time may look
+    far back for it, and the average of a diffuse head may not matter. On the embedded model, slots in proportion to
+    spread are worse than equal shares; slots in proportion to the gates of `retrieval_heads` are better
+    (`experiments/slot_sharing.py`).
 
     Weights exist for one layer and `QUERY_BLOCK` queries at a time, never for all queries and keys.
 
@@ -124,11 +125,11 @@ def retrieval_heads(
         mean over answers of mean_E (hidden of the model - hidden with gates)^2 + penalty * mean(gates)
 
     of final hidden states, so that a gate stays open only where an answer depends on it. Gates are clipped to 0..1
-    after every step; the rate rises over the first fifth of the steps and falls over the last, from and to a tenth.
+    after every step. The rate rises over the first fifth of the steps and falls over the last, from and to a tenth.
 
-    Other than the authors' code: both attentions of a head see the gated layers below, as they will in use (there, full
-    attention is that of the ungated model), the hidden states compared are those that predict an answer's tokens, and
-    rate and steps suit a model of a few heads (theirs: 0.02 and 2,000).
+    Three differences from the authors' code. Both attentions of a head see the gated layers below, as in use; there,
+    full attention is that of the ungated model. The hidden states that predict an answer's tokens are compared. Rate
+    and steps suit a model of a few heads (theirs: 0.02 and 2,000).
 
     Args:
       tokens: [B, T] integers, texts that ask for something told long before (see `jaxcompress.evaluation.exam`).
@@ -136,7 +137,7 @@ def retrieval_heads(
       share: of all heads, how many are called retrieval heads; rounded.
       sinks, recent: what the other heads will see.
       rows: texts per step, drawn from all in an order given by the seed.
-      penalty: on open gates. Final hidden states are normed, so that its size hardly depends on the model.
+      penalty: on open gates. Final hidden states are normed, so one penalty suits many models.
       progress: called with the number of each step done.
 
     Raises:

@@ -40,8 +40,14 @@ class SavedPolicy(NamedTuple):
         """The policy itself, with its own weights if it has some.
 
         Raises:
-          ValueError: an unknown name, or weights or settings of something else.
+          ValueError: an unknown name, or weights or settings of something else; a policy from a file or module, which
+            would have to be run.
         """
+        if ":" in self.name:
+            raise ValueError(
+                f"the model was trained with the policy {self.name!r}, which is code beside the checkpoint. "
+                f"A checkpoint does not run code: pass jaxcompress.get_policy({self.name!r}) yourself if you trust it"
+            )
         if not self.weights:
             return get_policy(self.name)
         known = LEARNED[self.name].settings if self.name in LEARNED else ()

@@ -21,11 +21,11 @@ from jaxcompress.inputs.text import read_text
 
 POLICIES = (
     "full", "random", "window", "window+4", "streaming_llm+4", "h2o", "h2o-layer", "tova", "tova-kv_head",
-    "observed_attention", "scissorhands", "knorm", "tova/first4", "tova/sampled4",
+    "observed_attention", "scissorhands", "knorm", "tova/protect-first4", "tova/sampled4",
     # Their scores cost a sort or another pass over the keys: selected from every 16 steps.
-    "snapkv+16/every16", "snapkv+16-layer/chunks20/every16", "snapkv+16/critical/every16", "ada-snapkv+16/every16",
-    "ada-tova/every16", "nacl/every16", "keydiff/every16", "lagkv+16/every16", "cur/every16",
-    "expected_attention/every16", "rkv/every16", "rkv-sketch16/every16",
+    "snapkv+16/every16", "snapkv+16-layer/by_chunks20/every16", "snapkv+16/critical/every16",
+    "snapkv+16-pool/adaptive/every16", "tova-pool/adaptive/every16", "nacl/every16", "keydiff/every16",
+    "lagkv+16/every16", "cur/every16", "expected_attention/every16", "rkv/every16", "rkv-sketch16/every16",
 )  # fmt: skip
 
 

@@ -14,15 +14,17 @@ from jaxcompress.cli import runtime
 from jaxcompress.inputs.text import decoded, named, parse_json, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
-    from jaxcompress.prompt import Compressed, Compressor
+    from jaxcompress.prompt import Compressed, Compressor, Kept, TokenizerCounter
+
+_KEPT, _DROPPED, _PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
 class CompressPrompt:
     """Drops the words of a text that a classifier would not miss (LLMLingua-2).
 
-    Reads files or standard input, writes the shorter text to standard output, and what was saved to standard error.
-    Exactly the asked number of tokens stays.
+    Reads files or standard input. Writes the shorter text to standard output and the tokens saved to standard error.
+    Exactly the asked number of tokens stays. `generate --shorten` keeps the same words at the same rate and reader.
 
     Example: jaxcompress compress-prompt --file minutes.txt --rate 0.33 --force . '\\n' --digits > shorter.txt
     """
@@ -31,10 +33,13 @@ class CompressPrompt:
     """One context each; standard input if not given, and for -."""
     model: str | None = None
     """Hugging Face folder or hub id of an encoder that classifies tokens; the one that ships if not given."""
+    reader: str | None = None
+    """Folder of the model that will read the text, whose tokens are counted; `embedded` for the language model that
+    ships. The classifier's own tokens are counted if not given."""
     rate: float | None = None
-    """The share of tokens that stays; 0.5 if neither this nor --tokens is given."""
+    """The share of the reader's tokens that stays, in (0, 1]; 0.5 if neither this nor --tokens is given."""
     tokens: int | None = None
-    """How many tokens stay, of all files together."""
+    """How many of the reader's tokens stay, of all files together."""
     scope: Literal["chunk", "document", "corpus"] = "document"
     """Where words compete for the budget."""
     force: tuple[str, ...] = ()
@@ -45,11 +50,11 @@ class CompressPrompt:
     drop_consecutive: bool = False
     """Of equal forced words in a row, keep the first."""
     word: Literal["mean", "first"] = "mean"
-    """How a word's probability comes from its subwords'."""
+    """A word's score: the mean of its subwords' probabilities, or that of the first subword."""
     contexts: int | None = None
-    """Keep only so many of the files, the best ones, before words are dropped."""
+    """Keep only so many of the files, those with the highest mean score, before words are dropped."""
     budget: Literal["exact", "official"] = "exact"
-    """official: the published arithmetic, percentiles of each chunk, with all its quirks."""
+    """exact: the asked number of tokens is met. official: the published arithmetic (percentiles of each chunk)."""
     structured: bool = False
     """The text has tags: <llmlingua, rate=0.3>...</llmlingua>, <llmlingua, compress=False>...</llmlingua>."""
     json_text: bool = False
@@ -57,11 +62,11 @@ class CompressPrompt:
     stream: bool = False
     """Read and write in windows, in constant memory."""
     show: bool = False
-    """Print the whole text with kept words in colour instead."""
+    """Print the whole text instead, kept words in colour."""
     report: bool = False
-    """Tell, too, how many of the content words and numbers are still there, and which are not."""
+    """Also print, on standard error, how many of the content words and numbers are left, and which are lost."""
     json: bool = False
-    """Print JSON: text, tokens, words, labels, probabilities."""
+    """Print JSON: text, tokens, words, labels, scores."""
     dtype: str | None = None
     """Of weights; the checkpoint's if not given."""
 
@@ -70,7 +75,8 @@ class CompressPrompt:
         runtime.prepare()
         from jaxcompress.prompt import Compressor
 
-        compressor = Compressor.load(self.model, dtype=self.dtype)
+        count = self._count()  # a wrong folder is told before the classifier is loaded
+        compressor = Compressor.load(self.model, dtype=self.dtype, count=count, word=self.word)
         if self.stream:
             return self._streamed(compressor)
         texts = [read_text(path) for path in self.file or (Path("-"),)]
@@ -81,13 +87,12 @@ class CompressPrompt:
             runtime.write_json(
                 dict(
                     text=text, tokens_before=result.tokens_before, tokens_after=result.tokens_after, ratio=result.ratio,
-                    words=result.words, labels=result.labels, probabilities=result.probabilities.round(6).tolist(),
+                    words=result.words, labels=result.labels.astype(int).tolist(),
+                    scores=result.scores.round(6).tolist(),
                 )
             )  # fmt: skip
         elif self.show:
-            from jaxcompress.prompt.compressor import shown
-
-            print("\n\n".join("".join(shown(document)) for document in result.documents).rstrip("\n"))
+            print("\n\n".join("".join(_coloured(one)) for one in result.documents).rstrip("\n"))
         else:
             print(text)
         _report(result.tokens_before, result.tokens_after)
@@ -100,13 +105,13 @@ class CompressPrompt:
             raise ValueError("give --rate or --tokens, not both")
         runtime.at_least(1, tokens=self.tokens, contexts=self.contexts)
         if self.rate is not None and not 0 < self.rate <= 1:
-            raise ValueError(f"a rate must be in (0, 1], the share of tokens that stays, not {self.rate}")
+            raise ValueError(f"--rate must be in (0, 1], the share of tokens that stays, not {self.rate}")
         modes = dict(structured=self.structured, json_text=self.json_text, stream=self.stream, official=self.official)
         given = [name.replace("_", "-") for name, on in modes.items() if on]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} cannot be had together; choose one")
+            raise ValueError(f"{' and '.join(given)} exclude each other; choose one")
         if given and given != ["official"] and self.tokens is not None:
-            raise ValueError(f"--{given[0]} needs --rate: it knows no number of tokens")
+            raise ValueError(f"--{given[0]} takes --rate, not --tokens")
         if given in (["structured"], ["json-text"]) and len(self.file) > 1:
             raise ValueError(f"--{given[0]} takes one file, not {len(self.file)}")
         if given and self.contexts is not None:
@@ -120,21 +125,32 @@ class CompressPrompt:
         if self.drop_consecutive and not (self.force or self.digits):
             raise ValueError("--drop-consecutive is for words that --force or --digits keep; give one of them")
         if self.stream and self.report:
-            raise ValueError("--report compares whole texts and does not go with stream")
+            raise ValueError("--report compares whole texts; it does not go with stream")
 
     @property
     def official(self) -> bool:
         return self.budget == "official"
 
-    def _options(self) -> dict[str, Any]:
+    def _count(self) -> TokenizerCounter | None:
+        from jaxcompress import embedded
+        from jaxcompress.inputs.tokenizer import Tokenizer
+        from jaxcompress.prompt import TokenizerCounter
 
+        if self.reader is None:
+            return None
+        folder = embedded.decoder_folder() if self.reader == "embedded" else Path(self.reader).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--reader: there is no folder {folder}; give a model's folder, or embedded")
+        return TokenizerCounter(Tokenizer(folder))
+
+    def _options(self) -> dict[str, Any]:
         force = [unescaped(string) for string in self.force]
         return dict(scope=self.scope, force=force, digits=self.digits, drop_consecutive=self.drop_consecutive)
 
     def _compressed(self, compressor: Compressor, texts: list[str]) -> tuple[Compressed, str]:
         from jaxcompress.prompt import Contexts, compress_json, compress_structured
 
-        options = dict(self._options(), word=self.word)
+        options = self._options()
         rate = 0.5 if self.rate is None else self.rate
         if self.structured:
             result = compress_structured(compressor, texts[0], rate=rate, **options)
@@ -164,10 +180,9 @@ class CompressPrompt:
     def _streamed(self, compressor: Compressor) -> None:
         from jaxcompress.prompt import compress_stream
 
-        options: dict[str, Any] = dict(self._options(), word=self.word)
         before = after = 0
         rate = 0.5 if self.rate is None else self.rate
-        for result in compress_stream(compressor, self._pieces(), rate=rate, **options):
+        for result in compress_stream(compressor, self._pieces(), rate=rate, **self._options()):
             print(result.text, end="", flush=True)
             before, after = before + result.tokens_before, after + result.tokens_after
         print()
@@ -179,6 +194,16 @@ class CompressPrompt:
         for path in self.file or (Path("-"),):
             with nullcontext(standard_input()) if str(path) == "-" else path.open("rb") as file:
                 yield from decoded(iter(partial(file.read, 1 << 16), b""), named(path))
+
+
+def _coloured(kept: Kept) -> Iterator[str]:
+    """The text with kept words in one colour and dropped words in another."""
+    at, text = 0, kept.scored.text
+    for (start, stop), stays in zip(kept.scored.spans.tolist(), kept.labels.tolist(), strict=True):
+        yield text[at:start]
+        yield (_KEPT if stays else _DROPPED) + text[start:stop] + _PLAIN
+        at = stop
+    yield text[at:]
 
 
 def _report(before: int, after: int) -> None:

@@ -43,8 +43,9 @@ class Generate:
     chat: bool = False
     """Wrap the prompt as a user's message in the tokenizer's chat template."""
     shorten: float | None = None
-    """Keep only this share of the prompt's words, chosen by the embedded prompt compressor, and read what is left; what
-    both compressions came to is told on standard error. A file is then read whole."""
+    """The share of the prompt's tokens that stays, in (0, 1], counted by the model's tokenizer without the begin token:
+    the embedded prompt compressor drops words, as `compress-prompt --rate` does, and the model reads what is left. The
+    ratios of both compressions are printed on standard error. A file is then read whole."""
     model: str | None = None
     """Hugging Face folder, hub id, GGUF file or smollm2; the embedded model if not given."""
     policy: str = "tova"
@@ -85,6 +86,8 @@ class Generate:
             raise ValueError("give either --prompt or --file")
 
         at_least(1, max_new_tokens=self.max_new_tokens)
+        if self.shorten is not None and not 0 < self.shorten <= 1:
+            raise ValueError(f"--shorten must be in (0, 1], the share of tokens that stays, not {self.shorten}")
         chunk = chunk_of(self.mode, self.chunk)
         if self.temperature == 0:
             for name in ("top_k", "top_p", "min_p"):
@@ -113,7 +116,7 @@ class Generate:
         state = init_decode_state(
             model, policy, slots, batch=batch, seeds=self.seed, dtype=self.state_dtype, placement=self.placement
         )
-        kept = self._shortened() if self.shorten is not None else []
+        kept = self._shortened(tokenizer) if self.shorten is not None else []
         if self.file is not None and not kept:
             state, last = self._read_file(model, tokenizer, state, chunk)
             prompts = [last]
@@ -155,18 +158,17 @@ class Generate:
             return tokenizer.encode(tokenizer.apply_chat_template([dict(role="user", content=text)]), add_bos=False)
         return tokenizer.encode(text)
 
-    def _shortened(self):
-        from jaxcompress.prompt.classifier import load_compressor
-        from jaxcompress.prompt.word_scores import keep
+    def _shortened(self, tokenizer):
+        from jaxcompress.prompt import Compressor, TokenizerCounter
 
-        scorer = load_compressor()
-        return [keep(scorer(text), rate=self.shorten) for text in self.prompt or (read_text(self.file),)]
+        compressor = Compressor.load(count=TokenizerCounter(tokenizer))
+        return [compressor.compress(text, rate=self.shorten) for text in self.prompt or (read_text(self.file),)]
 
     def _report(self, model, tokenizer, state, kept, prompts) -> None:
         from jaxcompress.prompt.reading import report_of
 
         for row, (one, ids) in enumerate(zip(kept, prompts, strict=True)):
-            whole = len(self._encode(tokenizer, one.scored.text))
+            whole = len(self._encode(tokenizer, one.documents[0].scored.text))
             told = report_of(model, state, one, original_tokens=whole, prompt_tokens=len(ids), row=row)
             print(f"jaxcompress: {told}", file=sys.stderr)
 

@@ -17,7 +17,7 @@ from jaxcompress.inputs.text import parse_json, parse_toml, read_text
 if TYPE_CHECKING:
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
-    from jaxcompress.policies.learned import ForgetHead
+    from jaxcompress.policies.forget_head import ForgetHead
     from jaxcompress.policies.policy import Policy
     from jaxcompress.state.placement import Placement
     from jaxcompress.training.data import PackedRows

@@ -221,7 +221,7 @@ def read(
     placement: Placement | None = None,
     recurrence: Step | None = None,
 ) -> ReadResult:
-    """Reads a block of tokens into the state. Pure; jit it with `policy`, `chunk` and `placement` static.
+    """Reads a block of tokens into the state. Pure; jit it with `chunk` and `placement` static.
 
     Args:
       tokens: [B, T]; T may be 1 (decoding).

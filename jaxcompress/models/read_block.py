@@ -67,7 +67,7 @@ def read_block(
 ) -> tuple[HiddenBlock, State]:
     """Reads embeddings into the state, with tokens leaving between layers: later layers then hold fewer.
 
-    Pure; jit it with `policy`, `chunk`, `placement` and the stages static. Returns the tokens that are left after the
+    Pure; jit it with `chunk`, `placement` and the stages static. Returns the tokens that are left after the
     last layer, normed, and the state. A next token stands after the last position of each layer: where stages number
     tokens anew, that differs between layers, as far as their states are apart (`init_state` with slots per layer).
 

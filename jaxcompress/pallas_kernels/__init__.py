@@ -1,6 +1,6 @@
 """TPU and GPU kernels.
 
-A kernel here takes arrays, knows nothing of policies, and is reached through `jaxcompress.recurrence.attention` only.
-What one is asked to do is in `contract`; where one is picked by `auto`, in `measured`; `tpu` and `gpu` are the two
-backends. See docs/kernels.md for what was proven of them, and how.
+A kernel takes arrays and knows nothing of policies. `jaxcompress.recurrence.attention` is the only way to it. `types`
+is the interface, `tpu` and `gpu` are the two backends, `tpu_limits` and `gpu_limits` say what they can do, `dispatch`
+chooses one, and `measured` is the table that `auto` follows. docs/kernels.md says what was proven, and how.
 """

@@ -1,4 +1,4 @@
-"""What `auto` and the names of kernels mean where the device that computes need not be the default one."""
+"""Runs a function with the backend of the device that holds its arrays, which need not be the default device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Out = TypeVar("Out")
 
 
 def by_device(run: Callable[[Backend], Out], backend: Backend, arrays: Any) -> Out:
-    """`run(backend)`, with the backend settled for the device that computes (see `types.Here`).
+    """`run(backend)`, with a backend for the device that computes (see `types.Here`).
 
     Arrays that are there say which device that is, and so does a mesh. Of a function that is being traced it is known
     only when it is compiled: where that makes a difference, what each kind of device here would compute is traced, and
@@ -52,7 +52,7 @@ def by_device(run: Callable[[Backend], Out], backend: Backend, arrays: Any) -> O
 
 
 def _auto(run: Callable[[Backend], Out]) -> Out:
-    """Of what is being traced."""
+    """The same while a function is traced."""
     some = {
         platform: each
         for platform, each in devices.devices_here().items()
@@ -71,12 +71,12 @@ def _auto(run: Callable[[Backend], Out]) -> Out:
 
 
 def _of_mesh(mesh: Any) -> Any:
-    """A device of a mesh; None of one without devices (compiled ahead of time)."""
+    """A device of a mesh; None for a mesh without devices (compiled ahead of time)."""
     return mesh.devices.flat[0] if isinstance(mesh, jax.sharding.Mesh) else None
 
 
 def _computing_on(found: Any) -> AbstractContextManager[Any]:
-    """Makes `devices.device` tell this device's kind. Nothing where it does already: JAX would trace anew."""
+    """Makes this device the default one. A no-op where its kind is the default kind: JAX would trace anew."""
     if found is None or devices.kind_of(found) == devices.device():
         return nullcontext()
     return jax.default_device(found)

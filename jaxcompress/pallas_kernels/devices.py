@@ -1,4 +1,4 @@
-"""Which devices this machine has, and for which one code is traced."""
+"""The devices of this machine, and the one for which code is traced."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax.extend.backend
 
 
 def device() -> tuple[str, str]:
-    """Platform and kind of the device that is computed or compiled for: JAX's default one, unless arrays are known to
-    be on another (see `by_device`)."""
+    """Platform and kind of the device that runs the code: JAX's default device, or the one that holds the arrays (see
+    `by_device`)."""
     abstract = compiled_for()
     if abstract is not None:
         return abstract.platform or jax.default_backend(), abstract.device_kind
@@ -23,12 +23,13 @@ def kind_of(found: jax.Device) -> tuple[str, str]:
 
 
 def devices_here() -> dict[str, jax.Device]:
-    """A device of every platform that JAX has found on this machine, by what JAX calls the platform when it compiles
-    (`cuda`, not `gpu`)."""
+    """One device of each platform of this machine. Keys are the platform's names when JAX compiles (`cuda`, not
+    `gpu`)."""
     found = {platform: client.local_devices() for platform, client in jax.extend.backend.backends().items()}
     return {platform: devices[0] for platform, devices in found.items() if devices}
 
 
 def compiled_for() -> Any:
-    """The device that is compiled for ahead of time, which is not here; None: one of those here."""
+    """The absent device that code is compiled for ahead of time; None: code is compiled for a device of this
+    machine."""
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

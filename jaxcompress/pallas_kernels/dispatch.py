@@ -1,4 +1,4 @@
-"""How the code that computes is picked: XLA's own, or a kernel that the device can run and that takes the call."""
+"""Chooses what computes a call: XLA's own code, or a kernel that runs on the device and accepts the call."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LIMITS: dict[str, Limits] = {"tpu": tpu_limits, "gpu": gpu_limits}
 
 
 def choose_kernel(op: Op, call: KernelCall, backend: Backend, never: str | None = None) -> Chosen | None:
-    """What to compute with; None: jnp. Static, at trace time.
+    """The kernels that compute a call; None: XLA's own code (jnp). Decided when the call is traced.
 
-    A call that the kernels asked for decline goes to jnp, and one log line says so.
+    A call that the kernels decline goes to jnp, and one log line says so.
 
     Args:
       never: why no kernel can do it, whichever is asked for.
@@ -45,7 +45,7 @@ def choose_kernel(op: Op, call: KernelCall, backend: Backend, never: str | None 
 
 
 def known(name: Name) -> Name:
-    """The name, and what the environment says where it is `auto`.
+    """The name; `auto` becomes what the environment variable says, if it is set.
 
     Raises:
       ValueError: an unknown name.
@@ -77,10 +77,12 @@ def kernels(name: Name) -> Kernels:
 
 
 def slot_multiple(dtype: str) -> int:
-    """Slots that lie together in memory, in a state of a dtype, where a device of this machine has kernels that ask for
-    it; which device a state will be on is not known when it is made.
+    """The number whose multiples slots are allocated in, for a state of a dtype.
 
-    Where slots are a multiple of that, kernels write into the state in place. Elsewhere any number will do: 1.
+    On a TPU this many slots lie together in memory, and kernels write in place only where slots are a multiple of it.
+    It
+    applies if any device of this machine is a TPU: which device a state will be on is not known when it is made. Else
+      1.
     """
     able = (
         [devices.device()]
@@ -102,7 +104,7 @@ def check_device(name: Name) -> None:
 
 
 def describe(backend: Backend) -> str:
-    """What computes on the default device, in words; that kernels asked for by name cannot, where they cannot."""
+    """What computes on the default device, in words; says so where the kernels of that name cannot."""
     backend = backend.backend if isinstance(backend, Here) else backend
     name = known(backend.name if isinstance(backend, On) else backend)
     platform, kind = devices.device()
@@ -120,7 +122,7 @@ def describe(backend: Backend) -> str:
 
 
 def _share(call: KernelCall, on: On) -> KernelCall | str:
-    """What one device of the mesh is asked, or why it cannot be shared out."""
+    """The call of one device of the mesh; or why the arrays cannot be sharded so."""
     rows, heads = (1 if axis is None else on.mesh.shape[axis] for axis in (on.rows, on.heads))
     if call.batch % rows or call.kv_heads % heads:
         return f"{call.batch} rows and {call.kv_heads} kv heads cannot be spread over {rows} x {heads} devices"
@@ -132,5 +134,5 @@ def _share(call: KernelCall, on: On) -> KernelCall | str:
 
 @cache
 def _say(message: str) -> None:
-    """Once."""
+    """Logs a message once."""
     logging.getLogger("jaxcompress").warning(message)

@@ -46,7 +46,7 @@ def step_sizes(op: Op, call: KernelCall, *, measured: bool = True) -> Sizes:
 
 
 def candidates(op: Op, call: KernelCall) -> list[Sizes]:
-    """Sizes that are worth trying (see `tuning.tune`); those of a segment and a block are what they are."""
+    """Sizes to try (see `tuning.tune`). A segment and a block have no choice."""
     if op in ("segment", "block"):
         return [{}]
     splits = sorted({1, 2, 4, 8, 16, 32, 64} | {step_sizes(op, call, measured=False)["splits"]})
@@ -97,7 +97,7 @@ def _segment_declines(call: KernelCall) -> str | None:
 
 
 def segment_bytes(call: KernelCall) -> int:
-    """Shared memory that a block of threads takes for a segment: its slots, incoming tokens, and scores."""
+    """Bytes of shared memory that a block of threads needs for a segment: slots, incoming tokens, and scores."""
     size, scaled = _itemsize(call), call.dtype in _QUANTISED
     rows, flat = rounded(call.slots, PASS), rounded(call.slots, LINE)
     state = 2 * rows * call.head_dim * size + 8 * flat * scaled

@@ -1,4 +1,4 @@
-"""Where a kernel has been measured faster than XLA's own code: what `auto` goes by.
+"""Where kernels were measured to be faster than XLA's own code: `auto` follows this table.
 
 A row is added with the table it comes from (`experiments/speed_kernels.py`, docs/kernels.md), and only after the kernel
 was right on that device. Nothing has been measured on an accelerator yet, so that `auto` is jnp everywhere.
@@ -32,7 +32,7 @@ TABLE: tuple[Measured, ...] = ()
 
 
 def faster(op: Op, call: KernelCall, platform: str, kind: str) -> Name:
-    """What `auto` stands for."""
+    """What `auto` means for a call."""
     for row in TABLE:
         if row.op == op and kind.startswith(row.kind) and row.where(call):
             return row.backend

@@ -1,4 +1,4 @@
-"""What a rule does with one slot set, on arrays [..., S] in any memory: for kernels, and for their tests.
+"""An eviction rule on one set of slots, arrays [..., S] in any memory: for kernels, and for their tests.
 
 Numbers are float32. Every reduction keeps its axis, and there is nothing but comparisons, selections and reductions, so
 that the same lines compile inside a kernel.
@@ -18,14 +18,14 @@ _NEVER = jnp.iinfo(jnp.int32).max
 def fold(
     rule: EvictionRule, numbers: Float[Array, "*set S"], mass: Float[Array, "*set S"], present: Bool[Array, "..."]
 ) -> Float[Array, "*set S"]:
-    """A slot's number after a query, where there was one; `present` is of a shape that fits, or a scalar."""
+    """Each slot's number after a query. Rows without a query keep theirs; `present` broadcasts to `numbers`."""
     return numbers + mass if rule.fold == "sum" else jnp.where(present, mass, numbers)
 
 
 def scores(
     rule: EvictionRule, numbers: Float[Array, "*set S"] | None, held: Int[Array, "*set S"], newest: Int[Array, "*set 1"]
 ) -> Float[Array, "*set S"]:
-    """Higher stays. As the policies that follow the rule have it."""
+    """The scores of the policies that follow the rule: higher stays."""
     kept = (held - newest).astype(jnp.float32) if numbers is None else numbers
     kept = jnp.where(jnp.isnan(kept), -jnp.inf, kept)
     if rule.first:
@@ -38,8 +38,8 @@ def scores(
 def victim(
     rule: EvictionRule, numbers: Float[Array, "*set S"] | None, held: Int[Array, "*set S"]
 ) -> Int[Array, "*set 1"]:
-    """The slot that goes: a free one if more than `spare` are, else lowest score, youngest on a tie (as
-    `jaxcompress.state.select.worst`)."""
+    """The slot to free: a free one if more than `spare` are free, else the lowest score, on a tie the youngest token
+    (as `jaxcompress.state.select.worst`)."""
     newest = held.max(-1, keepdims=True)
     occupied = held >= 0
     of_free, youth_of_free = jnp.float32(-jnp.inf), jnp.int32(_NEVER)
@@ -54,6 +54,6 @@ def victim(
 
 
 def first(marked: Bool[Array, "*set S"]) -> Int[Array, "*set 1"]:
-    """The first slot that is marked; S where none is."""
+    """The first marked slot; S if none is marked."""
     slot = jax.lax.broadcasted_iota(jnp.int32, marked.shape, marked.ndim - 1)
     return jnp.where(marked, slot, marked.shape[-1]).min(-1, keepdims=True)

@@ -16,7 +16,7 @@ _BYTES = {"float32": 4, "bfloat16": 2}  # of others 1
 
 
 def group_rows(dtype: str) -> int:
-    """Rows that are written together, in a state of a dtype."""
+    """Rows that a TPU writes together, in a state of a dtype."""
     return 32 if dtype in QUANTISED else 8
 
 
@@ -118,7 +118,7 @@ def _segment_declines(call: KernelCall) -> str | None:
 
 
 def candidates(op: Op, call: KernelCall) -> list[Sizes]:
-    """Sizes that are worth trying (see `tuning.tune`)."""
+    """Sizes to try (see `tuning.tune`)."""
     if op == "segment":
         return [dict(tokens=n) for n in (8, 16, 32, 64, 128) if n <= call.tokens]
     slots = sorted({n for n in (128, 256, 512, 1024, 2048, 4096) if n < call.slots} | {call.slots})

@@ -1,4 +1,4 @@
-"""Sizes of blocks that were measured to be the best on this kind of device, on disk; sane ones without.
+"""Sizes of a kernel's blocks: the fastest that were measured on this kind of device, kept on disk; else a default.
 
 The file is `$XDG_CACHE_HOME/jaxcompress/kernels.json` (by default in `~/.cache`): a device, an operation, and all that
 is known of a call (see `KernelCall`) -> sizes. It is read when a kernel is traced, and written by `tune` only.
@@ -25,18 +25,18 @@ _TRIED: dict[str, Sizes] = {}  # while `tune` runs
 
 
 def path() -> Path:
-    """Where sizes are kept."""
+    """The file of sizes."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "jaxcompress" / "kernels.json"
 
 
 def key(op: Op, call: KernelCall) -> str:
-    """What sizes are kept by: the kind of device, the operation, and the call."""
+    """The key of sizes in the file: the kind of device, the operation, and the call."""
     return " ".join([device()[1], op, *(f"{name}={value}" for name, value in zip(call._fields, call, strict=True))])
 
 
 def sizes(op: Op, call: KernelCall, default: Sizes, fits: Callable[[Sizes], bool]) -> Sizes:
-    """The sizes measured for a call; the default where there are none, or none that fit."""
+    """The measured sizes of a call; the default if none were measured, or if they do not fit."""
     tried = _TRIED.get(key(op, call))
     if tried is not None:
         if not fits(tried):
@@ -51,7 +51,7 @@ def sizes(op: Op, call: KernelCall, default: Sizes, fits: Callable[[Sizes], bool
 def tune(
     op: Op, call: KernelCall, candidates: Sequence[Sizes], run: Callable[[Sizes], Any], *, repeats: int = 20
 ) -> Sizes:
-    """Times candidates on the default device and keeps the best, on disk.
+    """Times candidates on the default device, and writes the fastest to disk.
 
     Args:
       run: computes; what it returns is waited for. Kernels that are traced in it get the candidate's sizes, which it is
@@ -88,7 +88,7 @@ def tune(
 
 
 def _read() -> dict[str, Any]:
-    """What is on disk; nothing where it cannot be read, since sizes are a matter of speed only."""
+    """The content of the file; {} where it cannot be read, since sizes change nothing but speed."""
     try:
         found = json.loads(path().read_text())
     except (OSError, ValueError):

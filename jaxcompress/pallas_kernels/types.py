@@ -1,4 +1,4 @@
-"""What a kernel is asked to do, and what there is to ask.
+"""The interface of kernels: what a call looks like, and what a backend has to offer.
 
 A backend is a module of this package with four functions on arrays, `step`, `step_evict`, `block` and `segment` (see
 `Kernels`), each of which may decline a call of a shape or type it was not made for. Letters are those of
@@ -33,7 +33,7 @@ Op = Literal["step", "step_evict", "block", "segment"]
 
 
 class KernelCall(NamedTuple):
-    """What is known of a call before it runs, and all that a kernel may decline it for.
+    """The static facts of a call. A kernel may decline a call because of them, and because of nothing else.
 
     Attributes:
       batch, kv_heads, group, slots, head_dim: B, K, G, S (of a block N), D.
@@ -71,7 +71,7 @@ class Limits(Protocol):
 
 @runtime_checkable
 class Kernels(Protocol):
-    """A backend. `interpret` may also be the parameters of an interpreter. Slots that hold no token are -1 in `held`.
+    """The functions of a backend. `interpret` may be the parameters of an interpreter. Free slots are -1 in `held`.
 
     `stored` is (keys, values), stacks [L, B, K, S, D] of which one layer is read and written in place: jit with the
     state donated moves nothing else. `new` is (key, value) as stored. `index` [B, P] is the slot to write, S for none.
@@ -90,8 +90,10 @@ class Kernels(Protocol):
         *,
         interpret: Any = False,
     ) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G S"], tuple[Stored, Stored]]:
-        """Writes one token per row into its slot and attends: output (in the dtype of q), the probability that each
-        slot received (float32), and what is stored then."""
+        """Writes one token per row into its slot, and attends.
+
+        Returns the output in the dtype of q, the probability of each slot in float32, and the stored stacks.
+        """
         ...
 
     def step_evict(
@@ -108,8 +110,12 @@ class Kernels(Protocol):
         *,
         interpret: Any = False,
     ) -> tuple[Float[Array, "B K G D"], Float[Array, "B P S"] | None, Int[Array, "B P"], tuple[Stored, Stored]]:
-        """The same, and the rule followed: output, numbers, and the slot of each set that goes, a free one if there is
-        any (so that nothing goes)."""
+        """As `step`, and evicts by the rule.
+
+        Returns the output, the numbers, the slot of each set to free, and the stored stacks. The slot is a free one
+        where
+        there is any: freeing it is a no-op.
+        """
         ...
 
     def block(
@@ -123,8 +129,11 @@ class Kernels(Protocol):
         *,
         interpret: Any = False,
     ) -> tuple[Float[Array, "B T K G D"], Float[Array, "B K G N"], Float[Array, "B K G N"]]:
-        """A block of queries, each of which sees what is held at its own and earlier positions: output, the
-        probabilities of the row's newest query, and those of all its queries added up (float32)."""
+        """Attends with a block of queries. A query sees the tokens at its own and earlier positions.
+
+        Returns the output, the probabilities of each row's newest query, and the sum over the row's queries, in
+        float32.
+        """
         ...
 
     def segment(
@@ -154,7 +163,7 @@ class Kernels(Protocol):
 
 
 class On(NamedTuple):
-    """A backend for arrays that are spread over devices: each device runs the kernel on its own rows and heads.
+    """A backend for sharded arrays: each device runs the kernel on its own rows and heads.
 
     Attributes:
       name: which.
@@ -169,7 +178,7 @@ class On(NamedTuple):
 
 
 class Here(NamedTuple):
-    """A backend for arrays on a device that is known: the one that `device` tells (see `by_device`)."""
+    """A backend for arrays on a known device, the one that `devices.device` names (see `by_device`)."""
 
     backend: Name | On
 
@@ -179,7 +188,7 @@ Backend = Name | On | Here
 
 
 class Chosen(NamedTuple):
-    """A backend that will do a call; hashable."""
+    """A backend that accepted a call; hashable."""
 
     kernels: Kernels
     interpret: bool
@@ -187,5 +196,5 @@ class Chosen(NamedTuple):
 
 
 def stored_as(stored: Stored) -> str:
-    """The name of a dtype, of `jaxcompress.state.storage.DTYPES`."""
+    """What vectors are stored as, one of `jaxcompress.state.storage.DTYPES`."""
     return stored.dtype if isinstance(stored, Quantised) else stored.dtype.name

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxcompress.policies.cache_view import CacheView
-from jaxcompress.policies.policy import policy, wrapper
+from jaxcompress.policies.policy import policy
+from jaxcompress.policies.wrapper import wrapper
 from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.order import rank_within
 from jaxcompress.state.shapes import SlotScores
 
 
@@ -16,14 +17,14 @@ from jaxcompress.state.shapes import SlotScores
 class adaptive(wrapper):
     """Lets the kv heads of a layer compete for one pool of slots, with a guaranteed share for each.
 
-    The best `floor` * capacity tokens of every head are safe; the rest of the pool goes to the highest scores of all
-    heads together. What one head does not need is really used by another: the pool has K * capacity slots whatever the
-    split, in a batch too, and a slot that is freed can take any head's next token. Queries meet the whole pool under a
-    mask, so that attention reads the same bytes as ever and computes K times as many products.
+    The best `floor` * capacity tokens of every head are protected. The rest of the pool goes to the highest scores of
+    all heads together. The pool has K * capacity slots, and a freed slot can take any head's next token, so slots that
+    one head does not need serve another, in a batch too. Each query attends to the whole pool under a mask: attention
+    reads as many bytes as without a pool, and computes K times as many products.
 
     Attributes:
       policy: of scope "pool", e.g. `SnapKV(scope="pool")`.
-      floor: kvpress's safeguard; the authors blend an even and an adaptive split instead.
+      floor: the guaranteed part of an even share, as in kvpress; the authors blend an even and an adaptive split.
 
     Raises:
       ValueError: a policy of another scope, or a floor outside 0..1.
@@ -40,10 +41,6 @@ class adaptive(wrapper):
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor must be in 0..1, not {self.floor}")
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"ada-{self.policy.name.removesuffix('-pool')}"
-
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats, held)
         heads = held.context.heads[1]
@@ -53,11 +50,6 @@ class adaptive(wrapper):
 
 def _rank_in_head(scores: SlotScores, held: CacheView) -> Int[Array, "B P N"]:
     """How many tokens of its own head are better; free slots belong to no head."""
-    n = scores.shape[-1]
     assert held.owner is not None
     owner = jnp.where(held.occupied, held.owner, held.context.heads[1])
-    slot = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), scores.shape)
-    owner, _, _, order = jax.lax.sort((owner, -scores.astype(jnp.float32), held.positions, slot), num_keys=3)
-    begins = jnp.diff(owner, axis=-1, prepend=-1) != 0
-    start = jax.lax.cummax(jnp.where(begins, slot, 0), axis=2)
-    return jnp.put_along_axis(jnp.zeros_like(slot), order, slot - start, axis=-1, inplace=False)
+    return rank_within(owner, -scores.astype(jnp.float32), held.positions)

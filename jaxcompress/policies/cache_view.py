@@ -16,8 +16,8 @@ Scope = Literal["layer", "kv_head", "query_head", "pool"]
 
   layer       all heads of a layer hold the same tokens
   kv_head     every kv head holds its own
-  query_head  every query head holds its own: the state is as many times larger as there are query heads per kv head
-  pool        the kv heads of a layer share a pool of slots, so that how many each holds follows from the scores (AdaKV)
+  query_head  every query head holds its own; the state is H / K times larger
+  pool        the kv heads of a layer share a pool of slots; how many each holds follows from the scores (AdaKV)
 """
 
 
@@ -45,16 +45,21 @@ class LayerContext(NamedTuple):
 
 
 class CacheView(NamedTuple):
-    """The tokens among which a policy chooses in one layer: those in the slots and, in a block, those that come in.
+    """The candidates of one layer, from which a policy chooses: its slots and, in a block, the tokens that come in.
+
+    Free slots and padding are among the candidates, with position -1. Their keys, values and stats have no meaning;
+    they are never chosen, whatever their scores. Slots stand in no order: what needs one sorts by position.
 
     Attributes:
-      keys, values: [B, K, N, D], as they are cached.
-      positions: [B, P, N] int32, -1 for what is free or padding.
-      owner: [B, 1, N] int32 in a pool, the kv head of each; else None.
-      seen: [B] int32, tokens read before these came.
+      keys: [B, K, N, D], as they are cached: rotated to their positions, unless `context.placement` re-indexes them
+        (`slot`, `compact`), where they are un-rotated.
+      values: [B, K, N, D], as they are cached.
+      positions: [B, P, N] int32, in the sequence; -1 for a free slot or padding.
+      owner: [B, 1, N] int32 in a pool, the kv head of each candidate; else None.
+      seen: [B] int32, how many tokens were read before this block.
       layer: index of the layer in the model, a scalar.
       memory: the policy's numbers per row, [B, ...].
-      capacity: how many of a set stay when these are selected from; in a pool of all heads together.
+      capacity: how many tokens of a set stay after a selection; in a pool, of all heads together.
       context: what else may be known of the layer.
     """
 
@@ -88,13 +93,14 @@ class Observation(NamedTuple):
     """What one attention call over a block of T queries showed.
 
     Attributes:
-      weights: [B, K, G, T, N] float32, attention probabilities; zero in the rows of padded queries, and in a pool
+      weights: [B, K, G, T, N] float32, attention probabilities. They are zero for padded queries and, in a pool,
         between queries and keys of different heads.
       queries: [B, T] int32, positions of the queries, -1 for padding.
       visible: [B, P, T] float32, how many candidates each query saw; in a pool the mean over its heads.
       group: query heads per kv head.
-      every, present: where only queries at multiples of `every` are watched (see `sampled`): this number, and the
-        positions of all queries; the others have no weights and are -1 in `queries`. None where all are watched.
+      every: n where only queries at multiples of n are watched (see `sampled`); None where all are. The others have no
+        weights, and are -1 in `queries`.
+      present: [B, T] int32, the positions of all queries, watched or not; None where all are watched.
     """
 
     weights: Weights
@@ -139,7 +145,7 @@ class Entering(NamedTuple):
 
     Attributes:
       k, v: [B, T, K, D], before RoPE, in place of the tokens' own.
-      replaces: [B, T, K] bool, where a token takes the slot of the one before it, whose content it carries on.
+      replaces: [B, T, K] bool, True where a token takes the slot of the token before it; its k and v hold both.
       memory: as for the policy, after the tokens.
     """
 
@@ -156,7 +162,7 @@ class Evicted(NamedTuple):
       keys, values: [B, K, M, D], as they were cached.
       positions: [B, P, M] int32, the newest first, -1 for nothing.
       stats: their stats, [B, P, M, ...].
-      owner: [B, 1, M] int32 in a pool, the kv head of each; else None.
+      owner: [B, 1, M] int32 in a pool, the kv head of each token; else None.
     """
 
     keys: Float[Array, "B K M D"]
@@ -167,11 +173,11 @@ class Evicted(NamedTuple):
 
 
 class Absorbed(NamedTuple):
-    """What is held after evicted tokens were merged into it.
+    """The layer after evicted tokens were merged into it.
 
     Attributes:
       values: [B, K, N, D].
-      changed: [B, K, N] bool, where they differ from before; nothing else is written.
+      changed: [B, K, N] bool, True where values changed; only these are written.
       stats, memory: as for the policy.
     """
 

@@ -1,10 +1,16 @@
-"""Whether something is a policy."""
+"""Whether something is a policy, and gives what a policy gives."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.policies.cache_view import CacheView, Observation
 from jaxcompress.policies.policy import Policy
+from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.shapes import SlotScores
 
 
 def check_policy(policy: Any) -> None:
@@ -20,3 +26,44 @@ def check_policy(policy: Any) -> None:
     else:
         told = f"{policy!r:.60}; the model comes first, then tokens or a state, then the policy, then numbers"
     raise ValueError(f"a policy is expected, such as jaxcompress.get_policy('tova'), not {told}")
+
+
+def checked_scores(policy: Policy, stats: Stats, held: CacheView) -> SlotScores:
+    """`policy.score`, without gradient.
+
+    Raises:
+      ValueError: it gives something else than [B, P, N] numbers.
+    """
+    given = policy.score(stats, held)
+    shape, dtype = getattr(given, "shape", None), getattr(given, "dtype", None)
+    if shape != held.positions.shape or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"score of policy {policy.name} must be floats [B, P, N] = {list(held.positions.shape)}, one for each of "
+            f"N candidates of P sets, got {_described(given)}; its scope is {policy.scope!r}"
+        )
+    return jax.lax.stop_gradient(given)
+
+
+def checked_stats(policy: Policy, stats: Stats, seen: Observation) -> Stats:
+    """`policy.observe`, without gradient.
+
+    Raises:
+      ValueError: it gives numbers of other shapes or dtypes than it was given.
+    """
+    after = policy.observe(stats, jax.lax.stop_gradient(seen))
+    shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+    if jax.tree.structure(after) != jax.tree.structure(stats) or shapes(after) != shapes(stats):
+        raise ValueError(
+            f"observe of policy {policy.name} must give numbers like those it was given, {_described(stats)}, got "
+            f"{_described(after)}"
+        )
+    return after
+
+
+def _described(tree: Any) -> str:
+    """Dtypes and shapes of what a policy gave."""
+    if hasattr(tree, "shape") and hasattr(tree, "dtype"):
+        return f"{tree.dtype} {list(tree.shape)}"
+    parts = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+    arrays = bool(parts) and all(hasattr(x, "shape") for x in parts)
+    return f"({', '.join(map(_described, parts))})" if arrays else repr(tree)

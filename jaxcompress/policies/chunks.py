@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from jaxcompress.policies.cache_view import CacheView
-from jaxcompress.policies.policy import policy, wrapper
+from jaxcompress.policies.policy import policy
+from jaxcompress.policies.wrapper import wrapper
 from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.order import NEVER, order_by, rank_within
 from jaxcompress.state.shapes import SlotScores
-
-_LAST = jnp.iinfo(jnp.int32).max
 
 
 @policy
@@ -25,26 +24,30 @@ class _chunked(wrapper):
         if self.policy.scope == "pool":
             raise ValueError(f"chunks need a policy that scores the tokens of a layer or head; not {self.policy.name}")
 
+    def chunk(self, held: CacheView) -> Int[Array, "B P N"]:
+        """The chunk of each candidate; free ones come after all others."""
+        return jnp.where(held.occupied, held.positions // self.length, NEVER)
+
 
 @policy
 class by_chunks(_chunked):
     """ChunkKV: keeps whole chunks of `length` tokens, so that what stays can be read (Liu et al. 2025).
 
-    score[n] = mean score of the tokens held of chunk floor(position / length). Where the capacity is no multiple of the
-    length, the last chunk chosen keeps its oldest tokens. A chunk with a protected token is protected. The paper
-    selects for all heads of a layer together: use a base of scope `layer`. Costs a sort.
+    Chunk c holds positions c * length to (c + 1) * length - 1. score[n] = mean score of the tokens held of n's chunk.
+    If the capacity is no multiple of the length, the last chunk chosen keeps its oldest tokens. A chunk with a
+    protected token is protected. The paper selects for all heads of a layer together: use a policy of scope `layer`.
+    Costs a sort.
 
     Raises:
       ValueError: a length below 1, a pool, or a policy that never evicts.
     """
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{self.policy.name}/chunks{self.length}"
+    label = "by_chunks{length}"
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats, held)
-        chunk, order = _chunks(held, self.length)
+        chunk = self.chunk(held)
+        order = order_by(chunk)
         part = _segments(jnp.take_along_axis(chunk, order, axis=-1))
         mine = jnp.where(held.occupied, scores, 0.0)
         sums = _sum(jnp.take_along_axis(mine, order, axis=-1), part)
@@ -57,40 +60,22 @@ class by_chunks(_chunked):
 class within_chunks(_chunked):
     """Keeps equally many tokens of every chunk of `length` tokens (Corallo and Papotti 2024, FINCH).
 
-    score[n] = - rank of the token within chunk floor(position / length). Costs a sort.
+    score[n] = - rank of token n within its chunk, by the policy's scores. Costs a sort.
 
     Raises:
       ValueError: a length below 1, a pool, or a policy that never evicts.
     """
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{self.policy.name}/within{self.length}"
+    label = "within_chunks{length}"
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats, held).astype(jnp.float32)
-        chunk, _ = _chunks(held, self.length)
-        slot = jnp.broadcast_to(jnp.arange(chunk.shape[-1], dtype=jnp.int32), chunk.shape)
-        chunk, _, _, order = jax.lax.sort((chunk, -scores, held.positions, slot), num_keys=3)
-        index = jnp.broadcast_to(jnp.arange(chunk.shape[-1]), chunk.shape)
-        start = jax.lax.cummax(jnp.where(_begins(chunk), index, 0), axis=2)
-        ranks = (start - index).astype(jnp.float32)
-        return jnp.put_along_axis(jnp.zeros_like(ranks), order, ranks, axis=-1, inplace=False)
-
-
-def _chunks(held: CacheView, length: int) -> tuple[Array, Array]:
-    """The chunk of each candidate, and an order that brings chunks together; free ones come last."""
-    chunk = jnp.where(held.occupied, held.positions // length, _LAST)
-    return chunk, jnp.argsort(chunk, axis=-1)
-
-
-def _begins(chunk: Array) -> Array:
-    return jnp.diff(chunk, axis=-1, prepend=-1) != 0
+        return (-rank_within(self.chunk(held), -scores, held.positions)).astype(jnp.float32)
 
 
 def _segments(chunk: Array) -> Array:
     """0, 0, 1, 1, 1, ... along sorted chunks."""
-    return jnp.cumsum(_begins(chunk), axis=-1) - 1
+    return jnp.cumsum(jnp.diff(chunk, axis=-1, prepend=-1) != 0, axis=-1) - 1
 
 
 def _sum(x: Array, part: Array) -> Array:

@@ -7,7 +7,8 @@ from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, Observation
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.policies.policy import policy, wrapper
+from jaxcompress.policies.policy import policy
+from jaxcompress.policies.wrapper import wrapper
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.select import keep_top
 from jaxcompress.state.shapes import SlotScores
@@ -17,9 +18,9 @@ from jaxcompress.state.shapes import SlotScores
 class critical(wrapper):
     """Keeps a share of the slots by score, and fills the others by score times the size of what values write.
 
-    For those not chosen by score: (score + epsilon) |W_o v_n|_1, averaged over the query heads of the group, where W_o
-    is the layer's output projection. |W_o v| is computed once, when the token enters, and costs as much as the
-    projection of one token's attention output per kv head and group. Use bases without a value norm of their own.
+    Tokens that are not chosen by score compete by (score + epsilon) |W_o v_n|_1, averaged over the query heads of the
+    group, where W_o is the layer's output projection. |W_o v| is computed once, when the token enters, at the cost of
+    one output projection per kv head. Use it around policies without a value norm of their own.
 
     Raises:
       ValueError: a share outside 0..1, a policy that never evicts; when used without a model (`advance(project=...)`).
@@ -32,12 +33,10 @@ class critical(wrapper):
         super().check()
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must be in 0..1, not {self.share}")
-        if self.policy.reduces:
-            raise ValueError(f"critical: apply merging to it, not to the policy in it: {self.policy.name}")
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{self.policy.name}/critical"
+        if self.policy.reduction:
+            raise ValueError(
+                f"critical: reduce it, not the policy in it: with_reduce(critical(...), ...), not {self.policy.name}"
+            )
 
     def init(self, incoming: CacheView) -> Stats:
         return self.policy.init(incoming), _written(incoming)

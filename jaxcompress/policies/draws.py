@@ -1,5 +1,5 @@
-"""Random numbers per token that depend on seed, layer, head and position only: the same however a sequence is cut, and
-independent of the other rows of a batch."""
+"""Random numbers per token. They depend on seed, layer, head and position only, so a token's number is the same however
+the sequence is cut and whatever the other rows of the batch hold."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, IncomingTokens
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.policies.labels import scoped
 from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.policies.protect import protected
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.shapes import SlotScores
 
@@ -36,12 +36,14 @@ class ExpectedAttention(Policy):
 
     Queries so far have mean m and covariance C before RoPE; R is the mean of the rotations to the next positions. Then
     score[n] = (softmax_n(k.Rm / sqrt(d) + k^T R C R^T k / 2d) + epsilon) |v_n|, averaged over the query heads of a kv
-    head; the first `sinks` tokens are protected, and their queries are not counted. Needs keys at absolute positions. A
-    selection costs a product with the covariance per key: combine with `every` for decoding.
+    head. The first `sinks` tokens are protected, and their queries are not counted. Keys must stand at absolute
+    positions. A selection multiplies every key by the covariance: combine with `every` for decoding.
 
     Raises:
       ValueError: fewer than 1 future position; where keys are re-indexed, when it is used.
     """
+
+    label = "expected_attention"
 
     future: int = 512
     sinks: int = 4
@@ -55,10 +57,6 @@ class ExpectedAttention(Policy):
             raise ValueError(
                 f"future must be at least 1 position and sinks 0 or more, not {self.future} and {self.sinks}"
             )
-
-    @property
-    def name(self) -> str:
-        return scoped("expected_attention", self.scope, "kv_head")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -116,4 +114,4 @@ class ExpectedAttention(Policy):
         weights = jnp.nan_to_num(jax.nn.softmax(exponent, axis=-1)).mean(2)
         if self.value_norm:
             weights = (weights + self.epsilon) * jnp.linalg.norm(held.values.astype(jnp.float32), axis=-1)
-        return jnp.where(held.positions < self.sinks, jnp.inf, for_set(weights, held))
+        return protected(for_set(weights, held), held, first=self.sinks)

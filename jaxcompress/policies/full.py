@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.policies.schedule import Schedule
 
 
 @policy
@@ -12,5 +13,6 @@ class Full(Policy):
     Reading more tokens than the capacity is an error (see `jaxcompress.models.bounded.read`).
     """
 
-    evicts = False
-    name = "full"  # type: ignore[assignment]
+    label = "full"
+
+    schedule = Schedule("never")

@@ -1,8 +1,9 @@
-"""Merging gates: each token of a kv head is appended to the cache or joined to the one before it.
+"""Merging gates: each token of a kv head takes a new slot, or is joined to the token before it.
 
 Dynamic memory compression (Nawrot et al. 2024, "Dynamic Memory Compression: Retrofitting LLMs for Accelerated
-Inference", section 3.1). A slot then holds the weighted mean of a run of tokens. Keys are averaged before rotation and
-stand where the last token of the run stands: the mean of keys that are rotated differently is the key of no position.
+Inference", section 3.1). A slot then holds the weighted mean of a run of tokens. Keys are averaged before rotation,
+since the mean of keys that are rotated differently is the key of no position; the mean stands where the run's last
+token stands.
 """
 
 from __future__ import annotations
@@ -12,42 +13,35 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, Entering, IncomingTokens, LayerContext
-from jaxcompress.policies.learned import ForgetHead, token_numbers
-from jaxcompress.policies.policy import Policy, leaf, policy, wrapper
+from jaxcompress.policies.entry import Gates
+from jaxcompress.policies.forget_head import ForgetHead, token_numbers
+from jaxcompress.policies.policy import Policy, leaf, policy
 from jaxcompress.policies.tova import TOVA
+from jaxcompress.policies.wrapper import wrapper
 from jaxcompress.state.kv_state import Memory, Stats
 from jaxcompress.state.shapes import SlotScores
-from jaxcompress.state.values import Value, value
+from jaxcompress.state.values import value
 
 APART = (-5.0, 0.0)
 """What `DMC` starts from: no token joins another, and all weigh the same."""
 
 
-class Gates(Value):
-    """Says of each token whether it joins the one before it."""
-
-    name: str = "dmc"
-
-    def __call__(
-        self, incoming: IncomingTokens, layer: Array, context: LayerContext
-    ) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
-        """The logit of joining the token before, and the weight in the mean, positive."""
-        raise NotImplementedError
-
-
 @policy
 class gated(wrapper):
-    """A policy whose tokens are joined by gates before it chooses among what there is.
+    """A policy around which gates join tokens as they enter; the policy chooses among the joined ones.
 
-    A token joins where its logit is positive: it takes the slot of the token before it, and holds the mean of both.
-    Joining depends on the gates alone, never on what is held, so that runs are the same in every mode.
+    A token with a positive logit joins the token before it: it takes that token's slot, and holds the mean of both.
+    Joining depends on the gates alone, never on what is held, so runs are the same in every mode.
 
     Raises:
       ValueError: the policy's heads share a set, or it changes what enters or what stays itself.
     """
 
     gates: Gates = leaf()
-    joins = True  # type: ignore[assignment]
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy.name}/{self.gates.name}"
 
     def check(self) -> None:
         one = self.policy
@@ -57,12 +51,8 @@ class gated(wrapper):
             raise ValueError(
                 f"gates join tokens in each kv head: {one.name} with scope {one.scope} chooses for several"
             )
-        if one.joins or one.reduces:
+        if one.gates or one.reduction:
             raise ValueError(f"gates come before a policy that only evicts; {one.name} merges or summarises")
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{self.gates.name}-{self.policy.name}"
 
     def memory(self, held: CacheView) -> Memory:
         b, kv, _, d = held.keys.shape
@@ -71,18 +61,35 @@ class gated(wrapper):
     def remember(self, memory: Memory, incoming: IncomingTokens) -> Memory:
         return self.policy.remember(memory[0], incoming), memory[1]
 
-    def enter(self, memory: Memory, incoming: IncomingTokens, layer: Array, context: LayerContext) -> Entering:
-        logits, weights = self.gates(incoming, layer, context)
-        joins = logits > 0
-        sums = running_sums(memory[1], incoming, joins.astype(jnp.float32), weights)
-        k, v = means(sums, incoming)
-        return Entering(k, v, joins & (incoming.positions >= 0)[..., None], (memory[0], sums[:, -1]))
-
     def init(self, incoming: CacheView) -> Stats:
         return self.policy.init(incoming._replace(memory=incoming.memory[0]))
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return self.policy.score(stats, held._replace(memory=held.memory[0]))
+
+
+def join_tokens(
+    policy: Policy, memory: Memory, incoming: IncomingTokens, layer: Array, context: LayerContext
+) -> Entering:
+    """What goes into slots instead of the tokens, for a policy that has gates: `gated`, or what goes around one.
+
+    Args:
+      memory: the policy's.
+      incoming: all tokens of a read at once.
+      layer: index of the layer in the model, a scalar.
+    """
+    assert policy.gates is not None
+    if policy.reduction is not None:  # it comes after the gates, and has put a memory of its own beside theirs
+        inside, reduced = memory
+    else:
+        inside, reduced = memory, None
+    logits, weights = policy.gates(incoming, layer, context)
+    joins = logits > 0
+    sums = running_sums(inside[1], incoming, joins.astype(jnp.float32), weights)
+    k, v = means(sums, incoming)
+    after = inside[0], sums[:, -1]
+    there = (incoming.positions >= 0)[..., None]
+    return Entering(k, v, joins & there, after if policy.reduction is None else (after, reduced))
 
 
 @value
@@ -95,6 +102,8 @@ class LearnedGates(Gates):
     Raises:
       ValueError: weights that give another number of numbers.
     """
+
+    label = "dmc"
 
     head: ForgetHead = leaf()
 
@@ -114,8 +123,8 @@ class LearnedGates(Gates):
 def dmc(head: ForgetHead, policy: Policy | None = None) -> Policy:
     """Learned gates before a policy: TOVA per kv head if none is given.
 
-    Other than in the paper, where the cache grows with the number of runs, a full state evicts; and the gates are read
-    from a token's key and value instead of from borrowed neurons of its key and query.
+    Two differences from the paper: a full state evicts, instead of growing with the number of runs; and gates read a
+    token's key and value instead of borrowed neurons of its key and query.
 
     Args:
       head: R = 2, the logit of joining and the logarithm of the weight.

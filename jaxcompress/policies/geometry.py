@@ -1,4 +1,4 @@
-"""Scores from keys and values alone: no attention is watched, so that any kernel will do, and no query is needed."""
+"""Scores from keys and values alone. No attention is watched, so any attention kernel serves."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, Scope
-from jaxcompress.policies.labels import scoped
 from jaxcompress.policies.order import by_age
 from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.policies.protect import protected
 from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.order import order_by, rank_of
 from jaxcompress.state.shapes import SlotScores
+from jaxcompress.state.vectors import unit
 
 
 @policy
@@ -21,11 +23,9 @@ class KNorm(Policy):
     The authors leave the first two layers alone (`per_layer`).
     """
 
-    scope: Scope = "kv_head"
+    label = "knorm"
 
-    @property
-    def name(self) -> str:
-        return scoped("knorm", self.scope, "kv_head")
+    scope: Scope = "kv_head"
 
     def init(self, incoming: CacheView) -> Stats:
         return for_set(-jnp.linalg.norm(incoming.keys.astype(jnp.float32), axis=-1), incoming)
@@ -38,21 +38,19 @@ class KNorm(Policy):
 class KeyDiff(Policy):
     """Keeps keys that point away from the mean direction (Park et al. 2025, "KeyDiff").
 
-    score[n] = -cos(k_n, mean of k/|k| over the tokens held). Reads all keys once more at every selection: combine with
+    score[n] = -cos(k_n, mean of k/|k| over the tokens held). Every selection reads all keys once more: combine with
     `every` for decoding.
     """
 
+    label = "keydiff"
+
     scope: Scope = "kv_head"
 
-    @property
-    def name(self) -> str:
-        return scoped("keydiff", self.scope, "kv_head")
-
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
-        keys = _unit(held.keys.astype(jnp.float32), 1e-12)
+        keys = unit(held.keys.astype(jnp.float32), 1e-12)
         mine = whose(held)  # [B, K, N, heads]
         anchors = jnp.einsum("bknd,bknh->bkhd", keys, mine, precision="highest")
-        anchor = jnp.einsum("bkhd,bknh->bknd", _unit(anchors, 1e-8), mine, precision="highest")
+        anchor = jnp.einsum("bkhd,bknh->bknd", unit(anchors, 1e-8), mine, precision="highest")
         return for_set(-(keys * anchor).sum(-1), held)
 
 
@@ -60,15 +58,17 @@ class KeyDiff(Policy):
 class LagKV(Policy):
     """Keeps tokens whose channels spread widely within the range of the chunk after theirs (Liang et al. 2025).
 
-    By age, the tokens after the `sinks` first are cut into chunks of `lag`; x = (k - min) / (max - min) per channel,
-    with the range of the next chunk; the score is the standard deviation over channels, softmaxed over the chunk,
-    averaged over keys and values. Ranks within a chunk are compared (`cross=False`), so that every chunk gives equally
-    many, or the numbers themselves. The sinks and the last `lag` to 2 lag - 1 tokens are protected. Costs a sort and a
-    pass over keys and values per selection.
+    The tokens after the first `sinks` are cut into chunks of `lag` by age. x = (k - min) / (max - min) per channel,
+    with the range of the next chunk. The score is the standard deviation of x over channels, softmaxed over the chunk,
+    and averaged over keys and values. With `cross=False` ranks within a chunk are compared, so that every chunk gives
+    equally many; else the scores themselves. The sinks and the last `lag` to 2 lag - 1 tokens are protected. A
+    selection costs a sort and a pass over keys and values.
 
     Raises:
       ValueError: a lag below 2 tokens, or a pool, in which tokens of different heads have no common order.
     """
+
+    label = "lagkv+{lag}"
 
     lag: int = 128
     sinks: int = 4
@@ -79,10 +79,6 @@ class LagKV(Policy):
         if self.lag < 2 or self.sinks < 0:
             raise ValueError(f"lag must be at least 2 tokens and sinks 0 or more, not {self.lag} and {self.sinks}")
         _no_pool("lagkv", self.scope)
-
-    @property
-    def name(self) -> str:
-        return scoped(f"lagkv+{self.lag}" + "-cross" * self.cross, self.scope, "kv_head")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -105,15 +101,14 @@ class LagKV(Policy):
             parts[-1] /= parts[-1].sum(-1, keepdims=True)
         part = for_set((parts[0] + parts[1]) / 2, held)  # [B, P, chunks, lag]
         if not self.cross:
-            part = part.argsort(-1, stable=True).argsort(-1, stable=True) / lag
+            part = rank_of(order_by(part)) / lag
         part = jnp.pad(part.reshape(*part.shape[:2], -1), [(0, 0), (0, 0), (sinks, 0)], constant_values=jnp.inf)[
             ..., :n
         ]
         rank = jnp.arange(n)
         judged = (rank >= sinks) & (sinks + ((rank - sinks) // lag + 2) * lag <= count)
         scores = order.put(jnp.where(judged, part, jnp.inf))
-        age = (held.newest - held.positions).astype(jnp.float32)
-        newest_first = jnp.where(held.positions < sinks, jnp.inf, -age)
+        newest_first = protected(-(held.newest - held.positions).astype(jnp.float32), held, first=sinks)
         return jnp.where(count < sinks + 2 * lag, newest_first, scores)
 
 
@@ -122,12 +117,13 @@ class CUR(Policy):
     """Keeps tokens of large keys and values, relative to their surroundings (Sengupta et al. 2025, "CurDKV").
 
     score[n] = |k|^2 |v|^2, each as a share of its sum over windows of `local` tokens by age: cheap leverage scores of a
-    CUR decomposition. The first `sinks` tokens are protected. Costs a sort and a pass over keys and values per
-    selection.
+    CUR decomposition. The first `sinks` tokens are protected. A selection costs a sort and a pass over keys and values.
 
     Raises:
       ValueError: a window below 1 token, or a pool, in which tokens of different heads have no common order.
     """
+
+    label = "cur"
 
     local: int = 16
     sinks: int = 4
@@ -137,10 +133,6 @@ class CUR(Policy):
         if self.local < 1 or self.sinks < 0:
             raise ValueError(f"local must be at least 1 token and sinks 0 or more, not {self.local} and {self.sinks}")
         _no_pool("cur", self.scope)
-
-    @property
-    def name(self) -> str:
-        return scoped("cur", self.scope, "kv_head")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -161,7 +153,7 @@ class CUR(Policy):
 
         product = share(stats[0]) * share(stats[1])
         scores = order.put(product / jnp.maximum(product.sum(-1, keepdims=True), 1e-30))
-        return jnp.where(held.positions < self.sinks, jnp.inf, scores)
+        return protected(scores, held, first=self.sinks)
 
 
 def for_set(x: Float[Array, "B K ..."], held: CacheView) -> Float[Array, "B P ..."]:
@@ -170,15 +162,11 @@ def for_set(x: Float[Array, "B K ..."], held: CacheView) -> Float[Array, "B P ..
 
 
 def whose(held: CacheView) -> Float[Array, "B K N heads"]:
-    """1 where a candidate is held by a head, 0 elsewhere; there is one head per set, or in a pool several."""
+    """1 where a head holds a candidate, 0 elsewhere. `heads` is 1, or in a pool the number of kv heads."""
     if held.owner is None:
         occupied = jnp.broadcast_to(held.occupied, held.keys.shape[:3])
         return occupied[..., None].astype(jnp.float32)
     return ((held.owner[..., None] == jnp.arange(held.context.heads[1])) & held.occupied[..., None]).astype(jnp.float32)
-
-
-def _unit(x: Array, least: float) -> Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), least)
 
 
 def _no_pool(name: str, scope: Scope) -> None:

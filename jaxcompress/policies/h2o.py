@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxcompress.policies.cache_view import CacheView, Observation, Scope
-from jaxcompress.policies.labels import scoped
-from jaxcompress.policies.policy import Policy, policy, protect_newest
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.policies.protect import protected
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.shapes import SlotScores
@@ -17,18 +17,21 @@ class H2O(Policy):
     """Keeps the most recent tokens and, of the others, those that received most attention so far.
 
     score[n] = sum, over all queries so far, of the attention probability that they gave token n; +inf for the
-    `recent` newest tokens. A token's own query counts, so that in a one-shot prompt early tokens collect more.
+    `recent` newest tokens. A token's own query counts. In a one-shot prompt, early tokens are seen by more queries and
+    collect more.
 
     Attributes:
       recent: how many of the newest tokens are protected: a number of tokens (int), or a share of what stays
         (float, rounded down; 0.5 is the paper's 1:1 of heavy and recent).
-      scope: "query_head" is the authors' code that really drops (`h2o_hf/utils_real_drop`): a set per query head, the
-        state then has as many heads as there are query heads. "kv_head" and "layer" sum over the heads that share
-        a set; "layer" is the variant of Oren et al. 2024, table 3.
+      scope: "query_head" is the authors' code that drops tokens (`h2o_hf/utils_real_drop`): one set per query head, in
+        a state of as many heads. "kv_head" and "layer" average over the heads that share a set; "layer" is the variant
+        of Oren et al. 2024, table 3.
 
     Raises:
       ValueError: a negative number of tokens, or a share outside 0..1.
     """
+
+    label = "h2o"
 
     recent: float | int = 0.5
     scope: Scope = "query_head"
@@ -37,10 +40,6 @@ class H2O(Policy):
         share = isinstance(self.recent, float)
         if isinstance(self.recent, bool) or not 0 <= self.recent <= (1.0 if share else float("inf")):
             raise ValueError(f"recent must be a number of tokens >= 0 or a share in 0.0..1.0, not {self.recent!r}")
-
-    @property
-    def name(self) -> str:
-        return scoped("h2o", self.scope, "query_head")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -57,7 +56,7 @@ class H2O(Policy):
         return stats + seen.per_set(self.scope).sum(2)
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
-        return protect_newest(stats, held, self.protected(held.per_set))
+        return protected(stats, held, recent=self.protected(held.per_set))
 
     def rule(self, capacity: int) -> EvictionRule | None:
         return None if self.scope == "pool" else EvictionRule("sum", recent=self.protected(capacity))

@@ -1,12 +1,7 @@
-"""Policies that were learned: a small network reads each token's key and value once, when it enters.
-
-The network is a pytree of arrays, trained by `jaxcompress.training.forgetting`, and a leaf of its policy: other weights
-compile nothing.
-"""
+"""Policies that were learned: a small network gives each token its numbers when it enters (see `forget_head`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,103 +9,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, Observation, Scope
+from jaxcompress.policies.forget_head import ForgetHead, token_numbers
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.policies.labels import scoped
-from jaxcompress.policies.policy import Policy, leaf, policy, protect_newest
+from jaxcompress.policies.policy import Policy, leaf, policy
+from jaxcompress.policies.protect import protected
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.shapes import SlotScores
 
-KEEP_EVERYTHING = (5.0,)
-"""What `DMS` starts from: a keep logit of 5 for every token (Łańcucki et al. 2025, section 3.1)."""
 LIKE_TOVA = (0.0, 1.0, 0.0, 0.0)
 """What `Retention` starts from: the logarithm of the newest query's attention."""
 EPSILON = 1e-8  # below it, attention is none
-
-
-class ForgetHead(NamedTuple):
-    """A network per layer and kv head: one hidden layer of M units (SiLU), R numbers for each token.
-
-    It reads 2 D + 2 numbers: key and value, each divided by its root mean square, and the logarithms of both.
-
-    Attributes:
-      inner: [L, K, 2D + 2, M].
-      inner_bias: [L, K, M].
-      outer: [L, K, M, R].
-      outer_bias: [L, K, R].
-    """
-
-    inner: Float[Array, "L K I M"]
-    inner_bias: Float[Array, "L K M"]
-    outer: Float[Array, "L K M R"]
-    outer_bias: Float[Array, "L K R"]
-
-    @property
-    def head_dim(self) -> int:
-        """D."""
-        return self.inner.shape[-2] // 2 - 1
-
-
-def init_forget_head(
-    key: Array, *, layers: int, kv_heads: int, head_dim: int, hidden: int = 64, start: Sequence[float] = KEEP_EVERYTHING
-) -> ForgetHead:
-    """A fresh network, which gives the numbers `start` for every token.
-
-    Raises:
-      ValueError: a hidden layer of no units.
-    """
-    if hidden < 1:
-        raise ValueError(f"a hidden layer has at least 1 unit, not {hidden}")
-    size = 2 * head_dim + 2
-    inner = jax.random.normal(key, (layers, kv_heads, size, hidden)) * size**-0.5
-    outer_bias = jnp.broadcast_to(jnp.array(start, jnp.float32), (layers, kv_heads, len(start)))
-    return ForgetHead(
-        inner, jnp.zeros((layers, kv_heads, hidden)), jnp.zeros((layers, kv_heads, hidden, len(start))), outer_bias
-    )
-
-
-def check_head(head: ForgetHead, *, layers: int, kv_heads: int, head_dim: int) -> None:
-    """Raises ValueError if a network was made for a model of another shape; names both."""
-    mine, theirs = (*head.inner.shape[:2], head.head_dim), (layers, kv_heads, head_dim)
-    if mine != theirs:
-        words = "{} layers of {} kv heads of width {}"
-        raise ValueError(f"the weights are for {words.format(*mine)}, the model has {words.format(*theirs)}")
-
-
-def token_numbers(
-    head: ForgetHead, keys: Float[Array, "B K N D"], values: Float[Array, "B K N D"]
-) -> Float[Array, "B K N R"]:
-    """The numbers of tokens in one layer, float32.
-
-    Args:
-      head: of this layer, without the axis L.
-      keys: before RoPE.
-    """
-    hidden = (
-        jnp.einsum("bkni,kim->bknm", _features(keys, values), head.inner, precision="highest")
-        + head.inner_bias[:, None]
-    )
-    return jnp.einsum("bknm,kmr->bknr", jax.nn.silu(hidden), head.outer, precision="highest") + head.outer_bias[:, None]
-
-
-def _features(keys: Float[Array, "B K N D"], values: Float[Array, "B K N D"]) -> Float[Array, "B K N I"]:
-    parts, sizes = [], []
-    for x in (keys, values):
-        x = x.astype(jnp.float32)
-        size = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
-        parts.append(x / size)
-        sizes.append(jnp.log(size))
-    return jnp.concatenate([*parts, *sizes], axis=-1)
 
 
 @policy
 class DMS(Policy):
     """Keeps the tokens of highest logit among those that are older than `window` tokens; newer ones are protected.
 
-    Dynamic memory sparsification (Łańcucki et al. 2025, "Inference-Time Hyper-Scaling with KV Cache Compression"): what
-    becomes of a token is decided when it enters, and done `window` tokens later, so that its neighbours can still use
-    it. Other than there, the logits rank the tokens of a fixed number of slots instead of being cut at zero, and come
-    from key and value instead of a borrowed neuron of the query. An untrained one, whose logits are all the same, keeps
-    the first tokens and the `window` newest.
+    Dynamic memory sparsification (Łańcucki et al. 2025, "Inference-Time Hyper-Scaling with KV Cache Compression"). A
+    token's fate is decided when it enters and carried out `window` tokens later, so that its neighbours can still use
+    it. Two differences from the paper: logits rank the tokens of a fixed number of slots instead of being cut at zero,
+    and they come from key and value instead of a borrowed neuron of the query. Before training all logits are equal:
+    the first tokens and the `window` newest stay.
 
     Attributes:
       head: R = 1.
@@ -123,6 +42,8 @@ class DMS(Policy):
         heads the weights are not for.
     """
 
+    label = "dms"
+
     head: ForgetHead = leaf()
     window: int = 16
     scope: Scope = "kv_head"
@@ -134,10 +55,6 @@ class DMS(Policy):
             raise ValueError(f"a window of {self.window} tokens: give 0 or more")
 
     @property
-    def name(self) -> str:
-        return scoped("dms", self.scope, "kv_head")
-
-    @property
     def needs(self) -> int:  # type: ignore[override]
         return self.window + 1
 
@@ -145,7 +62,7 @@ class DMS(Policy):
         return _entering(self.head, incoming)[..., 0]
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
-        return protect_newest(stats, held, self.window)
+        return protected(stats, held, recent=self.window)
 
 
 class Looked(NamedTuple):
@@ -164,13 +81,13 @@ class Looked(NamedTuple):
 
 @policy
 class Retention(Policy):
-    """Keeps the tokens that are going to be attended to most, as foreseen by a network.
+    """Keeps the tokens that later queries will attend to most, as a network foresees.
 
-    The network gives each token four numbers when it enters; with the attention that it received since,
+    The network gives each token four numbers a, b1, b2, b3 when it enters. With the attention that it received since,
 
         score = a + b1 log(newest query's attention) + b2 log(mean attention per query) + b3 log(age + 1).
 
-    An untrained one has a, b2, b3 = 0 and b1 = 1 and is TOVA of the same scope.
+    Before training a, b2, b3 = 0 and b1 = 1: TOVA of the same scope.
 
     Attributes:
       head: R = 4.
@@ -181,16 +98,14 @@ class Retention(Policy):
         are not for.
     """
 
+    label = "retention"
+
     head: ForgetHead = leaf()
     scope: Scope = "kv_head"
 
     def check(self) -> None:
         _check_head(self.head, len(LIKE_TOVA), "retention")
         _check_scope("retention", self.scope, ("kv_head", "layer", "pool"))
-
-    @property
-    def name(self) -> str:
-        return scoped("retention", self.scope, "kv_head")
 
     def init(self, incoming: CacheView) -> Stats:
         weights = for_set(_entering(self.head, incoming), incoming)
@@ -234,7 +149,7 @@ def _entering(head: ForgetHead, incoming: CacheView) -> Float[Array, "B K N R"]:
 
 
 def _check_used(head: ForgetHead, which: tuple[int, ...], head_dim: int) -> None:
-    """As far as one layer shows it: how many layers the model has is not known here."""
+    """Checks heads and width. How many layers the model has is not known here."""
     kv_heads = head.inner.shape[1]
     if max(which) >= kv_heads or head_dim != head.head_dim:
         raise ValueError(

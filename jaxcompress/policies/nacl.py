@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxcompress.policies.cache_view import CacheView, Observation
 from jaxcompress.policies.draws import per_token
-from jaxcompress.policies.labels import scoped
-from jaxcompress.policies.policy import Policy, policy, protect_newest
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.policies.protect import protected
 from jaxcompress.policies.recent_queries import Ring, empty_ring, record
 from jaxcompress.state.select import keep_top
 from jaxcompress.state.shapes import SlotScores
@@ -20,14 +20,17 @@ from jaxcompress.state.shapes import SlotScores
 class NACL(Policy):
     """Keeps first and newest tokens, the best by attention from the last queries, and a random draw of the rest.
 
-    Proxy tokens are the last `proxies` queries; score[n] = the probability that they gave token n, summed. Of the slots
-    left by `sinks` and `recent`, the share `chance` is drawn without replacement with probabilities softmax(score),
-    which is what the top of score + Gumbel noise is; the others go to the highest scores. In the paper's code 0.07 of
-    0.19 of the tokens are drawn. There proxies also see tokens after them; here attention is causal.
+    Proxy tokens are the last `proxies` queries. score[n] = the sum of the probabilities that they gave token n. `sinks`
+    first and `recent` newest tokens are protected. Of the slots that are left, the share `chance` is drawn without
+    replacement with probabilities softmax(score), as the top of score + Gumbel noise; the others go to the highest
+    scores. The paper's code draws 0.07 / 0.19 of them. There proxies also see tokens after them; here attention is
+    causal.
 
     Raises:
       ValueError: fewer than 1 proxy, negative counts, or a share outside 0..1.
     """
+
+    label = "nacl"
 
     proxies: int = 8
     sinks: int = 4
@@ -39,10 +42,6 @@ class NACL(Policy):
     def check(self) -> None:
         if self.proxies < 1 or self.sinks < 0 or self.recent < 0 or not 0 <= self.chance <= 1:
             raise ValueError(f"nacl needs proxies >= 1, sinks and recent >= 0 and chance in 0..1, not {self}")
-
-    @property
-    def name(self) -> str:
-        return scoped("nacl", self.scope, "kv_head")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -58,7 +57,7 @@ class NACL(Policy):
         scores = stats.sum(-1)
         room = held.capacity - self.sinks - self.recent
         best = room - int(round(room * self.chance, 6))
-        safe = protect_newest(jnp.where(held.positions < self.sinks, jnp.inf, 0.0), held, self.recent)
+        safe = protected(jnp.zeros_like(scores), held, first=self.sinks, recent=self.recent)
         inside = jnp.where(jnp.isposinf(safe), -1, held.positions)
         sure = keep_top(scores, inside, best)
         drawn = scores + per_token(self.seed, held, jax.random.gumbel)

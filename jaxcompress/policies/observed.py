@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxcompress.policies.cache_view import CacheView, Observation, Scope
-from jaxcompress.policies.labels import scoped
 from jaxcompress.policies.policy import Policy, policy
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.shapes import SlotScores
@@ -15,15 +14,13 @@ from jaxcompress.state.shapes import SlotScores
 class ObservedAttention(Policy):
     """Keeps the tokens that received most attention per query that could see them.
 
-    score[n] = sum of the probabilities given to token n / number of queries since it came, its own included. Unlike
-    `H2O` nothing is protected, and old tokens have no advantage from having been seen more often.
+    score[n] = sum of the probabilities given to token n / number of queries since it came, its own included. Unlike in
+    `H2O`, nothing is protected, and old tokens gain nothing from having met more queries.
     """
 
-    scope: Scope = "kv_head"
+    label = "observed_attention"
 
-    @property
-    def name(self) -> str:
-        return scoped("observed_attention", self.scope, "kv_head")
+    scope: Scope = "kv_head"
 
     def init(self, incoming: CacheView) -> Stats:
         return jnp.zeros_like(incoming.positions, jnp.float32)

@@ -1,16 +1,14 @@
-"""Tokens in the order of their age, for scores that look at neighbours: slots themselves have no order."""
+"""Tokens by age, for scores that look at neighbours."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxcompress.policies.cache_view import CacheView
-
-_LAST = jnp.iinfo(jnp.int32).max
+from jaxcompress.state.order import NEVER, age_key, oldest_first, order_by
 
 
 class ByAge(NamedTuple):
@@ -39,14 +37,13 @@ class ByAge(NamedTuple):
 
 def by_age(held: CacheView) -> ByAge:
     """Sorts candidates by position."""
-    positions = jnp.where(held.occupied, held.positions, _LAST)
-    slot = jnp.broadcast_to(jnp.arange(positions.shape[-1], dtype=jnp.int32), positions.shape)
     if held.owner is None:
-        index = jax.lax.sort((positions, slot), num_keys=1)[1]
+        index = oldest_first(held.positions)
         owner = jnp.zeros_like(index)
     else:
-        head = jnp.where(held.occupied, held.owner, _LAST)
-        owner, _, index = jax.lax.sort((head, positions, slot), num_keys=2)
+        head = jnp.where(held.occupied, held.owner, NEVER)
+        index = order_by(head, age_key(held.positions))
+        owner = jnp.take_along_axis(head, index, axis=-1)
     return ByAge(index, jnp.take_along_axis(held.occupied, index, axis=-1), owner)
 
 

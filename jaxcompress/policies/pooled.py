@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool
 
 from jaxcompress.policies.cache_view import CacheView
 from jaxcompress.policies.order import by_age, shift
-from jaxcompress.policies.policy import policy, wrapper
+from jaxcompress.policies.policy import policy
+from jaxcompress.policies.wrapper import wrapper
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.shapes import SlotScores
 
@@ -26,6 +27,8 @@ class pooled(wrapper):
       ValueError: an even kernel, or a policy that never evicts.
     """
 
+    label = "pooled{kernel}"
+
     kernel: int = 5
     pool: Pool = "avg"
 
@@ -33,10 +36,6 @@ class pooled(wrapper):
         super().check()
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel must be an odd number of tokens, not {self.kernel}")
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{self.policy.name}/pooled{self.kernel}"
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats, held)

@@ -17,9 +17,10 @@ class Random(Policy):
     the sequence is cut into chunks, and rows of a batch do not depend on one another.
     """
 
+    label = "random"
+
     seed: int = 0
     scope: Scope = "layer"
-    name = "random"  # type: ignore[assignment]
 
     def init(self, incoming: CacheView) -> Stats:
         return per_token(self.seed, incoming)

@@ -1,4 +1,4 @@
-"""What the last w queries attended to, exactly, however tokens arrive: a ring of one number per slot and query."""
+"""The attention of the last w queries, kept exactly however tokens arrive: a ring of w numbers per slot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def record(ring: Ring, seen: Observation, scope: Scope) -> Ring:
 
 
 class RecentQueries(Policy):
-    """A base of policies whose stats are a ring of what the last `window` queries attended to, and who protect these.
+    """The base of policies whose stats are the attention of the last `window` queries, and which protect these tokens.
 
     Attributes:
       window: how many queries; a field of the policy.

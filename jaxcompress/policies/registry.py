@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from jaxcompress.policies.forget_head import ForgetHead
 from jaxcompress.policies.gates import dmc
-from jaxcompress.policies.learned import DMS, ForgetHead, Retention
+from jaxcompress.policies.learned import DMS, Retention
 from jaxcompress.policies.policy import Policy
 
 

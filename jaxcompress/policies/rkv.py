@@ -10,11 +10,12 @@ from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView
 from jaxcompress.policies.geometry import for_set
-from jaxcompress.policies.labels import scoped
-from jaxcompress.policies.policy import policy, protect_newest
+from jaxcompress.policies.policy import policy
 from jaxcompress.policies.pooled import neighbours
+from jaxcompress.policies.protect import protected
 from jaxcompress.policies.recent_queries import RecentQueries, Ring
 from jaxcompress.state.shapes import SlotScores
+from jaxcompress.state.vectors import unit
 
 _ROWS = 256  # keys compared with all others at once
 
@@ -23,19 +24,21 @@ _ROWS = 256  # keys compared with all others at once
 class RKV(RecentQueries):
     """Keeps what is important and not redundant; made for long generations, in which models repeat themselves.
 
-    score[n] = mix * importance - (1 - mix) * redundancy; +inf for the last `window` tokens. Importance: the mean
-    probability from the last `window` queries within the prefix, max-pooled over `kernel` tokens. Redundancy: the mean
-    cosine of k_n with the other keys held, softmaxed; for each key, the newest one more similar than `threshold` is
-    spared, so that of repeated tokens the last stays.
+    score[n] = mix * importance - (1 - mix) * redundancy; +inf for the last `window` tokens. Importance is the mean
+    probability from the last `window` queries within the prefix, max-pooled over `kernel` tokens. Redundancy is the
+    mean cosine of k_n with the other keys held, softmaxed. For each key, the newest key more similar than `threshold`
+    is spared, so that of repeated tokens the last stays.
 
-    The authors compare all keys of a head with each other whenever 128 new tokens have come: combine with `every`.
-    `sketch` compares random projections of the keys to so many channels instead (Johnson and Lindenstrauss 1984): the
-    cosines err by about 1/sqrt(sketch). Two differences from their code: with several query heads per kv head they take
-    the maximum of scores before the softmax, this the mean after it; and where no key is similar they spare the first.
+    The authors compare all keys of a head with each other once per 128 new tokens: combine with `every`. `sketch`
+    compares random projections of the keys to so many channels instead (Johnson and Lindenstrauss 1984); cosines err by
+    about 1/sqrt(sketch). Two differences from their code. With several query heads per kv head, they take the maximum
+    of scores before the softmax; this takes the mean after it. Where no key is similar, they spare the first.
 
     Raises:
       ValueError: a mix outside 0..1, a window below 1, an even kernel or a sketch below 1.
     """
+
+    label = "rkv"
 
     mix: float | int = 0.1
     window: int = 8
@@ -49,10 +52,6 @@ class RKV(RecentQueries):
         if not 0 <= self.mix <= 1 or self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0 or not sketched:
             raise ValueError(f"rkv needs mix in 0..1, window >= 1, an odd kernel and sketch >= 1, not {self}")
 
-    @property
-    def name(self) -> str:
-        return scoped("rkv" if self.sketch is None else f"rkv-sketch{self.sketch}", self.scope, "kv_head")
-
     def score(self, stats: Ring, held: CacheView) -> SlotScores:
         prefix = held.occupied & (held.positions <= held.newest - self.window)
         mass = jnp.where(prefix[..., None], stats, 0.0)
@@ -60,23 +59,22 @@ class RKV(RecentQueries):
         importance = neighbours(mass, held, prefix, self.kernel, "max")
         alike = for_set(similarity(_sketched(held.keys, self.sketch), held, self.threshold), held)
         alike = jax.nn.softmax(jnp.where(held.occupied, alike, -jnp.inf), axis=-1)
-        return protect_newest(self.mix * importance - (1 - self.mix) * alike, held, self.window)
+        return protected(self.mix * importance - (1 - self.mix) * alike, held, recent=self.window)
 
 
 def similarity(keys: Float[Array, "B K N R"], held: CacheView, threshold: float) -> Float[Array, "B K N"]:
     """Mean cosine of each key with the others held, each other's newest look-alike left out."""
-    b, heads, n, width = keys.shape
-    unit = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
+    b, heads, n, _ = keys.shape
     at = jnp.broadcast_to(held.positions, (b, heads, n))
-    unit = jnp.where(at[..., None] >= 0, unit, 0.0)
+    units = jnp.where(at[..., None] >= 0, unit(keys, 1e-12), 0.0)
     blocks = -(-n // _ROWS)
     pad = [(0, 0), (0, 0), (0, blocks * _ROWS - n)]
     cut = lambda x: jnp.moveaxis(x.reshape(b, heads, blocks, -1, *x.shape[3:]), 2, 0)
-    rows = cut(jnp.pad(unit, [*pad, (0, 0)])), cut(jnp.pad(at, pad, constant_values=-1))
+    rows = cut(jnp.pad(units, [*pad, (0, 0)])), cut(jnp.pad(at, pad, constant_values=-1))
 
     def add(total: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
         vector, position = row
-        cosine = jnp.einsum("bkmr,bknr->bkmn", vector, unit, precision="highest")
+        cosine = jnp.einsum("bkmr,bknr->bkmn", vector, units, precision="highest")
         other = (position[..., None] != at[:, :, None]) & (at[:, :, None] >= 0)
         cosine = jnp.where(other, cosine, 0.0)
         like = jnp.where(cosine > threshold, at[:, :, None], -1)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt16
 
 from jaxcompress.policies.cache_view import CacheView, Observation
-from jaxcompress.policies.labels import scoped
-from jaxcompress.policies.policy import Policy, policy, protect_newest
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.policies.protect import protected
 from jaxcompress.state.shapes import SlotScores
 
 BITS = 16
@@ -22,14 +22,16 @@ Bits = UInt16[Array, "B P N words"]
 class Scissorhands(Policy):
     """Keeps the `recent` newest tokens and, of the others, those that were pivotal most often of late.
 
-    score[n] = how many of the last `history` queries gave token n at least the even share 1/t of the t keys that they
-    saw (algorithm 2 of the paper counts the complement); +inf for the newest. Within a set of several heads the mean
-    probability is compared. History costs one bit per slot and query. The paper drops half of the budget at once:
+    score[n] = how many of the last `history` queries gave token n at least the even share 1/t, where t is how many keys
+    they saw (algorithm 2 of the paper counts the complement); +inf for the newest. If heads share a set, their mean
+    probability is compared. The history costs one bit per slot and query. The paper drops half of the budget at once:
     `every(Scissorhands(), capacity // 2)`.
 
     Raises:
       ValueError: a history below 1 or a negative number of recent tokens.
     """
+
+    label = "scissorhands"
 
     history: int = 400
     recent: int = 10
@@ -40,10 +42,6 @@ class Scissorhands(Policy):
             raise ValueError(
                 f"history must be at least 1 query and recent 0 or more, not {self.history} and {self.recent}"
             )
-
-    @property
-    def name(self) -> str:
-        return scoped("scissorhands", self.scope, "kv_head")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -76,4 +74,4 @@ class Scissorhands(Policy):
         young = jnp.where(word == oldest // BITS, (0xFFFF << (oldest % BITS)) & 0xFFFF, 0xFFFF)
         young = jnp.where((word < oldest // BITS) | (word < 0), 0, young).astype(jnp.uint16)
         count = jax.lax.population_count(stats & young).astype(jnp.float32).sum(-1)
-        return protect_newest(count, held, self.recent)
+        return protected(count, held, recent=self.recent)

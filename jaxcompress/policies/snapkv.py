@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from jaxcompress.policies.cache_view import CacheView, Scope
-from jaxcompress.policies.labels import scoped
-from jaxcompress.policies.policy import policy, protect_newest
+from jaxcompress.policies.policy import policy
 from jaxcompress.policies.pooled import Pool, neighbours
+from jaxcompress.policies.protect import protected
 from jaxcompress.policies.recent_queries import RecentQueries, Ring
 from jaxcompress.state.shapes import SlotScores
 
@@ -15,17 +15,18 @@ class SnapKV(RecentQueries):
     """Keeps the last `window` tokens and, of the others, those to which their queries attend most.
 
     score[n] = mean, over the last `window` queries, of the probability that they gave token n, pooled over `kernel`
-    neighbours of the prefix; +inf for the window. "The last queries" are exactly that in every mode: at the end of a
-    one-shot prompt this is the published method, while streaming it looks at the last `window` queries at every step.
+    neighbours of the prefix; +inf for the window. The last queries are the same in every mode. At the end of a one-shot
+    prompt this is the published method; while streaming, every step looks at its last `window` queries.
 
-    The authors' code sums over queries and keeps a set per query head, which costs as many times more memory as there
-    are query heads per kv head (scope="query_head", pool="max" or "avg"); kvpress averages within the group, as here.
-    With pool="max" this pools after averaging. Costs `window` float32 numbers per slot, and a sort per selection:
-    combine with `every` for decoding.
+    The authors' code sums over queries and keeps a set per query head, which takes H / K times the memory
+    (scope="query_head", pool="max" or "avg"). kvpress averages within the group, as here. pool="max" pools after
+    averaging. Costs `window` float32 numbers per slot, and a sort per selection: combine with `every` for decoding.
 
     Raises:
       ValueError: a window below 1 or an even kernel.
     """
+
+    label = "snapkv+{window}"
 
     window: int = 32
     kernel: int = 5
@@ -38,13 +39,9 @@ class SnapKV(RecentQueries):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel must be an odd number of tokens, not {self.kernel}")
 
-    @property
-    def name(self) -> str:
-        return scoped(f"snapkv+{self.window}", self.scope, "kv_head")
-
     def score(self, stats: Ring, held: CacheView) -> SlotScores:
         prefix = held.positions <= held.newest - self.window
         scores = stats.mean(-1)
         if self.kernel > 1:
             scores = neighbours(scores, held, prefix, self.kernel, self.pool)
-        return protect_newest(scores, held, self.window)
+        return protected(scores, held, recent=self.window)

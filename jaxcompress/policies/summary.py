@@ -14,10 +14,11 @@ class Summary(NamedTuple):
     """Stand-ins for evicted tokens that every query sees beside the slots.
 
     Attributes:
-      keys, values: [B, K, M, D]; keys as queries meet them.
+      keys: [B, K, M, D], rotated as queries meet them.
+      values: [B, K, M, D].
       bias: [B, K, 1 or G, M] float32, added to the scores: the logarithm of how many tokens each stands for, -inf for
         none.
-      norm: times the squared norm of the query, taken off the scores.
+      norm: norm * |q|^2 is subtracted from the scores.
     """
 
     keys: Float[Array, "B K M D"]

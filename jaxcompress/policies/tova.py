@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxcompress.policies.cache_view import CacheView, Observation, Scope
-from jaxcompress.policies.labels import scoped
 from jaxcompress.policies.policy import Policy, policy
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import Stats
@@ -24,11 +23,9 @@ class TOVA(Policy):
         "kv_head" and "query_head" select per head, the ablation of appendix A (worse there).
     """
 
-    scope: Scope = "layer"
+    label = "tova"
 
-    @property
-    def name(self) -> str:
-        return scoped("tova", self.scope, "layer")
+    scope: Scope = "layer"
 
     def init(self, incoming: CacheView) -> Stats:
         return jnp.zeros_like(incoming.positions, jnp.float32)

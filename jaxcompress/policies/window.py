@@ -7,8 +7,9 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxcompress.policies.cache_view import CacheView
-from jaxcompress.policies.labels import scoped
-from jaxcompress.policies.policy import Policy, Schedule, policy
+from jaxcompress.policies.policy import Policy, policy
+from jaxcompress.policies.protect import protected
+from jaxcompress.policies.schedule import Schedule
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.shapes import SlotScores
@@ -19,22 +20,20 @@ class Window(Policy):
     """Keeps the first `sinks` tokens of the sequence and the most recent ones (Window, Window+i).
 
     score = +inf if position < sinks, else -age. Positions stay absolute, as in the static masks of Oren et al. 2024,
-    section 3; compare `StreamingLLM`. All heads keep the same; scope="kv_head" is for capacities that differ between
-    heads, such as the streaming heads of DuoAttention (see `jaxcompress.budgets.allocate`).
+    section 3; compare `StreamingLLM`. All heads keep the same tokens. scope="kv_head" is for capacities that differ
+    between heads, such as the streaming heads of DuoAttention (see `jaxcompress.budgets.allocate`).
 
     Raises:
       ValueError: a negative number of sinks.
     """
+
+    label = "window[+{sinks}]"
 
     sinks: int = 0
     scope: Literal["layer", "kv_head"] = "layer"
 
     def check(self) -> None:
         _check_sinks(self.sinks)
-
-    @property
-    def name(self) -> str:
-        return scoped(f"window+{self.sinks}" if self.sinks else "window", self.scope, "layer")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -58,6 +57,8 @@ class StreamingLLM(Policy):
       ValueError: a negative number of sinks, or another time to evict.
     """
 
+    label = "streaming_llm+{sinks}"
+
     sinks: int = 4
     evict: Literal["after", "before"] = "after"
     scope: Literal["layer", "kv_head"] = "layer"
@@ -67,10 +68,6 @@ class StreamingLLM(Policy):
         _check_sinks(self.sinks)
         if self.evict not in ("after", "before"):
             raise ValueError(f"evict must be 'after' or 'before', not {self.evict!r}")
-
-    @property
-    def name(self) -> str:
-        return scoped(f"streaming_llm+{self.sinks}-{self.evict}", self.scope, "layer")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
@@ -86,7 +83,7 @@ class StreamingLLM(Policy):
 
 def _newest(held: CacheView, sinks: int) -> SlotScores:
     age = held.newest - held.positions  # small: exact in float32, however long the sequence
-    return jnp.where(held.positions < sinks, jnp.inf, -age.astype(jnp.float32))
+    return protected(-age.astype(jnp.float32), held, first=sinks)
 
 
 def _check_sinks(sinks: int) -> None:

@@ -1,8 +1,8 @@
 """From a text and its compression to a label per word: kept or not (LLMLingua-2, Pan et al. 2024, section 3.2).
 
-A teacher that is told to remove words and nothing else still reorders, inflects and invents some. Every word of the
-compression is therefore looked for near the place of the one before it, ahead first, then behind, and what cannot be
-found is counted: two rates say how far the teacher strayed, and the worst pairs are left out.
+A teacher that is told only to remove words still reorders, inflects and invents some. So each word of the compression
+is searched near the place of the one before, ahead first, then behind. Words that are not found are counted: two rates
+say how far the teacher strayed, and the worst pairs are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 WINDOW = 400
-"""Words to look ahead and behind; the paper's experiments use 400, its script 150 by default."""
+"""Words searched ahead and behind; the paper's experiments use 400, its script 150 by default."""
 
 
 class Annotation(NamedTuple):
@@ -25,10 +25,10 @@ class Annotation(NamedTuple):
     Attributes:
       labels: one per word of O, True: kept.
       compression_rate: |C| / |O|.
-      variation_rate: share of C that does not occur in O at all: what the teacher made up. 1 for an empty C.
+      variation_rate: share of C that does not occur in O: what the teacher invented. 1 for an empty C.
       hitting_rate: |{c in C: c in O}| / |O|. Repeated words count each time, so it may exceed 1.
       matching_rate: share of O that is labelled as kept.
-      alignment_gap: hitting_rate - matching_rate: what occurs in O but found no word of its own.
+      alignment_gap: hitting_rate - matching_rate: words that occur in O but found no free word there.
     """
 
     labels: list[bool]
@@ -48,15 +48,15 @@ def annotate(
 ) -> Annotation:
     """Labels the words of a text that its compression keeps.
 
-    Of the words within `window` of the last match that are equal and not yet taken, the nearest is taken; the one
-    ahead, if two are equally near. A match ahead by more than half a window moves the place only by half a window, so
-    that one word found far away does not carry the search off.
+    Each word takes the nearest equal word within `window` of the last match that is not taken yet; of two equally near
+    ones, the one ahead. A match more than half a window ahead moves the place by half a window only, so one word found
+    far away does not mislead the search.
 
     Args:
       original, compressed: words in order. The authors' code drops commas from both and compares lemmas; see `key`.
-      window: an equal word is looked for at distances 0 to window - 1.
-      key: words are equal if their keys are: lower-cased by default; `rough_lemma`, or a lemmatiser of your own,
-        forgives inflection. What occurs in the text is counted by key, too.
+      window: an equal word is searched at distances 0 to window - 1.
+      key: words are equal if their keys are: lower case by default; `rough_lemma` or a lemmatiser of your own ignores
+        inflection. All rates compare words by key.
 
     Raises:
       ValueError: the original has no words, or the window is less than 1.
@@ -101,16 +101,16 @@ def _nearest(places: list[int], to: int, window: int) -> int | None:
 def faithful(
     annotations: Sequence[Annotation], *, variation: float = 95.0, gap: float = 90.0, spare_perfect: bool = True
 ) -> list[int]:
-    """Which pairs are good enough to learn from: indices, in order.
+    """The pairs that are good enough to learn from: indices, in order.
 
-    First those whose variation rate is not below its percentile are left out, then, of the rest, those whose alignment
-    gap is not below its own. The percentiles are the paper's (the worst 5 % and 10 %); the authors' script has 90 and
+    Pairs whose variation rate is not below its percentile are left out first; of the rest, those whose alignment gap is
+    not below its percentile. The percentiles are the paper's (the worst 5 % and 10 %); the authors' script has 90 and
     90.
 
     Args:
-      variation, gap: percentiles; 100 leaves out the very worst only.
-      spare_perfect: a rate of 0 is never left out. The authors' script has no such rule: where most rates are 0, so is
-        the percentile, and everything goes; False is as it is there.
+      variation, gap: percentiles; 100 leaves out only the very worst.
+      spare_perfect: a rate of 0 is never left out. False is as in the authors' script: if most rates are 0, so is the
+        percentile, and all pairs are left out.
     """
     kept = list(range(len(annotations)))
     for rate, percentile in (("variation_rate", variation), ("alignment_gap", gap)):
@@ -128,9 +128,10 @@ _ENDINGS = (("ies", "y"), ("ing", ""), ("ed", ""), ("es", ""), ("s", ""), ("ly",
 
 
 def rough_lemma(word: str) -> str:
-    """Lower case without the commonest English endings: votes, voted and voting are one word.
+    """Lower case without the most common English endings: votes, voted and voting become one word.
 
-    Good enough to align words that stand in the same place; no dictionary. Stems shorter than three letters stay whole.
+    It uses no dictionary, and is good enough to align words that stand near the same place. Stems shorter than three
+    letters stay whole.
     """
     word = word.lower()
     for ending, instead in _ENDINGS:

@@ -1,4 +1,4 @@
-"""What every method must beat: random words, evenly spread words, the first words, rare words, content words."""
+"""Scorers without a model, which every method must beat: random, evenly spread, first, rare and content words."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxcompress.prompt.surface import is_word, words_of
+from jaxcompress.prompt.surface import is_word, spelled
 from jaxcompress.prompt.units import FUNCTION_WORDS, sentences
 from jaxcompress.prompt.word_scores import ScoredWords, Scorer
+from jaxcompress.prompt.words import segment
 
 
 def random_words(seed: int = 0) -> Scorer:
     """Scores drawn evenly; the same for the same seed and number of words."""
 
     def score(text: str) -> ScoredWords:
-        words = words_of(text)
-        return ScoredWords(text, words, np.random.default_rng(seed).random(len(words), np.float32), "random")
+        spans = segment(text)
+        return ScoredWords(text, spans, np.random.default_rng(seed).random(len(spans), np.float32), "random")
 
     return score
 
@@ -27,28 +28,28 @@ def first_words() -> Scorer:
     """The beginning of the text."""
 
     def score(text: str) -> ScoredWords:
-        words = words_of(text)
-        return ScoredWords(text, words, -np.arange(len(words), dtype=np.float32), "first words")
+        spans = segment(text)
+        return ScoredWords(text, spans, -np.arange(len(spans), dtype=np.float32), "first words")
 
     return score
 
 
 def evenly_spread() -> Scorer:
-    """Whatever number of words is kept, they lie evenly over the text.
+    """The kept words lie evenly over the text, however many they are.
 
-    The scores are the van der Corput sequence of places, in base 2: the best n are within one word of a uniform stride
-    for every n, and at n = total / 2^k they are every 2^k-th word exactly.
+    The scores are the van der Corput sequence of places, in base 2. For every n the best n words are within one word of
+    a uniform stride; at n = total / 2^k they are exactly every 2^k-th word.
     """
 
     def score(text: str) -> ScoredWords:
-        words = words_of(text)
-        n = len(words)
+        spans = segment(text)
+        n = len(spans)
         order = np.zeros(n)
         if n:
             bits = max(1, math.ceil(math.log2(n)))
             for bit in range(bits):
                 order += ((np.arange(n) >> bit) & 1) * 2.0 ** (bits - 1 - bit)
-        return ScoredWords(text, words, -order.astype(np.float32), "uniform")
+        return ScoredWords(text, spans, -order.astype(np.float32), "uniform")
 
     return score
 
@@ -61,18 +62,17 @@ def tf_idf(background: Iterable[str] | None = None) -> Scorer:
     Words count in lower case; punctuation scores 0.
 
     Args:
-      background: documents. Without them, the text's own sentences and lines.
+      background: documents; the text's own sentences and lines if None.
     """
     given = None if background is None else _document_frequencies(background)
 
     def score(text: str) -> ScoredWords:
-        words = words_of(text)
-        spelled = [text[start:end].lower() for start, end in words]
+        words = _lower(text)
         frequencies, n = _document_frequencies(_sentences(text)) if given is None else given
-        counts = Counter(spelled)
+        counts = Counter(words)
         idf = {word: math.log((1 + n) / (1 + frequencies[word])) + 1 for word in counts}
-        scores = [counts[word] * idf[word] if is_word(word) else 0.0 for word in spelled]
-        return ScoredWords(text, words, np.array(scores, np.float32), "tf-idf")
+        scores = [counts[word] * idf[word] if is_word(word) else 0.0 for word in words]
+        return ScoredWords(text, segment(text), np.array(scores, np.float32), "tf-idf")
 
     return score
 
@@ -81,42 +81,38 @@ def content_words() -> Scorer:
     """1 for a word that is not an English function word, 0 for those and for punctuation."""
 
     def score(text: str) -> ScoredWords:
-        words = words_of(text)
-        spelled = (text[start:end].lower() for start, end in words)
-        scores = [float(is_word(word) and word not in FUNCTION_WORDS) for word in spelled]
-        return ScoredWords(text, words, np.array(scores, np.float32), "content words")
+        scores = [float(is_word(word) and word not in FUNCTION_WORDS) for word in _lower(text)]
+        return ScoredWords(text, segment(text), np.array(scores, np.float32), "content words")
 
     return score
 
 
 def relevance_to(question: str, *, reach: int = 8) -> Scorer:
-    """How near a word stands to the content words of a question: needs no model.
+    """How near a word stands to the content words of a question; needs no model.
 
       score(i) = max over places j that hold a word of the question of idf(j) * (1 - |i - j| / (reach + 1)), at least 0
 
-    Words are compared in lower case; idf is over the text's own sentences, so that a word of the question that is
-    everywhere in the text says little. Mix it with a scorer that knows nothing of the question (`mixed`).
+    Words are compared in lower case. idf is over the text's own sentences: a word of the question that stands
+    everywhere in the text counts little. Mix this with a scorer that does not know the question (`mixed`).
 
     Raises:
       ValueError: the reach is negative.
     """
     if reach < 0:
         raise ValueError(f"reach is a number of words, at least 0, not {reach}")
-    asked = {question[start:end].lower() for start, end in words_of(question)}
-    asked = {word for word in asked if is_word(word) and word not in FUNCTION_WORDS}
+    asked = {word for word in _lower(question) if is_word(word) and word not in FUNCTION_WORDS}
 
     def score(text: str) -> ScoredWords:
-        words = words_of(text)
-        spelled = [text[start:end].lower() for start, end in words]
+        words = _lower(text)
         frequencies, n = _document_frequencies(_sentences(text))
         scores = np.zeros(len(words), np.float32)
         near = 1 - np.abs(np.arange(-reach, reach + 1)) / (reach + 1)
-        for at, word in enumerate(spelled):
+        for at, word in enumerate(words):
             if word in asked:
                 low, high = max(at - reach, 0), min(at + reach + 1, len(words))
                 here = near[low - at + reach : high - at + reach] * (math.log((1 + n) / (1 + frequencies[word])) + 1)
                 scores[low:high] = np.maximum(scores[low:high], here)
-        return ScoredWords(text, words, scores, "question")
+        return ScoredWords(text, segment(text), scores, "question")
 
     return score
 
@@ -126,8 +122,13 @@ def _document_frequencies(documents: Iterable[str]) -> tuple[Counter[str], int]:
     n = 0
     for document in documents:
         n += 1
-        frequencies.update({document[start:end].lower() for start, end in words_of(document)})
+        frequencies.update(set(_lower(document)))
     return frequencies, n
+
+
+def _lower(text: str) -> list[str]:
+    """The words of a text in lower case."""
+    return [word.lower() for word in spelled(text)]
 
 
 def _sentences(text: str) -> list[str]:

@@ -1,10 +1,10 @@
-"""Keeping words so that their tokens are exactly as many as asked for.
+"""Words whose tokens are exactly as many as asked for.
 
-Words cost different numbers of tokens, so the best n tokens are rarely whole words: the last one does not fit. The
+Words cost different numbers of tokens, so the best n tokens are rarely whole words: the last word does not fit. The
 gap is closed among the words around the threshold, by dynamic programming over this small core (the idea of Pisinger
-1997 for the knapsack problem), so that no word far from the threshold is touched.
+1997 for the knapsack problem). No word far from the threshold is touched.
 
-How many tokens the words of a core can have is told by the bits of one integer, so that only the core that does it is
+The bits of one integer tell how many tokens the words of a core can have, so only a core that can close the gap is
 filled. Of a large core few words are open: the best filling is near the one by score per token (Eisenbrand & Weismantel
 2019, theorem 3.1).
 """
@@ -16,40 +16,56 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxcompress.state.select import best_first
+
 CORE = 16  # words around the threshold among which the gap is closed; doubled until it can be
 _TABLE = 1 << 16  # bytes of the table that a dynamic programme keeps; a larger one is halved
 
 
-def best_first(scores: Float[np.ndarray, " W"]) -> Int[np.ndarray, " W"]:
-    """Words from the highest score to the lowest, the earlier first on a tie: the order of `select.rank`, on the host
-    where texts are, since a call of a device takes longer than the sort."""
-    scores = scores.astype(np.float32)
-    return np.argsort(-np.where(np.isnan(scores), -np.inf, scores), kind="stable")
+def words_best_first(
+    scores: Float[np.ndarray, " W"], allowed: Bool[np.ndarray, " W"] | None = None
+) -> Int[np.ndarray, " N"]:
+    """The words that may stay from the best to the worst, by the rule of `jaxcompress.state.select`: a word's position
+    is its place in the text.
+
+    Args:
+      allowed: words that may stay; all by default.
+    """
+    places = np.arange(len(scores))
+    if allowed is None:
+        return np.asarray(best_first(scores, places, np))
+    return np.asarray(best_first(scores, np.where(allowed, places, -1), np))[: int(allowed.sum())]
 
 
-def choose_words(scores: Float[np.ndarray, " W"], costs: Int[np.ndarray, " W"], n: int) -> Bool[np.ndarray, " W"]:
-    """The words that stay: the best ones, whose costs add up to n, or to the most below n that any words do.
+def choose_words(
+    scores: Float[np.ndarray, " W"],
+    costs: Int[np.ndarray, " W"],
+    n: int,
+    allowed: Bool[np.ndarray, " W"] | None = None,
+) -> Bool[np.ndarray, " W"]:
+    """The words that stay: the best ones whose costs add up to n, or to the largest number below n that any words have.
 
-    Those that fit in the order of their scores stay as they are if they have so many; else the smallest core around
-    the threshold with words of so many is filled with those of its words whose scores have the largest sum.
+    The words that fit in the order of their scores stay if they cost exactly so much. Else the smallest core around the
+    threshold whose words can cost so much is filled with those of its words whose scores have the largest sum. (A
+    score of -inf or NaN counts as one below all others.)
 
-    Memory grows in proportion to the words and n, and so does time, but for sorting; it takes longer only where words
+    Memory grows in proportion to the words and n, and so does time, except for sorting. It takes longer only if words
     far from the threshold are needed and some of them cost hundreds of tokens.
 
     Args:
-      scores: higher stays, +inf always, -inf never.
+      scores: higher stays; +inf always stays.
       costs: tokens of each word.
-      n: at least what words with score +inf cost.
+      n: at least what the words with score +inf cost.
+      allowed: words that may stay; all by default.
     """
-    order = best_first(scores)
-    order = order[~np.isneginf(scores[order])]
+    order = words_best_first(scores, allowed)
     running = np.concatenate([[0], np.cumsum(costs[order])])
     kept = np.zeros(len(scores), bool)
     fits = int(np.searchsorted(running, n, side="right")) - 1
     kept[order[:fits]] = True
     if running[fits] == n or fits == len(order):
         return kept
-    protected, most, smallest = int(np.isposinf(scores).sum()), int(running[fits]), None
+    protected, most, smallest = int(np.isposinf(scores[order]).sum()), int(running[fits]), None
     for start, stop in _cores(fits, protected, len(order)):
         reached = int(running[start]) + reachable(costs[order[start:stop]], n - int(running[start]))
         if reached > most:
@@ -58,9 +74,16 @@ def choose_words(scores: Float[np.ndarray, " W"], costs: Int[np.ndarray, " W"], 
             break
     if smallest is not None:
         core = order[slice(*smallest)]
-        values = np.where(np.isnan(scores[core]), np.finfo(np.float32).min, scores[core]).astype(np.float64)
-        kept[core] = fill(values, costs[core], most - int(running[smallest[0]]))
+        kept[core] = fill(_summable(scores[core]), costs[core], most - int(running[smallest[0]]))
     return kept
+
+
+def _summable(scores: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """float64, with -inf and NaN so far below all others that a sum with fewer of them is always larger."""
+    finite = np.isfinite(scores)
+    values = scores.astype(np.float64)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    return np.where(finite, values, low - (len(scores) + 1) * max(high - low, abs(low), abs(high), 1.0))
 
 
 def _cores(fits: int, first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -75,7 +98,7 @@ def _cores(fits: int, first: int, last: int) -> Iterator[tuple[int, int]]:
 
 
 def reachable(costs: Int[np.ndarray, " N"], room: int) -> int:
-    """The most that any items cost together within the room."""
+    """The largest number within the room that any items cost together."""
     counts = np.bincount(costs[costs <= room])
     each = np.flatnonzero(counts[1:]) + 1
     unit = int(np.gcd.reduce(each)) or 1
@@ -91,11 +114,11 @@ def reachable(costs: Int[np.ndarray, " N"], room: int) -> int:
 
 
 def fill(values: Float[np.ndarray, " N"], costs: Int[np.ndarray, " N"], room: int) -> Bool[np.ndarray, " N"]:
-    """Which items have the largest sum of values among those that cost exactly the room.
+    """The items with the largest sum of values among all that cost exactly `room` together.
 
     Args:
       values: descending.
-      room: what some items cost together.
+      room: a number that some items cost together.
     """
     if len(costs) * (room + 1) <= _TABLE:
         return _from_table(values, costs, room)
@@ -112,12 +135,13 @@ def fill(values: Float[np.ndarray, " N"], costs: Int[np.ndarray, " N"], room: in
 def _near(
     values: Float[np.ndarray, " N"], costs: Int[np.ndarray, " N"], room: int
 ) -> tuple[Bool[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
-    """Items that are in the best filling, and those of which this is open.
+    """Items that are in the best filling, and items that may or may not be in it.
 
-    Some best filling takes of every cost the items with the highest values. Where it differs from the filling by value
-    per cost, no items that it has more cost together what some cost that it has less: they could be changed back
-    without loss. So of items that cost up to h, fewer than 2 h differ until all others are on one side, and these cost
-    together no more than h, the dearest item, and all items above h: for every h, of which the best is taken.
+    Of the items of one cost, a best filling takes those with the highest values. Compare it with the filling by value
+    per cost. No group of items that it adds costs the same as a group that it removes: the two could be swapped back
+    without loss. So for every cost h: of the items that cost up to h, fewer than 2 h differ until all further
+    differences are on one side, and those cost together at most h, the dearest item, and all items above h. The h with
+    the smallest bound is used.
     """
     by_density = np.argsort(-values / costs, kind="stable")
     first = by_density[np.cumsum(costs[by_density]) <= room]  # up to the one that does not fit, since costs are above 0
@@ -133,7 +157,7 @@ def _near(
 
 def _exactly(values: Float[np.ndarray, " N"], costs: Int[np.ndarray, " N"], room: int) -> Bool[np.ndarray, " N"]:
     """`fill` by dynamic programming. A table that is too large is halved (Hirschberg 1975): what each half costs in
-    the best filling is found first."""
+    the best filling is computed first."""
     if len(costs) < 2 or len(costs) * (room + 1) <= _TABLE:
         return _from_table(values, costs, room)
     half = len(costs) // 2
@@ -160,8 +184,8 @@ def _best_sums(
     room: int,
     took: Bool[np.ndarray, "N S"] | None = None,
 ) -> Float[np.ndarray, " S"]:
-    """The largest sum of values of items that cost exactly s, for s from 0 to the room; -inf where none do. Notes in
-    `took` which item is the last of them."""
+    """The largest sum of values of items that cost exactly s, for s from 0 to `room`; -inf where no items do. Marks in
+    `took` the last of these items."""
     best, top = np.full(room + 1, -np.inf), 0
     best[0] = 0.0
     for n, (value, cost) in enumerate(zip(values.tolist(), costs.tolist(), strict=True)):
@@ -178,7 +202,7 @@ def _best_sums(
 def apportion(
     total: int, weights: Int[np.ndarray, " U"], least: Int[np.ndarray, " U"] | None = None
 ) -> Int[np.ndarray, " U"]:
-    """Shares of a total in proportion to weights, by largest remainders, none below `least` or above its weight.
+    """Parts of a total in proportion to weights, by largest remainders; none below `least` or above its weight.
 
     Args:
       total: between the sums of `least` and of the weights.

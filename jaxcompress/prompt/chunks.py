@@ -1,4 +1,4 @@
-"""Cutting a text into rows that an encoder can take: at the ends of sentences, and never inside a word if it fits."""
+"""Cuts a text into chunks that an encoder can take: at ends of sentences, and inside a word only if it is too long."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from jaxcompress.prompt.words import Offsets, Spans
 SENTENCE_ENDS = ".!?…。！？．｡।؟"
 _ENDS_SENTENCE = np.zeros(0x10000, bool)
 _ENDS_SENTENCE[[ord(c) for c in SENTENCE_ENDS]] = True
-_LEAST = 0.25  # of a row: rather than cut earlier at the end of a sentence, one is cut at the end of a word
+_LEAST = 0.25  # of a chunk: the least that an end of a sentence must fill; else it is cut at the end of a word
 
 
 def chunks(text: str, offsets: Offsets, spans: Spans, most: int) -> Int[np.ndarray, "C 2"]:
-    """First and last (exclusive) subword of every chunk; together they are all subwords, in order.
+    """First and last (exclusive) subword of every chunk [C, 2]; together the chunks are all subwords, in order.
 
-    A chunk ends after the last sentence or line that fits; where that would leave it less than a quarter full, after
-    the last word that fits; in a word that is longer than a chunk, anywhere.
+    A chunk ends after the last sentence or line that fits. If it would then be less than a quarter full, it ends after
+    the last word that fits; inside a word that is longer than a chunk, anywhere.
 
     Args:
       offsets: of subwords.
       spans: of words.
-      most: subwords of a chunk.
+      most: subwords that a chunk may have.
     """
     total = len(offsets)
     if total <= most:
@@ -38,7 +38,7 @@ def chunks(text: str, offsets: Offsets, spans: Spans, most: int) -> Int[np.ndarr
 
 
 def _ends(text: str, offsets: Offsets, spans: Spans) -> tuple[np.ndarray, np.ndarray]:
-    """The subwords before which a word may end, and those before which a sentence does."""
+    """The subwords that may begin a chunk: those after the end of a word, and those after the end of a sentence."""
     code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     ends, starts = np.maximum.accumulate(offsets[:, 1])[:-1], offsets[1:, 0]
     inside = np.searchsorted(spans[:, 0], ends, side="left")  # after the last word that begins before the cut

@@ -1,11 +1,11 @@
-"""Making training data for a token classifier: texts -> a teacher's compressions -> labelled words.
+"""Makes training data for a token classifier: texts -> a teacher's compressions -> labelled words.
 
     collect(documents, teacher, "pairs.jsonl")              # may be stopped at any moment and started again
     examples, report = label(read_pairs("pairs.jsonl"))
     write_examples(examples, "examples.jsonl")
 
-Both files are JSON lines. Each pair is on disk before the next one counts as done, so that neither a teacher that fails
-nor `kill -9` loses a finished one.
+Both files are JSON lines. A pair counts as done when it is on disk, so neither a failing teacher nor `kill -9` loses a
+finished pair.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +45,9 @@ class Collected(NamedTuple):
     """What a call of `collect` did.
 
     Attributes:
-      done: pieces that the file has now, of those asked for.
-      asked: of them, how many the teacher was asked for in this call.
-      failed: (document, piece, why) of those that are still missing.
+      done: how many pieces of these documents the file has now.
+      asked: how many pieces were sent to the teacher in this call.
+      failed: (document, piece, why) of the pieces that are still missing.
     """
 
     done: int
@@ -64,19 +66,19 @@ def collect(
     patience: int = 5,
     progress: Callable[[int], None] = lambda pieces: None,
 ) -> Collected:
-    """Has a teacher shorten the pieces of documents that the file does not have yet, and adds them to it.
+    """Has a teacher shorten the pieces of documents that the file does not have yet, and appends them to it.
 
-    A piece is known by document, number, its own text and the instruction: a changed text is shortened again. A piece
-    whose teacher fails is left for the next call; so are all that are left when the teacher has failed `patience` times
-    in a row, or refuses altogether. White space alone is not sent.
+    A piece is identified by document, number, text and instruction, so a changed text is shortened again. If the
+    teacher fails, the piece is left for the next call. After `patience` failures in a row, or a refusal, all further
+    pieces are left. A piece of white space is not sent.
 
     Args:
       documents: (name, text) each.
-      path: JSON lines; made if it is not there. A last line that was cut off is removed.
-      cut: into pieces for the teacher.
-      workers: requests at the same time; the teacher must then be safe to call from several threads.
-      patience: see above.
-      progress: called with the number of pieces done, as they are.
+      path: JSON lines; created if missing. A last line that was cut off is removed.
+      cut: cuts a text into pieces for the teacher.
+      workers: requests at the same time. With several, the teacher must be safe to call from several threads.
+      patience: failures in a row before no further piece is sent.
+      progress: called with the number of pieces done, each time some are.
 
     Raises:
       ValueError: workers or patience is less than 1, or a line of the file is not a pair; names it.
@@ -89,43 +91,68 @@ def collect(
     _mend(path)
     known = {_key(pair, seal) for pair, seal in _read(path)} if path.exists() else set()
     seal = zlib.crc32(instruction.encode())
-    todo = (
-        Pair(clean(str(name)), number, piece, "")
-        for name, text in documents
-        for number, piece in enumerate(cut(clean(text)))
-        if piece.strip()
-    )
-    done, asked, failed, in_a_row = 0, 0, [], 0
-    refused: str | None = None
-    flying: dict[Future[str], Pair] = {}
-    with open(path, "ab") as file, ThreadPoolExecutor(workers) as pool:
-        while True:
-            while len(flying) < workers and (pair := next(todo, None)) is not None:
-                if _key(pair, seal) in known:
+    done, asked, failed = 0, 0, []
+
+    def missing() -> Iterator[Pair]:
+        nonlocal done
+        for name, text in documents:
+            for number, piece in enumerate(cut(clean(text))):
+                pair = Pair(clean(str(name)), number, piece, "")
+                if piece.strip() and _key(pair, seal) not in known:
+                    yield pair
+                elif piece.strip():
                     done += 1
                     progress(1)
-                elif refused is not None:
-                    failed.append((pair.document, pair.piece, refused))
+
+    shorten = partial(teacher, instruction)
+    with open(path, "ab") as file, closing(_replies(missing(), shorten, workers, patience)) as replies:
+        for reply in replies:
+            asked += reply.sent
+            if reply.why is not None:
+                failed.append((reply.pair.document, reply.pair.piece, reply.why))
+                continue
+            _append(file, reply.pair, seal)
+            done += 1
+            progress(1)
+    return Collected(done, asked, sorted(failed))
+
+
+class _Reply(NamedTuple):
+    """A pair with the teacher's compression; without one, `why`. `sent`: whether the teacher was asked."""
+
+    pair: Pair
+    why: str | None
+    sent: bool = True
+
+
+def _replies(
+    pairs: Iterator[Pair], shorten: Callable[[str], str], workers: int, patience: int
+) -> Generator[_Reply, None, None]:
+    """Asks about several pairs at a time; about none any more after a refusal or `patience` failures in a row."""
+    in_a_row, refused = 0, None
+    running: dict[Future[str], Pair] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            while len(running) < workers and (pair := next(pairs, None)) is not None:
+                if refused is None:
+                    running[pool.submit(shorten, pair.original)] = pair
                 else:
-                    asked += 1
-                    flying[pool.submit(teacher, instruction, pair.original)] = pair
-            if not flying:
-                return Collected(done, asked, sorted(failed))
-            for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                pair = flying.pop(future)
-                error = future.exception()
+                    yield _Reply(pair, refused, sent=False)
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                pair, error = running.pop(future), future.exception()
                 if error is None:
-                    _append(file, pair._replace(compressed=clean(future.result())), seal)
-                    done, in_a_row = done + 1, 0
-                    progress(1)
+                    in_a_row = 0
+                    yield _Reply(pair._replace(compressed=clean(future.result())), None)
                     continue
                 if not isinstance(error, Exception):  # KeyboardInterrupt and the like
                     raise error
-                why = str(error) if isinstance(error, TeacherFailed) else f"{type(error).__name__}: {error}"
-                failed.append((pair.document, pair.piece, why))
                 in_a_row += 1
+                why = str(error) if isinstance(error, TeacherFailed) else f"{type(error).__name__}: {error}"
                 if isinstance(error, Refused) or in_a_row >= patience:
-                    refused = f"not asked, for the teacher failed {in_a_row} times in a row: {why}"
+                    refused = f"not asked, because the teacher failed {in_a_row} times in a row: {why}"
+                yield _Reply(pair, why)
 
 
 def _key(pair: Pair, seal: int) -> tuple[str, int, int, int]:
@@ -133,14 +160,14 @@ def _key(pair: Pair, seal: int) -> tuple[str, int, int, int]:
 
 
 def _append(file: Any, pair: Pair, seal: int) -> None:
-    """One line, in one write, on disk when this returns."""
+    """Writes one line in one write; it is on disk when this returns."""
     file.write(json.dumps({**pair._asdict(), "instruction": seal}, ensure_ascii=False).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
 
 
 def _mend(path: Path) -> None:
-    """Cuts off a last line that has no end: its writer was killed."""
+    """Removes a last line without an end, which a killed writer left."""
     if not path.exists():
         return
     with open(path, "r+b") as file:
@@ -163,7 +190,7 @@ def _read(path: str | Path) -> Iterator[tuple[Pair, int]]:
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """The pairs of a file in the order of documents (as first met) and pieces; of two of the same piece, the later.
+    """The pairs of a file, by document (in the order of the file) and piece; of two pairs of one piece, the later.
 
     Raises:
       ValueError: a line is not a pair; names file and line.
@@ -179,7 +206,7 @@ class Example(NamedTuple):
     """A text whose words are labelled.
 
     Attributes:
-      words: where they stand in the text.
+      words: start and end of each in the text.
       labels: one per word, True: kept.
     """
 
@@ -189,20 +216,20 @@ class Example(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What became of the pairs.
+    """What `label` did with the pairs.
 
     Attributes:
-      pairs: how many there were.
-      empty: of them, texts without words.
-      unfaithful: left out by `faithful`.
-      kept_rate: share of words labelled as kept, of those that stay.
-      variation_rate, alignment_gap: means over those that stay.
+      pairs: how many were given.
+      empty: how many of them have no words.
+      unfaithful: how many `faithful` left out.
+      kept_share: share of words labelled as kept, in the examples.
+      variation_rate, alignment_gap: means over the examples.
     """
 
     pairs: int
     empty: int
     unfaithful: int
-    kept_rate: float
+    kept_share: float
     variation_rate: float
     alignment_gap: float
 
@@ -217,7 +244,7 @@ def label(
 ) -> tuple[list[Example], Report]:
     """Labels the words of each text by its compression, and leaves out pairs that are not faithful enough.
 
-    Words are those of the text as it is written, commas and all: the classifier will meet them so. (The authors train
+    Words are those of the text as it is written, commas included, as the classifier will see them. (The authors train
     on lemmas without commas.)
 
     Args:
@@ -235,7 +262,7 @@ def label(
     mean = lambda values: sum(values) / len(values) if values else 0.0
     report = Report(
         len(given), len(given) - len(texts), len(texts) - len(good),
-        kept_rate=mean([label for example in examples for label in example.labels]),
+        kept_share=mean([label for example in examples for label in example.labels]),
         variation_rate=mean([annotations[i].variation_rate for i in good]),
         alignment_gap=mean([annotations[i].alignment_gap for i in good]),
     )  # fmt: skip
@@ -243,7 +270,7 @@ def label(
 
 
 def write_examples(examples: Iterable[Example], path: str | Path) -> None:
-    """Writes a file of JSON lines with text, words ([start, end] each) and labels (0 or 1); whole or not at all."""
+    """Writes JSON lines with text, words ([start, end] each) and labels (0 or 1); the file appears when complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -255,7 +282,7 @@ def write_examples(examples: Iterable[Example], path: str | Path) -> None:
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Reads such a file.
+    """Reads a file of `write_examples`.
 
     Raises:
       ValueError: a line is not an example; names file and line and says why.

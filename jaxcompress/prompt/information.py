@@ -1,12 +1,11 @@
-"""How much a decoder is surprised by a text: negative log-likelihoods of its tokens, read through a bounded state.
+"""How much a text surprises a decoder: negative log-likelihoods of its tokens, read through a bounded state.
 
-The state makes texts of any length possible: what was read before is held in so many slots, whatever the length, and
-every segment is read by one compiled function of fixed shapes.
+A text may have any length. The state has a fixed number of slots, and one compiled function of fixed shapes reads every
+segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -21,9 +20,8 @@ from jaxcompress.models.decoder import Decoder, read
 from jaxcompress.models.init_state import Slots, init_state
 from jaxcompress.policies import Window
 from jaxcompress.policies.policy import Policy
-from jaxcompress.prompt.surface import Word, words_of
 from jaxcompress.prompt.word_scores import ScoredWords, Scorer
-from jaxcompress.prompt.words import align
+from jaxcompress.prompt.words import Spans, align, segment
 from jaxcompress.state.kv_state import State
 from jaxcompress.state.placement import Placement
 from jaxcompress.training.loss import token_losses
@@ -34,14 +32,14 @@ Ids = Int[np.ndarray, " T"]
 
 @dataclass(frozen=True)
 class Reader:
-    """A decoder and the memory that it reads with.
+    """A decoder, and the state that it reads with.
 
     Attributes:
-      policy: what the state keeps: the first 4 tokens and the newest ones by default. `full()` keeps all, and then
-        `slots` must be enough for the text.
+      policy: what the state keeps: by default the first 4 tokens and the newest ones. `Full()` keeps all; then `slots`
+        must be enough for the text.
       segment: tokens per call, and between two selections.
-      placement: where tokens stand for RoPE; `slot`, the default, keeps distances within what the model knows however
-        long the text; with `full()` all placements are the same.
+      placement: where tokens stand for RoPE. `slot`, the default, keeps distances within what the model was trained on,
+        however long the text. With `Full()` all placements are the same.
     """
 
     model: Decoder
@@ -56,7 +54,7 @@ class Reader:
             raise ValueError(f"a segment has at least 1 token, not {self.segment}")
 
     def begin(self, rows: int = 1) -> Context:
-        """Before the first token of a text."""
+        """The context before the first token of a text."""
         state = init_state(
             self.model.config, self.policy, self.slots, batch=rows, dtype=self.model.embedding[...].dtype
         )
@@ -64,13 +62,13 @@ class Reader:
         return Context(state, np.full(rows, -1 if opening is None else opening, np.int32))
 
     def losses(self, context: Context, tokens: Int[np.ndarray, "B T"]) -> tuple[Float[np.ndarray, "B T"], Context]:
-        """How badly each of the next tokens is predicted, in nats, and the context after them.
+        """The losses of the next tokens, in nats, and the context after them.
 
-        Rows may be of different lengths: padding is -1, at the end, its losses are 0, and a row's context stays where
-        its tokens end. The first token of a text without a begin token has no prediction: its loss is NaN.
+        Rows may have different lengths. Padding is -1 and stands at the end; its losses are 0, and a row's context ends
+        with its last token. The first token of a text without a begin token has no prediction: its loss is NaN.
 
         Raises:
-          ValueError: ids outside the vocabulary, but for -1 (see `jaxcompress.inputs.token_ids`).
+          ValueError: ids other than -1 outside the vocabulary (see `jaxcompress.inputs.token_ids`).
         """
         there = np.asarray(tokens) != -1
         tokens = np.where(there, token_rows(tokens, self.model.config.vocab_size, valid=there), -1)
@@ -83,7 +81,7 @@ class Reader:
         return np.concatenate(all_losses, axis=1), context
 
     def _segment(self, context: Context, tokens: np.ndarray) -> tuple[np.ndarray, Context]:
-        """The state holds what was read but for the last token, which stands before this segment's first."""
+        """Reads one segment. The newest token of the context is not in the state yet: it is the first input."""
         width = tokens.shape[1]
         tokens = np.pad(tokens, [(0, 0), (0, self.segment - width)], constant_values=-1)
         inputs = np.concatenate([context.last[:, None], tokens[:, :-1]], axis=1)
@@ -99,7 +97,7 @@ class Reader:
 
 
 class Context(NamedTuple):
-    """What a reader has read: a state without the newest token of each row, and these tokens, -1 for none, [B]."""
+    """What a reader has read: a state without the newest token of each row, and these tokens [B], -1 for none."""
 
     state: State
     last: Int[np.ndarray, " B"]
@@ -122,7 +120,7 @@ def _read_segment(
 
 
 class TokenLosses(NamedTuple):
-    """A text as tokens, where each stands in it, and how surprising it was.
+    """The tokens of a text, where each stands in it, and its loss.
 
     Attributes:
       ids: [T].
@@ -142,12 +140,15 @@ def surprise(reader: Reader, text: str, context: Context | None = None) -> Token
     return TokenLosses(ids, places, losses[0])
 
 
-def per_unit(units: Sequence[Word], read: TokenLosses) -> Float[np.ndarray, " U"]:
-    """The mean surprise of the tokens that lie in each unit, if only in part.
+def per_unit(units: Spans, read: TokenLosses) -> Float[np.ndarray, " U"]:
+    """The mean loss of the tokens that lie in each unit [U], completely or in part.
 
-    A unit with a token that was not predicted scores +inf (nothing is known against it), one without any token -inf.
+    A unit with a token that has no prediction scores +inf (nothing is known against it), a unit without tokens -inf.
+
+    Args:
+      units: [U, 2], start and end of each in characters.
     """
-    first, last = align(np.array(units, np.int64).reshape(-1, 2), read.places)
+    first, last = align(units, read.places)
     sums, unread = (
         np.concatenate([[0], np.cumsum(x, dtype=np.float64)]) for x in (np.nan_to_num(read.nats), np.isnan(read.nats))
     )
@@ -158,15 +159,15 @@ def per_unit(units: Sequence[Word], read: TokenLosses) -> Float[np.ndarray, " U"
 
 
 def self_information(reader: Reader) -> Scorer:
-    """Selective-Context over words (Li et al. 2023): what a decoder expected says little.
+    """Selective-Context over words (Li et al. 2023): a word that a decoder expected says little.
 
-      score(word) = mean over its tokens of -log p(token | what was read before)
+      score(word) = mean over its tokens of -log p(token | all tokens before)
 
-    The whole text is read as one; see `jaxcompress.prompt.selective_context` for the paper's phrases and sentences.
+    The whole text is read as one. See `jaxcompress.prompt.selective_context` for the paper's phrases and sentences.
     """
 
     def score(text: str) -> ScoredWords:
-        words = words_of(text)
-        return ScoredWords(text, words, per_unit(words, surprise(reader, text)), "self-information")
+        spans = segment(text)
+        return ScoredWords(text, spans, per_unit(spans, surprise(reader, text)), "self-information")
 
     return score

@@ -1,4 +1,4 @@
-"""From kept words back to a text: their own characters, with spaces where something was left out."""
+"""From kept words back to a text: their own characters, with spaces where words were dropped."""
 
 from __future__ import annotations
 
@@ -11,21 +11,28 @@ from jaxtyping import Bool
 
 from jaxcompress.prompt.words import Spans
 
+SEPARATOR = "\n\n"  # between texts that are read one after the other
+
 _BEGINS, _ENDS = regex.compile(r"[\p{L}\p{N}_]"), regex.compile(r"[\p{L}\p{N}_]\p{M}*\Z")
 
 _LINE_ENDS = {"\n": r"(?:\r\n|\r(?!\n)|(?<!\r)\n)", "\r": r"\r(?!\n)"}
 _MARKS = 16  # characters looked back over for a letter with accents
 
 
-def join(text: str, spans: Spans, kept: Bool[np.ndarray, " W"], breaks: Sequence[str] = ()) -> str:
-    """The kept words. Neighbours keep what stands between them.
+def joined(texts: Sequence[str]) -> str:
+    """Texts one after the other, an empty line between them; empty ones are left out."""
+    return SEPARATOR.join(text for text in texts if text)
 
-    Where words are left out between two, there is one of `breaks` if the text has it there, as it has it; else nothing,
-    if there is no white space in between or the second is a sign that follows its word directly (a comma); else a
-    space. Letters and digits that did not touch never do.
+
+def join(text: str, spans: Spans, kept: Bool[np.ndarray, " W"], breaks: Sequence[str] = ()) -> str:
+    """The text of the kept words. Neighbouring words keep what stands between them.
+
+    Two kept words with dropped words between them are joined by the first of these that applies: one of `breaks`, if
+    the text has it there; nothing, if the text has no white space there or the second word is a sign that follows its
+    word directly (a comma); a space. Letters and digits that did not touch in the text never touch.
 
     Args:
-      breaks: white space that is to stay, the first that is found; see `found_break`.
+      breaks: white space that stays; the first one found is taken (see `found_break`).
     """
     at = np.flatnonzero(kept)
     if not len(at):
@@ -40,10 +47,10 @@ def join(text: str, spans: Spans, kept: Bool[np.ndarray, " W"], breaks: Sequence
 
 
 def found_break(text: str, start: int, end: int, breaks: Sequence[str]) -> str | None:
-    """The first of some pieces of white space that stands in text[start:end], as it stands there; None if none does.
+    """The first of `breaks` that stands in text[start:end], as the text has it; None if none does.
 
-    A line feed among them stands for any end of a line: a text with CRLF keeps its CRLF. A lone carriage return is one
-    that no line feed follows.
+    A line feed in `breaks` stands for any end of a line: a text with CRLF keeps its CRLF. A carriage return stands for
+    one without a line feed after it.
     """
     for kept in breaks:
         if found := _of_break(kept).search(text, start, end):
@@ -70,5 +77,5 @@ def _between(text: str, end: int, start: int, breaks: Sequence[str]) -> str:
 
 
 def _touches(before: str, after: str) -> bool:
-    """Whether two letters would look like one word: not so in scripts without spaces."""
+    """Whether two letters would look like one word; not in scripts without spaces."""
     return not (ord(before) >= 0x2E80 and ord(after) >= 0x2E80)

@@ -1,8 +1,7 @@
-"""Training a token classifier on labelled words with the project's trainer.
+"""Trains a token classifier on labelled words with the project's trainer (LLMLingua-2, section 3.3).
 
-Every subword of a word carries the word's label. Nothing else counts: not padding, not special tokens, not white space
-(the authors' script counts padding as deleted words, and moves the last label; see the paper's section 3.3 for what is
-meant).
+Every subword of a word has the word's label. Padding, special tokens and white space do not count. (The authors' script
+counts padding as deleted words, and moves the last label.)
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ class Classifier(Protocol):
 class PackedRows:
     """Examples as rows of equal length, for `grain`.
 
-    Short examples follow each other in a row, as sentences do in a text, and long ones are cut, so that little is
-    padding and every position is trained. A row begins and ends with the tokenizer's special tokens.
+    Short examples follow each other in a row, as sentences do in a text, and long ones are cut: padding is
+    rare, and every position is trained. A row begins and ends with the tokenizer's special tokens.
 
     Attributes:
       tokens, labels: of each row, without special tokens; a label of -1 does not count.
@@ -119,7 +118,7 @@ def tokenized(example: Example, tokenizer: FastTokenizer) -> tuple[Int[np.ndarra
 
 
 def special_ids(tokenizer: FastTokenizer) -> tuple[int, int, int]:
-    """What opens a text, closes it and fills it up: [CLS], [SEP] and [PAD], or <s>, </s> and <pad>.
+    """The ids that open a text, close it and pad it: [CLS], [SEP] and [PAD], or <s>, </s> and <pad>.
 
     Raises:
       ValueError: the tokenizer lacks one.
@@ -134,12 +133,12 @@ def special_ids(tokenizer: FastTokenizer) -> tuple[int, int, int]:
 
 
 def batches(*sources: PackedRows, batch: int, seed: int, shares: Sequence[float] = ()) -> grain.DatasetIterator[Batch]:
-    """Batches without end, each source shuffled anew in every epoch of its own.
+    """Endless batches. Each source is shuffled anew in each of its epochs.
 
-    `get_state` and `set_state` of the iterator take up the order exactly where it was.
+    `get_state` and `set_state` of the iterator resume the order exactly.
 
     Args:
-      shares: of the rows, one per source; equal by default.
+      shares: of the rows, one for each source; equal by default.
 
     Raises:
       ValueError: there are fewer rows than a batch, or not one share per source.
@@ -157,11 +156,11 @@ def batches(*sources: PackedRows, batch: int, seed: int, shares: Sequence[float]
 def classification(*, mask: int | None = None, masked: Any = 0.1) -> Objective:
     """Cross-entropy of the labels that count. The parameters are a `Classifier`.
 
-    Metrics: loss, and the accuracy over the same labels.
+    Metrics: loss, and accuracy over the same labels.
 
     Args:
-      mask: id of the mask token; with it, a share `masked` of the tokens is hidden behind it, so that a small model
-        must look at the words around them.
+      mask: id of the mask token. If given, it replaces a share `masked` of the tokens, so a small model has to use the
+        words around them.
     """
 
     def loss(model: Classifier, batch: Batch, key: Any) -> tuple[Array, Array]:
@@ -181,7 +180,7 @@ def classification(*, mask: int | None = None, masked: Any = 0.1) -> Objective:
 def label_losses(
     logits: Float[Array, "B T 2"], labels: Int[Array, "B T"], weights: Float[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean cross-entropy and accuracy, weighted; 0 where nothing counts."""
+    """Weighted mean of cross-entropy and of accuracy; 0 if no label counts."""
     margin = (logits[..., 1] - logits[..., 0]).astype(jnp.float32)
     losses = jax.nn.softplus(jnp.where(labels == 1, -margin, margin))
     total = jnp.maximum(weights.sum(), 1e-9)

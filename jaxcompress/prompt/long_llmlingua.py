@@ -1,5 +1,5 @@
-"""LongLLMLingua (Jiang et al. 2024): many documents and a question; the relevant ones are kept, more of each, and put
-where models look.
+"""LongLLMLingua (Jiang et al. 2024): many documents and a question. The relevant documents are kept, more of those that
+rank higher, and they are put where models look.
 
     short = long_llmlingua(reader, documents, question, rate=0.3)
     short.text
@@ -14,10 +14,13 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from jaxcompress.inputs.scalars import Number, number, share
+from jaxcompress.prompt.counting import Count, TokenizerCounter
 from jaxcompress.prompt.information import Reader
+from jaxcompress.prompt.joining import joined
+from jaxcompress.prompt.keeping import Kept, keep, tokens_at
 from jaxcompress.prompt.llmlingua import after, contrastive
 from jaxcompress.prompt.surface import Word, words_of
-from jaxcompress.prompt.word_scores import Kept, Scorer, keep
+from jaxcompress.prompt.word_scores import Scorer
 
 RESTRICT = " We can get the answer to this question in the given documents."
 """Said after the question when documents are ranked (the paper's, section 4.1)."""
@@ -37,8 +40,8 @@ def relevance(reader: Reader, documents: Sequence[str], question: str, *, restri
 
 
 def dynamic_rates(order: Sequence[int], rate: float, spread: float) -> np.ndarray:
-    """A rate per document, linear in its rank: `rate` + `spread` for the first, `rate` - `spread` for the last, within
-    [0, 1] (section 4.3)."""
+    """A rate per document, linear in its rank (section 4.3): from `rate` + `spread` for the first to `rate` - `spread`
+    for the last, within [0, 1]."""
     n = len(order)
     rates = np.empty(n)
     rates[list(order)] = np.clip(rate + spread * (np.linspace(1, -1, n) if n > 1 else np.zeros(n)), 0.0, 1.0)
@@ -46,10 +49,12 @@ def dynamic_rates(order: Sequence[int], rate: float, spread: float) -> np.ndarra
 
 
 def arranged(kept: Sequence[int], order: Order) -> list[int]:
-    """Documents, given best first, in the order that they are shown in.
+    """The order in which documents are shown.
 
-    `original`: by number. `ranked`: best first. `ends`: the best at both ends, the worst in the middle, where models
-    look least.
+    Args:
+      kept: numbers of documents, the best first.
+      order: `original`: by number. `ranked`: the best first. `ends`: the best at both ends, the worst in the middle,
+        where models look least.
     """
     if order not in get_args(Order):
         raise ValueError(f"unknown order {order!r}; known: {', '.join(get_args(Order))}")
@@ -73,14 +78,14 @@ class Shortened(NamedTuple):
 
     @property
     def text(self) -> str:
-        return "\n\n".join(one.text for one in self.kept)
+        return joined([one.text for one in self.kept])
 
     def recover(self, answer: str) -> str:
-        """An answer with what it quotes of the shortened text given back as it was in the original (section 4.5)."""
+        """An answer, its quotations of the shortened text replaced by the original (section 4.5; see `recover`)."""
         return recover(self.kept, answer)
 
 
-def long_llmlingua(
+def long_llmlingua(  # nine parameters: those of the paper's method
     reader: Reader,
     documents: Sequence[str],
     question: str,
@@ -90,30 +95,34 @@ def long_llmlingua(
     room: Number = 1.4,
     order: Order = "ends",
     scorer: Scorer | None = None,
+    count: Count | None = None,
 ) -> Shortened:
-    """Shortens documents to exactly the share `rate` of their words, for a question.
+    """Shortens documents for a question, to the share `rate` of their tokens.
 
-    Documents are taken by relevance until they have `room` times the words that may stay; of each, more the better it
-    ranks (`dynamic_rates`), and the words that the question makes more likely (`contrastive`).
+    Documents are taken by relevance until they have `room` times the tokens that may stay. More is kept of a document
+    that ranks higher (`dynamic_rates`): the words that the question makes more likely (`contrastive`).
 
     Args:
-      spread: of the rates; 0: the same share of each.
-      scorer: of words, instead of `contrastive`; LLMLingua-2 inside LongLLMLingua is a classifier here.
+      rate: the share of the reader's tokens that stays, as in `keep`.
+      spread: between the rates of documents; 0: the same rate for each.
+      scorer: of words, instead of `contrastive`. A `Compressor` here is LLMLingua-2 inside LongLLMLingua.
+      count: tokens of a text for the model that will read it; those of `reader` if None.
 
     Raises:
       ValueError: no documents, an empty question, a rate outside (0, 1], or a room below 1.
     """
     if isinstance(documents, str):
-        raise ValueError("documents are a list of texts, not one text; write [document]")
+        raise ValueError("documents are a list of texts, not one text: write [document]")
     if not len(documents):
         raise ValueError("no documents were given")
-    rate, spread, room = share(rate, of="words"), number(spread, "spread"), number(room, "room")
+    rate, spread, room = share(rate), number(spread, "spread"), number(room, "room")
     if room < 1:
-        raise ValueError(f"room is at least 1 (the words that may stay), not {room}")
-    scorer = contrastive(reader, question, rate=rate) if scorer is None else scorer
+        raise ValueError(f"room is at least 1 (the tokens that may stay), not {room}")
+    scorer = contrastive(reader, question, word_rate=rate) if scorer is None else scorer
     ranked = np.argsort(-relevance(reader, documents, question), kind="stable").tolist()
-    sizes = np.array([len(words_of(document)) for document in documents])
-    budget = int(np.floor(sizes.sum() * rate + 0.5))
+    count = TokenizerCounter(reader.tokenizer) if count is None else count
+    sizes = np.array([count(document) for document in documents])
+    budget = tokens_at(rate, int(sizes.sum()))
     chosen: list[int] = []
     for document in ranked:
         if chosen and sizes[chosen].sum() >= room * budget:
@@ -121,18 +130,18 @@ def long_llmlingua(
         chosen.append(document)
     local = min(1.0, budget / max(int(sizes[chosen].sum()), 1))
     rates = dynamic_rates(range(len(chosen)), local, spread)
-    counts = _shared(budget, rates * sizes[chosen], sizes[chosen])
+    parts = _shared(budget, rates * sizes[chosen], sizes[chosen])
     kept = {
-        document: keep(scorer(documents[document]), n=count)
-        for document, count in zip(chosen, counts, strict=True)
-        if count
+        document: keep(scorer(documents[document]), count, rate=part / sizes[document]).documents[0]
+        for document, part in zip(chosen, parts, strict=True)
+        if part
     }  # fmt: skip
     shown = arranged([document for document in chosen if document in kept], order)
     return Shortened(shown, [kept[document] for document in shown], ranked)
 
 
 def _shared(total: int, wanted: np.ndarray, most: np.ndarray) -> list[int]:
-    """Whole numbers near `wanted`, none above `most`, with the given sum (largest remainders); earlier ones first."""
+    """Whole numbers near `wanted`, none above `most`, with the given sum, by largest remainders; earlier ones first."""
     total = min(total, int(most.sum()))
     share = np.minimum(wanted, most).astype(float)
     for _ in range(len(share)):  # what does not fit goes to those with room
@@ -150,15 +159,15 @@ def _shared(total: int, wanted: np.ndarray, most: np.ndarray) -> list[int]:
 
 
 def recover(kept: Sequence[Kept], answer: str) -> str:
-    """An answer with every run of words that it quotes from a shortened text given back as it was in the original.
+    """Replaces every run of words that an answer quotes from a shortened text by the original.
 
-    From left to right, the longest run of the answer's words that stands in a shortened text, in lower case, is
-    replaced by the original from its first word to its last, dropped words included. A single word is left as it is.
+    From left to right, the longest run of the answer's words that stands in a shortened text (in lower case) is
+    replaced by the original text from its first word to its last, dropped words included. A single word stays.
     """
     lower = lambda text, words: [text[word.start : word.end].lower() for word in words]
     sources = []
     for one in kept:
-        words = [word for word, stays in zip(one.scored.words, one.labels, strict=True) if stays]
+        words = [Word(start, end) for start, end in one.scored.spans[one.labels].tolist()]
         sources.append((one.scored.text, words, lower(one.scored.text, words)))
     words = words_of(answer)
     said = lower(answer, words)

@@ -1,18 +1,18 @@
-"""LLMLingua-2 as it was published, quirk by quirk (Pan et al. 2024; `compress_prompt_llmlingua2` of llmlingua 0.2.2).
+"""LLMLingua-2 as it was published, with its quirks (Pan et al. 2024; `compress_prompt_llmlingua2` of llmlingua 0.2.2).
 
-This is for comparing with published numbers. `Compressor` is what to use: it hits its budget, keeps the text's own
-characters and line breaks, and knows documents and corpora. What is copied here and is not so there:
+Use this to compare with published numbers, and `Compressor` for everything else: it meets its budget, keeps the text's
+own characters and line breaks, and knows documents and corpora. These quirks are copied:
 
 - The budget is a percentile for each chunk, of word probabilities repeated by the target model's token counts, at
-  `int(100 * reduce + 1)`, kept if strictly greater: too few words as a rule, and none of a text of one word; forced
-  words come on top, and may be lost if only a part of their subwords is forced.
-- XLM-RoBERTa is given BERT's names of special tokens, which it does not know: every chunk stands between two `<unk>`.
-- Words with unknown subwords vanish, white space is lost, and a chunk is tokenised again from its detokenised text,
-  which may make it grow beyond 512 tokens: its end is lost.
-- Chunks are 511 subwords if no sentence ends in them, and may begin inside a word.
+  `int(100 * reduce + 1)`. A word stays if it is strictly greater: usually too few words, and none of a text of one
+  word. Forced words are added, but are lost if only a part of their subwords is forced.
+- XLM-RoBERTa gets BERT's names of special tokens, which it does not know: every chunk stands between two `<unk>`.
+- Words with unknown subwords vanish, and white space is lost. A chunk is tokenised again from its detokenised text; if
+  it then has more than 512 tokens, its end is lost.
+- Chunks without the end of a sentence are 511 subwords, and may begin inside a word.
 - A context's probability takes a word's first subword for all of them, whatever `token_to_word` says.
 - `force_tokens` are replaced inside words too; "#" cannot be forced with BERT; a string is taken as its characters.
-- Empty input and words that are all unknown raise ZeroDivisionError and IndexError, a rate of 0 ValueError.
+- Empty input raises ZeroDivisionError, words that are all unknown IndexError, and a rate of 0 ValueError.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _WORDS = re.compile(r'\b\w+\b|[<>=/!@#$%^&*()?":{}|\\`~;_+-]')
 
 
 class OfficialResult(NamedTuple):
-    """What the published code returns, and what it computes on the way.
+    """What the published code returns, and its intermediate results.
 
     Attributes:
       output: the dictionary that it returns.
       words, labels: of every kept context.
-      chunks: of every context, the strings that are given to the encoder.
-      probabilities: of every kept context, chunk by chunk, the words' probabilities, forced ones included; empty where
+      chunks: of every context, the strings that the encoder gets.
+      probabilities: of every kept context, chunk by chunk, the words' probabilities, forced words included. Empty if
         nothing is dropped, since then nothing is computed.
-      context_probabilities: of every context, with the filter of contexts only.
+      context_probabilities: of every context; None without the filter of contexts.
     """
 
     output: dict[str, Any]
@@ -65,15 +65,15 @@ class OfficialResult(NamedTuple):
 class _Tokens(NamedTuple):
     """Facts about every token of the vocabulary, for given force tokens."""
 
-    starts: np.ndarray  # a word
-    forced: np.ndarray  # if it starts one
-    digit: np.ndarray
-    text: dict[int, str]  # of those that stand for a force string
+    starts: np.ndarray  # whether it starts a word
+    forced: np.ndarray  # whether it is forced where it starts a word
+    digit: np.ndarray  # whether it has a digit
+    text: dict[int, str]  # the force string that it stands for
 
 
 @dataclass(frozen=True)
 class OfficialCompressor:
-    """The published LLMLingua-2 over our encoder; see this module for what is odd about it.
+    """The published LLMLingua-2 with this library's encoder; the module's docstring lists its quirks.
 
     Attributes:
       encoder, tokenizer: from the same folder.
@@ -82,7 +82,7 @@ class OfficialCompressor:
         len(encoding.encode(text))`.
 
     Raises:
-      ValueError: a tokenizer of bytes (RoBERTa's), for which there is no published algorithm.
+      ValueError: a byte-level tokenizer (RoBERTa's), for which there is no published algorithm.
 
     Example:
       >>> official = OfficialCompressor(encoder, tokenizer, count)  # doctest: +SKIP
@@ -100,7 +100,7 @@ class OfficialCompressor:
                 f"{self.tokenizer.kind!r}; use Compressor.compress"
             )
 
-    def compress(
+    def compress(  # 18 parameters, as the published function
         self,
         context: str | Sequence[str],
         rate: float | int = 0.5,
@@ -143,17 +143,13 @@ class OfficialCompressor:
 
         kept, context_probabilities, context_words = list(range(len(contexts))), None, []
         if filters:
-            if target_context <= 0 and context_level_rate >= 1.0 and context_level_target_token <= 0:
-                if target_token < 0 and rate < 1.0:
-                    context_level_rate = (rate + 1.0) / 2 if use_token_level_filter else rate
-                if target_token >= 0:
-                    context_level_target_token = target_token * 2 if use_token_level_filter else target_token
-            if target_context >= 0:
-                context_level_rate = min(target_context / len(contexts), 1.0)
-            if context_level_target_token >= 0:
-                context_level_rate = min(context_level_target_token / origin, 1.0)
+            context_rate = _context_rate(
+                len(contexts), origin, rate=rate, target_token=target_token, filters_tokens=use_token_level_filter,
+                target_context=target_context, context_rate=context_level_rate,
+                context_target=context_level_target_token,
+            )  # fmt: skip
             context_words, context_probabilities = run.contexts(chunks)
-            threshold = np.percentile(context_probabilities, int(100 * (1 - context_level_rate)))
+            threshold = np.percentile(context_probabilities, int(100 * (1 - context_rate)))
             forced = force_context_ids or ()
             kept = [i for i, p in enumerate(context_probabilities) if p >= threshold or i in forced]
             reserved = sum(self.count(chunk) for i in kept for chunk in chunks[i])
@@ -164,28 +160,12 @@ class OfficialCompressor:
         reduce_rate = max(0, 1 - rate) if use_token_level_filter else 0
 
         texts, words, labels, probabilities = run.compress([chunks[i] for i in kept], reduce_rate)
-        compressed = sum(self.count(text) for text in texts)
-        ratio = 1 if compressed == 0 else origin / compressed
-        output: dict[str, Any] = {
-            "compressed_prompt": "\n\n".join(texts),
-            "compressed_prompt_list": texts,
-            "origin_tokens": origin,
-            "compressed_tokens": compressed,
-            "ratio": f"{ratio:.1f}x",
-            "rate": f"{1 / ratio * 100:.1f}%",
-            "saving": f", Saving ${(origin - compressed) * 0.06 / 1000:.1f} in GPT-4.",
-        }
+        output = _told(texts, origin, sum(self.count(text) for text in texts))
         if return_word_label:
             place = {context: n for n, context in enumerate(kept)}
-            lines = [
-                f"{word}{label_sep}{label}"
-                for i in range(len(contexts))
-                for word, label in (
-                    zip(words[place[i]], labels[place[i]], strict=True)
-                    if i in place
-                    else ((word, 0) for word in context_words[i])
-                )
-            ]
+            dropped = lambda i: ((word, 0) for word in context_words[i])
+            pairs = lambda i: zip(words[place[i]], labels[place[i]], strict=True) if i in place else dropped(i)
+            lines = [f"{word}{label_sep}{label}" for i in range(len(contexts)) for word, label in pairs(i)]
             output["fn_labeled_original_prompt"] = word_sep.join(lines)
         return OfficialResult(output, words, labels, chunks, probabilities, context_probabilities)
 
@@ -263,7 +243,7 @@ class OfficialCompressor:
 
 @dataclass
 class _Run:
-    """One call: probabilities of chunks are computed once, though contexts are judged before they are compressed."""
+    """One call. The probabilities of a chunk are computed once, for the filter of contexts and for its words."""
 
     owner: OfficialCompressor
     how: str
@@ -398,7 +378,7 @@ class _Run:
         return _Merged(words, first, forced, unforced, is_plain)
 
     def _word(self, numbers: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """Numbers of subwords to one of each word, added up one after the other in float32."""
+        """One number for each word from those of its subwords, added one after the other in float32."""
         if self.how == "first":
             return numbers[first]
         if self.how != "mean":
@@ -421,13 +401,51 @@ class _Run:
 
 
 class _Merged(NamedTuple):
-    """A chunk's words, the place of each one's first subword, and the subwords' numbers."""
+    """A chunk's words, the place of each word's first subword, and the subwords' numbers."""
 
     words: list[str]
     first: np.ndarray
     forced: np.ndarray
     unforced: np.ndarray
     is_plain: np.ndarray  # 1.0 by force
+
+
+def _context_rate(
+    contexts: int,
+    origin: int,
+    *,
+    rate: float | int,
+    target_token: float | int,
+    filters_tokens: bool,
+    target_context: int,
+    context_rate: float | int,
+    context_target: float | int,
+) -> float | int:
+    """The share of contexts that stays, from what was asked for; `origin` tokens in all."""
+    if target_context <= 0 and context_rate >= 1.0 and context_target <= 0:
+        if target_token < 0 and rate < 1.0:
+            context_rate = (rate + 1.0) / 2 if filters_tokens else rate
+        if target_token >= 0:
+            context_target = target_token * 2 if filters_tokens else target_token
+    if target_context >= 0:
+        context_rate = min(target_context / contexts, 1.0)
+    if context_target >= 0:
+        context_rate = min(context_target / origin, 1.0)
+    return context_rate
+
+
+def _told(texts: list[str], origin: int, compressed: int) -> dict[str, Any]:
+    """The published dictionary: the texts, their tokens before and after, and ratios as strings."""
+    ratio = 1 if compressed == 0 else origin / compressed
+    return {
+        "compressed_prompt": "\n\n".join(texts),
+        "compressed_prompt_list": texts,
+        "origin_tokens": origin,
+        "compressed_tokens": compressed,
+        "ratio": f"{ratio:.1f}x",
+        "rate": f"{1 / ratio * 100:.1f}%",
+        "saving": f", Saving ${(origin - compressed) * 0.06 / 1000:.1f} in GPT-4.",
+    }
 
 
 def _replaced(text: str, pairs: Any) -> str:

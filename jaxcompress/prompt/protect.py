@@ -1,4 +1,4 @@
-"""Words that have to stay: given strings, digits; and repeats of them that need not."""
+"""Forced words: those of given strings and those with digits; and repeats of them, which may go."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxcompress.prompt.words import Spans
 
 
 def checked(force: Sequence[str]) -> tuple[str, ...]:
-    """Raises TypeError for what is no list of strings, ValueError for empty ones."""
+    """The strings. Raises TypeError for anything but a list of strings, ValueError for an empty string in it."""
     if isinstance(force, str) or not all(isinstance(item, str) for item in force):
         raise TypeError(f"force is a list of strings, such as ['.', '\\n'], not {force!r}")
     if not all(force):
@@ -21,7 +21,7 @@ def checked(force: Sequence[str]) -> tuple[str, ...]:
 
 
 def forced(text: str, spans: Spans, force: Sequence[str], digits: bool) -> Bool[np.ndarray, " W"]:
-    """The words of all places where a string of `force` stands as whole words, and with `digits` those with a digit."""
+    """Marks words where a string of `force` stands as whole words and, with `digits`, words with a digit."""
     marked = np.zeros(len(spans), bool)
     for string in force:
         string = string.strip()
@@ -41,7 +41,7 @@ def forced(text: str, spans: Spans, force: Sequence[str], digits: bool) -> Bool[
 def repeats(
     text: str, spans: Spans, kept: Bool[np.ndarray, " W"], marked: Bool[np.ndarray, " W"]
 ) -> Bool[np.ndarray, " W"]:
-    """Kept forced words whose nearest kept word before is forced and the same."""
+    """Marks kept forced words that follow an equal forced word, among the kept words."""
     found, at = np.zeros(len(spans), bool), np.flatnonzero(kept)
     for before, here in zip(at[:-1].tolist(), at[1:].tolist(), strict=True):
         if marked[here] and marked[before]:

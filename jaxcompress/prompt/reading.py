@@ -1,6 +1,7 @@
 """Two compressions in a row: a long prompt is shortened, then read into a bounded state.
 
-read = read_shortened(model, tokenizer, text, scorer, rate=0.5, policy=TOVA(), slots=128)
+state = init_decode_state(model, TOVA(), 128)
+read = read_shortened(model, tokenizer, text, scorer, state, rate=0.5)
 for tokens in decode_stream(model, read.state, max_new_tokens=100): ...
 print(read.report)
 """
@@ -10,29 +11,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxcompress.generation.decode_state import DecodeState, init_decode_state
+from jaxcompress.generation.decode_state import DecodeState
 from jaxcompress.generation.generate import prefill
-from jaxcompress.generation.text import Tokenizer
+from jaxcompress.inputs.scalars import Number
+from jaxcompress.inputs.tokenizer import Tokenizer
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.models.init_state import Slots
-from jaxcompress.policies.policy import Policy
+from jaxcompress.prompt.counting import TokenizerCounter
+from jaxcompress.prompt.keeping import Compressed, keep
 from jaxcompress.prompt.recovery import Recovery, recovery
-from jaxcompress.prompt.word_scores import Kept, Scorer, keep
-from jaxcompress.state.placement import Placement
+from jaxcompress.prompt.word_scores import Scorer
 
 
 @dataclass(frozen=True)
 class ReadingReport:
     """What two compressions did, counted in tokens of the model that reads.
 
-    Nothing is taken from what was asked for: tokens are those of the two texts, and slots those that hold a token when
-    all has been read, averaged over layers and kv heads.
+    All numbers are measured: the tokens of the two texts, and the slots that hold a token when all has been read.
 
     Attributes:
-      original_tokens, prompt_tokens: before and after shortening, the begin token included.
-      held_tokens: slots in use after reading, of a layer and head on average.
+      original_tokens, prompt_tokens: before and after shortening, begin token, `before` and `after` included.
+      held_tokens: slots in use after reading, on average over layers and kv heads.
       recovery: see `jaxcompress.prompt.recovery`.
-      scorer, policy: who chose.
+      scorer, policy: what chose the words, what chose the slots.
     """
 
     original_tokens: int
@@ -66,10 +66,10 @@ class ReadingReport:
 
 
 class ShortenedReading(NamedTuple):
-    """A shortened prompt, read: `jaxcompress.generation.decode_stream` goes on from `state`."""
+    """A shortened prompt that has been read: `jaxcompress.generation.decode_stream` goes on from `state`."""
 
     state: DecodeState
-    kept: Kept
+    kept: Compressed
     report: ReadingReport
 
 
@@ -78,55 +78,48 @@ def read_shortened(
     tokenizer: Tokenizer,
     text: str,
     scorer: Scorer,
+    state: DecodeState,
     *,
-    rate: float,
-    policy: Policy,
-    slots: Slots,
+    rate: Number,
     before: str = "",
     after: str = "",
-    seed: int = 0,
-    dtype: Any = None,
-    placement: Placement | None = None,
     **reading: Any,
 ) -> ShortenedReading:
     """Shortens a text and reads what is left through a bounded state.
 
     Args:
-      rate: share of the words that stay, exactly.
-      before, after: read as they are, around the text: instruction and question. They count in both numbers of tokens.
-      dtype, placement: of the state (see `jaxcompress.generation.init_decode_state`).
+      state: of one row, fresh (see `jaxcompress.generation.init_decode_state`); donated.
+      rate: the share of the text's tokens that stays, as `tokenizer` counts them without a begin token (see `keep`).
+      before, after: read as they are, around the text: instruction and question. The rate does not count them; the
+        report does.
       reading: `mode`, `chunk`, `segment` (see `jaxcompress.generation.prefill`).
 
     Raises:
-      ValueError: as `keep` and `prefill` do; the text has no words.
+      ValueError: as `keep` and `prefill`; no word is left to read.
     """
-    kept = keep(scorer(text), rate=rate)
+    kept = keep(scorer(text), TokenizerCounter(tokenizer), rate=rate)
     if not kept.labels.any():
-        raise ValueError(f"nothing is left to read: {int(kept.labels.sum())} of {len(kept.labels)} words stay")
-    whole, short = (tokenizer.encode(before + middle + after) for middle in (text, kept.text))
-    state = init_decode_state(model, policy, slots, seeds=seed, dtype=dtype, placement=placement)
+        raise ValueError(
+            f"nothing is left to read: {kept.asked} of {kept.tokens_before} tokens may stay, and no word has so few; "
+            "raise the rate or give a longer text"
+        )
+    original, short = (tokenizer.encode(before + middle + after) for middle in (text, kept.text))
     state = prefill(model, [short], state, **reading)
-    report = report_of(model, state, kept, original_tokens=len(whole), prompt_tokens=len(short))
+    report = report_of(model, state, kept, original_tokens=len(original), prompt_tokens=len(short))
     return ShortenedReading(state, kept, report)
 
 
 def report_of(
-    model: Decoder,
-    state: DecodeState,
-    kept: Kept,
-    *,
-    original_tokens: int,
-    prompt_tokens: int,
-    row: int = 0,
+    model: Decoder, state: DecodeState, kept: Compressed, *, original_tokens: int, prompt_tokens: int, row: int = 0
 ) -> ReadingReport:
-    """What was done to a prompt that has been read, which is one row of `state`."""
-    held = held_tokens(model, state, row)
-    found = recovery(kept.scored.text, kept.text)
-    return ReadingReport(original_tokens, prompt_tokens, held, found, kept.scored.by, state.policy.name)
+    """What was done to the one text of `kept`, which has been read into one row of `state`."""
+    scored, held = kept.documents[0].scored, held_tokens(model, state, row)
+    found = recovery(scored.text, kept.text)
+    return ReadingReport(original_tokens, prompt_tokens, held, found, scored.by, state.policy.name)
 
 
 def held_tokens(model: Decoder, state: DecodeState, row: int = 0) -> float:
-    """Slots in use in a row, of a layer and kv head on average."""
+    """Slots in use in a row, on average over layers and kv heads."""
     used = 0.0
     for part in state.kv:
         occupied = (part.positions[:, row] >= 0).sum()  # all sets of the part's layers

@@ -1,8 +1,8 @@
-"""Reconstruction check: what of a text can still be recovered from its compression.
+"""What of a text can still be recovered from its compression, counted without a model.
 
-Two things are counted, with no model: content words and numbers. A content word is recovered if the compression has it,
-in the same or another form, as often as the text names it or at least once (`kinds`, `mentions`); a number is recovered
-only if every digit of it is there, at its place.
+Content words and numbers are counted. A content word is recovered if the compression has it, in the same or another
+form: at least once (`kinds`), or for each mention (`mentions`). A number is recovered if all its digits are there, in
+order and unbroken.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 
 @dataclass(frozen=True)
 class Recovery:
-    """Shares of the original that the compression still has, in [0, 1]; 1 where the original has none.
+    """Shares of the original that the compression still has, in [0, 1]; 1 if the original has none of that kind.
 
     Attributes:
-      kinds: of its different content words.
-      mentions: of its content words, each mention counted.
-      numbers: of its numbers, each counted as often as it occurs.
-      missing: the content words that are lost altogether, most frequent first, at most ten.
-      missing_numbers: likewise.
+      kinds: share of the different content words.
+      mentions: share of the content words, each mention counted.
+      numbers: share of the numbers, each occurrence counted.
+      missing: content words that are lost completely, most frequent first, at most ten.
+      missing_numbers: lost numbers, likewise.
     """
 
     kinds: float
@@ -58,7 +58,7 @@ def recovery(original: str, compressed: str) -> Recovery:
 
 
 def _content(text: str) -> tuple[Counter[str], dict[str, str]]:
-    """How often each content word occurs, whatever its form, and a form of each as it is written."""
+    """How often each content word occurs, all its forms together, and one form of each as it is written."""
     counts: Counter[str] = Counter()
     spelled: dict[str, str] = {}
     for start, end in words_of(text):

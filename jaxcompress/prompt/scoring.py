@@ -1,7 +1,7 @@
-"""Probabilities of subwords from an encoder: rows of any lengths, a fixed number of compiled shapes.
+"""Probabilities of subwords from an encoder: rows of any length, a fixed number of compiled shapes.
 
-Rows of about the same length are padded to one of `LENGTHS` and go through together. What a row gets does not depend
-on which rows it goes with.
+Rows are padded to one of `LENGTHS`, and rows of one padded length go through the encoder together. The result of a row
+does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxcompress.models.encoder import Encoder
 from jaxcompress.state.shapes import Tokens, Valid
 
 LENGTHS = (32, 64, 128, 192, 256, 384, 512)
-TOKENS = 4096  # of one call, padding included
+TOKENS = 4096  # at most, of one call, padding included
 
 
 @jax.jit
@@ -29,7 +29,7 @@ def keep_probability(encoder: Encoder, tokens: Tokens, valid: Valid) -> Float[Ar
 
 @partial(jax.jit, static_argnums=0)
 def _of_leaves(structure: Any, leaves: list[Array], tokens: Tokens, valid: Valid) -> Float[Array, "B T"]:
-    """The same of a module taken apart, which takes longer than a call: so it is done once for many."""
+    """`keep_probability` for a module in parts. Taking it apart is slower than a call, so it is done once for many."""
     return keep_probability(jax.tree.unflatten(structure, leaves), tokens, valid)
 
 
@@ -38,11 +38,11 @@ def score(
     rows: Sequence[Int[np.ndarray, "..."]],
     valid: Sequence[Bool[np.ndarray, "..."]] | None = None,
 ) -> list[np.ndarray]:
-    """Keep probabilities of every row, float32, of the row's length.
+    """The probability of "keep" for every token of every row: float32 [T] for a row of T tokens.
 
     Args:
       rows: ids, special tokens included.
-      valid: False for tokens that are not to be attended to; all are by default.
+      valid: False for tokens that are masked in attention; none are by default.
 
     Raises:
       ValueError: a row has more tokens than the encoder has positions.
@@ -67,7 +67,7 @@ def score(
 
 
 def _batches(lengths: np.ndarray, longest: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Rows that go together, and the length they are padded to."""
+    """Indices of rows that go through together, and the length that they are padded to."""
     shapes = np.array([n for n in LENGTHS if n < longest] + [longest])
     order = np.argsort(lengths, kind="stable")
     padded = shapes[np.searchsorted(shapes, lengths[order])]
@@ -83,5 +83,5 @@ def _batches(lengths: np.ndarray, longest: int) -> Iterator[tuple[np.ndarray, in
 
 
 def _power_of_two(n: int) -> int:
-    """The largest that is not above n."""
+    """The largest power of two that is not above n."""
     return 1 << (n.bit_length() - 1)

@@ -9,8 +9,10 @@ from typing import Any
 import regex
 
 from jaxcompress.inputs.scalars import Number, share, whole
-from jaxcompress.prompt.compressor import Compressed, Compressor, Rate
+from jaxcompress.inputs.text import clean
+from jaxcompress.prompt.compressor import Compressor
 from jaxcompress.prompt.joining import found_break
+from jaxcompress.prompt.keeping import Compressed, tokens_at
 
 WINDOW = 1 << 18  # characters
 # Where a window is cut, the best first: after a paragraph, a line, a sentence, a word.
@@ -22,22 +24,20 @@ def compress_stream(
     compressor: Compressor,
     pieces: Iterable[str],
     *,
-    rate: Rate = 0.5,
+    rate: Number = 0.5,
     window: Number = WINDOW,
-    word: str = "mean",
     **options: Any,
 ) -> Iterator[Compressed]:
-    """Compresses a text that comes in pieces; the `text` of what is yielded, joined, is the result.
+    """Compresses a text that comes in pieces; the `text` of each result, joined, is the shorter text.
 
-    What a window rounds up or down is made up for by the next, so that after any of them the tokens kept are the
-    rate's share of those read, but for what is forced. Words compete within a window.
+    Words compete within a window. What one window rounds up or down, the next makes up for: after each window, the
+    tokens kept are the rate's share of the tokens read, unless more is forced.
 
     Args:
-      pieces: of the text, cut anywhere; white space at its ends is lost.
-      rate: the share of tokens that stays, in (0, 1].
+      pieces: of the text, cut anywhere; white space at the ends of the text is lost.
+      rate: the share of the reader's tokens that stays, in (0, 1].
       window: characters read before any are written; a window ends at a paragraph, line, sentence or word.
       options: as for `Compressor.compress`: scope, force, digits, drop_consecutive.
-      word: as there.
 
     Raises:
       ValueError: as `Compressor.compress`; a window below 1.
@@ -49,14 +49,14 @@ def compress_stream(
     gap = ""  # white space that has been read and not written
     begun = False
     for text in _windows(pieces, window):
-        body = text.strip()
+        body = clean(text.strip())
         gap += text[: len(text) - len(text.lstrip())]
         if not body:
             continue
-        scored = compressor.score([body], word)
-        read += scored[0].tokens
-        wanted = max(1, int(rate * read + 0.5) - kept)
-        result = compressor.select(scored, rate=min(1.0, wanted / max(scored[0].tokens, 1)), **options)
+        size = compressor.tokens(body)
+        read += size
+        wanted = max(1, tokens_at(rate, read) - kept)
+        result = compressor.compress(body, rate=min(1.0, wanted / max(size, 1)), **options)
         kept += result.tokens_after
         if result.text:
             yield replace(result, text=(_lead(gap, rate, options.get("force", ())) if begun else "") + result.text)
@@ -64,8 +64,8 @@ def compress_stream(
         gap += text[len(text.rstrip()) :]
 
 
-def _lead(gap: str, rate: Rate, breaks: Sequence[str]) -> str:
-    """What stands between two windows for the white space that was there."""
+def _lead(gap: str, rate: Number, breaks: Sequence[str]) -> str:
+    """What stands between two windows instead of the white space there."""
     if rate == 1:
         return gap
     kept = found_break(gap, 0, len(gap), [one for one in breaks if one.isspace()])

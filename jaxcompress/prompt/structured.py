@@ -2,7 +2,7 @@
 
     <llmlingua, compress=False>Answer briefly.</llmlingua><llmlingua, rate=0.3>The long part ...</llmlingua>
 
-The tags are LLMLingua's (Jiang et al. 2023). What they say not to compress comes out character by character.
+The tags are LLMLingua's (Jiang et al. 2023). A part with `compress=False` comes out unchanged.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
+from jaxcompress.inputs.scalars import Number
 from jaxcompress.inputs.text import clean, clean_value
-from jaxcompress.prompt.compressor import Compressed, Compressor, Rate
+from jaxcompress.prompt.compressor import Compressor
+from jaxcompress.prompt.keeping import Compressed
 
 _TAG = re.compile(r"<(?P<closes>/?)llmlingua\b(?P<settings>[^<>]*)>")
 _SETTINGS = ("rate", "compress")
@@ -24,15 +26,15 @@ class Segment(NamedTuple):
 
     Attributes:
       text: of the part.
-      rate: the share of its tokens that stays; None for that of the whole, 1 for what is not compressed.
+      rate: the share of the part's tokens that stays; None for the rate of the whole, 1 for what is not compressed.
     """
 
     text: str
-    rate: Rate | None = None
+    rate: Number | None = None
 
 
 def parse(text: str) -> list[Segment]:
-    """The parts of a tagged text; what stands outside of tags is a part without settings.
+    """The parts of a tagged text. Text outside of tags is a part without settings.
 
     Raises:
       ValueError: a tag that is not closed or nested, an unknown setting, a rate outside (0, 1].
@@ -54,7 +56,7 @@ def _refuse(tag: re.Match[str]) -> NoReturn:
     raise ValueError(f"the tag {tag[0]!r} is not closed, not opened, or inside another one")
 
 
-def _rate(settings: str) -> Rate | None:
+def _rate(settings: str) -> Number | None:
     first, *parts = settings.split(",")
     given = {name.strip(): value.strip() for name, _, value in (part.partition("=") for part in parts)}
     if first.strip() or not all(name in _SETTINGS and value for name, value in given.items()):
@@ -73,16 +75,16 @@ def _rate(settings: str) -> Rate | None:
 
 
 def compress_structured(
-    compressor: Compressor, prompt: str | Sequence[Segment], *, rate: Rate = 0.5, **options: Any
+    compressor: Compressor, prompt: str | Sequence[Segment], *, rate: Number = 0.5, **options: Any
 ) -> Compressed:
-    """Compresses the parts of a prompt, each to its rate, and puts them together again.
+    """Compresses the parts of a prompt, each to its own rate, and joins them again.
 
     White space at the beginning and end of a part stays.
 
     Args:
       prompt: a text with tags, or parts.
-      rate: of parts that name none.
-      options: as for `Compressor.compress`: scope, force, digits, drop_consecutive, word.
+      rate: the share of the reader's tokens that stays, of parts without one of their own.
+      options: as for `Compressor.compress`: scope, force, digits, drop_consecutive.
     """
     parts = parse(clean(prompt)) if isinstance(prompt, str) else [p._replace(text=clean(p.text)) for p in prompt]
     rates = [rate if part.rate is None else part.rate for part in parts]
@@ -99,12 +101,12 @@ class KeyRule(NamedTuple):
     """What becomes of the texts under a key of a JSON object.
 
     Attributes:
-      rate: the share of tokens that stays; None for that of the whole.
-      compress: False leaves all under the key as it is.
-      remove: the key goes if nothing is left of its text.
+      rate: the share of tokens that stays; None for the rate of the whole.
+      compress: False leaves everything under the key as it is.
+      remove: the key is removed if nothing is left of its text.
     """
 
-    rate: Rate | None = None
+    rate: Number | None = None
     compress: bool = True
     remove: bool = False
 
@@ -114,19 +116,19 @@ def compress_json(
     value: Any,
     rules: Mapping[str, KeyRule] | None = None,
     *,
-    rate: Rate = 0.5,
+    rate: Number = 0.5,
     **options: Any,
 ) -> tuple[Any, Compressed]:
-    """The strings of a JSON value compressed; keys, numbers, true, false and null stay, and so does the structure.
+    """Compresses the strings of a JSON value; its structure, keys, numbers, true, false and null stay.
 
     Args:
       value: as `json.loads` gives it; nested at most 200 deep. Halves of characters become U+FFFD.
-      rules: by the key of an object, however deep; the innermost counts.
-      rate: of strings without a rule.
+      rules: by the key of an object, at any depth; the innermost rule counts.
+      rate: the share of the reader's tokens that stays, of strings without a rule.
       options: as for `Compressor.compress`.
 
     Returns:
-      The value, and what was done to its strings, in order.
+      The new value, and the result for its strings, in order.
 
     Raises:
       ValueError: as `Compressor.compress`; nested too deeply; keys that differ only in halves of characters.

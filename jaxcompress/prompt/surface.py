@@ -1,4 +1,4 @@
-"""Words one at a time, as they are written: a plain view of `jaxcompress.prompt.words`."""
+"""Words as Python values, one at a time, where `jaxcompress.prompt.words` has arrays."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def spelled(text: str, words: Sequence[Word] | None = None) -> list[str]:
 
 
 def is_word(text: str) -> bool:
-    """Whether there is a letter or a digit in it: not punctuation alone."""
+    """Whether a text has a letter or a digit: not punctuation alone."""
     return any(map(str.isalnum, text))

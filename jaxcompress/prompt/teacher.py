@@ -1,7 +1,7 @@
-"""Teachers: whatever shortens a text when told to by removing words (LLMLingua-2, section 3.1).
+"""Teachers: whatever shortens a text by removing words when it is told to (LLMLingua-2, section 3.1).
 
-A teacher is any callable (instruction, text) -> compression. Two are made here: a model that this library has loaded,
-and any server that speaks OpenAI's chat completions.
+A teacher is any callable (instruction, text) -> compression. `model_teacher` makes one of a model that this library has
+loaded; `jaxcompress.prompt.endpoint` has one for servers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Teacher(Protocol):
 
 
 class TeacherFailed(RuntimeError):
-    """The teacher gave no usable answer for a text. Another text, or another time, may do."""
+    """The teacher gave no usable answer for a text. Another text, or another try, may succeed."""
 
 
 def model_teacher(
@@ -53,10 +53,9 @@ def model_teacher(
 ) -> Teacher:
     """A decoder loaded by this library, which reads and writes through a bounded state.
 
-    With a chat template the instruction is the system's message and the text the user's; without one they follow each
-    other as plain text. An answer that is not ended by one of the tokenizer's end tokens within `max_new_tokens`
-    tokens is a
-    failure: words that were never reached would be labelled as deleted.
+    With a chat template the instruction is the system message and the text the user message; without one they are one
+    plain text. An answer without one of the tokenizer's end tokens within `max_new_tokens` tokens is a failure, since
+    words that were never reached would be labelled as deleted.
     """
     stop = tuple(dict.fromkeys((*config.stop_token_ids, *tokenizer.eos_ids)))
 
@@ -87,12 +86,12 @@ def cut_for_teacher(
 ) -> list[str]:
     """Cuts a text into pieces that a teacher shortens one at a time; joined, they are the text.
 
-    On long texts teachers summarise instead of deleting, so that the paper asks about at most 512 tokens at a time. A
-    piece ends behind the last full stop or line break that fits; where there is none, behind the last word; a single
-    word longer than the limit is a piece of its own.
+    Given a long text, teachers summarise instead of deleting, so the paper sends at most 512 tokens at a time. A piece
+    ends after the last full stop or line break that fits; without one, after the last word that fits. A single word
+    longer than the limit is a piece of its own.
 
     Args:
-      limit: most that `count` may say of a piece.
+      limit: the largest `count` of a piece.
       count: words by default; give a tokenizer's count to cut by tokens.
       ends: what a piece may end with.
 

@@ -1,4 +1,4 @@
-"""Larger units of a text than words: phrases and sentences, by rules that need no model of a language."""
+"""Phrases and sentences of a text, found by rules without a model of a language."""
 
 from __future__ import annotations
 

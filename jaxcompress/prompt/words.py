@@ -1,12 +1,12 @@
-"""Words of a text, and which subwords are theirs.
+"""The words of a text, and the subwords of each word.
 
     spans = segment("We don't know: 4,200?")  # We | don't | know | : | 4,200 | ?
     groups = align(spans, offsets)  # offsets of subwords, from any tokenizer
     of_words(numbers_of_subwords, groups)
 
-Words are found in the text, not in a tokenizer's pieces, so that all ways to score them (an encoder, a language
-model, counting) speak of the same words. A word lies between two places where a reader's character (a grapheme) may
-end: cutting between words never cuts an emoji, a syllable or a letter from its accents.
+Words are found in the text, not in a tokenizer's pieces, so all scorers (an encoder, a language model, counting) have
+the same words. A word consists of whole graphemes: cutting between words never cuts an emoji, a syllable, or a letter
+from its accents.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ _JOINS = regex.compile(
 
 
 class Groups(NamedTuple):
-    """Which subwords are a word's: `first <= t < last`. A subword that covers several words is in all of them; a word
-    of which the tokenizer has nothing (a control character, say) has `first == last`."""
+    """The subwords t of each word: `first <= t < last`. A subword that covers several words belongs to all of them. A
+    word that the tokenizer drops (a control character, say) has `first == last`."""
 
     first: Int[np.ndarray, " W"]
     last: Int[np.ndarray, " W"]
 
 
 def segment(text: str) -> Spans:
-    """Start and end of every word, in characters, in order; white space is in none.
+    """Start and end of every word in characters [W, 2], in order; white space belongs to no word.
 
     A run of letters and digits is a word, also with an apostrophe inside or, between digits, with `.`, `,` or `:`. Han
     characters are words by themselves, runs of hiragana and katakana are words, and so is everything else, one
@@ -79,7 +79,7 @@ def _on_graphemes(spans: Spans, text: str) -> Int[np.ndarray, "N 2"]:
 
 
 def align(spans: Spans, offsets: Offsets) -> Groups:
-    """The subwords of every word, from where in the text both are.
+    """The subwords of every word, found by their places in the text.
 
     Args:
       spans: of words, in order.
@@ -91,14 +91,17 @@ def align(spans: Spans, offsets: Offsets) -> Groups:
 
 
 def owners(groups: Groups, subwords: int) -> Int[np.ndarray, " T"]:
-    """The word that every subword is a cost of: the first one where it covers several, the next one where it is in none
-    (a lone `▁`, say), the last one at the end; -1 if there are no words."""
+    """The one word that each subword is a cost of, [T]; -1 if there are no words.
+
+    A subword that covers several words belongs to the first; one in no word (a lone `▁`, say) to the next word, at the
+    end to the last.
+    """
     upto = np.maximum.accumulate(groups.last)
     return np.minimum(np.searchsorted(upto, np.arange(subwords), side="right"), len(upto) - 1)
 
 
 def of_words(numbers: Num[np.ndarray, " T"], groups: Groups, how: str = "mean") -> np.ndarray:
-    """One number for each word, float32 [W]: the mean of its subwords' numbers, or the first; 0 where it has none.
+    """One number for each word, float32 [W]: the mean of its subwords' numbers, or the first; 0 without subwords.
 
     Raises:
       ValueError: `how` is neither.

@@ -229,7 +229,7 @@ def block_attention(
     held: SlotPositions,
     window: Int[Array, ""] | int | None,
 ) -> tuple[Float[Array, "B T K G D"], Float[Array, "B K G N"], Float[Array, "B K G N"]]:
-    """A block of queries, with the mass that policies fold over (see `Kernels.block`)."""
+    """Attention of a block of queries by a kernel, with the attention mass that policies fold (see `Kernels.block`)."""
 
     def run(q, at, keys, values, held, window):
         return launch.block(chosen, q, at, keys, values, held, window)
@@ -274,7 +274,7 @@ def no_kernel(op: Op, q: Float[Array, "B T K G D"], stored: Stored, sets: int, b
 
 
 def call_of(q: Float[Array, "B T K G D"], stored: Stored, sets: int, rule: EvictionRule | None = None) -> KernelCall:
-    """What a kernel may decline a call for.
+    """The static facts of a call.
 
     Args:
       stored: keys, [..., S, D].
@@ -285,7 +285,7 @@ def call_of(q: Float[Array, "B T K G D"], stored: Stored, sets: int, rule: Evict
 
 
 def _beyond_kernels(index: Array, visible: Array, extra: Extra) -> str | None:
-    """What no kernel does in a decoding step."""
+    """Why no kernel can do this decoding step; None: one may."""
     if extra.bias is not None or extra.summary is not None:
         return "the policy adds to attention scores or shows stand-ins"
     if index.shape[-1] > 1 or visible.shape[2] > 1:
@@ -298,7 +298,7 @@ def _only(new: Any) -> Any:
 
 
 def _differentiable(run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel with the gradient of what it computes."""
+    """A kernel with the gradient of the reference that computes the same."""
     function = jax.custom_vjp(run)
 
     def backward(saved: Any, cotangent: Any) -> Any:
@@ -309,7 +309,7 @@ def _differentiable(run: Callable[..., Any], reference: Callable[..., Any]) -> C
 
 
 def _without_gradient(run: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """A kernel through which nobody may differentiate."""
+    """A kernel without a gradient: to differentiate through it is an error."""
     function = jax.custom_vjp(run)
 
     def forward(*args: Any) -> Any:
@@ -323,5 +323,5 @@ def _without_gradient(run: Callable[..., Any], what: str) -> Callable[..., Any]:
 
 
 def decode_backend(backend: Backend = "auto") -> str:
-    """What computes on this machine's default device, in words."""
+    """What computes a decoding step on the default device, in words."""
     return describe(backend)

@@ -12,6 +12,8 @@ from jaxtyping import Array, Int
 
 from jaxcompress.pallas_kernels.dispatch import choose_kernel
 from jaxcompress.policies.cache_view import Observation
+from jaxcompress.policies.checks import checked_scores, checked_stats
+from jaxcompress.policies.reductions.reduced import slot_bias
 from jaxcompress.recurrence.attention import BlockKeys, Extra, block_attention, call_of, chunk_attention
 from jaxcompress.recurrence.layer import (
     StepResult,
@@ -77,7 +79,7 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
     folded = _fold_by_rule(block, state, spec, whole, q)
     if folded is None:
         summary, see = extra_of(state, 0, spec).summary, partial(_visible, whole=whole, replaced=replaced, spec=spec)
-        extra = lambda stats: Extra(policy.bias(stats), summary)
+        extra = lambda stats: Extra(slot_bias(policy, stats), summary)
         folded = chunk_attention(q, positions, given, whole["stats"], see, extra, partial(_observe, spec=spec))
     stats, out = folded
     lived = within_window(held, jnp.where(newest >= 0, newest, state.seen - 1), spec.window)
@@ -91,7 +93,7 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
         out = jnp.where(lost[:, None, :, None, None], jnp.nan, out)
     freed = jnp.where((lived >= 0) & ~kept, lived, -1)
     after = _settle(everything, kept, slots)
-    if policy.reduces:
+    if policy.reduction:
         index = jax.lax.top_k(freed, freed.shape[-1] - min(state.capacity, freed.shape[-1] - 1))[1]
         evicted = evicted_at(everything, 0, index, jnp.take_along_axis(freed, index, axis=-1))
         after = absorbed(after, 0, spec, evicted)
@@ -153,7 +155,7 @@ def _select(everything: KVState, spec: StepSpec) -> tuple[Array, Array]:
         return alive >= 0, jnp.zeros(alive.shape[0], bool)
     stay = _stay(everything, spec)
     stats = jax.tree.map(lambda x: x[0], everything.stats)
-    scores = policy.scores(stats, cache_view(everything, 0, spec, stay))
+    scores = checked_scores(policy, stats, cache_view(everything, 0, spec, stay))
     most = jnp.full(everything.seen.shape, stay)
     if policy.schedule.when == "once":
         most = jnp.where(everything.seen == 0, stay, alive.shape[-1])
@@ -181,7 +183,7 @@ def _make_room(state: KVState, spec: StepSpec, valid: Array) -> tuple[KVState, A
     """Evicts before a block, so that slots and block together fill the capacity."""
     held, coming, block_length = state.positions[0], valid.sum(-1), valid.shape[1]
     stay = max(state.capacity - block_length, 0)
-    scores = spec.policy.scores(jax.tree.map(lambda x: x[0], state.stats), cache_view(state, 0, spec, stay))
+    scores = checked_scores(spec.policy, jax.tree.map(lambda x: x[0], state.stats), cache_view(state, 0, spec, stay))
     kept = keep_top(scores, held, jnp.maximum(state.capacity - coming, 0)[:, None])
     freed = jnp.where((held >= 0) & ~kept, held, -1)
     return replace(state, positions=jnp.where(kept, held, -1)[None]), freed
@@ -190,7 +192,7 @@ def _make_room(state: KVState, spec: StepSpec, valid: Array) -> tuple[KVState, A
 def _observe(stats: Stats, weights: Array, at: Array, visible: Array, spec: StepSpec) -> Stats:
     """The stats after some queries."""
     counts = visible.sum(-1, dtype=jnp.float32).mean(2)
-    return spec.policy.observed(stats, Observation(weights, at, counts, spec.context.group))
+    return checked_stats(spec.policy, stats, Observation(weights, at, counts, spec.context.group))
 
 
 def _settle(everything: KVState, kept: Array, slots: int) -> KVState:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxcompress.policies.checks import checked_scores
 from jaxcompress.recurrence.layer import (
     StepSpec,
     absorbed,
@@ -35,7 +36,7 @@ def evict(state: KVState, layer: Any, spec: StepSpec, rows: Array | None = None)
 
     def ranked() -> Array:
         stats = jax.tree.map(lambda x: x[layer], state.stats)
-        return policy.scores(stats, cache_view(state, layer, spec))
+        return checked_scores(policy, stats, cache_view(state, layer, spec))
 
     if n == 1:
         scores = ranked()
@@ -56,15 +57,15 @@ def evict(state: KVState, layer: Any, spec: StepSpec, rows: Array | None = None)
     unclear = (unclear & (marked >= 0).any(-1)).any(-1)
     if n == 1:
         freed = marked.max(-1, keepdims=True)
-    elif not policy.reduces and state.owner is None:
+    elif not policy.reduction and state.owner is None:
         freed = jax.lax.top_k(marked, n)[0]
     else:
         freed = None
     after = replace(state, positions=state.positions.at[layer].set(jnp.where(goes, -1, held)))
-    if freed is None or policy.reduces:
+    if freed is None or policy.reduction:
         index = jax.lax.top_k(jnp.where(goes, held, -1), n)[1]
         gone = jnp.take_along_axis(marked, index, axis=-1)
-        if policy.reduces:
+        if policy.reduction:
             merged = lambda: absorbed(after, layer, spec, evicted_at(state, layer, index, gone))
             # Where many are freed at once, most steps free nothing.
             after = merged() if policy.schedule.frees == 1 else jax.lax.cond((gone >= 0).any(), merged, lambda: after)

@@ -31,8 +31,8 @@ def check_parallel(policy: Policy, placement: Placement | None = None) -> None:
     """Raises ValueError if death times are not all that a policy decides; says what else it does."""
     for mine in policy.layers or (policy,):
         reasons = {
-            "changes what enters": mine.joins,
-            "merges or summarises what it evicts": mine.reduces,
+            "changes what enters": mine.gates is not None,
+            "merges or summarises what it evicts": mine.reduction is not None,
             "moves tokens to other positions": (placement or mine.placement) != "absolute",
         }
         for reason, applies in reasons.items():

@@ -15,7 +15,11 @@ from jaxcompress.pallas_kernels.by_device import by_device
 from jaxcompress.pallas_kernels.dispatch import choose_kernel
 from jaxcompress.pallas_kernels.types import Backend, Chosen
 from jaxcompress.policies.cache_view import CacheView, Evicted, IncomingTokens, LayerContext, Observation
-from jaxcompress.policies.policy import Policy, Schedule
+from jaxcompress.policies.checks import checked_stats
+from jaxcompress.policies.gates import join_tokens
+from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.reductions.reduced import absorb, slot_bias, stand_ins
+from jaxcompress.policies.schedule import Schedule
 from jaxcompress.recurrence.attention import Extra, call_of
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import KVState
@@ -59,7 +63,7 @@ def settled(step: Step) -> Step:
 def rule_of(state: KVState, spec: StepSpec) -> EvictionRule | None:
     """What a kernel may follow on its own, where all else is as kernels know it."""
     policy = spec.policy
-    plain = policy.schedule == Schedule() and policy.scope != "pool" and not policy.joins and not policy.reduces
+    plain = policy.schedule == Schedule() and policy.scope != "pool" and not policy.gates and not policy.reduction
     rule = policy.rule(state.capacity) if plain and spec.context.placement == "absolute" else None
     return rule and rule._replace(spare=spare_slots(state, spec))
 
@@ -103,8 +107,9 @@ def enter(
       q, k, v: [B, T, H, D] and [B, T, K, D], not rotated.
     """
     policy, context, bare, replaces = spec.policy, spec.context, IncomingTokens(q, k, v, positions), None
-    if policy.joins:
-        entering = policy.enter(jax.tree.map(lambda x: x[layer], state.memory), bare, state.layer[layer], context)
+    if policy.gates:
+        memory = jax.tree.map(lambda x: x[layer], state.memory)
+        entering = join_tokens(policy, memory, bare, state.layer[layer], context)
         k, v, replaces = entering.k, entering.v, entering.replaces
         state = replace(state, memory=with_layer(state.memory, layer, jax.lax.stop_gradient(entering.memory)))
     if policy.scope == "query_head":
@@ -225,7 +230,7 @@ def replaced_by_next(held: SlotPositions, block: TokenBlock, seen: Int[Array, " 
 def extra_of(state: KVState, layer: Any, spec: StepSpec) -> Extra:
     """What a policy adds to attention: a bias on the slots, stand-ins for what was evicted."""
     policy, at = spec.policy, lambda x: jax.tree.map(lambda y: y[layer], x)
-    return Extra(policy.bias(at(state.stats)), policy.summary(at(state.memory), spec.context))
+    return Extra(slot_bias(policy, at(state.stats)), stand_ins(policy, at(state.memory), spec.context))
 
 
 def with_stored(state: KVState, stored: tuple[Stored, Stored]) -> KVState:
@@ -246,7 +251,7 @@ def with_rule_numbers(state: KVState, layer: Any, numbers: Array | None) -> KVSt
 
 def observed(state: KVState, layer: Any, policy: Policy, seen: Observation) -> KVState:
     old = jax.tree.map(lambda x: x[layer], state.stats)
-    return replace(state, stats=with_layer(state.stats, layer, policy.observed(old, seen)))
+    return replace(state, stats=with_layer(state.stats, layer, checked_stats(policy, old, seen)))
 
 
 def spare_slots(state: KVState, spec: StepSpec) -> int:
@@ -291,7 +296,7 @@ def evicted_at(state: KVState, layer: Any, index: Array, freed: Array) -> Evicte
 def absorbed(state: KVState, layer: Any, spec: StepSpec, gone: Evicted) -> KVState:
     """Merges evicted tokens into what stays; only slots that change are stored anew."""
     stats = jax.tree.map(lambda x: x[layer], state.stats)
-    done = spec.policy.absorb(stats, cache_view(state, layer, spec), gone)
+    done = absorb(spec.policy, stats, cache_view(state, layer, spec), gone)
     fresh = store_vectors(done.values, jax.tree.map(lambda x: x[layer], state.values))
 
     def put(old: Array, new: Array) -> Array:

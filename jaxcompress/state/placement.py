@@ -1,4 +1,4 @@
-"""Where tokens stand for RoPE once some between them are gone."""
+"""Where tokens stand for RoPE when tokens between them are gone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
+from jaxcompress.state.order import oldest_first
 from jaxcompress.state.shapes import SlotPositions
 
 Placement = Literal["absolute", "slot", "compact"]
@@ -34,11 +35,11 @@ def place(held: SlotPositions, placement: Placement) -> Float[Array, "B P N"]:
     """Re-indexed positions of the tokens held (see `Placement`); what free slots get has no meaning."""
     if placement == "absolute":
         return held.astype(jnp.float32)
-    age = jnp.where(held >= 0, held, jnp.iinfo(jnp.int32).max)
     if placement == "slot" and held.shape[-1] <= MOST_COMPARED:
-        one, other, slot = age[..., None], age[..., None, :], jnp.arange(held.shape[-1])
+        age, slot = jnp.where(held >= 0, held, jnp.iinfo(jnp.int32).max), jnp.arange(held.shape[-1])
+        one, other = age[..., None], age[..., None, :]
         return ((other < one) | (other == one) & (slot < slot[:, None])).sum(-1, dtype=jnp.float32)
-    order = jnp.argsort(age, axis=-1, stable=True)
+    order = oldest_first(held)
     if placement == "slot":
         places = jnp.broadcast_to(jnp.arange(held.shape[-1], dtype=jnp.float32), held.shape)
     else:

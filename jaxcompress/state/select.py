@@ -1,33 +1,48 @@
 """keep: from scores to the set that stays.
 
-One rule for the whole library: higher scores stay; on an exact tie the older token stays; free slots are never
-chosen. A score of +inf protects. Scores are compared in float32.
+One rule for the whole library, stated once in `best_first`: a higher score stays; on an exact tie the older element
+stays; free slots are never chosen. A score of +inf protects, NaN counts as -inf, and both are chosen last. Scores are
+compared in float32. Slots of a KV state follow it on the device, words of a prompt on the host (`xp=np`).
 """
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from types import ModuleType
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcompress.state.order import NEVER, rank_of
 from jaxcompress.state.shapes import SlotPositions, SlotScores
 
-_NEVER = jnp.iinfo(jnp.int32).max
+
+def best_first(
+    scores: Float[Array | np.ndarray, "*sets N"], positions: Int[Array | np.ndarray, "*sets N"], xp: ModuleType = jnp
+) -> Int[Array | np.ndarray, "*sets N"]:
+    """The elements of each set from the best to the worst, as indices; free slots come last.
+
+    Args:
+      scores: [..., N]. XLA takes subnormal numbers for 0 on some devices; NumPy does not.
+      positions: [..., N], age in the sequence, -1 for a free slot.
+      xp: the array module: `jax.numpy`, or `numpy` for arrays on the host, where a sort is faster than a call of a
+        device.
+    """
+    occupied = positions >= 0
+    worst_last = xp.where(occupied, -_comparable(scores, xp), xp.inf)
+    age = xp.where(occupied, positions, NEVER)
+    return xp.lexsort((age, worst_last))
 
 
 def rank(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P N"]:
-    """How many tokens of its set are better than each; free slots come last.
+    """How many elements of its set are better than each; free slots come last.
 
     Args:
       scores: [..., N].
       positions: [..., N], -1 for a free slot.
     """
-    occupied = positions >= 0
-    worst_last = jnp.where(occupied, -_comparable(scores), jnp.inf)
-    age = jnp.where(occupied, positions, _NEVER)
-    slot = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
-    order = jax.lax.sort((worst_last, age, slot), dimension=-1, num_keys=2)[2]
-    return jnp.put_along_axis(jnp.zeros_like(slot), order, slot, axis=-1, inplace=False)
+    return rank_of(jnp.asarray(best_first(scores, positions)))
 
 
 def keep_top(scores: SlotScores, positions: SlotPositions, n: Int[Array, "..."] | int) -> Bool[Array, "B P N"]:
@@ -42,27 +57,27 @@ def keep_top(scores: SlotScores, positions: SlotPositions, n: Int[Array, "..."] 
 
 
 def worst(scores: SlotScores, positions: SlotPositions, spare: int = 0) -> Int[Array, "B P"]:
-    """The slot of each set to free: a free one if more than `spare` are, else lowest score, youngest on a tie.
+    """The slot of each set to free: a free one if more than `spare` are free, else the last one by `best_first`.
 
-    Two reductions. Freeing what is free changes nothing, so that nobody needs to count the occupied slots, but where
-    there are some to spare.
+    Two reductions instead of a sort. Freeing a free slot is a no-op, so occupancy is counted only when spare slots
+    exist.
     """
     occupied = positions >= 0
-    of_free, youth_of_free = -jnp.inf, jnp.asarray(_NEVER)
+    of_free, youth_of_free = -jnp.inf, jnp.asarray(NEVER)
     if spare:
         room = (~occupied).sum(-1, keepdims=True) > spare
-        of_free, youth_of_free = jnp.where(room, -jnp.inf, jnp.inf), jnp.where(room, _NEVER, -1)
-    candidate = jnp.where(occupied, _comparable(scores), of_free)
+        of_free, youth_of_free = jnp.where(room, -jnp.inf, jnp.inf), jnp.where(room, NEVER, -1)
+    candidate = jnp.where(occupied, _comparable(scores, jnp), of_free)
     youth = jnp.where(occupied, positions, youth_of_free)
     return jnp.where(candidate == candidate.min(-1, keepdims=True), youth, -1).argmax(-1)
 
 
 def unranked(scores: SlotScores, positions: SlotPositions) -> Bool[Array, "B P"]:
-    """Marks sets of tokens whose scores are all NaN, so that nothing says which should stay."""
+    """Marks the sets whose scores are all NaN: no score says what should stay."""
     return (jnp.isnan(scores) | (positions < 0)).all(-1) & (positions >= 0).any(-1)
 
 
-def _comparable(scores: SlotScores) -> SlotScores:
+def _comparable(scores: Any, xp: ModuleType) -> Any:
     """float32, with NaN as the lowest score, so that the order is total."""
-    scores = scores.astype(jnp.float32)
-    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    scores = scores.astype(xp.float32)
+    return xp.where(xp.isnan(scores), -xp.inf, scores)

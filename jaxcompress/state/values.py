@@ -69,7 +69,7 @@ class Value:
             required = one.default is MISSING and one.default_factory is MISSING
             if required:
                 given.append(_shown(now))
-            elif _Settings((now,)) != _Settings((one.default,)):
+            elif not same_setting(now, one.default):
                 given.append(f"{one.name}={_shown(now)}")
         return f"{type(self).__name__}({', '.join(given)})"
 
@@ -96,6 +96,11 @@ def value(cls: type[Kind]) -> type[Kind]:
 
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
     return made
+
+
+def same_setting(one: Any, other: Any) -> bool:
+    """Whether two settings are equal by type and content, at any depth: 1, 1.0 and True differ."""
+    return _Settings((one,)) == _Settings((other,))
 
 
 def _settings_of(cls: Any) -> tuple[str, ...]:

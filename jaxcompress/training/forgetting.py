@@ -19,16 +19,8 @@ from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
 from jaxcompress.policies.cache_view import Scope
-from jaxcompress.policies.learned import (
-    KEEP_EVERYTHING,
-    LIKE_TOVA,
-    ForgetHead,
-    Looked,
-    check_head,
-    foreseen,
-    init_forget_head,
-    token_numbers,
-)
+from jaxcompress.policies.forget_head import KEEP_EVERYTHING, ForgetHead, check_head, init_forget_head, token_numbers
+from jaxcompress.policies.learned import LIKE_TOVA, Looked, foreseen
 from jaxcompress.recurrence.block_attention import causal_attention, forgetful_attention
 from jaxcompress.recurrence.softmax import MASKED, masked_softmax
 from jaxcompress.state.precision import scores as scores_of

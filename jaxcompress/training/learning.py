@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.cache_view import Scope
-from jaxcompress.policies.learned import ForgetHead
+from jaxcompress.policies.forget_head import ForgetHead
 from jaxcompress.policies.policy import Policy
 from jaxcompress.training.data import Batch
 from jaxcompress.training.forgetting import (

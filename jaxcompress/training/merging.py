@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.cache_view import IncomingTokens
+from jaxcompress.policies.forget_head import ForgetHead
 from jaxcompress.policies.gates import APART, gate_numbers, means, running_sums
-from jaxcompress.policies.learned import ForgetHead
 from jaxcompress.recurrence.block_attention import forgetful_attention
 from jaxcompress.state.shapes import Tokens, Valid
 from jaxcompress.training.forgetting import (

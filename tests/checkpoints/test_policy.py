@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from tiny import tiny_decoder
 
 from jaxcompress.checkpoints import load, load_policy, save, save_policy
-from jaxcompress.policies.learned import ForgetHead
+from jaxcompress.policies.forget_head import ForgetHead
 
 
 def test_a_policy_comes_back_with_the_model(tmp_path: Path) -> None:

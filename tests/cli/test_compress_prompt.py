@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from jaxcompress.cli import main
+from jaxcompress.embedded import decoder_folder
+from jaxcompress.inputs.tokenizer import Tokenizer
 from jaxcompress.prompt import Compressor
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "prompt" / "bert"
@@ -46,7 +48,7 @@ def test_files_and_json(run: Any, tmp_path: Path) -> None:
     printed = json.loads(out)
     assert code == 0
     assert printed["tokens_after"] == int(0.3 * printed["tokens_before"] + 0.5)
-    assert len(printed["words"]) == len(printed["labels"]) == len(printed["probabilities"])
+    assert len(printed["words"]) == len(printed["labels"]) == len(printed["scores"])
 
 
 def test_shown_in_colour(run: Any) -> None:
@@ -55,7 +57,7 @@ def test_shown_in_colour(run: Any) -> None:
     assert re.sub(r"\x1b\[[\d;]*m", "", out).rstrip("\n") == TEXT
     kept = re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", out)
     (document,) = Compressor.load(FOLDER).compress(TEXT).documents
-    assert kept == [word for word, label in zip(document.words, document.labels, strict=True) if label]
+    assert kept == [word for word, label in zip(document.scored.words, document.labels, strict=True) if label]
 
 
 def test_other_ways(run: Any) -> None:
@@ -74,9 +76,10 @@ def test_other_ways(run: Any) -> None:
         (["--rate", 0], "rate must be in (0, 1]"),
         (["--rate", 1.1, "--budget", "official"], "rate must be in (0, 1]"),
         (["--rate", 0.5, "--tokens", 5], "not both"),
+        (["--reader", "/no/such/folder"], "--reader: there is no folder /no/such/folder"),
         (["--tokens", 1, "--force", "."], "more than the 1 asked for"),
-        (["--stream", "--tokens", 5], "--stream needs --rate"),
-        (["--stream", "--structured"], "structured and stream cannot be had together"),
+        (["--stream", "--tokens", 5], "--stream takes --rate, not --tokens"),
+        (["--stream", "--structured"], "structured and stream exclude each other"),
         (["--json-text"], "the text is not JSON"),
         (["--file", "no-such-file"], "no-such-file"),
         (["--budget", "official", "--json"], "do not go with official"),
@@ -86,6 +89,14 @@ def test_refused(run: Any, arguments: list[Any], message: str) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_tokens_of_the_reader(run: Any) -> None:
+    tokens = lambda text: len(Tokenizer(decoder_folder()).encode(text, add_bos=False))
+    code, out, err = run("--rate", 0.4, "--reader", "embedded")
+    assert (code, tokens(out.removesuffix("\n"))) == (0, int(tokens(TEXT) * 0.4 + 0.5))
+    assert f"{tokens(TEXT)} tokens to" in err
+    assert run("--rate", 0.4, "--reader", decoder_folder(), "--stream")[1] == out
 
 
 def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:

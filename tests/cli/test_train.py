@@ -369,8 +369,8 @@ def test_kill_9_at_any_moment(folder: Path, book: Path, tmp_path: Path) -> None:
     [
         ("retention-layer", "retention-layer", ("--distill", "--segment", 8)),
         pytest.param("retention-layer", "retention-layer", (), marks=pytest.mark.slow),
-        pytest.param("dms-pool", "dms-pool", ("--window", 3), marks=pytest.mark.slow),
-        pytest.param("dmc", "dmc-tova-kv_head", (), marks=pytest.mark.slow),
+        pytest.param("dms-pool", "dms-window3-pool", ("--window", 3), marks=pytest.mark.slow),
+        pytest.param("dmc", "tova-kv_head/dmc", (), marks=pytest.mark.slow),
     ],
 )
 def test_a_policy_that_is_learned(
@@ -397,7 +397,7 @@ def test_a_policy_that_is_learned(
     assert same == (policy == "retention-layer" and "--distill" not in more)
     assert any(np.abs(saved.weights["outer"]).reshape(-1) > 0)
     reading = "--text", book, "--slots", 12, "--context", 64, "--json"
-    ran = run("perplexity", *reading, "--policies", "own", "own/recent2", model=out / "model")
+    ran = run("perplexity", *reading, "--policies", "own", "own/protect-recent2", model=out / "model")
     assert ran.code == 0, ran.err
     assert name in ran
     ran = run("perplexity", *reading, "--policies", "own")

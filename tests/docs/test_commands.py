@@ -93,7 +93,7 @@ def test_no_block_is_left_out() -> None:
 # The README's commands as they stand, followed by sizes for seconds. Those of compare, train and vision-demo run in
 # their own tests.
 SHORT = {
-    "generate": "--steps 4 --slots 16",
+    "generate": "--max-new-tokens 4 --slots 16",
     "perplexity": "--context 64 --rows 1 --slots 16 32",
     "trace": "--slots 16 --prompt 32 --limit 64",
     "retention": "--slots 16 --limit 64",

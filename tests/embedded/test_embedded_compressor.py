@@ -12,16 +12,15 @@ import pytest
 
 from jaxcompress import embedded
 from jaxcompress.cli import main
+from jaxcompress.prompt import WORDS, Compressor, keep
 from jaxcompress.prompt.baselines import content_words, random_words, tf_idf
-from jaxcompress.prompt.classifier import load_compressor
 from jaxcompress.prompt.dataset import Pair, label
 from jaxcompress.prompt.recovery import recovery
-from jaxcompress.prompt.word_scores import keep
 
 
 @pytest.fixture(scope="module")
 def scorer() -> Any:
-    return load_compressor()
+    return Compressor.load(dtype="float32")
 
 
 def test_is_small() -> None:
@@ -41,7 +40,7 @@ def test_scores_any_text(scorer: Any, text: str) -> None:
 
 def test_keeps_what_a_sentence_is_about(scorer: Any) -> None:
     text = "A woman was seriously injured by a falling tree in the north of the city, according to the police."
-    kept = keep(scorer(text), rate=0.5).text
+    kept = keep(scorer(text), WORDS, rate=0.5).text
     assert "woman" in kept
     assert "injured" in kept
 
@@ -69,7 +68,7 @@ def test_agrees_with_people_more_than_what_needs_no_training(scorer: Any) -> Non
 
     def agreement(scorer: Any) -> float:
         shares = [
-            np.array(one.labels)[keep(scorer(one.text), n=sum(one.labels)).labels].mean()
+            np.array(one.labels)[keep(scorer(one.text), WORDS, tokens=sum(one.labels)).labels].mean()
             for one in examples
             if any(one.labels)
         ]  # fmt: skip

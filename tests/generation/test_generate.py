@@ -204,6 +204,23 @@ def test_bursts_end_with_the_last_row(model: Decoder) -> None:
     assert joined[joined >= 0].tolist() == ended[0][ended[0] >= 0].tolist()
 
 
+def test_a_stream_goes_on_until_every_row_has_stopped(model: Decoder) -> None:
+    _, stop, ended = _greedy_stop(model)
+    groups = list(generate(
+        model, PROMPTS, TOVA(), SLOTS, max_new_tokens=STEPS, stream_every=2,
+        config=GenerationConfig(stop_token_ids=(stop,)), segment=SEGMENT,
+    ))  # fmt: skip
+    assert np.concatenate(groups, axis=1).tolist() == ended.tolist()
+
+
+def test_a_row_that_stopped_remembers_only_what_it_wrote(model: Decoder) -> None:
+    _, stop, ended = _greedy_stop(model)
+    _, state = decode(model, begun(model, PROMPTS, TOVA()), STEPS, GenerationConfig(stop_token_ids=(stop,)))
+    for row, prompt in enumerate(PROMPTS):
+        written_there = {*prompt.tolist(), *ended[row][ended[row] >= 0].tolist()}
+        assert set(np.flatnonzero(state.appeared[row])) == written_there
+
+
 @pytest.mark.parametrize("policy", [TOVA(), Full()], ids=lambda policy: policy.name)
 def test_the_size_of_bursts_changes_nothing(model: Decoder, policy: Policy) -> None:
     slots = max(map(len, PROMPTS)) + STEPS if not policy.evicts else SLOTS

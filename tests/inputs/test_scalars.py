@@ -10,7 +10,7 @@ import pytest
 
 from jaxcompress.generation.config import GenerationConfig
 from jaxcompress.inputs.scalars import number, share, whole
-from jaxcompress.prompt.word_scores import ScoredWords, keep
+from jaxcompress.prompt import WORDS, ScoredWords, keep
 from jaxcompress.vision import get_method
 
 HALVES: list[Any] = [0.5, np.float16(0.5), np.float32(0.5), np.float64(0.5), np.array(0.5), jnp.float32(0.5)]
@@ -59,8 +59,8 @@ def test_what_is_no_whole_number_from_0(given: Any) -> None:
 @pytest.mark.parametrize("given", HALVES, ids=repr)
 def test_shares(given: Any) -> None:
     assert (type(share(given)), share(given)) == (float, 0.5)
-    words = ScoredWords("a b c d", [(0, 1), (2, 3), (4, 5), (6, 7)], np.arange(4, dtype=np.float32), "test")
-    assert keep(words, rate=given).text == "c d"
+    words = ScoredWords("a b c d", np.arange(0, 8, 2)[:, None] + [0, 1], np.arange(4, dtype=np.float32), "test")
+    assert keep(words, WORDS, rate=given).text == "c d"
     assert GenerationConfig(temperature=given, top_p=given) == GenerationConfig(0.5, top_p=0.5)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny import tiny_decoder
 
-from jaxcompress.models.decoder import read
+from jaxcompress.models.decoder import ReadResult, last_hidden, read
 from jaxcompress.models.init_state import init_state
 from jaxcompress.policies import H2O, TOVA, Window, per_layer
 from jaxcompress.policies.names import get_policy
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("as_users_call_it")
 MODEL = tiny_decoder()
 TOKENS = jnp.zeros((1, 2), jnp.int32)
 POLICIES = (
-    "window", "streaming_llm+2-before", "tova", "tova-kv_head", "tova-query_head", "ada-tova", "rkv-sketch8",
+    "window", "streaming_llm+2-before", "tova", "tova-kv_head", "tova-query_head", "tova-pool/adaptive", "rkv-sketch8",
     "expected_attention",
 )  # fmt: skip
 
@@ -64,3 +65,12 @@ def test_a_state_is_read_with_its_model_and_rows() -> None:
         traced((state[0].take(0),), H2O())
     with pytest.raises(ValueError, match="a state is expected, as init_state makes it, not KVState"):
         traced(state[0], H2O())  # type: ignore[arg-type]
+
+
+def test_the_last_hidden_state_is_that_of_the_last_token() -> None:
+    """Padding at the right, at the left, and between tokens."""
+    valid = np.array([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0]], bool)
+    hidden = jnp.arange(12.0).reshape(3, 4, 1)
+    result = ReadResult(hidden, (), (), ())
+    assert last_hidden(result, jnp.asarray(valid))[:, 0, 0].tolist() == [1.0, 7.0, 10.0]
+    assert last_hidden(result, None)[:, 0, 0].tolist() == [3.0, 7.0, 11.0]

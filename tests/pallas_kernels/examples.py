@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxcompress import policies
 from jaxcompress.policies import Policy
-from jaxcompress.policies.combine import protect
+from jaxcompress.policies.protect import protect
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.storage import store_vectors, zeros
 

@@ -21,8 +21,7 @@ from jaxcompress.models.init_state import init_state
 from jaxcompress.pallas_kernels import dispatch, measured, tpu_limits, tuning
 from jaxcompress.pallas_kernels.dispatch import choose_kernel
 from jaxcompress.pallas_kernels.types import KernelCall, Kernels, On
-from jaxcompress.policies import Policy
-from jaxcompress.policies.combine import every, protect, sampled
+from jaxcompress.policies import Policy, every, protect, sampled
 from jaxcompress.policies.reductions.merge import merge_nearest
 from jaxcompress.policies.reductions.reduced import with_reduce
 from jaxcompress.recurrence.advance import advance, on

@@ -395,14 +395,3 @@ class TestErrors:
         held = candidates(np.zeros((1, 2, 4, D)), np.zeros((1, 2, 4, D)), np.zeros((1, 2, 4), int))
         with pytest.raises(ValueError, match="project="):
             policies.critical(policies.KNorm()).init(held)
-
-
-@pytest.mark.parametrize("name", [
-    "tova/first2/recent3/every4", "snapkv+32/critical/every16", "ada-h2o", "ada-snapkv+8", "h2o-layer/chunks20",
-    "streaming_llm+4-before", "rkv-sketch16", "lagkv+16-cross", "snapkv+16-query_head", "tova/merge_nearest/every4",
-    "h2o-layer/mean_slots4", "tova/cam32", "h2o-layer/d2o", "knorm/within64", "tova/sampled4",
-])  # fmt: skip
-def test_names(name: str) -> None:
-    assert get_policy(name) == get_policy(name)  # one compiled program
-    assert hash(get_policy(name)) == hash(get_policy(name))
-    assert get_policy(name).evicts

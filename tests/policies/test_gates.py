@@ -19,7 +19,8 @@ from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig
 from jaxcompress.policies import Policy
-from jaxcompress.policies.gates import Gates, gated
+from jaxcompress.policies.entry import Gates
+from jaxcompress.policies.gates import gated
 from jaxcompress.policies.reductions.merge import merge_nearest
 from jaxcompress.policies.reductions.reduced import with_reduce
 from jaxcompress.policies.reductions.summarise import mean_slots

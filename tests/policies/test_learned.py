@@ -21,7 +21,8 @@ from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.policies import Policy, learned
-from jaxcompress.policies.learned import EPSILON, ForgetHead, check_head, init_forget_head
+from jaxcompress.policies.forget_head import ForgetHead, check_head, init_forget_head
+from jaxcompress.policies.learned import EPSILON
 from jaxcompress.recurrence.advance import advance
 from jaxcompress.state.kv_state import KVState
 

@@ -44,10 +44,10 @@ from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.policies.cache_view import Evicted, LayerContext
 from jaxcompress.policies.draws import per_token
 from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.reduction import Reduction
 from jaxcompress.policies.reductions.merge import cam, d2o, merge_nearest, merge_weighted
 from jaxcompress.policies.reductions.nearest import BLOCK
 from jaxcompress.policies.reductions.reduced import with_reduce
-from jaxcompress.policies.reductions.reduction import Reduction
 from jaxcompress.policies.reductions.summarise import low_rank, mean_slots, random_features
 from jaxcompress.recurrence.advance import advance
 from jaxcompress.state.kv_state import KVState
@@ -567,7 +567,7 @@ def test_names_and_layers() -> None:
     assert with_reduce(policies.Window(4), mean_slots(8)).name == "window+4/mean_slots8"
     mixed = with_reduce(policies.per_layer(policies.Full(), policies.TOVA()), merge_nearest())
     assert mixed.layers == (policies.Full(), policy)
-    assert policies.protect(policy, first=2).reduces
+    assert policies.protect(policy, first=2).reduction == merge_nearest()
 
 
 @pytest.mark.parametrize(("policy", "reduce", "message"), [

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxcompress.policies import policy
-from jaxcompress.policies.policy import wrapper
+from jaxcompress.policies.wrapper import wrapper
 
 
 @policy

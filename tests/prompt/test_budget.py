@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcompress.prompt import budget
-from jaxcompress.prompt.budget import CORE, apportion, best_first, choose_words, fill, reachable
+from jaxcompress.prompt.budget import CORE, apportion, choose_words, fill, reachable, words_best_first
 
 COSTS = {
     "small": lambda rng, w: rng.integers(1, 5, w),
@@ -23,21 +23,23 @@ COSTS = {
 }
 
 
-def by_trying(scores: np.ndarray, costs: np.ndarray, n: int) -> np.ndarray:
+def by_trying(scores: np.ndarray, costs: np.ndarray, n: int, allowed: np.ndarray) -> np.ndarray:
     """The definition: of cores around the threshold, 16 words, 32, ..., the first in which words cost the most that any
-    cost, and there the largest sum of scores. All sums of costs are tried."""
-    order = [w for w in best_first(scores).tolist() if scores[w] > -np.inf]
+    cost, and there the fewest words of the lowest score and the largest sum of the other scores. All sums of costs are
+    tried."""
+    order = words_best_first(scores, allowed).tolist()
+    value = {w: (0, float(scores[w])) if scores[w] > -np.inf else (-1, 0.0) for w in order}
     fits = max(k for k in range(len(order) + 1) if costs[order[:k]].sum() <= n)
     kept = set(order[:fits])
     most, half, first = costs[order[:fits]].sum(), CORE // 2, sum(scores[order] == np.inf)
     while fits < len(order) and most < n:
         start, stop = max(first, fits - half), min(len(order), fits + half)
         before = order[:start]
-        best = {int(costs[before].sum()): (0.0, frozenset(before))}
+        best = {int(costs[before].sum()): ((0, 0.0), frozenset(before))}
         for w in order[start:stop]:
-            for total, (value, words) in list(best.items()):
-                more = total + int(costs[w]), value + float(scores[w])
-                if more[0] <= n and more[1] > best.get(more[0], (-np.inf, words))[0]:
+            for total, ((low, high), words) in list(best.items()):
+                more = total + int(costs[w]), (low + value[w][0], high + value[w][1])
+                if more[0] <= n and more[1] > best.get(more[0], ((-np.inf, 0.0), words))[0]:
                     best[more[0]] = more[1], words | {w}
         if max(best) > most:
             most = max(best)
@@ -55,12 +57,25 @@ def test_the_documented_choice(kind: str, table: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     w = int(rng.integers(1, 60))
     costs, scores = COSTS[kind](rng, w).astype(np.int64), rng.normal(size=w).astype(np.float32)
-    scores[rng.random(w) < 0.1] = -np.inf
-    scores[rng.random(w) < 0.1] = np.inf
+    allowed = rng.random(w) >= 0.1
+    if w % 2:
+        scores[rng.random(w) < 0.1] = -np.inf
+    scores[allowed & (rng.random(w) < 0.1)] = np.inf
     n = int(rng.integers(costs[scores == np.inf].sum(), costs.sum() + 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget, "_TABLE", table)
-        np.testing.assert_array_equal(choose_words(scores, costs, n), by_trying(scores, costs, n))
+        kept = choose_words(scores, costs, n, allowed)
+    expected = by_trying(scores, costs, n, allowed)
+    assert not kept[~allowed].any()
+    if w % 2:  # words of the lowest score are as good as each other
+        of = lambda words: (
+            costs[words].sum(),
+            np.isneginf(scores[words]).sum(),
+            scores[words & np.isfinite(scores)].sum(),
+        )
+        np.testing.assert_allclose(of(kept), of(expected), rtol=1e-5)
+    else:
+        np.testing.assert_array_equal(kept, expected)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 3), (5, 8), (4, 6, 7), (3, 40)]))

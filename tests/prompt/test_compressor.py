@@ -24,12 +24,13 @@ from jaxcompress.prompt import (
     compress_json,
     compress_stream,
     compress_structured,
+    keep,
 )
-from jaxcompress.prompt.budget import apportion, best_first, choose_words
+from jaxcompress.prompt.budget import apportion, choose_words
 from jaxcompress.prompt.chunks import chunks
+from jaxcompress.prompt.counting import SubwordCounter
 from jaxcompress.prompt.joining import join
 from jaxcompress.prompt.words import segment
-from jaxcompress.state.select import rank
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
@@ -58,9 +59,9 @@ def counted(text: str) -> int:
 def is_made_of(result: Compressed) -> None:
     """Every text is its kept words in their order with nothing but white space added, and cuts no grapheme."""
     for document in result.documents:
-        kept = [word for word, label in zip(document.words, document.labels, strict=True) if label]
+        kept = [word for word, label in zip(document.scored.words, document.labels, strict=True) if label]
         assert "".join(document.text.split()) == "".join("".join(kept).split())
-        whole = regex.findall(r"\X", document.source)
+        whole = regex.findall(r"\X", document.scored.text)
         assert set(regex.findall(r"\X", document.text)) <= {*whole, " ", "\n"}
 
 
@@ -92,7 +93,7 @@ def test_rates(compressor: Compressor, rate: float, kept: float) -> None:
 def test_the_best_words_stay(compressor: Compressor) -> None:
     """No dropped word is better than a kept one, but for those that close the last gap."""
     (document,) = compressor.compress(TEXT, rate=0.5).documents
-    kept, p = document.kept, document.probabilities
+    kept, p = document.labels, document.scored.scores
     worse = [n for n in np.flatnonzero(kept) if p[n] < p[~kept].max()]
     assert len(worse) <= 4
     assert p[kept].mean() > p[~kept].mean() + 0.2
@@ -115,10 +116,10 @@ def test_forced_words_stay_and_count(compressor: Compressor) -> None:
     result = compressor.compress(TEXT, tokens=40, force=[".", "I think", "\n", "no such words"], digits=True)
     (document,) = result.documents
     assert result.tokens_after == 40
-    forced = [word for word, must in zip(document.words, document.forced, strict=True) if must]
+    forced = [word for word, must in zip(document.scored.words, document.forced, strict=True) if must]
     assert forced.count(".") == 4 - TEXT[-1:].count("!")
     assert {"I", "think", "2025", "4,200"} <= set(forced)
-    assert all(document.kept[document.forced])
+    assert all(document.labels[document.forced])
     assert "2025.\n" in result.text
     is_made_of(result)
 
@@ -127,7 +128,7 @@ def test_too_much_is_forced(compressor: Compressor) -> None:
     with pytest.raises(ValueError, match=r"forced has \d+ tokens, more than the 3 asked for"):
         compressor.compress(TEXT, tokens=3, force=[".", ","], digits=True)
     result = compressor.compress(TEXT, rate=0.01, force=[".", ","], digits=True)  # a rate gives way
-    assert result.documents[0].kept.tolist() == result.documents[0].forced.tolist()
+    assert result.documents[0].labels.tolist() == result.documents[0].forced.tolist()
 
 
 def test_repeats_of_forced_words(compressor: Compressor) -> None:
@@ -142,7 +143,7 @@ def test_repeats_of_forced_words(compressor: Compressor) -> None:
 
 def test_whole_contexts_are_dropped_first(compressor: Compressor) -> None:
     contexts = [TEXT, OTHER, TEXT[:100], OTHER[:50]]
-    means = [d.probabilities.mean() for d in compressor.compress(contexts).documents]
+    means = [d.scored.scores.mean() for d in compressor.compress(contexts).documents]
     two = compressor.compress(contexts, tokens=20, filter=Contexts(count=2))
     left = [n for n, document in enumerate(two.documents) if document.text]
     assert left == sorted(np.argsort(means)[-2:].tolist())
@@ -152,7 +153,7 @@ def test_whole_contexts_are_dropped_first(compressor: Compressor) -> None:
     assert [n for n, document in enumerate(forced.documents) if document.text] == [worst]
     few = compressor.compress(contexts, rate=1, filter=Contexts(tokens=150))
     assert 0 < few.tokens_after <= 150
-    assert few.text == "\n\n".join(d.source for d in few.documents if d.text)
+    assert few.text == "\n\n".join(d.scored.text for d in few.documents if d.text)
     with pytest.raises(ValueError, match="no context 4: there are 4"):
         compressor.compress(contexts, filter=Contexts(count=1, force=(4,)))
     with pytest.raises(ValueError, match="one of rate, count and tokens"):
@@ -190,7 +191,7 @@ def test_a_long_text_is_cut_between_sentences(compressor: Compressor) -> None:
     result = compressor.compress(text, rate=0.3, scope="chunk")
     assert result.tokens_after == int(result.tokens_before * 0.3 + 0.5)
     (document,) = result.documents
-    shares = [document.costs[document.kept & (document.chunk == n)].sum() for n in range(len(cuts))]
+    shares = [document.costs[document.labels & (document.scored.chunks == n)].sum() for n in range(len(cuts))]
     assert np.abs(np.array(shares) - 0.3 * (cuts[:, 1] - cuts[:, 0])).max() < 2
 
 
@@ -213,16 +214,32 @@ def test_names_of_special_tokens_are_text(compressor: Compressor) -> None:
         (ValueError, "tokens must be a whole number", dict(tokens=7.0)),
         (ValueError, "tokens must be a whole number", dict(tokens=True)),
         (ValueError, "2 rates for 1 contexts", dict(rate=[0.5, 0.5])),
-        (ValueError, "tokens must be at least 1, not 0", dict(tokens=0)),
+        (ValueError, "tokens must be a whole number, at least 1, not 0", dict(tokens=0)),
         (ValueError, "not both", dict(tokens=5, rate=0.5)),
         (ValueError, "empty string", dict(force=["."  , ""])),
         (TypeError, "list of strings", dict(force=".")),
-        (ValueError, "'mean' of its subwords' or the 'first' one, not 'max'", dict(word="max")),
     ],
 )  # fmt: skip
 def test_refused(bert: Compressor, error: type[Exception], message: str, options: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         bert.compress(TEXT, **options)
+
+
+def test_scores_of_first_subwords(bert: Compressor) -> None:
+    assert (replace(bert, word="first")(TEXT).scores != bert(TEXT).scores).any()
+    with pytest.raises(ValueError, match="'mean' of its subwords' or the 'first' one, not 'max'"):
+        replace(bert, word="max").compress(TEXT)
+
+
+def test_one_way_to_keep(bert: Compressor) -> None:
+    """Scored first and kept after, by whatever numbers: the same words, and a score of +inf is a forced word."""
+    whole = bert.compress([TEXT, OTHER], rate=0.4, force=["."])
+    kept = keep(bert.score([TEXT, OTHER]), SubwordCounter(bert.tokenizer), rate=0.4, force=["."])
+    assert (kept.text, kept.asked, kept.tokens_after) == (whole.text, whole.asked, whole.tokens_after)
+    scored = bert(OTHER)
+    protected = np.where([word == "." for word in scored.words], np.inf, scored.scores).astype(np.float32)
+    mine = keep(scored._replace(scores=protected), bert.tokenizer.count, tokens=9)
+    assert mine.text == bert.compress(OTHER, tokens=9, force=["."]).text
 
 
 def test_no_compressor(tmp_path: Path) -> None:
@@ -276,7 +293,7 @@ def test_rates_of_every_type(bert: Compressor, number: Any) -> None:
     assert bert.compress(OTHER, rate=number).text == bert.compress([OTHER], rate=[number]).text == expected
     assert "".join(part.text for part in compress_stream(bert, [OTHER], rate=number)) == expected
     kept = bert.compress([OTHER, TEXT], filter=Contexts(rate=number)).documents
-    assert sum(bool(document.kept.any()) for document in kept) == 1
+    assert sum(bool(document.labels.any()) for document in kept) == 1
     for tokens in (np.int64(7), np.array(7), jnp.int32(7)):
         assert bert.compress(OTHER, tokens=tokens).tokens_after == 7
 
@@ -290,13 +307,6 @@ def test_nothing_to_compress(bert: Compressor) -> None:
     assert compress_structured(bert, "").text == compress_structured(bert, []).text == ""
     for value in ({}, [], None, 3.5, "", {"": [[]]}):
         assert compress_json(bert, value)[0] == value
-
-
-@given(st.lists(st.sampled_from([0.0, -0.0, 0.25, 0.5, np.inf, -np.inf, np.nan]), min_size=1, max_size=20))
-def test_words_are_ranked_as_everything_else(scores: list[float]) -> None:
-    """`jaxcompress.state.select` has the rule; here it is followed on the host."""
-    ranks = rank(jnp.array([[scores]], jnp.float32), jnp.arange(len(scores))[None, None])[0, 0]
-    assert np.argsort(np.asarray(ranks)).tolist() == best_first(np.array(scores)).tolist()
 
 
 @given(st.lists(st.tuples(st.floats(0, 1, width=32), st.integers(1, 5)), min_size=1, max_size=12), st.integers(0, 40))

@@ -153,10 +153,10 @@ def test_labels_are_what_was_kept(tmp_path: Path) -> None:
     assert (report.pairs, report.empty, report.unfaithful) == (3, 1, 1)
     kept = [word for word, keep in zip(spelled(example.text), example.labels, strict=True) if keep]
     assert kept == ["council", "vote", "Monday", "."]
-    assert report.kept_rate == pytest.approx(0.5)
+    assert report.kept_share == pytest.approx(0.5)
     write_examples(examples, tmp_path / "examples.jsonl")
     assert read_examples(tmp_path / "examples.jsonl") == examples
-    assert label([]) == ([], report._replace(pairs=0, empty=0, unfaithful=0, kept_rate=0.0))
+    assert label([]) == ([], report._replace(pairs=0, empty=0, unfaithful=0, kept_share=0.0))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import pytest
 
 from jaxcompress.checkpoints import load_embedded
 from jaxcompress.policies import Full
+from jaxcompress.prompt.counting import WORDS, TokenizerCounter
 from jaxcompress.prompt.information import Reader, per_unit, self_information, surprise
+from jaxcompress.prompt.keeping import keep, tokens_at
 from jaxcompress.prompt.llmlingua import contrastive, llmlingua
 from jaxcompress.prompt.long_llmlingua import (
     arranged,
@@ -22,7 +24,8 @@ from jaxcompress.prompt.long_llmlingua import (
 )
 from jaxcompress.prompt.selective_context import selective_context
 from jaxcompress.prompt.surface import words_of
-from jaxcompress.prompt.word_scores import keep
+from jaxcompress.prompt.word_scores import ScoredWords
+from jaxcompress.prompt.words import segment
 from jaxcompress.training.loss import token_losses
 
 TEXT = (
@@ -84,10 +87,11 @@ def by_hand(text: str, read: Any) -> np.ndarray:
 
 def test_a_word_has_the_mean_of_its_tokens(reader: Reader) -> None:
     read = surprise(reader, TEXT)
-    np.testing.assert_allclose(per_unit(words_of(TEXT), read), by_hand(TEXT, read), rtol=1e-5)
+    np.testing.assert_allclose(per_unit(segment(TEXT), read), by_hand(TEXT, read), rtol=1e-5)
     found = self_information(reader)(TEXT)
     np.testing.assert_allclose(found.scores, by_hand(TEXT, read), rtol=1e-5)
-    assert (found.by, found.words) == ("self-information", words_of(TEXT))
+    assert found.by == "self-information"
+    np.testing.assert_array_equal(found.spans, segment(TEXT))
 
 
 def test_long_texts_fit_into_few_slots(reader: Reader) -> None:
@@ -125,7 +129,7 @@ def llmlingua_by_hand(reader: Reader, prefixes: list[list[int]], rate: float) ->
 
 @pytest.mark.parametrize("rate", [0.3, 0.7])
 def test_llmlingua_is_conditioned_on_what_was_kept(reader: Reader, rate: float) -> None:
-    found = llmlingua(reader, rate=rate)(TEXT)
+    found = llmlingua(reader, word_rate=rate)(TEXT)
     np.testing.assert_allclose(found.scores, llmlingua_by_hand(reader, [[]], rate), atol=5e-4)
     assert not np.allclose(found.scores, self_information(reader)(TEXT).scores, atol=0.05)
 
@@ -134,24 +138,24 @@ def test_llmlingua_without_loss_is_self_information(reader: Reader) -> None:
     """But for white space between segments, which belongs to no word."""
     text = TEXT[: TEXT.index("\n")]
     np.testing.assert_allclose(
-        llmlingua(reader, rate=1.0)(text).scores, self_information(reader)(text).scores, atol=5e-4
+        llmlingua(reader, word_rate=1.0)(text).scores, self_information(reader)(text).scores, atol=5e-4
     )
 
 
 def test_contrast_with_a_question(reader: Reader) -> None:
     question = "In which version do dictionaries keep order?"
     asked = reader.tokenizer.encode_with_places(question + "\n")[0].tolist()
-    found = contrastive(reader, question, rate=0.5)(TEXT)
+    found = contrastive(reader, question, word_rate=0.5)(TEXT)
     np.testing.assert_allclose(found.scores, llmlingua_by_hand(reader, [[], asked], 0.5), atol=1e-3)
 
 
 def test_nothing_is_compiled_for_another_length(reader: Reader) -> None:
     from jaxcompress.prompt.information import _read_segment
 
-    llmlingua(reader, rate=0.5)(TEXT)
+    llmlingua(reader, word_rate=0.5)(TEXT)
     before = _read_segment._cache_size()
     for text in (TEXT[:50], TEXT[20:111], TEXT[:150]):
-        llmlingua(reader, rate=0.4)(text)
+        llmlingua(reader, word_rate=0.4)(text)
     assert _read_segment._cache_size() == before
 
 
@@ -162,7 +166,7 @@ def test_selective_context_reads_sentences_apart(reader: Reader, unit: Any) -> N
     second = text.index("If")
     ids, places = reader.tokenizer.encode_with_places(text[second:])
     nats = uncached(reader, [], ids.tolist())
-    last = [word for word in found.words if word.start >= second]
+    last = [word for word in words_of(text) if word.start >= second]
     if unit == "sentence":
         expected = np.full(len(last), nats.mean())
     else:
@@ -201,8 +205,11 @@ class TestLong:
     @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9, 1.0])
     def test_keeps_exactly_the_rate(self, reader: Reader, rate: float) -> None:
         short = long_llmlingua(reader, DOCUMENTS, QUESTION, rate=rate)
-        total = sum(len(words_of(document)) for document in DOCUMENTS)
-        assert sum(one.labels.sum() for one in short.kept) == int(np.floor(total * rate + 0.5))
+        count = TokenizerCounter(reader.tokenizer)
+        total = sum(map(count, DOCUMENTS))
+        assert sum(count(one.text) for one in short.kept) == tokens_at(rate, total)
+        by_words = long_llmlingua(reader, DOCUMENTS, QUESTION, rate=rate, count=WORDS)
+        assert sum(one.labels.sum() for one in by_words.kept) == tokens_at(rate, sum(map(WORDS, DOCUMENTS)))
         assert short.order[0] == 1
         assert short.documents[0] == 1
 
@@ -222,12 +229,9 @@ class TestLong:
         assert arranged([3, 1, 4, 0, 2], "ends") == [3, 4, 2, 0, 1]
 
     def test_recovers_what_was_between(self, reader: Reader) -> None:
-        from jaxcompress.prompt.word_scores import ScoredWords
-
         text = "Dictionaries keep the order of insertion since version 3.7."
-        words = words_of(text)
         scores = np.array([1, 1, 0, 1, 0, 1, 0, 0, 1, 0], np.float32)
-        kept = keep(ScoredWords(text, words, scores, "test"), n=5)
+        (kept,) = keep(ScoredWords(text, segment(text), scores, "test"), WORDS, tokens=5).documents
         assert kept.text == "Dictionaries keep order insertion 3.7"
         assert recover([kept], "They say: keep order insertion, I think.") == (
             "They say: keep the order of insertion, I think."

@@ -12,13 +12,12 @@ import pytest
 from jaxcompress.checkpoints import load_embedded
 from jaxcompress.cli import main
 from jaxcompress.cli.runtime import open_model
-from jaxcompress.generation import decode_stream, generate
+from jaxcompress.generation import decode_stream, generate, init_decode_state
 from jaxcompress.policies import TOVA, Full
 from jaxcompress.policies.names import get_policy
+from jaxcompress.prompt import Compressor, TokenizerCounter
 from jaxcompress.prompt.baselines import content_words, evenly_spread
-from jaxcompress.prompt.classifier import load_compressor
 from jaxcompress.prompt.reading import read_shortened
-from jaxcompress.prompt.word_scores import keep
 
 TEXT = " ".join(f"Line {n} says that the value of item {n * 7} is not known to the reader." for n in range(12))
 
@@ -29,11 +28,14 @@ def loaded() -> Any:
 
 
 def test_is_reading_what_is_left(loaded: Any) -> None:
-    model, tokenizer = loaded
-    read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=TOVA(), slots=32, after="\nSo")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    state = init_decode_state(model, TOVA(), 32)
+    read = read_shortened(model, tokenizer, TEXT, evenly_spread(), state, rate=0.5, after="\nSo")
+    count = TokenizerCounter(tokenizer)
+    assert read.kept.tokens_after == count(read.kept.text) == int(count(TEXT) * 0.5 + 0.5)
     short = tokenizer.encode(read.kept.text + "\nSo")
     (expected,) = generate(model, [short], TOVA(), 32, max_new_tokens=6)
-    (tokens,) = decode_stream(model, read.progress, max_new_tokens=6)
+    (tokens,) = decode_stream(model, read.state, max_new_tokens=6)
     assert tokens.tolist() == expected.tolist()
     report = read.report
     assert report.original_tokens == len(tokenizer.encode(TEXT + "\nSo"))
@@ -45,26 +47,28 @@ def test_is_reading_what_is_left(loaded: Any) -> None:
 
 
 def test_a_state_with_room_to_spare_is_no_compression(loaded: Any) -> None:
-    model, tokenizer = loaded
-    read = read_shortened(model, tokenizer, TEXT, content_words(), rate=0.3, policy=Full(), slots=512)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    read = read_shortened(model, tokenizer, TEXT, content_words(), init_decode_state(model, Full(), 512), rate=0.3)
     assert read.report.held_tokens == read.report.prompt_tokens
     assert read.report.state_ratio == 1
     assert read.report.ratio == read.report.prompt_ratio > 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "slots"), [("h2o", 24), ("ada-tova", 24), ("tova", [8, 16, 24, 32])])
+@pytest.mark.parametrize(("name", "slots"), [("h2o", 24), ("tova-pool/adaptive", 24), ("tova", [8, 16, 24, 32])])
 def test_held_is_what_slots_hold(loaded: Any, name: str, slots: Any) -> None:
-    model, tokenizer = loaded
-    read = read_shortened(model, tokenizer, TEXT, evenly_spread(), rate=0.5, policy=get_policy(name), slots=slots)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    state = init_decode_state(model, get_policy(name), slots)
+    read = read_shortened(model, tokenizer, TEXT, evenly_spread(), state, rate=0.5)
     assert read.report.held_tokens == pytest.approx(np.mean(slots), rel=0.01)
 
 
 def test_nothing_left(loaded: Any) -> None:
-    model, tokenizer = loaded
-    for text, rate in (("", 0.5), ("word", 0.1)):
+    model, tokenizer = loaded.model, loaded.tokenizer
+    state = init_decode_state(model, TOVA(), 8)
+    for text, rate in (("", 0.5), ("Donaudampfschiff", 0.1)):
         with pytest.raises(ValueError, match="nothing is left"):
-            read_shortened(model, tokenizer, text, evenly_spread(), rate=rate, policy=TOVA(), slots=8)
+            read_shortened(model, tokenizer, text, evenly_spread(), state, rate=rate)
 
 
 @pytest.mark.slow
@@ -72,10 +76,12 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
     model, tokenizer = open_model(None)
-    short = keep(load_compressor()(TEXT), rate=0.5).text
+    short = Compressor.load(count=TokenizerCounter(tokenizer)).compress(TEXT, rate=0.5).text
+    assert main(["compress-prompt", "--file", str(file), "--rate", "0.5", "--reader", "embedded"]) == 0
+    assert capsys.readouterr().out == short + "\n"
     (expected,) = generate(model, [tokenizer.encode(short)], TOVA(), 32, max_new_tokens=4)
     for source in (["--prompt", TEXT], ["--file", str(file)]):
-        assert main(["generate", *source, "--shorten", "0.5", "--slots", "32", "--steps", "4"]) == 0
+        assert main(["generate", *source, "--shorten", "0.5", "--slots", "32", "--max-new-tokens", "4"]) == 0
         told = capsys.readouterr()
         assert told.out.strip() == tokenizer.decode(expected[0]).strip()
         assert re.search(r"tokens -> \d+ .*32 held .*x in all; recovered \d+% of the content words", told.err)

@@ -185,13 +185,14 @@ class TestModel:
         from jaxcompress.generation import generate
         from jaxcompress.policies import TOVA
 
-        model, tokenizer = loaded
+        model, tokenizer = loaded.model, loaded.tokenizer
         stop = tokenizer.encode(" the", add_bos=False).tolist()  # a word that this model soon writes
         from jaxcompress.generation import GenerationConfig
 
-        teacher = model_teacher(model, tokenizer, TOVA(), 32, steps=64, settings=GenerationConfig(stop=tuple(stop)))
+        config = GenerationConfig(stop_token_ids=tuple(stop))
+        teacher = model_teacher(model, tokenizer, TOVA(), 32, max_new_tokens=64, config=config)
         prompt = tokenizer.encode("Shorten.\n\nText:\nThe list is a list.\n\nShortened text:\n")
-        (tokens,) = generate(model, [prompt], TOVA(), 32, max_new_tokens=64, config=GenerationConfig(stop=tuple(stop)))
+        (tokens,) = generate(model, [prompt], TOVA(), 32, max_new_tokens=64, config=config)
         written = tokens[0][tokens[0] >= 0]
         if int(written[-1]) in stop:
             assert teacher("Shorten.", "The list is a list.") == tokenizer.decode(written[:-1]).strip()
@@ -202,9 +203,9 @@ class TestModel:
     def test_an_answer_without_end_is_a_failure(self, loaded: Any) -> None:
         from jaxcompress.policies import TOVA
 
-        model, tokenizer = loaded
+        model, tokenizer = loaded.model, loaded.tokenizer
         with pytest.raises(TeacherFailed, match="did not end within 2 tokens"):
-            model_teacher(model, tokenizer, TOVA(), 32, steps=2)("Shorten.", "The list is a list.")
+            model_teacher(model, tokenizer, TOVA(), 32, max_new_tokens=2)("Shorten.", "The list is a list.")
 
 
 class TestCut:

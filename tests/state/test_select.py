@@ -12,15 +12,15 @@ from tiny import candidates
 
 from jaxcompress import policies
 from jaxcompress.policies import Policy
-from jaxcompress.state.select import keep_top, worst
+from jaxcompress.state.select import best_first, keep_top, rank, worst
 
 B, P, N = 2, 2, 6
 SPECIAL = [-np.inf, np.inf, np.nan, 0.0, -0.0, 1.0, -1.0, 1.0000001, 3e38, -3e38]
 scores_of = lambda: st.lists(st.sampled_from(SPECIAL), min_size=B * P * N, max_size=B * P * N)
-keep_jit, worst_jit = jax.jit(keep_top), jax.jit(worst)
+keep_jit, worst_jit, rank_jit = jax.jit(keep_top), jax.jit(worst), jax.jit(rank)
 
 
-def best_first(scores: np.ndarray, positions: np.ndarray) -> list[int]:
+def by_sorting(scores: np.ndarray, positions: np.ndarray) -> list[int]:
     """Occupied slots by score, NaN lowest, the older first on a tie."""
     value = [-np.inf if np.isnan(x) else x for x in scores.astype(np.float32)]
     return sorted(np.flatnonzero(positions >= 0).tolist(), key=lambda i: (-value[i], positions[i]))
@@ -35,7 +35,7 @@ def test_keep_top_and_worst(dtype: jnp.dtype, scores: list[float], seed: int, fr
     s = jnp.asarray(np.array(scores).reshape(B, P, N), dtype)
     kept, gone = keep_jit(s, positions, n), worst_jit(s, positions)
     for b, p in np.ndindex(B, P):
-        order = best_first(np.asarray(s[b, p], np.float32), positions[b, p])
+        order = by_sorting(np.asarray(s[b, p], np.float32), positions[b, p])
         assert set(np.flatnonzero(kept[b, p]).tolist()) == set(order[:n])
         if len(order) == N:
             assert gone[b, p] == order[-1]
@@ -43,6 +43,28 @@ def test_keep_top_and_worst(dtype: jnp.dtype, scores: list[float], seed: int, fr
             assert np.flatnonzero(~rest).tolist() == [gone[b, p]]
         else:
             assert positions[b, p, gone[b, p]] == -1
+
+
+@given(
+    scores=st.lists(
+        st.floats(width=32, allow_subnormal=False) | st.sampled_from(SPECIAL), min_size=B * P * N, max_size=B * P * N
+    ),
+    seed=st.integers(0, 999),
+    free=st.sampled_from([0.0, 0.3]),
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_host_follows_the_same_rule(dtype: type, scores: list[float], seed: int, free: float) -> None:
+    """Words of a prompt are ordered by numpy, slots of a state by jax.numpy; scores of any width count in float32."""
+    rng = np.random.default_rng(seed)
+    positions = rng.permuted(np.tile(np.arange(N) * 3, (B, P, 1)), axis=-1).astype(np.int32)
+    positions[rng.random(positions.shape) < free] = -1
+    s = np.array(scores, dtype).reshape(B, P, N)
+    order = np.asarray(best_first(s, positions, np))
+    ranks = np.asarray(rank_jit(jnp.asarray(s, jnp.float32), positions))
+    np.testing.assert_array_equal(np.argsort(ranks, axis=-1), order)
+    for b, p in np.ndindex(B, P):
+        occupied = int((positions[b, p] >= 0).sum())
+        assert order[b, p, :occupied].tolist() == by_sorting(s[b, p], positions[b, p])
 
 
 @given(ties=st.lists(st.integers(0, 2), min_size=B * P * N, max_size=B * P * N), n=st.integers(1, N))

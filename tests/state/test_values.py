@@ -13,8 +13,8 @@ import pytest
 
 from jaxcompress import policies
 from jaxcompress.policies import H2O, TOVA, Policy, Retention, every, leaf, mix, per_layer, policy, protect
-from jaxcompress.policies.learned import LIKE_TOVA, init_forget_head
-from jaxcompress.policies.names import NAMES, get_policy
+from jaxcompress.policies.forget_head import init_forget_head
+from jaxcompress.policies.learned import LIKE_TOVA
 from jaxcompress.policies.reductions.merge import merge_nearest
 from jaxcompress.policies.reductions.reduced import with_reduce
 
@@ -74,20 +74,6 @@ def test_weights_are_let_go() -> None:
     del head, wrapped
     gc.collect()
     assert alive() is None
-
-
-SPACE = vars(policies) | dict(with_reduce=with_reduce, merge_nearest=merge_nearest)
-
-
-@pytest.mark.parametrize("name", [
-    *(name.replace("N", "8") for name in NAMES), "tova/first2/recent3/every4",
-    "h2o-layer/merge_nearest", "snapkv+8/critical/once16",
-])  # fmt: skip
-def test_repr_makes_it_again(name: str) -> None:
-    one = get_policy(name)
-    assert eval(repr(one), dict(SPACE)) == one
-    whole = per_layer(one, mix((0.7, TOVA()), (0.3, H2O(1.0, "layer"))))
-    assert eval(repr(whole), dict(SPACE)) == whole
 
 
 class TestMistakes:

@@ -16,7 +16,8 @@ from jaxcompress import policies
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.init_state import init_state
 from jaxcompress.policies import ForgetHead, Policy
-from jaxcompress.policies.learned import EPSILON, LIKE_TOVA, token_numbers
+from jaxcompress.policies.forget_head import token_numbers
+from jaxcompress.policies.learned import EPSILON, LIKE_TOVA
 from jaxcompress.recurrence.advance import advance
 from jaxcompress.recurrence.block_attention import causal_attention, forgetful_attention
 from jaxcompress.training.data import Batch

@@ -16,8 +16,8 @@ from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import read
 from jaxcompress.models.init_state import init_state
 from jaxcompress.policies import H2O, TOVA, KNorm
+from jaxcompress.policies.forget_head import ForgetHead
 from jaxcompress.policies.gates import dmc
-from jaxcompress.policies.learned import ForgetHead
 from jaxcompress.training.merging import init_gates, merging_loss, read_merging
 
 T = 20
@@ -66,7 +66,7 @@ def test_a_full_state_evicts_runs() -> None:
         done = read(decoder, TOKENS, state, policy)
         assert np.isfinite(done.hidden).all()
         assert (done.state[0].occupancy() == 4).all()
-    assert policy.name == "dmc-h2o-kv_head"
+    assert policy.name == "h2o-recent2-kv_head/dmc"
 
 
 @pytest.mark.slow

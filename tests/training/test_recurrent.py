@@ -79,7 +79,7 @@ def test_both_forms_are_token_by_token(policy: str, segment: int, recurrence: St
     [
         ("tova", (6, 3), {}),
         ("tova-kv_head", ((6, 3), (2, 5)), {}),
-        ("ada-tova", 4, {}),
+        ("tova-pool/adaptive", 4, {}),
         ("tova", 6, dict(sliding=(None, 4), qk_norm=True)),
         ("snapkv+2/every3", 6, dict(tied=True)),
     ],

@@ -11,10 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxcompress.policies.cache_view import Absorbed, CacheView, Evicted
 from jaxcompress.policies.draws import per_token
-from jaxcompress.policies.reductions.nearest import NEVER, add_shares, in_blocks, nearest, norm, pour
-from jaxcompress.policies.reductions.reduction import Reduction
+from jaxcompress.policies.reduction import Reduction
+from jaxcompress.policies.reductions.nearest import add_shares, in_blocks, nearest, pour
 from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.order import age_key, oldest_first, rank_of
 from jaxcompress.state.values import value
+from jaxcompress.state.vectors import norm
 
 
 @value
@@ -25,17 +27,13 @@ class merge_nearest(Reduction):
 
       w_e = max(cos(k_e, k_t), 0) * |v_e| / (|v_e| + |v_t|)        v_t <- (v_t + sum w_e v_e) / (1 + sum w_e)
 
-    The sums go over all tokens evicted at once into t. What is less similar than `threshold` is dropped.
+    The sums run over all tokens that are evicted into t at once. Tokens less similar than `threshold` are dropped.
     """
 
     threshold: float | int = 0.0
 
     def check(self) -> None:
         check_share("threshold", self.threshold, -1.0)
-
-    @property
-    def name(self) -> str:
-        return f"merge_nearest(threshold={self.threshold:g})" if self.threshold else "merge_nearest"
 
     def absorb(self, numbers: Stats, held: CacheView, gone: Evicted) -> Absorbed:
         near = nearest(held, gone)
@@ -57,9 +55,9 @@ class merge_weighted(Reduction):
 
       v_t <- (n_t v_t + sum n_e v_e) / (n_t + sum n_e)        n_t <- n_t + sum n_e
 
-    so that merging tokens of equal key and value changes nothing, and tokens of equal key are merged without error. The
-    mean of all values, weighted by n, stays what it was. A slot that many unlike tokens have joined draws as much
-    attention as all of them and drowns what single tokens say: recall of single facts is lost.
+    Merging tokens of equal key and value changes nothing, and tokens of equal key are merged without error. The mean of
+    all values, weighted by n, stays as it was. A slot that many unlike tokens have joined draws as much attention as
+    all of them together, so recall of single facts is lost.
     """
 
     weighs = True
@@ -87,9 +85,11 @@ class cam(Reduction):
 
       v_t <- v_t + v_e / m  for each of them, with probability min(a_e / mean a_t, 1), else e is dropped
 
-    The draw depends on seed, layer, head and position only. What is moved is mass, not a mean: values grow with every
+    The draw depends on seed, layer, head and position only. Values are added, not averaged: they grow with every
     eviction, without bound where every step evicts.
     """
+
+    label = "cam{targets}"
 
     targets: int = 32
     seed: int = 0
@@ -98,16 +98,9 @@ class cam(Reduction):
         if self.targets < 1:
             raise ValueError(f"targets must be at least 1 token, not {self.targets}")
 
-    @property
-    def name(self) -> str:
-        return f"cam{self.targets}"
-
     def absorb(self, numbers: Stats, held: CacheView, gone: Evicted) -> Absorbed:
         kept = held.positions >= 0
-        age = jnp.where(kept, held.positions, NEVER)
-        slots = jnp.broadcast_to(jnp.arange(age.shape[-1], dtype=jnp.int32), age.shape)
-        order = jax.lax.sort((age, slots), num_keys=1)[1]
-        rank = jnp.put_along_axis(jnp.zeros_like(order), order, slots, axis=-1, inplace=False)
+        age, rank = age_key(held.positions), rank_of(oldest_first(held.positions))
         draw = per_token(self.seed, held._replace(positions=gone.positions))
 
         def block(sums: Any, parts: Any) -> Any:
@@ -142,9 +135,9 @@ class _Limit(NamedTuple):
 class d2o(Reduction):
     """Merges an evicted value into the most similar kept token if it is similar enough (Wan et al. 2024, "D2O").
 
-    "Enough" is a running mean of the largest cosines c_e between the keys of what went and of what stayed, one per row
-    and kv head: the mean of the first eviction's, then old * threshold + new * mean at every later one. Those that
-    reach it are averaged in:
+    c_e is the largest cosine between the key of an evicted token and those that stay. The threshold is a running mean
+    of c_e, one per row and kv head: the mean of the first eviction, then old * threshold + new * mean at every later
+    one. Tokens that reach it are averaged in:
 
       v_t <- (e v_t + sum exp(c_e) v_e) / (e + sum exp(c_e))
 

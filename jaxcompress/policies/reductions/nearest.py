@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.policies.cache_view import CacheView, Evicted
+from jaxcompress.state.order import NEVER, age_key
+from jaxcompress.state.vectors import norm, unit
 
 BLOCK = 128  # evicted tokens compared at once with what stays: bounds the memory of a one-shot prompt
 
@@ -31,7 +33,7 @@ class Nearest(NamedTuple):
 def nearest(held: CacheView, gone: Evicted) -> Nearest:
     """Compares keys as they are cached, by cosine."""
     kept, scale = held.positions >= 0, 1 / norm(held.keys)[:, :, None]
-    age = jnp.where(kept, held.positions, NEVER)[:, :, None]
+    age = age_key(held.positions)[:, :, None]
 
     def block(carry: Any, keys: Array) -> Any:
         like = jnp.einsum("bkmd,bknd->bkmn", unit(keys), held.keys, precision="highest") * scale
@@ -88,17 +90,3 @@ def in_blocks(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, parts: An
 
     carry, results = jax.lax.scan(body, carry, jax.tree.map(cut, parts))
     return carry, jax.tree.map(whole, results)
-
-
-NEVER = jnp.iinfo(jnp.int32).max
-
-
-_TINY = 1e-16  # squared norms below this count as this: what depends on the norm of a zero vector has a finite gradient
-
-
-def norm(x: Float[Array, "... D"]) -> Float[Array, "..."]:
-    return jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1), _TINY))
-
-
-def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    return x / norm(x)[..., None]

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import Absorbed, CacheView, Evicted, LayerContext
-from jaxcompress.policies.reductions.nearest import norm, unit
-from jaxcompress.policies.reductions.reduction import Reduction
+from jaxcompress.policies.reduction import Reduction
 from jaxcompress.policies.summary import Summary
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.values import value
+from jaxcompress.state.vectors import norm, unit
 
 
 class MeanSlots(NamedTuple):
@@ -37,14 +37,16 @@ class MeanSlots(NamedTuple):
 class mean_slots(Reduction):
     """Summarises what was evicted by n means per kv head, which every query sees beside the slots.
 
-    An evicted token joins the stand-in whose mean key, before rotation, has the largest cosine to its own; empty ones
-    are filled first. A stand-in is the running mean of keys (un-rotated), values and positions, and is seen at its mean
-    position with log(how many it stands for) added to its score: exact where all of its keys are equal and stand in one
-    place. An online k-means.
+    An online k-means. An evicted token joins the stand-in whose mean key, before rotation, has the largest cosine to
+    its own; empty ones are filled first. A stand-in is the running mean of un-rotated keys, values and positions.
+    Queries see it at its mean position, with log(how many it stands for) added to its score. This is exact where all of
+    its keys are equal and stand in one place.
 
     Tokens that are evicted together join one after the other, the oldest first. Costs n * (2 D + 2) float32 numbers per
     row and kv head, as much as about n slots of float32.
     """
+
+    label = "mean_slots{n}"
 
     n: int = 4
     summarises = True
@@ -52,10 +54,6 @@ class mean_slots(Reduction):
     def check(self) -> None:
         if self.n < 1:
             raise ValueError(f"mean_slots needs at least 1 stand-in, not {self.n}")
-
-    @property
-    def name(self) -> str:
-        return f"mean_slots{self.n}"
 
     def memory(self, rows: int, heads: int, width: int) -> MeanSlots:
         vectors, numbers = jnp.zeros((rows, heads, self.n, width)), jnp.zeros((rows, heads, self.n))
@@ -113,13 +111,15 @@ class low_rank(Reduction):
       phi_i(x) = exp(w_i . x / D^(1/4) - |x|^2 / (2 sqrt D)) / sqrt(r)     w_i ~ N(0, 1), orthogonal in blocks of D
       out = (A + sum_i phi_i(q) H_i) / (Z + sum_i phi_i(q) z_i)            H = sum phi(k) v, z = sum phi(k) of what went
 
-    where A / Z is attention over the slots: phi(q) . phi(k) is exp(q . k / sqrt D) on average over w. Each feature is a
-    stand-in with score log(phi_i(q) z_i) and value H_i / z_i, so that this is attention over slots and r more. The
-    estimate is unbiased before the division, and its variance grows as exp(|q + k|^2 / sqrt D): with the norms of
-    trained models a few features say little.
+    A / Z is attention over the slots, and phi(q) . phi(k) is exp(q . k / sqrt D) on average over w. Each feature is a
+    stand-in with score log(phi_i(q) z_i) and value H_i / z_i: attention over the slots and r more. The estimate is
+    unbiased before the division. Its variance grows as exp(|q + k|^2 / sqrt D), so a few features say little at the
+    norms of trained models.
 
     Costs r * (D + 1) + 1 float32 numbers per row and kv head.
     """
+
+    label = "low_rank{rank}"
 
     rank: int = 8
     seed: int = 0
@@ -128,10 +128,6 @@ class low_rank(Reduction):
     def check(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1 feature, not {self.rank}")
-
-    @property
-    def name(self) -> str:
-        return f"low_rank{self.rank}"
 
     def memory(self, rows: int, heads: int, width: int) -> LowRank:
         return LowRank(

@@ -1,13 +1,13 @@
-"""reduce: what becomes of the tokens that are not kept: merged into what stays, or summarised beside it.
+"""What becomes of the tokens that are not kept: dropped, merged into what stays, or summarised beside it.
 
     policy = with_reduce(TOVA(), merge_weighted())
 
-Merging changes values only, never keys: cached keys are rotated to their positions, and the mean of keys that stand at
-different positions is the key of none. Summaries average keys before rotation, and cost memory of their own, which
-counts towards the bytes of the state. What is chosen (who goes, who joins whom) has no gradient, what is added up does.
+Merging changes values, never keys. Cached keys are rotated to their positions, and the mean of keys that stand at
+different positions is the key of none. Summaries average keys before rotation. They cost memory of their own, which
+counts towards the bytes of the state. The choice (who goes, who joins whom) has no gradient; the sums do.
 
-Tokens that leave a sliding window are dropped as ever. What a layer with fewer slots than its window has merged or
-summarised before stays visible beyond the window.
+Tokens that leave a sliding window are dropped. If a layer has fewer slots than its window, what it merged or summarised
+stays visible beyond the window.
 """
 
 from __future__ import annotations
@@ -15,26 +15,21 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.policies.cache_view import Absorbed, CacheView, Evicted, LayerContext
+from jaxcompress.policies.labels import Named
 from jaxcompress.policies.summary import Summary
 from jaxcompress.state.kv_state import Memory, Stats
-from jaxcompress.state.values import Value
 
 
-class Reduction(Value):
-    """What becomes of evicted tokens. Every kv head is seen on its own, whoever shares a set in the policy.
+class Reduction(Named):
+    """What becomes of evicted tokens. It sees one kv head at a time, whoever shares a set in the policy.
 
     Attributes:
-      weighs: whether slots get a bias from it (see `bias`).
+      weighs: whether it adds a bias to the attention scores of slots (see `bias`).
       summarises: whether queries see stand-ins beside the slots (see `summary`).
     """
 
     weighs: bool = False
     summarises: bool = False
-
-    @property
-    def name(self) -> str:
-        """For tables and messages."""
-        return type(self).__name__
 
     def absorb(self, numbers: Stats, held: CacheView, gone: Evicted) -> Absorbed:
         """What is held after tokens have gone. Positions and numbers are [B, K, N] or [B, K, M], keys and values

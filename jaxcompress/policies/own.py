@@ -1,0 +1,77 @@
+"""A policy of one's own, by the file or module in which it stands: `mine.py:Far`.
+
+The file is run. What stands after the last colon is a class of policies by its label, which is the class's name if it
+has none, with settings as in any name (`mine.py:Far-reach8`); or a variable that holds a policy. Paths may contain any
+letters: only the last colon counts, and no modifier contains one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from jaxcompress.policies.labels import read, spellings
+from jaxcompress.policies.policy import Policy
+
+
+def own_policy(place: str, text: str) -> Policy:
+    """A policy of a Python file or module.
+
+    Args:
+      place: the path of a file that ends in .py, or a module that can be imported, such as `lab.policies`.
+      text: the name of a class with its settings, or of a policy.
+
+    Raises:
+      ValueError: there is no such file or module, it cannot be run, or it has no such policy; or settings that the
+        class does not have or needs.
+    """
+    module = _of_file(Path(place).expanduser()) if place.endswith(".py") else _of_name(place)
+    classes = {name: one for name, one in vars(module).items() if isinstance(one, type) and issubclass(one, Policy)}
+    decorated = {name: one for name, one in classes.items() if "__dataclass_fields__" in vars(one)}
+    made = {name: one for name, one in vars(module).items() if isinstance(one, Policy)}
+    name = text.partition("-")[0]
+    if text in made:
+        return made[text]
+    for one in decorated.values():
+        if (policy := read(one, text)) is not None:
+            return policy
+    if name in decorated:
+        raise ValueError(f"{place}:{name} goes by its label, {' or '.join(spellings(decorated[name]))}")
+    if name in classes:
+        raise ValueError(f"{place}:{name} is not decorated: write @policy in the line above `class {name}`")
+    here = [one for one in decorated.values() if one.__module__ == module.__name__]
+    known = ", ".join((*(spelling for one in here for spelling in spellings(one)), *made)) or "none"
+    if hasattr(module, name):
+        raise ValueError(f"{place}:{text} is no policy but {getattr(module, name)!r:.60}; the policies in it: {known}")
+    raise ValueError(f"{place} has no policy {text!r}; the policies in it: {known}")
+
+
+def _of_file(path: Path) -> ModuleType:
+    """The module of a file. The same content is run once, so that policies of it are equal whenever they are made."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path} to take a policy from")
+    source = path.read_bytes()
+    name = f"_{path.stem}_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module = ModuleType(name)
+    module.__file__ = str(path.resolve())
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        exec(compile(source, module.__file__, "exec"), vars(module))
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _of_name(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise ValueError(
+            f"the module {name!r} cannot be imported: {type(error).__name__}: {error}; give a file by its path with .py"
+        ) from error

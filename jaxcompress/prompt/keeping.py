@@ -1,0 +1,188 @@
+"""keep: the words of scored texts that stay, within a budget of tokens that is met.
+
+    kept = keep(scored, TokenizerCounter(tokenizer), rate=0.5, force=[".", "\\n"], digits=True)
+    kept.text, kept.tokens_before, kept.tokens_after
+
+The rule is that of `jaxcompress.state.select`: higher scores stay, on a tie the earlier word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Bool
+
+from jaxcompress.inputs.scalars import Number, share, whole
+from jaxcompress.prompt import protect
+from jaxcompress.prompt.contexts import Contexts, contexts_that_stay
+from jaxcompress.prompt.counting import Count, counter_of
+from jaxcompress.prompt.fitting import Fitter
+from jaxcompress.prompt.joining import joined
+from jaxcompress.prompt.selection import BudgetScope, PricedText, Selection
+from jaxcompress.prompt.word_scores import ScoredWords, Scores
+from jaxcompress.prompt.words import Costs
+
+
+class Kept(NamedTuple):
+    """What stays of one text.
+
+    Attributes:
+      costs: [W], tokens of each word.
+      forced: [W], whether it had to stay.
+      labels: [W], whether it stayed.
+      text: the words that stayed (see `jaxcompress.prompt.joining`).
+    """
+
+    scored: ScoredWords
+    costs: Costs
+    forced: Bool[np.ndarray, " W"]
+    labels: Bool[np.ndarray, " W"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What stays of one text or several.
+
+    Attributes:
+      text: of all texts that have words left, an empty line between them.
+      documents: one for each text.
+      tokens_before, tokens_after: as the reader counts them.
+      asked: the number of tokens asked for.
+    """
+
+    text: str
+    documents: tuple[Kept, ...]
+    tokens_before: int
+    tokens_after: int
+    asked: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times shorter; 1 if nothing is left."""
+        return self.tokens_before / self.tokens_after if self.tokens_after else 1.0
+
+    @property
+    def saved(self) -> int:
+        """Tokens that were dropped."""
+        return self.tokens_before - self.tokens_after
+
+    @property
+    def words(self) -> list[str]:
+        return [word for document in self.documents for word in document.scored.words]
+
+    @property
+    def labels(self) -> Bool[np.ndarray, " W"]:
+        """Whether each word of all texts stayed."""
+        return np.concatenate([np.zeros(0, bool), *(document.labels for document in self.documents)])
+
+    @property
+    def scores(self) -> Scores:
+        return np.concatenate([np.zeros(0, np.float32), *(document.scored.scores for document in self.documents)])
+
+
+def keep(  # nine parameters: one budget, and each option of the published `compress_prompt` by itself
+    scored: ScoredWords | Sequence[ScoredWords],
+    count: Count,
+    *,
+    rate: Number | Sequence[Number] | None = None,
+    tokens: Number | None = None,
+    scope: BudgetScope = "document",
+    force: Sequence[str] = (),
+    digits: bool = False,
+    drop_consecutive: bool = False,
+    filter: Contexts | None = None,
+) -> Compressed:
+    """Keeps exactly as many tokens as asked for, whole words of the texts in their order.
+
+    A text that holds nothing but white space becomes "". If no set of whole words has exactly the asked number of
+    tokens, the largest number below it is met. A score of +inf protects a word as `force` does.
+
+    Args:
+      scored: one text or several.
+      count: tokens of a text for its reader, the model that will read it: `TokenizerCounter(tokenizer)` or any function
+        of a text; `WORDS` counts words.
+      rate: the share of the reader's tokens that stays, in (0, 1]; 0.5 if neither this nor `tokens` is given. At least
+        one token stays of a text that has any, and everything that is forced. With one rate for each text, each text
+        meets its own.
+      tokens: that stay of all texts together, at least 1.
+      scope: where words compete: over all texts ("corpus", which keeps more of what is dense), or within every
+        "document" or "chunk" for a proportional part of the tokens (as long as what is forced fits into it).
+      force: strings that stay wherever they stand as whole words ("." or "New York"), or white space that stays as it
+        is where something around it is dropped ("\\n": ends of lines, as the text has them). They count. Strings that
+        do not occur do nothing.
+      digits: words with a digit stay, and count.
+      drop_consecutive: of equal forced words that would follow one another, the first stays.
+      filter: drops whole texts first; the tokens that stay are still the same share of all tokens.
+
+    Raises:
+      ValueError: a rate outside (0, 1], tokens below 1, both of them, or an unknown scope; forced words alone have more
+        than `tokens`; a filter that does not say exactly one thing.
+      TypeError: `force` is no list of strings.
+    """
+    texts = [scored] if isinstance(scored, ScoredWords) else list(scored)
+    rates, tokens = checked_budget(len(texts), rate, tokens)
+    force = checked_force(scope, force)
+    counter = counter_of(count)
+    prices = [counter.price(one.text, one.spans) for one in texts]
+    present = contexts_that_stay(texts, [tokens for _, tokens in prices], filter)
+    forced = [np.isposinf(one.scores) | protect.forced(one.text, one.spans, force, digits) for one in texts]
+    parts = zip(texts, prices, forced, present.tolist(), strict=True)
+    priced = [PricedText(one, *price, marked, here) for one, price, marked, here in parts]
+    fitter = Fitter(Selection(priced, scope, drop_consecutive), counter, [one for one in force if one.isspace()])
+    return _compressed(fitter, rates, tokens)
+
+
+def checked_force(scope: str, force: Sequence[str]) -> tuple[str, ...]:
+    """The forced strings. Raises ValueError and TypeError for a scope or strings that `keep` does not take."""
+    if scope not in get_args(BudgetScope):
+        raise ValueError(f"unknown scope {scope!r}; known: {', '.join(map(repr, get_args(BudgetScope)))}")
+    return protect.checked(force)
+
+
+def checked_budget(
+    texts: int, rate: Number | Sequence[Number] | None, tokens: Number | None
+) -> tuple[list[float] | None, int | None]:
+    """Either a rate for each text, or a number of tokens of all. Raises ValueError as `keep`."""
+    if tokens is not None:
+        if rate is not None:
+            raise ValueError("give a rate or a number of tokens, not both")
+        return None, whole(tokens, "tokens", least=1)
+    given: Any = 0.5 if rate is None else rate
+    if np.ndim(given) == 0:
+        return [share(given)] * texts, None
+    rates = [share(one) for one in given]
+    if len(rates) != texts:
+        raise ValueError(f"there are {len(rates)} rates for {texts} contexts; give one for all or one for each")
+    return rates, None
+
+
+def _compressed(fitter: Fitter, rates: list[float] | None, tokens: int | None) -> Compressed:
+    """Meets one budget for all texts, or each text's own if their rates differ."""
+    priced, least = fitter.selection.texts, fitter.selection.least
+    if tokens is not None and sum(least) > tokens:
+        raise ValueError(
+            f"what is forced has {sum(least)} tokens, more than the {tokens} asked for; ask for more or force less"
+        )
+    before = sum(one.tokens for one in priced)
+    if rates is None or len(set(rates)) <= 1:
+        asked = tokens if tokens is not None else tokens_at(rates[0] if rates else 1.0, before)
+        goals = [(max(asked, sum(least)), range(len(priced)))]
+    else:
+        own = [max(tokens_at(r, one.tokens), more) for r, one, more in zip(rates, priced, least, strict=True)]
+        goals = [(asked, range(n, n + 1)) for n, asked in enumerate(own)]
+    found = [fitter.fit(*goal) for goal in goals]
+    left = [pair for one in found for pair in zip(one.masks, one.texts, strict=True)]
+    documents = tuple(
+        Kept(one.scored, one.costs, one.forced, *pair) for one, pair in zip(priced, left, strict=True)
+    )  # fmt: skip
+    after, asked = sum(one.tokens for one in found), sum(asked for asked, _ in goals)
+    return Compressed(joined([text for _, text in left]), documents, before, after, asked)
+
+
+def tokens_at(rate: float, tokens: int) -> int:
+    """The number of tokens that a rate leaves of so many: rounded, at least one of a text that has any."""
+    return min(tokens, max(1, int(rate * tokens + 0.5)))

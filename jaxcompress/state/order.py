@@ -1,0 +1,52 @@
+"""Sorting along the last axis. Slots have no order of their own: what needs one sorts by position."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxcompress.state.shapes import SlotPositions
+
+NEVER = jnp.iinfo(jnp.int32).max
+"""Later than any position."""
+
+
+def order_by(*keys: Array) -> Int[Array, "*B N"]:
+    """The indices that sort by the first key, ties by the next, and what ties in all by index.
+
+    Args:
+      keys: [..., N] each, of one shape.
+    """
+    index = jnp.broadcast_to(jnp.arange(keys[0].shape[-1], dtype=jnp.int32), keys[0].shape)
+    return jax.lax.sort((*keys, index), dimension=-1, num_keys=len(keys))[-1]
+
+
+def rank_of(order: Int[Array, "*B N"]) -> Int[Array, "*B N"]:
+    """The rank of each entry, from the entry at each rank: the inverse of `order_by`."""
+    rank = jnp.broadcast_to(jnp.arange(order.shape[-1], dtype=order.dtype), order.shape)
+    return jnp.put_along_axis(jnp.zeros_like(order), order, rank, axis=-1, inplace=False)
+
+
+def rank_within(group: Int[Array, "*B N"], *keys: Array) -> Int[Array, "*B N"]:
+    """The rank of each entry among those of its group, 0 for the first by the keys.
+
+    Args:
+      group: 0 or more; entries of one number are ranked together.
+      keys: as for `order_by`.
+    """
+    order = order_by(group, *keys)
+    begins = jnp.diff(jnp.take_along_axis(group, order, axis=-1), axis=-1, prepend=-1) != 0
+    rank = jnp.broadcast_to(jnp.arange(group.shape[-1], dtype=jnp.int32), group.shape)
+    start = jax.lax.cummax(jnp.where(begins, rank, 0), axis=group.ndim - 1)
+    return jnp.put_along_axis(jnp.zeros_like(order), order, rank - start, axis=-1, inplace=False)
+
+
+def age_key(positions: SlotPositions) -> SlotPositions:
+    """Positions with free slots (-1) after all others."""
+    return jnp.where(positions >= 0, positions, NEVER)
+
+
+def oldest_first(positions: SlotPositions) -> Int[Array, "*B N"]:
+    """The indices that sort tokens from the oldest to the newest; free slots come last."""
+    return order_by(age_key(positions))
