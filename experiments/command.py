@@ -6,9 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
+
+import jaxcompress as jc
+
+if TYPE_CHECKING:
+    from jaxcompress.checkpoints import Loaded
 
 T = TypeVar("T", bound="Command")
 
@@ -19,6 +24,18 @@ class Command:
 
     quick: bool = False
     """The same on the smallest sizes that still mean something, in seconds; other arguments may be given beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfModel(Command):
+    """What scripts about a language model take."""
+
+    model: str | None = None
+    """What --model of the commands takes, `smollm2` say; the embedded model if not given."""
+
+    def load(self) -> Loaded:
+        """The model with float32 weights, and its tokenizer."""
+        return jc.load_embedded() if self.model is None else jc.load(self.model, dtype="float32")
 
 
 def arguments(quick: T, given: Sequence[str] | None = None) -> T:

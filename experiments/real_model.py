@@ -28,9 +28,8 @@ from time import perf_counter
 
 import jax
 import numpy as np
-from command import Command, arguments, stop
+from command import OfModel, arguments, stop
 
-import jaxcompress as jc
 from jaxcompress import cli
 from jaxcompress.checkpoints import KNOWN_MODELS, KnownModel
 from jaxcompress.embedded.corpus import held_out
@@ -39,7 +38,7 @@ SLOTS_PER_CONTEXT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(Command):
+class Check(OfModel):
     """Fetches a model where it is missing, and runs every check on it."""
 
     model: str | None = "smollm2"
@@ -131,7 +130,7 @@ def recall(args: Check, given: list[str]) -> tuple[str, bool]:
 def loading(args: Check, text: Path) -> Iterator[tuple[str, bool]]:
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     before, started = peak(), perf_counter()
-    loaded = jc.load_embedded() if args.model is None else jc.load(args.model, dtype="float32")
+    loaded = args.load()
     took, grown = perf_counter() - started, peak() - before
     arrays = sum(array.nbytes for array in jax.tree.leaves(loaded.model))
     weighs = loaded.folder.stat().st_size if loaded.folder.is_file() else 0

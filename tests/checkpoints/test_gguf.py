@@ -23,6 +23,7 @@ gguf = pytest.importorskip("gguf")
 from jaxcompress.checkpoints import KNOWN_MODELS, load, save  # noqa: E402
 from jaxcompress.checkpoints._gguf import read_gguf  # noqa: E402
 from jaxcompress.checkpoints._gguf_config import _llama3  # noqa: E402
+from jaxcompress.cli import main  # noqa: E402
 from jaxcompress.models.rope import RopeConfig  # noqa: E402
 
 from .folders import NAMES, PARITY, assert_same_bits, tensors_of  # noqa: E402
@@ -196,13 +197,18 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
 # Around it
 
 
-def test_saved_as_a_folder(tmp_path: Path) -> None:
-    alphabet = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.merges": ["a b"]}
+@pytest.fixture
+def words() -> dict[str, Any]:
+    """The metadata of a tokenizer of three words and two marks."""
+    marks = {"eos_token_id": 3, "bos_token_id": 4, "add_bos_token": True, "token_type": [1, 1, 1, 3, 3]}
     tokens = ["a", "b", "ab", "<|im_end|>", "<|endoftext|>"]
-    ids = {"tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.bos_token_id": 4, "tokenizer.ggml.add_bos_token": True}
-    kinds = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1, 1, 1, 3, 3]}
+    of_text = {"model": "gpt2", "pre": "qwen2", "merges": ["a b"], "tokens": tokens, **marks}
     chat = {"tokenizer.chat_template": "{{ messages[0].content }}<|im_end|>"}
-    path = write(tmp_path / "m.gguf", "qwen2", KINDS.Q8_0, metadata=alphabet | kinds | ids | chat)
+    return chat | {f"tokenizer.ggml.{key}": value for key, value in of_text.items()}
+
+
+def test_saved_as_a_folder(tmp_path: Path, words: dict[str, Any]) -> None:
+    path = write(tmp_path / "m.gguf", "qwen2", KINDS.Q8_0, metadata=words)
     found = load(path)
     again = load(save(found.model, tmp_path / "folder", tokenizer_from=found.folder))
     assert_same_bits(found.model, again.model)
@@ -347,3 +353,18 @@ def test_any_bytes_in_a_header(tmp_path_factory: pytest.TempPathFactory, llama: 
 
 def read_end(path: Path) -> int:
     return min(tensor.data_offset for tensor in gguf.GGUFReader(path).tensors)
+
+
+# The command line
+
+
+def test_a_command_takes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: dict[str, Any]) -> None:
+    path = write(tmp_path / "m.gguf", "qwen2", metadata=words)
+    given = ("--prompt", "abb", "--policy", "full", "--slots", "8", "--max-new-tokens", "2")
+    assert main(("generate", "--model", str(path), *given)) == 0
+    (tmp_path / "none.gguf").write_bytes(path.read_bytes()[:999])
+    capsys.readouterr()
+    assert main(("generate", "--model", str(tmp_path / "none.gguf"), *given)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert str(tmp_path / "none.gguf") in said

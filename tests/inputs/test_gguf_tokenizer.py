@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -237,3 +238,32 @@ def test_every_split_can_be_made(tmp_path: Path, pre: str) -> None:
     for text in TEXTS:
         kept = unicodedata.normalize("NFC", text) if SPLITS[pre].nfc else text
         assert tokenizer.decode(tokenizer.encode(text)) == kept
+
+
+@pytest.mark.filterwarnings("ignore:.*does not say how a text is split")
+@settings(max_examples=150)
+@given(data=st.data(), kind=st.sampled_from(["gpt2", "llama"]))
+def test_any_bytes(
+    tmp_path_factory: pytest.TempPathFactory, sentencepiece: dict[str, Any], data: st.DataObject, kind: str
+) -> None:
+    """A tokenizer, or an error that names the file."""
+    path = tmp_path_factory.getbasetemp() / f"{kind}.gguf"
+    if not path.exists():
+        few = {name: sentencepiece[name][250:300] for name in ("tokens", "scores", "kinds")}
+        more = {"ggml__merges": ["t h"], "ggml__pre": "smollm"} if kind == "gpt2" else {}
+        shutil.copy(pieces(path, few, **more), path.with_suffix(".whole"))
+    content = bytearray(
+        path.with_suffix(".whole").read_bytes().replace(b"\5\0\0\0\0\0\0\0llama", b"\4\0\0\0\0\0\0\0gpt2")
+    )
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(24, len(content) - 9))
+        size = data.draw(st.sampled_from([None, 0, 1, 2**31, 2**32 - 1, 2**63]))
+        content[at : at + 8] = content[at : at + 8] if size is None else size.to_bytes(8, "little")
+        content[at] = data.draw(st.integers(0, 255)) if size is None else content[at]
+    path.write_bytes(content)
+    told = str(path)
+    try:
+        Tokenizer(path).encode("the 12 é")
+    except ValueError as error:
+        told = str(error)
+    assert str(path) in told
