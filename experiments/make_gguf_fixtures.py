@@ -30,6 +30,9 @@ class Make(Command):
     """The folder to write into."""
 
 
+QUICK = Make(quick=True, out=Path("runs"))
+
+
 def main(args: Make) -> None:
     lines = [line for document in held_out("topics/") for line in document.text.splitlines()]
     learnt = io.BytesIO()
@@ -59,4 +62,4 @@ def main(args: Make) -> None:
 
 
 if __name__ == "__main__":
-    main(arguments(Make(quick=True, out=Path("runs"))))
+    main(arguments(QUICK))

