@@ -108,7 +108,7 @@ def checks(args: Check, text: Path) -> Iterator[tuple[str, bool]]:
             yield f"{policy} in {room} slots answers that it is Paris", "Paris" in said
     table = read(args.out / "perplexity.json", lambda out: command(
         "perplexity", *of_model, *of_text, "--context", str(args.tokens), "--rows", "1",
-        "--policies", "full", "window", "window+4", "tova", "--slots", slots, "--out", out,
+        "--policies", "full", "window", "window+4", "h2o", "tova", "--slots", slots, "--out", out,
     ))  # fmt: skip
     nats = {row["policy"]: row["nats"] for row in table["table"]}
     yield f"the full cache predicts best ({nats['full']:.3f} nats)", min(nats.values()) > nats["full"] - 0.01
