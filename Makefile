@@ -42,7 +42,7 @@ aot: $(READY)
 # JAX's CUDA plugin compiles for a GPU that is not here from 0.11 on, which takes Python 3.12; 4 GB of compilers.
 aot-gpu:
 	@test -x $(VENV)/gpu/bin/python || python3.12 -m venv $(VENV)/gpu
-	@$(VENV)/gpu/bin/python -m pip install --quiet --editable . "jax[cuda13]>=0.11.2"
+	@$(VENV)/gpu/bin/python -m pip install --quiet --editable ".[cli]" "jax[cuda13]>=0.11.2"
 	@$(VENV)/gpu/bin/python experiments/aot_gpu.py
 
 clean:

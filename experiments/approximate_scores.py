@@ -20,7 +20,7 @@ from command import OfModel, arguments
 import jaxcompress as jc
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import rows_of_text
-from jaxcompress.evaluation.retention import occupancy
+from jaxcompress.evaluation.lifetimes import occupancy
 from jaxcompress.policies.names import get_policy
 
 APPROXIMATIONS = {

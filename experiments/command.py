@@ -1,4 +1,4 @@
-"""How every script here reads its command line, and what it says when something is not installed."""
+"""How the scripts here read their command lines, and how they end when something is missing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import tyro
 
 import jaxcompress as jc
+from jaxcompress.cli.parser import in_one_line
 
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
@@ -20,10 +21,10 @@ T = TypeVar("T", bound="Command")
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What all scripts take."""
+    """The flags of all scripts."""
 
     quick: bool = False
-    """The same on the smallest sizes that still mean something, in seconds; other arguments may be given beside it."""
+    """Run on the smallest sizes that still mean something, in seconds. Other flags may be given too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,23 +40,26 @@ class OfModel(Command):
 
 
 def arguments(quick: T, given: Sequence[str] | None = None) -> T:
-    """What a script is to do.
+    """The flags that a script was given. A wrong one ends the program with one line and exit code 2.
 
     Args:
-      quick: the defaults with `--quick`; those without are of its type.
+      quick: the defaults with `--quick`. The defaults without it are those of its type.
       given: the command line without the program's name; that of this process by default.
     """
     given = sys.argv[1:] if given is None else given
-    if "--quick" in given:
-        return tyro.cli(type(quick), args=given, default=quick)
-    return tyro.cli(type(quick), args=given)
+    default: dict[str, Any] = dict(default=quick) if "--quick" in given else {}
+    try:
+        return in_one_line(sys.argv[0], lambda: tyro.cli(type(quick), args=given, **default))
+    except ValueError as error:
+        stop(str(error))
 
 
 def need(*modules: str, install: str) -> None:
-    """Ends the program with exit code 2 if a module that the library itself does not need is not installed.
+    """Ends the program with exit code 2 if a module is not installed that the library itself does not need.
 
     Args:
-      install: the command that installs it.
+      modules: their names.
+      install: the command that installs them.
     """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
@@ -63,6 +67,6 @@ def need(*modules: str, install: str) -> None:
 
 
 def stop(why: str) -> NoReturn:
-    """Ends the program with one line and exit code 2: this cannot be done here."""
+    """Ends the program with one line on standard error and exit code 2."""
     print(why, file=sys.stderr)
     raise SystemExit(2)

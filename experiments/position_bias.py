@@ -26,7 +26,7 @@ from jaxcompress.evaluation.visual import Examiner, exam
 from jaxcompress.generation.pictures import process
 from jaxcompress.models.vit import VisionTower
 from jaxcompress.vision import Encoded, Method, get_method
-from jaxcompress.vision.encoders import chosen, whole
+from jaxcompress.vision.encoders import all_patches, top_patches
 from jaxcompress.vision.uniformity import end_bias, gap, heat, position_bias
 
 
@@ -61,13 +61,13 @@ def shuffled_pixels(pixels: np.ndarray, patch: int, rng: np.random.Generator) ->
 
 def shuffled_order(model: Any, pixels: jax.Array) -> Encoded:
     """All visual tokens, each at another's place, in another order for each picture."""
-    given = whole(model, pixels)
+    given = all_patches(model, pixels)
     draw = lambda row: jax.random.permutation(jax.random.fold_in(jax.random.key(0), row), given.place.shape[1])
     order = jax.vmap(draw)(jnp.arange(given.place.shape[0]))
     return given._replace(visual=jnp.take_along_axis(given.visual, order[..., None], axis=1))
 
 
-def anew(model: Any, patches: Any, shown: Any) -> jax.Array:
+def anew(model: Any, patches: Any, attention: Any) -> jax.Array:
     """Random scores, other ones for each picture."""
     draw = lambda row: jax.random.uniform(jax.random.fold_in(jax.random.key(0), row), (model.config.tower.num_patches,))
     return jax.vmap(draw)(jnp.arange(patches.size.shape[0]))
@@ -78,8 +78,8 @@ def by_tower(tower: VisionTower, pixels: Any, n: int, layer: int) -> jax.Array:
 
     @jax.jit
     def run(tower: VisionTower, pixels: jax.Array) -> jax.Array:
-        patches, shown = tower.run_layers(tower.embed(pixels), range(layer + 1))
-        row = shown.rows(jnp.zeros((pixels.shape[0], 1), jnp.int32))[:, :, 0, tower.config.special :].mean(1)
+        patches, attention = tower.run_layers(tower.embed(pixels), range(layer + 1))
+        row = attention.rows(jnp.zeros((pixels.shape[0], 1), jnp.int32))[:, :, 0, tower.config.special :].mean(1)
         index = jax.lax.top_k(row, n)[1]
         return jnp.zeros(row.shape, bool).at[jnp.arange(row.shape[0])[:, None], index].set(True)
 
@@ -97,12 +97,12 @@ def embedded(args: Arguments) -> dict[str, np.ndarray]:
     tokenizer = loaded.tokenizer
     model, tower = loaded.model, loaded.config.tower
     grid = (tower.grid, tower.grid)
-    asked = exam(tokenizer, loaded.processor, model, pictures=args.pictures, each=2)
+    asked = exam(model, tokenizer, loaded.processor, pictures=args.pictures, each=2)
     mixed = asked._replace(pixels=shuffled_pixels(asked.pixels, tower.patch_size, np.random.default_rng(0)))
     straight, shuffled = (Examiner(model, one, runs=1) for one in (asked, mixed))
     word = get_method("fastv", args.kept)
     cases = {
-        "random": (Method("random", chosen(anew, args.kept), lambda config: args.kept), straight),
+        "random": (Method("random", top_patches(anew, args.kept), lambda config: args.kept), straight),
         "class token": (get_method("fastervlm", args.kept), straight),
         "class token, patches shuffled": (get_method("fastervlm", args.kept), shuffled),
         "last word": (word, straight),

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from jaxcompress.checkpoints import load_embedded_vision
 from jaxcompress.evaluation.visual import Examiner, Outcome, exam, guessing
 from jaxcompress.vision import Method, get_method
-from jaxcompress.vision.encoders import by_chance, chosen
+from jaxcompress.vision.encoders import random_score, top_patches
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,25 @@ def main(args: Arguments) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     loaded = load_embedded_vision()
     tokenizer = loaded.tokenizer
-    asked = exam(tokenizer, loaded.processor, loaded.model, pictures=args.pictures)
+    asked = exam(loaded.model, tokenizer, loaded.processor, pictures=args.pictures)
     examiner = Examiner(loaded.model, asked)
     rows: dict[str, list[Outcome]] = {name: [] for name in ["random", *args.methods]}
     whole = examiner(get_method("full"))
-    print(f"full: {whole.accuracy:.1%}; guessing {guessing(asked):.1%}; {len(asked.answers)} questions", flush=True)
+    print(
+        f"full: {whole.word_accuracy:.1%}; guessing {guessing(asked):.1%}; {len(asked.answers)} questions", flush=True
+    )
     spread: list[tuple[float, float]] = []
     for n in args.tokens:
         drawn = [
-            examiner(Method("random", chosen(by_chance(seed), n), lambda config, n=n: n)) for seed in range(args.seeds)
+            examiner(Method("random", top_patches(random_score(seed), n), lambda config, n=n: n))
+            for seed in range(args.seeds)
         ]
-        right = [one.accuracy for one in drawn]
+        right = [one.word_accuracy for one in drawn]
         spread.append((min(right), max(right)))
-        rows["random"].append(drawn[0]._replace(accuracy=float(np.mean(right))))
+        rows["random"].append(drawn[0]._replace(word_accuracy=float(np.mean(right))))
         for name in args.methods:
             rows[name].append(examiner(get_method(name, n)))
-        print(n, {name: round(row[-1].accuracy, 3) for name, row in rows.items()}, flush=True)
+        print(n, {name: round(row[-1].word_accuracy, 3) for name, row in rows.items()}, flush=True)
     draw(rows, whole, spread, guessing(asked), args)
 
 
@@ -75,10 +78,12 @@ def draw(
         left, right = figure.subplots(1, 2, sharey=True)
         for name, row in rows.items():
             style = dict(marker="o", markersize=4, color="0.4" if name == "random" else None, label=name)
-            right_answers = [one.accuracy for one in row]
+            right_answers = [one.word_accuracy for one in row]
             line = left.plot(args.tokens, right_answers, **style)[0]
             right.plot(
-                [one.flops / 1e6 for one in row], [one.accuracy for one in row], **style | {"color": line.get_color()}
+                [one.flops / 1e6 for one in row],
+                [one.word_accuracy for one in row],
+                **style | {"color": line.get_color()},
             )
         low, high = zip(*spread, strict=True)
         left.fill_between(args.tokens, low, high, color="0.4", alpha=0.2, linewidth=0)
@@ -87,7 +92,7 @@ def draw(
         left.minorticks_off()
         right.set(xlabel="MFLOPs of a prompt in the decoder (matrix products)", xscale="log")
         for axes in (left, right):
-            axes.axhline(whole.accuracy, color="k", linestyle="--", linewidth=1, label="every token")
+            axes.axhline(whole.word_accuracy, color="k", linestyle="--", linewidth=1, label="every token")
             axes.axhline(chance, color="0.7", linestyle=":", linewidth=1, label="guessing without looking")
             axes.grid(alpha=0.25)
         left.legend(frameon=False)

@@ -460,6 +460,7 @@ def main(args: Arguments) -> int:
         for c in (16,) if args.quick else (64, 128, 256):
             for b in (1,) if args.quick else (1, 16):
                 tokens = 24 if args.quick else 1024
+                why = ""
                 if op in wrong or late(on) or (why := declined(on, op, policy, c)):
                     results["left_out"].append(
                         f"{op} {c} slots {b} rows" + (f": {why}" if op not in wrong and not late(on) else "")

@@ -94,9 +94,9 @@ def full(model: Decoder, tokens: jax.Array, library: bool = True) -> Any:
 
 
 @partial(jax.jit, static_argnames=("slots", "segment", "bptt_segments", "recurrence"))
-def bounded(model: Decoder, tokens: jax.Array, *, policy: jc.Policy, **how: Any) -> Any:
+def bounded(model: Decoder, tokens: jax.Array, policy: jc.Policy, slots: int, **how: Any) -> Any:
     weights = jnp.ones((tokens.shape[0], tokens.shape[1] - 1))
-    return bounded_value_and_grad(model, tokens, weights, policy=policy, **how)
+    return bounded_value_and_grad(model, tokens, policy, slots, weights=weights, **how)
 
 
 FORMS: dict[Form, Any] = {"parallel": parallel_gradient, "rematerialised": rematerialised}

@@ -29,13 +29,13 @@ from jaxcompress.models.init_state import init_state
 from jaxcompress.models.llava import LlavaConfig
 from jaxcompress.models.read_block import HiddenBlock, read_block
 from jaxcompress.models.rope import rotate
-from jaxcompress.models.vit import TowerConfig
+from jaxcompress.models.tower_config import TowerConfig
 from jaxcompress.policies import Full
 from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.inputs import AttentionInputs
-from jaxcompress.vision import Method, get_method, named_for_average, slots
-from jaxcompress.vision.method import Given
-from jaxcompress.vision.reading import stages
+from jaxcompress.vision import Method, get_method, get_method_for_mean, slots_per_layer
+from jaxcompress.vision.layer_view import PruneContext
+from jaxcompress.vision.reading import layer_prunings
 
 BEFORE, AFTER, WRITTEN = 35, 29, 16
 """Words before the picture (LLaVA's system prompt), after it, and room for those written."""
@@ -77,12 +77,14 @@ def start(config: LlavaConfig, tokens: int, visual: int, seed: int = 0) -> Hidde
 
 
 def flops(model: Decoder, config: LlavaConfig, method: Method) -> float:
-    """Of all layers and cuts, each compiled by itself."""
-    counts = method.counts(config)
+    """Of all layers and pruning steps, each compiled by itself."""
+    counts = method.tokens_per_layer(config)
     words = BEFORE + AFTER
     layers = sum(_layer_flops(model, words + count) for count in counts)
-    cuts = method.cuts(config.decoder, counts[0])
-    between = sum(_cut_flops(config, words + counts[cut.layer], counts[cut.layer], counts[0], cut) for cut in cuts)
+    steps = method.prune_steps(config.decoder, counts[0])
+    between = sum(
+        _step_flops(config, words + counts[step.layer], counts[step.layer], counts[0], step) for step in steps
+    )
     return layers + between
 
 
@@ -100,14 +102,14 @@ def _layer_flops(model: Decoder, tokens: int) -> float:
     return _count(jax.jit(one).lower(model, x, jax.ShapeDtypeStruct((1, tokens), jnp.int32)))
 
 
-def _cut_flops(config: LlavaConfig, tokens: int, left: int, visual: int, cut: Any) -> float:
+def _step_flops(config: LlavaConfig, tokens: int, left: int, visual: int, step: Any) -> float:
     decoder = config.decoder
 
     def one(hidden: Any, positions: Any, patch: Any, q: Any, k: Any, key: Any) -> Any:
         block = HiddenBlock(hidden, positions, patch)
-        given = Given(jnp.ones((1, tokens - left), bool), key, decoder.rope)
-        shown = AttentionInputs(q, k, jnp.zeros((1, tokens)), positions)
-        return cut.rule(given, block, shown, cut.keep)
+        context = PruneContext(jnp.ones((1, tokens - left), bool), key, decoder.rope)
+        attention = AttentionInputs(q, k, jnp.zeros((1, tokens)), positions)
+        return step.rule(context, block, attention, step.keep)
 
     like = lambda *size, dtype=jnp.float32: jax.ShapeDtypeStruct((1, *size), dtype)
     ints = like(tokens, dtype=jnp.int32)
@@ -122,13 +124,13 @@ def _count(lowered: Any) -> float:
 
 @partial(jax.jit, static_argnames=("config", "method"))
 def prefill(model: Decoder, block: HiddenBlock, config: LlavaConfig, method: Method) -> Any:
-    counts = method.counts(config)
+    counts = method.tokens_per_layer(config)
     words = block.patch.shape[1] - counts[0]
     room = words + WRITTEN
-    given = Given(jnp.ones((1, words), bool), jnp.zeros((1, counts[0]), bool), config.decoder.rope)
-    state = init_state(config.decoder, Full(), slots(method, config, room))
-    cuts = method.cuts(config.decoder, counts[0])
-    return read_block(model, block, state, Full(), stages=stages(given, cuts))
+    context = PruneContext(jnp.ones((1, words), bool), jnp.zeros((1, counts[0]), bool), config.decoder.rope)
+    state = init_state(config.decoder, Full(), slots_per_layer(config, method, room))
+    steps = method.prune_steps(config.decoder, counts[0])
+    return read_block(model, block, state, Full(), prunings=layer_prunings(context, steps))
 
 
 def chosen(options: Arguments, config: LlavaConfig) -> dict[str, Method]:
@@ -137,7 +139,9 @@ def chosen(options: Arguments, config: LlavaConfig) -> dict[str, Method]:
     for name in options.methods:
         try:
             average = name in PROGRESSIVE
-            methods[name] = named_for_average(name, options.keep, config) if average else get_method(name, options.keep)
+            methods[name] = (
+                get_method_for_mean(config, name, options.keep) if average else get_method(name, options.keep)
+            )
         except ValueError as error:
             print(f"{name} is left out: {error}", flush=True)
     return methods
@@ -149,7 +153,7 @@ def main(options: Arguments) -> None:
     methods = chosen(options, config)
     blocks, took = {}, {name: [] for name in methods}
     for name, method in methods.items():
-        visual = method.counts(config)[0]
+        visual = method.tokens_per_layer(config)[0]
         blocks[name] = start(config, BEFORE + AFTER + visual, visual)
         jax.block_until_ready(prefill(model, blocks[name], config, method))
     for _ in range(options.runs):
@@ -159,12 +163,16 @@ def main(options: Arguments) -> None:
             took[name].append(time.perf_counter() - began)
     rows = []
     for name, method in methods.items():
-        counts = method.counts(config)
-        state = jax.eval_shape(lambda m=method: init_state(config.decoder, Full(), slots(m, config, BEFORE + AFTER)))
+        counts = method.tokens_per_layer(config)
+        state = jax.eval_shape(
+            lambda m=method: init_state(config.decoder, Full(), slots_per_layer(config, m, BEFORE + AFTER))
+        )
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         seconds = statistics.median(took[name])
-        rows.append(dict(method=name, last=counts[-1], mean=method.average(config), flops=flops(model, config, method),
-                         kv_bytes=held, seconds=seconds))  # fmt: skip
+        rows.append(
+            dict(method=name, last=counts[-1], mean=method.mean_tokens(config), kv_bytes=held, seconds=seconds)
+            | dict(flops=flops(model, config, method))
+        )
     whole = rows[0]
     words = f"{BEFORE + AFTER} words, {options.side**2} patches"
     print(f"{options.layers} layers, width {options.width}, {words}, {jax.devices()[0]}")

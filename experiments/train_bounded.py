@@ -61,10 +61,10 @@ from jaxcompress.policies.names import get_policy
 from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.training.data import Batch
 from jaxcompress.training.foresight import foresight_loss
-from jaxcompress.training.forgetting import init_retention, retention_loss
-from jaxcompress.training.learning import learning
 from jaxcompress.training.objectives import bounded, causal, distilled, joint_retention
 from jaxcompress.training.optimizer import muon_for_decoder, warmup_stable_decay
+from jaxcompress.training.policy_objectives import policy_objective
+from jaxcompress.training.retention_heads import init_retention, retention_loss
 from jaxcompress.training.trainer import init_train_state, make_step
 
 
@@ -204,9 +204,8 @@ def watching(model: Decoder) -> Objectives:
     """A retention head watches the model read."""
 
     def objective(head: Any, batch: Batch, step: Any, key: Any) -> tuple[dict[str, Any], Any]:
-        loss, slope = jax.value_and_grad(lambda head: retention_loss(model, head, batch.tokens[:, :-1], scope="layer"))(
-            head
-        )
+        watch = lambda head: retention_loss(model, batch.tokens[:, :-1], head, scope="layer")
+        loss, slope = jax.value_and_grad(watch)(head)
         return {"loss": loss}, slope
 
     return [objective]
@@ -259,7 +258,7 @@ def train(model: Decoder, method: str, batches: Batches, args: Arguments, *, ste
             (model, head), seconds = run((model, head), with_retention(model, args), steps, how=both)
         return Trained(model, SavedPolicy("retention", {"scope": "layer"}, head._asdict()), seconds)
     if method == "dms":
-        learned = learning("dms", model, jax.random.key(0), steps=steps, ratio=8.0)
+        learned = policy_objective(model, "dms", jax.random.key(0), steps=steps, ratio=8.0)
         params, seconds = run(learned.params, [learned.objective], steps)
         model, head = learned.parts(params)
         return Trained(model, SavedPolicy("dms", learned.settings, head._asdict()), seconds)
@@ -376,7 +375,7 @@ def main(args: Arguments) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
                 save(jax.tree.map(lambda x: x.astype(jnp.bfloat16), now.model), folder, tokenizer_from=loaded.folder)
                 if now.policy is not None:
-                    save_policy(folder, *now.policy)
+                    save_policy(now.policy, folder)
             policies = unlearned if now.policy is None else [now.policy.make()]
             if method in ("full-time", "full-flops"):
                 policies = [get_policy("tova")]

@@ -150,7 +150,9 @@ class Batches:
         early = rng.uniform() < 0.5
         told = (0.0, 0.35) if early else (0.0, 0.8)
         asked = (rng.uniform(0.3, 0.9), 1.0) if early else (0.1, 1.0)
-        task: Recall = weave(rng, filler, t, self.words, notes=notes, questions=questions, tell_in=told, ask_in=asked)
+        task: Recall = weave(
+            filler, self.words, rng=rng, length=t, notes=notes, questions=questions, tell_in=told, ask_in=asked
+        )
         return task.tokens, np.where(task.told, 0.0, np.where(task.asked, 2.0, 1.0))
 
     def _repeats(self, rng: np.random.Generator, filler: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ from jaxcompress.embedded.drawings import COLOURS, DIGITS, SHAPES, SIDE, draw, p
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.rope import RopeConfig, rotate
-from jaxcompress.models.vit import TowerConfig
+from jaxcompress.models.tower_config import TowerConfig
 from jaxcompress.training import Checkpoints, MetricsFile, fit, init_train_state, make_step, token_losses
 from jaxcompress.training.optimizer import muon_for_decoder, warmup_stable_decay
 

@@ -54,7 +54,7 @@ def space(args: Arguments) -> list[tuple[str, int, float, float, float]]:
     loaded = load_embedded_vision()
     tokenizer = loaded.tokenizer
     grid = (loaded.config.tower.grid, loaded.config.tower.grid)
-    examiner = Examiner(loaded.model, exam(tokenizer, loaded.processor, loaded.model, pictures=args.pictures), runs=1)
+    examiner = Examiner(loaded.model, exam(loaded.model, tokenizer, loaded.processor, pictures=args.pictures), runs=1)
     out = []
     print(f"{'method':14}{'kept':>5}{'gap':>7}{'evenness':>10}{'right':>8}")
     for n in args.tokens:
@@ -62,8 +62,8 @@ def space(args: Arguments) -> list[tuple[str, int, float, float, float]]:
             got = examiner(get_method(name, n))
             kept = jnp.asarray(got.kept)
             apart, even = float(gap(kept, grid).mean()), float(spatial_evenness(kept, grid).mean())
-            out.append((name, n, apart, even, got.accuracy))
-            print(f"{name:14}{n:5}{apart:7.2f}{even:10.3f}{got.accuracy:8.1%}", flush=True)
+            out.append((name, n, apart, even, got.word_accuracy))
+            print(f"{name:14}{n:5}{apart:7.2f}{even:10.3f}{got.word_accuracy:8.1%}", flush=True)
     return out
 
 
@@ -74,8 +74,8 @@ def video(args: Arguments) -> dict[str, np.ndarray]:
 
     @jax.jit
     def scores(model, pixels):
-        _, shown = model.tower.run_layers(model.tower.embed(pixels), range(model.config.feature_layers))
-        return shown.rows(jnp.zeros((pixels.shape[0], 1), jnp.int32))[:, :, 0, 1:].mean(1)
+        _, attention = model.tower.run_layers(model.tower.embed(pixels), range(model.config.feature_layers))
+        return attention.rows(jnp.zeros((pixels.shape[0], 1), jnp.int32))[:, :, 0, 1:].mean(1)
 
     masks: dict[str, list[np.ndarray]] = {"random": [], "class attention": [], "class attention, each frame": []}
     rng = np.random.default_rng(0)

@@ -173,7 +173,7 @@ def mustdrop_stage1_pool(case: Case) -> None:
     r = int(windows.windows_above(similarity, case.decimal("threshold")).min())
     case.same("r", [r], case["r"])
     how = merge_windows(similarity, table, r)
-    case.same("merged_windows", choose.best_first(similarity, r), case["merged_windows"])
+    case.same("merged_windows", choose.ranked_indices(similarity, r), case["merged_windows"])
     case.same("unmerged_patch", how.kept[:, 1 + r :] - 1, case["unmerged_patch"])
     for given, out, sizes in ((None, "out", "size"), (case["size_in2"], "out_sized2", "size_sized2")):
         merged, size = merge(x, None if given is None else jnp.asarray(given), how)
@@ -202,9 +202,9 @@ def fastv_select(case: Case) -> None:
     row, first, patches = case["attn_last_row"], case.number("sys_length"), case.number("image_token_length")
     kept = case.number("attention_rank") if "attention_rank" in case else fastv.share_kept(patches, case.decimal("r"))
     scores = fastv.last_word(batched(row[:, first : first + patches]))
-    case.same("topk_in_score_order", choose.best_first(scores, kept)[0] + first, case["topk_in_score_order"])
+    case.same("topk_in_score_order", choose.ranked_indices(scores, kept)[0] + first, case["topk_in_score_order"])
     words = np.concatenate([np.arange(first), np.arange(first + patches, row.shape[1])])
-    keep = np.sort(np.concatenate([words, np.asarray(choose.best(scores, kept)[0]) + first]))
+    keep = np.sort(np.concatenate([words, np.asarray(choose.top_indices(scores, kept)[0]) + first]))
     case.same("keep_sorted", keep, case["keep_sorted"])
     case.same("position_ids", keep[None], case["position_ids"])
     case.close("hidden_out", case["hidden_in"][:, keep], case["hidden_out"])
@@ -243,12 +243,12 @@ def sparsevlm_rank(case: Case) -> None:
     first, patches, text = (case.number(key) for key in ("v_token_start", "v_token_num", "text_token_start"))
     rows = jnp.asarray(case["attn"])[:, :, text:, first : first + patches]
     rates = jnp.zeros((1, rows.shape[2]), bool).at[0, case["rater_idx"]].set(True)
-    scores = sparsevlm.rated(rows, rates)
+    scores = sparsevlm.rater_scores(rows, rates)
     case.close("relation", scores, case["relation"])
     everything = jnp.ones((1, patches), bool)
     kept = sparsevlm.rank_budget(rows, rates, everything, case.decimal("scale"), case.decimal("bias"))
     case.same("s_flag", [int(int(kept[0]) != patches)], case["s_flag"])
-    case.same("mask", choose.marks(choose.best(scores, int(kept[0])), patches), case["mask"])
+    case.same("mask", choose.mask_of(choose.top_indices(scores, int(kept[0])), patches), case["mask"])
 
 
 # CDPruner
@@ -264,7 +264,7 @@ def cdpruner_case(case: Case) -> None:
     case.close("kernel_diag", done.quality, case["kernel_diag"])
     if case.number("f64_same_selection"):
         case.same("selected_sorted", jnp.sort(done.order, axis=1), case["selected_sorted"])
-        case.same("mask", choose.marks(done.order, n), case["mask"])
+        case.same("mask", choose.mask_of(done.order, n), case["mask"])
         case.close("di2s_final", np.maximum(done.gain, -1e30), case["di2s_final"], 1e-3)
 
 

@@ -23,15 +23,16 @@ from jaxcompress.models.read_block import HiddenBlock, read_block
 from jaxcompress.models.vit import VisionTower
 from jaxcompress.policies import Full
 from jaxcompress.state.kv_state import State
-from jaxcompress.vision import choose, prefills, prumerge, sparsevlm, windows
+from jaxcompress.vision import choose, prumerge, prune_rules, sparsevlm, windows
 from jaxcompress.vision.dual_attention import LAYERS, dual_attention, passes
-from jaxcompress.vision.encoders import class_row
+from jaxcompress.vision.encoders import class_token_attention
 from jaxcompress.vision.fastv import last_word
-from jaxcompress.vision.method import Cut, CutRule, Given, Look, renumbered
+from jaxcompress.vision.layer_view import LayerView, PruneContext, PruneRule, renumber_after
+from jaxcompress.vision.method import PruneStep
 from jaxcompress.vision.output_aware import survivors
-from jaxcompress.vision.raters import rating
-from jaxcompress.vision.reading import stages
-from jaxcompress.vision.sparsevlm import rated
+from jaxcompress.vision.reading import layer_prunings
+from jaxcompress.vision.sparsevlm import rater_scores
+from jaxcompress.vision.text_raters import text_raters
 from jaxcompress.vision.tome import merged, tome
 from jaxcompress.vision.visionzip import visionzip
 
@@ -95,6 +96,12 @@ def _layers(model: VisionTower, patches: Any, start: int, stop: int) -> Any:
     return model.run_layers(patches, range(start, stop))
 
 
+def _before_last_layer(case: Case) -> Any:
+    """The tower's tokens before its last layer, and what the layer before compared."""
+    model = tower(_one(case.folder, "tower_weights*.npz"))
+    return _layers(model, model.embed(jnp.asarray(case["pixel_values"])), 0, model.config.num_layers - 1)
+
+
 def _close_where_given(case: Case, what: str, ours: Any) -> None:
     if what in case:
         case.close(what, ours, case[what])
@@ -106,23 +113,21 @@ def _close_where_given(case: Case, what: str, ours: Any) -> None:
 def fastervlm_case(case: Case) -> None:
     attention, features, k = case["attention_mean"], case["features"], case.number("k")
     if "pixel_values" in case:
-        model = tower(_one(case.folder, "tower_weights*.npz"))
-        patches, shown = _layers(model, model.embed(jnp.asarray(case["pixel_values"])), 0, model.config.num_layers - 1)
-        ours = class_row(shown, 1).mean(1)
+        patches, inputs = _before_last_layer(case)
+        ours = class_token_attention(inputs, 1).mean(1)
         case.close("features", patches.hidden[:, 1:], features)
         case.close("attention_mean", ours, attention)
         attention, features = ours, patches.hidden[:, 1:]
-    kept = choose.best(jnp.asarray(attention), k)
-    case.same("mask", choose.marks(kept, attention.shape[1]), case["mask"])
+    kept = choose.top_indices(jnp.asarray(attention), k)
+    case.same("mask", choose.mask_of(kept, attention.shape[1]), case["mask"])
     case.close("kept_features", choose.take(jnp.asarray(features), kept), case["kept_features"])
 
 
 def visionzip_case(case: Case) -> None:
     attention, hidden, metric = (case[key] for key in ("cls_attention", "hidden_states_m2", "metric"))
     if "pixel_values" in case:
-        model = tower(_one(case.folder, "tower_weights*.npz"))
-        patches, shown = _layers(model, model.embed(jnp.asarray(case["pixel_values"])), 0, model.config.num_layers - 1)
-        row, keys = class_row(shown, 1), shown.keys.mean(2)
+        patches, inputs = _before_last_layer(case)
+        row, keys = class_token_attention(inputs, 1), inputs.keys.mean(2)
         case.close("cls_attention", row, attention)
         case.close("hidden_states_m2", patches.hidden, hidden)
         case.close("metric", keys, metric)
@@ -130,10 +135,10 @@ def visionzip_case(case: Case) -> None:
     scores = jnp.pad(jnp.asarray(attention).sum(1), [(0, 0), (1, 0)], constant_values=jnp.inf)
     dominant, contextual = case.number("dominant_arg"), case.number("contextual_num")
     done = visionzip(jnp.asarray(hidden), scores, jnp.asarray(metric), dominant, contextual)
-    case.same("all_indices", choose.best_first(scores, dominant), case["all_indices"])
+    case.same("all_indices", choose.ranked_indices(scores, dominant), case["all_indices"])
     kept = done.how.kept[:, :dominant]
-    case.same("keep_mask", ~choose.marks(kept, scores.shape[1]), ~_kept_mask(case, dominant))
-    rest = np.asarray(choose.others(kept, scores.shape[1]))
+    case.same("keep_mask", ~choose.mask_of(kept, scores.shape[1]), ~_kept_mask(case, dominant))
+    rest = np.asarray(choose.complement(kept, scores.shape[1]))
     seeds = np.asarray(done.how.kept[:, dominant:])
     case.same("target_indices", [np.searchsorted(rest[0], seed) for seed in seeds[0]], case["target_indices"])
     case.same("assign", done.how.target - dominant, case["assign"])
@@ -165,7 +170,7 @@ def prumerge_case(case: Case) -> None:
     n = attention.shape[1]
     if fixed:
         ratio = case.decimal("reduction_ratio")
-        kept = choose.best_first(attention, int(n * ratio))
+        kept = choose.ranked_indices(attention, int(n * ratio))
         if stepped:
             kept = jnp.concatenate([kept, jnp.asarray(prumerge.even_steps(n, ratio), jnp.int32)[None]], axis=1)
         gone = prumerge.as_released(kept, n)
@@ -175,7 +180,7 @@ def prumerge_case(case: Case) -> None:
         case.close("reduction_ratio", prumerge.outliers(attention) / n, case["reduction_ratio"])
         present = np.asarray(done.present)
         count = int(present.sum()) - 1
-        kept, gone = kept[:, :count], choose.others(kept[:, :count], n)
+        kept, gone = kept[:, :count], choose.complement(kept[:, :count], n)
     case.same("kept_idx", kept, case["kept_idx"])
     case.same("complement_idx", gone, case["complement_idx"])
     if "q_layer23" in given:
@@ -194,9 +199,9 @@ def _prumerge_tower(case: Case, q: Any, k: Any, x: Any) -> None:
     last = model.config.num_layers - 1
     patches, _ = _layers(model, model.embed(jnp.asarray(case["pixel_values"])), 0, last)
     case.close("features_m2", patches.hidden[:, 1:], x)
-    _, shown = _layers(model, patches, last, last + 1)
-    case.close("q_layer23", shown.queries.reshape(q.shape), q)
-    case.close("k_layer23", shown.keys.reshape(k.shape), k)
+    _, attention = _layers(model, patches, last, last + 1)
+    case.close("q_layer23", attention.queries.reshape(q.shape), q)
+    case.close("k_layer23", attention.keys.reshape(k.shape), k)
 
 
 def _must_see(model: VisionTower, pixels: Any) -> dict[str, Any]:
@@ -209,8 +214,8 @@ def _must_see(model: VisionTower, pixels: Any) -> dict[str, Any]:
     r = int(windows.windows_above(similarity).min())
     after = merged(patches, windows.merge_windows(similarity, table, r, similar_first=True))
     before_last, _ = _layers(model, after, 1, last)
-    final, shown = _layers(model, before_last, last, last + 1)
-    row = class_row(shown, special)
+    final, attention = _layers(model, before_last, last, last + 1)
+    row = class_token_attention(attention, special)
     keys = windows.key_tokens(row, windows.key_count(row.shape[-1]), by_score=True)
     return dict(start=start, after=after, before_last=before_last, final=final, r=r, similarity=similarity, keys=keys)
 
@@ -220,7 +225,7 @@ def mustdrop_tower(case: Case) -> None:
     seen = _must_see(model, case["pixel_values"])
     case.close("window_similarity", seen["similarity"], case["window_similarity"])
     case.same("r", [seen["r"]], case["r"])
-    case.same("merged_windows", choose.best_first(seen["similarity"], seen["r"]), case["merged_windows"])
+    case.same("merged_windows", choose.ranked_indices(seen["similarity"], seen["r"]), case["merged_windows"])
     case.same("key_set", seen["keys"], case["key_set"])
     case.close("hidden_embed", seen["start"].hidden, case["hidden_embed"])
     case.close("hidden_after1", seen["after"].hidden, case["hidden_after1"])
@@ -266,10 +271,10 @@ def _tome(model: VisionTower, start: Any, counts: tuple[int, ...], proportional:
 
 
 def _run(
-    model: Decoder, hidden: Any, first: int, patches: int, cuts: Sequence[Cut], *, room: int = 8,
-    key: np.ndarray | None = None, rates: bool = False, apart: int = 0, watch: Callable | None = None,
+    model: Decoder, hidden: Any, first: int, patches: int, steps: Sequence[PruneStep], *, room: int = 8,
+    key: np.ndarray | None = None, raters: bool = False, apart: int = 0, watch: Callable | None = None,
 ) -> tuple[HiddenBlock, State, list[Any]]:  # fmt: skip
-    """Reads embeddings of words and one picture; also what `watch` sees before and after every cut.
+    """Reads embeddings of words and one picture; also what `watch` sees before and after every prune step.
 
     Args:
       apart: the first layers whose states are kept apart from the others, since they will hold more.
@@ -281,30 +286,32 @@ def _run(
     keys = np.zeros((1, patches), bool)
     if key is not None:
         keys[0, key] = True
-    # Clusters come beside the patches, at most as many as one pass of all of them makes, in each cut.
-    most = total + sum(sparsevlm.recycled(patches)[1] for _ in cuts) + room
+    # Clusters come beside the patches, at most as many as one pass of all of them makes, in each step.
+    most = total + sum(sparsevlm.recycled(patches)[1] for _ in steps) + room
     slots = [most + (layer < apart) for layer in range(model.config.num_layers)]
 
     @jax.jit
     def go(model: Decoder, hidden: Any, keys: Any) -> Any:
         start = HiddenBlock(hidden, jnp.asarray(place, jnp.int32)[None], jnp.asarray(patch, jnp.int32))
         words = total - patches
-        given = Given(rating(start, words) if rates else jnp.ones((1, words), bool), keys, model.config.rope)
+        context = PruneContext(
+            text_raters(start, words) if raters else jnp.ones((1, words), bool), keys, model.config.rope
+        )
         log: list[Any] = []
 
-        def watched(rule: CutRule) -> CutRule:
-            def both(given: Given, block: HiddenBlock, shown: Any, n: int) -> HiddenBlock:
-                after = rule(given, block, shown, n)
-                seen = {} if watch is None else watch(given, Look.at(given, block, shown))
+        def watched(rule: PruneRule) -> PruneRule:
+            def both(context: PruneContext, block: HiddenBlock, attention: Any, n: int) -> HiddenBlock:
+                after = rule(context, block, attention, n)
+                seen = {} if watch is None else watch(context, LayerView.at(context, block, attention))
                 log.append(dict(before=block._replace(hidden=()), after=after._replace(hidden=()), **seen))
                 return after
 
             return both
 
         state = init_state(model.config, Full(), slots)
-        cut = tuple(one._replace(rule=watched(one.rule)) for one in cuts)
-        block, state = read_block(model, start, state, Full(), stages=stages(given, cut))
-        return block, state, log, given.words
+        watched_steps = tuple(one._replace(rule=watched(one.rule)) for one in steps)
+        block, state = read_block(model, start, state, Full(), prunings=layer_prunings(context, watched_steps))
+        return block, state, log, context.raters
 
     block, state, log, words = go(model, hidden, jnp.asarray(keys))
     return block, state, [dict(one, words=words) for one in log]
@@ -345,11 +352,11 @@ def fastv_llm(case: Case) -> None:
         case.same("position_ids", block.positions, case["position_ids"])
         return
     inplace = bool(case.number("inplace"))
-    rule = prefills.fastv if inplace else prefills.fastv_emptied
-    watch = lambda given, look: dict(score=last_word(look.from_last()))
-    block, _, (log,) = _run(model, hidden, first, patches, (Cut(layer - 1, kept, rule),), watch=watch)
+    rule = prune_rules.fastv if inplace else prune_rules.fastv_in_place
+    watch = lambda context, view: dict(score=last_word(view.last_word_attention()))
+    block, _, (log,) = _run(model, hidden, first, patches, (PruneStep(layer - 1, kept, rule),), watch=watch)
     case.close("score_row_headmean", log["score"][0], case["score_row_headmean"])
-    order = choose.best_first(log["score"], kept)[0] + first
+    order = choose.ranked_indices(log["score"], kept)[0] + first
     case.same("topk_in_score_order", order, case["topk_in_score_order"])
     if inplace:
         case.same("keep_sorted", block.positions[0], case["keep_sorted"])
@@ -366,12 +373,12 @@ def fitprune_llm(case: Case) -> None:
     files = map(numbers, sorted(case.folder.glob("llm_r*.npz")))
     hidden = next(given["inputs_embeds"] for given in files if "inputs_embeds" in given)
     first, patches = 35, 576
-    left, cuts = patches, []
+    left, steps = patches, []
     for layer, goes in enumerate(case["deleted_per_layer"]):
         if goes:
             left -= int(goes)
-            cuts.append(Cut(layer, left, prefills.fitprune))
-    block, state, _ = _run(model, hidden, first, patches, cuts)
+            steps.append(PruneStep(layer, left, prune_rules.fitprune))
+    block, state, _ = _run(model, hidden, first, patches, steps)
     case.same("survivor_original_positions", block.positions[0], case["survivor_original_positions"])
     case.same("cache_len_per_layer", _held(state), case["cache_len_per_layer"])
     case.close("last_hidden", block.hidden, case["last_hidden"], 5e-4)
@@ -387,19 +394,25 @@ def sparsevlm_llm(case: Case) -> None:
     budget = case.name.split("ret")[-1].split("_")[0]
     if plus:
         kept = sparsevlm.KEPT_PLUS[int(budget)]
-        cuts = [Cut(at, n, prefills.sparsevlm_plus) for at, n in zip(layers, kept, strict=True)]
+        steps = [PruneStep(at, n, prune_rules.sparsevlm_plus) for at, n in zip(layers, kept, strict=True)]
     elif kind == "v15":
         kept = sparsevlm.KEPT[int(budget)]
-        cuts = [Cut(at, n, prefills.fixed(n, z)) for at, n, z in zip(layers, kept, noise, strict=True)]
+        steps = [
+            PruneStep(at, n, prune_rules.sparsevlm_fixed(n, z)) for at, n, z in zip(layers, kept, noise, strict=True)
+        ]
     else:
-        rule = lambda z: prefills.by_rank(case.decimal("scale"), case.decimal("bias"), z)
-        cuts = [Cut(at, 0, rule(z)) for at, z in zip(layers, noise, strict=True)]
+        rule = lambda z: prune_rules.sparsevlm_by_rank(case.decimal("scale"), case.decimal("bias"), z)
+        steps = [PruneStep(at, 0, rule(z)) for at, z in zip(layers, noise, strict=True)]
 
-    def watch(given: Given, look: Look) -> dict[str, Any]:
-        scores = prefills.rated_plus(given, look) if plus else rated(look.from_words(), given.words & look.after)
-        return dict(scores=scores, there=look.there)
+    def watch(context: PruneContext, view: LayerView) -> dict[str, Any]:
+        scores = (
+            prune_rules.sparsevlm_plus_scores(context, view)
+            if plus
+            else rater_scores(view.word_attention(), context.raters & view.follows)
+        )
+        return dict(scores=scores, there=view.present)
 
-    block, state, log = _run(model, case["inputs_embeds"], first, patches, cuts, rates=True, watch=watch)
+    block, state, log = _run(model, case["inputs_embeds"], first, patches, steps, raters=True, watch=watch)
     text = case.number("text_seq")
     case.same("raters", np.flatnonzero(np.asarray(log[0]["words"])[0, -text:]), case["raters"])
     for s, one in enumerate(log):
@@ -418,14 +431,14 @@ def _mustdrop(
     model: Decoder, hidden: Any, first: int, patches: int, key: np.ndarray, thresholds: tuple[float, float]
 ) -> dict[str, Any]:
     """Prefill and third stage as released: positions numbered anew, every layer reduced to the final survivors."""
-    rule = renumbered(prefills.mustdrop_above(thresholds))
+    rule = renumber_after(prune_rules.mustdrop_above(thresholds))
 
-    def watch(given: Given, look: Look) -> dict[str, Any]:
-        stays = passes(*dual_attention(look.from_words(), look.after, look.there), thresholds)
-        return dict(passes=stays & look.there, there=look.there)
+    def watch(context: PruneContext, view: LayerView) -> dict[str, Any]:
+        stays = passes(*dual_attention(view.word_attention(), view.follows, view.present), thresholds)
+        return dict(passes=stays & view.present, there=view.present)
 
-    cuts = [Cut(layer, patches, rule) for layer in LAYERS]
-    block, state, log = _run(model, hidden, first, patches, cuts, key=key, apart=LAYERS[0], watch=watch)
+    steps = [PruneStep(layer, patches, rule) for layer in LAYERS]
+    block, state, log = _run(model, hidden, first, patches, steps, key=key, apart=LAYERS[0], watch=watch)
     final = np.asarray(block.positions) >= 0
     maps = [np.asarray(one["before"].positions)[final][None] for one in log]
     before = _held(state)

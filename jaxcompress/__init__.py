@@ -1,6 +1,6 @@
-"""Transformers that live in a fixed amount of memory.
+"""Transformers with a KV cache of fixed size.
 
-Everything below is loaded when first used, so that the command line starts quickly.
+Each name below is imported when it is first used, so that importing the package and starting the command line are fast.
 """
 
 from __future__ import annotations
@@ -11,27 +11,41 @@ from typing import TYPE_CHECKING, Any
 from jaxcompress import _versions
 
 if TYPE_CHECKING:
-    from jaxcompress import budgets, evaluation, generation, models, policies, prompt, training, vision
-    from jaxcompress.checkpoints import load, load_embedded, save
-    from jaxcompress.evaluation import perplexity
-    from jaxcompress.evaluation.tracing import trace
+    from jaxcompress import (
+        budgets,
+        checkpoints,
+        embedded,
+        evaluation,
+        generation,
+        models,
+        policies,
+        prompt,
+        training,
+        vision,
+    )
+    from jaxcompress.checkpoints import Loaded, load, load_embedded, save
+    from jaxcompress.evaluation import perplexity, trace
     from jaxcompress.generation import GenerationConfig, Tokenizer, generate
     from jaxcompress.models import init_state, read
-    from jaxcompress.policies import Policy
-    from jaxcompress.policies.names import get_policy
+    from jaxcompress.policies import Policy, get_policy
     from jaxcompress.recurrence import advance
     from jaxcompress.state import KVState, State
 
 __version__ = "0.1.0"
 __all__ = [
-    "GenerationConfig", "KVState", "Policy", "State", "Tokenizer", "advance", "budgets", "evaluation", "generate",
-    "generation", "get_policy", "init_state", "load", "load_embedded", "models", "perplexity", "policies", "prompt",
-    "read", "save", "trace", "training", "vision",
+    "GenerationConfig", "KVState", "Loaded", "Policy", "State", "Tokenizer", "advance", "budgets", "checkpoints",
+    "embedded", "evaluation", "generate", "generation", "get_policy", "init_state", "load", "load_embedded", "models",
+    "perplexity", "policies", "prompt", "read", "save", "trace", "training", "vision",
 ]  # fmt: skip
 
-_ROOMS = ("budgets", "evaluation", "generation", "models", "policies", "prompt", "training", "vision")
-_HOME = {
-    **dict.fromkeys(("load", "load_embedded", "save"), "checkpoints"),
+_ROOMS = (
+    "budgets", "checkpoints", "embedded", "evaluation", "generation", "models", "policies", "prompt", "training",
+    "vision",
+)  # fmt: skip
+_INNER_ROOMS = ("inputs", "pallas_kernels", "recurrence", "state")
+"""Rooms for those who change the library: there as well, but not listed by `dir`."""
+_ROOM_OF = {
+    **dict.fromkeys(("Loaded", "load", "load_embedded", "save"), "checkpoints"),
     **dict.fromkeys(("perplexity", "trace"), "evaluation"),
     **dict.fromkeys(("GenerationConfig", "Tokenizer", "generate"), "generation"),
     **dict.fromkeys(("init_state", "read"), "models"),
@@ -44,10 +58,10 @@ _versions.check()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _ROOMS or name in _INNER_ROOMS:
         return import_module(f"jaxcompress.{name}")
-    if name in _HOME:
-        return getattr(import_module(f"jaxcompress.{_HOME[name]}"), name)
+    if name in _ROOM_OF:
+        return getattr(import_module(f"jaxcompress.{_ROOM_OF[name]}"), name)
     raise AttributeError(f"module 'jaxcompress' has no attribute {name!r}")
 
 

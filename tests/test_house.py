@@ -17,7 +17,7 @@ ROOMS = (
 )  # fmt: skip
 """Each room imports only itself and the rooms before it. `embedded` holds data and paths: every room may use it."""
 
-LAZY = ("cli", "training/__init__.py", "__init__.py")
+LAZY = ("cli", "training/__init__.py", "__init__.py", "__main__.py")
 """Where imports stand inside functions, so that the command line starts quickly."""
 
 LINES, BODY, PARAMETERS = 500, 60, 8

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxcompress.checkpoints import Loaded, load_llava
-from jaxcompress.generation.visual import Seen, look
+from jaxcompress.generation.visual import ImageFeatures, encode_images
 
 FIXTURES = Path(__file__).parent / "fixtures" / "vision_models"
 
@@ -35,13 +35,13 @@ def pictures(name: str) -> tuple[np.ndarray, list[list[Any]] | None]:
 
 
 @cache
-def seen(name: str, row: int | None = None) -> Seen:
+def seen(name: str, row: int | None = None) -> ImageFeatures:
     """Both pictures, in a batch of two rows, or one alone."""
     crops, sizes = pictures(name)
     if row is not None:
         at = np.cumsum([0, *io(name)["crops"]])
         crops, sizes = crops[at[row] : at[row + 1]], None if sizes is None else sizes[row : row + 1]
-    return look(loaded(name).model, crops, sizes)
+    return encode_images(loaded(name).model, crops, sizes)
 
 
 def short_prompts(name: str) -> list[list[int]]:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float
 
+from jaxcompress._extras import extra
 from jaxcompress.inputs.token_ids import token_rows
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
@@ -22,6 +22,9 @@ from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.softmax import masked_softmax
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.shapes import Hidden, Keys, Positions, Queries, Tokens, Valid, Values
+
+with extra("train"):
+    import optax
 
 QUERY_BLOCK = 128  # queries whose weights exist at once
 
@@ -76,11 +79,11 @@ def _spread_of(q: Queries, k: Keys, positions: Positions, window: Any) -> Float[
         q, at = queries
         scores = scores_of("btkgd,bnkd->bkgtn", q, k)
         at, key = at[:, :, None], positions[:, None]
-        seen = (key <= at) & (key >= 0)
+        visible = (key <= at) & (key >= 0)
         if window is not None:
-            seen &= key > at - window
+            visible &= key > at - window
         present = at >= 0
-        weights = masked_softmax(scores, seen[:, None, None], present[:, None, None]).mean(2)  # [B, K, T, N]
+        weights = masked_softmax(scores, visible[:, None, None], present[:, None, None]).mean(2)  # [B, K, T, N]
         entropy = -jnp.where(weights > 0, weights * jnp.log(weights), 0.0).sum(-1)
         return jnp.where(present[:, None, :, 0], jnp.exp(entropy), 0.0).sum((0, 2))
 
@@ -130,6 +133,8 @@ def retrieval_heads(
     Three differences from the authors' code. Both attentions of a head see the gated layers below, as in use; there,
     full attention is that of the ungated model. The hidden states that predict an answer's tokens are compared. Rate
     and steps suit a model of a few heads (theirs: 0.02 and 2,000).
+
+    Twelve parameters: the settings of one search, all but the first three by keyword, each with a default.
 
     Args:
       tokens: [B, T] integers, texts that ask for something told long before (see `jaxcompress.evaluation.exam`).

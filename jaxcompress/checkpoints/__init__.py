@@ -17,8 +17,8 @@ from jaxcompress.checkpoints._policy import SavedPolicy as SavedPolicy
 from jaxcompress.checkpoints._policy import load_policy as load_policy
 from jaxcompress.checkpoints._policy import save_policy as save_policy
 from jaxcompress.checkpoints._save import save as save
-from jaxcompress.checkpoints._vision import llava_config as llava_config
 from jaxcompress.checkpoints._vision import load_llava as load_llava
 from jaxcompress.checkpoints._vision import load_tower as load_tower
 from jaxcompress.checkpoints._vision import save_llava as save_llava
-from jaxcompress.checkpoints._vision import tower_config as tower_config
+from jaxcompress.checkpoints._vision_config import llava_config as llava_config
+from jaxcompress.checkpoints._vision_config import tower_config as tower_config

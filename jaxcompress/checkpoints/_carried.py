@@ -1,7 +1,7 @@
-"""What a folder says beside its weights, carried over into the folder of a model that came of it.
+"""Files and config entries that a saved model takes over from the folder of the model it was made from.
 
-That is how text becomes tokens, what ends one, how a conversation is written, how a picture is prepared; and of
-config.json the entries that nothing here interprets.
+These are the tokenizer, the ids that end a text, the chat template, the image processor's config, and those entries of
+config.json that this library does not interpret.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What weights are read as: names of dtypes, as people and config.json write them."""
+"""The dtype of loaded weights, by the names that people and config.json use."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxcompress.checkpoints._entries import config_of
 
@@ -22,8 +23,10 @@ _ALIASES = {
 _KNOWN = "float32 (fp32, float), bfloat16 (bf16), float16 (fp16, half), or auto for the checkpoint's own"
 
 
-def weights_dtype(asked: Any, settings: Mapping[str, Any], tensors: Mapping[str, Any], folder: Path) -> np.dtype:
-    """What the weights of a folder become.
+def weights_dtype(
+    asked: DTypeLike | None, settings: Mapping[str, Any], tensors: Mapping[str, Any], folder: Path
+) -> np.dtype:
+    """The dtype that the weights of a folder are loaded as.
 
     Args:
       asked: a dtype or its name; None or "auto" for what config.json says.
@@ -58,7 +61,7 @@ def config_dtype(settings: Mapping[str, Any]) -> np.dtype | None:
     return dtype_named(settings[key], key)
 
 
-def dtype_named(name: Any, what: str) -> np.dtype:
+def dtype_named(name: DTypeLike | None, what: str) -> np.dtype:
     """A floating-point dtype by any of its usual names, in upper or lower case, with or without `torch.`.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from jax.typing import DTypeLike
 
 from jaxcompress import embedded
 from jaxcompress.checkpoints._load import load
@@ -14,14 +14,21 @@ from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.llava import Llava, LlavaConfig
 
 
-def load_embedded(dtype: Any = "float32") -> Loaded[Decoder, DecoderConfig, Tokenizer]:
+def load_embedded(*, dtype: DTypeLike = "float32") -> Loaded[Decoder, DecoderConfig, Tokenizer]:
     """The embedded language model: Qwen3 shape, context of 2,048 tokens, Python documentation and sources.
 
-    Its `policy` learnt beside it: a retention head, one set of slots per layer.
+    Its `policy` was trained with it: a retention head, one set of slots per layer.
+
+    Args:
+      dtype: of all weights, as for `load`; they are stored as bfloat16.
     """
     return load(embedded.decoder_folder(), dtype=dtype)
 
 
-def load_embedded_vision(dtype: Any = "float32") -> Loaded[Llava, LlavaConfig, Tokenizer]:
-    """The embedded vision-language model: LLaVA's shape, 144 patches, questions about drawings."""
+def load_embedded_vision(*, dtype: DTypeLike = "float32") -> Loaded[Llava, LlavaConfig, Tokenizer]:
+    """The embedded vision-language model: LLaVA's shape, 144 patches, questions about drawings.
+
+    Args:
+      dtype: of all weights, as for `load`; they are stored as bfloat16.
+    """
     return load_llava(embedded.vision_folder(), dtype=dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxcompress.checkpoints._carried import config_like
 from jaxcompress.checkpoints._dtype import weights_dtype
@@ -21,7 +22,7 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
-from jaxcompress.checkpoints._load import Shardings, fill, find, opened
+from jaxcompress.checkpoints._load import Shardings, Surplus, fill, find, opened
 from jaxcompress.checkpoints._loaded import Loaded
 from jaxcompress.checkpoints._save import write_folder
 from jaxcompress.checkpoints._weights import Names, named_weights
@@ -51,7 +52,7 @@ _INTERPRETED = frozenset(
 
 
 def load_encoder(
-    source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None
+    source: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
 ) -> Loaded[Encoder, EncoderConfig, EncoderTokenizer]:
     """Reads a BERT or XLM-RoBERTa checkpoint that classifies tokens, such as those of LLMLingua-2.
 
@@ -82,7 +83,7 @@ def load_encoder(
         target = weights_dtype(dtype, settings, tensors, folder)
         model = fill(
             folder, tensors, lambda: Encoder(config, dtype=target, rngs=nnx.Rngs(0)), weights_of, sizes=sizes,
-            ignored=lambda name: name.endswith("embeddings.position_ids"), unused=lambda name: ".pooler." in name,
+            surplus=Surplus(lambda name: name.endswith("embeddings.position_ids"), lambda name: ".pooler." in name),
             dtype=target, sharding=sharding,
         )  # fmt: skip
     return Loaded(model, config, settings, folder, EncoderTokenizer)

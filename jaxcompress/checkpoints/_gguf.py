@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jaxcompress._extras import extra
 from jaxcompress.checkpoints._config import decoder_config
 from jaxcompress.checkpoints._gguf_config import config_of_metadata
 from jaxcompress.checkpoints._weights import Names
@@ -141,10 +142,8 @@ def _tensors(header: Header) -> dict[str, Tensor]:
       ImportError: the `gguf` package is not installed.
       ValueError: one is of an unknown type, or not within the file; the file is one of several.
     """
-    try:
+    with extra("gguf"):
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    except ImportError:
-        raise ImportError('GGUF files need one more package: pip install "jaxcompress[gguf]"') from None
     files = header.metadata.get("split.count", 0)
     if files not in (0, 1):
         raise ValueError(f"one of {files} files that make a model; llama.cpp's llama-gguf-split --merge joins them")

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jaxcompress.checkpoints._config import decoder_config
@@ -26,7 +27,7 @@ from jaxcompress.checkpoints._dtype import STORED, weights_dtype
 from jaxcompress.checkpoints._entries import config_of, shown
 from jaxcompress.checkpoints._gguf import GGUF, ROPE_FACTORS, read_gguf
 from jaxcompress.checkpoints._known import known_model
-from jaxcompress.checkpoints._loaded import Loaded
+from jaxcompress.checkpoints._loaded import Loaded, Model
 from jaxcompress.checkpoints._weights import Weight, named_weights, weights_of
 from jaxcompress.inputs.gguf import SUFFIX, is_gguf
 from jaxcompress.inputs.json import read_object
@@ -46,18 +47,30 @@ _MOST_NAMED = 100
 Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
+class Surplus(NamedTuple):
+    """Which tensors of a checkpoint a module may do without, by name; any other that is left over is an error.
+
+    Attributes:
+      ignored: left over without a word.
+      unused: left over with a warning.
+    """
+
+    ignored: Callable[[str], bool]
+    unused: Callable[[str], bool] = lambda name: False
+
+
 class NotFinite(FloatingPointError, ValueError):
     """Weights hold NaN or infinity."""
 
 
 def load(
-    source: str | Path, *, dtype: Any = None, sharding: Shardings | None = None
+    source: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
 ) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
     """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint: a Hugging Face folder or a GGUF file.
 
-    Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. What the files hold counts: if
-    config.json says that the output projection is the embedding, but there is another one, that one is used and the
-    model is not tied.
+    Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. If config.json says that the output
+    projection is the embedding, but the files hold another projection, that projection is used and the model is not
+    tied.
 
     Args:
       source: a folder with config.json and safetensors (model.safetensors, or several files with
@@ -97,21 +110,23 @@ def load(
         target = weights_dtype(dtype, settings, tensors, folder)
         config, tensors = with_own_head(config, tensors, "model.embed_tokens.weight", "lm_head.weight", target)
         # Older checkpoints hold the RoPE frequencies, which follow from the config.
-        ignored = lambda name: name.endswith("rotary_emb.inv_freq")
+        surplus = Surplus(lambda name: name.endswith("rotary_emb.inv_freq"))
         make = lambda: Decoder(config, dtype=target, rngs=nnx.Rngs(0))
         sizes = sizes_of(config)
-        model = fill(folder, tensors, make, weights_of, sizes=sizes, ignored=ignored, dtype=target, sharding=sharding)
+        model = fill(folder, tensors, make, weights_of, sizes=sizes, surplus=surplus, dtype=target, sharding=sharding)
     return Loaded(model, config, settings, folder, Tokenizer)
 
 
-def _load_gguf(path: Path, dtype: Any, sharding: Shardings | None) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
+def _load_gguf(
+    path: Path, dtype: DTypeLike | None, sharding: Shardings | None
+) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
     settings, config, tensors = read_gguf(path)
     target = weights_dtype(dtype, settings, tensors, path)
     make = lambda: Decoder(config, dtype=target, rngs=nnx.Rngs(0))
     named = lambda model: named_weights(model, GGUF)
-    ignored = lambda name: name == ROPE_FACTORS
+    surplus = Surplus(lambda name: name == ROPE_FACTORS)
     sizes = sizes_of(config)
-    model = fill(path, tensors, make, named, sizes=sizes, ignored=ignored, dtype=target, sharding=sharding)
+    model = fill(path, tensors, make, named, sizes=sizes, surplus=surplus, dtype=target, sharding=sharding)
     return Loaded(model, config, settings, path, Tokenizer)
 
 
@@ -163,24 +178,22 @@ def sizes_of(config: DecoderConfig) -> dict[str, int]:
 def fill(
     folder: Path,
     tensors: Mapping[str, Any],
-    make: Callable[[], Any],
-    weights_of: Callable[[Any], tuple[list[Weight], Any]],
+    make: Callable[[], Model],
+    weights_of: Callable[[Model], tuple[list[Weight], Any]],
     *,
     sizes: Mapping[str, int],
-    ignored: Callable[[str], bool],
-    unused: Callable[[str], bool] = lambda name: False,
+    surplus: Surplus,
     dtype: np.dtype,
     sharding: Shardings | None,
-) -> Any:
-    """A module with the weights of a folder or file. Nine parameters: what kinds of checkpoints differ in.
+) -> Model:
+    """A module with the weights of a folder or file.
 
     Args:
       tensors: of its files, by the names that `weights_of` has.
       make: () -> the module; it is not run, only its shapes are asked for.
       weights_of: (module) -> its arrays with their names in a checkpoint, and the tree to put them back.
       sizes: what arrays have at least, in elements, by the entries of the config that say so.
-      ignored: whether a tensor, by name, may be left over without a word.
-      unused: whether a tensor may be left over with a warning.
+      surplus: which tensors the module may do without.
       dtype: of the module.
       sharding: as in `load`.
 
@@ -189,7 +202,7 @@ def fill(
     """
     _check_sizes(sizes, tensors, folder)
     weights, tree = weights_of(jax.eval_shape(make))
-    _check(weights, tensors, ignored, unused, folder)
+    _check(weights, tensors, surplus, folder)
     not_finite: set[str] = set()
     arrays = [_array(weight, tensors, dtype, sharding, not_finite) for weight in weights]
     if not_finite:
@@ -292,16 +305,15 @@ def _check_sizes(sizes: Mapping[str, int], tensors: Mapping[str, Any], folder: P
 def _check(
     weights: list[Weight],
     tensors: Mapping[str, Any],
-    ignored: Callable[[str], bool],
-    unused: Callable[[str], bool],
+    surplus: Surplus,
     folder: Path,
 ) -> None:
     shapes = {name: weight.tensor_shape for weight in weights for name in weight.tensors}
     found = {name: tuple(tensors[name].get_shape()) for name in shapes if name in tensors}
-    surplus = sorted(name for name in tensors if name not in shapes and not ignored(name))
+    others = sorted(name for name in tensors if name not in shapes and not surplus.ignored(name))
     problems = {
         "missing": [name for name in shapes if name not in tensors],
-        "left over": [name for name in surplus if not unused(name)],
+        "left over": [name for name in others if not surplus.unused(name)],
         "of another shape": [
             f"{name} {list(shape)}, not {list(shapes[name])}" for name, shape in found.items() if shape != shapes[name]
         ],
@@ -312,8 +324,8 @@ def _check(
         if any(name.endswith("lm_head.weight") for name in problems["missing"]):
             lines.append("  if the output projection is the embedding, set tie_word_embeddings to true in config.json")
         raise ValueError("\n".join([f"the tensors in {folder} do not fit its {_described(folder)}:", *lines]))
-    if surplus:
-        warnings.warn(f"{folder} has tensors that this model has no use for: {_listed(surplus)}", stacklevel=4)
+    if others:
+        warnings.warn(f"{folder} has tensors that this model has no use for: {_listed(others)}", stacklevel=4)
 
 
 def _described(folder: Path) -> str:

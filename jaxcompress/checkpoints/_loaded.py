@@ -1,11 +1,14 @@
-"""What a checkpoint holds: the one result of everything that loads."""
+"""What a checkpoint holds: every `load...` function returns this."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+import jax
 
 from jaxcompress.checkpoints._policy import SavedPolicy, load_policy
 from jaxcompress.checkpoints._processor import image_processor
@@ -18,21 +21,30 @@ Config = TypeVar("Config")
 TokenizerOf = TypeVar("TokenizerOf", Tokenizer, EncoderTokenizer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Loaded(Generic[Model, Config, TokenizerOf]):
-    """What a checkpoint holds. Tokenizer, policy and processor are read when first asked for.
+    """A checkpoint: the model, and what its folder says beside the weights.
+
+    Tokenizer, policy and processor are read from the folder when they are first asked for, and kept. A pickle holds the
+    attributes below, weights included; the rest is read again from the folder, which has to be there then.
 
     Attributes:
-      model: the weights.
-      config: their shape; the same as `model.config`.
-      settings: config.json as it was read, for what the model does not need: `eos_token_id`, `id2label`, ...; of a
-        GGUF file, the config.json that its metadata amounts to.
-      folder: where the files are; of a GGUF file, the file.
+      model: a module with the weights.
+      config: the shape of the model, equal to `model.config`.
+      settings: config.json as it was read. It has what the model does not need: `eos_token_id`, `id2label`, ... Of
+        a GGUF file, it is the config.json that the metadata amounts to.
+      folder: where the files are; the file itself if that is GGUF.
+      tokenizer_type: the class that reads the tokenizer.
+
+    Example:
+      >>> loaded = load_embedded()  # doctest: +SKIP
+      >>> tokens = loaded.tokenizer.encode("def main(")[None]  # doctest: +SKIP
+      >>> read(loaded.model, tokens, state, loaded.policy)  # doctest: +SKIP
     """
 
     model: Model
     config: Config
-    settings: dict[str, Any]
+    settings: Mapping[str, Any]
     folder: Path
     tokenizer_type: type[TokenizerOf]
 
@@ -41,25 +53,45 @@ class Loaded(Generic[Model, Config, TokenizerOf]):
         """From text to token ids and back.
 
         Raises:
-          FileNotFoundError, ValueError: as the class of the tokenizer.
+          FileNotFoundError: the folder has no tokenizer.json, as folders of vision towers have not.
+          ValueError: the files cannot be read as a tokenizer.
         """
         return self.tokenizer_type(self.folder)
 
     @cached_property
     def saved_policy(self) -> SavedPolicy | None:
-        """The policy that the model was trained to be read with, as it was saved: its name, settings and weights."""
+        """The policy that the model was trained with, as it was saved: name, settings and weights. None without one.
+
+        Raises:
+          ValueError: policy.json or policy.safetensors is damaged.
+        """
         return load_policy(self.folder)
 
     @cached_property
     def policy(self) -> Policy | None:
-        """The policy that the model was trained to be read with; None if it was saved without one."""
+        """The policy that the model was trained with; None if none was saved.
+
+        Raises:
+          ValueError: the files are damaged, or name an unknown policy.
+        """
         return None if self.saved_policy is None else self.saved_policy.make()
 
     @cached_property
     def processor(self) -> Any:
-        """The `transformers` image processor of this checkpoint.
+        """The image processor of the folder, an object of `transformers`.
 
         Raises:
-          FileNotFoundError, ValueError: there is none, or it cannot be read.
+          FileNotFoundError: the folder has no preprocessor_config.json.
+          ValueError: no processor can be made of it.
+          ImportError: Pillow is not installed; says what to install.
         """
         return image_processor(self.folder)
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.model)
+        dtypes = "/".join(sorted({leaf.dtype.name for leaf in leaves}))
+        weights = f"{sum(leaf.size for leaf in leaves):,} {dtypes} weights"
+        return f"Loaded({type(self.model).__name__} of {weights}, folder={str(self.folder)!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,7 +1,7 @@
-"""What a model was trained to be read with, beside its weights in a Hugging Face folder.
+"""The policy that a model was trained with, saved in the model's Hugging Face folder.
 
-policy.json has the name of the policy and its settings, policy.safetensors the policy's own weights, if it has any.
-Other software overlooks both files.
+policy.json has the policy's name and settings, policy.safetensors the weights of a learned policy. Other software
+ignores both files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SETTINGS, _WEIGHTS = "policy.json", "policy.safetensors"
 
 
 class SavedPolicy(NamedTuple):
-    """A policy with what it was trained with.
+    """A policy as it is saved: by name, with settings and weights.
 
     Attributes:
       name: for `jaxcompress.get_policy`.
@@ -33,8 +33,8 @@ class SavedPolicy(NamedTuple):
     """
 
     name: str
-    settings: dict[str, Any]
-    weights: dict[str, Any]
+    settings: Mapping[str, Any]
+    weights: Mapping[str, Any] = {}
 
     def make(self) -> Policy:
         """The policy itself, with its own weights if it has some.
@@ -60,29 +60,27 @@ class SavedPolicy(NamedTuple):
             ) from error
 
 
-def save_policy(
-    folder: str | Path, name: str, settings: Mapping[str, Any], weights: Mapping[str, Any] | None = None
-) -> None:
+def save_policy(policy: SavedPolicy, folder: str | Path) -> None:
     """Writes a policy into a model's folder. Each file appears whole or not at all, policy.json last.
 
     Args:
-      settings: JSON.
-      weights: nested dicts of arrays; names without dots.
+      policy: its settings are JSON; its weights have names without dots.
+      folder: a model's, as `save` writes it.
 
     Raises:
       ValueError: a weight's name has a dot in it or is no string.
       OSError: the folder is not there or cannot be written.
     """
     folder = Path(folder).expanduser()
-    if weights:
+    if policy.weights:
         part = folder / f".{_WEIGHTS}.part"
-        save_file(_flatten(weights), part)
+        save_file(_flatten(policy.weights), part)
         part.chmod((folder / "config.json").stat().st_mode if (folder / "config.json").exists() else 0o644)
         part.replace(folder / _WEIGHTS)
     else:
         (folder / _WEIGHTS).unlink(missing_ok=True)
     part = folder / f".{_SETTINGS}.part"
-    part.write_text(json.dumps({"policy": name, **settings}, indent=2) + "\n", encoding="utf-8")
+    part.write_text(json.dumps({"policy": policy.name, **policy.settings}, indent=2) + "\n", encoding="utf-8")
     part.replace(folder / _SETTINGS)
 
 

@@ -6,26 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxcompress._extras import extra
 from jaxcompress.inputs.json import read_object
 
-
-def auto(name: str) -> Any:
-    """One of `transformers`' classes that open a folder; imported without its advice to install PyTorch."""
-    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(quiet)
-    os.environ[quiet] = "1"
-    try:
-        import transformers
-
-        return getattr(transformers, name)  # which imports more, and that may give the advice again
-    finally:
-        if before is None:
-            del os.environ[quiet]
-        else:
-            os.environ[quiet] = before
-
-
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
 def image_processor(folder: Path) -> Any:
@@ -34,13 +19,36 @@ def image_processor(folder: Path) -> Any:
     Raises:
       FileNotFoundError: the folder says nothing about pictures.
       ValueError: what it says cannot be read. Whether it fits the tower is checked by `generation.pictures.process`.
+      ImportError: Pillow is not installed; says what to install.
     """
-    present = [folder / name for name in _PROCESSORS if (folder / name).is_file()]
+    present = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
     if not present:
-        raise FileNotFoundError(f"{folder} has no {_PROCESSORS[0]}")
+        raise FileNotFoundError(f"{folder} has no {PROCESSOR_FILES[0]}")
     for path in present:
         read_object(path)
+    with extra("vision"):
+        import PIL  # noqa: F401  transformers would say it less clearly
+    auto = _from_transformers("AutoImageProcessor")
     try:
-        return auto("AutoImageProcessor").from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except Exception as error:  # a class of transformers' makes of a config what it likes
+        return auto.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except Exception as error:  # a class of transformers raises whatever it likes for a bad config
         raise ValueError(f"{present[0]}: no image processor can be made of it: {error}") from error
+
+
+def _from_transformers(name: str) -> Any:
+    """A class of transformers. This is the only place that imports transformers.
+
+    When it is imported without PyTorch, transformers prints "PyTorch was not found". Nothing here needs PyTorch, so the
+    advice is turned off during the import, and only then.
+    """
+    before = os.environ.get(_NO_ADVICE)
+    os.environ[_NO_ADVICE] = "1"
+    try:
+        import transformers
+
+        return getattr(transformers, name)  # imports more of the package
+    finally:
+        if before is None:
+            del os.environ[_NO_ADVICE]
+        else:
+            os.environ[_NO_ADVICE] = before

@@ -87,7 +87,7 @@ def dotted(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def weight_named(name: str, array: Any, layers: int, names: Names) -> Weight:
+def weight_named(name: str, array: jax.Array | jax.ShapeDtypeStruct, layers: int, names: Names) -> Weight:
     """One array of a module with so many layers, by where it is in the module."""
     if name in names.single:
         tensors = (names.single[name],)

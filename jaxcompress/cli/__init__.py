@@ -7,8 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-
-import tyro
+from typing import Any
 
 from jaxcompress.cli.arguments import check_numbers, check_text
 from jaxcompress.cli.compare import Compare
@@ -16,10 +15,11 @@ from jaxcompress.cli.compress_prompt import CompressPrompt
 from jaxcompress.cli.demo import Demo
 from jaxcompress.cli.generate import Generate
 from jaxcompress.cli.info import Info
+from jaxcompress.cli.parser import parsed
 from jaxcompress.cli.perplexity import Perplexity
 from jaxcompress.cli.retention import Retention
 from jaxcompress.cli.trace import Trace
-from jaxcompress.cli.train import Train, with_settings
+from jaxcompress.cli.train import Train, train_defaults
 from jaxcompress.cli.vision_demo import VisionDemo
 
 DESCRIPTION = """Transformers that live in a fixed amount of memory.
@@ -43,20 +43,26 @@ COMMANDS = {
 }
 
 
+def command_of(arguments: Sequence[str]) -> Any:
+    """The command that a command line asks for, ready to `run`.
+
+    Raises:
+      ValueError: arguments that no command takes.
+      OSError: a file of settings cannot be read.
+      SystemExit: help was asked for, and printed.
+    """
+    check_text(arguments)
+    defaults = dict(train=train_defaults(arguments[1:])) if arguments[:1] == ["train"] else {}
+    command = parsed(COMMANDS, arguments, description=DESCRIPTION, defaults=defaults)
+    check_numbers(command)
+    return command
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code. What goes wrong is told in one line on standard error."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Runs one command and returns the exit code. A failure is told in one line on standard error."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        check_text(arguments)
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="jaxcompress",
-            description=DESCRIPTION,
-            args=with_settings(arguments) if arguments[:1] == ["train"] else arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        check_numbers(command)
-        command.run()
+        command_of(arguments).run()
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
@@ -75,13 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _silence() -> None:
-    """What is left to print goes nowhere, without complaint."""
+    """Discards what is left to print."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _judged(error: Exception) -> tuple[int, str]:
-    """The exit code of what went wrong, and what is said about it."""
+    """The exit code of an error, and the line that tells it."""
     said = str(error) or type(error).__name__
     if os.environ.get("JAXCOMPRESS_TRACEBACK"):
         traceback.print_exception(error)

@@ -1,7 +1,7 @@
-"""What the parser lets through and no command can use: arguments that are no text, numbers that are none.
+"""What the parser lets through and no command can use: arguments that are not UTF-8, numbers that are NaN.
 
-A person wrote them a moment ago, so nothing is replaced here: the argument is named and refused. (Data is another
-matter, see `jaxcompress.inputs.text`.)
+Such an argument is refused and named. Nothing is replaced, since the person who typed it can mend it. (In data it is
+replaced, see `jaxcompress.inputs.text`.)
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ def check_text(arguments: Sequence[str]) -> None:
 
 
 def check_numbers(command: Any) -> None:
-    """Raises ValueError for a setting of a command that is NaN, or beyond 32 bits; names its flag."""
+    """Raises ValueError for a setting of a command that is NaN, beyond 32 bits, or an empty list; names its flag."""
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
+        flag = f"--{field.name.replace('_', '-')}"
+        if value == () and field.default != ():
+            raise ValueError(f"{flag} needs at least one value")
         for one in value if isinstance(value, tuple) else (value,):
-            flag = f"--{field.name.replace('_', '-')}"
             if isinstance(one, float) and math.isnan(one):
                 raise ValueError(f"{flag} must be a number, not {one}")
             if isinstance(one, int) and abs(one) > _INT32:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from jaxcompress.cli.flags import FigureFlag, StateDtypeFlag, TableFlag, TextFlags, WeightFlags, at_least
 from jaxcompress.cli.runtime import (
-    StateDtype,
-    at_least,
     check_writable,
+    chosen_policy,
+    held_out_text,
     open_model,
-    policy_named,
     tell,
     too_small,
     warn_of_positions,
     words_of,
     write_json,
 )
-from jaxcompress.inputs.text import read_text
 
 POLICIES = (
     "full", "random", "window", "window+4", "streaming_llm+4", "h2o", "h2o-layer", "tova", "tova-kv_head",
@@ -29,44 +29,31 @@ POLICIES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Compare:
-    """Compares all policies: loss, recall, bytes and speed at fractions of the context, with their spread over seeds.
+@dataclass(frozen=True, kw_only=True)
+class Compare(FigureFlag, TableFlag, StateDtypeFlag, WeightFlags, TextFlags):
+    """Compares policies: loss, recall, bytes and speed at fractions of the context, with their spread over seeds.
 
-    Texts with facts are read token by token (nats, recall), or at once up to a question that is not yet known (before)
-    or known (after) when the context is compressed. Where a tokenizer has too few whole words for facts, there is loss
-    only. "asked" are the bytes of so many slots of keys and values alone, "KiB" what the state of one text really
-    takes, with the policy's own numbers.
+    Facts and questions about them are woven into the text. It is read token by token (nats, recall), or the context is
+    compressed in one shot, while the question is not yet known (before) or known (after). If the tokenizer has too few
+    whole words for facts, only the loss is measured. "asked" are the bytes of so many slots of keys and values, "KiB"
+    what the state of one text takes, the policy's own numbers included. Without --file and --prompt it reads documents
+    that the embedded model was not trained on.
 
     Example: jaxcompress compare --policies full window+4 tova snapkv+16/every16 --fractions 4 8 --out table.json
     """
 
     policies: tuple[str, ...] = POLICIES
-    """See `jaxcompress info` for the names; modifiers follow after slashes."""
+    """Eviction policies, spelled as for --policy of other commands; see `jaxcompress info`."""
     fractions: tuple[int, ...] = (2, 4, 8, 16)
     """Slots are the context divided by these."""
-    model: str | None = None
-    """Hugging Face folder, hub id, GGUF file or smollm2; the embedded model if not given."""
-    text: Path | None = None
-    """UTF-8 text to weave facts into; - for standard input; the embedded model's held-out documents if not given."""
     context: int = 1024
-    """Tokens of a text."""
+    """Tokens per row."""
     seeds: int = 3
-    """Facts, fillers and questions are drawn anew so often."""
+    """Number of seeds: facts, fillers and questions are drawn anew for each."""
     rows: int = 2
-    """Texts per seed."""
-    state_dtype: StateDtype | None = None
-    """What keys and values are stored in, the last three with a scale per slot and head; as --dtype if not given."""
-    dtype: str | None = None
-    """Of weights; the checkpoint's if not given."""
-    out: Path | None = None
-    """Write the table here (JSON), after each row."""
-    figure: Path | None = None
-    """Draw loss and recall of all policies and numbers of slots (.png)."""
+    """Rows per seed."""
 
     def run(self) -> None:
-        from dataclasses import asdict
-
         import jax
 
         at_least(1, fractions=self.fractions, seeds=self.seeds, rows=self.rows)
@@ -76,28 +63,17 @@ class Compare:
             )
         check_writable(self.out, self.figure)
         model, tokenizer = open_model(self.model, self.dtype)
-        policies = [policy_named(name, tokenizer.folder) for name in self.policies]
-        from jaxcompress.embedded.corpus import held_out
-        from jaxcompress.evaluation.compare import compare, exams
+        policies = [chosen_policy(name, tokenizer.folder) for name in self.policies]
+        from jaxcompress.evaluation.compare import compare
 
-        text = "\n".join(document.text for document in held_out()) if self.text is None else read_text(self.text)
-        words, missing = None, ""
-        try:
-            words = words_of(tokenizer)
-        except ValueError as error:
-            missing = f"no recall tasks: {error}"
-        tasks = exams(
-            tokenizer.encode(text, add_bos=False), words,
-            context=self.context, seeds=self.seeds, rows=self.rows, bos=tokenizer.bos_id,
-        )  # fmt: skip
-        if missing:
-            tell(missing)
+        name, text = self.text() or held_out_text()
+        tasks = self._exams(tokenizer, text)
         remedy = f"a --context of up to {model.config.max_position} keeps to what it knows"
         warn_of_positions(model, [policy.placement for policy in policies], self.context, remedy)
         slots = [self.context // fraction for fraction in self.fractions]
         too_small(policies, slots)
         about = dict(
-            model=self.model or "embedded", text=str(self.text or "held-out documents"), context=self.context,
+            model=self.model or "embedded", text=name, context=self.context,
             seeds=self.seeds, rows=self.rows, questions=len(tasks.single), state_dtype=self.state_dtype,
         )  # fmt: skip
         print(f"{'policy':34}{'slots':>6}{'nats':>15}{'recall':>12}{'before':>12}{'after':>12}{'asked':>8}{'KiB':>7}"
@@ -109,22 +85,47 @@ class Compare:
             done.append(asdict(row))
             if self.out is not None:
                 write_json(dict(about, table=done), self.out)
-            share = lambda mean, spread: "-" if mean is None else f"{mean:.0%} ±{spread:.0%}"
-            nats = "-" if row.nats is None else f"{row.nats:.3f} ±{row.nats_spread:.3f}"
-            speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
-            print(
-                f"{row.policy:34}{row.slots:6}{nats:>15}{share(row.recall, row.recall_spread):>12}"
-                f"{share(row.before, row.before_spread):>12}{share(row.after, row.after_spread):>12}"
-                f"{row.asked_bytes / 1024:8,.0f}{row.state_bytes / 1024:7,.0f}{row.held:6.0%}{speed:>8}",
-                flush=True,
-            )
+            print(_line(row), flush=True)
         if self.figure is not None:
-            from jaxcompress.evaluation.figures import Point, comparison
+            _draw(done, self.figure, name)
 
-            point = lambda name: [Point(r["policy"], r["slots"], r[name]) for r in done if r[name] is not None]
-            panels = {
-                "nats per token": point("nats"), "recall": point("recall"),
-                "asked after compression": point("before"), "asked before": point("after"),
-            }  # fmt: skip
-            drawn = {label: points for label, points in panels.items() if points}
-            comparison(drawn, self.figure, title=str(about["text"]), lower_is_better=["nats per token"])
+    def _exams(self, tokenizer: Any, text: str) -> Any:
+        """The texts to read, with facts where the tokenizer has words for them."""
+        from jaxcompress.evaluation.compare import exams
+
+        words, missing = None, ""
+        try:
+            words = words_of(tokenizer)
+        except ValueError as error:
+            missing = f"no recall tasks: {error}"
+        tasks = exams(
+            tokenizer.encode(text, add_bos=False), words,
+            context=self.context, seeds=self.seeds, rows=self.rows, bos=tokenizer.bos_id,
+        )  # fmt: skip
+        if missing:
+            tell(missing)
+        return tasks
+
+
+def _line(row: Any) -> str:
+    """A row of the table, as it is printed."""
+    share = lambda mean, spread: "-" if mean is None else f"{mean:.0%} ±{spread:.0%}"
+    nats = "-" if row.nats is None else f"{row.nats:.3f} ±{row.nats_spread:.3f}"
+    speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+    return (
+        f"{row.policy:34}{row.slots:6}{nats:>15}{share(row.recall, row.recall_spread):>12}"
+        f"{share(row.before, row.before_spread):>12}{share(row.after, row.after_spread):>12}"
+        f"{row.asked_bytes / 1024:8,.0f}{row.state_bytes / 1024:7,.0f}{row.occupied:6.0%}{speed:>8}"
+    )
+
+
+def _draw(table: list[dict[str, Any]], path: Path, title: str) -> None:
+    from jaxcompress.evaluation.figures import Point, comparison
+
+    point = lambda name: [Point(row["policy"], row["slots"], row[name]) for row in table if row[name] is not None]
+    panels = {
+        "nats per token": point("nats"), "recall": point("recall"),
+        "asked after compression": point("before"), "asked before": point("after"),
+    }  # fmt: skip
+    drawn = {label: points for label, points in panels.items() if points}
+    comparison(drawn, path, title=title, lower_is_better=["nats per token"])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from jaxcompress.cli import runtime
+import tyro
+
+from jaxcompress.cli.flags import JsonFlag, WeightFlags, at_least
+from jaxcompress.cli.runtime import prepare, tell, write_json
 from jaxcompress.inputs.text import decoded, named, parse_json, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
@@ -19,40 +21,41 @@ if TYPE_CHECKING:
 _KEPT, _DROPPED, _PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
-@dataclass(frozen=True)
-class CompressPrompt:
-    """Drops the words of a text that a classifier would not miss (LLMLingua-2).
+@dataclass(frozen=True, kw_only=True)
+class CompressPrompt(JsonFlag, WeightFlags):
+    """Drops the words of a text that a token classifier scores lowest (LLMLingua-2).
 
-    Reads files or standard input. Writes the shorter text to standard output and the tokens saved to standard error.
-    Exactly the asked number of tokens stays. `generate --shorten` keeps the same words at the same rate and reader.
+    Reads --file, --prompt or standard input. Writes the shorter text to standard output, and the number of tokens saved
+    to standard error. Exactly the asked number of tokens stays. `generate --shorten` keeps the same words at the same
+    rate and reader. --json prints text, tokens, words, labels and scores. --model is an encoder that classifies tokens.
 
     Example: jaxcompress compress-prompt --file minutes.txt --rate 0.33 --force . '\\n' --digits > shorter.txt
     """
 
     file: tuple[Path, ...] = ()
-    """One context each; standard input if not given, and for -."""
-    model: str | None = None
-    """Hugging Face folder or hub id of an encoder that classifies tokens; the one that ships if not given."""
+    """Read these UTF-8 files, one context each; - is standard input."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Read this text; may be given several times, one context each."""
     reader: str | None = None
-    """Folder of the model that will read the text, whose tokens are counted; `embedded` for the language model that
-    ships. The classifier's own tokens are counted if not given."""
+    """Folder of the model that will read the text, whose tokens are counted; `embedded` for the embedded language
+    model. The classifier's own tokens are counted if not given."""
     rate: float | None = None
-    """The share of the reader's tokens that stays, in (0, 1]; 0.5 if neither this nor --tokens is given."""
+    """Share of the reader's tokens that stay, in (0, 1]; 0.5 if neither this nor --tokens is given."""
     tokens: int | None = None
-    """How many of the reader's tokens stay, of all files together."""
+    """Number of the reader's tokens that stay, of all contexts together."""
     scope: Literal["chunk", "document", "corpus"] = "document"
-    """Where words compete for the budget."""
+    """Which words compete for the number of tokens: those of a chunk, of a context, or of all contexts."""
     force: tuple[str, ...] = ()
-    """Words, signs or white space that stay; \\n, \\r, \\t and \\\\ stand for a line feed (or whatever ends a line in
-    the text), a carriage return, a tab and a backslash."""
+    """Words, signs or white space that stay. \\n is a line feed (or whatever ends a line in the text), \\r a carriage
+    return, \\t a tab, \\\\ a backslash."""
     digits: bool = False
     """Keep words with a digit."""
     drop_consecutive: bool = False
-    """Of equal forced words in a row, keep the first."""
+    """Keep only the first of equal forced words in a row."""
     word: Literal["mean", "first"] = "mean"
     """A word's score: the mean of its subwords' probabilities, or that of the first subword."""
     contexts: int | None = None
-    """Keep only so many of the files, those with the highest mean score, before words are dropped."""
+    """Keep only so many contexts, those with the highest mean score, before words are dropped."""
     budget: Literal["exact", "official"] = "exact"
     """exact: the asked number of tokens is met. official: the published arithmetic (percentiles of each chunk)."""
     structured: bool = False
@@ -60,31 +63,27 @@ class CompressPrompt:
     json_text: bool = False
     """The text is JSON: its strings are compressed, the rest stays."""
     stream: bool = False
-    """Read and write in windows, in constant memory."""
+    """Read and write piece by piece, in constant memory."""
     show: bool = False
     """Print the whole text instead, kept words in colour."""
     report: bool = False
-    """Also print, on standard error, how many of the content words and numbers are left, and which are lost."""
-    json: bool = False
-    """Print JSON: text, tokens, words, labels, scores."""
-    dtype: str | None = None
-    """Of weights; the checkpoint's if not given."""
+    """Also tell how many of the content words and numbers are left, and which are lost."""
 
     def run(self) -> None:
         self._check()
-        runtime.prepare()
+        prepare()
         from jaxcompress.prompt import Compressor
 
         count = self._count()  # a wrong folder is told before the classifier is loaded
         compressor = Compressor.load(self.model, dtype=self.dtype, count=count, word=self.word)
         if self.stream:
             return self._streamed(compressor)
-        texts = [read_text(path) for path in self.file or (Path("-"),)]
+        texts = list(self.prompt) or [read_text(path) for path in self._files]
         if self.budget == "official":
             return self._official(compressor, texts)
         result, text = self._compressed(compressor, texts)
         if self.json:
-            runtime.write_json(
+            write_json(
                 dict(
                     text=text, tokens_before=result.tokens_before, tokens_after=result.tokens_after, ratio=result.ratio,
                     words=result.words, labels=result.labels.astype(int).tolist(),
@@ -100,10 +99,17 @@ class CompressPrompt:
             _recovered(texts, text)
         return None
 
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        return self.file or (Path("-"),)
+
     def _check(self) -> None:
+        """What can be known before anything is loaded."""
+        if self.file and self.prompt:
+            raise ValueError("give --file or --prompt, not both")
         if self.rate is not None and self.tokens is not None:
             raise ValueError("give --rate or --tokens, not both")
-        runtime.at_least(1, tokens=self.tokens, contexts=self.contexts)
+        at_least(1, tokens=self.tokens, contexts=self.contexts)
         if self.rate is not None and not 0 < self.rate <= 1:
             raise ValueError(f"--rate must be in (0, 1], the share of tokens that stays, not {self.rate}")
         modes = dict(structured=self.structured, json_text=self.json_text, stream=self.stream, official=self.official)
@@ -112,8 +118,9 @@ class CompressPrompt:
             raise ValueError(f"{' and '.join(given)} exclude each other; choose one")
         if given and given != ["official"] and self.tokens is not None:
             raise ValueError(f"--{given[0]} takes --rate, not --tokens")
-        if given in (["structured"], ["json-text"]) and len(self.file) > 1:
-            raise ValueError(f"--{given[0]} takes one file, not {len(self.file)}")
+        contexts = len(self.file) + len(self.prompt)
+        if given in (["structured"], ["json-text"]) and contexts > 1:
+            raise ValueError(f"--{given[0]} takes one text, not {contexts}")
         if given and self.contexts is not None:
             raise ValueError(f"--contexts does not go with {given[0]}")
         if given in (["stream"], ["official"]) and (self.show or self.json):
@@ -191,7 +198,8 @@ class CompressPrompt:
     def _pieces(self) -> Iterator[str]:
         from contextlib import nullcontext
 
-        for path in self.file or (Path("-"),):
+        yield from self.prompt
+        for path in () if self.prompt else self._files:
             with nullcontext(standard_input()) if str(path) == "-" else path.open("rb") as file:
                 yield from decoded(iter(partial(file.read, 1 << 16), b""), named(path))
 
@@ -208,10 +216,10 @@ def _coloured(kept: Kept) -> Iterator[str]:
 
 def _report(before: int, after: int) -> None:
     ratio = f"{before / after:.2f}" if after else "-"
-    print(f"jaxcompress: {before:,} tokens to {after:,}, ratio {ratio}, {before - after:,} saved", file=sys.stderr)
+    tell(f"{before:,} tokens to {after:,}, ratio {ratio}, {before - after:,} saved")
 
 
 def _recovered(texts: list[str], shorter: str) -> None:
     from jaxcompress.prompt.recovery import recovery
 
-    print(f"jaxcompress: recovered {recovery(chr(10).join(texts), shorter)}", file=sys.stderr)
+    tell(f"recovered {recovery(chr(10).join(texts), shorter)}")

@@ -6,26 +6,25 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxcompress.cli.runtime import at_least, open_model, write_json
+from jaxcompress.cli.flags import JsonFlag, at_least
+from jaxcompress.cli.runtime import open_model, write_json
 
 
-@dataclass(frozen=True)
-class Demo:
-    """Reads a long text through a small fixed memory, compares policies, and draws two pictures.
+@dataclass(frozen=True, kw_only=True)
+class Demo(JsonFlag):
+    """Reads a long text through few slots, compares policies, and draws two pictures.
 
-    Uses the embedded model and text that it has never seen; needs no download.
+    Uses the embedded model and text that it was not trained on; needs no download.
 
     Example: jaxcompress demo --out demo
     """
 
     out: Path = Path("demo")
-    """Folder for the table (JSON) and the pictures."""
+    """Write the table (JSON) and the pictures into this folder."""
     slots: int = 128
-    """Capacity for the long read."""
+    """Capacity of each layer in the long read."""
     tokens: int = 32_768
-    """Length of the long read."""
-    json: bool = False
-    """Print JSON only."""
+    """Number of tokens of the long read."""
 
     def run(self) -> None:
         at_least(1, slots=self.slots, tokens=self.tokens)
@@ -77,7 +76,7 @@ def _long_read(model, tokenizer, how: Demo, say) -> dict:
     say(f"Reading {len(ids):,} tokens of text it has never seen ({', '.join(names)})")
     say(f"through {how.slots} slots per layer: {nbytes / 1024:.0f} KiB of state, whatever the length.\n")
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    marks, begun, last = [], 0.0, 0
+    marks, begun, last, first = [], 0.0, 0, 0
     with bar(len(ids), "reading") as advance:
         for count, reached in prefill_stream(model, [ids], now, segment=segment):
             advance(count - last)
@@ -110,7 +109,7 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
 
     import numpy as np
 
-    from jaxcompress.cli.runtime import policy_named, words_of
+    from jaxcompress.cli.runtime import chosen_policy, words_of
     from jaxcompress.cli.runtime import progress as bar
     from jaxcompress.embedded.corpus import held_out
     from jaxcompress.evaluation.figures import Point, against_slots
@@ -121,8 +120,8 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
     text = np.concatenate([tokenizer.encode(document.text, add_bos=False) for document in held_out()])
     rows = rows_of_text(text, context, 4, tokenizer.bos_id)
     tasks = exam(text, words_of(tokenizer), rows=4, length=context, bos=tokenizer.bos_id)
-    names = ("full", "window", "window+4", "h2o-layer", "tova", "own", "random")
-    policies = {policy.name: policy for policy in (policy_named(name, tokenizer.folder) for name in names)}
+    names = ("full", "window", "window+4", "h2o-layer", "tova", "learned", "random")
+    policies = {policy.name: policy for policy in (chosen_policy(name, tokenizer.folder) for name in names)}
     say(f"Held-out text in rows of {context} tokens, read token by token through a bounded state.")
     say("With facts: perplexity of such rows into which facts and, 500 to 2,000 tokens later, questions about them")
     say("are woven. Recall: how many of the questions are answered in full. retention-layer is the model's own policy,")

@@ -2,134 +2,102 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from jaxcompress.cli.runtime import (
-    StateDtype,
+from jaxcompress.cli.chat import Pieces, frame, framed, joined, messages
+from jaxcompress.cli.flags import (
+    JsonFlag,
+    ModeFlags,
+    PlacementFlag,
+    PolicyFlags,
+    SeedFlag,
+    StateDtypeFlag,
+    WeightFlags,
     at_least,
-    chunk_of,
-    open_model,
-    policy_named,
-    warn_of_positions,
-    write_json,
 )
-from jaxcompress.inputs.text import read_text, standard_input, unescaped
+from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, warn_of_positions, write_json
+from jaxcompress.inputs.text import decoded, named, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
-    from jaxcompress.generation import TextUntil
+    import numpy as np
+
+    from jaxcompress.generation import DecodeState, TextUntil
+    from jaxcompress.generation.text import Tokenizer
+    from jaxcompress.models.decoder import Decoder
+    from jaxcompress.prompt import Compressed
+
+_BLOCK = 1 << 16  # bytes of a file that are read at once
 
 
-@dataclass(frozen=True)
-class Generate:
-    """Reads a prompt of any length through a fixed number of slots and writes on.
+@dataclass(frozen=True, kw_only=True)
+class Generate(
+    JsonFlag, StateDtypeFlag, PlacementFlag, ModeFlags, SeedFlag, PolicyFlags, WeightFlags,
+):  # fmt: skip
+    """Reads a prompt of any length through a fixed number of slots, and writes on.
 
-    Text appears as it is written. Several --prompt are written side by side, as one batch. --file reads a file, or
-    standard input (-), however long, in segments: memory does not grow.
+    Text appears as it is written. Several --prompt are one batch, of which row n has the seed --seed + n. A file is
+    read in segments, so that memory does not grow with its length. With --chat and --file, --prompt is a question about
+    the file: the file, an empty line and the question are the user's message.
 
     Example: cat book.txt | jaxcompress generate --file - --policy tova --slots 128 --placement slot --max-new-tokens
       200
     """
 
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """May be given several times."""
+    """Read this text; may be given several times."""
     file: Path | None = None
-    """Read the prompt from here; - for standard input."""
+    """Read this UTF-8 file; - is standard input. In mode streaming or chunked."""
     chat: bool = False
-    """Wrap the prompt as a user's message in the tokenizer's chat template."""
+    """Read the text as a user's message, in the chat template of the tokenizer."""
+    system: str | None = None
+    """System message before the user's, with --chat."""
     shorten: float | None = None
-    """The share of the prompt's tokens that stays, in (0, 1], counted by the model's tokenizer without the begin token:
-    the embedded prompt compressor drops words, as `compress-prompt --rate` does, and the model reads what is left. The
-    ratios of both compressions are printed on standard error. A file is then read whole."""
-    model: str | None = None
-    """Hugging Face folder, hub id, GGUF file or smollm2; the embedded model if not given."""
-    policy: str = "tova"
-    """See `jaxcompress info` for the names; `own` is the one that the model was saved with."""
-    slots: tuple[int, ...] = (128,)
-    """Capacity: one for all layers, or one for each."""
+    """Share of the prompt's tokens that stay, in (0, 1], counted by the model's tokenizer without the begin token: the
+    embedded prompt compressor drops words, as `compress-prompt --rate` does, and the model reads what is left. The
+    ratios of both compressions are told on standard error. A file is then read whole."""
     max_new_tokens: int = 128
-    """Tokens to generate, at most."""
-    mode: Literal["streaming", "chunked", "oneshot"] = "streaming"
-    """How the prompt is read (--file: streaming or chunked)."""
-    chunk: int | None = None
-    """Tokens between two selections in mode chunked; 128 if not given."""
-    placement: Literal["absolute", "slot", "compact"] | None = None
-    """Where tokens stand for RoPE; as the policy was published if not given. `slot` and `compact` keep distances within
-    what the model was trained on, however long the text."""
+    """Tokens to write, at most."""
     temperature: float = 0.0
-    """0: greedy."""
+    """0: always the most likely token."""
     top_k: int | None = None
+    """Draw from so many of the most likely tokens."""
     top_p: float | None = None
+    """Draw from the most likely tokens that together have this probability."""
     min_p: float | None = None
+    """Draw from tokens at least this times as likely as the most likely one."""
     repetition_penalty: float = 1.0
-    seed: int = 0
-    """Row n of a batch uses seed + n."""
+    """Above 1: tokens that were read or written before become less likely."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """End at this text, of which nothing is printed; may be given several times. Names of special tokens (<|eot_id|>)
-    count, and \\n, \\r, \\t and \\\\ stand for a line feed, a carriage return, a tab and a backslash."""
+    """End at this text, of which nothing is printed; may be given several times. It may be the name of a special token
+    (<|eot_id|>). \\n is a line feed, \\r a carriage return, \\t a tab, \\\\ a backslash."""
     stop_id: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
-    """End at this token; may be given several times."""
-    dtype: str | None = None
-    """Of weights; the checkpoint's if not given."""
-    state_dtype: StateDtype | None = None
-    """What keys and values are stored in, the last three with a scale per slot and head; as --dtype if not given."""
-    json: bool = False
-    """Print JSON when done instead of text as it comes."""
+    """End at this token id; may be given several times."""
 
     def run(self) -> None:
-        if bool(self.prompt) == (self.file is not None):
-            raise ValueError("give either --prompt or --file")
-
-        at_least(1, max_new_tokens=self.max_new_tokens)
-        if self.shorten is not None and not 0 < self.shorten <= 1:
-            raise ValueError(f"--shorten must be in (0, 1], the share of tokens that stays, not {self.shorten}")
-        chunk = chunk_of(self.mode, self.chunk)
-        if self.temperature == 0:
-            for name in ("top_k", "top_p", "min_p"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} does nothing at --temperature 0, which takes the best token"
-                    )
-        if self.chat and self.file is not None:
-            raise ValueError("--chat needs --prompt: a file is read as it is")
-        if self.mode == "oneshot" and self.file is not None and self.shorten is None:
-            raise ValueError("--file is read in segments; use --mode streaming or chunked")
+        self._check()
         model, tokenizer = open_model(self.model, self.dtype)
-        from jaxcompress.generation import GenerationConfig, TextUntil, decode_stream, init_decode_state, prefill
+        from jaxcompress.generation import GenerationConfig, TextUntil, decode_stream
 
         if wrong := [token for token in self.stop_id if not 0 <= token < model.config.vocab_size]:
             raise ValueError(f"--stop-id {wrong[0]} is outside the vocabulary; give 0 to {model.config.vocab_size - 1}")
         until = partial(
             TextUntil, tokenizer, [unescaped(text) for text in self.stop], (*tokenizer.eos_ids, *self.stop_id)
         )
-        policy = policy_named(self.policy, tokenizer.folder)
         config = GenerationConfig(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, until().ids
         )
-        slots = self.slots[0] if len(self.slots) == 1 else self.slots
-        batch = max(len(self.prompt), 1)
-        state = init_decode_state(
-            model, policy, slots, batch=batch, seeds=self.seed, dtype=self.state_dtype, placement=self.placement
-        )
-        kept = self._shortened(tokenizer) if self.shorten is not None else []
-        if self.file is not None and not kept:
-            state, last = self._read_file(model, tokenizer, state, chunk)
-            prompts = [last]
-        else:
-            texts = [one.text for one in kept] or self.prompt
-            prompts = [self._encode(tokenizer, text) for text in texts]
-            state = prefill(model, prompts, state, mode=self.mode, chunk=chunk)
-        if kept:
-            self._report(model, tokenizer, state, kept, prompts)
+        state, prompts = self._read(model, tokenizer)
         end = int(state.kv[0].seen.max()) + self.max_new_tokens
-        warn_of_positions(model, [self.placement or policy.placement], end)
-        rows = [_Row(until(after=[] if ids is None else ids)) for ids in prompts]
-        live = batch == 1 and not self.json
+        warn_of_positions(model, [self.placement or state.policy.placement], end)
+        rows = [_Row(until(after=ids)) for ids in prompts]
+        live = len(rows) == 1 and not self.json
         for tokens in decode_stream(model, state, self.max_new_tokens, config, stream_every=8):
             for row, new in zip(rows, tokens, strict=True):
                 row.push(new)
@@ -139,67 +107,123 @@ class Generate:
                 break
         for row in rows:
             row.finish()
+        self._print(rows, live)
+
+    def _print(self, rows: Sequence[_Row], live: bool) -> None:
+        """What was written; where it is printed live, the rest of it."""
+        asked = self.prompt or (str(self.file),)
         if live:
             print(rows[0].take())
         elif self.json:
-            texts = self.prompt or (str(self.file),)
             write_json(
                 [
                     dict(prompt=text, text=row.text, tokens=row.count, stopped=row.until.stopped)
-                    for text, row in zip(texts, rows, strict=True)
+                    for text, row in zip(asked, rows, strict=True)
                 ]
             )
         else:
-            for n, (prompt, row) in enumerate(zip(self.prompt, rows, strict=True)):
+            for n, (prompt, row) in enumerate(zip(asked, rows, strict=True)):
                 print(f"--- {n}: {prompt}\n{row.text}")
 
-    def _encode(self, tokenizer, text: str):
-        if self.chat:
-            return tokenizer.encode(tokenizer.apply_chat_template([dict(role="user", content=text)]), add_bos=False)
-        return tokenizer.encode(text)
+    def _check(self) -> None:
+        """What can be known before anything is loaded."""
+        at_least(1, max_new_tokens=self.max_new_tokens)
+        if self.shorten is not None and not 0 < self.shorten <= 1:
+            raise ValueError(f"--shorten must be in (0, 1], the share of tokens that stays, not {self.shorten}")
+        self.chunk_tokens()
+        if not self.prompt and self.file is None:
+            raise ValueError("give --prompt or --file")
+        if self.prompt and self.file is not None and not self.chat:
+            raise ValueError("give --prompt or --file, not both; with --chat, --prompt is a question about the file")
+        if self.file is not None and len(self.prompt) > 1:
+            raise ValueError(f"--file takes one --prompt, not {len(self.prompt)}")
+        if self.system is not None and not self.chat:
+            raise ValueError("--system is for --chat")
+        if self.mode == "oneshot" and self.file is not None and self.shorten is None:
+            raise ValueError("--file is read in segments; use --mode streaming or chunked")
+        if self.temperature == 0:
+            for name in ("top_k", "top_p", "min_p"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} does nothing at --temperature 0, which takes the best token"
+                    )
 
-    def _shortened(self, tokenizer):
+    def _read(self, model: Decoder, tokenizer: Tokenizer) -> tuple[DecodeState, list[np.ndarray]]:
+        """The state that has read all prompts, and by row the last token ids read."""
+        from jaxcompress.generation import init_decode_state, prefill
+
+        rows = 1 if self.file is not None else len(self.prompt)
+        state = init_decode_state(
+            model, chosen_policy(self.policy, tokenizer.folder), self.capacity,
+            batch=rows, seeds=self.seed, dtype=self.state_dtype, placement=self.placement,
+        )  # fmt: skip
+        if self.shorten is None and self.file is not None:
+            state, last = self._read_file(model, tokenizer, state)
+            return state, [last]
+        kept = self._shortened(tokenizer) if self.shorten is not None else []
+        prompts = [self._encode(tokenizer, text) for text in ([one.text for one in kept] or self.prompt)]
+        state = prefill(model, prompts, state, mode=self.mode, chunk=self.chunk_tokens())
+        if kept:
+            self._report(model, tokenizer, state, kept, prompts)
+        return state, prompts
+
+    def _encode(self, tokenizer: Tokenizer, text: str) -> np.ndarray:
+        """Token ids of a text as it is read: in the chat template, and with the question if it is a file's."""
+        if not self.chat:
+            return tokenizer.encode(text)
+        content = joined(text, self.prompt[0] if self.prompt and self.file is not None else None)
+        return tokenizer.encode(tokenizer.apply_chat_template(messages(content, self.system)), add_bos=False)
+
+    def _shortened(self, tokenizer: Tokenizer) -> list[Compressed]:
+        """What the prompt compressor keeps of each text."""
         from jaxcompress.prompt import Compressor, TokenizerCounter
+        from jaxcompress.prompt.reading import check_left
 
         compressor = Compressor.load(count=TokenizerCounter(tokenizer))
-        return [compressor.compress(text, rate=self.shorten) for text in self.prompt or (read_text(self.file),)]
+        texts = self.prompt if self.file is None else (read_text(self.file),)
+        kept = [compressor.compress(text, rate=self.shorten) for text in texts]
+        for one in kept:
+            check_left(one)
+        return kept
 
     def _report(self, model, tokenizer, state, kept, prompts) -> None:
+        """Tells what both compressions came to."""
         from jaxcompress.prompt.reading import report_of
 
         for row, (one, ids) in enumerate(zip(kept, prompts, strict=True)):
             whole = len(self._encode(tokenizer, one.documents[0].scored.text))
-            told = report_of(model, state, one, original_tokens=whole, prompt_tokens=len(ids), row=row)
-            print(f"jaxcompress: {told}", file=sys.stderr)
+            tell(str(report_of(model, state, one, original_tokens=whole, prompt_tokens=len(ids), row=row)))
 
-    def _read_file(self, model, tokenizer, state, chunk: int):
-        from contextlib import nullcontext
-
-        from jaxcompress.cli import runtime
+    def _read_file(self, model: Decoder, tokenizer: Tokenizer, state: DecodeState) -> tuple[DecodeState, np.ndarray]:
+        """The state that has read the file, segment by segment, and the last token ids."""
         from jaxcompress.generation import encode_stream, prefill_stream
 
-        path = str(self.file)
-        by = 1 if self.mode == "streaming" else chunk
-        tail, count, last = None, 0, state
+        assert self.file is not None
+        question = self.prompt[0] if self.prompt else None
+        around = frame(tokenizer, self.system, question) if self.chat else None
+        last = tokenizer.encode("", add_bos=False)
 
-        def remember(pieces):
-            nonlocal tail
+        def remembered(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+            nonlocal last
             for piece in pieces:
-                tail = piece
+                last = piece
                 yield piece
 
-        opening = len(tokenizer.opening())
+        read = 0
         with (
-            nullcontext(standard_input()) if path == "-" else open(path, "rb") as text,
-            runtime.progress(None, "reading") as bar,
+            nullcontext(standard_input()) if str(self.file) == "-" else open(self.file, "rb") as file,
+            progress(None, "reading") as bar,
         ):
-            pieces = remember(encode_stream(text, tokenizer))
-            for now, after in prefill_stream(model, pieces, state, chunk=by):
-                bar(now - count)
-                count, last = now, after
-        if count <= opening:
+            texts = decoded(iter(partial(file.read, _BLOCK), b""), named(self.file))
+            source = Pieces(texts if around is None else framed(around, texts))
+            pieces = remembered(encode_stream(source, tokenizer, add_bos=around is None))
+            by = 1 if self.mode == "streaming" else self.chunk_tokens()
+            for count, after in prefill_stream(model, pieces, state, chunk=by):
+                bar(count - read)
+                read, state = count, after
+        if around is None and read <= len(tokenizer.opening()):
             raise ValueError(f"{self.file} is empty; there is nothing to read")
-        return last, tail
+        return state, last
 
 
 class _Row:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxcompress.cli.flags import JsonFlag
 
-@dataclass(frozen=True)
-class Info:
-    """Shows versions, devices, policies, and which attention would be used.
+
+@dataclass(frozen=True, kw_only=True)
+class Info(JsonFlag):
+    """Shows versions, devices, policies, and which attention is used here.
 
     Example: jaxcompress info --json
     """
-
-    json: bool = False
-    """Print JSON."""
 
     def run(self) -> None:
         import os
@@ -40,7 +39,7 @@ class Info:
             versions={name: found for name in packages if (found := installed(name))},
             devices=[f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
             attention=decode_backend(),
-            policies=[*NAMES, "own"],
+            policies=[*NAMES, "learned"],
             modifiers=[f"/{name}" for name in MODIFIERS],
             compiled=str(os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)),
         )

@@ -4,123 +4,114 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from jaxcompress.cli.runtime import (
-    StateDtype,
+from jaxcompress.cli.flags import (
+    FigureFlag,
+    JsonFlag,
+    LimitFlag,
+    ModeFlags,
+    PlacementFlag,
+    PolicyFlags,
+    PromptTokensFlag,
+    StateDtypeFlag,
+    TextFlags,
+    WeightFlags,
     at_least,
-    check_writable,
-    chunk_of,
-    open_model,
-    policy_named,
-    warn_of_positions,
-    write_json,
 )
-from jaxcompress.inputs.text import named, read_text
+from jaxcompress.cli.runtime import check_writable, chosen_policy, open_model, warn_of_positions, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jaxcompress.models.decoder import Decoder
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Shows what a policy keeps of a text: a page with every token coloured by how long it was remembered.
+@dataclass(frozen=True, kw_only=True)
+class Retention(
+    JsonFlag, FigureFlag, StateDtypeFlag, PlacementFlag, ModeFlags, PromptTokensFlag, PolicyFlags, WeightFlags,
+    LimitFlag, TextFlags,
+):  # fmt: skip
+    """Shows what a policy keeps of a text: a page with every token coloured by how long it was held.
 
-    The page is one HTML file that any browser opens, with no server and no network. A table of how long each kind of
-    token was held is printed: the share still held n steps after a token came (Kaplan-Meier estimate), and at the end.
+    The page is one HTML file. It needs no server and no network. The command prints how long each kind of token was
+    held: the share still held n steps after a token was read (Kaplan-Meier estimate), and the share held at the end.
+    Without --file and --prompt it reads a document that the embedded model was not trained on.
 
-    Example: jaxcompress retention --text book.txt --policy tova --slots 128 --compare h2o --out page.html
+    Example: jaxcompress retention --file book.txt --policy tova --slots 128 --compare h2o --out page.html
     """
 
     out: Path
-    """Where to write the page (.html)."""
-    text: Path | None = None
-    """UTF-8 text; - for standard input; a document held out from the embedded model's training if not given."""
-    model: str | None = None
-    """Hugging Face folder, hub id, GGUF file or smollm2; the embedded model if not given."""
-    policy: str = "tova"
-    """See `jaxcompress info` for the names."""
-    slots: tuple[int, ...] = (128,)
-    """Capacity: one for all layers, or one for each."""
+    """Write the page to this file (.html)."""
     compare: str | None = None
-    """Another policy: also print how much of what the two hold, with as many slots, is the same."""
-    limit: int = 2048
-    """Use so many tokens of the text."""
-    mode: Literal["streaming", "chunked", "oneshot"] = "streaming"
-    """streaming: token by token, exactly as in decoding. chunked, oneshot: the first --prompt tokens are selected from
-    every --chunk tokens or once, the rest is streamed."""
-    prompt: int | None = None
-    """For modes chunked and oneshot; half of the tokens if not given."""
-    chunk: int | None = None
-    """Tokens between two selections in mode chunked; 128 if not given."""
-    placement: Literal["absolute", "slot", "compact"] | None = None
-    """Where tokens stand for RoPE; as the policy was published if not given."""
-    dtype: str | None = None
-    """Of weights, e.g. float32; the checkpoint's if not given."""
-    state_dtype: StateDtype | None = None
-    """What keys and values are stored in, the last three with a scale per slot and head; as --dtype if not given."""
-    figure: Path | None = None
-    """Also draw maps of what each layer, head and kind of token kept (.png)."""
-    json: bool = False
-    """Print JSON instead of tables."""
+    """Another policy with as many slots: print how many tokens both hold."""
 
     def run(self) -> None:
-
-        chunk = chunk_of(self.mode, self.chunk)
-        at_least(1, limit=self.limit)
-        if self.mode == "streaming" and self.prompt is not None:
-            raise ValueError("--prompt is for --mode chunked and oneshot; streaming reads all tokens one by one")
-        check_writable(self.out, self.figure)
+        self._check()
         model, tokenizer = open_model(self.model, self.dtype)
+        from jaxcompress.evaluation.lifetimes import overlap, survival_by_kind, token_kinds, token_texts
         from jaxcompress.evaluation.page import page
-        from jaxcompress.evaluation.retention import overlap, survival_by_kind, token_kinds, token_texts
-        from jaxcompress.evaluation.tracing import trace
         from jaxcompress.inputs.token_ids import token_ids
 
-        names = [name for name in (self.policy, self.compare) if name is not None]
-        policies = [policy_named(name, tokenizer.folder) for name in names]
-        name, text = _held_out() if self.text is None else (named(self.text), read_text(self.text))
+        name, text = self.text() or _held_out()
         if not text:
-            raise ValueError(f"{name} is empty; there is nothing to remember")
+            raise ValueError(f"{name} is empty; there is nothing to read")
         ids = tokenizer.encode(text)
         every, ids = len(ids), token_ids(ids, model.config.vocab_size, name)[: self.limit]
-        total = len(ids)
-        slots = self.slots[0] if len(self.slots) == 1 else self.slots
-        # Streaming is the same wherever the prompt ends, and fastest without decoding steps.
-        prompt = self.prompt
-        if prompt is None:
-            prompt = total if self.mode == "streaming" else max(total // 2, 1)
-        warn_of_positions(model, [self.placement or policy.placement for policy in policies], total)
-        deaths = [
-            trace(
-                model, ids[None], policy, slots,
-                prompt=prompt, mode=self.mode, chunk=chunk, placement=self.placement, dtype=self.state_dtype,
-            ).death[:, 0]
-            for policy in policies
-        ]  # fmt: skip
-        death = deaths[0]
-        layers, sets, _ = death.shape
+        prompt = self._prompt(len(ids))
+        policies = [one for one in (self.policy, self.compare) if one is not None]
+        deaths = self._deaths(model, ids, [chosen_policy(one, tokenizer.folder) for one in policies], prompt)
         texts = token_texts(tokenizer, ids)
         kinds = token_kinds(texts, marks=[tokenizer.is_special(token) for token in ids])
-        table = survival_by_kind(death, kinds)
+        layers, sets, total = deaths[0].shape
         about: dict[str, Any] = dict(
-            policy=self.policy, slots=slots, text=name, tokens=total, of=every, model=self.model or "embedded",
+            policy=self.policy, slots=self.capacity, text=name, tokens=total, of=every, model=self.model or "embedded",
             layers=layers, sets=sets, mode=self.mode, prompt=None if self.mode == "streaming" else prompt,
         )  # fmt: skip
-        title = f"What {self.policy} keeps in {_words(slots)} slots"
-        html = page(death, texts, title=title, about=_told(about), kinds=kinds)
-        self.out.write_text(html, encoding="utf-8")
+        title = f"What {self.policy} keeps in {_words(self.capacity)} slots"
+        self.out.write_text(page(deaths[0], texts, title=title, about=_told(about), kinds=kinds), encoding="utf-8")
         if self.figure is not None:
-            from jaxcompress.evaluation.figures import retention
+            from jaxcompress.evaluation.figures import lifetimes
 
-            retention(death, self.figure, f"{title}: {name}", kinds)
+            lifetimes(deaths[0], self.figure, f"{title}: {name}", kinds)
+        table = survival_by_kind(deaths[0], kinds)
         same = overlap(*deaths) if self.compare is not None else None
         if self.json:
             return write_json(dict(about, kinds=[_row(row) for row in table], overlap=_overlap(self.compare, same)))
-        print(f"{self.policy}, {_words(slots)} slots, {total:,} of {every:,} tokens of {name}; ", end="")
+        print(f"{self.policy}, {_words(self.capacity)} slots, {total:,} of {every:,} tokens of {name}; ", end="")
         print(f"{layers} layers, {sets} set{'s' * (sets > 1)} of slots in each\n")
         _print_kinds(table)
         if same is not None:
             _print_overlap(self.policy, self.compare, same)
         print(f"\n{self.out}")
         return None
+
+    def _check(self) -> None:
+        """What can be known before anything is loaded."""
+        self.chunk_tokens()
+        at_least(1, limit=self.limit)
+        if self.mode == "streaming" and self.prompt_tokens is not None:
+            raise ValueError("--prompt-tokens is for --mode chunked and oneshot; streaming reads all tokens one by one")
+        check_writable(self.out, self.figure)
+
+    def _prompt(self, total: int) -> int:
+        """How many tokens are the prompt. In mode streaming its end makes no difference; all tokens are fastest."""
+        if self.prompt_tokens is not None:
+            return self.prompt_tokens
+        return total if self.mode == "streaming" else max(total // 2, 1)
+
+    def _deaths(self, model: Decoder, ids: np.ndarray, policies: list[Any], prompt: int) -> list[np.ndarray]:
+        """By policy, when each token was evicted, [layers, sets, tokens]."""
+        from jaxcompress.evaluation.tracing import trace
+
+        warn_of_positions(model, [self.placement or policy.placement for policy in policies], len(ids))
+        return [
+            trace(
+                model, ids[None], policy, self.capacity, prompt=prompt, mode=self.mode, chunk=self.chunk_tokens(),
+                placement=self.placement, dtype=self.state_dtype,
+            ).death[:, 0]
+            for policy in policies
+        ]  # fmt: skip
 
 
 def _held_out() -> tuple[str, str]:
@@ -151,7 +142,7 @@ def _told(about: dict[str, Any]) -> dict[str, str]:
 
 
 def _row(row: Any) -> dict[str, Any]:
-    from jaxcompress.evaluation.retention import AFTER
+    from jaxcompress.evaluation.lifetimes import AFTER
 
     after = {str(steps): _known(share) for steps, share in zip(AFTER, row.after, strict=True)}
     return dict(row._asdict(), after=after)
@@ -173,7 +164,7 @@ def _overlap(policy: str | None, same: Any) -> dict[str, Any] | None:
 
 
 def _print_kinds(table: list[Any]) -> None:
-    from jaxcompress.evaluation.retention import AFTER
+    from jaxcompress.evaluation.lifetimes import AFTER
 
     print(f"{'kind':14}{'tokens':>8}" + "".join(f"{f'after {steps}':>12}" for steps in AFTER) + f"{'at the end':>12}")
     for row in table:

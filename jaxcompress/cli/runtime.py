@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from jaxcompress.policies import Policy
     from jaxcompress.state.placement import Placement
 
-StateDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4"]
-"""`jaxcompress.state.storage.DTYPES`, for the parser, which knows nothing of arrays."""
-
-CHUNK = 128
 PLACEMENTS = "--placement slot or compact keeps distances short"
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxcompress" / "compiled"
@@ -51,8 +47,8 @@ def open_model(model: str | None, dtype: str | None = None) -> tuple[Decoder, To
     return loaded.model, loaded.tokenizer
 
 
-def policy_named(name: str, folder: Path) -> Policy:
-    """A policy by name; `learned` is the one that was saved with the model in a folder.
+def chosen_policy(name: str, folder: Path) -> Policy:
+    """The policy that --policy names. `learned` is the one that was saved with the model in a folder.
 
     Raises:
       ValueError: an unknown name, or none was saved.
@@ -87,22 +83,6 @@ def too_small(policies: Sequence[Policy], slots: Sequence[int]) -> None:
         tell(f"left out where slots are too few: {small}")
 
 
-def at_least(least: int, **given: int | None | Sequence[int]) -> None:
-    """Raises ValueError for a setting below the least that makes sense; names its flag."""
-    for name, values in given.items():
-        for value in (values,) if isinstance(values, int) else values or ():
-            if value < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-
-
-def chunk_of(mode: str, chunk: int | None) -> int:
-    """Tokens between two selections. Raises ValueError if they are given for a mode that has no chunks."""
-    at_least(1, chunk=chunk)
-    if chunk is not None and mode != "chunked":
-        raise ValueError(f"--chunk is for --mode chunked; {mode} has no chunks")
-    return CHUNK if chunk is None else chunk
-
-
 def check_writable(*paths: Path | None) -> None:
     """That files can be written where they are to go, before hours of work; raises OSError."""
     for path in paths:
@@ -117,7 +97,7 @@ def check_writable(*paths: Path | None) -> None:
 
 
 def warn_of_positions(model: Decoder, placements: Sequence[Placement], end: int, remedy: str = PLACEMENTS) -> None:
-    """Tells, once, that tokens will stand where the model was not trained.
+    """Tells that tokens will stand at positions that the model was not trained for.
 
     Args:
       placements: where policies place tokens; only absolute positions grow with the text.
@@ -125,6 +105,13 @@ def warn_of_positions(model: Decoder, placements: Sequence[Placement], end: int,
     """
     if "absolute" in placements and end > model.config.max_position:
         tell(f"positions reach {end}, the model was made for {model.config.max_position}; {remedy}")
+
+
+def held_out_text() -> tuple[str, str]:
+    """Name and content of the documents that the embedded model was not trained on."""
+    from jaxcompress.embedded.corpus import held_out
+
+    return "held-out documents", "\n".join(document.text for document in held_out())
 
 
 def words_of(tokenizer: Tokenizer) -> Wording:

@@ -4,92 +4,66 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from jaxcompress.cli.runtime import (
-    StateDtype,
+from jaxcompress.cli.flags import (
+    FigureFlag,
+    LimitFlag,
+    ModeFlags,
+    PlacementFlag,
+    PolicyFlags,
+    PromptTokensFlag,
+    StateDtypeFlag,
+    TextFlags,
+    WeightFlags,
     at_least,
-    check_writable,
-    chunk_of,
-    open_weights,
-    policy_named,
-    warn_of_positions,
 )
-from jaxcompress.inputs.text import read_text
+from jaxcompress.cli.runtime import check_writable, chosen_policy, open_weights, tell, warn_of_positions
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from jaxcompress.checkpoints import Loaded
 
-@dataclass(frozen=True)
-class Trace:
-    """Writes what a policy held after every step, the logits, and when each token died.
 
-    The file has positions[layer, step, batch, set, slot] (-1 free; step 0 is the prompt), logits[step, batch, vocab] of
-    the last token, and death[layer, batch, set, token], the first position that no longer saw the token (the number of
-    tokens if it was held to the end).
+@dataclass(frozen=True, kw_only=True)
+class Trace(
+    FigureFlag, StateDtypeFlag, PlacementFlag, ModeFlags, PromptTokensFlag, PolicyFlags, WeightFlags, LimitFlag,
+    TextFlags,
+):  # fmt: skip
+    """Writes which tokens the slots held after each step, the logits, and when each token was evicted.
 
-    Example: jaxcompress trace --text README.md --prompt 256 --policy tova --slots 64 --out trace.npz
+    The file has positions[layer, step, batch, set, slot] (-1: a free slot; step 0 is the prompt),
+    logits[step, batch, vocab] of the last token read, and death[layer, batch, set, token]: the first position that no
+    longer saw the token, or the number of tokens if it was held to the end.
+
+    Example: jaxcompress trace --file README.md --prompt-tokens 256 --policy tova --slots 64 --out trace.npz
     """
 
     out: Path
-    """Where to write (.npz)."""
-    prompt: int
-    """So many first tokens are read as the mode says, the rest one by one."""
-    tokens: Path | None = None
-    """Token ids, .npy, [tokens] or [batch, tokens]."""
-    text: Path | None = None
-    """Or a UTF-8 text; - for standard input."""
-    limit: int | None = None
-    """Use so many tokens of the text."""
-    model: str | None = None
-    """Hugging Face folder, hub id, GGUF file or smollm2; the embedded model if not given."""
-    policy: str = "tova"
-    """See `jaxcompress info` for the names."""
-    slots: tuple[int, ...] = (128,)
-    """Capacity: one for all layers, or one for each."""
-    mode: Literal["oneshot", "chunked", "streaming"] = "oneshot"
-    """How the prompt is read."""
-    chunk: int | None = None
-    """Tokens between two selections in mode chunked; 128 if not given."""
-    placement: Literal["absolute", "slot", "compact"] | None = None
-    """Where tokens stand for RoPE; as the policy was published if not given."""
-    dtype: str | None = None
-    """Of weights, e.g. float32; the checkpoint's if not given."""
-    state_dtype: StateDtype | None = None
-    """What keys and values are stored in, the last three with a scale per slot and head; as --dtype if not given."""
-    figure: Path | None = None
-    """Also draw the death times (.png)."""
+    """Write the arrays to this file (.npz)."""
+    token_ids: Path | None = None
+    """Read these token ids instead of a text: .npy, [tokens] or [batch, tokens]."""
 
     def run(self) -> None:
         import numpy as np
 
-        if (self.tokens is None) == (self.text is None):
-            raise ValueError("give either --tokens or --text")
-        chunk = chunk_of(self.mode, self.chunk)
-        at_least(1, limit=self.limit)
+        chunk = self.chunk_tokens()
+        at_least(1, limit=self.limit, prompt_tokens=self.prompt_tokens)
+        given = [flag for flag in (self.token_ids, self.file, self.prompt) if flag is not None]
+        if len(given) != 1:
+            raise ValueError("give one of --file, --prompt and --token-ids")
         check_writable(self.out, self.figure)
         loaded = open_weights(self.model, self.dtype)
-        model = loaded.model
         from jaxcompress.evaluation.tracing import trace
-        from jaxcompress.generation import Tokenizer
-        from jaxcompress.inputs.token_ids import token_rows
 
-        if self.tokens is not None:
-            ids = _array(self.tokens)
-            if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
-                raise ValueError(
-                    f"{self.tokens} holds {ids.dtype} {ids.shape}; expected integers, [tokens] or [batch, tokens]"
-                )
-        else:
-            ids = Tokenizer(loaded.folder).encode(read_text(self.text))
-        ids = token_rows(np.atleast_2d(ids)[:, : self.limit], model.config.vocab_size, str(self.tokens or self.text))
-        policy = policy_named(self.policy, loaded.folder)
-        warn_of_positions(model, [self.placement or policy.placement], ids.shape[1])
+        ids = self._ids(loaded)
+        policy = chosen_policy(self.policy, loaded.folder)
+        warn_of_positions(loaded.model, [self.placement or policy.placement], ids.shape[1])
+        prompt = max(ids.shape[1] // 2, 1) if self.prompt_tokens is None else self.prompt_tokens
         done = trace(
-            model, ids, policy,
-            self.slots[0] if len(self.slots) == 1 else self.slots,
-            prompt=self.prompt, mode=self.mode, chunk=chunk, placement=self.placement, dtype=self.state_dtype,
+            loaded.model, ids, policy, self.capacity,
+            prompt=prompt, mode=self.mode, chunk=chunk, placement=self.placement, dtype=self.state_dtype,
         )  # fmt: skip
         with open(self.out, "wb") as file:
             np.savez_compressed(file, **done._asdict())
@@ -100,9 +74,29 @@ class Trace:
         layers, steps, batch, sets, _ = done.positions.shape
         print(f"{self.out}: {layers} layers, {steps} steps, batch {batch}, {sets} set{'s' * (sets > 1)} of slots")
 
+    def _ids(self, loaded: Loaded) -> np.ndarray:
+        """The token ids to read, [batch, tokens]."""
+        import numpy as np
+
+        from jaxcompress.inputs.token_ids import token_rows
+
+        if (given := self.text()) is not None:
+            what, ids = given[0], loaded.tokenizer.encode(given[1])
+        else:
+            assert self.token_ids is not None
+            what, ids = str(self.token_ids), _array(self.token_ids)
+            if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
+                raise ValueError(
+                    f"{what} holds {ids.dtype} {ids.shape}; expected integers, [tokens] or [batch, tokens]"
+                )
+        ids = np.atleast_2d(ids)
+        if ids.shape[1] > self.limit:
+            tell(f"the first {self.limit:,} of {ids.shape[1]:,} tokens are read; --limit reads more")
+        return token_rows(ids[:, : self.limit], loaded.model.config.vocab_size, what)
+
 
 def _array(path: Path) -> np.ndarray:
-    """The array in a .npy file. Raises ValueError if it is none, OSError if it cannot be read."""
+    """The array in a .npy file. Raises ValueError if there is none, OSError if the file cannot be read."""
     import numpy as np
 
     with open(path, "rb") as file:

@@ -2,82 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxcompress.cli.flags import JsonFlag, at_least
+
+if TYPE_CHECKING:
+    from jaxcompress.evaluation.visual import Exam, Examiner
+    from jaxcompress.vision.method import Method
+
+Kept = dict[tuple[str, int], Any]
+"""(method, tokens left) -> the patches kept, [R, N] bool."""
 
 
-@dataclass(frozen=True)
-class VisionDemo:
-    """Asks the embedded vision-language model about pictures of which it sees ever fewer patches.
+@dataclass(frozen=True, kw_only=True)
+class VisionDemo(JsonFlag):
+    """Asks the embedded vision-language model about pictures of which it keeps ever fewer patches.
 
-    Prints what each way of choosing patches costs and saves, and writes a picture of each picture with what was dropped
-    greyed out. Needs no download.
+    Prints what each method costs and saves, and draws each picture with the dropped patches greyed out. Needs no
+    download.
 
     Example: jaxcompress vision-demo --out vision-demo
     """
 
     out: Path = Path("vision-demo")
-    """Folder for the table (JSON) and the pictures."""
+    """Write the table (JSON) and the pictures into this folder."""
     methods: tuple[str, ...] = (
         "random", "grid", "pool", "tome", "fastervlm", "visionzip", "fastv", "sparsevlm+", "dart", "mustdrop",
     )  # fmt: skip
-    """Names of methods; see docs/vision.md."""
+    """Methods that choose patches; see docs/vision.md."""
     tokens: tuple[int, ...] = (36, 16)
-    """Visual tokens left in the end, of 144."""
+    """Visual tokens left after the last layer, of 144."""
     pictures: int = 48
-    """Held-out pictures, with eight questions about each."""
+    """Number of held-out pictures, with eight questions about each."""
     drawn: int = 4
-    """How many of them are drawn."""
-    json: bool = False
-    """Print JSON only."""
+    """Number of pictures that are drawn."""
 
     def run(self) -> None:
-        import os
-
+        at_least(1, pictures=self.pictures)
+        at_least(0, drawn=self.drawn)
         from jaxcompress.cli.runtime import prepare, write_json
 
         prepare()
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: it is not needed
         from jaxcompress.checkpoints import load_embedded_vision
-        from jaxcompress.evaluation.visual import Examiner, exam, guessing
-        from jaxcompress.vision import get_method
+        from jaxcompress.evaluation.visual import Examiner, exam
 
         self.out.mkdir(parents=True, exist_ok=True)
         loaded = load_embedded_vision()
-        tokenizer = loaded.tokenizer
         patches = loaded.config.tower.num_patches
         if wrong := [n for n in self.tokens if not 0 < n <= patches]:
             raise ValueError(
-                f"tokens: {wrong[0]} of {patches} patches cannot be kept; give numbers from 1 to {patches}"
+                f"--tokens: {wrong[0]} of {patches} patches cannot be kept; give numbers from 1 to {patches}"
             )
-        budgets = sorted(set(self.tokens), reverse=True)
-        chosen = [(patches, get_method("full")), *((n, get_method(name, n)) for n in budgets for name in self.methods)]
-        if self.pictures < 1:
-            raise ValueError(f"pictures: at least 1 is needed, not {self.pictures}")
+        chosen = _methods(self, patches)
         say = (lambda *text: None) if self.json else lambda *text: print(*text, flush=True)
-        asked = exam(tokenizer, loaded.processor, loaded.model, pictures=self.pictures)
-        example = asked.asked[0][0]
-        say(f"{self.pictures} pictures that the model has never seen, {len(asked.answers)} questions about them,")
-        say(f"e.g. “{example.text}” — {example.answer}. Guessing well without looking: {guessing(asked):.0%}.")
-        say("Left: visual tokens after the last layer; mean: over the decoder's layers. FLOPs and time of reading one")
-        say("prompt in the decoder, FLOPs of its matrix products; KV: bytes of its keys and values.\n")
-        say(f"{'method':14}{'left':>6}{'mean':>8}{'accuracy':>10}{'MFLOPs':>9}{'KV KiB':>8}{'ms':>7}")
-        examiner, table, kept, last = Examiner(loaded.model, asked), [], {}, patches
+        asked = exam(loaded.model, loaded.tokenizer, loaded.processor, pictures=self.pictures)
+        _introduce(self, asked, say)
+        table, kept = [], dict[tuple[str, int], Any]()
         try:
-            for n, method in chosen:
-                try:
-                    got = examiner(method)
-                except ValueError as error:  # a number that this method cannot reach here; the others can
-                    say(("\n" if n != last else "") + f"{method.name:14}{n:6}  {error}")
-                    last = n
-                    continue
-                kept[got.method, n] = got.kept
-                table.append(dict(budget=n, **{k: v for k, v in got._asdict().items() if k != "kept"}))
-                say(
-                    ("\n" if n != last else "") + f"{got.method:14}{n:6}{got.left:8.1f}{got.accuracy:10.1%}"
-                    f"{got.flops / 1e6:9.1f}{got.kv_bytes / 1024:8.0f}{got.seconds * 1e3:7.2f}"
-                )
-                last = n
+            _measure(Examiner(loaded.model, asked), chosen, table, kept, say)
         finally:
             write_json(table, self.out / "vision_demo.json")
         if self.json:
@@ -86,7 +71,55 @@ class VisionDemo:
         say(f"\nEverything is in {self.out}/: vision_demo.json, {', '.join(names)}")
 
 
-def _draw(how: VisionDemo, asked, kept) -> list[str]:
+def _methods(how: VisionDemo, patches: int) -> list[tuple[int, Method]]:
+    """(tokens left, method), the method that keeps all first."""
+    from jaxcompress.vision import get_method
+
+    if wrong := [n for n in how.tokens if not 0 < n <= patches]:
+        raise ValueError(f"tokens: {wrong[0]} of {patches} patches cannot be kept; give numbers from 1 to {patches}")
+    if how.pictures < 1:
+        raise ValueError(f"pictures: at least 1 is needed, not {how.pictures}")
+    budgets = sorted(set(how.tokens), reverse=True)
+    return [(patches, get_method("full")), *((n, get_method(name, n)) for n in budgets for name in how.methods)]
+
+
+def _introduce(how: VisionDemo, asked: Exam, say: Callable[..., None]) -> None:
+    from jaxcompress.evaluation.visual import guessing
+
+    example = asked.asked[0][0]
+    say(f"{how.pictures} pictures that the model has never seen, {len(asked.answers)} questions about them,")
+    say(f"e.g. “{example.text}” — {example.answer}. Guessing well without looking: {guessing(asked):.0%}.")
+    say("Left: visual tokens after the last layer; mean: over the decoder's layers. FLOPs and time: to read one prompt")
+    say("in the decoder and write the answer, FLOPs of matrix products; KV: bytes of the state of one prompt.\n")
+    say(f"{'method':14}{'left':>6}{'mean':>8}{'accuracy':>10}{'MFLOPs':>9}{'KV KiB':>8}{'ms':>7}")
+
+
+def _measure(
+    examiner: Examiner,
+    chosen: list[tuple[int, Method]],
+    table: list[Any],
+    kept: dict[Any, Any],
+    say: Callable[..., None],
+) -> None:
+    """Adds a line for each method to the table, and its kept patches by name and number; says each at once."""
+    last = chosen[0][0]
+    for n, method in chosen:
+        gap, last = "\n" if n != last else "", n
+        try:
+            got = examiner(method)
+        except ValueError as error:  # a number that this method cannot reach here; the others can
+            say(f"{gap}{method.name:14}{n:6}  {error}")
+            continue
+        kept[got.method, n] = got.kept
+        table.append(dict(budget=n, **{k: v for k, v in got._asdict().items() if k != "kept"}))
+        say(
+            f"{gap}{got.method:14}{n:6}{got.left:8.1f}{got.accuracy:10.1%}"
+            f"{got.flops / 1e6:9.1f}{got.kv_bytes / 1024:8.0f}{got.seconds * 1e3:7.2f}"
+        )
+
+
+def _draw(how: VisionDemo, asked: Exam, kept: Kept) -> list[str]:
+    """Draws the first pictures with every method; returns the names of the files."""
     from jaxcompress.evaluation.dropped import Panel, draw_dropped
 
     each, names = len(asked.asked[0]), []

@@ -1,7 +1,7 @@
-"""The text that every Python installation carries: documentation topics and the standard library's sources.
+"""Text that every Python installation has: documentation topics and the sources of the standard library.
 
-The embedded model is trained on it and measured on a part of it. What is held out is held out by document, never
-by line: whole source files, and whole groups of documentation topics that quote one another.
+The embedded model is trained on one part of it and measured on the other. Whole documents are held out, never lines:
+source files, and groups of documentation topics that quote one another.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Pictures of coloured shapes and small digits, drawn here, and questions about them.
 
-The embedded vision-language model is trained on them and measured on others. Everything about a picture follows from
-its number: pictures with even numbers are for training, those with odd ones are held out.
+The embedded vision-language model is trained on some and measured on others. A picture follows from its number alone.
+Training pictures are drawn from even seeds, held-out pictures from odd seeds.
 
-Some questions need little of a picture (the colour of a large shape), some need one small place (a digit that fills a
-patch or two), some all of it (how many): what a method drops shows.
+Some questions need little of a picture (the colour of a large shape), some one small place (a digit in one or two
+patches), some the whole picture (how many), so the answers show what a method dropped.
 """
 
 from __future__ import annotations

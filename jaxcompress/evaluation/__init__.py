@@ -1,8 +1,6 @@
 """How well a bounded state remembers: perplexity, recall, tables and pictures."""
 
-from jaxcompress.evaluation.perplexity import Perplexity, perplexity
-from jaxcompress.evaluation.recall import Answers, Recall, answers, exam, weave, wording
-from jaxcompress.evaluation.retention import (
+from jaxcompress.evaluation.lifetimes import (
     Ages,
     KindSurvival,
     Overlap,
@@ -16,6 +14,8 @@ from jaxcompress.evaluation.retention import (
     token_kinds,
     token_texts,
 )
+from jaxcompress.evaluation.perplexity import Perplexity, perplexity
+from jaxcompress.evaluation.recall import Answers, Recall, answers, exam, weave, wording
 from jaxcompress.evaluation.sweep import Row, rows_of_text, sweep
 from jaxcompress.evaluation.tracing import Trace, trace
 

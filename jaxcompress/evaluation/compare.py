@@ -1,17 +1,20 @@
-"""All policies side by side: loss, recall, bytes and speed, at fractions of the context, with their spread."""
+"""Many policies side by side: loss, recall, bytes and speed at several capacities, with deviations over seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxcompress.evaluation.recall import WORDS_PER_SIDE, Recall, Wording, answers, exam, one_by_one
+from jaxcompress.inputs.scalars import whole
 from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.checks import check_policy
 from jaxcompress.policies.policy import Policy
-from jaxcompress.state.storage import vector_bytes
+from jaxcompress.state.storage import dtype_name, vector_bytes
 
 
 class Exams(NamedTuple):
@@ -89,7 +92,7 @@ class Compared:
       nats: mean loss per token of texts with facts, read token by token.
       recall: share of the questions answered in full when everything is read token by token.
       before, after: the same when the context is read at once and compressed before the question is known, or after.
-      state_bytes: measured, of one row; `held` is the share of the slots that is occupied at the end.
+      state_bytes: measured, of one row; `occupied` is the share of the slots that is occupied at the end.
       asked_bytes: what so many slots of keys and values of each kv head would take.
       tokens_per_second: of all rows together, token by token.
     """
@@ -106,26 +109,43 @@ class Compared:
     after_spread: float | None
     asked_bytes: int
     state_bytes: int
-    held: float
+    occupied: float
     tokens_per_second: float | None
 
 
 def compare(
-    model: Decoder, tasks: Exams, policies: Sequence[Policy], slots: Sequence[int], *, dtype: Any = None
+    model: Decoder, tasks: Exams, policies: Sequence[Policy], slots: Sequence[int], *, dtype: DTypeLike | None = None
 ) -> Iterator[Compared]:
-    """Every policy at every capacity; one that keeps everything gets the whole context, once.
+    """Measures every policy at every capacity.
 
-    Capacities below what a policy needs are left out. A policy that only selects from whole prompts is not read token
-    by token.
+    Arguments are checked at the call. Each line is measured when it is asked for. A policy that keeps everything is
+    measured once, with room for the whole context. Capacities below what a policy needs are left out. A policy that
+    only selects from whole prompts is not read token by token.
+
+    Args:
+      slots: capacities, the same for every layer.
+      dtype: of the state (see `jaxcompress.state.storage`); the model's by default.
+
+    Raises:
+      ValueError: something that is no policy or no capacity, or an unknown dtype.
+      FloatingPointError: losses are not finite.
     """
-    context = len(tasks.whole[0].tokens)
+    slots = [whole(capacity, "slots", least=1) for capacity in slots]
     for policy in policies:
-        for capacity in [context] if not policy.evicts else sorted(slots, reverse=True):
-            if capacity >= policy.needs and (tasks.single or not policy.oneshot_only):
-                yield _compared(model, tasks, policy, capacity, dtype)
+        check_policy(policy)
+    dtype_name(dtype or model.embedding[...].dtype)
+    context = len(tasks.whole[0].tokens)
+
+    def run() -> Iterator[Compared]:
+        for policy in policies:
+            for capacity in [context] if not policy.evicts else sorted(slots, reverse=True):
+                if capacity >= policy.needs and (tasks.single or not policy.oneshot_only):
+                    yield _compared(model, tasks, policy, capacity, dtype)
+
+    return run()
 
 
-def _compared(model: Decoder, tasks: Exams, policy: Policy, slots: int, dtype: Any) -> Compared:
+def _compared(model: Decoder, tasks: Exams, policy: Policy, slots: int, dtype: DTypeLike | None) -> Compared:
     whole = None if policy.oneshot_only else answers(model, tasks.whole, policy, slots, dtype=dtype)
     line = len(tasks.single[0].tokens) - tasks.prompt if tasks.single else 0
     before, after = (
@@ -142,7 +162,7 @@ def _compared(model: Decoder, tasks: Exams, policy: Policy, slots: int, dtype: A
     return Compared(
         policy.name, slots, *nats, *share(whole, len(tasks.whole)), *share(before, len(tasks.single)),
         *share(after, len(tasks.single)), 2 * config.num_layers * config.num_kv_heads * slots * vector,
-        some.state_bytes, some.held, None if whole is None else whole.tokens_per_second,
+        some.state_bytes, some.occupied, None if whole is None else whole.tokens_per_second,
     )  # fmt: skip
 
 

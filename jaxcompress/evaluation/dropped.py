@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
-from matplotlib.figure import Figure
+
+from jaxcompress._extras import extra
+
+with extra("plots"):
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
 Pixels = UInt8[np.ndarray, "side side 3"]
 

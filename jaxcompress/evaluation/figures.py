@@ -1,4 +1,4 @@
-"""Pictures of what policies do. Every function writes a file and returns nothing."""
+"""Figures of policies. Every function writes a file and returns nothing."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from jaxcompress.evaluation.retention import KINDS, check_layers, occupancy, survival
+from jaxcompress._extras import extra
+from jaxcompress.evaluation.lifetimes import KINDS, check_layers, occupancy, survival
 from jaxcompress.evaluation.sweep import Row
 from jaxcompress.evaluation.tracing import Trace
+
+with extra("plots"):
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
@@ -153,16 +156,17 @@ def death_times(trace: Trace, path: Path, title: str = "", row: int = 0) -> None
         figure.savefig(path, dpi=150)
 
 
-def retention(death: np.ndarray, path: Path, title: str = "", kinds: np.ndarray | None = None) -> None:
-    """How long each layer, head and kind of token was remembered.
+def lifetimes(death: np.ndarray, path: Path, title: str = "", kinds: np.ndarray | None = None) -> None:
+    """How long tokens were held, by layer, head and kind.
 
-    Left, the share of tokens still held n steps after they came, for every layer (Kaplan-Meier; hatched where the text
-    is too short to tell). Then, where a layer has several sets of slots, the share of each that was held for longer
-    than its slots would last if the oldest always went. Right, if `kinds` are given, the share held for every kind.
+    Left: the share of tokens still held n steps after they came, for every layer (Kaplan-Meier; hatched where the text
+    is too short). Middle, where a layer has several sets of slots: the share of each set's tokens that was held for
+    more steps than the set has slots, which is 0 for a sliding window. Right, if `kinds` are given: the share held by
+    kind.
 
     Args:
       death: [L, P, T], such as `trace.death[:, row]`.
-      kinds: [T], see `jaxcompress.evaluation.retention.token_kinds`.
+      kinds: [T], see `jaxcompress.evaluation.lifetimes.token_kinds`.
 
     Raises:
       ValueError: no death times of this shape.

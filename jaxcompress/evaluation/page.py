@@ -1,7 +1,7 @@
-"""A page that shows what a policy remembered of a text: one HTML file that needs no server and nothing from elsewhere.
+"""A page that shows how long a policy held each token of a text: one HTML file without a server or other files.
 
-Death times are embedded as 16-bit integers. The browser keeps one element per token and, for means, goes over all
-numbers at every move of a slider, so both are bounded; what is left out is said on the page.
+Death times are embedded as 16-bit integers. The browser keeps one element per token and reads all death times whenever
+a slider moves, so both numbers are bounded. The page says what is left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from jaxcompress.evaluation.retention import AFTER, KINDS, check_layers, survival_by_kind, token_kinds
+from jaxcompress.evaluation.lifetimes import AFTER, KINDS, check_layers, survival_by_kind, token_kinds
 
 MOST_TOKENS = 8192
 """Tokens of the text on a page; the rest is left out."""

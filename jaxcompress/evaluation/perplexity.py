@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from jaxcompress.inputs.token_ids import token_rows
@@ -60,29 +61,36 @@ def perplexity(
     skip: int = 0,
     segment: int = 512,
     placement: Placement | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     text: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Perplexity:
     """Mean loss of predicting each token of each row from the state after the tokens before it.
 
-    Rows are independent texts. They are read in segments, so that memory does not grow with T; a layer's projections
-    run over a whole segment at once, which changes nothing (see `jaxcompress.recurrence.advance`).
+    Rows are independent texts. They are read in segments, so memory does not grow with T. The state is made here and
+    donated from segment to segment; the model is not consumed.
+
+    Thirteen parameters: how to read and what to count, all but the first four by keyword, each with a default.
 
     Args:
-      mode: `streaming`: exactly as in decoding. `chunked`: selection every `chunk` tokens, over which a token sees more
-        than the state. `oneshot`: the first `prompt` tokens attend to each other in full and are selected from once,
-        the rest is streamed; only the rest is counted.
-      skip: leave so many of the first tokens out of the mean, to compare modes on the same tokens.
-      segment: tokens read per call; made a whole number of chunks.
+      tokens: [B, T] token ids.
+      slots: capacity of the state, see `jaxcompress.init_state`.
+      mode: `streaming`: as in decoding. `chunked`: tokens are evicted after every `chunk` tokens, so within a chunk a
+        token sees more than the state. `oneshot`: the first `prompt` tokens attend to each other in full and tokens are
+        evicted once; the rest is streamed, and only the rest is counted.
+      chunk: tokens between two evictions, for `chunked`.
+      prompt: tokens that are read at once, for `oneshot`.
+      skip: this many of the first predictions are not counted, so that modes can be compared on the same tokens.
+      segment: tokens per call; rounded to a whole number of chunks. It changes memory and speed, not the result.
+      placement: where tokens stand for RoPE; the policy's own by default.
       dtype: of keys and values, one of `jaxcompress.state.storage.DTYPES`; the model's by default.
-      text: how many tokens the text has that the rows were cut from, for `left_out`; those of the rows by default.
+      text: the number of tokens of the text that the rows were cut from, for `left_out`; B * T by default.
       progress: called with the number of tokens read, per segment.
 
     Raises:
-      ValueError: what is no text (see `jaxcompress.inputs.token_ids`), fewer than 2 tokens, a prompt that does not
-        fit, a `full` state that is too small, slots that a policy which selects once has no use for, a skip that leaves
-        nothing or is negative, or a text shorter than what is predicted of it.
+      ValueError: no token ids (see `jaxcompress.inputs.token_ids`), fewer than 2 tokens, a prompt that does not fit, a
+        `full` state that is too small, more slots than a policy that selects once can use, a negative skip or one that
+        leaves nothing, or a `text` shorter than what is predicted of it.
       FloatingPointError: losses are not finite; says where first.
     """
     check_policy(policy)
@@ -125,8 +133,8 @@ def perplexity(
 def check_used(policy: Policy, state: State, tokens: int, prompt: int | None) -> None:
     """Raises ValueError if a policy that selects once, from a prompt, has more slots than it can fill.
 
-    What it keeps of the prompt is its own setting. At another capacity everything would be the same, so a table would
-    show it as a result for a capacity that nothing depended on.
+    Such a policy keeps a fixed number of tokens of the prompt. With more slots its result would be the same, and a
+    table would show that result under a capacity that had no effect.
     """
     for layers, parts in runs(state):
         one = policy.at(layers.start)
@@ -154,7 +162,7 @@ class Predictions(NamedTuple):
       losses: [B, n] float64, nats.
       right: [B, n] bool, whether the token was the most probable one.
       seconds: to read the piece, compilation left out.
-      state: after the piece; reading the next consumes it.
+      state: after the piece; donated when the next piece is read.
     """
 
     start: int
@@ -173,13 +181,16 @@ def predictions(
     *,
     placement: Placement | None = None,
 ) -> Iterator[Predictions]:
-    """Reads rows of text piece by piece into a fresh state; what is known of every next token, per piece.
+    """Reads rows of text piece by piece into a fresh state, and yields what was predicted of each piece.
+
+    The callers have checked the arguments.
 
     Args:
-      plan: the calls (see `jaxcompress.models.bounded.calls`); the last ends before the last token.
+      state: donated: it must not be used after the first piece was read. The last piece has the state to go on with.
+      plan: the calls (see `jaxcompress.models.modes.calls`); the last ends before the last token.
     """
     for start, end, width, by in plan:
-        # What is shorter is filled up with padding, which costs less than compiling for another length.
+        # A shorter piece is padded: that costs less than compiling for another length.
         fill = [(0, 0), (0, width - (end - start))]
         piece, target = np.pad(tokens[:, start:end], fill), np.pad(tokens[:, start + 1 : end + 1], fill)
         valid = np.pad(np.ones((len(tokens), end - start), bool), fill)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxcompress.evaluation.perplexity import once_and_stream, predictions
 from jaxcompress.inputs.token_ids import token_rows
@@ -72,11 +73,11 @@ def wording(vocabulary: Mapping[str, int], encode: Callable[[str], Sequence[int]
 
 
 def weave(
-    rng: np.random.Generator,
     filler: np.ndarray,
-    length: int,
-    wording: Wording,
+    words: Wording,
     *,
+    rng: np.random.Generator,
+    length: int,
     notes: int,
     questions: int,
     ask_in: tuple[float, float] = (0.3, 1.0),
@@ -85,13 +86,16 @@ def weave(
 ) -> Recall:
     """Weaves notes and questions about them into a filler text.
 
+    Nine parameters: all but the first two describe the text that is made, by keyword.
+
     Args:
       filler: at least `length` tokens of ordinary text.
+      rng: draws keys, values and places.
       length: T of the result, exactly.
       notes, questions: how many; each question asks for a note told before it.
-      again: a note may be asked for more than once. If not, questions must not outnumber notes.
-      tell_in, ask_in: the part of the text, as fractions, in which notes and questions fall; a question for which
-        nothing has been told yet waits until something has.
+      tell_in, ask_in: the parts of the text, as fractions, where notes and questions are put. A question that comes
+        before the first note is put after it.
+      again: a note may be asked for more than once. Otherwise there must be at least as many notes as questions.
 
     Raises:
       ValueError: too few notes for the questions, too little filler or too short a text for both.
@@ -99,9 +103,9 @@ def weave(
     if questions and notes < (1 if again else questions):
         once = "" if again else ": each is asked for once"
         raise ValueError(f"{questions} questions need more than {notes} notes{once}")
-    draw = lambda n: rng.choice(wording.words, (n, WORDS_PER_SIDE))
+    draw = lambda n: rng.choice(words.words, (n, WORDS_PER_SIDE))
     keys, values = draw(notes), draw(notes)
-    size = len(wording.line(wording.note, keys[0], values[0])), len(wording.line(wording.recall, keys[0], values[0]))
+    size = len(words.line(words.note, keys[0], values[0])), len(words.line(words.recall, keys[0], values[0]))
     room = length - notes * size[0] - questions * size[1]
     if room < 0:
         raise ValueError(f"{notes} notes and {questions} questions do not fit into {length} tokens")
@@ -128,11 +132,11 @@ def weave(
         used = max(used, upto)
         candidates = range(known) if again else unasked
         i = index if kind == 0 else candidates[int(rng.integers(len(candidates)))]
-        line = wording.line((wording.note, wording.recall)[kind], keys[i], values[i])
+        line = words.line((words.note, words.recall)[kind], keys[i], values[i])
         start = sum(map(len, tokens))
         put(line)
-        first_key = len((wording.note, wording.recall)[kind])
-        first_value = first_key + WORDS_PER_SIDE + len(wording.arrow)
+        first_key = len((words.note, words.recall)[kind])
+        first_value = first_key + WORDS_PER_SIDE + len(words.arrow)
         told[-1][first_key : first_key + WORDS_PER_SIDE] = 1
         (told, asked)[kind][-1][first_value : first_value + WORDS_PER_SIDE] = 1
         if kind == 0:
@@ -173,7 +177,7 @@ def exam(
     for _ in range(rows):
         at = rng.integers(max(len(filler) - width, 0) + 1)
         task = weave(
-            rng, filler[at : at + width], width, words, notes=notes, questions=questions,
+            filler[at : at + width], words, rng=rng, length=width, notes=notes, questions=questions,
             tell_in=(0.0, 0.5), ask_in=(0.75, 1.0), again=False,
         )  # fmt: skip
         tasks.append(
@@ -220,7 +224,7 @@ class Answers(NamedTuple):
       nats: [B] mean loss over all predicted tokens of each row, text, facts and answers together.
       tokens_per_second: of all rows together, compilation left out.
       state_bytes: of one row.
-      held: mean share of the capacity that is occupied at the end.
+      occupied: mean share of the capacity that is occupied at the end.
     """
 
     row: np.ndarray
@@ -229,7 +233,7 @@ class Answers(NamedTuple):
     nats: np.ndarray
     tokens_per_second: float
     state_bytes: int
-    held: float
+    occupied: float
 
     @property
     def accuracy(self) -> float:
@@ -245,7 +249,7 @@ def answers(
     prompt: int = 0,
     segment: int = 512,
     placement: Placement | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Answers:
     """Reads the tasks through a bounded state and looks at its greedy answers.
 
@@ -284,8 +288,8 @@ def answers(
     # The prompt's predictions come from full attention: they say nothing about the state.
     streamed = [part for part in parts if part.start >= prompt]
     read = sum(part.losses.size for part in streamed)
-    held = [float(part.occupancy().mean()) / part.capacity for part in parts[-1].state]
+    occupied = [float(part.occupancy().mean()) / part.capacity for part in parts[-1].state]
     return Answers(
         rows, distance[rows, first], np.asarray(whole), losses[:, prompt:].mean(1),
-        read / sum(part.seconds for part in streamed), nbytes, float(np.mean(held)),
+        read / sum(part.seconds for part in streamed), nbytes, float(np.mean(occupied)),
     )  # fmt: skip

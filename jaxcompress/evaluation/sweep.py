@@ -1,17 +1,22 @@
-"""Many policies at many capacities on one text: the table and the picture that papers show."""
+"""Perplexity of many policies at many capacities on one text: the usual table of a paper."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from inspect import signature
+from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxcompress.evaluation.perplexity import perplexity
+from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.token_ids import token_rows
 from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.modes import Mode
 from jaxcompress.policies import Policy
 from jaxcompress.policies.checks import check_policy
+from jaxcompress.state.placement import Placement
 
 
 class Row(NamedTuple):
@@ -33,6 +38,19 @@ class Row(NamedTuple):
     tokens_per_second: float
     state_bytes: int
     left_out: int
+
+
+class ReadOptions(TypedDict, total=False):
+    """Keywords of `perplexity`: how texts are read, and what is counted."""
+
+    mode: Mode
+    chunk: int
+    prompt: int | None
+    skip: int
+    segment: int
+    placement: Placement | None
+    dtype: DTypeLike | None
+    text: int | None
 
 
 def rows_of_text(tokens: np.ndarray, context: int, rows: int | None = None, bos: int | None = None) -> np.ndarray:
@@ -60,29 +78,38 @@ def sweep(
     slots: Sequence[int],
     *,
     progress: Callable[[int], None] = lambda tokens: None,
-    **reading: Any,
+    **options: Unpack[ReadOptions],
 ) -> Iterator[Row]:
-    """Perplexity of every policy at every capacity; a policy that keeps everything gets the whole context, once.
+    """Perplexity of every policy at every capacity.
 
-    Yields each row when it is done. Capacities below what a policy needs are left out.
+    Arguments are checked at the call. Each row is measured when it is asked for. A policy that keeps everything is
+    measured once, with room for the whole context. Capacities below what a policy needs are left out.
 
     Args:
       tokens: [B, T], rows of independent text.
-      reading: `mode`, `chunk`, `prompt`, `segment`, `placement`, `text`, ... (see `perplexity`).
+      slots: capacities, the same for every layer.
+      progress: called with the number of tokens read, per segment.
+      options: keywords of `perplexity`: `mode`, `chunk`, `prompt`, `segment`, `placement`, `text`, ...
 
     Raises:
-      ValueError: see `perplexity`; it refuses capacities that a policy which selects once has no use for.
+      TypeError: a keyword that `perplexity` does not have.
+      ValueError: as `perplexity`.
     """
     tokens = token_rows(tokens, model.config.vocab_size)
+    slots = [whole(capacity, "slots", least=1) for capacity in slots]
     for policy in policies:
         check_policy(policy)
-    for policy in policies:
-        for capacity in [tokens.shape[1]] if keeps_everything(policy) else sorted(slots):
-            if capacity < policy.needs:
-                continue
-            result = perplexity(model, tokens, policy, capacity, progress=progress, **reading)
-            mode = reading.get("mode", "streaming")
-            yield Row(policy.name, capacity, mode, result.nats, result.perplexity, *result[1:])
+    signature(perplexity).bind(model, tokens, None, None, **options)
+    mode = options.get("mode", "streaming")
+
+    def run() -> Iterator[Row]:
+        for policy in policies:
+            for capacity in [tokens.shape[1]] if keeps_everything(policy) else sorted(slots):
+                if capacity >= policy.needs:
+                    result = perplexity(model, tokens, policy, capacity, progress=progress, **options)
+                    yield Row(policy.name, capacity, mode, result.nats, result.perplexity, *result[1:])
+
+    return run()
 
 
 def keeps_everything(policy: Policy) -> bool:

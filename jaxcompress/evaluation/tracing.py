@@ -1,13 +1,14 @@
-"""What a policy decided over a sequence: what was held after every step, and when each token died."""
+"""What a policy did with a sequence: the tokens held after every step, and when each token was evicted."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.inputs.token_ids import token_rows
@@ -25,7 +26,7 @@ AT_ONCE = 512
 
 
 class Trace(NamedTuple):
-    """A sequence as the state lived it, on the host.
+    """What the state held after every step, on the host.
 
     Attributes:
       positions: [L, steps, B, P, S] int32, the positions held after each step, -1 for a free slot. Step 0 is the
@@ -51,17 +52,22 @@ def trace(
     mode: Mode = "oneshot",
     chunk: int = 128,
     placement: Placement | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Trace:
-    """Feeds the first `prompt` tokens as the mode says and the rest one by one.
+    """Reads the first `prompt` tokens in one of three modes and the rest one by one; returns what the state held.
+
+    Nine parameters: those of `perplexity` that say how to read, all but the first four by keyword.
 
     Args:
-      tokens: [B, T], at least `prompt` of them.
-      mode: `oneshot`, `chunked` (by `chunk` tokens) or `streaming`.
+      tokens: [B, T] token ids, at least `prompt` of them.
+      slots: capacity of the state, see `jaxcompress.init_state`.
+      prompt: tokens of step 0.
+      mode: how the prompt is read: `oneshot`, `chunked` (by `chunk` tokens) or `streaming`.
+      placement: where tokens stand for RoPE; the policy's own by default.
       dtype: of the state (see `jaxcompress.state.storage`); the model's by default.
 
     Raises:
-      ValueError: what is no text (see `jaxcompress.inputs.token_ids`), a prompt outside 1..T, a state too small for the
+      ValueError: no token ids (see `jaxcompress.inputs.token_ids`), a prompt outside 1..T, a state too small for the
         policy, or an unknown dtype.
       FloatingPointError: logits are not finite.
     """
@@ -69,12 +75,12 @@ def trace(
     total = tokens.shape[1]
     if not 1 <= prompt <= total:
         raise ValueError(f"prompt must be between 1 and the {total} tokens given, not {prompt}")
-    dtype = dtype or model.embedding[...].dtype
-    state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=dtype)
+    stored = dtype or model.embedding[...].dtype
+    state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=stored)
     check_mode(policy, mode)
     check_fits(model.config, policy, state, total, prompt=prompt)
     begun, steps = _prompt(tokens[:, :prompt], mode, chunk), _filled(tokens[:, prompt:])
-    first, rest = _traced(model, *begun[:2], *steps, state, policy=policy, chunk=begun[2], placement=placement)
+    first, rest = _traced(model, begun[:2], steps, state, policy, chunk=begun[2], placement=placement)
     death = _deaths(first, rest, model, state, total)  # of padding nothing dies
     first, rest = jax.tree.map(np.asarray, first), jax.tree.map(lambda x: np.asarray(x)[: total - prompt], rest)
     held = [
@@ -107,7 +113,9 @@ def _filled(tokens: np.ndarray, width: int | None = None) -> tuple[np.ndarray, n
 
 
 @partial(jax.jit, static_argnames=("chunk", "placement"))
-def _traced(model, prompt, known, later, there, state, *, policy, chunk, placement):
+def _traced(model, prompt, later, state, policy, *, chunk, placement):
+    (prompt, known), (later, there) = prompt, later
+
     def facts(done: ReadResult, valid):
         held = tuple(_held(part, model.config.num_kv_heads) for part in done.state)
         return held, model.logits(last_hidden(done, valid))[:, 0], done.freed, done.died

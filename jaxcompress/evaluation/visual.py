@@ -1,14 +1,14 @@
 """What dropping visual tokens costs and saves: answers to questions about held-out drawings, FLOPs, bytes, time.
 
-For every `jaxcompress.vision.Method` the same: words and visual tokens stand at the positions they have in the whole
-prompt, a merged token at that of its first patch.
+A method is measured as it is served: `prefill_encoded` reads picture and question into a KV state, and `decode` writes
+the answer under the method's own decode policy. Words and visual tokens stand at the positions that they have in the
+prompt with the whole picture; a merged token stands where its first patch does.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,17 +19,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.embedded.drawings import Drawing, Question, draw, questions
 from jaxcompress.evaluation.operations import matmul_flops
+from jaxcompress.generation.config import GenerationConfig
+from jaxcompress.generation.decode_state import DecodeState, init_decode_state
+from jaxcompress.generation.generate import decode
 from jaxcompress.generation.pictures import process
 from jaxcompress.generation.text import Tokenizer
-from jaxcompress.models.init_state import init_state
+from jaxcompress.generation.visual import TokensLeft, trace_prefill
+from jaxcompress.models.decoder import read
 from jaxcompress.models.llava import Llava
-from jaxcompress.models.rope import rotate
-from jaxcompress.policies.full import Full
-from jaxcompress.recurrence.block_attention import causal_attention
-from jaxcompress.recurrence.inputs import AttentionInputs
-from jaxcompress.vision.choose import take
-from jaxcompress.vision.method import Encoded, Given, Method
-from jaxcompress.vision.reading import encode, place, stages
+from jaxcompress.policies.policy import Policy
+from jaxcompress.state.kv_state import State
+from jaxcompress.vision.method import Encoded, Method
+from jaxcompress.vision.reading import encode, read_encoded, slots_per_layer
+
+ANSWER = 2
+"""Tokens of an answer: the word, and the stop token."""
+BATCH = 64
+"""Prompts that are served at once, at most."""
 
 
 class Exam(NamedTuple):
@@ -39,26 +45,27 @@ class Exam(NamedTuple):
       drawings: I pictures.
       pixels: [I, 3, side, side], processed.
       asked: [I][Q] questions.
-      words: [I * Q, W] token ids of the questions, padded at the end; `valid` says what is padding.
-      answers: [I * Q], the right token.
-      bos: the token that prompts begin with.
+      prompts: R = I * Q rows of token ids: the opening token, an image token, the question. All have one opening.
+      answers: [R], the right token.
+      stop: the tokens that end an answer.
     """
 
     drawings: tuple[Drawing, ...]
     pixels: Float[np.ndarray, "I channels side side"]
     asked: tuple[tuple[Question, ...], ...]
-    words: Int[np.ndarray, "R W"]
-    valid: Bool[np.ndarray, "R W"]
+    prompts: tuple[tuple[int, ...], ...]
     answers: Int[np.ndarray, " R"]
-    bos: int
+    stop: tuple[int, ...]
 
 
 def exam(
-    tokenizer: Tokenizer, processor: Any, model: Llava, *, pictures: int = 64, each: int = 8, first: int = 0
+    model: Llava, tokenizer: Tokenizer, processor: Any, *, pictures: int = 64, each: int = 8, first: int = 0
 ) -> Exam:
     """Questions about held-out pictures, the same at every call.
 
     Args:
+      pictures: how many.
+      each: questions about each picture.
       first: number of the first picture.
     """
     drawings = tuple(draw(number, held_out=True) for number in range(first, first + pictures))
@@ -67,14 +74,11 @@ def exam(
         for number, drawing in enumerate(drawings, first)
     )
     flat = [question for row in asked for question in row]
-    encoded = [tokenizer.encode(question.text, add_bos=False) for question in flat]
-    words = np.zeros((len(flat), max(map(len, encoded))), np.int32)
-    valid = np.zeros(words.shape, bool)
-    for row, ids in enumerate(encoded):
-        words[row, : len(ids)], valid[row, : len(ids)] = ids, True
+    opening = (int(tokenizer.opening()[0]), model.config.image_token)
+    prompts = tuple((*opening, *tokenizer.encode(question.text, add_bos=False).tolist()) for question in flat)
     answers = np.array([tokenizer.encode(question.answer, add_bos=False)[0] for question in flat])
     pixels = process([drawing.pixels for drawing in drawings], processor, model.config).pixels
-    return Exam(drawings, pixels, asked, words, valid, answers, int(tokenizer.opening()[0]))
+    return Exam(drawings, pixels, asked, prompts, answers, tuple(tokenizer.eos_ids))
 
 
 def guessing(asked: Exam) -> float:
@@ -86,152 +90,150 @@ def guessing(asked: Exam) -> float:
     return right / len(asked.answers)
 
 
-def encoded(model: Llava, pixels: Any, method: Method) -> Encoded:
-    """What the decoder gets of each picture, in raster order; tokens without a place come last."""
-    given = encode(model, pixels[:, None], method)
-    place = jnp.where(given.place < 0, model.config.tower.num_patches - 1, given.place)
-    order = jnp.argsort(place, axis=1, stable=True)
-    return Encoded(*(take(x, order) for x in given._replace(place=place)))
-
-
-class VisualReadings(NamedTuple):
-    """What reading prompts gave.
-
-    Attributes:
-      logits: [R, V] after the last word.
-      kept: [R, N], at which patches there is still a token after the last layer.
-      counts: [L], the tokens of a prompt in each layer, padding included.
-    """
-
-    logits: Float[Array, "R V"]
-    kept: Bool[Array, "R N"]
-    counts: Int[Array, " L"]
-
-
-def ask(
-    model: Llava, given: Encoded, words: Int[Array, "R W"], valid: Bool[Array, "R W"], *, bos: int, method: Method
-) -> VisualReadings:
-    """Reads each picture's tokens and then each of its questions, R / I in number.
-
-    Plain causal attention, layer after layer and nothing in a loop, so that the compiler's count of FLOPs is complete.
-    """
-    decoder, config = model.decoder, model.config
-    (pictures, n), r, total = given.place.shape, words.shape[0], config.tower.num_patches
-    given = Encoded(*(jnp.repeat(x, r // pictures, axis=0) for x in given))
-    first, image = jnp.full((r, 1), bos), jnp.full((r, n), config.image_token)
-    tokens = jnp.concatenate([first, image, words], axis=1)
-    after = jnp.where(valid, total + jnp.cumsum(valid, axis=1), -1)
-    positions = jnp.concatenate([jnp.zeros((r, 1), jnp.int32), 1 + given.place, after.astype(jnp.int32)], axis=1)
-    block = place(model, tokens, positions, given)
-    rates = jnp.ones((r, tokens.shape[1] - n), bool)
-    if method.rates is not None:
-        rates = method.rates(block, rates.shape[1])
-    rules = stages(Given(rates, given.key, config.decoder.rope), method.cuts(config.decoder, n))
-    after_layer, counts = {stage.layer: stage.reduce for stage in rules}, []
-    rope, windows = config.decoder.rope, config.decoder.windows
-
-    def attend(q, k, v, positions, layer, index, carry, xs):
-        q, k = (rotate(y, positions[..., None], rope) for y in (q, k))
-        shown = AttentionInputs(q, k, jnp.zeros(positions.shape, jnp.float32), positions)
-        window = None if windows is None else windows[index]
-        return causal_attention(q, k, v, positions, window=window), shown, xs
-
-    for layer in range(config.decoder.num_layers):
-        counts.append(block.positions.shape[1])
-        start = jnp.zeros((*block.positions.shape, 1, config.decoder.head_dim), block.hidden.dtype)
-        shape = lambda n, like=start: jnp.broadcast_to(like, (*like.shape[:2], n, like.shape[-1]))
-        nothing = AttentionInputs(
-            shape(config.decoder.num_heads), shape(config.decoder.num_kv_heads),
-            jnp.zeros(block.positions.shape, jnp.float32), block.positions,
-        )  # fmt: skip
-        x, shown, _ = decoder.run_layers(block.hidden, block.positions, attend, nothing, layers=range(layer, layer + 1))
-        block = block._replace(hidden=x)
-        if layer in after_layer:
-            block = after_layer[layer](block, shown)
-    last = block.positions.argmax(-1)[:, None, None]
-    logits = decoder.logits(decoder.norm(jnp.take_along_axis(block.hidden, last, axis=1)))[:, 0]
-    left = (block.patch[:, None] == jnp.arange(n)[:, None]).any(-1)  # [R, n]
-    kept = jnp.zeros((r, total), bool).at[
-        jnp.arange(r)[:, None], jnp.where(left & (given.size > 0), given.place, total)
-    ]
-    return VisualReadings(logits, kept.set(True, mode="drop"), jnp.array(counts))
-
-
 class Outcome(NamedTuple):
     """One line of the table.
 
     Attributes:
       method: its name.
       tokens: visual tokens that go into the decoder.
-      left: visual tokens in a layer of the decoder, the mean over layers.
-      accuracy: share of right answers; `by_kind` of each kind of question.
-      flops: of the matrix products in reading one prompt in the decoder (see `jaxcompress.evaluation.operations`).
-      kv_bytes: of one prompt's keys, values and positions, in float32.
-      seconds: of reading one prompt in the decoder, the median of several runs over all prompts, divided.
-      kept: [R, N], at which patches there was still a token at the end.
+      left: visual tokens in a layer of the decoder after the prompt, the mean over layers.
+      accuracy: share of answers whose word is right and that end after it; `by_kind` of each kind of question.
+      word_accuracy: share of answers whose first word is right, whatever follows: decoding has no part in it.
+      flops: of the matrix products in the decoder, for one prompt and its answer.
+      kv_bytes: of the KV state of one prompt and its answer: keys, values, positions, the policy's statistics.
+      seconds: to read one prompt in the decoder and write its answer: the median over batches, divided by their size.
+      kept: [R, N], at which patches the last layer still holds a token when the answer is written.
     """
 
     method: str
     tokens: int
     left: float
     accuracy: float
+    word_accuracy: float
     by_kind: dict[str, float]
-    flops: float
+    flops: int
     kv_bytes: int
     seconds: float
     kept: Bool[np.ndarray, "R N"]
 
 
 class Examiner:
-    """Measures methods on one exam. What two of them share is compiled once."""
+    """Measures methods on one exam. A program that two methods share is compiled once."""
 
-    def __init__(self, model: Llava, asked: Exam, *, runs: int = 3):
+    def __init__(self, model: Llava, asked: Exam, *, runs: int = 1):
+        """
+        Args:
+          runs: how often every batch is timed.
+        """
         self.model, self.asked, self.runs = model, asked, runs
-        self._read: dict[Any, Any] = {}
+        self._flops: dict[Any, int] = {}
 
     def __call__(self, method: Method) -> Outcome:
         """Measures one method.
 
         Raises:
           FloatingPointError: logits are not finite.
+          ValueError: a number of tokens that the method cannot leave.
         """
-        asked, model = self.asked, self.model
-        visual = jax.jit(partial(encoded, method=method))(model, asked.pixels)
-        given = (model, visual, asked.words, asked.valid)
-        key = visual.place.shape, method.cuts(model.config.decoder, visual.place.shape[1]), method.rates
-        if key not in self._read:
-            read = jax.jit(partial(ask, bos=asked.bos, method=method))
-            self._read[key] = read.lower(*given).compile(), matmul_flops(read, *given)
-        compiled, flops = self._read[key]
-        took, done = [], None
-        for _ in range(self.runs):
-            begun = time.perf_counter()
-            done = jax.block_until_ready(compiled(*given))
-            took.append(time.perf_counter() - begun)
-        assert done is not None
-        logits, counts = np.asarray(done.logits), np.asarray(done.counts)
-        if not np.isfinite(logits).all():
-            raise FloatingPointError(f"{method.name}: logits are not finite")
-        right = logits.argmax(-1) == asked.answers
-        rows, words = len(asked.answers), 1 + asked.words.shape[1]
+        model, asked = self.model, self.asked
+        rows = len(asked.prompts)
+        size = next(n for n in range(min(rows, BATCH), 0, -1) if rows % n == 0)
+        encoded = jax.jit(partial(_encoded_rows, method=method, rows=rows))(model, asked.pixels)
+        batches = [slice(at, at + size) for at in range(0, rows, size)]
+        try:
+            self._answer(encoded, method, batches[0])  # compiles
+            answers = [[self._answer(encoded, method, rows) for rows in batches] for _ in range(self.runs)]
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{method.name}: logits are not finite ({error})") from error
+        written = np.concatenate([answer.written for answer in answers[0]])
+        word = written[:, 0] == asked.answers
+        right = word & np.isin(written[:, 1], asked.stop)
+        m = encoded.place.shape[1]
         return Outcome(
             method=method.name,
-            tokens=visual.place.shape[1],
-            left=float(counts.mean() - words),
+            tokens=m,
+            left=float(np.mean(method.tokens_per_layer(model.config, tokens=m))),
             accuracy=float(right.mean()),
+            word_accuracy=float(word.mean()),
             by_kind=_by_kind(asked, right),
-            flops=flops / rows,
-            kv_bytes=kv_bytes(model, counts),
-            seconds=statistics.median(took) / rows,
-            kept=np.asarray(done.kept),
+            flops=self._count(encoded, method),
+            kv_bytes=answers[0][0].kv_bytes,
+            seconds=statistics.median(answer.seconds for run in answers for answer in run) / size,
+            kept=np.concatenate([answer.kept for answer in answers[0]]),
         )
 
+    def _begin(self, method: Method, tokens: int, batch: int) -> DecodeState:
+        """A fresh state with room for the longest prompt, and for the answer where the policy cannot make room."""
+        policy = method.decode_policy(1, 1 + self.model.config.tower.num_patches)
+        words = max(map(len, self.asked.prompts)) - 1
+        room = words + (0 if policy.forgets else ANSWER)
+        slots = slots_per_layer(self.model.config, method, room, tokens=tokens)
+        return init_decode_state(self.model.decoder, policy, slots, batch=batch)
 
-def kv_bytes(model: Llava, counts: Sequence[int] | np.ndarray) -> int:
-    """Bytes of a state that holds so many tokens in each layer."""
-    slots = [int(n) for n in counts]
-    state = jax.eval_shape(lambda: init_state(model.config.decoder, Full(), slots))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    def _answer(self, encoded: Encoded, method: Method, rows: slice) -> _Answer:
+        model, prompts = self.model, self.asked.prompts[rows]
+        patches, stop = model.config.tower.num_patches, GenerationConfig(stop_token_ids=self.asked.stop)
+        encoded = Encoded(*(x[rows] for x in encoded))
+        state = self._begin(method, encoded.place.shape[1], len(prompts))
+        jax.block_until_ready((state.arrays, encoded))
+        begun = time.perf_counter()
+        state, left = trace_prefill(model, prompts, encoded, state, method, patches=patches)
+        written, state = decode(model.decoder, state, ANSWER, stop)
+        jax.block_until_ready(written)
+        seconds = time.perf_counter() - begun
+        kv_bytes = sum(part.nbytes for part in state.kv) // len(prompts)
+        return _Answer(np.asarray(written), _kept(left, encoded, state.kv, patches), kv_bytes, seconds)
+
+    def _count(self, encoded: Encoded, method: Method) -> int:
+        """FLOPs of one row."""
+        model, m = self.model, encoded.place.shape[1]
+        state = self._begin(method, m, 1)
+        key = m, method.prune_steps(model.config.decoder, m), method.raters, state.policy
+        if key not in self._flops:
+            one = Encoded(*(x[:1] for x in encoded))
+            tokens = jax.ShapeDtypeStruct((1, m + max(map(len, self.asked.prompts)) - 1), jnp.int32)
+            reading = matmul_flops(partial(_read_prompt, method=method), model, tokens, one, state.kv, state.policy)
+            self._flops[key] = reading + ANSWER * matmul_flops(_read_token, model, state.kv, state.policy)
+        return self._flops[key]
+
+
+class _Answer(NamedTuple):
+    """What one batch of prompts gave: tokens [B, ANSWER], `kept` [B, N] as of `Outcome`, and bytes of one row."""
+
+    written: Int[np.ndarray, "B answer"]
+    kept: Bool[np.ndarray, "B N"]
+    kv_bytes: int
+    seconds: float
+
+
+def _encoded_rows(model: Llava, pixels: Any, *, method: Method, rows: int) -> Encoded:
+    """The visual tokens of each row's picture, where R / I rows ask about each of I pictures."""
+    encoded = encode(model, pixels[:, None], method).in_raster_order(model.config.tower.num_patches)
+    return Encoded(*(jnp.repeat(x, rows // pixels.shape[0], axis=0) for x in encoded))
+
+
+def _read_prompt(
+    model: Llava, tokens: Int[Array, "B T"], encoded: Encoded, kv: State, policy: Policy, *, method: Method
+) -> Float[Array, "B V"]:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    left, _ = read_encoded(model, tokens, positions, encoded, kv, policy, method)
+    return model.decoder.logits(left.hidden[:, -1:])[:, 0]
+
+
+def _read_token(model: Llava, kv: State, policy: Policy) -> Float[Array, "B V"]:
+    done = read(model.decoder, jnp.zeros((kv[0].seen.shape[0], 1), jnp.int32), kv, policy)
+    return model.decoder.logits(done.hidden)[:, 0]
+
+
+def _kept(left: TokensLeft, encoded: Encoded, kv: State, patches: int) -> Bool[np.ndarray, "B N"]:
+    """At which patches the last layer holds a token."""
+    held = np.asarray(kv[-1].positions)[-1].reshape(left.positions.shape[0], -1)
+    positions, patch, place = (np.asarray(x) for x in (left.positions, left.patch, encoded.place))
+    stays = (patch >= 0) & (positions >= 0) & (positions[:, :, None] == held[:, None]).any(-1)
+    out = np.zeros((len(place), patches), bool)
+    row, column = np.nonzero(stays)
+    out[row, place[row, patch[row, column]]] = True
+    return out
 
 
 def _by_kind(asked: Exam, right: Bool[np.ndarray, " R"]) -> dict[str, float]:

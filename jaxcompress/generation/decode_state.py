@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxcompress.generation.sampling import row_keys
@@ -88,7 +89,7 @@ def init_decode_state(
     *,
     batch: int = 1,
     seeds: Sequence[int] | int = 0,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     placement: Placement | None = None,
 ) -> DecodeState:
     """B sequences of which nothing has been read yet.

@@ -11,6 +11,7 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from jaxcompress.generation.config import GREEDY, GenerationConfig, check_config
@@ -51,7 +52,7 @@ class ReadOptions(TypedDict, total=False):
     chunk: int
     segment: int
     placement: Placement | None
-    dtype: Any
+    dtype: DTypeLike
 
 
 def generate(

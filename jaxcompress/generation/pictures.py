@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float
-from PIL import ExifTags, Image, UnidentifiedImageError
 
+from jaxcompress._extras import extra
 from jaxcompress.models.llava import LlavaConfig, crops_of
-from jaxcompress.models.vit import TowerConfig
+from jaxcompress.models.tower_config import TowerConfig
+
+with extra("vision"):
+    from PIL import ExifTags, Image, UnidentifiedImageError
 
 MOST_TIMES_AS_WIDE = 200
 """Processors that resize by the shorter side would make such a strip enormous."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.generation.decode_state import DecodeState, init_decode_state
@@ -102,7 +103,7 @@ def kvzip(
     sinks: int = 4,
     chunk: int = 2048,
     seeds: Sequence[int] | int = 0,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     placement: Placement | None = None,
 ) -> DecodeState:
     """Reads contexts and compresses them so that they could be repeated; `prefill` or `decode` go on from there.
@@ -222,7 +223,7 @@ def shrink(
     slots: Slots,
     *,
     room: int = 0,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> State:
     """Keeps the tokens of highest score: a full state and scores of any origin -> a bounded state.
 

@@ -1,17 +1,17 @@
-"""Reading pictures among words in a fixed number of slots.
+"""Reading prompts with pictures in a fixed number of slots.
 
-    seen = look(model, [picture, ...])
-    state = prefill_visual(model, prompts, seen, init_decode_state(model.decoder, policy, slots, batch=2))
+    features = encode_images(model, pixels)
+    state = prefill_visual(model, prompts, features, init_decode_state(model.decoder, policy, slots, batch=2))
     for tokens in decode_stream(model.decoder, state, max_new_tokens=8): ...
 
-With a method that keeps fewer patches:
+With a method that keeps fewer visual tokens:
 
-    encoded = encode(model, pixels, method)  # or laid_out(seen, method), LLaVA-NeXT's rows and newlines
-    state = init_decode_state(model.decoder, policy, slots(method, model.config, room), batch=2)
+    encoded = encode(model, pixels, method)  # or as_encoded(features, method), with LLaVA-NeXT's rows and newlines
+    state = init_decode_state(model.decoder, policy, slots_per_layer(model.config, method, room), batch=2)
     state = prefill_encoded(model, prompts, encoded, state, method)
 
-A picture's patches are read like words, so that every policy decides about them; stages drop or merge them between
-layers while the prompt is read.
+Visual tokens are read like words, so that every policy decides about them. Prunings drop or merge them between layers
+while the prompt is read.
 """
 
 from __future__ import annotations
@@ -39,42 +39,42 @@ from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.token_ids import prompt_ids
 from jaxcompress.models.checks import check_mode
 from jaxcompress.models.llava import Llava, crops_of, expand_placeholders, picture_index, visual_index
-from jaxcompress.models.read_block import HiddenBlock, Stage, read_block
+from jaxcompress.models.read_block import HiddenBlock, LayerPruning, read_block
 from jaxcompress.policies.policy import Policy
 from jaxcompress.state.kv_state import State
 from jaxcompress.state.placement import Placement
-from jaxcompress.vision.encoders import whole as every_patch
+from jaxcompress.vision.encoders import all_patches
 from jaxcompress.vision.method import Encoded, Method
 from jaxcompress.vision.reading import read_encoded
 
 
-class Seen(NamedTuple):
-    """The visual tokens of a batch.
+class ImageFeatures(NamedTuple):
+    """All visual tokens of a batch.
 
     Attributes:
       visual: [B, M, E], of all pictures of a row, one after the other; padding at the end.
-      counts: for each row, how many belong to each of its pictures.
+      counts: for each row, how many tokens each of its pictures has.
     """
 
     visual: Float[Array, "B M E"]
     counts: tuple[tuple[int, ...], ...]
 
 
-def look(
+def encode_images(
     model: Llava,
     pixels: Float[np.ndarray, "crops channels height width"] | Array | Sequence[Any],
     sizes: Sequence[Any] | None = None,
-) -> Seen:
-    """Shows pictures to the model: all their visual tokens. A row may have none, and so may all.
+) -> ImageFeatures:
+    """Runs pictures through tower and projector, and keeps all their visual tokens. A row may have no picture.
 
     Args:
       pixels: [crops, channels, side, side], of all pictures of all rows one after the other (see
-        `jaxcompress.vision.pictures`).
-      sizes: for each row, (height, width) of each of its pictures before processing, [] for a row without pictures; by
-        default one in each row, as many rows as crops (LLaVA-1.5).
+        `jaxcompress.generation.pictures`).
+      sizes: for each row, (height, width) of each of its pictures before processing, [] for a row without pictures. By
+        default each crop is the one picture of its row (LLaVA-1.5).
 
     Raises:
-      ValueError: no rows, sizes that are none, pixels of another shape, another number of crops than pictures of these
+      ValueError: no rows, malformed sizes, pixels of another shape, or another number of crops than pictures of these
         sizes have.
     """
     config = model.config
@@ -88,23 +88,23 @@ def look(
         if config.pinpoints:
             raise ValueError("LLaVA-NeXT lays tiles out by the size of the picture; give sizes")
         sizes = [[(side, side)]] * len(pixels)
-    sizes = _checked(sizes)
+    sizes = _checked_sizes(sizes)
     crops = [[crops_of(config, size) for size in row] for row in sizes]
     total = sum(map(sum, crops))
     if total != len(pixels):
         raise ValueError(f"{len(pixels)} crops were given for pictures that have {total}; give those of every picture")
     rows = [[picture_index(config, size) for size in row] for row in sizes]
     index = visual_index(rows, crops, config.tokens_per_crop)
-    if not total:  # the tower has nothing to see; one visual token that nobody reads
+    if not total:  # the tower has nothing to encode; one visual token that nothing reads keeps the shape
         visual = jnp.zeros((*index.shape, config.decoder.hidden_size), model.decoder.embedding[...].dtype)
     else:
-        visual = _look(model, pixels, jnp.asarray(index))
-    return Seen(visual, tuple(tuple(len(picture) for picture in row) for row in rows))
+        visual = _packed_features(model, pixels, jnp.asarray(index))
+    return ImageFeatures(visual, tuple(tuple(len(picture) for picture in row) for row in rows))
 
 
-def _checked(sizes: Sequence[Any]) -> list[list[tuple[int, int]]]:
+def _checked_sizes(sizes: Sequence[Any]) -> list[list[tuple[int, int]]]:
     if not len(sizes):
-        raise ValueError("no rows were given; a row without pictures has the sizes []: look(model, [], [[]])")
+        raise ValueError("no rows were given; a row without pictures has the sizes []: encode_images(model, [], [[]])")
     out = []
     for number, row in enumerate(sizes):
         if np.ndim(row) == 0 or any(np.shape(size) != (2,) for size in row):
@@ -114,17 +114,41 @@ def _checked(sizes: Sequence[Any]) -> list[list[tuple[int, int]]]:
 
 
 @jax.jit
-def _look(model: Llava, pixels: Array, index: Array) -> Array:
-    return model.pack(model.images(pixels), index)
+def _packed_features(model: Llava, pixels: Array, index: Array) -> Array:
+    return model.pack(model.image_features(pixels), index)
 
 
-class Prompt(NamedTuple):
+def as_encoded(features: ImageFeatures, method: Method) -> Encoded:
+    """The visual tokens of LLaVA-NeXT's layout (tiles without padding, a newline after each row of patches), for a
+    method that drops nothing in the tower. Shorter rows end with empty places. `place` counts newlines too.
+
+    Args:
+      features: from `encode_images`, one picture in each row.
+
+    Raises:
+      ValueError: not one picture in each row, or a method that acts in the tower, which goes crop by crop (`encode`).
+    """
+    if method.encode is not all_patches:
+        raise ValueError(
+            f"{method.name} acts in the tower, crop by crop and without newlines; use `jaxcompress.vision.encode`"
+        )
+    if any(len(counts) != 1 for counts in features.counts):
+        raise ValueError(
+            "methods choose among the tokens of one picture in each row; use `prefill_visual` for several, or none"
+        )
+    b, m = features.visual.shape[:2]
+    present = jnp.arange(m, dtype=jnp.int32) < jnp.array([sum(counts) for counts in features.counts])[:, None]
+    place = jnp.where(present, jnp.arange(m, dtype=jnp.int32), -1)
+    return Encoded(features.visual, place, present.astype(jnp.float32), jnp.zeros((b, m), bool))
+
+
+class PromptBatch(NamedTuple):
     """A batch of prompts, padded at the right.
 
     Attributes:
-      tokens: [B, T], image tokens as often as there are visual tokens; 0 for padding.
+      tokens: [B, T], as many image tokens as there are visual tokens; 0 for padding.
       positions: [B, T], -1 for padding.
-      patch: [B, T], which visual token of the row each is, -1 for words.
+      patch: [B, T], which visual token of its row each token is, -1 for words.
     """
 
     tokens: Int[Array, "B T"]
@@ -132,55 +156,59 @@ class Prompt(NamedTuple):
     patch: Int[Array, "B T"]
 
 
-def prompt(model: Llava, prompts: Sequence[Sequence[int] | np.ndarray], seen: Seen) -> Prompt:
-    """Prompts with one image token for each picture, ready to be read with what was seen.
+def batch_prompts(model: Llava, prompts: Sequence[Sequence[int] | np.ndarray], features: ImageFeatures) -> PromptBatch:
+    """Pads prompts, and repeats the image token of each picture as often as it has visual tokens.
+
+    Args:
+      prompts: token ids, one image token for each picture.
 
     Raises:
       ValueError: not one image token for each picture, an empty prompt, token ids outside the vocabulary.
     """
     token, vocabulary = model.config.image_token, model.config.decoder.vocab_size
     given = prompt_ids(prompts, vocabulary, also=token)
-    if len(given) != len(seen.counts):
-        raise ValueError(f"{len(given)} prompts were given for the pictures of {len(seen.counts)} rows")
-    rows = [expand_placeholders(ids, token, counts) for ids, counts in zip(given, seen.counts, strict=True)]
+    if len(given) != len(features.counts):
+        raise ValueError(f"{len(given)} prompts were given for the pictures of {len(features.counts)} rows")
+    rows = [expand_placeholders(ids, token, counts) for ids, counts in zip(given, features.counts, strict=True)]
     width = max(map(len, rows))
     tokens, positions = np.zeros((len(rows), width), np.int32), np.full((len(rows), width), -1, np.int32)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)], positions[row, : len(ids)] = ids, np.arange(len(ids))
-    here = (tokens == token) & (positions >= 0)
-    patch = np.where(here, here.cumsum(1) - 1, -1).astype(np.int32)
-    return Prompt(jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(patch))
+    is_image = (tokens == token) & (positions >= 0)
+    patch = np.where(is_image, is_image.cumsum(1) - 1, -1).astype(np.int32)
+    return PromptBatch(jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(patch))
 
 
 def prefill_visual(
     model: Llava,
     prompts: Sequence[Sequence[int] | np.ndarray],
-    seen: Seen,
+    features: ImageFeatures,
     state: DecodeState,
     *,
-    stages: tuple[Stage, ...] = (),
+    prunings: tuple[LayerPruning, ...] = (),
     chunk: int | None = None,
 ) -> DecodeState:
-    """Reads a batch of prompts with pictures, each at once unless a chunk is given.
+    """Reads a batch of prompts with pictures.
 
     Args:
       prompts: token ids, one image token for each picture.
       state: fresh, from `jaxcompress.generation.init_decode_state(model.decoder, ...)`; donated.
-      stages: what leaves between layers (see `jaxcompress.models.bounded.Stage`).
-      chunk: tokens between two selections of the policy.
+      prunings: what leaves between layers.
+      chunk: tokens between two selections of the policy; each prompt is read at once by default.
 
     Raises:
-      ValueError: see `prompt`; a policy that keeps everything and has too few slots.
-      FloatingPointError: logits are not finite: also where layers after a stage have too few slots for such a policy.
+      ValueError: see `batch_prompts`; a policy that keeps everything and has too few slots.
+      FloatingPointError: logits are not finite. Layers after a pruning that have too few slots for a policy that keeps
+        everything are a cause.
     """
     _check_fresh(model, state)
-    given = prompt(model, prompts, seen)
+    batch = batch_prompts(model, prompts, features)
     check_mode(state.policy, "oneshot" if chunk is None else "chunked")
-    if not stages:
-        longest = given.tokens.shape[1]
+    if not prunings:
+        longest = batch.tokens.shape[1]
         check_room(model.decoder, state, longest, prompt=longest)
-    arrays = _prefill(
-        model, given, seen.visual, state.arrays, policy=state.policy, stages=stages, chunk=chunk,
+    arrays = _prefill_visual(
+        model, batch, features.visual, state.arrays, policy=state.policy, prunings=prunings, chunk=chunk,
         placement=state.placement,
     )  # fmt: skip
     state = replace(state, **arrays._asdict())
@@ -189,11 +217,7 @@ def prefill_visual(
 
 
 def _check_fresh(model: Llava, state: DecodeState) -> None:
-    """The gate of prompts with pictures: nothing may have been read before.
-
-    Raises:
-      ValueError: something has, or see `jaxcompress.generation.decode_state.check_usable`.
-    """
+    """Raises ValueError if something was read into the state before, and see `check_usable`."""
     check_usable(model.decoder, state)
     if int(state.kv[0].seen.max()):
         raise ValueError(
@@ -203,38 +227,16 @@ def _check_fresh(model: Llava, state: DecodeState) -> None:
         )
 
 
-@partial(jax.jit, static_argnames=("stages", "chunk", "placement"), donate_argnames="before")
-def _prefill(
-    model: Llava, given: Prompt, visual: Array, before: DecodeArrays, *, policy: Policy, stages: Any, chunk: int | None,
-    placement: Placement | None,
+@partial(jax.jit, static_argnames=("prunings", "chunk", "placement"), donate_argnames="before")
+def _prefill_visual(
+    model: Llava, batch: PromptBatch, visual: Array, before: DecodeArrays, *, policy: Policy, prunings: Any,
+    chunk: int | None, placement: Placement | None,
 ) -> DecodeArrays:  # fmt: skip
-    block = HiddenBlock(model.embed(given.tokens, visual), given.positions, given.patch)
-    left, state = read_block(model.decoder, block, before.kv, policy, stages=stages, chunk=chunk, placement=placement)
-    return _after(model, given, left, state, before)
-
-
-def laid_out(seen: Seen, method: Method) -> Encoded:
-    """Pictures as LLaVA-NeXT lays them out (tiles without the bars beside the picture, a newline after each row of
-    patches), for a method that takes nothing in the tower; the end of shorter rows is empty. `place` counts newlines.
-
-    Args:
-      seen: from `look`, one picture in each row.
-
-    Raises:
-      ValueError: not one picture in each row, or a method that acts in the tower, which goes crop by crop (`encode`).
-    """
-    if method.encode is not every_patch:
-        raise ValueError(
-            f"{method.name} acts in the tower, crop by crop and without newlines; use `jaxcompress.vision.encode`"
-        )
-    if any(len(counts) != 1 for counts in seen.counts):
-        raise ValueError(
-            "methods choose among the tokens of one picture in each row; use `prefill_visual` for several, or none"
-        )
-    b, m = seen.visual.shape[:2]
-    there = jnp.arange(m, dtype=jnp.int32) < jnp.array([sum(counts) for counts in seen.counts])[:, None]
-    place = jnp.where(there, jnp.arange(m, dtype=jnp.int32), -1)
-    return Encoded(seen.visual, place, there.astype(jnp.float32), jnp.zeros((b, m), bool))
+    block = HiddenBlock(model.embed(batch.tokens, visual), batch.positions, batch.patch)
+    left, state = read_block(
+        model.decoder, block, before.kv, policy, prunings=prunings, chunk=chunk, placement=placement
+    )
+    return _arrays_after(model, batch, left, state, before)
 
 
 def prefill_encoded(
@@ -245,52 +247,107 @@ def prefill_encoded(
     method: Method,
     *,
     counts: Sequence[int] | None = None,
+    patches: int | None = None,
     chunk: int | None = None,
 ) -> DecodeState:
-    """Reads a batch of prompts, each with one picture, while a method drops visual tokens between layers.
+    """Reads a batch of prompts with one picture each, while a method drops visual tokens between layers.
 
     Args:
       prompts: token ids, one image token in each.
-      encoded: from `jaxcompress.vision.encode` with the same method, or `laid_out`.
-      state: fresh, from `init_decode_state(model.decoder, policy, jaxcompress.vision.slots(method, ...))`; donated. Its
-        policy decides about all tokens, also while words are written: `Full()`, or `method.writing(first, last)`.
-      counts: visual tokens of each row, where `laid_out` gives rows of different length; all by default.
-      chunk: tokens between two selections of the policy.
+      encoded: from `jaxcompress.vision.encode` with the same method, or from `as_encoded`.
+      state: fresh, from `init_decode_state(model.decoder, policy, jaxcompress.vision.slots_per_layer(...))`; donated.
+        Its policy decides about all tokens, also while the answer is written: `Full()`, or
+        `method.decode_policy(first, last)`.
+      counts: visual tokens of each row, where `as_encoded` gives rows of different length; all by default.
+      patches: of the whole picture. If given, visual tokens stand at the positions that their patches have in the whole
+        prompt, and words after all patches; `encoded` must be `in_raster_order`. By default positions have no gaps.
+      chunk: tokens between two selections of the policy; each prompt is read at once by default.
 
     Raises:
       ValueError: not one image token in each prompt, an empty prompt, token ids outside the vocabulary.
-      FloatingPointError: logits are not finite: also where layers have too few slots for a policy that keeps all.
+      FloatingPointError: logits are not finite. Layers with too few slots for a policy that keeps everything are a
+        cause.
     """
+    return trace_prefill(model, prompts, encoded, state, method, counts=counts, patches=patches, chunk=chunk)[0]
+
+
+class TokensLeft(NamedTuple):
+    """The tokens of prompts that reached the last layer.
+
+    Attributes:
+      positions: [B, T], -1 for padding and empty places.
+      patch: [B, T], which visual token of its row each token is, -1 for words.
+    """
+
+    positions: Int[Array, "B T"]
+    patch: Int[Array, "B T"]
+
+
+def trace_prefill(
+    model: Llava,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    encoded: Encoded,
+    state: DecodeState,
+    method: Method,
+    *,
+    counts: Sequence[int] | None = None,
+    patches: int | None = None,
+    chunk: int | None = None,
+) -> tuple[DecodeState, TokensLeft]:
+    """As `prefill_encoded`, and also returns which tokens reached the last layer."""
     _check_fresh(model, state)
     b, m = encoded.visual.shape[:2]
     check_mode(state.policy, "oneshot" if chunk is None else "chunked")
-    given = prompt(model, prompts, Seen(encoded.visual, ((m,),) * b))
-    if counts is not None:  # words follow the last token that is there
-        after = (given.patch < 0) & (given.positions >= 0) & (jnp.cumsum(given.patch >= 0, axis=1) == m)
-        given = given._replace(positions=given.positions - after * (m - jnp.array(counts, jnp.int32))[:, None])
-    arrays = _prefill_encoded(model, given, encoded, state.arrays, policy=state.policy, method=method, chunk=chunk)
+    batch = batch_prompts(model, prompts, ImageFeatures(encoded.visual, ((m,),) * b))
+    if counts is not None:
+        batch = _shifted(batch, m, jnp.array(counts, jnp.int32)[:, None] - m)
+    if patches is not None:
+        batch = at_patch_positions(batch, encoded, patches)
+    # What a method does elsewhere is no part of this program, so that methods which differ there share it.
+    reading = Method("", all_patches, prune_steps=method.prune_steps, raters=method.raters)
+    arrays, left = _prefill_encoded(
+        model, batch, encoded, state.arrays, policy=state.policy, method=reading, chunk=chunk
+    )
     state = replace(state, **arrays._asdict())
     raise_if_broken(state)
-    return state
+    return state, left
+
+
+def at_patch_positions(batch: PromptBatch, encoded: Encoded, patches: int) -> PromptBatch:
+    """Positions as in the prompt with the whole picture: visual tokens at their patches, words after all of them."""
+    m = encoded.place.shape[1]
+    place = jnp.take_along_axis(encoded.place, jnp.clip(batch.patch, 0, m - 1), axis=1)
+    return _shifted(batch, m, patches - m, jnp.where(batch.patch >= 0, place - batch.patch, 0))
+
+
+def _shifted(
+    batch: PromptBatch, visual: int, by: Int[Array, "B 1"] | int, patches_by: Int[Array, "B T"] | int = 0
+) -> PromptBatch:
+    """Words after all `visual` tokens of their row stand `by` later, and visual tokens `patches_by` later."""
+    word = (batch.patch < 0) & (batch.positions >= 0)
+    after = word & (jnp.cumsum(batch.patch >= 0, axis=1) == visual)
+    return batch._replace(positions=batch.positions + after * by + patches_by)
 
 
 @partial(jax.jit, static_argnames=("method", "chunk"), donate_argnames="before")
 def _prefill_encoded(
-    model: Llava, given: Prompt, encoded: Encoded, before: DecodeArrays, *, policy: Policy, method: Method,
+    model: Llava, batch: PromptBatch, encoded: Encoded, before: DecodeArrays, *, policy: Policy, method: Method,
     chunk: int | None,
-) -> DecodeArrays:  # fmt: skip
-    left, state = read_encoded(model, given.tokens, given.positions, encoded, before.kv, policy, method, chunk=chunk)
-    return _after(model, given, left, state, before)
+) -> tuple[DecodeArrays, TokensLeft]:  # fmt: skip
+    left, state = read_encoded(model, batch.tokens, batch.positions, encoded, before.kv, policy, method, chunk=chunk)
+    return _arrays_after(model, batch, left, state, before), TokensLeft(left.positions, left.patch)
 
 
-def _after(model: Llava, given: Prompt, left: HiddenBlock, state: State, before: DecodeArrays) -> DecodeArrays:
-    """Where the rows stand when a prompt was read, of which this is left after the last layer."""
+def _arrays_after(
+    model: Llava, batch: PromptBatch, left: HiddenBlock, state: State, before: DecodeArrays
+) -> DecodeArrays:
+    """The arrays of a `DecodeState` after a prompt, of which `left` is what reached the last layer."""
     last = left.positions.argmax(-1)[:, None, None]
     logits = model.decoder.logits(jnp.take_along_axis(left.hidden, last, axis=1))[:, 0]
-    words = (given.positions >= 0) & (given.patch < 0)
+    words = (batch.positions >= 0) & (batch.patch < 0)
     return before._replace(
         kv=state,
         logits=logits,
-        appeared=remember(before.appeared, given.tokens, words),
+        appeared=remember(before.appeared, batch.tokens, words),
         broken=first_broken(before.broken, logits, state),
     )

@@ -1,1 +1,1 @@
-"""What comes from outside: numbers, token ids, text and tokenizers are checked here, once."""
+"""Input from outside: numbers, token ids, text and tokenizer files are read and checked here, and only here."""

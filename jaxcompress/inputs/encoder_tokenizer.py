@@ -69,6 +69,9 @@ class EncoderTokenizer:
         self._special = np.zeros(max(special, default=-1) + 2, bool)  # the last one stands for all ids above
         self._special[special] = True
 
+    def __repr__(self) -> str:
+        return f"EncoderTokenizer({str(self.folder)!r})"
+
     def encode(self, text: str) -> Subwords:
         """Subwords of a text, without special tokens. Halves of characters are read as U+FFFD, pairs of them as two."""
         return self.encode_batch([text])[0]

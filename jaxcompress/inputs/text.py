@@ -19,7 +19,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 DEPTH = 200
 """So deep may lists and objects of JSON and TOML be nested."""
@@ -114,7 +114,7 @@ def read_text(path: Path | str | None) -> str:
     return decode(data, named(path))
 
 
-def standard_input() -> Any:
+def standard_input() -> BinaryIO:
     """Standard input, as a binary file. Raises ValueError if it is closed."""
     if sys.stdin is None:
         raise ValueError("standard input is closed; there is nothing to read")
@@ -147,9 +147,15 @@ def json_lines(path: Path | str) -> Iterator[tuple[int, str, Any]]:
     One line is in memory at a time.
 
     Raises:
-      ValueError: a line is not UTF-8 or not JSON; names file and line.
-      OSError: the file cannot be read.
+      OSError: the file cannot be read; raised at the call.
+      ValueError: a line is not UTF-8 or not JSON; names file and line; raised when the line is reached.
     """
+    with open(path, "rb"):
+        pass
+    return _json_lines(path)
+
+
+def _json_lines(path: Path | str) -> Iterator[tuple[int, str, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):  # cut at \n only: strings may hold the other separators of lines
             where = f"{path}, line {number}"

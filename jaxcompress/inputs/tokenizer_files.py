@@ -119,11 +119,15 @@ def _read_fast(path: Path) -> FastTokenizer:
         there = sorted(
             p.name for p in folder.glob("*") if p.name.endswith((".model", ".tiktoken")) or "vocab" in p.name
         )
-        beside = f" (it has {', '.join(there)})" if there else ""
+        if not there:
+            raise FileNotFoundError(
+                f"{path} does not exist: {folder} has no tokenizer. Open the tokenizer of another folder with "
+                "jaxcompress.Tokenizer(folder)"
+            )
         raise FileNotFoundError(
-            f"{path} does not exist{beside}. Only fast tokenizers (tokenizer.json) are read; a folder with a "
-            f"SentencePiece model or a vocabulary alone is converted by transformers.AutoTokenizer"
-            f".from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            f"{path} does not exist (it has {', '.join(there)}). Only fast tokenizers (tokenizer.json) are "
+            "read; a folder with a SentencePiece model or a vocabulary alone is converted by "
+            f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
     try:
         fast = FastTokenizer.from_file(str(path))

@@ -4,8 +4,10 @@ from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder, ReadResult, read
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.llava import Llava, LlavaConfig
+from jaxcompress.models.patches import Patches
 from jaxcompress.models.rope import RopeConfig, rotate
-from jaxcompress.models.vit import Patches, TowerConfig, VisionTower
+from jaxcompress.models.tower_config import TowerConfig
+from jaxcompress.models.vit import VisionTower
 
 __all__ = [
     "Decoder", "DecoderConfig", "Llava", "LlavaConfig", "Patches", "ReadResult",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.inputs.token_ids import check_read
@@ -56,7 +57,7 @@ class Attend(Protocol):
 class Attention(nnx.Module):
     """Projections around attention."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, d = config.hidden_size, config.head_dim
         small, out = _initializers(config)
         linear = lambda n, m, bias, init: nnx.Linear(
@@ -81,7 +82,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SiLU-gated feed-forward network (Shazeer 2020)."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, f = config.hidden_size, config.intermediate_size
         small, out = _initializers(config)
         linear = lambda n, m, init: nnx.Linear(
@@ -96,7 +97,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         norm = lambda: nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
         self.attention_norm, self.mlp_norm = norm(), norm()
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
@@ -113,7 +114,7 @@ class Decoder(nnx.Module):
       head: [E, V], absent if tied.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         small, _ = _initializers(config)
         self.embedding = nnx.Param(small(rngs.params(), (config.vocab_size, config.hidden_size), dtype))

@@ -7,11 +7,11 @@ stacked over layers, which are scanned. There is no dropout.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxcompress.models.activations import gelu
@@ -77,7 +77,7 @@ class EncoderConfig:
 class EncoderAttention(nnx.Module):
     """Projections around attention, all with biases."""
 
-    def __init__(self, config: EncoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = lambda: _linear(config.hidden_size, config.hidden_size, dtype, rngs)
         self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
 
@@ -91,7 +91,7 @@ class EncoderAttention(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Attention and MLP, each added to its input and normed after that."""
 
-    def __init__(self, config: EncoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.attention = EncoderAttention(config, dtype=dtype, rngs=rngs)
         self.attention_norm, self.mlp_norm = _norm(config, dtype, rngs), _norm(config, dtype, rngs)
         self.up = _linear(config.hidden_size, config.intermediate_size, dtype, rngs)
@@ -112,7 +112,7 @@ class Encoder(nnx.Module):
       head: E to num_labels.
     """
 
-    def __init__(self, config: EncoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         table = lambda rows: nnx.Param(_small(rngs.params(), (rows, config.hidden_size), dtype))
         self.embedding, self.position_embedding = table(config.vocab_size), table(config.max_position)
@@ -154,7 +154,7 @@ class Encoder(nnx.Module):
 _small = jax.nn.initializers.normal(0.02)
 
 
-def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+def _linear(n: int, m: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
     """Multiplies in `dtype` and adds up in float32, which it returns: what matrix units do anyway, those of CPUs too
     (XLA uses them for bfloat16 only if asked for float32; 5 times faster than float32)."""
     return nnx.Linear(
@@ -162,7 +162,7 @@ def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     )
 
 
-def _norm(config: EncoderConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _norm(config: EncoderConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         config.hidden_size, epsilon=config.norm_eps, param_dtype=dtype, dtype=jnp.float32, use_fast_variance=False,
         rngs=rngs,

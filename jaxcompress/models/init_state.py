@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxcompress.inputs.described import described
 from jaxcompress.models.config import DecoderConfig
@@ -32,7 +33,7 @@ def init_state(
     slots: Slots,
     *,
     batch: int = 1,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     slot_multiple: int | None = None,
 ) -> State:
     """A fresh state with every slot free.
@@ -120,7 +121,7 @@ def _part(
     capacity: int,
     which: tuple[int, ...],
     batch: int,
-    dtype: Any,
+    dtype: DTypeLike,
     slot_multiple: int,
 ) -> KVState:
     """Some heads of some layers."""

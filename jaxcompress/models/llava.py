@@ -1,13 +1,13 @@
 """LLaVA: a vision tower, a projector of two layers, and a decoder that reads patches among the words.
 
-LLaVA-1.5 (Liu et al. 2023) sees a picture once. LLaVA-NeXT (Liu et al. 2024) sees it whole and in tiles of the best
-fitting resolution; what the tiles' padding covers is left out, and a newline token ends every row of patches.
+LLaVA-1.5 (Liu et al. 2023) encodes a picture once. LLaVA-NeXT (Liu et al. 2024) encodes it whole and in tiles of the
+best fitting resolution. Patches of the tiles' padding are left out, and a newline token ends every row of patches.
 
-    features = model.images(pixels)  # [crops, patches, E]
+    features = model.image_features(pixels)  # [crops, patches, E]
     visual = model.pack(features, index)  # [B, M, E]; index from `visual_index`
     logits = model(tokens, visual)
 
-Which patch stands where is a table of integers, made on the host by `picture_index` and `visual_index`, so that all
+The order of the patches is a table of integers, which `picture_index` and `visual_index` make on the host. So all
 pictures of a batch go through one compiled program.
 """
 
@@ -21,12 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.models.activations import gelu
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.models.vit import Patches, Pixels, TowerConfig, VisionTower
+from jaxcompress.models.patches import Patches, Pixels
+from jaxcompress.models.tower_config import TowerConfig
+from jaxcompress.models.vit import VisionTower
+from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.state.shapes import Hidden, Logits, Positions, Tokens
 
 NEWLINE, NOTHING = -1, -2
@@ -67,7 +71,7 @@ class LlavaConfig:
 class Projector(nnx.Module):
     """From the tower's width to the decoder's."""
 
-    def __init__(self, config: LlavaConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: LlavaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         small = jax.nn.initializers.normal(0.02)
         linear = lambda n, m: nnx.Linear(
             n, m, use_bias=config.projector_bias, kernel_init=small, param_dtype=dtype, rngs=rngs
@@ -88,7 +92,7 @@ class Llava(nnx.Module):
       newline: [E], LLaVA-NeXT's.
     """
 
-    def __init__(self, config: LlavaConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: LlavaConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.tower = VisionTower(config.tower, dtype=dtype, rngs=rngs)
         self.projector = Projector(config, dtype=dtype, rngs=rngs)
@@ -97,18 +101,18 @@ class Llava(nnx.Module):
             init = jax.nn.initializers.normal(0.02)
             self.newline = nnx.Param(init(rngs.params(), (config.decoder.hidden_size,), dtype))
 
-    def see(self, pixels: Pixels) -> Patches:
-        """The tower's tokens as the projector gets them, special ones included."""
-        return self.tower.run_layers(self.tower.embed(pixels), range(self.config.feature_layers))[0]
+    def run_tower(self, pixels: Pixels) -> tuple[Patches, AttentionInputs]:
+        """The tower's tokens as the projector gets them, special tokens included, and what the last layer compared."""
+        return self.tower.run_layers(self.tower.embed(pixels), range(self.config.feature_layers))
 
     def project(self, hidden: Float[Array, "*B N E"]) -> Float[Array, "*B N F"]:
         """Tokens of the tower, special ones left out by the caller, as tokens of the decoder."""
         return self.projector(hidden)
 
-    def images(self, pixels: Pixels) -> Float[Array, "B N E"]:
-        """Every crop's visual tokens in raster order, all of them."""
+    def image_features(self, pixels: Pixels) -> Float[Array, "B N E"]:
+        """All visual tokens of every crop, in raster order."""
         special = 0 if self.config.keep_special else self.config.tower.special
-        return self.project(self.see(pixels).hidden[:, special:])
+        return self.project(self.run_tower(pixels)[0].hidden[:, special:])
 
     def pack(self, features: Float[Array, "crops N E"], index: Int[Array, "B M"]) -> Float[Array, "B M E"]:
         """The visual tokens of each row of a batch: patches and newlines in the order of its index.

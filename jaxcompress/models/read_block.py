@@ -42,17 +42,17 @@ class HiddenBlock(NamedTuple):
         )
 
 
-class Stage(NamedTuple):
-    """What happens between two layers while a prompt is read.
+class LayerPruning(NamedTuple):
+    """Tokens that leave between two layers while a prompt is read.
 
     Attributes:
-      layer: after which layer.
-      reduce: (tokens, what the attention of that layer compared) -> fewer tokens, as many in every row; padding where a
-        row has less. The last token of a row has to stay: what is written next follows it.
+      layer: the layer after which they leave.
+      prune: (tokens, what the attention of that layer compared) -> the tokens left, as many in every row; rows with
+        fewer are padded. The last token of a row has to stay, since the next token is predicted from it.
     """
 
     layer: int
-    reduce: Callable[[HiddenBlock, AttentionInputs], HiddenBlock]
+    prune: Callable[[HiddenBlock, AttentionInputs], HiddenBlock]
 
 
 def read_block(
@@ -61,48 +61,44 @@ def read_block(
     state: State,
     policy: Policy,
     *,
-    stages: Sequence[Stage] = (),
+    prunings: Sequence[LayerPruning] = (),
     chunk: int | None = None,
     placement: Placement | None = None,
 ) -> tuple[HiddenBlock, State]:
-    """Reads embeddings into the state, with tokens leaving between layers: later layers then hold fewer.
+    """Reads embeddings into the state. Tokens may leave between layers; later layers then hold fewer.
 
-    Pure; jit it with `chunk`, `placement` and the stages static. Returns the tokens that are left after the
-    last layer, normed, and the state. A next token stands after the last position of each layer: where stages number
-    tokens anew, that differs between layers, as far as their states are apart (`init_state` with slots per layer).
+    Pure; jit it with `prunings`, `chunk` and `placement` static. Returns the tokens left after the last layer, normed,
+    and the state. The next token stands after the last position of each layer. Where a pruning renumbers positions,
+    that position differs between layers whose states are apart (`init_state` with slots per layer).
 
     Args:
-      stages: in ascending order of their layers.
-      chunk: tokens between two selections; all at once by default (one-shot).
+      prunings: in ascending order of their layers.
+      chunk: tokens between two selections of the policy; one selection at the end by default (one-shot).
 
     Raises:
-      ValueError: stages that are out of order, or after a layer that does not exist; a state of another batch, or one
-        that was made for another model or policy.
+      ValueError: prunings out of order, or after a layer that does not exist; a state of another batch, or one that was
+        made for another model or policy.
     """
     config = model.config
     check_state(config, state, policy, batch=block.positions.shape[0])
-    after = {stage.layer: stage.reduce for stage in stages}
-    order = [stage.layer for stage in stages]
-    if order != sorted(after) or not set(order) <= set(range(config.num_layers)):
-        raise ValueError(
-            f"stages after layers {order}: give each layer once, in order, out of 0..{config.num_layers - 1}"
-        )
-    begun, done = state, []
+    prune = {pruning.layer: pruning.prune for pruning in prunings}
+    _check_layers([pruning.layer for pruning in prunings], config)
+    earlier, done = state, []
     for layers, parts in runs(state):
         mine = policy.at(layers.start)
-        block = block._replace(positions=layer_positions(block.positions, parts, begun))
-        begun, last = parts, block.positions.max(-1) + 1
-        ends = [layer + 1 for layer in order if layer in layers]
+        block = block._replace(positions=layer_positions(block.positions, parts, earlier))
+        earlier, last = parts, block.positions.max(-1) + 1
+        ends = [layer + 1 for layer in prune if layer in layers]
         for start, stop in pairwise(sorted({layers.start, *ends, layers.stop})):
             attend = attend_slots(config, mine, layers.start, chunk or block.positions.shape[1], placement, None)
             attend = attend if len(parts) == 1 else by_parts(attend, config)
             piece = range(start, stop)
-            if stop - 1 in after:
-                shown = _nothing_shown(block, config)
-                x, (parts, shown), _ = model.run_layers(
-                    block.hidden, block.positions, _showing(attend, config), (parts, shown), layers=piece
+            if stop - 1 in prune:
+                start_carry = parts, _no_attention(block, config)
+                x, (parts, attention), _ = model.run_layers(
+                    block.hidden, block.positions, _with_attention(attend, config), start_carry, layers=piece
                 )
-                block = after[stop - 1](block._replace(hidden=x), shown)
+                block = prune[stop - 1](block._replace(hidden=x), attention)
             else:
                 x, parts, _ = model.run_layers(block.hidden, block.positions, attend, parts, layers=piece)
                 block = block._replace(hidden=x)
@@ -110,19 +106,26 @@ def read_block(
     return block._replace(hidden=model.norm(block.hidden)), tuple(done)
 
 
-def _showing(attend: Attend, config: DecoderConfig) -> Attend:
-    """The same, with what was compared in the carry beside the state."""
+def _check_layers(given: list[int], config: DecoderConfig) -> None:
+    if given != sorted(set(given)) or not set(given) <= set(range(config.num_layers)):
+        raise ValueError(
+            f"prunings after layers {given}: give each layer once, in order, out of 0..{config.num_layers - 1}"
+        )
 
-    def and_show(q, k, v, positions, layer, index, carry, xs):
+
+def _with_attention(attend: Attend, config: DecoderConfig) -> Attend:
+    """The same attention, with the queries and keys that it compared in the carry beside the state."""
+
+    def attend_and_keep(q, k, v, positions, layer, index, carry, xs):
         out, parts, gone = attend(q, k, v, positions, layer, index, carry[0], xs)
         at = positions[..., None]
-        shown = carry[1]._replace(queries=rotate(q, at, config.rope), keys=rotate(k, at, config.rope))
-        return out, (parts, shown), gone
+        attention = carry[1]._replace(queries=rotate(q, at, config.rope), keys=rotate(k, at, config.rope))
+        return out, (parts, attention), gone
 
-    return and_show
+    return attend_and_keep
 
 
-def _nothing_shown(block: HiddenBlock, config: DecoderConfig) -> AttentionInputs:
+def _no_attention(block: HiddenBlock, config: DecoderConfig) -> AttentionInputs:
     b, t = block.positions.shape
     heads = lambda n: jnp.zeros((b, t, n, config.head_dim), block.hidden.dtype)
     bias = jnp.zeros((b, t), jnp.float32)

@@ -1,11 +1,10 @@
 """Vision transformers as towers: ViT and DeiT, CLIP, SigLIP. One Flax NNX module, used as a pytree.
 
-A picture is cut into patches, and patches are tokens in no order. A tower runs in pieces, so that its tokens can be
-dropped or merged anywhere between:
+A tower runs in pieces, so that its tokens can be dropped or merged between any two layers:
 
     patches = tower.embed(pixels)
-    patches, shown = tower.run_layers(patches, range(0, 3))  # what the last of these layers compared
-    patches = keep_some(patches, shown)
+    patches, inputs = tower.run_layers(patches, range(0, 3))  # what the attention of layer 2 compared
+    patches = keep_some(patches, inputs)
     patches, _ = tower.run_layers(patches, range(3, 12))
     tower.logits(patches)
 
@@ -15,24 +14,22 @@ Between a layer's attention and its MLP, where ToMe merges, `run_layers(..., red
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from jaxcompress.models.activations import gelu
+from jaxcompress.models.patches import Patches, Pixels, Reduce
+from jaxcompress.models.tower_config import Activation, TowerConfig
 from jaxcompress.recurrence.block_attention import whole_attention
 from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.recurrence.softmax import MASKED
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.precision import weighted
-
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
-Pixels = Float[Array, "B channels side side"]
-"""Normalised by the checkpoint's image processor; channels first, as transformers has them."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
@@ -41,102 +38,10 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-@dataclass(frozen=True)
-class TowerConfig:
-    """Shape of a tower. Hashable, so that it can be a static argument under jit.
-
-    Attributes:
-      image_size, patch_size: side lengths in pixels.
-      special: tokens before the patches: 0, 1 (class token), or 2 (class and distillation token, DeiT).
-      patch_bias: bias of the patch embedding.
-      pre_norm: norm between embedding and first layer (CLIP).
-      pooling: `class`: the first token, normed; `attention`: a learned query attends to all tokens (SigLIP); `mean`.
-      labels: classes of the classifier, 0 for none.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    image_size: int
-    patch_size: int
-    channels: int = 3
-    norm_eps: float = 1e-6
-    activation: Activation = "gelu"
-    special: int = 1
-    patch_bias: bool = True
-    pre_norm: bool = False
-    pooling: Literal["class", "attention", "mean"] = "class"
-    labels: int = 0
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
-        if self.patch_size > self.image_size:
-            raise ValueError(f"a patch of {self.patch_size} pixels does not fit into an image of {self.image_size}")
-        if self.pooling == "class" and not self.special:
-            raise ValueError("pooling by the class token needs one: special is 0")
-
-    @property
-    def grid(self) -> int:
-        """Patches along a side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid**2
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Patches:
-    """Tokens of pictures inside a tower. Special tokens come first and stay where they are.
-
-    Attributes:
-      hidden: [B, N, E], the residual stream.
-      size: [B, N] float32, how many of the tower's tokens each stands for; 0 where there is none, which nobody attends
-        to (fixed shapes for methods that keep a different number in each picture).
-      group: [B, M] int32: where each of the M tokens of `embed` went: index of one of the N, -1 if it was dropped.
-    """
-
-    hidden: Float[Array, "B N E"]
-    size: Float[Array, "B N"]
-    group: Int[Array, "B M"]
-
-    def become(self, hidden: Float[Array, "B n E"], size: Float[Array, "B n"], into: Int[Array, "B N"]) -> Patches:
-        """Other tokens in their place.
-
-        Args:
-          into: which of the new tokens each present one went into, -1 if it was dropped.
-        """
-        followed = jnp.take_along_axis(into, jnp.maximum(self.group, 0), axis=1)
-        return Patches(hidden, size, jnp.where(self.group >= 0, followed, -1).astype(jnp.int32))
-
-    def take(self, index: Int[Array, "B n"]) -> Patches:
-        """Only the tokens at these indices, in this order; the others are dropped.
-
-        Args:
-          index: distinct in each row.
-        """
-        rows = jnp.arange(index.shape[0])[:, None]
-        into = jnp.full(self.size.shape, -1, jnp.int32)
-        into = into.at[rows, index].set(jnp.arange(index.shape[1], dtype=jnp.int32))
-        hidden = jnp.take_along_axis(self.hidden, index[..., None], axis=1)
-        return self.become(hidden, jnp.take_along_axis(self.size, index, axis=1), into)
-
-
-Reduce = Callable[[Patches, AttentionInputs, int], Patches]
-"""(tokens, what this layer's attention compared, number of the layer) -> fewer tokens."""
-
-
 class TowerAttention(nnx.Module):
     """Projections around attention."""
 
-    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = lambda: _linear(config.hidden_size, config.hidden_size, dtype, rngs)
         self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
 
@@ -147,7 +52,7 @@ class TowerAttention(nnx.Module):
 
 
 class TowerMLP(nnx.Module):
-    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.up = _linear(config.hidden_size, config.intermediate_size, dtype, rngs)
         self.down = _linear(config.intermediate_size, config.hidden_size, dtype, rngs)
 
@@ -158,7 +63,7 @@ class TowerMLP(nnx.Module):
 class TowerLayer(nnx.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.attention_norm, self.mlp_norm = _norm(config, dtype, rngs), _norm(config, dtype, rngs)
         self.attention = TowerAttention(config, dtype=dtype, rngs=rngs)
         self.mlp = TowerMLP(config, dtype=dtype, rngs=rngs)
@@ -172,7 +77,7 @@ class AttentionPool(nnx.Module):
       kernel, bias: [3E, E] (out, in) and [3E], the projections of query, key and value.
     """
 
-    def __init__(self, config: TowerConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e = config.hidden_size
         self.probe = nnx.Param(_small(rngs.params(), (e,), dtype))
         self.kernel = nnx.Param(_small(rngs.params(), (3 * e, e), dtype))
@@ -208,7 +113,7 @@ class VisionTower(nnx.Module):
       classifier, distillation_classifier: of a classifier.
     """
 
-    def __init__(self, config: TowerConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         e, p = config.hidden_size, config.patch_size
         self.patch = nnx.Param(_small(rngs.params(), (e, config.channels, p, p), dtype))
@@ -281,12 +186,12 @@ class VisionTower(nnx.Module):
         if not len(layers) or layers[0] not in every or layers[-1] not in every or layers.step != 1:
             raise ValueError(f"cannot run layers {layers}: the tower has layers 0 to {every[-1]}")
         if reduce is not None:
-            shown = None
+            attention = None
             for number in layers:
                 layer = jax.tree.map(lambda w, number=number: w[number], self.layers)
-                patches, shown = self._layer(layer, patches, proportional, lambda p, s, n=number: reduce(p, s, n))
-            assert shown is not None
-            return patches, shown
+                patches, attention = self._layer(layer, patches, proportional, lambda p, s, n=number: reduce(p, s, n))
+            assert attention is not None
+            return patches, attention
 
         heads = jnp.zeros((*patches.size.shape, self.config.num_heads, self.config.head_dim), patches.hidden.dtype)
         start = patches, AttentionInputs(heads, heads, _bias(patches.size, proportional))
@@ -310,14 +215,14 @@ class VisionTower(nnx.Module):
     ) -> tuple[Patches, AttentionInputs]:
         x, bias = patches.hidden, _bias(patches.size, proportional)
         q, k, v = layer.attention.project(layer.attention_norm(x), self.config.num_heads)
-        shown = AttentionInputs(q, k, bias)
+        attention = AttentionInputs(q, k, bias)
         x = x + layer.attention.out(whole_attention(q, k, v, bias).reshape(x.shape))
         patches = Patches(x, patches.size, patches.group)
         if reduce is not None:
-            patches = reduce(patches, shown)
+            patches = reduce(patches, attention)
         x = patches.hidden
         x = x + layer.mlp(layer.mlp_norm(x), self.config.activation)
-        return Patches(x, patches.size, patches.group), shown
+        return Patches(x, patches.size, patches.group), attention
 
     def pooled(self, patches: Patches) -> Float[Array, "B E"]:
         """One vector for each picture, from the tokens after the last layer."""
@@ -355,11 +260,11 @@ def _bias(size: Float[Array, "B N"], proportional: bool) -> Float[Array, "B N"]:
     return jnp.where(present, jnp.log(jnp.where(present, size, 1.0)) if proportional else 0.0, MASKED)
 
 
-def _linear(n: int, m: int, dtype: Any, rngs: nnx.Rngs, returns: Any = None) -> nnx.Linear:
+def _linear(n: int, m: int, dtype: DTypeLike, rngs: nnx.Rngs, returns: Any = None) -> nnx.Linear:
     return nnx.Linear(n, m, kernel_init=_small, param_dtype=dtype, preferred_element_type=returns, rngs=rngs)
 
 
-def _norm(config: TowerConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _norm(config: TowerConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         config.hidden_size, epsilon=config.norm_eps, param_dtype=dtype, use_fast_variance=False, rngs=rngs
     )

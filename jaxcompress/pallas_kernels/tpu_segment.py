@@ -135,7 +135,7 @@ def _kernel(plan: _Plan, layer, at, window, *refs) -> None:
             of_set = head if plan.sets > 1 else 0
             if of_set or not head:
                 which = jnp.where(there, jnp.min(slot[of_set : of_set + 1]), plan.slots)
-            _write(plan, state, new, head, which, i)
+            _write(plan, state, new, head, which, i)  # pyright: ignore[reportPossiblyUnboundVariable]  head 0 sets it
         mass = [_attend(plan, state, q, out, here, head, i, there) for head in range(plan.heads)]
         mass = jnp.concatenate(mass, axis=0) if plan.sets > 1 else sum(mass[1:], mass[0]) / plan.heads
         known = None

@@ -25,7 +25,7 @@ class Moments(NamedTuple):
       spread: [B, H, D, D], the sum of (q - mean) (q - mean)^T.
     """
 
-    count: Float[Array, " B"]
+    count: Float[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]  nobody counts its fields
     mean: Float[Array, "B H D"]
     spread: Float[Array, "B H D D"]
 
@@ -50,7 +50,7 @@ class ExpectedAttention(Policy):
     covariance: bool = True
     value_norm: bool = True
     epsilon: float | int = 0.0
-    scope: Literal["layer", "kv_head"] = "kv_head"
+    scope: Literal["layer", "kv_head"] = "kv_head"  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
 
     def check(self) -> None:
         if self.future < 1 or self.sinks < 0:

@@ -1,7 +1,7 @@
 """The network behind learned policies: it reads each token's key and value once, when the token enters.
 
 It is a pytree of arrays, a leaf of the policies that use it: other weights compile nothing. It is trained by
-`jaxcompress.training.forgetting` and `jaxcompress.training.merging`.
+`jaxcompress.training` and `jaxcompress.training.merging`.
 """
 
 from __future__ import annotations

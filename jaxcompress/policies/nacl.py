@@ -37,7 +37,7 @@ class NACL(Policy):
     recent: int = 8
     chance: float | int = 0.37
     seed: int = 0
-    scope: Literal["layer", "kv_head", "query_head"] = "kv_head"
+    scope: Literal["layer", "kv_head", "query_head"] = "kv_head"  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
 
     def check(self) -> None:
         if self.proxies < 1 or self.sinks < 0 or self.recent < 0 or not 0 <= self.chance <= 1:

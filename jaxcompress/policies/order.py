@@ -20,7 +20,7 @@ class ByAge(NamedTuple):
       owner: [B, P, N] by rank, 0 where there is no pool.
     """
 
-    index: Int[Array, "B P N"]
+    index: Int[Array, "B P N"]  # pyright: ignore[reportIncompatibleMethodOverride]  nobody searches its fields
     occupied: Bool[Array, "B P N"]
     owner: Int[Array, "B P N"]
 

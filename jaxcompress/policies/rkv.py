@@ -45,7 +45,7 @@ class RKV(RecentQueries):
     kernel: int = 7
     threshold: float | int = 0.5
     sketch: int | None = None
-    scope: Literal["layer", "kv_head"] = "kv_head"
+    scope: Literal["layer", "kv_head"] = "kv_head"  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
 
     def check(self) -> None:
         sketched = self.sketch is None or self.sketch >= 1

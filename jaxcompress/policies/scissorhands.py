@@ -35,7 +35,7 @@ class Scissorhands(Policy):
 
     history: int = 400
     recent: int = 10
-    scope: Literal["layer", "kv_head", "query_head"] = "kv_head"
+    scope: Literal["layer", "kv_head", "query_head"] = "kv_head"  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
 
     def check(self) -> None:
         if self.history < 1 or self.recent < 0:

@@ -30,7 +30,7 @@ class Window(Policy):
     label = "window[+{sinks}]"
 
     sinks: int = 0
-    scope: Literal["layer", "kv_head"] = "layer"
+    scope: Literal["layer", "kv_head"] = "layer"  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
 
     def check(self) -> None:
         _check_sinks(self.sinks)
@@ -61,7 +61,7 @@ class StreamingLLM(Policy):
 
     sinks: int = 4
     evict: Literal["after", "before"] = "after"
-    scope: Literal["layer", "kv_head"] = "layer"
+    scope: Literal["layer", "kv_head"] = "layer"  # pyright: ignore[reportIncompatibleVariableOverride]  frozen
     placement = "slot"
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ class Contexts(NamedTuple):
     """
 
     rate: Number | None = None
-    count: Number | None = None
+    count: Number | None = None  # pyright: ignore[reportIncompatibleMethodOverride]  nobody counts its fields
     tokens: Number | None = None
     force: tuple[int, ...] = ()
 

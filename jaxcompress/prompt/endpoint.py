@@ -1,21 +1,15 @@
-"""A teacher behind HTTP: any server that speaks OpenAI's chat completions, with the standard library alone."""
+"""A teacher behind HTTP: any server that speaks OpenAI's chat completions, through OpenAI's own client."""
 
 from __future__ import annotations
 
-import json
-import random
-import threading
-import time
-import urllib.error
-import urllib.request
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
 
+from jaxcompress._extras import extra
 from jaxcompress.prompt.teacher import TeacherFailed
 
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # may succeed later
 _NEVER = {401, 403, 404, 405, 501}  # no text will ever succeed
 
 
@@ -25,140 +19,106 @@ class Refused(TeacherFailed):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Calls POST {url}/chat/completions; may be called from several threads.
+    """Asks a server for a compression; may be called from several threads.
 
-    What may pass (no connection, a timeout, a rate limit, an overloaded server) is tried again after a pause that
-    doubles each time and varies by chance, or that the server asks for (`Retry-After`, in seconds or as a date). A
-    server that asks one thread to wait makes all of them wait.
+    The client tries again what may pass: no connection, a timeout, a rate limit, an overloaded server. Its pauses
+    double each time and vary by chance, or are those that the server asks for (`Retry-After`).
+
+    Needs one more package: `pip install "jaxcompress[teacher]"`.
 
     Attributes:
       url: up to the version: `https://host/v1`.
       model: its name on the server.
-      key: sent as bearer token; None: none is sent.
+      key_variable: environment variable with the API key. Where it is not set, the server is asked with the key "none",
+        which servers without keys ignore.
       temperature, top_p, max_tokens: of the answer; defaults are the paper's.
       timeout: seconds per attempt.
       attempts: in all.
-      first_pause, longest_pause: seconds.
-      per_minute: at most so many requests are begun per minute; None: no limit.
       extra: more fields of the request's body.
+
+    Raises:
+      ValueError: a url that is none, or no attempt.
+      ImportError: the client is not installed.
 
     Raises (when called):
       Refused: no request will ever succeed (status 401, 403, 404, 405, 501).
-      TeacherFailed: this text was refused (other statuses, at once), no answer after all attempts, an answer cut off by
+      TeacherFailed: this text was refused (other statuses), no answer after all attempts, an answer cut off by
         max_tokens, or one that makes no sense.
     """
 
     url: str
     model: str
-    key: str | None = field(default=None, repr=False)
+    key_variable: str = "OPENAI_API_KEY"
     temperature: float = 0.3
     top_p: float = 1.0
     max_tokens: int = 4000
     timeout: float = 120.0
     attempts: int = 6
-    first_pause: float = 1.0
-    longest_pause: float = 60.0
-    per_minute: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    _gate: _Gate = field(default_factory=lambda: _Gate(), init=False, repr=False, compare=False)
+    _client: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"the endpoint's url begins with http:// or https://, not {self.url!r}")
         if self.attempts < 1:
             raise ValueError(f"at least 1 attempt is needed, not {self.attempts}")
+        client = _openai().OpenAI(
+            base_url=self.url, api_key=os.environ.get(self.key_variable) or "none", timeout=self.timeout,
+            max_retries=self.attempts - 1,
+        )  # fmt: skip
+        object.__setattr__(self, "_client", client)
 
     def __call__(self, instruction: str, text: str) -> str:
+        openai = _openai()
         messages = [dict(role="system", content=instruction), dict(role="user", content=text)]
-        body = dict(
-            model=self.model, messages=messages, temperature=self.temperature, top_p=self.top_p,
-            max_tokens=self.max_tokens, **self.extra,
-        )  # fmt: skip
-        why = ""
-        for attempt in range(self.attempts):
-            self._gate.wait(60.0 / self.per_minute if self.per_minute else 0.0)
-            try:
-                return _answer(self._post(body))
-            except urllib.error.HTTPError as error:
-                why = f"status {error.code}: {_told(error)}"
-                if error.code not in _AGAIN:
-                    kind = Refused if error.code in _NEVER else TeacherFailed
-                    raise kind(f"{self.url} refused the request for model {self.model!r}: {why}") from None
-                asked = _retry_after(error.headers.get("Retry-After"))
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                why, asked = str(getattr(error, "reason", error)), None
-            if attempt + 1 < self.attempts:
-                pause = min(self.first_pause * 2**attempt, self.longest_pause) * random.uniform(0.5, 1.0)
-                if asked is None:
-                    time.sleep(pause)
-                else:
-                    self._gate.hold(asked)
-        raise TeacherFailed(f"{self.url} gave no answer in {self.attempts} attempts; the last: {why}")
-
-    def _post(self, body: Mapping[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self.key is not None:
-            headers["Authorization"] = f"Bearer {self.key}"
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            data = response.read()
         try:
-            return json.loads(data)
-        except ValueError:
-            raise TeacherFailed(f"{address} answered with something that is not JSON: {data[:80]!r}") from None
+            reply = self._client.chat.completions.create(
+                model=self.model, messages=messages, temperature=self.temperature, top_p=self.top_p,
+                max_tokens=self.max_tokens, extra_body=dict(self.extra),
+            )  # fmt: skip
+        except openai.APIStatusError as error:
+            kind = Refused if error.status_code in _NEVER else TeacherFailed
+            tries = f" in {self.attempts} attempts" if _may_pass(error.status_code) else ""
+            told = f"status {error.status_code}: {_told(error)}"
+            raise kind(f"{self.url} refused the request for model {self.model!r}{tries}: {told}") from None
+        except openai.APIConnectionError as error:  # timeouts too
+            why = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+            raise TeacherFailed(f"{self.url} gave no answer in {self.attempts} attempts; the last: {why}") from None
+        except ValueError as error:  # what should be JSON is not
+            raise TeacherFailed(f"{self.url} answered with something that is not JSON: {error}") from None
+        return _answer(reply, self.url)
 
 
-class _Gate:
-    """When requests may begin, for all threads."""
-
-    def __init__(self) -> None:
-        self._lock, self._turn, self._held = threading.Lock(), 0.0, 0.0
-
-    def wait(self, gap: float) -> None:
-        """Waits for this request's turn; the next one's is `gap` seconds later."""
-        with self._lock:
-            turn = max(self._turn, time.monotonic())
-            self._turn = turn + gap
-        while (left := max(turn, self._held) - time.monotonic()) > 0:  # it may be held while we wait
-            time.sleep(left)
-
-    def hold(self, seconds: float) -> None:
-        """Nobody begins for so long."""
-        with self._lock:
-            self._held = max(self._held, time.monotonic() + seconds)
+def _openai() -> Any:
+    """The package. Raises MissingExtra if it is not installed."""
+    with extra("teacher"):
+        import openai  # pyright: ignore[reportMissingImports]
+    return openai
 
 
-def _answer(reply: Any) -> str:
+def _may_pass(status: int) -> bool:
+    """Whether the client tries again after this status."""
+    return status in (408, 409, 429) or status >= 500
+
+
+def _answer(reply: Any, url: str) -> str:
+    """The text of a reply. Raises TeacherFailed if there is none, or not all of it."""
+    if isinstance(reply, str | bytes):  # the client gives what is not declared to be JSON as it is
+        raise TeacherFailed(f"{url} answered with something that is not JSON: {reply[:80]!r}")
     try:
-        choice = reply["choices"][0]
-        text = choice["message"]["content"]
-    except (KeyError, IndexError, TypeError):
+        choice = reply.choices[0]
+        text = choice.message.content
+    except (AttributeError, IndexError, KeyError, TypeError):
         raise TeacherFailed(f"the answer has no choices[0].message.content: {str(reply)[:120]}") from None
-    if choice.get("finish_reason") == "length":
+    if choice.finish_reason == "length":
         raise TeacherFailed("the answer was cut off by max_tokens; what it did not reach would count as deleted")
     if not isinstance(text, str) or not text.strip():
         raise TeacherFailed("the answer is empty")
     return text.strip()
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Seconds that a server asks to wait; None if it does not, or says nothing that can be understood."""
-    if value is None:
-        return None
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        pass
-    try:
-        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError):
-        return None
-
-
-def _told(error: urllib.error.HTTPError) -> str:
-    text = error.read(500).decode("utf-8", "replace").strip()
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return text or error.reason
+def _told(error: Any) -> str:
+    """What the server said."""
+    body = error.body
+    said = body.get("message") if isinstance(body, Mapping) else body
+    return str(said or error.response.text or error.message)[:500]

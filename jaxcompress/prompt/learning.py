@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer as FastTokenizer
 
+from jaxcompress._extras import extra
 from jaxcompress.prompt.dataset import Example
 from jaxcompress.training.data import Batch
 from jaxcompress.training.trainer import Metrics, Objective
+
+with extra("train"):
+    import grain
 
 
 class Labelled(NamedTuple):

@@ -98,15 +98,20 @@ def read_shortened(
       ValueError: as `keep` and `prefill`; no word is left to read.
     """
     kept = keep(scorer(text), TokenizerCounter(tokenizer), rate=rate)
+    check_left(kept)
+    original, short = (tokenizer.encode(before + middle + after) for middle in (text, kept.text))
+    state = prefill(model, [short], state, **reading)
+    report = report_of(model, state, kept, original_tokens=len(original), prompt_tokens=len(short))
+    return ShortenedReading(state, kept, report)
+
+
+def check_left(kept: Compressed) -> None:
+    """Raises ValueError if no word is left to read."""
     if not kept.labels.any():
         raise ValueError(
             f"nothing is left to read: {kept.asked} of {kept.tokens_before} tokens may stay, and no word has so few; "
             "raise the rate or give a longer text"
         )
-    original, short = (tokenizer.encode(before + middle + after) for middle in (text, kept.text))
-    state = prefill(model, [short], state, **reading)
-    report = report_of(model, state, kept, original_tokens=len(original), prompt_tokens=len(short))
-    return ShortenedReading(state, kept, report)
 
 
 def report_of(

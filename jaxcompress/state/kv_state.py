@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.state.storage import Quantised, zeros
@@ -111,7 +112,7 @@ def runs(state: State) -> Iterator[tuple[range, State]]:
 
 
 def empty(
-    *, layers: range, batch: int, heads: int, sets: int, capacity: int, slots: int, head_dim: int, dtype: Any,
+    *, layers: range, batch: int, heads: int, sets: int, capacity: int, slots: int, head_dim: int, dtype: DTypeLike,
     which: tuple[int, ...] = (), pooled: bool = False,
 ) -> KVState:  # fmt: skip
     """A state without stats in which every slot is free.

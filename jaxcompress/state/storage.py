@@ -17,10 +17,10 @@ others does. Vectors that are not finite come back not finite.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 _LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0, "int4": 7.0}  # codes
@@ -53,7 +53,7 @@ Stored = Array | Quantised
 """Vectors as a state keeps them."""
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: DTypeLike) -> str:
     """One of `DTYPES`, given by name or as a dtype.
 
     Raises:
@@ -68,7 +68,7 @@ def dtype_name(dtype: Any) -> str:
     return name
 
 
-def zeros(shape: tuple[int, ...], dtype: Any) -> Stored:
+def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Stored:
     """Room for vectors [..., D].
 
     Args:
@@ -88,7 +88,7 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> Stored:
     return Quantised(codes, jnp.zeros(shape[:-1], jnp.uint16), name)
 
 
-def vector_bytes(width: int, dtype: Any) -> int:
+def vector_bytes(width: int, dtype: DTypeLike) -> int:
     """What a vector of so many numbers takes, its scale included."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: zeros((width,), dtype))))
 

@@ -11,16 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxcompress.training.checkpointing import Checkpoints
     from jaxcompress.training.data import Batch, PackedRows, batches, pack, read_documents
+    from jaxcompress.training.delayed_eviction import dms_loss, init_dms, share_schedule, temperature_schedule
     from jaxcompress.training.distillation import distilled_value_and_grad, divergence
     from jaxcompress.training.foresight import foresight_loss
-    from jaxcompress.training.forgetting import (
-        dms_loss,
-        init_dms,
-        init_retention,
-        retention_loss,
-        share_schedule,
-        temperature_schedule,
-    )
     from jaxcompress.training.lora import add_lora, init_lora
     from jaxcompress.training.loss import token_losses
     from jaxcompress.training.merging import init_gates, merging_loss
@@ -32,15 +25,18 @@ if TYPE_CHECKING:
         warmup_cosine,
         warmup_stable_decay,
     )
+    from jaxcompress.training.policy_objectives import PolicyObjective, policy_objective
     from jaxcompress.training.recurrent import bounded_value_and_grad, through_time
+    from jaxcompress.training.retention_heads import init_retention, retention_loss
     from jaxcompress.training.trainer import fit, init_train_state, make_step
 
 __all__ = [
-    "Batch", "Checkpoints", "MetricsFile", "PackedRows", "adamw_for_decoder", "adapted", "add_lora", "batches",
-    "joint_retention", "bounded", "bounded_value_and_grad", "causal", "distilled", "distilled_value_and_grad",
+    "Batch", "Checkpoints", "MetricsFile", "PackedRows", "PolicyObjective", "adamw_for_decoder", "adapted",
+    "add_lora", "batches", "bounded", "bounded_value_and_grad", "causal", "distilled", "distilled_value_and_grad",
     "divergence", "dms_loss", "fit", "foresight_loss", "init_dms", "init_gates", "init_lora", "init_retention",
-    "init_train_state", "make_step", "merging_loss", "muon_for_decoder", "pack", "read_documents", "retention_loss",
-    "share_schedule", "temperature_schedule", "through_time", "token_losses", "warmup_cosine", "warmup_stable_decay",
+    "init_train_state", "joint_retention", "make_step", "merging_loss", "muon_for_decoder", "pack",
+    "policy_objective", "read_documents", "retention_loss", "share_schedule", "temperature_schedule", "through_time",
+    "token_losses", "warmup_cosine", "warmup_stable_decay",
 ]  # fmt: skip
 
 _HOME = {
@@ -48,10 +44,9 @@ _HOME = {
     **dict.fromkeys(("Batch", "PackedRows", "batches", "pack", "read_documents"), "data"),
     **dict.fromkeys(("distilled_value_and_grad", "divergence"), "distillation"),
     "foresight_loss": "foresight",
-    **dict.fromkeys(
-        ("dms_loss", "init_dms", "init_retention", "retention_loss", "share_schedule", "temperature_schedule"),
-        "forgetting",
-    ),
+    **dict.fromkeys(("dms_loss", "init_dms", "share_schedule", "temperature_schedule"), "delayed_eviction"),
+    **dict.fromkeys(("init_retention", "retention_loss"), "retention_heads"),
+    **dict.fromkeys(("PolicyObjective", "policy_objective"), "policy_objectives"),
     **dict.fromkeys(("init_gates", "merging_loss"), "merging"),
     **dict.fromkeys(("add_lora", "init_lora"), "lora"),
     "token_losses": "loss",
@@ -70,4 +65,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted(__all__)

@@ -16,7 +16,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.extend.backend
-from orbax.checkpoint import v1 as ocp
+
+from jaxcompress._extras import extra
+
+with extra("train"):
+    from orbax.checkpoint import v1 as ocp
 
 State = TypeVar("State")
 

@@ -1,8 +1,8 @@
-"""Compiled functions to which the arrays that they close over are arguments.
+"""`jax.jit` for functions that close over arrays: those arrays become arguments of the program.
 
-`jax.jit` writes arrays that a function closes over into the program, as constants: a frozen teacher makes the program
-as large as itself, and a large one cannot be compiled at all. Here they are passed to the program, by reference. An
-objective can so hold frozen weights in whatever way it likes. (JAX is going to do the same one day:
+`jax.jit` writes arrays that a function closes over into the program as constants. With a frozen teacher the program is
+as large as the teacher, and a large teacher cannot be compiled at all. Here such arrays are passed by reference, so an
+objective may simply close over frozen weights. (JAX plans to do the same:
 https://docs.jax.dev/en/latest/internals/constants.html.)
 """
 
@@ -17,14 +17,14 @@ from jax.core import eval_jaxpr
 
 
 class Compiled:
-    """A jitted function; called as the function itself, with positional arguments.
+    """A jitted function, called with positional arguments.
 
-    What it closes over is found when it is first called with arguments of some shapes, and lives as long as this does.
-    Only what a function that is itself jitted inside this one closes over stays a constant.
+    The arrays that it closes over are found at the first call for each set of shapes; this object keeps them alive.
+    Arrays that a function jitted inside this one closes over stay constants.
 
     Args:
       function: pure; pytrees in, pytrees out.
-      donate: the first argument is consumed.
+      donate: the first argument is donated; it must not be used after the call.
     """
 
     def __init__(self, function: Callable[..., Any], *, donate: bool = False):

@@ -1,13 +1,13 @@
-"""Text for training: documents from files, packed into rows, in an order that can be taken up again.
+"""Text for training: documents from files, packed into rows, in an order that can be resumed.
 
     documents -> one stream of tokens -> rows of equal length -> batches
 
-Documents are joined into one stream with a mark between them and cut into rows, so that nothing is spent on padding.
-Rows, not documents, are shuffled, anew in every epoch, so that the rows of a batch come from all over the data. Which
-rows the n-th batch has depends on the seed and n alone: the state of the iterator is one number.
+Documents are joined into one stream, with end and begin tokens between them, and cut into rows, so there is no padding.
+Rows, not documents, are shuffled, anew in every epoch, so the rows of a batch come from the whole data. The rows of the
+n-th batch depend only on the seed and n, so the state of the iterator is one number.
 
-The stream is held in memory, 5 bytes per token. For corpora that do not fit, build a `grain` dataset of `Batch` over
-your own source and hand its iterator to `jaxcompress.training.trainer.fit`.
+The stream stays in memory and takes 5 bytes per token. For a larger corpus, build a `grain` dataset of `Batch` over
+your own source and pass its iterator to `jaxcompress.training.fit`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
+from jaxcompress._extras import extra
 from jaxcompress.generation.text import Tokenizer, encode_stream
 from jaxcompress.inputs.text import clean, json_lines, read_text
 from jaxcompress.inputs.token_ids import token_ids
+
+with extra("train"):
+    import grain
 
 Document = str | np.ndarray
 """A text, or token ids [n]."""
@@ -38,8 +41,8 @@ class Batch(NamedTuple):
 
     Attributes:
       tokens: [B, T + 1] int32; each but the last is read, each but the first is predicted.
-      weights: [B, T] float32, of predicting tokens[:, 1:]; 0 where nothing is to be learned: the first token of a
-        document when the one before has ended, and padding.
+      weights: [B, T] float32, of predicting tokens[:, 1:]; 0 for padding and for the first token after a document's
+      end.
     """
 
     tokens: Any
@@ -105,13 +108,8 @@ def _document(value: Any, field: str, where: str) -> Document:
 def _read_dataset(name: str, field: str, split: str) -> Iterator[Document]:
     if name.startswith(("/", ".", "~")) or name.endswith((".txt", *_JSON_LINES)) or name.count("/") > 1:
         raise FileNotFoundError(f"there is no file or folder {name}")
-    try:
+    with extra("data", f"{name!r} is no file or folder; reading a dataset of the Hugging Face hub"):
         import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError(
-            f"{name!r} is no file or folder, and for datasets of the Hugging Face hub a package is missing: "
-            'pip install "jaxcompress[data]"'
-        ) from None
     repository, _, configuration = name.partition(":")
     try:
         rows: Any = datasets.load_dataset(repository, configuration or None, split=split)
@@ -134,18 +132,18 @@ class TokenStream(NamedTuple):
     Attributes:
       tokens: [N] int32: each document, then the end mark and the mark that begins a document, where the tokenizer has
         them; one mark where they are the same.
-      learned: [N] bool; whether a token is to be predicted. All are, but what comes after an end: nothing says what
-        the next document will be.
-      bos: what every row begins with, or None.
+      predicted: [N] bool, whether the loss counts a token: False for the first token after a document's end, which
+        nothing predicts.
+      bos: the token that every row begins with, or None.
     """
 
     tokens: np.ndarray
-    learned: np.ndarray
+    predicted: np.ndarray
     bos: int | None
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of the tokens: whether this is the same data."""
+        """CRC-32 of the tokens, to tell whether data is the same."""
         return zlib.crc32(self.tokens.tobytes())
 
 
@@ -169,16 +167,16 @@ def pack(
     bos, eos = tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
     marks = list(dict.fromkeys(mark for mark in (eos, bos) if mark is not None))
     # Of two marks only the end can be predicted; of one, it is the end; without any, the first word stands for both.
-    learn = np.arange(len(marks)) < 1
-    tokens, learned = [], []
+    of_marks = np.arange(len(marks)) < 1
+    tokens, predicted = [], []
     for number, document in enumerate(documents):
         ids = token_ids(_encode(document, tokenizer), vocab_size, f"document {number}")
         tokens += [ids, np.array(marks, np.int32)]
-        learned += [np.ones(len(ids), bool), learn]
+        predicted += [np.ones(len(ids), bool), of_marks]
         if not marks and len(ids):
-            learned[-2][0] = False
+            predicted[-2][0] = False
         progress(len(ids))
-    return TokenStream(np.concatenate(tokens), np.concatenate(learned), bos)
+    return TokenStream(np.concatenate(tokens), np.concatenate(predicted), bos)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -203,8 +201,8 @@ def _encode(document: Document, tokenizer: Tokenizer) -> np.ndarray:
 class PackedRows:
     """A stream cut into rows: a random-access source, as `grain` reads them.
 
-    Row i is BOS and tokens i T to (i + 1) T of the stream; the rest that fills no row is left out. Without BOS, a row
-    begins with the token before. Attention and states are not cut at documents' boundaries: a model reads the mark.
+    Row i is BOS and tokens i T to (i + 1) T of the stream. Tokens at the end that do not fill a row are left out.
+    Without BOS, a row begins with the token before it. Attention and states are not cut between documents.
 
     Attributes:
       length: T, tokens predicted per row.
@@ -222,7 +220,7 @@ class PackedRows:
         span = slice(start, start + self.length)
         first = self.stream.tokens[start - 1] if self.stream.bos is None else self.stream.bos
         tokens = np.concatenate([[np.int32(first)], self.stream.tokens[span]])
-        return Batch(tokens, self.stream.learned[span].astype(np.float32))
+        return Batch(tokens, self.stream.predicted[span].astype(np.float32))
 
 
 class Split(NamedTuple):

@@ -1,9 +1,9 @@
 """Distillation: a bounded state learns to predict what the full cache predicts.
 
-The teacher is a decoder with its full cache, the student one with a bounded state. They may be the same weights: then
-nothing is kept twice, and the model learns to lose nothing by forgetting. A frozen teacher may be the weights that the
-student started from, or those below its adapters (see `jaxcompress.training.lora`): there is no copy. `make_step`
-passes it by reference; in a jit of your own make it an argument of the jitted function.
+The teacher is a decoder with its full cache, the student a decoder with a bounded state. They may share their weights,
+which are then stored once. A frozen teacher may be the weights that the student started from, or those below its
+adapters (see `jaxcompress.training.lora`); nothing is copied. `make_step` passes a teacher by reference. In a `jax.jit`
+of your own, make it an argument of the jitted function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxcompress.state.kv_state import State
 from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import Hidden, Logits, Tokens
 from jaxcompress.training.loss import token_losses
-from jaxcompress.training.recurrent import check_text, cut_segments, exact_gradient, through_time
+from jaxcompress.training.recurrent import Params, check_text, cut_segments, exact_gradient, through_time
 
 
 def divergence(student: Logits, teacher: Logits, temperature: float = 1.0) -> Float[Array, "B T"]:
@@ -41,31 +41,38 @@ def full_cache_hidden(model: Decoder, tokens: Tokens) -> Hidden:
     return model.norm(model.hidden(tokens))
 
 
+def _itself(params: Any) -> Any:
+    return params
+
+
 def distilled_value_and_grad(
-    params: Any,
+    params: Params,
     tokens: Int[Array, "B _"],
-    weights: Float[Array, "B T"],
-    *,
     policy: Policy,
     slots: Slots,
+    *,
+    weights: Float[Array, "B T"],
     segment: int,
     bptt_segments: int | None = None,
     chunk: int = 1,
     placement: Placement | None = None,
     recurrence: Step | None = None,
-    student: Callable[[Any], Decoder] = lambda params: params,
+    student: Callable[[Params], Decoder] = _itself,
     teacher: Decoder | None = None,
     language: float = 0.0,
     hidden: float = 0.0,
     temperature: float = 1.0,
-) -> tuple[dict[str, Float[Array, ""]], Any]:
+) -> tuple[dict[str, Float[Array, ""]], Params]:
     """Losses of a student with a bounded state, and the gradient of their sum. Pure; jit it.
 
-    The arguments that are not here are those of `jaxcompress.training.recurrent.bounded_value_and_grad`.
+    Nothing is donated. The arguments that are not described here are those of
+    `jaxcompress.training.recurrent.bounded_value_and_grad`.
+
+    Fifteen parameters: those of `bounded_value_and_grad`, and the parts of the loss, all by keyword.
 
     Args:
-      params: what is trained.
-      student: makes a decoder of `params`; by default they are one.
+      params: what is trained; by default a decoder.
+      student: (params) -> the decoder that reads.
       teacher: reads with the full cache; no gradient goes into it. None: the student itself, as it is now.
       language: weight of the student's own language-model loss beside the divergence.
       hidden: weight of the mean squared difference of the last normed hidden states.
@@ -94,27 +101,29 @@ def distilled_value_and_grad(
     check_read(tokens, start.config.vocab_size)
     check_text(start.config, policy, slots, tokens.shape, segment)
     above = jax.lax.stop_gradient(above)
-    seen = full_cache_hidden(above, tokens[:, :-1])
+    teacher_hidden = full_cache_hidden(above, tokens[:, :-1])
     state = init_state(start.config, policy, slots, batch=tokens.shape[0], dtype=start.embedding[...].dtype)
     how: dict[str, Any] = dict(
         chunk=chunk, placement=placement, recurrence=recurrence or exact_gradient(policy, placement)
     )
 
     def loss(params: Any, carry: tuple[State, Array], piece: Any) -> tuple[Array, tuple[State, Array]]:
-        tokens, targets, weights, valid, seen = piece
+        tokens, targets, weights, valid, teacher_hidden = piece
         model, (state, parts) = student(params), carry
         done = read(model, tokens, state, policy, valid=valid, **how)
         logits = model.logits(done.hidden)
-        apart = jnp.square(done.hidden.astype(jnp.float32) - seen.astype(jnp.float32)).mean(-1) if hidden else 0.0
+        apart = (
+            jnp.square(done.hidden.astype(jnp.float32) - teacher_hidden.astype(jnp.float32)).mean(-1) if hidden else 0.0
+        )
         each = jnp.stack([
-            (divergence(logits, above.logits(seen), temperature) * weights).sum(),
+            (divergence(logits, above.logits(teacher_hidden), temperature) * weights).sum(),
             (token_losses(logits, targets) * weights).sum(),
             (apart * weights).sum(),
         ])  # fmt: skip
         return each @ jnp.array([1.0, language, hidden]), (done.state, parts + jax.lax.stop_gradient(each))
 
     whole = jnp.maximum(weights.sum(), 1e-9)
-    pieces = cut_segments(tokens, weights, segment, seen)
+    pieces = cut_segments(tokens, weights, segment, teacher_hidden)
     value, gradient, (_, parts) = through_time(loss, params, (state, jnp.zeros(3)), pieces, bptt_segments=bptt_segments)
     metrics = dict(zip(("divergence", "language", "hidden"), parts / whole, strict=True))
     return {"loss": value / whole, **metrics}, jax.tree.map(lambda g: g / whole, gradient)

@@ -1,9 +1,8 @@
-"""Foresight: teaching attention to keep looking at what it will need.
+"""Foresight: an auxiliary loss that makes present attention predict future attention.
 
-Policies such as TOVA keep what is attended to now; a token that will be asked for in a thousand steps but is ignored
-until then is lost. This auxiliary loss asks each layer to pay a little attention, on the mean of its heads, to every
-token that some later query is going to attend to strongly. It changes no architecture and no policy: after training
-with it, present attention says something about future need.
+Policies such as TOVA keep the tokens that are attended to now. A token that is needed in a thousand steps, but ignored
+until then, is lost. This loss asks each layer to give a little attention, in the mean over its heads, to every token
+that a later query attends to strongly. It changes neither architecture nor policy.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """LoRA: low-rank adapters beside frozen weights (Hu et al. 2021).
 
-Layers are stacked, so that an adapter is a pair of stacked matrices, and adding it is one product for all layers;
-adapters are a plain pytree to train and to save. `jaxcompress.training.adapted` trains them for any objective;
-what comes out is `save(add_lora(model, adapters), folder)`.
+An adapter is a pair of matrices, stacked over layers; adding it is one product for all layers. Adapters are a plain
+pytree. `jaxcompress.training.adapted` trains them for any objective. Save the result with
+`save(add_lora(model, adapters), folder)`.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def lora_changes(adapters: dict[str, Adapter], *, alpha: float = ALPHA) -> dict[
 def add_lora(model: Decoder, adapters: dict[str, Adapter], *, alpha: float = ALPHA) -> Decoder:
     """The model with adapters added to its weights: W + alpha / R * down @ up. The model given is not changed.
 
-    The sum is float32 and rounded once, to the dtype of W. In bfloat16 most of a small change is lost: add adapters to
-    float32 weights, and store those in bfloat16 if need be.
+    The sum is computed in float32 and rounded once, to the dtype of W. In bfloat16 most of a small change is lost: add
+    adapters to float32 weights, and convert the result if you need bfloat16.
 
-    Adapters that were not trained change nothing, of which a line is logged.
+    Adapters that were not trained change nothing; then a warning is logged.
     """
     changes = lora_changes(adapters, alpha=alpha)
     ups = [adapter.up for adapter in adapters.values()]

@@ -1,8 +1,8 @@
-"""Learning which tokens to join: losses for the gates behind `jaxcompress.policies.gates`.
+"""Merging gates: a loss for the networks behind `jaxcompress.policies.gates`.
 
-Dynamic memory compression (Nawrot et al. 2024, section 3.2): in training a gate lies between 0 and 1. Every token keeps
-the running mean of the run that it ends, and later queries see it as far as the next token does not carry it on. With
-gates of 0 and 1 this is what the policy does, in parallel.
+Dynamic memory compression (Nawrot et al. 2024, section 3.2). In training, a gate lies between 0 and 1. Every token
+stands for the running mean of the run that it ends. Later queries see it less the more the next token joins the same
+run. With gates of 0 and 1 this equals the policy, computed in parallel.
 """
 
 from __future__ import annotations
@@ -18,16 +18,8 @@ from jaxcompress.policies.forget_head import ForgetHead
 from jaxcompress.policies.gates import APART, gate_numbers, means, running_sums
 from jaxcompress.recurrence.block_attention import forgetful_attention
 from jaxcompress.state.shapes import Tokens, Valid
-from jaxcompress.training.forgetting import (
-    Forgetful,
-    check_network,
-    check_temperature,
-    kept_share,
-    network,
-    placed,
-    positions_of,
-    prediction_and_share,
-)
+from jaxcompress.training.delayed_eviction import SoftRead, kept_share, prediction_and_share
+from jaxcompress.training.forget_heads import check_network, check_temperature, network, placed, positions_of
 
 
 def init_gates(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
@@ -37,13 +29,13 @@ def init_gates(config: DecoderConfig, key: Array, *, hidden: int = 64) -> Forget
 
 def read_merging(
     model: Decoder,
-    head: ForgetHead,
     tokens: Tokens,
+    head: ForgetHead,
     *,
     temperature: float | Float[Array, ""],
     valid: Valid | None = None,
     key: Array | None = None,
-) -> Forgetful:
+) -> SoftRead:
     """Reads with attention to the running means of tokens that join.
 
     A token joins the one before it by sigmoid(logit / temperature). `kept` is the share of tokens that do not join,
@@ -81,7 +73,7 @@ def read_merging(
         return out, carry, (apart * there).sum() / jnp.maximum(there.sum(), 1)
 
     x, _, kept = model.run_layers(model.embed(tokens), positions_of(tokens, valid), attend, xs=(head, keys))
-    return Forgetful(model.norm(x), kept)
+    return SoftRead(model.norm(x), kept)
 
 
 def _of_the_next(x: Float[Array, "B T K"], there: Array) -> Float[Array, "B T K"]:
@@ -94,10 +86,10 @@ def _of_the_next(x: Float[Array, "B T K"], there: Array) -> Float[Array, "B T K"
 
 def merging_loss(
     model: Decoder,
-    head: ForgetHead,
     tokens: Int[Array, "B _"],
-    weights: Float[Array, "B T"],
+    head: ForgetHead,
     *,
+    weights: Float[Array, "B T"],
     share: float | Float[Array, ""],
     temperature: float | Float[Array, ""],
     teacher: Decoder | None = None,
@@ -106,7 +98,9 @@ def merging_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """How badly a text is predicted from what is joined, and how many runs too many there are.
 
-    As `jaxcompress.training.forgetting.dms_loss`, `share` being that of runs among tokens.
+    As `jaxcompress.training.delayed_eviction.dms_loss`, where `share` is the number of runs over that of tokens.
+
+    Nine parameters: those of `dms_loss`, without its window.
     """
-    read = read_merging(model, head, tokens[:, :-1], temperature=temperature, key=key)
-    return prediction_and_share(model, read, tokens, weights, share=share, teacher=teacher, pressure=pressure)
+    read = read_merging(model, tokens[:, :-1], head, temperature=temperature, key=key)
+    return prediction_and_share(model, tokens, read, weights=weights, share=share, teacher=teacher, pressure=pressure)

@@ -1,4 +1,4 @@
-"""What a training run says about itself: a JSONL file, TensorBoard, tokens per second, model FLOP/s utilisation."""
+"""Logs of a training run: a JSONL file, TensorBoard, tokens per second, model FLOP/s utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import jax
 import jax.extend.backend
 import numpy as np
 
+from jaxcompress._extras import extra
 from jaxcompress.models.decoder import Decoder
 
-# Dense bfloat16 FLOP/s of one device as JAX counts them, from the makers' data sheets. The first name that the
-# device's kind begins with counts.
+# Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets. The first name that is a prefix of the device's
+# kind is used.
 _PEAK = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -45,11 +46,11 @@ def flops_per_token(model: Decoder, attended: float) -> float:
 
         6 N + 12 L H D A
 
-    N counts the weights that a token is multiplied with: all, without an embedding that is only looked up (a tied one
-    is also the output projection). Each costs a multiplication and an addition in the forward pass and twice that in
-    the backward pass: 6. The second term is attention: scores and sums of values, 2 multiplications and additions per
-    query head and width and attended key, three times (Chowdhery et al. 2022, appendix B, where A = T). What is
-    computed again to save memory does not count.
+    N is the number of weights that a token is multiplied with: all, except an embedding that is only looked up (a tied
+    embedding is also the output projection). Each weight costs a multiplication and an addition in the forward pass,
+    and twice that in the backward pass: 6. The second term is attention: scores and sums of values, for every query
+    head, width and attended key, forward and backward (Chowdhery et al. 2022, appendix B, where A = T).
+    Rematerialisation does not count.
 
     Args:
       attended: A, how many keys a query attends to on average: (T + 1) / 2 for causal attention over T tokens; see
@@ -63,17 +64,16 @@ def flops_per_token(model: Decoder, attended: float) -> float:
 
 
 def mean_attended(length: int, slots: int | None = None) -> float:
-    """Keys that a query attends to, on average over `length` tokens: those before it and its own, of which at most
-    `slots` + 1 are held."""
-    held = np.arange(1, length + 1)
-    return float((held if slots is None else np.minimum(held, slots + 1)).mean())
+    """How many keys a query attends to, the mean over `length` tokens; at most `slots` + 1 each."""
+    attended = np.arange(1, length + 1)
+    return float((attended if slots is None else np.minimum(attended, slots + 1)).mean())
 
 
 class Throughput:
-    """Tokens per second between two calls, and the share of the devices' peak that they amount to.
+    """Tokens per second between two calls, and model FLOP/s utilisation.
 
     Args:
-      flops_per_token: None: no share is told.
+      flops_per_token: of the model; without it, utilisation is None.
     """
 
     def __init__(self, flops_per_token: float | None = None):
@@ -89,10 +89,10 @@ class Throughput:
 
 
 class MetricsFile:
-    """One JSON object per step and line, written at once.
+    """A log with one JSON object per line, one line per step.
 
-    A run that is taken up again at step n drops the lines after n, and a line that was cut off: the file then has each
-    step once, as if nothing had happened.
+    When a run is resumed at step n, lines after n and an incomplete last line are dropped, so the file has each step
+    once.
 
     Args:
       path: made if it is not there, with its folder.
@@ -145,10 +145,8 @@ def tensorboard(folder: str | Path, *, after: int = 0) -> Callable[[int, Mapping
     Raises:
       ImportError: tensorboardX is not installed.
     """
-    try:
+    with extra("tensorboard"):
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError('TensorBoard needs one more package: pip install "jaxcompress[tensorboard]"') from None
     writer = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
 
     def log(step: int, metrics: Mapping[str, Any]) -> None:

@@ -1,13 +1,12 @@
-"""What decoders are trained for, as objectives of the trainer.
+"""Objectives of the trainer for decoders.
 
-Frozen models that an objective is given (teachers, the weights below adapters) are passed to the compiled step by
-reference.
+Frozen models (teachers, weights below adapters) are passed to the compiled step by reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,14 @@ from jaxcompress.models.init_state import Slots
 from jaxcompress.policies.cache_view import Scope
 from jaxcompress.policies.learned import Retention
 from jaxcompress.policies.policy import Policy
+from jaxcompress.recurrence.advance import Step
 from jaxcompress.state.placement import Placement
 from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import distilled_value_and_grad
-from jaxcompress.training.forgetting import retention_loss
 from jaxcompress.training.lora import ALPHA, Adapter, add_lora, kernel_of, lora_changes
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import bounded_value_and_grad
+from jaxcompress.training.retention_heads import retention_loss
 from jaxcompress.training.trainer import Metrics, Objective
 
 
@@ -50,51 +50,69 @@ def bounded(
     chunk: int = 1,
     placement: Placement | None = None,
 ) -> Objective:
-    """Language modelling through a state of so many slots (see `jaxcompress.training.recurrent`)."""
-    how: dict[str, Any] = dict(
-        policy=policy, slots=slots, segment=segment, bptt_segments=bptt_segments, chunk=chunk, placement=placement
-    )
+    """Language modelling through a bounded state; arguments as for `bounded_value_and_grad`."""
+    how: dict[str, Any] = dict(segment=segment, bptt_segments=bptt_segments, chunk=chunk, placement=placement)
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-        value, gradient = bounded_value_and_grad(params, batch.tokens, batch.weights, **how)
+        value, gradient = bounded_value_and_grad(params, batch.tokens, policy, slots, weights=batch.weights, **how)
         return {"loss": value}, gradient
 
     return objective
 
 
-def distilled(policy: Policy, slots: Slots, **how: Any) -> Objective:
-    """A student with a state of so many slots and a teacher with the full cache.
+class DistillationOptions(TypedDict, total=False):
+    """Keywords of `distilled_value_and_grad`."""
+
+    segment: Required[int]
+    bptt_segments: int | None
+    chunk: int
+    placement: Placement | None
+    recurrence: Step | None
+    student: Callable[[Any], Decoder]
+    teacher: Decoder | None
+    language: float
+    hidden: float
+    temperature: float
+
+
+def distilled(policy: Policy, slots: Slots, **how: Unpack[DistillationOptions]) -> Objective:
+    """A student with a bounded state learns to predict what a teacher with the full cache predicts.
 
     Args:
-      how: segment, teacher, student, weights and temperature: see `distilled_value_and_grad`.
+      how: keywords of `distilled_value_and_grad`; `segment` must be given.
     """
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-        return distilled_value_and_grad(params, batch.tokens, batch.weights, policy=policy, slots=slots, **how)
+        return distilled_value_and_grad(params, batch.tokens, policy, slots, weights=batch.weights, **how)
 
     return objective
 
 
 def joint_retention(
-    through: Callable[[Policy], Objective], *, scope: Scope = "kv_head", block: int = 64, watched: int | None = None
+    model_objective: Callable[[Policy], Objective],
+    *,
+    scope: Scope = "kv_head",
+    block: int = 64,
+    watched: int | None = None,
 ) -> Objective:
-    """A model and a retention head that learn together, each from the other as it is by then.
+    """A model and a retention head that are trained together.
 
-    The model is trained by `through(policy)`, where the head decides what goes; the head watches the model read with
-    everything in sight (`retention_loss`). No gradient goes from one to the other. The parameters are
-    (model, head), with the head of `init_retention`.
+    The model is trained by `model_objective(policy)`, where the policy is the head as it is at that step. The head is
+    trained by `retention_loss`, for the model as it is at that step. No gradient goes from one to the other. The
+    parameters are (model, head), with the head of `init_retention`.
 
     Args:
-      through: makes an objective of a decoder, such as `partial(distilled, slots=128, segment=256, teacher=before)`.
+      model_objective: (policy) -> an objective of a decoder, such as
+        `partial(distilled, slots=128, segment=256, teacher=before)`.
       scope, block: see `retention_loss`.
-      watched: for how many rows of a step the head watches, which costs a pass of its own; all if None.
+      watched: how many rows of a batch the head is trained on; all if None. It costs a forward pass of its own.
     """
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
         model, head = params
-        metrics, slope = through(Retention(jax.lax.stop_gradient(head), scope))(model, batch, step, key)
+        metrics, slope = model_objective(Retention(jax.lax.stop_gradient(head), scope))(model, batch, step, key)
         tokens = batch.tokens[:watched, :-1]
-        watch = lambda head: retention_loss(model, head, tokens, scope=scope, block=block)
+        watch = lambda head: retention_loss(model, tokens, head, scope=scope, block=block)
         apart, change = jax.value_and_grad(watch)(head)
         return {**metrics, "retention": apart}, (slope, change)
 

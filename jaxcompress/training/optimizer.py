@@ -1,12 +1,16 @@
-"""The optimizer that this library trains small decoders with."""
+"""Optimizers and learning-rate schedules for decoders."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
-import optax
-from optax.contrib import MuonDimensionNumbers, muon
+
+from jaxcompress._extras import extra
+
+with extra("train"):
+    import optax
+    from optax.contrib import MuonDimensionNumbers, muon
 
 
 def warmup_stable_decay(peak: float, steps: int, *, warmup: int = 100, decay: float = 0.3) -> optax.Schedule:
@@ -72,7 +76,7 @@ def warmup_cosine(peak: float, steps: int, *, warmup: int = 100, end: float = 0.
 
 
 def warmup_constant(peak: float, steps: int, *, warmup: int = 100) -> optax.Schedule:
-    """Linear warmup, then the peak for good."""
+    """Linear warmup, then the peak."""
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup])
 
 

@@ -1,14 +1,14 @@
 """The recurrence in the loss: language modelling through a bounded state, with backpropagation through time.
 
-A text is cut into segments. The state goes from segment to segment, and the gradient goes back with it as far as it is
-let: over `bptt_segments` segments, or over the whole text. The gradient of so many segments is taken before the next
-are read, so that memory does not grow with the text.
+A text is cut into segments, and the state is carried from segment to segment. The gradient goes back over
+`bptt_segments` segments, or over the whole text. The gradient of one window of segments is taken before the next window
+is read, so memory does not grow with the text.
 
-What a layer's recurrence costs going back can be had in two exact ways:
+The gradient of a layer's recurrence is computed in one of two exact ways:
 
-  parallel       the death times that the forward pass found, as a mask (see `jaxcompress.recurrence.exact_gradient`):
-                 for every policy that only evicts
-  rematerialised the scan itself, run again and differentiated: for any policy
+  parallel       attention under a mask of the death times that the forward pass found (see
+                 `jaxcompress.recurrence.exact_gradient`), for policies that only evict
+  rematerialised the scan is run again and differentiated, for any policy
 """
 
 from __future__ import annotations
@@ -122,10 +122,10 @@ def _at_least_float32(x: Any) -> Array:
 def bounded_value_and_grad(
     model: Decoder,
     tokens: Int[Array, "B _"],
-    weights: Float[Array, "B T"],
-    *,
     policy: Policy,
     slots: Slots,
+    *,
+    weights: Float[Array, "B T"],
     segment: int,
     bptt_segments: int | None = None,
     chunk: int = 1,
@@ -134,12 +134,14 @@ def bounded_value_and_grad(
 ) -> tuple[Float[Array, ""], Decoder]:
     """Mean loss of predicting tokens from a bounded state, in nats, and its gradient. Pure; jit it.
 
-    The gradient is float32 where the model's dtype is narrower (see `through_time`).
+    Nothing is donated. The gradient is float32 where the model's dtype is narrower (see `through_time`).
+
+    Ten parameters: the first four as everywhere, the rest by keyword.
 
     Args:
       tokens: [B, T + 1].
-      weights: of predicting each but the first; a mean with these weights is taken.
-      slots: as for `init_state`; of the model's dtype.
+      slots: as for `init_state`; the state has the model's dtype.
+      weights: [B, T], of predicting each token but the first; the loss is the mean with these weights.
       segment: how many tokens are read at once. The last may be shorter.
       bptt_segments: over how many segments the gradient goes back; None: to the beginning.
       chunk: tokens between two selections; 1 is exactly as in decoding.

@@ -1,7 +1,7 @@
 """Training: one jitted step and one loop around it.
 
-An `Objective` says what is minimised and returns the gradient itself, so that truncated backpropagation through time,
-which takes gradients inside a scan, is an objective like any other. An optimizer is optax's. The rest is here.
+An `Objective` computes a loss and its gradient. It computes the gradient itself, because truncated backpropagation
+through time takes gradients inside a scan. Optimizers are optax's.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from tqdm import tqdm
+from jax.typing import DTypeLike
 
+from jaxcompress._extras import extra
 from jaxcompress.training.checkpointing import Checkpoints
 from jaxcompress.training.compiled import Compiled
 from jaxcompress.training.data import Batch
 from jaxcompress.training.metrics import Throughput
+
+with extra("train"):
+    import optax
+    from tqdm import tqdm
 
 Metrics = dict[str, Any]
 """Scalars by name."""
@@ -35,15 +39,15 @@ a pytree like `params`, is that of this mean: microbatches are then averaged by 
 the mean over the whole batch. Other metrics are averaged in the same way. `step` is an int32 scalar, `key` a key of its
 own for every step and microbatch.
 
-An objective may close over frozen weights, a teacher's for one: these are arguments of the compiled step, not part of
-its program (see `jaxcompress.training.compiled`).
+An objective may close over frozen weights, such as a teacher's. They become arguments of the compiled step, not
+constants of its program (see `jaxcompress.training.compiled`).
 """
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a training run changes.
+    """Everything that a training step changes.
 
     Attributes:
       params: float32 master weights, any pytree; an NNX module is one.
@@ -82,9 +86,9 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    compute_dtype: Any = None,
+    compute_dtype: DTypeLike | None = None,
 ) -> Compiled:
-    """The compiled step of training; it consumes (donates) the state that it is given.
+    """The compiled step of training. It donates the state that it is given: use the state that it returns.
 
     Besides the objective's metrics it returns `tokens` (the sum of weights), `gradient_norm`, before any clipping, and
     `parameter_norm`, after the update: if any weight is not finite, that one is not.
@@ -124,7 +128,7 @@ def make_step(
     return Compiled(step, donate=True)
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
+def _cast(tree: Any, dtype: DTypeLike | None) -> Any:
     """Floating-point leaves as `dtype`; all as they are if that is None."""
     if dtype is None:
         return tree
@@ -149,16 +153,18 @@ def fit(
     flops_per_token: float | None = None,
     bar: bool = True,
 ) -> TrainState:
-    """Trains until so many steps are taken in all; returns the state.
+    """Trains until `steps` steps are taken in all; returns the state.
 
-    A state that comes from a checkpoint goes on where it was, if `data` does: the steps are then bit by bit those of a
-    run that was never stopped, on the same machine and on a CPU.
+    A state from a checkpoint continues its run if `data` continues too: on a CPU of the same kind, the steps are then
+    bit by bit those of a run that was never stopped.
 
-    The numbers of a step are looked at while the next one runs. All numbers up to a checkpoint are looked at, and
-    logged, before it is saved: no checkpoint has weights that are not finite, and a log is never behind a checkpoint.
+    The numbers of a step are read while the next step runs. Before a checkpoint is saved, all numbers up to it are
+    checked and logged: no checkpoint has weights that are not finite, and a log is never behind a checkpoint.
+
+    Nine parameters: what every run has, and how it is logged and saved, all but the first three by keyword.
 
     Args:
-      state: consumed.
+      state: donated; it must not be used afterwards.
       step: from `make_step`.
       data: what `next` gives is the second argument of `step`.
       steps: in all, those in `state.step` included.
@@ -210,7 +216,7 @@ def fit(
 
 
 def make_measure(
-    objective: Objective, *, compute_dtype: Any = None, seed: int = 0
+    objective: Objective, *, compute_dtype: DTypeLike | None = None, seed: int = 0
 ) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
     """A function of weights and batches of one shape: the mean metrics, weighted by token, with nothing learned.
 
@@ -236,7 +242,7 @@ def make_measure(
 
 
 def make_evaluate(
-    objective: Objective, *, compute_dtype: Any = None, seed: int = 0
+    objective: Objective, *, compute_dtype: DTypeLike | None = None, seed: int = 0
 ) -> Callable[[Any, Iterable[Batch]], float]:
     """As `make_measure`, of the loss alone; NaN where there is none."""
     loss = lambda *given: ({"loss": objective(*given)[0]["loss"]}, None)  # nothing else is computed

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.vision.choose import check_budget, cosine, unit
+from jaxcompress.state.vectors import unit
+from jaxcompress.vision.choose import EPS, check_budget, cosine
 
 
 def question_relevance(image: Float[Array, "B N D"], text: Float[Array, "M D"]) -> Float[Array, "B N"]:
@@ -20,7 +21,9 @@ def question_relevance(image: Float[Array, "B N D"], text: Float[Array, "M D"]) 
 
     The minus sign is the authors'. They scale over all pictures of a batch together; flatten them to one for that.
     """
-    like = jnp.einsum("bnd,md->bnm", unit(image), unit(text), precision="highest")
+    like = jnp.einsum(
+        "bnd,md->bnm", unit(image.astype(jnp.float32), EPS), unit(text.astype(jnp.float32), EPS), precision="highest"
+    )
     score = -like.mean(-1)
     low, high = score.min(-1, keepdims=True), score.max(-1, keepdims=True)
     return (score - low + 1e-6) / jnp.maximum(high - low, 1e-12)

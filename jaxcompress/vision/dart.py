@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.vision.choose import best_first, check_budget, cosine, standing, take, top
+from jaxcompress.vision.choose import check_budget, cosine, indices_of, ranked_indices, take, top_mask
 
 LAYER, PIVOTS = 2, 4
 """Before this layer; pivots among the patches, and as many among the words."""
@@ -55,9 +55,9 @@ def dart(
     total = patches.shape[1]
     check_budget(n, total, "patches")
     own = min(pivots, n)
-    chosen = best_first(patch_norm, own)
+    chosen = ranked_indices(patch_norm, own)
     word_norm = jnp.where(present, word_norm, -jnp.inf)
-    asking = best_first(word_norm, min(pivots, words.shape[1]))
+    asking = ranked_indices(word_norm, min(pivots, words.shape[1]))
     counts = jnp.concatenate([jnp.ones_like(chosen, bool), take(present, asking)], axis=1)
     pivot = jnp.concatenate([take(patches, chosen), take(words, asking)], axis=1)
     unlike = -cosine(pivot, patches)
@@ -68,5 +68,5 @@ def dart(
     nth = jnp.cumsum(counts, axis=1) - 1
     for i in range(pivot.shape[1]):
         take_now = jnp.where(counts[:, i], quota + (nth[:, i] < more), 0)
-        kept |= top(unlike[:, i], take_now, ~kept)
-    return Dart(standing(kept, n), chosen)
+        kept |= top_mask(unlike[:, i], take_now, ~kept)
+    return Dart(indices_of(kept, n), chosen)

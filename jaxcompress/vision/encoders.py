@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.models.llava import Llava, LlavaConfig
-from jaxcompress.models.vit import Patches, Pixels
+from jaxcompress.models.patches import Patches, Pixels
 from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.vision import uniform
 from jaxcompress.vision.cdpruner import diverse
-from jaxcompress.vision.choose import best, best_first, check_budget, others, take
+from jaxcompress.vision.choose import check_budget, complement, ranked_indices, take, top_indices
 from jaxcompress.vision.merging import grouped, merge
 from jaxcompress.vision.method import Encoded
 from jaxcompress.vision.prumerge import prumerge, stepped_order
@@ -24,10 +24,10 @@ from jaxcompress.vision.windows import THRESHOLD, key_count, key_tokens, spatial
 Encode = Callable[[Llava, Pixels], Encoded]
 
 
-def whole(model: Llava, pixels: Pixels) -> Encoded:
+def all_patches(model: Llava, pixels: Pixels) -> Encoded:
     """Every patch."""
-    patches, _ = see(model, pixels)
-    return encoded(model, patches)
+    patches, _ = model.run_tower(pixels)
+    return project_patches(model, patches)
 
 
 def see(model: Llava, pixels: Pixels) -> tuple[Patches, AttentionInputs]:
@@ -35,23 +35,23 @@ def see(model: Llava, pixels: Pixels) -> tuple[Patches, AttentionInputs]:
     return model.tower.run_layers(model.tower.embed(pixels), range(model.config.feature_layers))
 
 
-def last_shown(model: Llava, patches: Patches, shown: AttentionInputs) -> AttentionInputs:
+def last_layer_attention(model: Llava, patches: Patches, attention: AttentionInputs) -> AttentionInputs:
     """What the tower's last layer compares, also where the projector's tokens come from the one before it."""
     config = model.config
     if config.feature_layers == config.tower.num_layers:
-        return shown
+        return attention
     return model.tower.run_layers(patches, range(config.feature_layers, config.tower.num_layers))[1]
 
 
-def class_row(shown: AttentionInputs, special: int) -> Float[Array, "B H N"]:
+def class_token_attention(attention: AttentionInputs, special: int) -> Float[Array, "B H N"]:
     """Attention of the class token to each patch; of all tokens, where there is no class token (as VisionZip does)."""
-    b, total = shown.bias.shape
+    b, total = attention.bias.shape
     if special:
-        return shown.rows(jnp.zeros((b, 1), jnp.int32))[:, :, 0, special:]
-    return shown.rows(jnp.broadcast_to(jnp.arange(total), (b, total))).mean(2)
+        return attention.rows(jnp.zeros((b, 1), jnp.int32))[:, :, 0, special:]
+    return attention.rows(jnp.broadcast_to(jnp.arange(total), (b, total))).mean(2)
 
 
-def encoded(model: Llava, patches: Patches, key: Array | None = None) -> Encoded:
+def project_patches(model: Llava, patches: Patches, key: Array | None = None) -> Encoded:
     """The tower's tokens through the projector; `key` [B, n] bool over patches."""
     special = 0 if model.config.keep_special else model.config.tower.special
     size = patches.size[:, special:]
@@ -67,24 +67,24 @@ def encoded(model: Llava, patches: Patches, key: Array | None = None) -> Encoded
     return Encoded(visual, place, size, jnp.zeros((b, n), bool) if key is None else key)
 
 
-def patches_of(config: LlavaConfig) -> int:
+def check_patches_only(config: LlavaConfig) -> int:
     """Raises ValueError where special tokens go to the decoder too: nothing here says what becomes of them."""
     if config.keep_special and config.tower.special:
         raise ValueError("methods choose among patches; use a model with vision_feature_select_strategy='default'")
     return config.tower.num_patches
 
 
-def in_tower(n: int) -> Encode:
+def tome_encoder(n: int) -> Encode:
     """ToMe, about as many merges in every layer that runs, so that exactly n tokens are left."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         config = model.config
-        patches, special = patches_of(config), config.tower.special
+        patches, special = check_patches_only(config), config.tower.special
         counts = tome_counts(patches, n, config.feature_layers)
         reduce = tome(counts, special)
         start = model.tower.embed(pixels)
         left, _ = model.tower.run_layers(start, range(config.feature_layers), reduce=reduce, proportional=True)
-        done = encoded(model, left)
+        done = project_patches(model, left)
         return _in_raster_order(done)
 
     return encode
@@ -117,26 +117,26 @@ def _in_raster_order(done: Encoded) -> Encoded:
     return Encoded(*(take(x, order) for x in done))
 
 
-def chosen(score: Callable[[Llava, Patches, AttentionInputs], Array], n: int) -> Encode:
+def top_patches(score: Callable[[Llava, Patches, AttentionInputs], Array], n: int) -> Encode:
     """The n patches with the highest scores, in raster order."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
-        check_budget(n, patches_of(model.config), "patches")
+        check_budget(n, check_patches_only(model.config), "patches")
         special = model.config.tower.special
-        patches, shown = see(model, pixels)
-        kept = best(score(model, patches, shown), n)
+        patches, attention = model.run_tower(pixels)
+        kept = top_indices(score(model, patches, attention), n)
         first = jnp.broadcast_to(jnp.arange(special, dtype=jnp.int32), (kept.shape[0], special))
-        return encoded(model, patches.take(jnp.concatenate([first, kept + special], axis=1)))
+        return project_patches(model, patches.take(jnp.concatenate([first, kept + special], axis=1)))
 
     return encode
 
 
-def by_class(model: Llava, patches: Patches, shown: AttentionInputs) -> Array:
-    return class_row(shown, model.config.tower.special).mean(1)
+def class_score(model: Llava, patches: Patches, attention: AttentionInputs) -> Array:
+    return class_token_attention(attention, model.config.tower.special).mean(1)
 
 
-def by_chance(seed: int) -> Callable[[Llava, Patches, AttentionInputs], Array]:
-    def score(model: Llava, patches: Patches, shown: AttentionInputs) -> Array:
+def random_score(seed: int) -> Callable[[Llava, Patches, AttentionInputs], Array]:
+    def score(model: Llava, patches: Patches, attention: AttentionInputs) -> Array:
         n = model.config.tower.num_patches
         draws = uniform.random_scores(seed, jnp.arange(n))
         return jnp.broadcast_to(draws, (patches.size.shape[0], n))
@@ -144,26 +144,26 @@ def by_chance(seed: int) -> Callable[[Llava, Patches, AttentionInputs], Array]:
     return score
 
 
-def at_places(places: Callable[[int, int], Any], n: int) -> Encode:
+def fixed_patches(places: Callable[[int, int], Any], n: int) -> Encode:
     """The patches that a table (grid side, n) names."""
 
-    def score(model: Llava, patches: Patches, shown: AttentionInputs) -> Array:
+    def score(model: Llava, patches: Patches, attention: AttentionInputs) -> Array:
         total = model.config.tower.num_patches
         table = jnp.zeros(total).at[jnp.asarray(places(model.config.tower.grid, n))].set(1.0)
         return jnp.broadcast_to(table, (patches.size.shape[0], total))
 
-    return chosen(score, n)
+    return top_patches(score, n)
 
 
-def pooled(n: int) -> Encode:
+def pooling_encoder(n: int) -> Encode:
     """Means over n cells of the picture."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         config = model.config
-        patches_of(config)
+        check_patches_only(config)
         special, grid = config.tower.special, config.tower.grid
         cell = jnp.asarray(uniform.cell_of(grid, grid, n))
-        patches, _ = see(model, pixels)
+        patches, _ = model.run_tower(pixels)
         b = patches.size.shape[0]
         how = grouped(jnp.broadcast_to(cell, (b, cell.shape[0])), n)
         x, size = merge(patches.hidden[:, special:], patches.size[:, special:], how)
@@ -172,15 +172,15 @@ def pooled(n: int) -> Encode:
     return encode
 
 
-def zipped(n: int) -> Encode:
+def visionzip_encoder(n: int) -> Encode:
     """VisionZip: dominant and contextual tokens in the published proportion, the class token not counted."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
-        check_budget(n, patches_of(model.config), "patches")
+        check_budget(n, check_patches_only(model.config), "patches")
         special = model.config.tower.special
-        patches, shown = see(model, pixels)
-        scores = class_row(shown, special).sum(1)
-        keys = shown.keys.astype(jnp.float32).mean(2)[:, special:]
+        patches, attention = model.run_tower(pixels)
+        scores = class_token_attention(attention, special).sum(1)
+        keys = attention.keys.astype(jnp.float32).mean(2)[:, special:]
         dominant, contextual = zip_split(n)
         done = visionzip(patches.hidden[:, special:], scores, keys, dominant, contextual)
         size = jnp.ones(done.how.kept.shape)
@@ -200,23 +200,23 @@ def zip_split(n: int) -> tuple[int, int]:
     return n - contextual, contextual
 
 
-def prumerged(n: int, *, stepped: bool = False) -> Encode:
+def prumerge_encoder(n: int, *, stepped: bool = False) -> Encode:
     """PruMerge with an exact number: n - 1 tokens with their neighbours added, and one for what went."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
-        total = patches_of(model.config)
+        total = check_patches_only(model.config)
         if not 1 <= n <= total:
             raise ValueError(f"PruMerge keeps 1 to {total} of {total} patches, one of them for what goes; not {n}")
         special = model.config.tower.special
-        patches, shown = see(model, pixels)
-        last = last_shown(model, patches, shown)
+        patches, attention = model.run_tower(pixels)
+        last = last_layer_attention(model, patches, attention)
         flat = lambda x: x.reshape(*x.shape[:2], -1).astype(jnp.float32)
         q, k = flat(last.queries), flat(last.keys)
         row = jnp.einsum("be,bne->bn", q[:, 0], k, precision="highest") * q.shape[-1] ** -0.5
         attention = jnp.exp(row - row.max(-1, keepdims=True))
         attention = (attention / attention.sum(-1, keepdims=True))[:, special:]
-        kept = stepped_order(attention, n - 1) if stepped else best_first(attention, n - 1)
-        gone = others(kept, total)
+        kept = stepped_order(attention, n - 1) if stepped else ranked_indices(attention, n - 1)
+        gone = complement(kept, total)
         done = prumerge(patches.hidden[:, special:], attention, k[:, special:], kept, gone)
         b = kept.shape[0]
         place = jnp.concatenate([kept, jnp.full((b, 1), -1, kept.dtype)], axis=1)
@@ -226,13 +226,13 @@ def prumerged(n: int, *, stepped: bool = False) -> Encode:
     return encode
 
 
-def spread(n: int) -> Encode:
+def cdpruner_encoder(n: int) -> Encode:
     """The n patches that are least alike: CDPruner's kernel, without a question."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
-        check_budget(n, patches_of(model.config), "patches")
+        check_budget(n, check_patches_only(model.config), "patches")
         special = model.config.tower.special
-        patches, _ = see(model, pixels)
+        patches, _ = model.run_tower(pixels)
         x = model.project(patches.hidden[:, special:])
         kept = jnp.sort(diverse(x, jnp.ones(x.shape[:2]), n).order, axis=1)
         ones = jnp.ones(kept.shape)
@@ -241,7 +241,7 @@ def spread(n: int) -> Encode:
     return encode
 
 
-def windowed(r: Callable[[LlavaConfig], tuple[int, int]], *, keys: bool) -> Encode:
+def mustdrop_encoder(r: Callable[[LlavaConfig], tuple[int, int]], *, keys: bool) -> Encode:
     """MustDrop's first stage: r windows merge after the first layer, and key tokens are set aside.
 
     Args:
@@ -251,37 +251,37 @@ def windowed(r: Callable[[LlavaConfig], tuple[int, int]], *, keys: bool) -> Enco
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         tower, config = model.tower, model.config
-        patches_of(config)
+        check_patches_only(config)
         window, many = r(config)
-        patches, shown = tower.run_layers(tower.embed(pixels), range(1))
+        patches, attention = tower.run_layers(tower.embed(pixels), range(1))
         if many:
             patches = spatial(patches, many, grid=config.tower.grid, special=config.tower.special, window=window)
-        return _rest(model, patches, shown, keys)
+        return _rest(model, patches, attention, keys)
 
     return encode
 
 
-def windowed_above(threshold: float = THRESHOLD, *, window: int, keys: bool) -> Encode:
+def mustdrop_threshold_encoder(threshold: float = THRESHOLD, *, window: int, keys: bool) -> Encode:
     """MustDrop's first stage with its threshold: places that merged away are empty."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         tower, config = model.tower, model.config
-        patches_of(config)
-        patches, shown = tower.run_layers(tower.embed(pixels), range(1))
+        check_patches_only(config)
+        patches, attention = tower.run_layers(tower.embed(pixels), range(1))
         sizes = dict(grid=config.tower.grid, special=config.tower.special, window=window)
-        return _rest(model, spatial_above(patches, threshold, **sizes), shown, keys)
+        return _rest(model, spatial_above(patches, threshold, **sizes), attention, keys)
 
     return encode
 
 
-def _rest(model: Llava, patches: Patches, shown: AttentionInputs, keys: bool) -> Encoded:
+def _rest(model: Llava, patches: Patches, attention: AttentionInputs, keys: bool) -> Encoded:
     config, special = model.config, model.config.tower.special
     if config.feature_layers > 1:
-        patches, shown = model.tower.run_layers(patches, range(1, config.feature_layers))
+        patches, attention = model.tower.run_layers(patches, range(1, config.feature_layers))
     if not keys:
-        return encoded(model, patches)
-    row = class_row(last_shown(model, patches, shown), special)
+        return project_patches(model, patches)
+    row = class_token_attention(last_layer_attention(model, patches, attention), special)
     row = jnp.where(patches.size[:, None, special:] > 0, row, -1.0)
     index = key_tokens(row, key_count(row.shape[-1]))
     key = jnp.zeros(row[:, 0].shape, bool).at[jnp.arange(row.shape[0])[:, None], index].set(True)
-    return encoded(model, patches, key)
+    return project_patches(model, patches, key)

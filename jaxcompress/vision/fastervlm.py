@@ -8,6 +8,6 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 
-def class_attention(row: Float[Array, "B H N"]) -> Float[Array, "B N"]:
+def class_attention_scores(row: Float[Array, "B H N"]) -> Float[Array, "B N"]:
     """Scores: attention of the class token in the tower's last layer but one, mean over heads."""
     return row.mean(1)

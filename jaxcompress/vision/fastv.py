@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcompress.state.select import rank
-from jaxcompress.vision.choose import nth_best
+from jaxcompress.vision.choose import rank_of
 
 LAYER = 2
 """K as published: patches leave before layer K, by the attention of layer K - 1."""
@@ -36,5 +36,5 @@ def by_window(scores: Float[Array, "B V"], table: np.ndarray) -> Float[Array, "B
     place = jnp.broadcast_to(jnp.asarray(table), members.shape)
     nth = rank(members, place).reshape(scores.shape[0], -1)
     first = jnp.zeros(scores.shape, nth.dtype).at[:, table.reshape(-1)].set(nth)
-    whole = nth_best(scores)
+    whole = rank_of(scores)
     return -(first * scores.shape[1] + whole).astype(jnp.float32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxcompress.vision.choose import order
+from jaxcompress.vision.choose import ranking
 
 RECIPES: dict[int, tuple[int, ...]] = {
     40: (0, 1, 21, 13, 14, 11, 41, 53, 29, 15, 14, 5, 1, 4, 5, 1, 26, 1, 13, 28, 6, 27, 2, 1, 0, 0, 1, 1, 2, 0, 0, 0),
@@ -43,7 +43,7 @@ def importance(cross: Float[Array, "B V"], own: Float[Array, "B V"]) -> Float[Ar
 
 def lowest_first(scores: Float[Array, "B V"]) -> Array:
     """[B, V], the order in which patches go; of equals the later first."""
-    return order(scores)[:, ::-1]
+    return ranking(scores)[:, ::-1]
 
 
 def removable(mass: Float[np.ndarray, " V"], total: float, alpha: float) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.policies.reductions.nearest import pour
-from jaxcompress.vision.choose import marks, standing, take
+from jaxcompress.vision.choose import indices_of, mask_of, take
 
 
 class Merging(NamedTuple):
@@ -88,5 +88,5 @@ def grouped(group: Int[Array, "B N"], n: int) -> Merging:
     total = group.shape[1]
     place = jnp.arange(total)
     first = jnp.where(group[:, None] == jnp.arange(n)[:, None], place, total).min(-1).astype(jnp.int32)  # [B, n]
-    gone = standing(~marks(first, total), total - n)
+    gone = indices_of(~mask_of(first, total), total - n)
     return Merging(first, gone, take(group, gone))

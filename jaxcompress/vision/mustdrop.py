@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.llava import LlavaConfig
-from jaxcompress.vision import prefills
+from jaxcompress.vision import prune_rules
 from jaxcompress.vision.dual_attention import LAYERS, THRESHOLDS
-from jaxcompress.vision.encoders import whole, windowed, windowed_above
-from jaxcompress.vision.method import Cut, CutRule, Method, renumbered
+from jaxcompress.vision.encoders import all_patches, mustdrop_encoder, mustdrop_threshold_encoder
+from jaxcompress.vision.layer_view import PruneRule, renumber_after
+from jaxcompress.vision.method import Method, PruneStep
 from jaxcompress.vision.output_aware import OutputAware
-from jaxcompress.vision.schedule import cuts_down_to, spread_over
+from jaxcompress.vision.schedule import prune_steps_to, spread_over
 from jaxcompress.vision.windows import WINDOW
 
 
@@ -42,23 +43,23 @@ def encoding(n: int, share: float = 0.25) -> Method:
         window, many = count(config)
         return config.tower.num_patches - many * (window**2 - 1)
 
-    return Method("mustdrop-encode", windowed(count, keys=False), left)
+    return Method("mustdrop-encode", mustdrop_encoder(count, keys=False), left)
 
 
 def prefilling(n: int, *, protect: bool = False, compact: bool = False) -> Method:
     """The second stage alone: after layers 2, 6, 10 and 14 of 32 patches go, until n are left."""
-    rule: CutRule = prefills.mustdrop if protect else prefills.mustdrop_without_keys
-    rule = renumbered(rule) if compact else rule
+    rule: PruneRule = prune_rules.mustdrop if protect else prune_rules.mustdrop_without_key_tokens
+    rule = renumber_after(rule) if compact else rule
 
-    def cuts(config: DecoderConfig, tokens: int) -> tuple[Cut, ...]:
-        return cuts_down_to(rule, spread_over(LAYERS, config.num_layers), tokens, n)
+    def steps(config: DecoderConfig, tokens: int) -> tuple[PruneStep, ...]:
+        return prune_steps_to(rule, spread_over(LAYERS, config.num_layers), tokens, n)
 
-    return Method("mustdrop-prefill", whole, cuts=cuts)
+    return Method("mustdrop-prefill", all_patches, prune_steps=steps)
 
 
 def decoding() -> Method:
     """The third stage alone: nothing goes before words are written."""
-    return Method("mustdrop-decode", whole, writing=OutputAware)
+    return Method("mustdrop-decode", all_patches, decode_policy=OutputAware)
 
 
 def mustdrop(n: int, *, share: float = 0.25, compact: bool = False) -> Method:
@@ -76,8 +77,8 @@ def mustdrop(n: int, *, share: float = 0.25, compact: bool = False) -> Method:
 
     second = prefilling(n, protect=True, compact=compact)
     # A policy that goes by positions knows no patches where these are numbered anew.
-    whole_method = Method("mustdrop", windowed(count, keys=True), left, second.cuts)
-    return whole_method if compact else whole_method._replace(writing=OutputAware)
+    whole_method = Method("mustdrop", mustdrop_encoder(count, keys=True), left, second.prune_steps)
+    return whole_method if compact else whole_method._replace(decode_policy=OutputAware)
 
 
 def above_thresholds(average: int = 192, *, window: int = WINDOW) -> Method:
@@ -91,10 +92,10 @@ def above_thresholds(average: int = 192, *, window: int = WINDOW) -> Method:
     """
     if average not in THRESHOLDS:
         raise ValueError(f"thresholds were published for {sorted(THRESHOLDS)} tokens, not {average}")
-    rule = prefills.mustdrop_above(THRESHOLDS[average])
+    rule = prune_rules.mustdrop_above(THRESHOLDS[average])
 
-    def cuts(config: DecoderConfig, tokens: int) -> tuple[Cut, ...]:
-        return tuple(Cut(layer, tokens, rule) for layer in spread_over(LAYERS, config.num_layers))
+    def steps(config: DecoderConfig, tokens: int) -> tuple[PruneStep, ...]:
+        return tuple(PruneStep(layer, tokens, rule) for layer in spread_over(LAYERS, config.num_layers))
 
-    encode = windowed_above(window=window, keys=True)
-    return Method("mustdrop-thresholds", encode, cuts=cuts, writing=OutputAware)
+    encode = mustdrop_threshold_encoder(window=window, keys=True)
+    return Method("mustdrop-thresholds", encode, prune_steps=steps, decode_policy=OutputAware)

@@ -8,30 +8,31 @@ from functools import lru_cache, partial
 from jaxcompress.inputs.scalars import Number, whole
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.llava import LlavaConfig
-from jaxcompress.vision import encoders, fastv, fitprune, mustdrop, prefills, sparsevlm, uniform
+from jaxcompress.vision import encoders, fastv, fitprune, mustdrop, prune_rules, sparsevlm, uniform
 from jaxcompress.vision.dart import LAYER as DART_LAYER
-from jaxcompress.vision.method import Cut, CutRule, Method
-from jaxcompress.vision.raters import rating
-from jaxcompress.vision.schedule import DEPTH, cuts_down_to, for_average, spread_over
+from jaxcompress.vision.layer_view import PruneRule
+from jaxcompress.vision.method import Method, PruneStep
+from jaxcompress.vision.schedule import DEPTH, method_for_mean, prune_steps_to, spread_over
+from jaxcompress.vision.text_raters import text_raters
 
 
 def _encoder(name: str, encode: Callable[[int], encoders.Encode]) -> Callable[[int], Method]:
     return lambda n: Method(name, encode(n), lambda config: n)
 
 
-def _once(name: str, rule: CutRule, before: int) -> Callable[[int], Method]:
-    """Cut once, before a layer of 32."""
+def _once(name: str, rule: PruneRule, before: int) -> Callable[[int], Method]:
+    """Prunes once, before a layer of 32."""
 
-    def cuts(config: DecoderConfig, tokens: int, n: int) -> tuple[Cut, ...]:
-        return cuts_down_to(rule, spread_over((before - 1,), config.num_layers), tokens, n)
+    def steps(config: DecoderConfig, tokens: int, n: int) -> tuple[PruneStep, ...]:
+        return prune_steps_to(rule, spread_over((before - 1,), config.num_layers), tokens, n)
 
-    return lambda n: Method(name, encoders.whole, cuts=lambda config, tokens: cuts(config, tokens, n))
+    return lambda n: Method(name, encoders.all_patches, prune_steps=lambda config, tokens: steps(config, tokens, n))
 
 
-def _often(name: str, rule: CutRule, layers: tuple[int, ...], *, rates: bool = False) -> Callable[[int], Method]:
+def _often(name: str, rule: PruneRule, layers: tuple[int, ...], *, raters: bool = False) -> Callable[[int], Method]:
     def make(n: int) -> Method:
-        cuts = lambda config, tokens: cuts_down_to(rule, spread_over(layers, config.num_layers), tokens, n)
-        return Method(name, encoders.whole, cuts=cuts, rates=rating if rates else None)
+        steps = lambda config, tokens: prune_steps_to(rule, spread_over(layers, config.num_layers), tokens, n)
+        return Method(name, encoders.all_patches, prune_steps=steps, raters=text_raters if raters else None)
 
     return make
 
@@ -39,38 +40,38 @@ def _often(name: str, rule: CutRule, layers: tuple[int, ...], *, rates: bool = F
 def _fitprune(n: int) -> Method:
     """The authors' recipe for 70 %, stretched over another depth, number of patches or final number."""
 
-    def cuts(config: DecoderConfig, tokens: int) -> tuple[Cut, ...]:
+    def steps(config: DecoderConfig, tokens: int) -> tuple[PruneStep, ...]:
         recipe, depth = fitprune.RECIPES[70], config.num_layers
         layers = range(depth - 1)
         shares = [sum(recipe[: round((layer + 1) * DEPTH / depth)]) / sum(recipe[: (depth - 1) * DEPTH // depth])
                   for layer in layers]  # fmt: skip
         left = [tokens - round(min(share, 1.0) * (tokens - n)) for share in shares]
         left[-1] = n
-        # Layers in which nothing goes need no cut.
+        # Layers in which nothing goes need no step.
         before = [tokens, *left[:-1]]
-        return tuple(Cut(layer, keep, prefills.fitprune) for layer, keep, was in zip(layers, left, before, strict=True)
-                     if keep < was)  # fmt: skip
+        counts = zip(layers, left, before, strict=True)
+        return tuple(PruneStep(layer, keep, prune_rules.fitprune) for layer, keep, was in counts if keep < was)
 
-    return Method("fitprune", encoders.whole, cuts=cuts)
+    return Method("fitprune", encoders.all_patches, prune_steps=steps)
 
 
 _NAMED: dict[str, Callable[[int], Method]] = {
-    "random": _encoder("random", lambda n: encoders.chosen(encoders.by_chance(0), n)),
-    "stride": _encoder("stride", lambda n: encoders.at_places(lambda grid, n: uniform.stride(grid * grid, n), n)),
-    "grid": _encoder("grid", lambda n: encoders.at_places(lambda grid, n: uniform.centres(grid, grid, n), n)),
-    "pool": _encoder("pool", encoders.pooled),
-    "tome": _encoder("tome", encoders.in_tower),
-    "fastervlm": _encoder("fastervlm", lambda n: encoders.chosen(encoders.by_class, n)),
-    "visionzip": _encoder("visionzip", encoders.zipped),
-    "prumerge": _encoder("prumerge", encoders.prumerged),
-    "prumerge+": _encoder("prumerge+", partial(encoders.prumerged, stepped=True)),
-    "cdpruner": _encoder("cdpruner", encoders.spread),
-    "fastv": _once("fastv", prefills.fastv, fastv.LAYER),
-    "fastv-window": _once("fastv-window", prefills.window_fastv, fastv.LAYER),
-    "fastv-random": _once("fastv-random", prefills.random, fastv.LAYER),
-    "dart": _once("dart", prefills.rule_of_dart, DART_LAYER),
-    "sparsevlm": _often("sparsevlm", prefills.recycling, sparsevlm.LAYERS, rates=True),
-    "sparsevlm+": _often("sparsevlm+", prefills.sparsevlm_plus, sparsevlm.LAYERS, rates=True),
+    "random": _encoder("random", lambda n: encoders.top_patches(encoders.random_score(0), n)),
+    "stride": _encoder("stride", lambda n: encoders.fixed_patches(lambda grid, n: uniform.stride(grid * grid, n), n)),
+    "grid": _encoder("grid", lambda n: encoders.fixed_patches(lambda grid, n: uniform.centres(grid, grid, n), n)),
+    "pool": _encoder("pool", encoders.pooling_encoder),
+    "tome": _encoder("tome", encoders.tome_encoder),
+    "fastervlm": _encoder("fastervlm", lambda n: encoders.top_patches(encoders.class_score, n)),
+    "visionzip": _encoder("visionzip", encoders.visionzip_encoder),
+    "prumerge": _encoder("prumerge", encoders.prumerge_encoder),
+    "prumerge+": _encoder("prumerge+", partial(encoders.prumerge_encoder, stepped=True)),
+    "cdpruner": _encoder("cdpruner", encoders.cdpruner_encoder),
+    "fastv": _once("fastv", prune_rules.fastv, fastv.LAYER),
+    "fastv-window": _once("fastv-window", prune_rules.window_fastv, fastv.LAYER),
+    "fastv-random": _once("fastv-random", prune_rules.random, fastv.LAYER),
+    "dart": _once("dart", prune_rules.dart_pruning, DART_LAYER),
+    "sparsevlm": _often("sparsevlm", prune_rules.sparsevlm_recycling, sparsevlm.LAYERS, raters=True),
+    "sparsevlm+": _often("sparsevlm+", prune_rules.sparsevlm_plus, sparsevlm.LAYERS, raters=True),
     "fitprune": _fitprune,
     "mustdrop": mustdrop.mustdrop,
     "mustdrop-compact": partial(mustdrop.mustdrop, compact=True),
@@ -99,7 +100,7 @@ def get_method(name: str, keep: Number | None = None) -> Method:
 @lru_cache(maxsize=None, typed=True)
 def _named(name: str, keep: int | None) -> Method:
     if name == "full":
-        return _without(name, keep, Method(name, encoders.whole))
+        return _without(name, keep, Method(name, encoders.all_patches))
     if name == "mustdrop-decode":
         return _without(name, keep, mustdrop.decoding())
     if name == "mustdrop-thresholds":
@@ -111,21 +112,21 @@ def _named(name: str, keep: int | None) -> Method:
     return _NAMED[name](keep)._replace(name=name)
 
 
-def named_for_average(name: str, average: Number, config: LlavaConfig, crops: int = 1) -> Method:
-    """The method that keeps `average` tokens over the decoder's layers, the way papers count.
+def get_method_for_mean(config: LlavaConfig, name: str, mean: Number, crops: int = 1) -> Method:
+    """The method that keeps `mean` visual tokens, the mean over the decoder's layers: how papers count.
 
     Raises:
-      ValueError: see `get_method` and `jaxcompress.vision.schedule.for_average`.
+      ValueError: see `get_method` and `jaxcompress.vision.schedule.method_for_mean`.
     """
     if name != "mustdrop":
-        return for_average(lambda n: get_method(name, n), average, config, crops)
+        return method_for_mean(config, lambda n: get_method(name, n), mean, crops)
     # As few windows merge as leave the decoder's first layers room.
     for share in (0.25, 0.5, 0.75):
         try:
-            return for_average(partial(mustdrop.mustdrop, share=share), average, config, crops)
+            return method_for_mean(config, partial(mustdrop.mustdrop, share=share), mean, crops)
         except ValueError:
             continue
-    return for_average(partial(mustdrop.mustdrop, share=1.0), average, config, crops)
+    return method_for_mean(config, partial(mustdrop.mustdrop, share=1.0), mean, crops)
 
 
 def _without(name: str, keep: int | None, method: Method) -> Method:

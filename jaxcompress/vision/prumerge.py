@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.vision.choose import best_first, cosine, others, take
+from jaxcompress.vision.choose import complement, cosine, ranked_indices, take
 
 NEIGHBOURS = 32
 
@@ -60,8 +60,8 @@ def prumerge(
 
     Args:
       attention, keys: of the class token, and of each token with all heads together.
-      kept: usually `best_first(attention, n)`.
-      gone: usually `others(kept, N)`.
+      kept: usually `ranked_indices(attention, n)`.
+      gone: usually `complement(kept, N)`.
       present, left: which of `kept` and of `gone` count; all by default.
     """
     present = jnp.ones(kept.shape, bool) if present is None else present
@@ -96,7 +96,7 @@ def prumerge_adaptive(
     n = x.shape[1]
     found = outliers(attention)[:, None]
     count = jnp.asarray([int(n * (c / n)) for c in range(n + 1)])[found]
-    kept, place = best_first(attention, n), jnp.arange(n)
+    kept, place = ranked_indices(attention, n), jnp.arange(n)
     if stepped:
         kept, count = _with_steps(kept, count, jnp.asarray(_strides(n))[found])
     present = place < count
@@ -115,8 +115,8 @@ def _with_steps(kept: Array, count: Array, stride: Array) -> tuple[Array, Array]
     outlier = order < count
     # The authors' range ends before the last token.
     stepped = ~outlier & (place % stride == 0) & (place < n - 1)
-    ranked = jnp.where(outlier, order, jnp.where(stepped, n + place, 2 * n + order))
-    return jnp.argsort(ranked, axis=1).astype(jnp.int32), (outlier | stepped).sum(1, keepdims=True)
+    order_key = jnp.where(outlier, order, jnp.where(stepped, n + place, 2 * n + order))
+    return jnp.argsort(order_key, axis=1).astype(jnp.int32), (outlier | stepped).sum(1, keepdims=True)
 
 
 def _strides(n: int) -> np.ndarray:
@@ -142,8 +142,8 @@ def as_released(kept: Int[Array, "B n"], total: int) -> Int[Array, "B m"]:
 
 def stepped_order(attention: Float[Array, "B N"], n: int) -> Int[Array, "B n"]:
     """n tokens for PruMerge+ with an exact budget: half by attention, half in even steps over what is left."""
-    top = best_first(attention, n - n // 2)
-    rest = others(top, attention.shape[1])
+    top = ranked_indices(attention, n - n // 2)
+    rest = complement(top, attention.shape[1])
     m = n // 2
     even = (np.arange(m) * rest.shape[1] + rest.shape[1] // 2) // max(m, 1)
     return jnp.concatenate([top, rest[:, even]], axis=1)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from jaxcompress.inputs.scalars import Number, number
 from jaxcompress.models.llava import LlavaConfig
 from jaxcompress.vision.choose import check_budget
-from jaxcompress.vision.method import Cut, CutRule, Method
+from jaxcompress.vision.layer_view import PruneRule
+from jaxcompress.vision.method import Method, PruneStep
 
 DEPTH = 32
 """Layers of the decoders for which numbers were published (LLaVA-1.5-7B)."""
@@ -34,40 +35,42 @@ def falling(tokens: int, n: int, steps: int) -> tuple[int, ...]:
     return (*left[:-1], n)
 
 
-def cuts_down_to(rule: CutRule, layers: Sequence[int], tokens: int, n: int) -> tuple[Cut, ...]:
+def prune_steps_to(rule: PruneRule, layers: Sequence[int], tokens: int, n: int) -> tuple[PruneStep, ...]:
     """One rule after these layers, until n tokens are left."""
-    return tuple(Cut(layer, keep, rule) for layer, keep in zip(layers, falling(tokens, n, len(layers)), strict=True))
+    return tuple(
+        PruneStep(layer, keep, rule) for layer, keep in zip(layers, falling(tokens, n, len(layers)), strict=True)
+    )
 
 
-def for_average(make: Callable[[int], Method], average: Number, config: LlavaConfig, crops: int = 1) -> Method:
-    """The method with the largest final number whose mean over layers is no more than `average`.
+def method_for_mean(config: LlavaConfig, make: Callable[[int], Method], mean: Number, crops: int = 1) -> Method:
+    """The method with the largest final number whose mean over layers is no more than `mean`.
 
     Papers that drop in several layers report that mean.
 
     Raises:
-      ValueError: the layers before the first cut alone hold more, or an average that is no number.
+      ValueError: the layers before the first cut alone hold more, or a mean that is no number.
     """
-    average, total = number(average, "the average number of visual tokens"), config.tower.num_patches * crops
+    mean, total = number(mean, "the mean number of visual tokens"), config.tower.num_patches * crops
     fits = None
     low, high = 1, total
     while low <= high:
         middle = (low + high) // 2
-        method = _try(make, middle, config, crops)
-        if method is not None and method.average(config, crops) <= average:
+        method = _try(config, make, middle, crops)
+        if method is not None and method.mean_tokens(config, crops) <= mean:
             fits, low = method, middle + 1
         else:
             high = middle - 1
     if fits is None:
-        least = _try(make, 1, config, crops)
-        held = "" if least is None else f"; with 1 token at the end it is {least.average(config, crops):.1f}"
-        raise ValueError(f"no final number of visual tokens has a mean of {average} over layers{held}")
+        least = _try(config, make, 1, crops)
+        held = "" if least is None else f"; with 1 token at the end it is {least.mean_tokens(config, crops):.1f}"
+        raise ValueError(f"no final number of visual tokens has a mean of {mean} over layers{held}")
     return fits
 
 
-def _try(make: Callable[[int], Method], n: int, config: LlavaConfig, crops: int) -> Method | None:
+def _try(config: LlavaConfig, make: Callable[[int], Method], n: int, crops: int) -> Method | None:
     try:
         method = make(n)
-        method.counts(config, crops)
+        method.tokens_per_layer(config, crops)
     except ValueError:
         return None
     return method

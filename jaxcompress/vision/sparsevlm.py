@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.models.rope import RopeConfig, rotate
-from jaxcompress.vision.choose import best_first, take
+from jaxcompress.vision.choose import ranked_indices, take
 
 LAYERS = (2, 6, 15)
 LAYERS_FIRST = (2, 6, 15, 19)
@@ -46,21 +46,21 @@ def rater_mass(
     return share.sum(1) / jnp.maximum(seen.sum(1), 1)[:, None]
 
 
-def raters(mass: Float[Array, "B R"], present: Bool[Array, "B R"]) -> Bool[Array, "B R"]:
+def above_mean(mass: Float[Array, "B R"], present: Bool[Array, "B R"]) -> Bool[Array, "B R"]:
     """The words with more than the mean."""
     mean = jnp.where(present, mass, 0.0).sum(-1, keepdims=True) / jnp.maximum(present.sum(-1, keepdims=True), 1)
     return present & (mass > mean)
 
 
-def rated(rows: Float[Array, "B H R V"], rates: Bool[Array, "B R"]) -> Float[Array, "B V"]:
+def rater_scores(rows: Float[Array, "B H R V"], raters: Bool[Array, "B R"]) -> Float[Array, "B V"]:
     """Scores: attention of the raters to each patch, mean over heads and raters."""
-    mean = jnp.where(rates[..., None], rows.mean(1), 0.0)
-    return mean.sum(1) / jnp.maximum(rates.sum(1), 1)[:, None]
+    mean = jnp.where(raters[..., None], rows.mean(1), 0.0)
+    return mean.sum(1) / jnp.maximum(raters.sum(1), 1)[:, None]
 
 
 def rank_budget(
     rows: Float[Array, "B H R V"],
-    rates: Bool[Array, "B R"],
+    raters: Bool[Array, "B R"],
     patches: Bool[Array, "B V"],
     scale: float,
     bias: float,
@@ -69,8 +69,8 @@ def rank_budget(
 
     All of them where the rank is the number of patches.
     """
-    matrix = jnp.where(rates[..., None] & patches[:, None], rows.mean(1), 0.0)
-    count, width = rates.sum(1), patches.sum(1)
+    matrix = jnp.where(raters[..., None] & patches[:, None], rows.mean(1), 0.0)
+    count, width = raters.sum(1), patches.sum(1)
     singular = jnp.linalg.svd(matrix, compute_uv=False)
     tolerance = singular.max(-1) * jnp.maximum(count, width) * jnp.finfo(jnp.float32).eps
     rank = (singular > tolerance[:, None]).sum(-1)
@@ -88,11 +88,11 @@ def without_gravity(
 
 
 def of_best_heads(
-    rows: Float[Array, "B H R V"], rates: Bool[Array, "B R"], patches: Bool[Array, "B V"], n: int = HEADS
+    rows: Float[Array, "B H R V"], raters: Bool[Array, "B R"], patches: Bool[Array, "B V"], n: int = HEADS
 ) -> Float[Array, "B h R V"]:
     """The n heads whose raters look at the patches most (SparseVLM+, section 4.3); all if there are no more."""
-    mass = jnp.where(rates[:, None, :, None] & patches[:, None, None], rows, 0.0).sum((2, 3))
-    return take(rows, best_first(mass, min(n, rows.shape[1])))
+    mass = jnp.where(raters[:, None, :, None] & patches[:, None, None], rows, 0.0).sum((2, 3))
+    return take(rows, ranked_indices(mass, min(n, rows.shape[1])))
 
 
 def recycled(gone: int) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def cluster(
     furthest = jnp.where(both, apart, 0.0).max((1, 2))
     distance = jnp.where(denser & both, apart, furthest[:, None, None]).min(-1)
     score = jnp.where(present, distance * density, -jnp.inf)
-    centres = best_first(score, n)
+    centres = ranked_indices(score, n)
     real = jnp.arange(n) < count[:, None]
     group = jnp.where(real[..., None], take(apart, centres), jnp.inf).argmin(1)
     rows = jnp.arange(b)[:, None]

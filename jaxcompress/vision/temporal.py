@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.vision.choose import check_budget, standing, take, top, unit
+from jaxcompress.state.vectors import unit
+from jaxcompress.vision.choose import EPS, check_budget, indices_of, take, top_mask
 from jaxcompress.vision.merging import Merging
 
 
 def stillness(x: Float[Array, "B F N E"]) -> Float[Array, "B F N"]:
     """Cosine of each patch to the one before it; -inf in the first frame."""
-    x = unit(x)
+    x = unit(x.astype(jnp.float32), EPS)
     like = jnp.einsum("bfne,bfne->bfn", x[:, 1:], x[:, :-1], precision="highest")
     return (
         jnp.concatenate([jnp.full_like(like[:, :1], -jnp.inf), like], axis=1)
@@ -43,9 +44,9 @@ def merge_frames(like: Float[Array, "B F N"], r: int) -> Merging:
     check_budget(r, (frames - 1) * patches, "patches of later frames")
     total = frames * patches
     later = jnp.broadcast_to(jnp.arange(total) >= patches, (b, total))
-    goes = top(like.reshape(b, total), r, later)
-    kept = standing(~goes, total - r)
-    gone = standing(goes, r)
+    goes = top_mask(like.reshape(b, total), r, later)
+    kept = indices_of(~goes, total - r)
+    gone = indices_of(goes, r)
     into = run_starts(goes.reshape(like.shape))
     nth = jnp.cumsum(~goes, axis=1, dtype=jnp.int32) - 1  # of the result, for what stays
     return Merging(kept, gone, take(nth, take(into, gone)))

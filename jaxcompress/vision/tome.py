@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxcompress.models.vit import Patches
+from jaxcompress.models.patches import Patches
 from jaxcompress.recurrence.inputs import AttentionInputs
-from jaxcompress.vision.choose import best, best_first, check_budget, cosine, others, take
+from jaxcompress.vision.choose import check_budget, complement, cosine, ranked_indices, take, top_indices
 from jaxcompress.vision.merging import Merging, merge
 
 
@@ -49,7 +49,7 @@ def bipartite(
         like = like.at[:, 0].set(-jnp.inf)
     if distill_token:
         like = like.at[:, :, 0].set(-jnp.inf)
-    order = best_first(like.max(-1), even.shape[0])
+    order = ranked_indices(like.max(-1), even.shape[0])
     source, stays = order[:, :r], order[:, r:]
     if class_token:
         stays = jnp.sort(stays, axis=1)
@@ -87,12 +87,12 @@ def at_random(metric: Float[Array, "B N D"], r: int, key: Key[Array, ""], *, spe
     b, total, _ = metric.shape
     check_budget(r, total - special - 1)
     draws = jnp.where(jnp.arange(total) < special, jnp.inf, jax.random.uniform(key, (total,)))
-    kept = jnp.broadcast_to(best(draws[None], total - r), (b, total - r))
+    kept = jnp.broadcast_to(top_indices(draws[None], total - r), (b, total - r))
     return _into_nearest(metric, kept, total, special)
 
 
 def _into_nearest(metric: Array, kept: Array, total: int, special: int = 0) -> Merging:
-    gone = others(kept, total)
+    gone = complement(kept, total)
     like = cosine(take(metric, gone), take(metric, kept))
     like = jnp.where(kept[:, None] < special, -jnp.inf, like)
     return Merging(kept.astype(jnp.int32), gone, like.argmax(-1).astype(jnp.int32))
@@ -119,11 +119,14 @@ def tome(counts: Sequence[int], special: int) -> Callable[[Patches, AttentionInp
       special: of the tower.
     """
 
-    def reduce(patches: Patches, shown: AttentionInputs, layer: int) -> Patches:
+    def reduce(patches: Patches, attention: AttentionInputs, layer: int) -> Patches:
         if not counts[layer]:
             return patches
         how = bipartite(
-            shown.keys.astype(jnp.float32).mean(2), counts[layer], class_token=special > 0, distill_token=special > 1
+            attention.keys.astype(jnp.float32).mean(2),
+            counts[layer],
+            class_token=special > 0,
+            distill_token=special > 1,
         )
         return merged(patches, how)
 

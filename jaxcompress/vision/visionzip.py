@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.vision.choose import best, check_budget, cosine, others, take
+from jaxcompress.vision.choose import check_budget, complement, cosine, take, top_indices
 from jaxcompress.vision.merging import Merging
 
 
@@ -51,13 +51,13 @@ def visionzip(
       ValueError: more tokens than there are.
     """
     check_budget(dominant + contextual, x.shape[1])
-    kept = best(scores, dominant)
-    rest = others(kept, x.shape[1])
+    kept = top_indices(scores, dominant)
+    rest = complement(kept, x.shape[1])
     b, m = rest.shape
     if not contextual:
         return Zipped(take(x, kept), Merging(kept, rest, jnp.full(rest.shape, dominant)))
     seed = jnp.broadcast_to(seeds(m, contextual), (b, contextual))
-    joins = others(seed, m)
+    joins = complement(seed, m)
     centre, gone = take(rest, seed), take(rest, joins)
     to = cosine(take(keys, gone), take(keys, centre)).argmax(-1).astype(jnp.int32)
     share = (to[..., None] == jnp.arange(contextual)).astype(jnp.float32)

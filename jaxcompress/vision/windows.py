@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.models.vit import Patches
-from jaxcompress.vision.choose import best, best_first, check_budget, standing, take, unit
+from jaxcompress.models.patches import Patches
+from jaxcompress.state.vectors import unit
+from jaxcompress.vision.choose import EPS, check_budget, indices_of, ranked_indices, take, top_indices
 from jaxcompress.vision.merging import Merging, merge_in_place
 from jaxcompress.vision.tome import merged
 
@@ -44,7 +45,7 @@ def square(patches: int) -> int:
 
 def window_similarity(x: Float[Array, "B N E"], table: np.ndarray) -> Float[Array, "B W"]:
     """The mean cosine of the pairs of different patches in each window; 1 in windows of one patch."""
-    members = unit(x[:, table.reshape(-1)]).reshape(x.shape[0], *table.shape, x.shape[-1])
+    members = unit(x[:, table.reshape(-1)].astype(jnp.float32), EPS).reshape(x.shape[0], *table.shape, x.shape[-1])
     w = table.shape[1]
     if w == 1:
         return jnp.ones(members.shape[:2])
@@ -76,7 +77,7 @@ def merge_windows(
     check_budget(r, table.shape[0], "windows")
     b, size, total = similarity.shape[0], table.shape[1], table.size
     middle, around = table[:, size // 2], np.delete(table, size // 2, axis=1)
-    chosen = best_first(similarity, r)
+    chosen = ranked_indices(similarity, r)
     centre = jnp.asarray(middle)[chosen]  # [B, r]
     gone = jnp.asarray(around)[chosen].reshape(b, -1)
     merges = jnp.zeros(similarity.shape, bool).at[jnp.arange(b)[:, None], chosen].set(True)
@@ -85,9 +86,9 @@ def merge_windows(
     stays = ~merges[:, window_of]  # patches of windows that do not merge
     n = total - r * (size - 1)
     if similar_first:
-        kept = jnp.concatenate([centre, standing(stays, total - r * size)], axis=1)
+        kept = jnp.concatenate([centre, indices_of(stays, total - r * size)], axis=1)
     else:
-        kept = standing(stays.at[jnp.arange(b)[:, None], centre].set(True), n)
+        kept = indices_of(stays.at[jnp.arange(b)[:, None], centre].set(True), n)
     into = jnp.zeros((b, total), jnp.int32).at[jnp.arange(b)[:, None], kept].set(jnp.arange(n, dtype=jnp.int32))
     target = jnp.repeat(take(into, centre), size - 1, axis=1)
     first = jnp.broadcast_to(jnp.arange(special, dtype=jnp.int32), (b, special))
@@ -142,4 +143,4 @@ def key_tokens(attention: Float[Array, "B H N"], n: int, *, by_score: bool = Fal
       by_score: in the order of their scores, as the authors' code has them.
     """
     score = attention.mean(1)
-    return best_first(score, n) if by_score else best(score, n)
+    return ranked_indices(score, n) if by_score else top_indices(score, n)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from policies import reference
 from tiny import random_tokens, tiny_decoder
 
-from jaxcompress import budgets
 from jaxcompress.budgets.allocate import (
     from_scores,
     proportional,
@@ -263,7 +262,7 @@ def test_every_rule_fits_a_model() -> None:
     given = [
         pyramid(9, LAYERS), pyramid_official(20, LAYERS, 60), pyramid_even(9.0, LAYERS, 60, window=2),
         proportional([1, 2], 9), proportional([[1, 2], [3, 4]], 9), retrieval_split(np.eye(2, dtype=bool), 12, 3),
-        budgets.from_scores(jnp.asarray(np.random.default_rng(0).random((LAYERS, 2, HEADS, 30))), 9),
+        from_scores(jnp.asarray(np.random.default_rng(0).random((LAYERS, 2, HEADS, 30))), 9),
     ]  # fmt: skip
     for slots in given:
         assert init_state(MODEL.config, TOVA("kv_head"), slots)

@@ -10,34 +10,34 @@ import pytest
 from safetensors.numpy import save_file
 from tiny import tiny_decoder
 
-from jaxcompress.checkpoints import load, load_policy, save, save_policy
+from jaxcompress.checkpoints import SavedPolicy, load, load_policy, save, save_policy
 from jaxcompress.policies.forget_head import ForgetHead
 
 
 def test_a_policy_comes_back_with_the_model(tmp_path: Path) -> None:
     folder = save(tiny_decoder(), tmp_path / "model")
     assert load_policy(folder) is None
-    with pytest.raises(ValueError, match=r"saved without a policy of its own; use one by name, such as .*named"):
-        load(folder).policy()
+    assert load(folder).policy is None
     weights = {
         "gate": {"kernel": jnp.arange(6.0).reshape(2, 3).T, "half": jnp.ones(2, jnp.bfloat16)},
         "bias": np.ones(1),
     }
-    save_policy(folder, "tova", {"slots": [4], "placement": None}, weights)
-    policy = load(folder).policy()
+    save_policy(SavedPolicy("tova", {"slots": [4], "placement": None}, weights), folder)
+    policy = load(folder).saved_policy
+    assert policy is not None
     assert (policy.name, policy.settings) == ("tova", {"slots": [4], "placement": None})
     assert policy.weights.keys() == weights.keys()
     np.testing.assert_array_equal(policy.weights["gate"]["kernel"], weights["gate"]["kernel"])
     np.testing.assert_array_equal(policy.weights["gate"]["half"], weights["gate"]["half"])
     assert policy.weights["gate"]["half"].dtype == jnp.bfloat16
-    save_policy(folder, "h2o", {})
+    save_policy(SavedPolicy("h2o", {}), folder)
     assert load_policy(folder) == ("h2o", {}, {})
     assert not list(folder.glob(".*"))
 
 
 def test_wrong_policies(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"names without dots, not 'a\.b'"):
-        save_policy(tmp_path, "tova", {}, {"a.b": np.ones(1)})
+        save_policy(SavedPolicy("tova", {}, {"a.b": np.ones(1)}), tmp_path)
     assert load_policy(tmp_path) is None
     for content, says in {
         '{"slots": 3}': "needs the name of a policy under 'policy', not None",
@@ -59,7 +59,7 @@ def test_wrong_policies(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="policy.safetensors cannot be read"):
             load_policy(tmp_path)
     for weights in ({"a": np.ones(1)}, {name: {"x": np.ones(1)} for name in ForgetHead._fields}):
-        save_policy(tmp_path, "dms", {"window": "wide"}, weights)
+        save_policy(SavedPolicy("dms", {"window": "wide"}, weights), tmp_path)
         saved = load_policy(tmp_path)
         assert saved is not None
         with pytest.raises(ValueError, match="weights"):

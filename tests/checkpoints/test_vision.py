@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxcompress.checkpoints import llava_config, load_llava, load_tower, save_llava, tower_config
-from jaxcompress.checkpoints._vision import hugging_face_llava_config
+from jaxcompress.checkpoints._vision_config import hugging_face_llava_config
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "vision_models"
 LLAVAS = ("llava", "llava_siglip", "llava_next")

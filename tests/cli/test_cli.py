@@ -98,7 +98,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     return run
 
 
-GREEDY = ("--policy", "tova", "--slots", 6, "--steps", 10)
+GREEDY = ("--policy", "tova", "--slots", 6, "--max-new-tokens", 10)
 
 
 def expected(model: Decoder, tokenizer: Tokenizer, *prompts: str) -> list[np.ndarray]:
@@ -143,13 +143,13 @@ class TestGenerate:
 
     def test_warns_of_positions_that_the_model_has_not_seen(self, run: Any) -> None:
         how = ("generate", "--prompt", "The", "--policy", "window", "--slots", 4)
-        assert "--placement slot or compact" in run(*how, "--steps", 130).err
-        assert run(*how, "--steps", 10).err == ""
+        assert "--placement slot or compact" in run(*how, "--max-new-tokens", 130).err
+        assert run(*how, "--max-new-tokens", 10).err == ""
 
 
 def test_perplexity(run: Any, text: Path, tmp_path: Path) -> None:
     out, figure = tmp_path / "table.json", tmp_path / "figure.png"
-    how = ("--text", text, "--context", 16, "--rows", 2, "--policies", "full", "tova", "--slots", 8, 4)
+    how = ("--file", text, "--context", 16, "--rows", 2, "--policies", "full", "tova", "--slots", 8, 4)
     ran = run("perplexity", *how, "--json", "--out", out, "--figure", figure)
     assert ran.code == 0
     table = ran.json
@@ -162,7 +162,7 @@ def test_perplexity(run: Any, text: Path, tmp_path: Path) -> None:
 
 
 def test_perplexity_of_one_endless_row_is_a_table(run: Any, text: Path) -> None:
-    ran = run("perplexity", "--text", text, "--context", 0, "--policies", "window", "--slots", 4, 8)
+    ran = run("perplexity", "--file", text, "--context", 0, "--policies", "window", "--slots", 4, 8)
     lines = ran.splitlines()
     assert lines[0].split()[:3] == ["policy", "slots", "perplexity"]
     assert [line.split()[:2] for line in lines[1:]] == [["window", "4"], ["window", "8"]]
@@ -181,7 +181,7 @@ def test_an_interrupted_sweep_leaves_what_was_finished(
 
     monkeypatch.setattr(sys.modules["jaxcompress.evaluation.sweep"], "perplexity", interrupted)
     ran = run(
-        "perplexity", "--text", text, "--context", 16, "--policies", "tova", "--slots", 2, 4, 8, "--json", "--out", out
+        "perplexity", "--file", text, "--context", 16, "--policies", "tova", "--slots", 2, 4, 8, "--json", "--out", out
     )  # fmt: skip
     assert ran.code == 130
     assert "interrupted" in ran.err
@@ -189,7 +189,7 @@ def test_an_interrupted_sweep_leaves_what_was_finished(
     assert [row["slots"] for row in ran.json["table"]] == [2, 4]
 
 
-TRACED = ("--prompt", 6, "--policy", "tova", "--slots", 4)
+TRACED = ("--prompt-tokens", 6, "--mode", "oneshot", "--policy", "tova", "--slots", 4)
 
 
 def _check_trace(out: Path, model: Decoder, ids: np.ndarray) -> None:
@@ -212,7 +212,7 @@ def _check_trace(out: Path, model: Decoder, ids: np.ndarray) -> None:
 def test_trace_of_tokens(run: Any, tmp_path: Path, model: Decoder, batch: int | None) -> None:
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch or 1, 12))
     np.save(tmp_path / "ids.npy", ids[0] if batch is None else ids)
-    ran = run("trace", "--tokens", tmp_path / "ids.npy", "--out", tmp_path / "trace.npz", *TRACED)
+    ran = run("trace", "--token-ids", tmp_path / "ids.npy", "--out", tmp_path / "trace.npz", *TRACED)
     assert ran.code == 0
     assert f"2 layers, 7 steps, batch {batch or 1}, 1 set of slots" in ran
     _check_trace(tmp_path / "trace.npz", model, ids.astype(np.int32))
@@ -226,20 +226,20 @@ def test_trace_of_tokens_needs_no_tokenizer(run: Any, folder: Path, tmp_path: Pa
     ids = np.arange(12)
     np.save(tmp_path / "ids.npy", ids)
     out = tmp_path / "trace.npz"
-    assert run("trace", "--tokens", tmp_path / "ids.npy", "--out", out, *TRACED, model=bare).code == 0
+    assert run("trace", "--token-ids", tmp_path / "ids.npy", "--out", out, *TRACED, model=bare).code == 0
     _check_trace(out, model, ids[None].astype(np.int32))
 
 
 def test_trace_of_text(run: Any, text: Path, tmp_path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
     out, figure = tmp_path / "trace.npz", tmp_path / "deaths.png"
-    assert run("trace", "--text", text, "--limit", 12, "--out", out, "--figure", figure, *TRACED).code == 0
+    assert run("trace", "--file", text, "--limit", 12, "--out", out, "--figure", figure, *TRACED).code == 0
     _check_trace(out, model, tokenizer.encode(TEXT)[None, :12])
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_info(run: Any) -> None:
     facts = run("info", "--json", model=None).json
-    assert facts["policies"] == [*NAMES, "own"]
+    assert facts["policies"] == [*NAMES, "learned"]
     assert {"jax", "flax"} <= facts["versions"].keys()
     assert facts["devices"]
     assert facts["attention"] == "jnp on cpu"
@@ -256,17 +256,17 @@ class TestWrong:
             (("generate", "--prompt", "a", "--policy", "tovaa"), "unknown policy 'tovaa'; known: full, window"),
             (("generate", "--prompt", "a", "--slots", 0), "at least 1 slot per layer, slots=0"),
             (("generate", "--prompt", "a", "--slots", 4, 4, 4), "slots has 3 entries, the model has 2 layers"),
-            (("generate", "--prompt", "a", "--steps", 0), "--steps must be at least 1, not 0"),
+            (("generate", "--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, not 0"),
             (("generate", "--prompt", ""), "prompt 0 is empty"),
-            (("generate",), "give either --prompt or --file"),
-            (("generate", "--prompt", "a", "--file", "b"), "give either --prompt or --file"),
+            (("generate",), "give --prompt or --file"),
+            (("generate", "--prompt", "a", "--file", "b"), "give --prompt or --file, not both"),
             (("generate", "--prompt", "a", "--chat"), "has no chat template"),
             (("generate", "--prompt", "a", "--temperature", -1), "temperature must be"),
             (("generate", "--prompt", "a", "--policy", "full", "--slots", 4), "do not fit into the 4 slots"),
             (("generate", "--file", "nowhere.txt"), "nowhere.txt"),
-            (("perplexity", "--text", "nowhere.txt"), "nowhere.txt"),
-            (("trace", "--prompt", 3, "--out", "x.npz"), "give either --tokens or --text"),
-            (("trace", "--prompt", 3, "--out", "x.npz", "--tokens", "nowhere.npy"), "nowhere.npy"),
+            (("perplexity", "--file", "nowhere.txt"), "nowhere.txt"),
+            (("trace", "--prompt-tokens", 3, "--out", "x.npz"), "give one of --file, --prompt and --token-ids"),
+            (("trace", "--prompt-tokens", 3, "--out", "x.npz", "--token-ids", "nowhere.npy"), "nowhere.npy"),
         ],
     )
     def test_arguments(self, run: Any, arguments: tuple[Any, ...], says: str) -> None:
@@ -282,7 +282,7 @@ class TestWrong:
 
     @pytest.mark.parametrize(
         "command",
-        [("generate", "--file"), ("perplexity", "--text"), ("trace", "--out", "x.npz", "--prompt", 1, "--text")],
+        [("generate", "--file"), ("perplexity", "--file"), ("trace", "--out", "x.npz", "--prompt-tokens", 1, "--file")],
         ids=lambda command: command[0],
     )
     @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ class TestWrong:
     )
     def test_token_files(self, run: Any, tmp_path: Path, ids: np.ndarray, says: str) -> None:
         np.save(tmp_path / "ids.npy", ids)
-        ran = run("trace", "--tokens", tmp_path / "ids.npy", "--prompt", 1, "--out", tmp_path / "trace.npz")
+        ran = run("trace", "--token-ids", tmp_path / "ids.npy", "--prompt-tokens", 1, "--out", tmp_path / "trace.npz")
         assert ran.code == 2
         assert says in ran.err
         assert not (tmp_path / "trace.npz").exists()
@@ -321,8 +321,8 @@ class TestWrong:
         )  # fmt: skip
         for command in [
             ("generate", "--prompt", SENTENCE, *GREEDY),
-            ("perplexity", "--text", tmp_path / "text.txt", "--context", 0, "--policies", "tova", "--slots", 4),
-            ("trace", "--text", tmp_path / "text.txt", "--limit", 12, "--out", tmp_path / "trace.npz", *TRACED),
+            ("perplexity", "--file", tmp_path / "text.txt", "--context", 0, "--policies", "tova", "--slots", 4),
+            ("trace", "--file", tmp_path / "text.txt", "--limit", 12, "--out", tmp_path / "trace.npz", *TRACED),
         ]:
             (tmp_path / "text.txt").write_text(SENTENCE)
             ran = run(*command, model=spoilt)
@@ -330,10 +330,24 @@ class TestWrong:
             assert "finite" in ran.err
 
     def test_unknown_words_are_refused_by_the_parser(self, run: Any) -> None:
-        for arguments in [("nothing",), ("generate", "--prompt", "a", "--mode", "whole"), ("trace",)]:
-            with pytest.raises(SystemExit) as caught:
-                run(*arguments, model=None)
-            assert caught.value.code == 2
+        for arguments, says in [
+            (("nothing",), "unknown command 'nothing'; known: demo, "),
+            (("generate", "--prompt", "a", "--mode", "whole"), "invalid choice 'whole' for argument '--mode'"),
+            (("generate", "--promt", "a"), "unrecognized options: --promt, a; perhaps you meant --prompt; see "),
+            (("generate", "--seed", "x"), "error parsing --seed"),
+            (("trace",), "missing: --out; see jaxcompress trace --help"),
+            (("perplexity", "--slots"), "--slots needs at least one value"),
+            (("train", "--out", "run"), "missing: --data; see jaxcompress train --help"),
+            (("train", "--config"), "missing value for argument '--config'"),
+        ]:
+            ran = run(*arguments, model=None)
+            assert (ran.code, ran.err.count("\n"), ran) == (2, 1, "")
+            assert ran.err.startswith("jaxcompress: ")
+            assert says in ran.err
+
+    def test_no_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([]) == 2
+        assert capsys.readouterr().err.startswith("jaxcompress: give a command: demo, compare, ")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

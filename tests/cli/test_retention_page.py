@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_cli import TEXT, folder, model, run, text, tokenizer  # noqa: F401  fixtures
 
-from jaxcompress.evaluation.retention import AFTER, overlap, survival_by_kind, token_kinds, token_texts
+from jaxcompress.evaluation.lifetimes import AFTER, overlap, survival_by_kind, token_kinds, token_texts
 from jaxcompress.evaluation.tracing import trace
 from jaxcompress.generation import Tokenizer
 from jaxcompress.models.decoder import Decoder
@@ -40,7 +40,7 @@ def embedded_deaths(page: Path) -> np.ndarray:
 
 def test_page_and_table(run: Any, text: Path, tmp_path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
     out, figure = tmp_path / "page.html", tmp_path / "heat.png"
-    ran = run("retention", "--text", text, "--out", out, "--figure", figure, *SMALL)
+    ran = run("retention", "--file", text, "--out", out, "--figure", figure, *SMALL)
     assert ran.code == 0
     expected = death(model, tokenizer)
     np.testing.assert_array_equal(embedded_deaths(out), expected)
@@ -59,7 +59,7 @@ def test_page_and_table(run: Any, text: Path, tmp_path: Path, model: Decoder, to
 
 
 def test_json_with_another_policy(run: Any, text: Path, tmp_path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
-    how = ("--text", text, "--out", tmp_path / "page.html", *SMALL)
+    how = ("--file", text, "--out", tmp_path / "page.html", *SMALL)
     told = run("retention", *how, "--compare", "h2o", "--json").json
     ours, theirs = death(model, tokenizer), death(model, tokenizer, "h2o")
     same = overlap(ours, theirs)
@@ -78,7 +78,7 @@ def test_json_with_another_policy(run: Any, text: Path, tmp_path: Path, model: D
 
 def test_half_a_text_read_at_once(run: Any, text: Path, tmp_path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
     out = tmp_path / "page.html"
-    ran = run("retention", "--text", text, "--out", out, *SMALL, "--mode", "oneshot", "--json")
+    ran = run("retention", "--file", text, "--out", out, *SMALL, "--mode", "oneshot", "--json")
     assert ran.json["prompt"] == 12
     np.testing.assert_array_equal(embedded_deaths(out), death(model, tokenizer, mode="oneshot", prompt=12))
     assert "oneshot, the first 12 tokens" in out.read_text(encoding="utf-8")
@@ -86,7 +86,7 @@ def test_half_a_text_read_at_once(run: Any, text: Path, tmp_path: Path, model: D
 
 def test_standard_input_and_a_capacity_per_layer(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
-    ran = run("retention", "--text", "-", "--out", tmp_path / "page.html", "--limit", 24, "--slots", 6, 6)
+    ran = run("retention", "--file", "-", "--out", tmp_path / "page.html", "--limit", 24, "--slots", 6, 6)
     assert ran.startswith("tova, 6, 6 slots, 24 of ")
     assert "tokens of standard input" in ran
 
@@ -104,16 +104,16 @@ def test_without_a_text_it_reads_what_is_held_out(run: Any, tmp_path: Path) -> N
         (("--compare", "tovaa"), "unknown policy 'tovaa'"),
         (("--compare", "full"), "do not fit into the 6 slots"),
         (("--limit", 0), "--limit must be at least 1, not 0"),
-        (("--prompt", 3), "--prompt is for --mode chunked and oneshot"),
-        (("--mode", "oneshot", "--prompt", 0), "prompt must be between 1 and the 24 tokens given, not 0"),
-        (("--mode", "oneshot", "--prompt", 25), "not 25"),
+        (("--prompt-tokens", 3), "--prompt-tokens is for --mode chunked and oneshot"),
+        (("--mode", "oneshot", "--prompt-tokens", 0), "prompt must be between 1 and the 24 tokens given, not 0"),
+        (("--mode", "oneshot", "--prompt-tokens", 25), "not 25"),
         (("--slots", 1, 2, 3), "slots has 3 entries, the model has 2 layers"),
-        (("--text", "nowhere.txt"), "nowhere.txt"),
+        (("--file", "nowhere.txt"), "nowhere.txt"),
     ],
 )
 def test_what_is_wrong(run: Any, text: Path, tmp_path: Path, arguments: tuple[Any, ...], says: str) -> None:
     out = tmp_path / "page.html"
-    ran = run("retention", "--out", out, "--text", text, *SMALL, *arguments)
+    ran = run("retention", "--out", out, "--file", text, *SMALL, *arguments)
     assert ran.code == 2
     assert ran.err.startswith("jaxcompress: ")
     assert says in ran.err
@@ -124,6 +124,6 @@ def test_what_is_wrong(run: Any, text: Path, tmp_path: Path, arguments: tuple[An
 def test_files(run: Any, tmp_path: Path, data: bytes, says: str) -> None:
     path = tmp_path / "wrong.txt"
     path.write_bytes(data)
-    ran = run("retention", "--out", tmp_path / "page.html", "--text", path)
+    ran = run("retention", "--out", tmp_path / "page.html", "--file", path)
     assert ran.code == 2
     assert says in ran.err

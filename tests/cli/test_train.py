@@ -22,8 +22,8 @@ import pytest
 from test_cli import folder, model, run, tokenizer  # noqa: F401  fixtures
 
 from jaxcompress.checkpoints import load, save
-from jaxcompress.cli import main
-from jaxcompress.cli.train import Train, with_settings
+from jaxcompress.cli import command_of, main
+from jaxcompress.cli.train import Train, train_defaults
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.training import checkpointing
 from jaxcompress.training.loss import token_losses
@@ -75,7 +75,7 @@ class TestTrain:
         trained = load(out / "model")
         assert trained.config == model.config
         assert (out / "model" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-        policy = trained.policy()
+        policy = trained.saved_policy
         assert policy is not None
         assert policy.name == "full"
         moved = [
@@ -92,7 +92,7 @@ class TestTrain:
         lines = (out / "metrics.jsonl").read_bytes()
         ran = run("train", "--out", out, "--resume", model=None)
         assert ran.code == 0
-        assert "going on from step 6" in ran
+        assert "continuing from step 6" in ran
         assert len(re.findall(r"held-out loss .*: (\d+\.\d+)", ran)) == 2
         assert (out / "metrics.jsonl").read_bytes() == lines
 
@@ -146,7 +146,7 @@ def test_a_run_that_was_stopped_goes_on(run: Any, book: Path, tmp_path: Path, mo
         assert run("train", "--data", book, "--out", cut, *FULL).code == 130
     assert len(curve(cut)) == 4
     ran = run("train", "--out", cut, "--resume", "--save-every", 3, model=None)
-    assert "going on from step 2" in ran
+    assert "continuing from step 2" in ran
     assert curve(cut) == curve(tmp_path / "whole")
     assert "--save-every is 3 from now on; it was 2" in ran
     weights = [(out / "model" / "model.safetensors").read_bytes() for out in (cut, tmp_path / "whole")]
@@ -212,7 +212,7 @@ def test_nothing_is_held_out(run: Any, book: Path, tmp_path: Path) -> None:
         (("--data", "{book}", "--warmup", -1), "--warmup must be at least 0, not -1"),
         (("--data", "{book}", "--lora", 0), "the rank of an adapter is at least 1, not 0"),
         (("--data", "{book}", "--policy", "dms", "--lora", 2), "--lora trains adapters of a model; dms trains"),
-        (("--resume",), "there is no run in {tmp}/run to go on with: {tmp}/run/run.json does not exist; --data begins"),
+        (("--resume",), "there is no run in {tmp}/run to continue: {tmp}/run/run.json does not exist; --data begins"),
         (
             ("--data", "{book}", "--rows", 4, "--accumulate", 3),
             "--rows 4 cannot be taken in --accumulate 3 equal parts",
@@ -234,7 +234,7 @@ def test_nothing_is_held_out(run: Any, book: Path, tmp_path: Path) -> None:
         (("--data", "{book}", "--config", "{tmp}/none.toml"), "No such file"),
         (
             ("--data", "{book}", "--config", "{tmp}/wrong.toml"),
-            "unknown setting 'stepz' in {tmp}/wrong.toml; known: data",
+            "unknown setting 'stepz' in {tmp}/wrong.toml; known: model, ",
         ),
         (("--data", "{book}", "--config", "{tmp}/bad.toml"), "bad.toml is not TOML: "),
     ],
@@ -279,29 +279,23 @@ class TestSettings:
         config = tmp_path / "a.toml"
         config.write_text('learning_rate = 1e-3\nslots = [4, 8]\ntensorboard = true\npolicy = "h2o"\nsteps = 7\n')
         given = ["train", "--config", str(config), "--out", str(tmp_path), "--learning-rate=2", "--steps", "9"]
-        assert with_settings(given) == [*given, "--slots", "4", "8", "--tensorboard", "--policy", "h2o"]
-        stored = dict(policy="tova", bptt_segments=None, seed=3, tensorboard=False, steps=1)
+        known: dict[str, Any] = dict(config=config, out=tmp_path, learning_rate=2.0, steps=9)
+        toml: dict[str, Any] = dict(slots=(4, 8), policy="h2o")
+        asked = command_of([*given, "--data", "x", "--no-tensorboard"])
+        assert asked == Train(data="x", tensorboard=False, **known, **toml)
+        stored = dict(data="y", policy="tova", bptt_segments=None, seed=3, tensorboard=False, steps=1)
         (tmp_path / "run.json").write_text(json.dumps(dict(settings=stored)))
-        added = with_settings([*given, "--resume"])[len(given) + 1 :]
-        assert added == [
-            "--policy",
-            "h2o",
-            "--bptt_segments",
-            "None",
-            "--seed",
-            "3",
-            "--tensorboard",
-            "--slots",
-            "4",
-            "8",
-        ]
-        assert with_settings(["train", "--data", "x"]) == ["train", "--data", "x"]
+        asked = command_of([*given, "--resume"])
+        assert asked == Train(
+            data="y", resume=True, bptt_segments=None, seed=3, tensorboard=True, **known, **toml
+        )  # fmt: skip
+        assert command_of(["train", "--data", "x", "--out", "y"]) == Train(data="x", out=Path("y"))
 
     @pytest.mark.parametrize("line", ["tensorboard = 1", "steps = true", "data = {a = 1}"])
     def test_types(self, tmp_path: Path, line: str) -> None:
         (tmp_path / "a.toml").write_text(line)
         with pytest.raises(ValueError, match="cannot be"):
-            with_settings(["train", "--config", str(tmp_path / "a.toml")])
+            train_defaults(["--config", str(tmp_path / "a.toml")])
 
     def test_settings_are_used(self, run: Any, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Train] = []
@@ -376,7 +370,7 @@ def test_kill_9_at_any_moment(folder: Path, book: Path, tmp_path: Path) -> None:
 def test_a_policy_that_is_learned(
     run: Any, book: Path, folder: Path, tmp_path: Path, policy: str, name: str, more: tuple[Any, ...]
 ) -> None:
-    """It is saved with the model, comes back with it, and is what `own` stands for."""
+    """It is saved with the model, comes back with it, and is what `learned` stands for."""
     out = tmp_path / "run"
     ran = run("train", "--data", book, "--out", out, "--policy", policy, "--slots", 12, *SMALL, *more)
     assert (ran.code, ran.err) == (0, "")
@@ -386,9 +380,9 @@ def test_a_policy_that_is_learned(
     assert [name for name, _ in told[1:]] == ["divergence"] * ("--distill" in more) + other
     assert [name for name, _ in told] == re.findall(r"held-out (.*) after 6 steps: \d", ran)
     ran = run("train", "--out", out, "--resume")
-    assert (ran.code, "going on from step 6" in ran) == (0, True)
+    assert (ran.code, "continuing from step 6" in ran) == (0, True)
     loaded = load(out / "model")
-    saved = loaded.policy()
+    saved = loaded.saved_policy
     assert saved is not None
     assert saved.make().name == name
     assert saved.settings["slots"] == [12]
@@ -396,9 +390,9 @@ def test_a_policy_that_is_learned(
     same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
     assert same == (policy == "retention-layer" and "--distill" not in more)
     assert any(np.abs(saved.weights["outer"]).reshape(-1) > 0)
-    reading = "--text", book, "--slots", 12, "--context", 64, "--json"
-    ran = run("perplexity", *reading, "--policies", "own", "own/protect-recent2", model=out / "model")
+    reading = "--file", book, "--slots", 12, "--context", 64, "--json"
+    ran = run("perplexity", *reading, "--policies", "learned", "learned/protect-recent2", model=out / "model")
     assert ran.code == 0, ran.err
     assert name in ran
-    ran = run("perplexity", *reading, "--policies", "own")
+    ran = run("perplexity", *reading, "--policies", "learned")
     assert (ran.code, "without a policy of its own" in ran.err) == (2, True)

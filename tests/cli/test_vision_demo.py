@@ -30,10 +30,10 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["--tokens", "145"], "tokens: 145 of 144 patches cannot be kept; give numbers from 1 to 144"),
+        (["--tokens", "145"], "--tokens: 145 of 144 patches cannot be kept; give numbers from 1 to 144"),
         (["--tokens", "0"], "tokens: 0 of 144"),
         (["--methods", "nearest"], "unknown method 'nearest'; known: full, random"),
-        (["--pictures", "0"], "pictures: at least 1 is needed, not 0"),
+        (["--pictures", "0"], "--pictures must be at least 1, not 0"),
     ],
 )
 def test_bad_input(given: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import embedded
-from jaxcompress.checkpoints._embedded import load_embedded
+from jaxcompress.checkpoints import load_embedded
 from jaxcompress.embedded import corpus
 from jaxcompress.embedded.corpus import Document, documents, held_out
 
@@ -75,7 +75,7 @@ class TestModel:
         assert sum(path.stat().st_size for path in files) <= 10 * 2**20
 
     def test_fits_its_tokenizer(self, loaded: Any) -> None:
-        model, tokenizer = loaded
+        model, tokenizer = loaded.model, loaded.tokenizer
         assert tokenizer.vocab_size == model.config.vocab_size
         assert sorted(tokenizer.vocabulary().values()) == list(range(tokenizer.vocab_size))
         assert tokenizer.bos_id is not None
@@ -87,7 +87,7 @@ class TestModel:
         ["def f(x):\n    return x ** 2\n", "Grüße aus Köln 😀🇰🇷 你好", "\t\r\n  \x00 two  spaces ", "👩‍👩‍👧 é é"],
     )
     def test_tokenizer_gives_text_back(self, loaded: Any, text: str) -> None:
-        tokenizer = loaded[1]
+        tokenizer = loaded.tokenizer
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert ids.max() < tokenizer.vocab_size
@@ -96,7 +96,7 @@ class TestModel:
         from jaxcompress.evaluation.perplexity import perplexity
         from jaxcompress.policies import Full
 
-        model, tokenizer = loaded
+        model, tokenizer = loaded.model, loaded.tokenizer
         (document,) = held_out("topics/assignment")
         ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(document.text, add_bos=False)])[None, :512]
         assert 2 < perplexity(model, ids, Full(), 512, mode="chunked", chunk=128).perplexity < 60

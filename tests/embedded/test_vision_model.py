@@ -42,7 +42,7 @@ def test_words_and_pictures_go_in() -> None:
 def test_it_answers_far_better_than_by_guessing() -> None:
     loaded = load_embedded_vision()
     tokenizer = loaded.tokenizer
-    asked = exam(tokenizer, loaded.processor, loaded.model, pictures=24, each=8)
+    asked = exam(loaded.model, tokenizer, loaded.processor, pictures=24, each=8)
     got = Examiner(loaded.model, asked, runs=1)(get_method("full"))
     assert guessing(asked) < 0.45
     assert got.accuracy > 0.85
@@ -53,5 +53,5 @@ def test_it_answers_far_better_than_by_guessing() -> None:
 def test_in_bfloat16_it_answers_as_well() -> None:
     loaded = load_embedded_vision("bfloat16")
     tokenizer = loaded.tokenizer
-    asked = exam(tokenizer, loaded.processor, loaded.model, pictures=24, each=8)
+    asked = exam(loaded.model, tokenizer, loaded.processor, pictures=24, each=8)
     assert Examiner(loaded.model, asked, runs=1)(get_method("full")).accuracy > 0.85

@@ -9,6 +9,7 @@ from tiny import tiny_decoder
 from jaxcompress import policies
 from jaxcompress.evaluation.compare import compare, exams
 from jaxcompress.evaluation.recall import Wording, answers
+from jaxcompress.evaluation.sweep import sweep
 
 VOCABULARY = 61
 WORDS = Wording(*(np.array(part, np.int32) for part in ([1, 2], [1, 3], [4], [1])), np.arange(20, 60, dtype=np.int32))
@@ -45,11 +46,32 @@ def test_rows() -> None:
     config = model.config
     assert tova.asked_bytes == 2 * config.num_layers * config.num_kv_heads * 40 * config.head_dim * 4
     assert tova.asked_bytes < tova.state_bytes < 1.2 * tova.asked_bytes
-    assert tova.held == 1.0
+    assert tova.occupied == 1.0
     once = rows[3]
     assert once.nats is once.recall is once.tokens_per_second is None
     assert once.before is not None
-    assert once.held == pytest.approx((12 + 6) / 40)  # the prompt's 12, and the question up to its last token but one
+    # The prompt's 12, and the question up to its last token but one.
+    assert once.occupied == pytest.approx((12 + 6) / 40)
+
+
+@pytest.mark.usefixtures("as_users_call_it")
+def test_arguments_are_checked_at_the_call() -> None:
+    """Not when the first line is asked for."""
+    model = tiny_decoder(VOCABULARY)
+    for given, says in (
+        ((["tova"], [4]), "'tova'"),
+        (([policies.TOVA()], [0]), "slots must be a whole number, at least 1, not 0"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=says):
+            compare(model, TASKS, *given)
+        with pytest.raises((TypeError, ValueError), match=says):
+            sweep(model, FILLER[None, :9], *given)
+    with pytest.raises(ValueError, match="cannot be stored as float7"):
+        compare(model, TASKS, [policies.TOVA()], [4], dtype="float7")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'chunks'"):
+        sweep(model, FILLER[None, :9], [policies.TOVA()], [4], chunks=2)
+    with pytest.raises(ValueError, match="token ids"):
+        sweep(model, FILLER[:9], [policies.TOVA()], [4])
 
 
 def test_what_comes_from_the_prompt_does_not_count() -> None:

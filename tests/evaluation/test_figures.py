@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcompress.evaluation.figures import Point, _held, comparison, death_times, perplexity_against_slots, retention
-from jaxcompress.evaluation.retention import KINDS
+from jaxcompress.evaluation.figures import Point, _held, comparison, death_times, lifetimes, perplexity_against_slots
+from jaxcompress.evaluation.lifetimes import KINDS
 from jaxcompress.evaluation.sweep import Row
 from jaxcompress.evaluation.tracing import Trace
 
@@ -87,26 +87,26 @@ def test_held_of_a_window() -> None:
 
 
 @pytest.mark.parametrize(("sets", "panels"), [(1, 2), (3, 4)])
-def test_retention(tmp_path: Path, sets: int, panels: int) -> None:
+def test_lifetimes(tmp_path: Path, sets: int, panels: int) -> None:
     """Two heat maps with their bars for several heads, one for one."""
     death, kinds = deaths(3, sets, 80), np.arange(80) % len(KINDS)
     for name, by_kind in (("maps", None), ("kinds", kinds)):
-        retention(death, tmp_path / f"{name}.png", "A policy", by_kind)
+        lifetimes(death, tmp_path / f"{name}.png", "A policy", by_kind)
         assert_drawn(tmp_path / f"{name}.png")
     assert width(tmp_path / "kinds.png") > width(tmp_path / "maps.png") > 150 * panels
 
 
 @pytest.mark.parametrize("life", [1, 5, 1000])
-def test_retention_where_all_tokens_fare_alike(tmp_path: Path, life: int) -> None:
+def test_lifetimes_where_all_tokens_fare_alike(tmp_path: Path, life: int) -> None:
     """Nothing outlives the window, or nothing is ever forgotten: the colours have no range."""
     death = np.broadcast_to(np.minimum(np.arange(40) + life, 40), (1, 2, 40))
-    retention(death, tmp_path / "maps.png", kinds=np.zeros(40, int))
+    lifetimes(death, tmp_path / "maps.png", kinds=np.zeros(40, int))
     assert_drawn(tmp_path / "maps.png")
 
 
-def test_retention_of_a_batch_is_refused(tmp_path: Path) -> None:
+def test_lifetimes_of_a_batch_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be \[L, P, T\], not \[2, 1, 1, 9\]; .* one row"):
-        retention(deaths(2, 1, 1, 9), tmp_path / "maps.png")
+        lifetimes(deaths(2, 1, 1, 9), tmp_path / "maps.png")
 
 
 @pytest.mark.parametrize("policies", [1, 2, 30])

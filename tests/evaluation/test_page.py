@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxcompress.evaluation.lifetimes import KINDS, survival_by_kind, token_kinds
 from jaxcompress.evaluation.page import first_ages, fit, page
-from jaxcompress.evaluation.retention import KINDS, survival_by_kind, token_kinds
 
 NASTY = [
     "<s>", "</script>", "<!--", "\"'`&amp;", "&", "\n", "\r", "\r\n", "\t", "  ", "", "😀", "\ufffd", "]]>",

@@ -72,9 +72,9 @@ def test_words_are_whole_lower_case_tokens() -> None:
 @given(seed=st.integers(0, 2**32 - 1), notes=st.integers(1, 6), questions=st.integers(0, 8), extra=st.integers(0, 300))
 def test_weave(seed: int, notes: int, questions: int, extra: int) -> None:
     length = 16 * notes + 18 * questions + extra
-    task = weave(np.random.default_rng(seed), FILLER, length, WORDS, notes=notes, questions=questions)
+    task = weave(FILLER, WORDS, rng=np.random.default_rng(seed), length=length, notes=notes, questions=questions)
     check(task, length, notes, questions)
-    again = weave(np.random.default_rng(seed), FILLER, length, WORDS, notes=notes, questions=questions)
+    again = weave(FILLER, WORDS, rng=np.random.default_rng(seed), length=length, notes=notes, questions=questions)
     assert all((a == b).all() for a, b in zip(task, again, strict=True))
 
 
@@ -82,14 +82,15 @@ def test_weave(seed: int, notes: int, questions: int, extra: int) -> None:
 def test_a_note_is_asked_for_once_if_so_wanted(seed: int, notes: int, data: st.DataObject) -> None:
     questions = data.draw(st.integers(0, notes))
     rng = np.random.default_rng(seed)
-    task = weave(rng, FILLER, 400, WORDS, notes=notes, questions=questions, again=False)
+    task = weave(FILLER, WORDS, rng=rng, length=400, notes=notes, questions=questions, again=False)
     which = check(task, 400, notes, questions)
     assert len(set(which)) == questions
 
 
 def test_notes_and_questions_fall_where_they_should() -> None:
     task = weave(
-        np.random.default_rng(0), FILLER, 900, WORDS, notes=5, questions=5, tell_in=(0.0, 0.3), ask_in=(0.9, 1.0)
+        FILLER, WORDS, rng=np.random.default_rng(0), length=900, notes=5, questions=5,
+        tell_in=(0.0, 0.3), ask_in=(0.9, 1.0),
     )  # fmt: skip
     before = lambda at: (task.tokens[:at] >= FILLER[0]).sum() / (task.tokens >= FILLER[0]).sum()
     assert all(before(value) <= 0.3 for value, _, _ in lines(task, NOTE))
@@ -107,7 +108,7 @@ def test_notes_and_questions_fall_where_they_should() -> None:
 )  # fmt: skip
 def test_what_cannot_be_woven(length: int, filler: int, how: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        weave(np.random.default_rng(0), FILLER[:filler], length, WORDS, **how)
+        weave(FILLER[:filler], WORDS, rng=np.random.default_rng(0), length=length, **how)
 
 
 @pytest.mark.parametrize("bos", [None, 7])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.checkpoints import load_embedded_vision
+from jaxcompress.checkpoints import Loaded, load_embedded_vision
 from jaxcompress.evaluation.dropped import Panel, draw_dropped, draw_heat, greyed
-from jaxcompress.evaluation.visual import Exam, Examiner, Outcome, exam, guessing, kv_bytes
+from jaxcompress.evaluation.visual import ANSWER, Exam, Examiner, Outcome, exam, guessing
 from jaxcompress.generation import decode_stream, init_decode_state
-from jaxcompress.generation.visual import look, prefill_visual
+from jaxcompress.generation.visual import encode_images, prefill_visual
+from jaxcompress.models.llava import Llava
+from jaxcompress.models.rope import rotate
 from jaxcompress.policies.full import Full
-from jaxcompress.vision import get_method
+from jaxcompress.recurrence.block_attention import causal_attention
+from jaxcompress.recurrence.inputs import AttentionInputs
+from jaxcompress.vision import Encoded, Method, encode, get_method
+from jaxcompress.vision.layer_view import PruneContext
+from jaxcompress.vision.reading import embed_prompt
 
 PICTURES, EACH, PATCHES = 4, 2, 144
 
 
 @cache
-def embedded() -> tuple[Any, Any]:
+def embedded() -> Loaded:
     return load_embedded_vision()
 
 
 @cache
 def asked() -> Exam:
-    loaded, tokenizer = embedded()
-    return exam(tokenizer, loaded.processor, loaded.model, pictures=PICTURES, each=EACH)
+    loaded = embedded()
+    return exam(loaded.model, loaded.tokenizer, loaded.processor, pictures=PICTURES, each=EACH)
 
 
 @pytest.fixture(scope="module")
 def examiner() -> Examiner:
-    return Examiner(embedded()[0].model, asked(), runs=1)
+    return Examiner(embedded().model, asked(), runs=1)
 
 
 @pytest.fixture(scope="module")
@@ -43,44 +49,84 @@ def whole(examiner: Examiner) -> Outcome:
     return examiner(get_method("full"))
 
 
-def prompts() -> list[list[int]]:
-    loaded, _ = embedded()
-    questions = zip(asked().words, asked().valid, strict=True)
-    return [[asked().bos, loaded.config.image_token, *words[valid].tolist()] for words, valid in questions]
-
-
 def test_it_is_the_same_exam_at_every_call() -> None:
-    loaded, tokenizer = embedded()
-    again = exam(tokenizer, loaded.processor, loaded.model, pictures=2, each=EACH)
+    loaded = embedded()
+    again = exam(loaded.model, loaded.tokenizer, loaded.processor, pictures=2, each=EACH)
     np.testing.assert_array_equal(again.pixels, asked().pixels[:2])
     assert again.asked == asked().asked[:2]
-    later = exam(tokenizer, loaded.processor, loaded.model, pictures=1, each=EACH, first=1)
+    later = exam(loaded.model, loaded.tokenizer, loaded.processor, pictures=1, each=EACH, first=1)
     assert later.asked == asked().asked[1:2]
     assert 0 < guessing(asked()) <= 1
 
 
 def test_answers_are_those_that_the_model_writes(whole: Outcome) -> None:
-    """Through the bounded state, one token after the answer: that it is over."""
-    loaded, tokenizer = embedded()
-    model, policy = loaded.model, Full()
+    """Through prompts with all visual tokens, read without any method."""
+    model = embedded().model
     pixels = np.repeat(asked().pixels, EACH, axis=0)
-    seen = look(model, pixels)
-    progress = init_decode_state(model.decoder, policy, PATCHES + 16, batch=len(pixels))
-    progress = prefill_visual(model, prompts(), seen, progress)
-    (written,) = decode_stream(model.decoder, progress, max_new_tokens=2)
-    right = written[:, 0] == asked().answers
-    assert right.mean() == whole.accuracy
-    assert set(written[:, 1]) == set(tokenizer.eos_ids)
-    assert sum(part.nbytes for part in progress.kv) > kv_bytes(model, [PATCHES] * 4) * len(pixels)
-
-
-def test_what_the_state_costs() -> None:
-    model = embedded()[0].model
+    longest = max(map(len, asked().prompts)) - 1
+    state = init_decode_state(model.decoder, Full(), PATCHES + longest + ANSWER, batch=len(pixels))
+    state = prefill_visual(model, asked().prompts, encode_images(model, pixels), state)
+    (written,) = decode_stream(model.decoder, state, max_new_tokens=ANSWER)
+    assert (written[:, 0] == asked().answers).mean() == whole.word_accuracy
+    assert set(written[:, 1]) == set(asked().stop)
+    assert whole.kv_bytes == sum(part.nbytes for part in state.kv) // len(pixels)
     config = model.config.decoder
     entry = 2 * config.num_kv_heads * config.head_dim * 4 + 4  # keys, values, a position
-    per_layer = kv_bytes(model, [9, 9, 9, 9]) - kv_bytes(model, [9, 9, 9, 8])
-    assert abs(per_layer - entry) < 64
-    assert kv_bytes(model, [16] * 4) < kv_bytes(model, [144] * 4) / 8
+    assert abs(whole.kv_bytes / (config.num_layers * (PATCHES + longest + ANSWER + 1)) - entry) < 4
+
+
+@pytest.mark.parametrize("name", ["fastervlm", pytest.param("fastv", marks=pytest.mark.slow)])
+def test_without_a_decoding_stage_the_first_token_is_that_of_plain_attention(name: str, examiner: Examiner) -> None:
+    """Layer after layer without a state, and the prune steps between them, at the positions of the whole prompt."""
+    model, method = embedded().model, get_method(name, 16)
+    encoded = encode(model, jnp.asarray(np.repeat(asked().pixels, EACH, axis=0)), method).in_raster_order(PATCHES)
+    m, longest = encoded.place.shape[1], max(map(len, asked().prompts))
+    words = np.array([[*row[2:], *[0] * (longest - len(row))] for row in asked().prompts])
+    exists = np.arange(longest - 2) < np.array([[len(row) - 2] for row in asked().prompts])
+    bos, image = (np.full((len(words), n), asked().prompts[0][i]) for i, n in ((0, 1), (1, m)))
+    after = np.where(exists, 1 + PATCHES + np.arange(longest - 2), -1)
+    positions = np.concatenate([np.zeros((len(words), 1), int), 1 + np.asarray(encoded.place), after], axis=1)
+    logits = plain(model, np.concatenate([bos, image, words], axis=1), positions, encoded, method)
+    assert (np.asarray(logits.argmax(-1)) == asked().answers).mean() == examiner(method).word_accuracy
+
+
+@partial(jax.jit, static_argnames="method")
+def plain(model: Llava, tokens: Any, positions: Any, encoded: Encoded, method: Method) -> jax.Array:
+    decoder, rope = model.decoder, model.config.decoder.rope
+
+    def attend(q, k, v, positions, layer, index, carry, xs):
+        q, k = (rotate(x, positions[..., None], rope) for x in (q, k))
+        attention = AttentionInputs(q, k, jnp.zeros(positions.shape, jnp.float32), positions)
+        return causal_attention(q, k, v, positions), attention, xs
+
+    block = embed_prompt(model, tokens, positions, encoded)
+    m = encoded.place.shape[1]
+    context = PruneContext(jnp.ones((tokens.shape[0], tokens.shape[1] - m), bool), encoded.key, rope)
+    steps = {step.layer: step for step in method.prune_steps(model.config.decoder, m)}
+    for layer in range(model.config.decoder.num_layers):
+        heads = lambda n, width=block.positions.shape[1]: jnp.zeros(
+            (tokens.shape[0], width, n, model.config.decoder.head_dim)
+        )
+        config = model.config.decoder
+        empty = AttentionInputs(
+            heads(config.num_heads), heads(config.num_kv_heads), jnp.zeros(block.positions.shape), block.positions
+        )
+        piece = range(layer, layer + 1)
+        x, attention, _ = decoder.run_layers(block.hidden, block.positions, attend, empty, layers=piece)
+        block = block._replace(hidden=x)
+        if layer in steps:
+            block = steps[layer].rule(context, block, attention, steps[layer].keep)
+    last = block.positions.argmax(-1)[:, None, None]
+    return decoder.logits(decoder.norm(jnp.take_along_axis(block.hidden, last, axis=1)))[:, 0]
+
+
+def test_the_decoding_stage_is_measured(examiner: Examiner, whole: Outcome) -> None:
+    """Patches make room for the answer, so that the state does not grow and later holds fewer of them."""
+    got = examiner(get_method("mustdrop-decode"))
+    assert got.kv_bytes < whole.kv_bytes + 4 * 4 * (PATCHES + 16)  # the policy's statistics, less two slots a layer
+    assert whole.kept.all()
+    assert (got.kept.sum(1) < PATCHES).any()
+    assert (got.kept.sum(1) >= PATCHES - ANSWER).all()
 
 
 @pytest.mark.slow
@@ -109,7 +155,7 @@ def test_so_many_stay_in_the_tower_and_the_decoder_saves(name: str, examiner: Ex
 def test_so_many_stay_in_the_decoder(examiner: Examiner, whole: Outcome) -> None:
     method = get_method("fastv", 16)
     got = examiner(method)
-    counts = method.counts(embedded()[0].config)
+    counts = method.tokens_per_layer(embedded().config)
     assert got.tokens == PATCHES
     assert got.left == np.mean(counts)
     assert counts[-1] == 16
@@ -120,9 +166,9 @@ def test_so_many_stay_in_the_decoder(examiner: Examiner, whole: Outcome) -> None
 
 @pytest.mark.slow
 def test_a_picture_alone_keeps_what_it_keeps_among_others(examiner: Examiner) -> None:
-    only = asked()._replace(pixels=asked().pixels[:1], words=asked().words[:EACH], valid=asked().valid[:EACH],
+    only = asked()._replace(pixels=asked().pixels[:1], prompts=asked().prompts[:EACH],
                             answers=asked().answers[:EACH], asked=asked().asked[:1])  # fmt: skip
-    alone = Examiner(embedded()[0].model, only, runs=1)
+    alone = Examiner(embedded().model, only, runs=1)
     for name in ("random", "fastervlm"):
         np.testing.assert_array_equal(alone(get_method(name, 16)).kept, examiner(get_method(name, 16)).kept[:EACH])
 
@@ -154,6 +200,6 @@ def test_dropped_patches_are_grey(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_logits_that_are_not_finite_are_told() -> None:
-    model = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), embedded()[0].model)
+    model = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), embedded().model)
     with pytest.raises(FloatingPointError, match="full: logits are not finite"):
         Examiner(model, asked(), runs=1)(get_method("full"))

@@ -177,7 +177,10 @@ class TestTokenizer:
         assert (done.stdout.strip(), done.stderr) == ("False", "")
 
     def test_no_fast_tokenizer(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"Only fast tokenizers.*AutoTokenizer"):
+        with pytest.raises(FileNotFoundError, match=r"has no tokenizer\. Open the tokenizer of another folder"):
+            Tokenizer(tmp_path)
+        (tmp_path / "spiece.model").touch()
+        with pytest.raises(FileNotFoundError, match=r"it has spiece.model.*Only fast tokenizers.*AutoTokenizer"):
             Tokenizer(tmp_path)
 
     def test_files_that_are_broken(self, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_llava import loaded, pictures
 
-from jaxcompress.generation.visual import laid_out, look, prompt
+from jaxcompress.generation.visual import as_encoded, batch_prompts, encode_images
 from jaxcompress.vision import encode, get_method
 
 
@@ -19,17 +19,17 @@ def test_a_batch_without_any_picture(name: str, rows: int) -> None:
     model, config = loaded(name).model, loaded(name).config
     side, channels = config.tower.image_size, config.tower.channels
     for pixels in ([], np.zeros((0, channels, side, side), np.float32)):
-        nothing = look(model, pixels, [[]] * rows)
+        nothing = encode_images(model, pixels, [[]] * rows)
         assert nothing.counts == ((),) * rows
         assert nothing.visual.shape == (rows, 1, config.decoder.hidden_size)
 
 
 def test_a_prompt_without_pictures_is_text() -> None:
     model = loaded("llava").model
-    given = prompt(model, [[5, 6, 7, 8], [9, 10]], look(model, [], [[], []]))
+    given = batch_prompts(model, [[5, 6, 7, 8], [9, 10]], encode_images(model, [], [[], []]))
     assert (given.patch == -1).all()
     assert given.positions.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1]]
-    embedded = model.embed(given.tokens, look(model, [], [[], []]).visual)
+    embedded = model.embed(given.tokens, encode_images(model, [], [[], []]).visual)
     np.testing.assert_array_equal(embedded, model.decoder.embed(given.tokens))
 
 
@@ -47,8 +47,8 @@ def test_what_cannot_be_looked_at() -> None:
     ]
     for pixels, sizes, message in wrong:
         with pytest.raises(ValueError, match=message):
-            look(model, pixels, sizes)
+            encode_images(model, pixels, sizes)
     with pytest.raises(ValueError, match="one picture in each row; use `prefill_visual` for several, or none"):
-        laid_out(look(model, [], [[]]), get_method("full"))
+        as_encoded(encode_images(model, [], [[]]), get_method("full"))
     with pytest.raises(ValueError, match="no images were given"):
         encode(model, jnp.asarray(crops[:0]), get_method("full"))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress.cli.train import with_settings
+from jaxcompress.cli.train import train_defaults
 from jaxcompress.inputs.text import (
     DEPTH,
     clean,
@@ -127,7 +127,7 @@ def test_any_file_gives_something_or_a_clear_error(tmp_path_factory: pytest.Temp
         lambda: read_documents(folder / "noise.jsonl"),
         lambda: read_pairs(folder / "noise.jsonl"),
         lambda: read_examples(folder / "noise.jsonl"),
-        lambda: with_settings(["train", "--config", str(folder / "noise.toml")]),
+        lambda: train_defaults(["--config", str(folder / "noise.toml")]),
     ):
         with suppress(ValueError):
             read()

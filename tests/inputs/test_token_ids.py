@@ -35,7 +35,7 @@ def _answers(tokens: Any) -> Any:
 TAKE_ROWS: dict[str, Callable[[Any], Any]] = {
     "trace": lambda x: trace(MODEL, x, **HOW, prompt=2),
     "perplexity": lambda x: perplexity(MODEL, x, **HOW),
-    "sweep": lambda x: next(sweep(MODEL, x, [TOVA()], [4])),
+    "sweep": lambda x: sweep(MODEL, x, [TOVA()], [4]),
     "answers": _answers,
     "attention_spread": lambda x: attention_spread(MODEL, x),
     "retrieval_heads": lambda x: retrieval_heads(MODEL, x, np.ones((1, 4), bool), sinks=1, recent=1),
@@ -43,7 +43,7 @@ TAKE_ROWS: dict[str, Callable[[Any], Any]] = {
 TAKE_ARRAYS: dict[str, Callable[[Any], Any]] = {
     "read": lambda x: read(MODEL, x, init_state(MODEL.config, TOVA(), 4), TOVA()),
     "model": MODEL,
-    "bounded_value_and_grad": lambda x: bounded_value_and_grad(MODEL, x, jnp.ones((1, 3)), **HOW, segment=3),
+    "bounded_value_and_grad": lambda x: bounded_value_and_grad(MODEL, x, **HOW, weights=jnp.ones((1, 3)), segment=3),
 }
 TAKE_PROMPTS: dict[str, Callable[[Any], Any]] = {
     "generate": lambda x: generate(MODEL, x, **HOW, max_new_tokens=1),

@@ -15,7 +15,7 @@ import pytest
 from tiny_llava import io, loaded, seen, short_prompts
 
 from jaxcompress.generation import decode, init_decode_state
-from jaxcompress.generation.visual import look, prefill_visual, prompt
+from jaxcompress.generation.visual import batch_prompts, encode_images, prefill_visual
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.llava import (
     NEWLINE,
@@ -29,7 +29,7 @@ from jaxcompress.models.llava import (
     picture_index,
     visual_index,
 )
-from jaxcompress.models.read_block import HiddenBlock, Stage, read_block
+from jaxcompress.models.read_block import HiddenBlock, LayerPruning, read_block
 from jaxcompress.policies.names import get_policy
 from jaxcompress.recurrence.inputs import AttentionInputs
 
@@ -43,7 +43,7 @@ def logits_of(model: Llava, tokens: Any, visual: Any, positions: Any) -> jax.Arr
     return model(tokens, visual, positions)
 
 
-@partial(jax.jit, static_argnames=("stages", "chunk"))
+@partial(jax.jit, static_argnames=("prunings", "chunk"))
 def read(model: Llava, block: HiddenBlock, state: Any, **how: Any) -> tuple[HiddenBlock, Any, jax.Array]:
     left, state = read_block(model.decoder, block, state, **how)
     return left, state, model.decoder.logits(left.hidden)
@@ -56,7 +56,7 @@ def block_of(model: Llava, given: Any, visual: Any, chunk: None = None) -> Hidde
 
 def block(name: str) -> HiddenBlock:
     model = loaded(name).model
-    return block_of(model, prompt(model, short_prompts(name), seen(name)), seen(name).visual)
+    return block_of(model, batch_prompts(model, short_prompts(name), seen(name)), seen(name).visual)
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", pytest.param("llava_siglip", marks=SLOW)])
@@ -88,7 +88,7 @@ def test_it_writes_what_pytorch_writes(name: str) -> None:
     """A batch of two prompts of different lengths, through a state that holds everything."""
     model = loaded(name).model
     ids = short_prompts(name)
-    longest = prompt(model, ids, seen(name)).tokens.shape[1]
+    longest = batch_prompts(model, ids, seen(name)).tokens.shape[1]
     progress = init_decode_state(model.decoder, FULL, longest + 8, batch=2)
     progress = prefill_visual(model, ids, seen(name), progress)
     tokens, _ = decode(model.decoder, progress, 8)
@@ -117,19 +117,19 @@ def test_a_policy_decides_about_patches_like_about_words(policy: str, slots: int
         np.testing.assert_allclose(part.keys, other.keys, atol=1e-5)
 
 
-def keep_all(tokens: HiddenBlock, shown: AttentionInputs) -> HiddenBlock:
+def keep_all(tokens: HiddenBlock, attention: AttentionInputs) -> HiddenBlock:
     return tokens
 
 
-def keep_half(tokens: HiddenBlock, shown: AttentionInputs) -> HiddenBlock:
+def keep_half(tokens: HiddenBlock, attention: AttentionInputs) -> HiddenBlock:
     """Every second token of 16, and all words after them."""
     n = tokens.positions.shape[1]
     index = jnp.concatenate([jnp.arange(0, 16, 2), jnp.arange(16, n)])
     return tokens.take(jnp.broadcast_to(index, (tokens.positions.shape[0], len(index))))
 
 
-def renumbered(tokens: HiddenBlock, shown: AttentionInputs) -> HiddenBlock:
-    left = keep_half(tokens, shown)
+def renumber_after(tokens: HiddenBlock, attention: AttentionInputs) -> HiddenBlock:
+    left = keep_half(tokens, attention)
     there = left.positions >= 0
     return left._replace(positions=jnp.where(there, jnp.cumsum(there, axis=1) - 1, -1))
 
@@ -138,7 +138,9 @@ def test_a_stage_that_keeps_everything_changes_nothing() -> None:
     model, tokens = loaded("llava").model, block("llava")
     state = init_state(model.decoder.config, FULL, 40, batch=2)
     left, held, logits = read(model, tokens, state, policy=FULL)
-    also, same, others = read(model, tokens, state, policy=FULL, stages=(Stage(0, keep_all), Stage(1, keep_all)))
+    also, same, others = read(
+        model, tokens, state, policy=FULL, prunings=(LayerPruning(0, keep_all), LayerPruning(1, keep_all))
+    )
     np.testing.assert_allclose(logits, others, atol=1e-5)
     np.testing.assert_array_equal(left.positions, also.positions)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), held, same)
@@ -156,7 +158,7 @@ def test_layers_after_a_stage_see_what_is_left() -> None:
     model, tokens = loaded("llava").model, block("llava")
     decoder = model.decoder
     state = init_state(decoder.config, FULL, [40, 32], batch=2)
-    left, held, logits = read(model, tokens, state, policy=FULL, stages=(Stage(0, keep_half),))
+    left, held, logits = read(model, tokens, state, policy=FULL, prunings=(LayerPruning(0, keep_half),))
 
     def attend(q, k, v, positions, layer, index, carry, xs):
         q, k = (rotate(x, positions[..., None], decoder.config.rope) for x in (q, k))
@@ -182,7 +184,7 @@ def test_where_the_next_token_stands_if_a_stage_numbers_anew() -> None:
     model = loaded("llava").model
     ids, pictures = short_prompts("llava"), seen("llava")
     progress = init_decode_state(model.decoder, FULL, [48, 40], batch=2)
-    progress = prefill_visual(model, ids, pictures, progress, stages=(Stage(0, renumbered),))
+    progress = prefill_visual(model, ids, pictures, progress, prunings=(LayerPruning(0, renumber_after),))
     before = [np.asarray(part.seen) for part in progress.kv]
     np.testing.assert_array_equal(before[0] - before[1], [8, 8])
     _, progress = decode(model.decoder, progress, 3)
@@ -196,13 +198,13 @@ def test_what_a_stage_is_shown() -> None:
     model, tokens = loaded("llava").model, block("llava")
     rows = []
 
-    def watch(tokens: HiddenBlock, shown: AttentionInputs) -> HiddenBlock:
-        rows.append(shown.rows(jnp.array([[2, 20, 29]] * 2)))
+    def watch(tokens: HiddenBlock, attention: AttentionInputs) -> HiddenBlock:
+        rows.append(attention.rows(jnp.array([[2, 20, 29]] * 2)))
         return tokens
 
     def run(model: Llava, tokens: HiddenBlock, state: Any) -> jax.Array:
         rows.clear()
-        read_block(model.decoder, tokens, state, FULL, stages=(Stage(1, watch),))
+        read_block(model.decoder, tokens, state, FULL, prunings=(LayerPruning(1, watch),))
         return rows[0]
 
     state = init_state(model.decoder.config, FULL, 40, batch=2)
@@ -217,7 +219,7 @@ def test_what_a_stage_is_shown() -> None:
 @SLOW
 def test_a_batch_is_its_rows() -> None:
     model, tokens = loaded("llava_next").model, block("llava_next")
-    how: dict[str, Any] = dict(policy=get_policy("tova"), stages=(Stage(0, keep_half),))
+    how: dict[str, Any] = dict(policy=get_policy("tova"), prunings=(LayerPruning(0, keep_half),))
     state = lambda batch: init_state(model.decoder.config, how["policy"], 12, batch=batch)
     both, held, _ = read(model, tokens, state(2), **how)
     for row in range(2):
@@ -275,10 +277,10 @@ def test_indices_of_a_batch() -> None:
 def test_pictures_of_a_row_and_rows_without_one() -> None:
     model, given = loaded("llava").model, io("llava")
     pixels = given["pixels"][:, 0].astype(np.float32)
-    both = look(model, pixels, [[(28, 28), (28, 28)], []])
+    both = encode_images(model, pixels, [[(28, 28), (28, 28)], []])
     assert both.counts == ((16, 16), ())
     np.testing.assert_allclose(both.visual[0, 16:], given["visual_1"], atol=1e-4)
-    made = prompt(model, [[5, 63, 6, 63], [7]], both)
+    made = batch_prompts(model, [[5, 63, 6, 63], [7]], both)
     np.testing.assert_array_equal(made.patch[0], [-1, *range(16), -1, *range(16, 32)])
     np.testing.assert_array_equal(made.patch[1], [-1] * 34)
     np.testing.assert_array_equal(made.positions[1], [0, *[-1] * 33])
@@ -296,26 +298,26 @@ def test_placeholders() -> None:
 def test_wrong_input() -> None:
     model, pictures = loaded("llava").model, seen("llava")
     with pytest.raises(ValueError, match="0 image tokens"):
-        prompt(model, [[1, 2], [63]], pictures)
+        batch_prompts(model, [[1, 2], [63]], pictures)
     with pytest.raises(ValueError, match="2 rows"):
-        prompt(model, [[63]], pictures)
+        batch_prompts(model, [[63]], pictures)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
-        prompt(model, [[63], []], pictures)
+        batch_prompts(model, [[63], []], pictures)
     with pytest.raises(ValueError, match="outside the vocabulary"):
-        prompt(model, [[63, 64], [63]], pictures)
+        batch_prompts(model, [[63, 64], [63]], pictures)
     with pytest.raises(ValueError, match="3 crops were given for pictures that have 2"):
-        look(model, np.zeros((3, 3, 28, 28), np.float32), [[(28, 28)], [(28, 28)]])
+        encode_images(model, np.zeros((3, 3, 28, 28), np.float32), [[(28, 28)], [(28, 28)]])
     with pytest.raises(ValueError, match="give sizes"):
-        look(loaded("llava_next").model, np.zeros((3, 3, 28, 28), np.float32))
+        encode_images(loaded("llava_next").model, np.zeros((3, 3, 28, 28), np.float32))
     with pytest.raises(ValueError, match="nothing to see"):
         picture_index(config(), (0, 20))
     with pytest.raises(ValueError, match="do not fit"):
         prefill_visual(model, short_prompts("llava"), pictures, init_decode_state(model.decoder, FULL, 20, batch=2))
     state, tokens = init_state(model.decoder.config, FULL, 40, batch=2), block("llava")
     for layers in ((1, 0), (2,)):
-        stages = tuple(Stage(layer, keep_all) for layer in layers)
+        prunings = tuple(LayerPruning(layer, keep_all) for layer in layers)
         with pytest.raises(ValueError, match="in order"):
-            read_block(model.decoder, tokens, state, FULL, stages=stages)
+            read_block(model.decoder, tokens, state, FULL, prunings=prunings)
     progress = init_decode_state(model.decoder, FULL, [40, 20], batch=2)
     with pytest.raises(FloatingPointError):  # the second layer has room for fewer tokens than the stage leaves
-        prefill_visual(model, short_prompts("llava"), pictures, progress, stages=(Stage(0, keep_half),))
+        prefill_visual(model, short_prompts("llava"), pictures, progress, prunings=(LayerPruning(0, keep_half),))

@@ -13,7 +13,9 @@ import pytest
 from flax import nnx
 
 from jaxcompress.checkpoints import Loaded, load_tower
-from jaxcompress.models.vit import Patches, TowerConfig, VisionTower
+from jaxcompress.models.patches import Patches
+from jaxcompress.models.tower_config import TowerConfig
+from jaxcompress.models.vit import VisionTower
 from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.recurrence.softmax import MASKED
 
@@ -58,7 +60,9 @@ def make(config: TowerConfig) -> VisionTower:
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), empty)
 
 
-rows = jax.jit(lambda shown: shown.rows(jnp.broadcast_to(jnp.arange(shown.bias.shape[1]), shown.bias.shape)))
+rows = jax.jit(
+    lambda attention: attention.rows(jnp.broadcast_to(jnp.arange(attention.bias.shape[1]), attention.bias.shape))
+)
 
 
 def io(name: str) -> dict[str, np.ndarray]:
@@ -72,9 +76,9 @@ def test_every_layer_is_that_of_pytorch(loaded: Loaded) -> None:
     patches = embed(model, jnp.asarray(expected["pixels"], jnp.float32))
     np.testing.assert_allclose(patches.hidden, expected["hidden"][0], atol=1e-5)
     for layer in range(model.config.num_layers):
-        patches, shown = run(model, patches, layers=range(layer, layer + 1))
+        patches, attention = run(model, patches, layers=range(layer, layer + 1))
         np.testing.assert_allclose(patches.hidden, expected["hidden"][layer + 1], atol=3e-5)
-        np.testing.assert_allclose(rows(shown), expected["attention"][layer], atol=1e-5)
+        np.testing.assert_allclose(rows(attention), expected["attention"][layer], atol=1e-5)
     np.testing.assert_allclose(out_of(model, patches), expected["out"], atol=1e-4)
 
 
@@ -97,9 +101,9 @@ def test_a_batch_is_its_rows(tower: VisionTower, pixels: jax.Array) -> None:
 def test_a_hook_that_changes_nothing_changes_nothing(tower: VisionTower, pixels: jax.Array) -> None:
     numbers = []
 
-    def watch(patches: Patches, shown: AttentionInputs, layer: int) -> Patches:
+    def watch(patches: Patches, attention: AttentionInputs, layer: int) -> Patches:
         numbers.append(layer)
-        assert shown.keys.shape == (2, 17, 2, 8)
+        assert attention.keys.shape == (2, 17, 2, 8)
         return patches
 
     patches, _ = run(tower, embed(tower, pixels), reduce=watch, proportional=True)
@@ -111,10 +115,10 @@ def test_a_hook_acts_between_attention_and_mlp(tower: VisionTower, pixels: jax.A
     """Dropping there equals dropping after the layer, since the MLP sees each token alone; before, it does not."""
     index = jnp.array([[0, 3, 4, 9], [0, 16, 2, 5]])
     start = embed(tower, pixels)
-    within, shown = run(tower, start, layers=range(1), reduce=lambda patches, shown, layer: patches.take(index))
+    within, attention = run(tower, start, layers=range(1), reduce=lambda patches, attention, layer: patches.take(index))
     after = run(tower, start, layers=range(1))[0].take(index)
     before = run(tower, start.take(index), layers=range(1))[0]
-    assert shown.keys.shape[1] == 17
+    assert attention.keys.shape[1] == 17
     np.testing.assert_allclose(within.hidden, after.hidden, atol=1e-6)
     assert jnp.abs(within.hidden - before.hidden).max() > 1e-2
 
@@ -138,9 +142,9 @@ def test_a_token_of_size_0_is_not_there(tower: VisionTower, pixels: jax.Array) -
     masked = run(tower, Patches(start.hidden, size, start.group))[0]
     gone = run(tower, start.take(index))[0]
     np.testing.assert_allclose(masked.hidden[:, index[0]], gone.hidden, atol=1e-5)
-    shown = run(tower, Patches(start.hidden, size, start.group), layers=range(1))[1]
-    assert shown.bias[0, 1] == MASKED
-    assert (rows(shown)[..., 1] == 0).all()
+    attention = run(tower, Patches(start.hidden, size, start.group), layers=range(1))[1]
+    assert attention.bias[0, 1] == MASKED
+    assert (rows(attention)[..., 1] == 0).all()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from recurrence.harness import FAST_COMPILE, ROPE, B, C, D, Data, H, K, T, data,
 from recurrence.reference import THETA, rope, softmax
 
 from jaxcompress import policies
-from jaxcompress.checkpoints import load_policy, save_policy
+from jaxcompress.checkpoints import SavedPolicy, load_policy, save_policy
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig, rotate
@@ -252,7 +252,7 @@ def test_a_policy_made_of_traced_weights() -> None:
 def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
     settings = dict(scope="pool") | (dict(window=WINDOW) if kind == "dms" else {})
     weights = head(1 if kind == "dms" else 4)
-    save_policy(tmp_path, kind, dict(settings, slots=[C]), weights._asdict())
+    save_policy(SavedPolicy(kind, dict(settings, slots=[C]), weights._asdict()), tmp_path)
     saved = load_policy(tmp_path)
     assert saved is not None
     again = saved.make()

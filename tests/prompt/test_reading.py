@@ -85,5 +85,7 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         told = capsys.readouterr()
         assert told.out.strip() == tokenizer.decode(expected[0]).strip()
         assert re.search(r"tokens -> \d+ .*32 held .*x in all; recovered \d+% of the content words", told.err)
+    assert main(["generate", "--prompt", "Donaudampfschiff", "--shorten", "0.1"]) == 2
+    assert "nothing is left to read" in capsys.readouterr().err
     assert main(["generate", "--prompt", TEXT, "--shorten", "1.5"]) == 2
     assert "(0, 1]" in capsys.readouterr().err

@@ -20,12 +20,13 @@ from jaxcompress.policies import Retention
 from jaxcompress.policies.names import get_policy
 from jaxcompress.training.compiled import Compiled
 from jaxcompress.training.data import Batch
+from jaxcompress.training.delayed_eviction import dms_loss, init_dms
 from jaxcompress.training.distillation import full_cache_hidden
-from jaxcompress.training.forgetting import dms_loss, init_dms, init_retention
-from jaxcompress.training.learning import learning
 from jaxcompress.training.lora import add_lora, init_lora
 from jaxcompress.training.merging import init_gates, merging_loss
 from jaxcompress.training.objectives import adapted, bounded, causal, distilled
+from jaxcompress.training.policy_objectives import policy_objective
+from jaxcompress.training.retention_heads import init_retention
 from jaxcompress.training.trainer import Objective, init_train_state, make_evaluate, make_step
 
 T = 16
@@ -45,7 +46,8 @@ def of_a_loss(loss: Callable[..., Any]) -> Objective:
 
     def objective(head: Any, batch: Batch, step: Any, key: Any) -> Any:
         (value, _), slope = jax.value_and_grad(
-            lambda head: loss(MODEL, head, batch.tokens, batch.weights, share=0.5, temperature=1.0), has_aux=True
+            lambda head: loss(MODEL, batch.tokens, head, weights=batch.weights, share=0.5, temperature=1.0),
+            has_aux=True,
         )(head)
         return {"loss": value}, slope
 
@@ -57,7 +59,7 @@ def adapters() -> Any:
 
 
 def learned(name: str, **how: Any) -> tuple[Any, Any]:
-    made = learning(name, MODEL, KEY, steps=4, **how)
+    made = policy_objective(MODEL, name, KEY, steps=4, **how)
     return made.params, made.objective
 
 
@@ -73,7 +75,9 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
         distilled(get_policy("tova"), teacher=MODEL, student=lambda adapters: add_lora(MODEL, adapters), **HOW),
     ),
     "retention": lambda: learned("retention"),
-    "retention beside the model": lambda: learned("retention", through=partial(distilled, teacher=MODEL, **HOW)),
+    "retention beside the model": lambda: learned(
+        "retention", model_objective=partial(distilled, teacher=MODEL, **HOW)
+    ),
     "dms": lambda: learned("dms"),
     "dmc": lambda: learned("dmc"),
     "dms of a frozen model": lambda: (

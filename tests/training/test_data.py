@@ -46,8 +46,8 @@ class TestPack:
 
     def pack(self, tokenizer: Tokenizer, *documents: Any) -> tuple[list[int], list[bool]]:
         stream = pack(documents, tokenizer, vocab_size=7)
-        assert (stream.tokens.dtype, stream.learned.dtype) == (np.int32, bool)
-        return stream.tokens.tolist(), stream.learned.tolist()
+        assert (stream.tokens.dtype, stream.predicted.dtype) == (np.int32, bool)
+        return stream.tokens.tolist(), stream.predicted.tolist()
 
     def test_with_an_end_and_a_beginning_the_beginning_is_not_learned(self, tokenizer: Tokenizer) -> None:
         tokens, learned = self.pack(tokenizer, "a b", "c")

@@ -26,13 +26,13 @@ from jaxcompress.training.objectives import adapted
 T, SLOTS = 16, 5
 TOKENS = jnp.asarray(random_tokens(2, T + 1))
 WEIGHTS = jnp.asarray(np.random.default_rng(1).uniform(0, 1, (2, T)).astype(np.float32))
-HOW: dict[str, Any] = dict(policy=get_policy("tova"), slots=SLOTS, segment=8)
+HOW: dict[str, Any] = dict(policy=get_policy("tova"), slots=SLOTS, weights=WEIGHTS, segment=8)
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def run(params: Any, *, jit: bool = True, **how: Any) -> tuple[dict[str, Any], Any]:
     function = partial(distilled_value_and_grad, **HOW | how)
-    return (jax.jit(function, compiler_options=FAST_COMPILE) if jit else function)(params, TOKENS, WEIGHTS)
+    return (jax.jit(function, compiler_options=FAST_COMPILE) if jit else function)(params, TOKENS)
 
 
 def test_divergence_is_its_definition() -> None:
@@ -155,7 +155,7 @@ def test_adapters_learn_from_the_weights_below_them(tmp_path: Any) -> None:
 
     @jax.jit
     def step(adapters: Any, state: Any) -> Any:
-        metrics, gradient = distilled_value_and_grad(adapters, TOKENS, WEIGHTS, **how)
+        metrics, gradient = distilled_value_and_grad(adapters, TOKENS, **how)
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(adapters, updates), state, metrics["loss"]
 

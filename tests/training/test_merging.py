@@ -39,7 +39,7 @@ def test_firm_gates_are_the_policy(chunk: int, model: dict[str, Any]) -> None:
     decoder = tiny_decoder(**model)
     head, valid = random_head(decoder.config), np.ones((2, T), bool)
     valid[1, [0, 1, 6, 11, 12]] = False
-    soft = read_merging(decoder, head, TOKENS, temperature=1e-4, valid=jnp.asarray(valid))
+    soft = read_merging(decoder, TOKENS, head, temperature=1e-4, valid=jnp.asarray(valid))
     policy = dmc(head, KNorm())
     state = init_state(decoder.config, policy, T, batch=2)
     done = read(decoder, TOKENS, state, policy, valid=jnp.asarray(valid), chunk=chunk)
@@ -53,7 +53,7 @@ def test_firm_gates_are_the_policy(chunk: int, model: dict[str, Any]) -> None:
 def test_gates_that_join_nothing_are_plain_attention() -> None:
     decoder = tiny_decoder()
     head = init_gates(decoder.config, jax.random.key(0), hidden=4)
-    soft = read_merging(decoder, head, TOKENS, temperature=0.1)
+    soft = read_merging(decoder, TOKENS, head, temperature=0.1)
     np.testing.assert_allclose(soft.hidden, decoder.norm(decoder.hidden(TOKENS)), atol=1e-4)
     np.testing.assert_array_equal(soft.kept, 1.0)
 
@@ -103,7 +103,7 @@ def test_gradients_are_right() -> None:
 
     def loss(by: jax.Array) -> jax.Array:
         moved = head._replace(outer=head.outer + by * jnp.sign(head.outer))
-        return merging_loss(decoder, moved, inputs, jnp.ones((1, 8)), share=1.0, temperature=2.0)[0]
+        return merging_loss(decoder, inputs, moved, weights=jnp.ones((1, 8)), share=1.0, temperature=2.0)[0]
 
     small = 1e-2
     slope = (loss(jnp.asarray(small)) - loss(jnp.asarray(-small))) / (2 * small)
@@ -114,10 +114,10 @@ def test_errors_say_what_was_given() -> None:
     decoder = tiny_decoder()
     head = random_head(decoder.config)
     with pytest.raises(ValueError, match="temperature is positive, not 0"):
-        read_merging(decoder, head, TOKENS, temperature=0.0)
+        read_merging(decoder, TOKENS, head, temperature=0.0)
     with pytest.raises(ValueError, match="gates need 2 numbers per token, the weights give 1"):
         dmc(head._replace(outer_bias=head.outer_bias[..., :1]))
     with pytest.raises(ValueError, match="needs 2 numbers per token"):
-        read_merging(decoder, head._replace(outer_bias=head.outer_bias[..., :1]), TOKENS, temperature=1.0)
+        read_merging(decoder, TOKENS, head._replace(outer_bias=head.outer_bias[..., :1]), temperature=1.0)
     with pytest.raises(ValueError, match="scope layer chooses for several"):
         dmc(head, TOVA())

@@ -40,13 +40,14 @@ def gradient(
     how: dict[str, Any] = dict(
         policy=get_policy(policy),
         slots=slots,
+        weights=jnp.asarray(WEIGHTS),
         segment=segment,
         bptt_segments=bptt_segments,
         chunk=chunk,
         recurrence=recurrence,
     )
     run = jax.jit(partial(bounded_value_and_grad, **how), compiler_options=FAST_COMPILE)
-    return run(tiny_decoder(**model), jnp.asarray(TOKENS), jnp.asarray(WEIGHTS))
+    return run(tiny_decoder(**model), jnp.asarray(TOKENS))
 
 
 def same(got: tuple[Any, Any], want: tuple[Any, Any]) -> None:
@@ -127,8 +128,8 @@ def test_the_gradient_goes_back_as_far_as_it_is_let(bptt_segments: int) -> None:
 
 def test_the_loss_is_the_perplexity_of_streaming() -> None:
     model, ones = tiny_decoder(), jnp.ones_like(WEIGHTS)
-    run = jax.jit(partial(bounded_value_and_grad, policy=get_policy("tova"), slots=SLOTS, segment=8, bptt_segments=1))
-    loss, _ = run(model, jnp.asarray(TOKENS), ones)
+    how: dict[str, Any] = dict(policy=get_policy("tova"), slots=SLOTS, segment=8, bptt_segments=1)
+    loss, _ = jax.jit(partial(bounded_value_and_grad, **how))(model, jnp.asarray(TOKENS), weights=ones)
     assert float(loss) == pytest.approx(perplexity(model, TOKENS, get_policy("tova"), SLOTS).nats, rel=1e-6)
 
 
@@ -148,7 +149,11 @@ def test_memory_does_not_grow_with_the_text(recurrence: Step) -> None:
             policy=get_policy("tova"), slots=16, segment=32, bptt_segments=bptt_segments, recurrence=recurrence
         )
         shapes = jax.ShapeDtypeStruct((1, length + 1), jnp.int32), jax.ShapeDtypeStruct((1, length), jnp.float32)
-        program = jax.jit(partial(bounded_value_and_grad, **how)).lower(tiny_decoder(), *shapes).compile()
+        program = (
+            jax.jit(partial(bounded_value_and_grad, **how))
+            .lower(tiny_decoder(), shapes[0], weights=shapes[1])
+            .compile()
+        )
         analysis: Any = program.memory_analysis()
         return analysis.temp_size_in_bytes
 
@@ -212,4 +217,4 @@ def test_gradients_in_bfloat16_are_added_up_in_float32(bptt_segments: int | None
 def test_errors_say_what_was_given(how: dict[str, Any], says: str) -> None:
     given: dict[str, Any] = dict(policy=get_policy("tova"), slots=SLOTS, segment=8) | how
     with pytest.raises(ValueError, match=says):
-        bounded_value_and_grad(tiny_decoder(), jnp.asarray(TOKENS), jnp.asarray(WEIGHTS), **given)
+        bounded_value_and_grad(tiny_decoder(), jnp.asarray(TOKENS), weights=jnp.asarray(WEIGHTS), **given)

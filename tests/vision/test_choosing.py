@@ -26,18 +26,18 @@ def test_the_best_are_exactly_n_and_of_equals_the_earlier(scores: list[float], d
     n = data.draw(st.integers(0, len(scores)))
     order = sorted(range(len(scores)), key=lambda i: (-np.nan_to_num(scores[i], nan=-np.inf), i))[:n]
     x = jnp.asarray([scores], jnp.float32)
-    assert choose.best_first(x, n)[0].tolist() == order
-    assert choose.best(x, n)[0].tolist() == sorted(order)
-    assert choose.others(choose.best(x, n), len(scores))[0].tolist() == [
+    assert choose.ranked_indices(x, n)[0].tolist() == order
+    assert choose.top_indices(x, n)[0].tolist() == sorted(order)
+    assert choose.complement(choose.top_indices(x, n), len(scores))[0].tolist() == [
         i for i in range(len(scores)) if i not in order
     ]
 
 
 def test_more_than_there_is() -> None:
     with pytest.raises(ValueError, match="cannot keep 9 of 8 tokens; give a number from 0 to 8"):
-        choose.best(jnp.zeros((1, 8)), 9)
+        choose.top_indices(jnp.zeros((1, 8)), 9)
     with pytest.raises(ValueError, match="cannot keep -1"):
-        choose.best(jnp.zeros((1, 8)), -1)
+        choose.top_indices(jnp.zeros((1, 8)), -1)
 
 
 def numpy_dart(patches, words, patch_norm, word_norm, n, pivots=4):
@@ -72,7 +72,7 @@ def test_every_window_keeps_its_best_before_any_its_second() -> None:
     rng = np.random.default_rng(0)
     scores = rng.random((3, 36)).astype(np.float32)
     table = windows.window_table(6, 6, 2)
-    order = choose.best_first(fastv.by_window(jnp.asarray(scores), table), 36)
+    order = choose.ranked_indices(fastv.by_window(jnp.asarray(scores), table), 36)
     for row in range(3):
         members = scores[row][table]
         nth = np.argsort(np.argsort(-members, axis=1), axis=1)
@@ -106,7 +106,7 @@ def test_ranked_budgets_are_thresholds(seed: int, n: int) -> None:
     score = np.asarray(dual_attention.relevance(share, individual))[0]
     limit = np.sort(score)[::-1][n - 1]
     passed = dual_attention.passes(share, individual, (float(limit), float(limit * individual.sum())))
-    kept = choose.best(jnp.asarray(score)[None], n)[0].tolist()
+    kept = choose.top_indices(jnp.asarray(score)[None], n)[0].tolist()
     assert set(kept) - set(np.flatnonzero(passed[0]).tolist()) <= {int(np.flatnonzero(score == limit)[0])}
     assert set(np.flatnonzero(passed[0]).tolist()) <= set(kept)
 
@@ -211,7 +211,7 @@ def test_uniform_of_published_sizes() -> None:
     assert uniform.cells(24, 24, 64) == (8, 8)
     assert uniform.cells(24, 24, 144) == (12, 12)
     assert uniform.stride(10, 4).tolist() == [0, 2, 5, 7]
-    nested = [set(choose.best(uniform.random_scores(3, jnp.arange(20))[None], n)[0].tolist()) for n in (4, 9)]
+    nested = [set(choose.top_indices(uniform.random_scores(3, jnp.arange(20))[None], n)[0].tolist()) for n in (4, 9)]
     assert nested[0] < nested[1]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.models.vit import Patches
+from jaxcompress.models.patches import Patches
 from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.vision import temporal, tome, uniform, windows
 from jaxcompress.vision.merging import Merging, followed, grouped, merge, merge_in_place, unmerge

@@ -15,21 +15,21 @@ from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import read
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.llava import Llava, LlavaConfig
-from jaxcompress.models.vit import TowerConfig
+from jaxcompress.models.tower_config import TowerConfig
 from jaxcompress.policies import Full
 from jaxcompress.vision import (
     NAMES,
     Method,
     encode,
     get_method,
+    get_method_for_mean,
     mustdrop,
-    named_for_average,
-    prefills,
+    prune_rules,
     read_encoded,
-    slots,
+    slots_per_layer,
 )
-from jaxcompress.vision.encoders import tome_counts, whole, zip_split
-from jaxcompress.vision.method import Cut
+from jaxcompress.vision.encoders import all_patches, tome_counts, zip_split
+from jaxcompress.vision.method import PruneStep
 
 TOWER = TowerConfig(16, 24, 3, 2, 36, 6, activation="quick_gelu", pre_norm=True)  # 6 x 6 patches
 DECODER = DecoderConfig(64, 16, 24, 4, 2, 1, 8)
@@ -60,7 +60,7 @@ def run(model: Llava, pixels: Any, method: Method, crops: int = 1, left: int = 0
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]) - left, tokens.shape)
     positions = jnp.maximum(positions, -1)
     room = BEFORE + AFTER + ROOM
-    state = init_state(DECODER, Full(), slots(method, CONFIG, room, crops), batch=rows)
+    state = init_state(DECODER, Full(), slots_per_layer(CONFIG, method, room, crops), batch=rows)
     block, state = read_encoded(model, tokens, positions, encoded, state, Full(), method)
     return encoded, block, state
 
@@ -78,14 +78,14 @@ named_methods = pytest.mark.parametrize(
 def test_exactly_as_many_stay_and_rows_are_independent(name: str) -> None:
     method = budget(name)
     encoded, block, state = run(model(), pixels(), method)
-    counts = method.counts(CONFIG)
+    counts = method.tokens_per_layer(CONFIG)
     held = np.concatenate([np.asarray(part.occupancy()) for part in state])[:, :, 0]
     if name != "mustdrop-thresholds":
         np.testing.assert_array_equal(held, np.asarray(counts)[:, None] + BEFORE + AFTER + np.zeros((1, 2)))
         assert int((block.patch >= 0).sum()) == 2 * counts[-1]
     if name not in (*ALL, "mustdrop-encode"):
         assert counts[-1] == 9
-    assert encoded.visual.shape[1] == method.encoded(CONFIG)
+    assert encoded.visual.shape[1] == method.tokens_per_crop(CONFIG)
     np.testing.assert_allclose(encoded.size.sum(1), PATCHES if name in MERGING else encoded.size.sum(1), rtol=1e-6)
     assert bool(jnp.isfinite(block.hidden).all())
     for row in range(2):
@@ -107,7 +107,7 @@ def test_keeping_everything_is_the_model_itself(name: str) -> None:
     np.testing.assert_allclose(block.hidden, expected.hidden, atol=1e-5)
     # ... which is the plain forward pass of the decoder.
     tokens = jnp.concatenate([jnp.arange(1, 4), jnp.full(PATCHES, 63), jnp.arange(4, 9)])[None].repeat(2, 0)
-    plain = model()(tokens, model().images(pixels()))
+    plain = model()(tokens, model().image_features(pixels()))
     np.testing.assert_allclose(model().decoder.logits(block.hidden), plain, atol=1e-4)
 
 
@@ -121,8 +121,8 @@ def test_padding_at_the_left_changes_nothing(name: str) -> None:
 
 
 def test_an_emptied_place_is_a_token_that_is_not_there() -> None:
-    gather = Method("a", whole, cuts=lambda config, tokens: (Cut(1, 9, prefills.fastv),))
-    mask = Method("b", whole, cuts=lambda config, tokens: (Cut(1, 9, prefills.fastv_emptied),))
+    gather = Method("a", all_patches, prune_steps=lambda config, tokens: (PruneStep(1, 9, prune_rules.fastv),))
+    mask = Method("b", all_patches, prune_steps=lambda config, tokens: (PruneStep(1, 9, prune_rules.fastv_in_place),))
     _, short, few = run(model(), pixels(), gather)
     _, long, many = run(model(), pixels(), mask)
     there = np.asarray(long.positions) >= 0
@@ -134,7 +134,7 @@ def test_an_emptied_place_is_a_token_that_is_not_there() -> None:
 
 def test_tokens_stay_where_they_stood_or_are_numbered_anew() -> None:
     _, block, state = run(model(), pixels(), get_method("mustdrop", 9))
-    m = get_method("mustdrop", 9).encoded(CONFIG)
+    m = get_method("mustdrop", 9).tokens_per_crop(CONFIG)
     np.testing.assert_array_equal(
         block.positions[:, -AFTER:], np.arange(BEFORE + m, BEFORE + m + AFTER)[None].repeat(2, 0)
     )
@@ -147,7 +147,7 @@ def test_tokens_stay_where_they_stood_or_are_numbered_anew() -> None:
 def test_numbered_anew_as_released() -> None:
     _, block, state = run(model(), pixels(), get_method("mustdrop-compact", 9))
     np.testing.assert_array_equal(block.positions, np.arange(BEFORE + 9 + AFTER)[None].repeat(2, 0))
-    left = dict.fromkeys(get_method("mustdrop-compact", 9).counts(CONFIG))
+    left = dict.fromkeys(get_method("mustdrop-compact", 9).tokens_per_layer(CONFIG))
     assert [int(part.seen[0]) for part in state] == [n + BEFORE + AFTER for n in left]
 
 
@@ -162,13 +162,13 @@ def test_words_written_after_a_method_continue_the_prompt() -> None:
 @pytest.mark.slow
 def test_the_third_stage_evicts_patches_while_words_are_written() -> None:
     method = get_method("mustdrop", 9)
-    m = method.encoded(CONFIG)
-    policy = method.writing(BEFORE, BEFORE + m)
+    m = method.tokens_per_crop(CONFIG)
+    policy = method.decode_policy(BEFORE, BEFORE + m)
     room = BEFORE + AFTER  # nothing for what is written: patches make place
     encoded = jax.jit(encode, static_argnames="method")(model(), pixels(), method=method)
     line = jnp.concatenate([jnp.arange(1, 1 + BEFORE), jnp.full(m, 63), jnp.arange(4, 4 + AFTER)])
     tokens, positions = line[None].repeat(2, 0), jnp.arange(line.shape[0])[None].repeat(2, 0)
-    state = init_state(DECODER, policy, slots(method, CONFIG, room), batch=2)
+    state = init_state(DECODER, policy, slots_per_layer(CONFIG, method, room), batch=2)
     reading = jax.jit(read_encoded, static_argnames="method")
     block, state = reading(model(), tokens, positions, encoded, state, policy=policy, method=method)
     step = jax.jit(read)
@@ -190,19 +190,19 @@ def test_budgets_that_papers_report() -> None:
     config = LlavaConfig(tower, DecoderConfig(32000, 4096, 11008, 32, 32, 32, 128), image_token=1, feature_layers=23)
     for average, crops in ((192, 1), (128, 1), (64, 1), (320, 5), (160, 5)):
         method = mustdrop_for(config, average, crops)
-        counts = method.counts(config, crops)
-        assert average - 2 < method.average(config, crops) <= average
+        counts = method.tokens_per_layer(config, crops)
+        assert average - 2 < method.mean_tokens(config, crops) <= average
         assert counts[0] == counts[2] > counts[3] > counts[7] > counts[11] > counts[15] == counts[31]
     with pytest.raises(ValueError, match="no final number of visual tokens has a mean of 3"):
         mustdrop_for(config, 3, 1)
-    assert get_method("sparsevlm", 64).counts(config)[-1] == 64
-    assert get_method("fitprune", 64).counts(config)[-1] == 64
-    assert get_method("fastv", 64).counts(config)[:3] == (576, 576, 64)
-    assert get_method("tome", 64).counts(config)[0] == 64
+    assert get_method("sparsevlm", 64).tokens_per_layer(config)[-1] == 64
+    assert get_method("fitprune", 64).tokens_per_layer(config)[-1] == 64
+    assert get_method("fastv", 64).tokens_per_layer(config)[:3] == (576, 576, 64)
+    assert get_method("tome", 64).tokens_per_layer(config)[0] == 64
 
 
 def mustdrop_for(config: LlavaConfig, average: float, crops: int) -> Method:
-    return named_for_average("mustdrop", average, config, crops)
+    return get_method_for_mean(config, "mustdrop", average, crops)
 
 
 def test_crops_of_one_picture_come_one_after_the_other() -> None:

@@ -8,10 +8,10 @@ import pytest
 from tiny_llava import io, loaded, pictures, seen, short_prompts
 
 from jaxcompress.generation import decode, init_decode_state
-from jaxcompress.generation.visual import Seen, laid_out, prefill_encoded, prefill_visual
+from jaxcompress.generation.visual import ImageFeatures, as_encoded, prefill_encoded, prefill_visual
 from jaxcompress.policies import Full
 from jaxcompress.policies.names import get_policy
-from jaxcompress.vision import encode, slots
+from jaxcompress.vision import encode, slots_per_layer
 from jaxcompress.vision.names import get_method
 
 FULL = Full()
@@ -26,9 +26,9 @@ def written(name: str, method: str, keep: int | None, row: int | None = None, *,
     if wide:
         more = seen(name).visual.shape[1] - one.visual.shape[1]
         one = one._replace(visual=jnp.pad(one.visual, [(0, 0), (0, more), (0, 0)]))
-    given = laid_out(one, how)
+    given = as_encoded(one, how)
     ids = short_prompts(name) if row is None else short_prompts(name)[row : row + 1]
-    held = slots(how, model.config, ROOM, tokens=given.visual.shape[1])
+    held = slots_per_layer(model.config, how, ROOM, tokens=given.visual.shape[1])
     progress = init_decode_state(model.decoder, FULL, held, batch=len(ids))
     counts = [sum(counts) for counts in one.counts]
     progress = prefill_encoded(model, ids, given, progress, how, counts=counts)
@@ -59,8 +59,8 @@ def test_patches_make_room_for_what_is_written() -> None:
     model, how = loaded("llava").model, get_method("mustdrop", 6)
     given = encode(model, jnp.asarray(pictures("llava")[0]), how)
     first = short_prompts("llava")[0].index(model.config.image_token)
-    policy = how.writing(first, first + given.visual.shape[1])
-    held = slots(how, model.config, 10)
+    policy = how.decode_policy(first, first + given.visual.shape[1])
+    held = slots_per_layer(model.config, how, 10)
     progress = init_decode_state(model.decoder, policy, held, batch=2)
     progress = prefill_encoded(model, short_prompts("llava"), given, progress, how)
     tokens, progress = decode(model.decoder, progress, 12)
@@ -75,20 +75,20 @@ def test_a_bounded_state_reads_pictures_by_method_or_by_stage_alike() -> None:
     model, how, tova = loaded("llava").model, get_method("full"), get_policy("tova")
     one = seen("llava")
     begin = lambda: init_decode_state(model.decoder, tova, 12, batch=2)
-    mine = prefill_encoded(model, short_prompts("llava"), laid_out(one, how), begin(), how)
+    mine = prefill_encoded(model, short_prompts("llava"), as_encoded(one, how), begin(), how)
     other = prefill_visual(model, short_prompts("llava"), one, begin())
     np.testing.assert_allclose(mine.logits, other.logits, atol=1e-5)
-    for part, same in zip(mine.state, other.state, strict=True):
+    for part, same in zip(mine.kv, other.kv, strict=True):
         np.testing.assert_array_equal(part.positions, same.positions)
 
 
 def test_wrong_input() -> None:
     model, one = loaded("llava").model, seen("llava")
     with pytest.raises(ValueError, match="pool acts in the tower"):
-        laid_out(one, get_method("pool", 4))
+        as_encoded(one, get_method("pool", 4))
     with pytest.raises(ValueError, match="one picture in each row"):
-        laid_out(Seen(one.visual, ((8, 8), (16,))), get_method("full"))
-    given = laid_out(one, get_method("full"))
+        as_encoded(ImageFeatures(one.visual, ((8, 8), (16,))), get_method("full"))
+    given = as_encoded(one, get_method("full"))
     progress = init_decode_state(model.decoder, FULL, 40, batch=2)
     with pytest.raises(ValueError, match="2 image tokens"):
         prefill_encoded(model, [[63, 63], [63]], given, progress, get_method("full"))

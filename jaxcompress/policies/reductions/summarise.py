@@ -30,7 +30,7 @@ class MeanSlots(NamedTuple):
     keys: Float[Array, "B K n D"]
     values: Float[Array, "B K n D"]
     position: Float[Array, "B K n"]
-    count: Float[Array, "B K n"]
+    count: Float[Array, "B K n"]  # pyright: ignore[reportIncompatibleMethodOverride]  nobody counts its fields
 
 
 @value

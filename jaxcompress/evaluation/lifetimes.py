@@ -1,10 +1,9 @@
-"""What a policy kept, told from its death times: how much, how old, of what kind, and where two policies differ.
+"""How long tokens stay in the state: how many are held, their age and kind, and where two policies differ.
 
-Token j is *held* at step i if the query of position i sees it, `j <= i < death[j]`. So a policy that evicts after a
-step holds capacity + 1 tokens, and a prompt that is read at once is held whole until its end. Its *age* at step i is
-i - j. A token that was held at the last step (death T) was never seen to die: estimates treat it as censored.
-
-The functions take death times [..., T], such as `trace.death[:, row]`, [L, P, T].
+Everything follows from death times [..., T], such as `trace.death[:, row]`, [L, P, T]. Token j is *held* at step i if
+the query at position i sees it: `j <= i < death[j]`. A policy that evicts after a step therefore holds capacity + 1
+tokens, and a prompt that is read at once is held whole until its end. The *age* of token j at step i is i - j. A token
+that is held at the last step has death T; estimates treat it as censored.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ import unicodedata
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxcompress.generation.text import Tokenizer
+from jaxcompress.generation.text import TextStream, Tokenizer
 
 KINDS = ("first", "whitespace", "digits", "punctuation", "rare words", "common words", "other")
 """What a token may be; see `token_kinds`."""
@@ -183,8 +181,6 @@ def token_texts(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
     Marks such as <s> are spelt out. The character that several tokens spell belongs to the last of them, the others
     are "". Bytes that are no UTF-8 appear as U+FFFD.
     """
-    from jaxcompress.generation.text import TextStream
-
     stream = TextStream(tokenizer, skip_special=False)
     texts = [stream.push(token) for token in ids]
     if texts:

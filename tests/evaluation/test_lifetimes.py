@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxcompress.evaluation.retention import (
+from jaxcompress.evaluation.lifetimes import (
     KINDS,
     ages,
     held,

@@ -21,18 +21,16 @@ from jaxcompress.policies.learned import EPSILON, LIKE_TOVA
 from jaxcompress.recurrence.advance import advance
 from jaxcompress.recurrence.block_attention import causal_attention, forgetful_attention
 from jaxcompress.training.data import Batch
-from jaxcompress.training.forgetting import (
+from jaxcompress.training.delayed_eviction import (
     dms_loss,
-    future_attention_loss,
     init_dms,
-    init_retention,
     kept_share,
-    read_forgetfully,
-    retention_loss,
+    read_with_soft_eviction,
     share_schedule,
     temperature_schedule,
 )
 from jaxcompress.training.objectives import bounded, joint_retention
+from jaxcompress.training.retention_heads import future_attention_loss, init_retention, retention_loss
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 MODEL = tiny_decoder()
@@ -88,12 +86,12 @@ def test_forgetful_attention_and_its_gradient(window: int | None) -> None:
     )
 
 
-def test_reading_forgetfully_from_one_end_to_the_other() -> None:
+def test_soft_eviction_from_one_end_to_the_other() -> None:
     """A network that keeps everything changes nothing; one that evicts everything leaves a sliding window."""
     head = init_dms(MODEL.config, jax.random.key(0), hidden=4)
-    read = jitted(partial(read_forgetfully, window=3, temperature=0.01), static_argnames="window")
+    read = jitted(partial(read_with_soft_eviction, window=3, temperature=0.01), static_argnames="window")
     valid = jnp.asarray(np.arange(24) >= np.array([[0], [5]]))
-    whole, nothing = (read(MODEL, constant(head, x), TOKENS, valid=valid) for x in (5.0, -5.0))
+    whole, nothing = (read(MODEL, TOKENS, constant(head, x), valid=valid) for x in (5.0, -5.0))
     np.testing.assert_array_equal(whole.kept, [1, 1])
     np.testing.assert_array_equal(nothing.kept, [0, 0])
     near = tiny_decoder(sliding=(3, 3))
@@ -112,8 +110,8 @@ def test_the_parts_of_the_loss_and_where_its_gradient_goes() -> None:
     @jitted
     def run(share: Any, pressure: Any, key: Any) -> Any:
         loss = lambda model, head: dms_loss(
-            model, head, TOKENS, weights, window=3, share=share, temperature=0.7, teacher=teacher, pressure=pressure,
-            key=key,
+            model, TOKENS, head, weights=weights, window=3, share=share, temperature=0.7, teacher=teacher,
+            pressure=pressure, key=key,
         )  # fmt: skip
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(MODEL, head)
 
@@ -139,12 +137,12 @@ def test_without_a_teacher_it_is_the_loss_of_language() -> None:
     head = init_dms(MODEL.config, jax.random.key(0), hidden=4)
     weights = jnp.asarray(np.random.default_rng(0).random((2, 23)).astype(np.float32))
     run = jitted(partial(dms_loss, window=3, share=1.0, temperature=0.01), static_argnames="window")
-    loss, _ = run(MODEL, head, TOKENS, weights)
+    loss, _ = run(MODEL, TOKENS, head, weights=weights)
     logits = np.asarray(MODEL(TOKENS[:, :-1]), np.float64)
     each = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     each -= np.take_along_axis(logits, np.asarray(TOKENS)[:, 1:, None], -1)[..., 0]
     assert float(loss) == pytest.approx(float((each * weights).sum() / weights.sum()), rel=1e-3)
-    loss, _ = run(MODEL, head, TOKENS, weights, teacher=MODEL)
+    loss, _ = run(MODEL, TOKENS, head, weights=weights, teacher=MODEL)
     assert float(loss) == pytest.approx(0, abs=1e-3)
 
 
@@ -211,7 +209,7 @@ def test_foreseen_attention_is_its_definition(sets: int, window: int | None, hor
 @pytest.mark.parametrize("scope", ["kv_head", "layer"])
 def test_only_the_network_learns_from_foresight(scope: Any) -> None:
     head = noisy(init_retention(MODEL.config, jax.random.key(0), hidden=4), 0.3)
-    loss = lambda model, head, tokens, valid: retention_loss(model, head, tokens, scope=scope, valid=valid, block=8)
+    loss = lambda model, head, tokens, valid: retention_loss(model, tokens, head, scope=scope, valid=valid, block=8)
     run = jitted(jax.value_and_grad(loss, argnums=(0, 1)))
     value, (model_slope, slope) = run(MODEL, head, TOKENS, None)
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(model_slope))
@@ -233,7 +231,7 @@ def test_a_head_beside_its_model() -> None:
     told, expected = alone(MODEL)
     assert float(metrics["loss"]) == pytest.approx(float(told["loss"]), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), model_slope, expected)
-    watch = lambda head: retention_loss(MODEL, head, TOKENS[:1, :-1], scope="layer", block=8)
+    watch = lambda head: retention_loss(MODEL, TOKENS[:1, :-1], head, scope="layer", block=8)
     apart, expected = jitted(jax.value_and_grad(watch))(head)
     assert float(metrics["retention"]) == pytest.approx(float(apart), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), slope, expected)
@@ -337,22 +335,22 @@ def test_what_does_not_fit() -> None:
     config = DecoderConfig(61, 32, 48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
     one, four = (make(MODEL.config, jax.random.key(0), hidden=4) for make in (init_dms, init_retention))
     for call in (
-        lambda head: read_forgetfully(MODEL, head, TOKENS, window=3, temperature=1.0),
-        lambda head: retention_loss(MODEL, head, TOKENS),
+        lambda head: read_with_soft_eviction(MODEL, TOKENS, head, window=3, temperature=1.0),
+        lambda head: retention_loss(MODEL, TOKENS, head),
     ):
         with pytest.raises(ValueError, match="3 layers of 2 kv heads of width 8, the model has 2 layers of 2 kv heads"):
             call(init_dms(config, jax.random.key(0)))
     with pytest.raises(ValueError, match="needs 4 numbers per token, the weights give 1"):
-        retention_loss(MODEL, one, TOKENS)
+        retention_loss(MODEL, TOKENS, one)
     with pytest.raises(ValueError, match="needs 1 numbers per token, the weights give 4"):
-        read_forgetfully(MODEL, four, TOKENS, window=3, temperature=1.0)
+        read_with_soft_eviction(MODEL, TOKENS, four, window=3, temperature=1.0)
     with pytest.raises(ValueError, match="a temperature is positive, not 0"):
-        read_forgetfully(MODEL, one, TOKENS, window=3, temperature=0.0)
+        read_with_soft_eviction(MODEL, TOKENS, one, window=3, temperature=0.0)
     with pytest.raises(ValueError, match="a window of -1 tokens"):
-        read_forgetfully(MODEL, one, TOKENS, window=-1, temperature=1.0)
+        read_with_soft_eviction(MODEL, TOKENS, one, window=-1, temperature=1.0)
     with pytest.raises(ValueError, match="cannot be learned per query head"):
-        retention_loss(MODEL, four, TOKENS, scope="query_head")
+        retention_loss(MODEL, TOKENS, four, scope="query_head")
     with pytest.raises(ValueError, match="blocks of 24 tokens in texts of 24"):
-        retention_loss(MODEL, four, TOKENS, block=24)
+        retention_loss(MODEL, TOKENS, four, block=24)
     with pytest.raises(ValueError, match="a horizon is a positive number of tokens, not 0"):
-        retention_loss(MODEL, four, TOKENS, block=8, horizon=0)
+        retention_loss(MODEL, TOKENS, four, block=8, horizon=0)

@@ -1,0 +1,162 @@
+"""The flags that several commands take. Each is declared once, so that it means the same everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxcompress.inputs.text import named, read_text
+
+StateDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4"]
+"""`jaxcompress.state.storage.DTYPES`, for the parser, which imports no array library."""
+
+CHUNK = 128
+"""Tokens between two selections in mode chunked, unless --chunk says otherwise."""
+
+
+def at_least(least: int, **given: int | None | tuple[int, ...]) -> None:
+    """Raises ValueError for a number below the least that makes sense, and names its flag."""
+    for name, values in given.items():
+        for value in (values,) if isinstance(values, int) else values or ():
+            if value < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlag:
+    """Which model."""
+
+    model: str | None = None
+    """Folder in Hugging Face's format, a name on its hub, a GGUF file, or smollm2; the embedded model if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFlags(ModelFlag):
+    """Which model, and the type of its weights."""
+
+    dtype: str | None = None
+    """Type of the weights, for example bfloat16; the checkpoint's if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateDtypeFlag:
+    """How the state is stored."""
+
+    state_dtype: StateDtype | None = None
+    """Type in which the state stores keys and values; that of the weights if not given. The last three have a scale per
+    slot and head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementFlag:
+    """Where tokens stand for RoPE."""
+
+    placement: Literal["absolute", "slot", "compact"] | None = None
+    """Position of a token for RoPE; as the policy was published if not given. slot and compact keep distances within
+    what the model was trained on, however long the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyFlags:
+    """The policy and its capacity."""
+
+    policy: str = "tova"
+    """Eviction policy: a name from `jaxcompress info`, learned for the one saved with the model, or FILE.py:NAME for
+    your own. Modifiers follow after slashes: tova/protect-recent64."""
+    slots: tuple[int, ...] = (128,)
+    """Capacity of each layer: one number for all layers, or one per layer."""
+
+    @property
+    def capacity(self) -> int | tuple[int, ...]:
+        """`slots` as the library takes them."""
+        return self.slots[0] if len(self.slots) == 1 else self.slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeFlags:
+    """How often tokens are selected while a text is read."""
+
+    mode: Literal["streaming", "chunked", "oneshot"] = "streaming"
+    """streaming: select after every token, as in decoding. chunked: select after every --chunk tokens. oneshot: read
+    the whole prompt, then select once."""
+    chunk: int | None = None
+    """Tokens between two selections in mode chunked; 128 if not given."""
+
+    def chunk_tokens(self) -> int:
+        """Tokens between two selections in mode chunked. Raises ValueError if --chunk is given for another mode."""
+        at_least(1, chunk=self.chunk)
+        if self.chunk is not None and self.mode != "chunked":
+            raise ValueError(f"--chunk is for --mode chunked; {self.mode} has no chunks")
+        return CHUNK if self.chunk is None else self.chunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTokensFlag:
+    """Where the prompt ends in a text that is read to its end."""
+
+    prompt_tokens: int | None = None
+    """The first so many tokens are the prompt; half of the tokens if not given. The rest is read token by token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFlags:
+    """The text to read."""
+
+    file: Path | None = None
+    """Read this UTF-8 file; - is standard input."""
+    prompt: str | None = None
+    """Read this text."""
+
+    def text(self) -> tuple[str, str] | None:
+        """Name and content of the text; None if none was given.
+
+        Raises:
+          ValueError: two texts, or not UTF-8.
+          OSError: the file cannot be read.
+        """
+        if self.file is not None and self.prompt is not None:
+            raise ValueError("give --file or --prompt, not both")
+        if self.prompt is not None:
+            return "the prompt", self.prompt
+        return None if self.file is None else (named(self.file), read_text(self.file))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitFlag:
+    """How much of a text."""
+
+    limit: int = 2048
+    """Read at most so many tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedFlag:
+    """What is drawn at random."""
+
+    seed: int = 0
+    """Seed of all random numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFlag:
+    """Where a table goes."""
+
+    out: Path | None = None
+    """Write the table to this file too (JSON), after every row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureFlag:
+    """A picture of the results."""
+
+    figure: Path | None = None
+    """Draw the results into this file too (.png)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonFlag:
+    """What is printed."""
+
+    json: bool = False
+    """Print JSON instead of text."""

@@ -1,0 +1,90 @@
+"""From the words of a command line to a command. What the parser refuses is one ValueError of one line."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from typing import Annotated, Any, TypeVar, Union
+
+import tyro
+
+T = TypeVar("T")
+
+_BOX = re.compile(r"[╭╮╰╯│]|\x1b\[[0-9;]*m")  # and colours
+_FLAG = re.compile(r"--[a-z][a-z-]*(?= [A-Z{\[])")
+_RULE = re.compile(r"^[─-]+$")  # the latter where the terminal is not UTF-8
+
+
+def parsed(
+    commands: dict[str, type], arguments: Sequence[str], *, description: str, defaults: dict[str, Any] | None = None
+) -> Any:
+    """The command that these arguments ask for.
+
+    Args:
+      commands: by name.
+      arguments: the command line without the program's name.
+      defaults: by name of a command, its values where no flag is given.
+
+    Raises:
+      ValueError: no command, an unknown one, or flags that it does not take.
+      SystemExit: help was asked for, and printed.
+    """
+    names = ", ".join(commands)
+    if not arguments:
+        raise ValueError(f"give a command: {names}; jaxcompress --help says what they do")
+    if arguments[0] not in (*commands, "-h", "--help") and not arguments[0].startswith("--tyro-"):
+        raise ValueError(f"unknown command {arguments[0]!r}; known: {names}")
+    kinds: Any = Union[tuple(_annotated(name, kind, (defaults or {}).get(name)) for name, kind in commands.items())]  # noqa: UP007  made from values
+    parse = lambda: tyro.cli(kinds, prog="jaxcompress", description=description, args=arguments)
+    return in_one_line(f"jaxcompress {arguments[0]}", parse)
+
+
+def _annotated(name: str, kind: type, default: Any) -> Any:
+    """A command for the parser. Where values come from elsewhere, a flag can be turned off too: --no-FLAG."""
+    if default is not None:
+        return Annotated[kind, tyro.conf.subcommand(name, default=default)]
+    return Annotated[tyro.conf.FlagCreatePairsOff[kind], tyro.conf.subcommand(name)]
+
+
+def in_one_line(program: str, parse: Callable[[], T]) -> T:
+    """What `parse` returns.
+
+    Args:
+      program: whose --help says more.
+      parse: calls tyro.
+
+    Raises:
+      ValueError: what tyro prints in a box on standard error, in one line.
+      SystemExit: help was asked for.
+    """
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            return parse()
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        raise ValueError(f"{_unboxed(told.getvalue())}; see {program} --help") from None
+
+
+def _unboxed(box: str) -> str:
+    """The message in tyro's box. Of the flags that it describes, their names."""
+    title, *lines = (_BOX.sub("", line).strip() for line in box.splitlines())
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if _RULE.match(line):
+            sections.append([])
+        else:
+            sections[-1].append(line)
+    first, *others = [said for section in sections if (said := " ".join(filter(None, section)))] or [title]
+    if first.startswith("Missing from"):
+        first = f"missing: {_flags(first)}"
+    similar = next((_flags(part) for part in others if part.startswith("Perhaps you meant")), "")
+    return first[:1].lower() + first[1:].rstrip(".") + (f"; perhaps you meant {similar}" if similar else "")
+
+
+def _flags(text: str) -> str:
+    """The flags in a text, each once."""
+    return ", ".join(dict.fromkeys(flag for flag in _FLAG.findall(text) if flag != "--help"))

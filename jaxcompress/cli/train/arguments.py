@@ -1,0 +1,149 @@
+"""The flags of `train`, and which of them do not go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from jaxcompress.cli.flags import ModeFlags, ModelFlag, PlacementFlag, PolicyFlags, SeedFlag, at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFlags:
+    """Where settings come from that no flag gives."""
+
+    resume: bool = False
+    """Continue from the last checkpoint in --out; with --data, begin if there is no run yet. Settings that no flag
+    gives are those of the run. Only --steps, --save-every, --keep and --tensorboard may change."""
+    config: Path | None = None
+    """TOML file with settings, named as the flags: `learning_rate = 1e-4`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFlags:
+    """What a step reads."""
+
+    length: int = 1024
+    """Tokens predicted per row."""
+    rows: int = 4
+    """Rows per step."""
+    accumulate: int = 1
+    """Take the rows of a step in so many equal parts, one after the other; more parts take less memory."""
+    held_out: int = 16
+    """Rows that are never trained on, at most a tenth of all. Their loss is told before and after training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerFlags:
+    """How weights are changed."""
+
+    steps: int = 200
+    """Steps in all. With --resume it may differ from before: the run then continues as one that was begun with so many
+    steps."""
+    learning_rate: float = 1e-4
+    """The highest learning rate."""
+    schedule: Literal["cosine", "stable", "constant"] = "cosine"
+    """Learning rate after the warmup. cosine: half a cosine down to a tenth. stable: a plateau, then a linear decay.
+    constant: the same to the end."""
+    warmup: int = 20
+    """Steps in which the learning rate rises from 0; at most all steps but the last."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the model's weights."""
+    weight_decay: float = 0.01
+    """Weight decay of the optimizer."""
+    clip: float = 1.0
+    """Highest norm of the gradient; a larger gradient is scaled down to it."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type in which models compute; bfloat16 on accelerators and float32 on CPUs if not given. Master weights, losses
+    and sums of gradients are float32."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """The warmup, as far as it fits into the steps."""
+        return min(self.warmup, self.steps - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(
+    SourceFlags, SeedFlag, OptimizerFlags, RowFlags, PlacementFlag, ModeFlags, PolicyFlags, ModelFlag,
+):  # fmt: skip
+    """What `train` is told."""
+
+    data: str
+    """Text file, JSONL file, folder of both, or dataset of the Hugging Face hub (`name` or `name:configuration`)."""
+    out: Path
+    """Write the run into this folder."""
+    tokenizer: str | None = None
+    """Folder with another tokenizer; that of the model if not given."""
+    field: str = "text"
+    """Name of the text in JSON lines and datasets. Lines may have token ids under "tokens" instead."""
+    split: str = "train"
+    """Split of a dataset."""
+    distill: bool = False
+    """Also learn to predict what the model, as it was before training, predicts with its full cache. A retention head
+    then learns together with the model, at ten times the learning rate."""
+    lora: int | None = None
+    """Train adapters of this rank beside the attention projections (LoRA) and leave the model as it is. They are added
+    to the model when it is saved."""
+    segment: int = 256
+    """Tokens read at once. More is faster and takes more memory; the result is the same."""
+    bptt_segments: int | None = 2
+    """Number of segments that the gradient goes back over; None: the whole row."""
+    ratio: float = 8.0
+    """dms, dmc: one of so many tokens is kept in the end."""
+    window: int = 16
+    """dms: a token is evicted after so many steps."""
+    save_every: int = 50
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Number of checkpoints that are kept."""
+    tensorboard: bool = False
+    """Also write to --out/tensorboard."""
+
+    @property
+    def chunk_length(self) -> int:
+        """Tokens between two selections."""
+        return self.chunk_tokens() if self.mode == "chunked" else 1
+
+    def check(self) -> None:
+        """What can be known before anything is loaded.
+
+        Raises:
+          ValueError: a number that makes no sense, settings that exclude each other or do nothing, or a folder that
+            holds a run already.
+        """
+        for name in ("length", "rows", "accumulate", "steps", "segment", "save_every", "keep"):
+            at_least(1, **{name: getattr(self, name)})
+        at_least(0, warmup=self.warmup)
+        self.chunk_tokens()
+        if self.mode == "oneshot":
+            raise ValueError("--mode oneshot selects once per prompt, and training rows have none; use chunked")
+        if self.rows % self.accumulate:
+            raise ValueError(f"--rows {self.rows} cannot be taken in --accumulate {self.accumulate} equal parts")
+        if self.distill and (self.policy == "full" or self.policy.startswith(("dms", "dmc"))):
+            raise ValueError(
+                f"--distill is for states that evict by a policy or a retention head, not for {self.policy}"
+            )
+        if self.lora is not None and self.policy.startswith(("dms", "dmc", "retention")):
+            raise ValueError(f"--lora trains adapters of a model; {self.policy} trains a network of its own")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, why in self._idle().items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"--{name.replace('_', '-')} does nothing {why}; leave it out")
+        if not self.resume and any(any(self.out.glob(name)) for name in ("run.json", "checkpoints/*", "model")):
+            raise ValueError(f"{self.out} holds a run already; give --resume to continue it, or another --out")
+
+    def _idle(self) -> dict[str, str]:
+        """Settings that nothing reads, given the others, and why."""
+        kind, idle = self.policy.split("-")[0], {}
+        if self.policy == "full":
+            why = "with --policy full, which evicts nothing"
+            idle |= dict.fromkeys(("slots", "segment", "bptt_segments", "mode", "chunk", "placement"), why)
+        if kind != "dms":
+            idle["window"] = f"with --policy {self.policy}; it is for dms"
+        if kind not in ("dms", "dmc"):
+            idle["ratio"] = f"with --policy {self.policy}; it is for dms and dmc"
+        if Path(self.data).expanduser().exists():
+            idle["split"] = f"with files; {self.data} is no dataset of the hub"
+        return idle

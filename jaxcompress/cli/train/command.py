@@ -1,0 +1,196 @@
+"""The command `train`: from flags to a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxcompress.cli.runtime import open_weights, warn_of_positions, write_json
+from jaxcompress.cli.train.arguments import TrainFlags
+from jaxcompress.cli.train.data import packed_rows
+from jaxcompress.cli.train.record import recorded_settings, unchanged
+from jaxcompress.cli.train.saving import save_trained
+from jaxcompress.cli.train.task import Task, task_of
+
+if TYPE_CHECKING:
+    from jaxcompress.checkpoints import Loaded
+    from jaxcompress.policies import Policy
+    from jaxcompress.training.checkpointing import Checkpoints
+    from jaxcompress.training.data import PackedRows
+    from jaxcompress.training.trainer import TrainState
+
+HEAD_RATE = 10
+"""A network that starts from nothing learns so many times faster than the model beside it."""
+
+Sink = Callable[[int, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(TrainFlags):
+    """Trains a model further on text, through a state of so many slots or with plain attention (policy full).
+
+    Writes into --out: checkpoints/, metrics.jsonl, run.json (the settings) and, at the end, model/, a folder in Hugging
+    Face's format with the policy in it. The last rows of the data are held out, and their loss is told before and after
+    training. Policies learned together with the model: dms, dms-pool, dmc. Learned beside a model that stays as it is,
+    unless --distill is given: retention, retention-layer, retention-pool.
+
+    A run that was stopped, even by kill -9, continues with `jaxcompress train --out runs/x --resume`, and ends as one
+    that was not stopped. With more --steps a finished run continues too. Flags win over --config, which wins over the
+    run.
+
+    Example: jaxcompress train --data books/ --policy tova --slots 128 --steps 200 --out runs/books
+    """
+
+    def run(self) -> None:
+        self.check()
+        loaded = open_weights(self.model, "float32")
+        from jaxcompress.checkpoints import config_dtype
+        from jaxcompress.generation.text import Tokenizer
+        from jaxcompress.pallas_kernels.devices import device
+        from jaxcompress.policies.names import get_policy
+        from jaxcompress.training.checkpointing import Checkpoints
+        from jaxcompress.training.policy_objectives import TRAINABLE
+
+        tokenizer = Tokenizer(self.tokenizer or loaded.folder)
+        dtype = self.compute_dtype or ("float32" if device()[0] == "cpu" else "bfloat16")
+        policy = None if self.policy == "full" or self.policy in TRAINABLE else get_policy(self.policy)
+        task = task_of(self, loaded.model, policy, dtype)
+        rows = packed_rows(self, tokenizer, loaded.config.vocab_size)
+        stored = config_dtype(loaded.settings) or "float32"
+        flops = self._flops(loaded)
+        with Checkpoints(self.out / "checkpoints", keep=self.keep) as checkpoints:
+            run = _Run(self, task, rows, dtype, checkpoints)
+            self._warn(loaded, policy)
+            task = task._replace(params=None)  # the state has its own copy
+            del loaded
+            run.train(flops)
+        run.tell_after()
+        if run.record.get("saved") != self.steps or not (self.out / "model").exists():
+            save_trained(self, task, run.state.params, self.out / "model", stored, tokenizer.folder)
+            write_json(run.record | dict(saved=self.steps), self.out / "run.json")
+        print(f"saved in {self.out / 'model'}")
+
+    def _warn(self, loaded: Loaded, policy: Policy | None) -> None:
+        """Tells if rows are longer than the model was trained for."""
+        places = self.placement or ("absolute" if policy is None else policy.placement)
+        warn_of_positions(loaded.model, [places], self.length)
+
+    def _flops(self, loaded: Loaded) -> float:
+        """Operations per token of a step."""
+        from jaxcompress.training.metrics import flops_per_token, mean_attended
+
+        slots = None if self.policy == "full" else round(sum(self.slots) / len(self.slots))
+        return flops_per_token(loaded.model, mean_attended(self.length, slots))
+
+
+class _Run:
+    """A run that has begun or continues.
+
+    Attributes:
+      state: of training.
+      record: what run.json says.
+    """
+
+    def __init__(self, how: Train, task: Task, rows: PackedRows, dtype: str, checkpoints: Checkpoints):
+        import jax
+
+        from jaxcompress.training.data import batches, split
+        from jaxcompress.training.trainer import init_train_state, make_measure, make_step
+
+        self._how, self._told, self._checkpoints = how, task.told, checkpoints
+        self._parts = split(rows, batch=how.rows, held_out=how.held_out, held_out_batch=how.rows // how.accumulate)
+        self._data = batches(rows, batch=how.rows, seed=how.seed, train=self._parts.train)
+        self._schedule, optimizer = _optimizer(how, both=task.learned is not None and how.distill)
+        self._step = make_step(task.objective, optimizer, accumulate=how.accumulate, compute_dtype=dtype)
+        self._measure = make_measure(task.measured, compute_dtype=dtype)
+        facts = dict(tokens=len(rows.stream.tokens), checksum=rows.stream.checksum)
+        begin = partial(init_train_state, task.params, optimizer, seed=how.seed)
+        file, self._done = how.out / "run.json", checkpoints.latest or 0
+        self.record: dict[str, Any]
+        self.state: TrainState
+        if self._done:
+            self.state, where = checkpoints.restore(jax.eval_shape(begin))
+            self.record = unchanged(how, file, facts, self._done)
+            self._data.set_state(where)
+            print(f"continuing from step {self._done}", flush=True)
+        else:
+            if how.resume:
+                print(f"there is no {'checkpoint' if file.exists() else 'run'} in {how.out} yet: it begins")
+            self.record = dict(data=facts, held_out=self._measure(task.params, self._parts.held_out))
+            self.state = begin()
+        self.record |= dict(settings=recorded_settings(how))
+        write_json(self.record, file)
+        print(f"{facts['tokens']:,} tokens, {self._parts.train:,} rows to train on; see {how.out / 'metrics.jsonl'}")
+
+    def train(self, flops: float) -> None:
+        """Takes the steps that are left."""
+        from jaxcompress.training.metrics import MetricsFile
+        from jaxcompress.training.trainer import fit
+
+        how = self._how
+        if self._done < how.steps:
+            print(self._rates(), flush=True)
+        for metric, (name, unit) in self._told.items():
+            if metric in self._before:
+                print(f"held-out {name} before: {self._before[metric]:.4f} ({unit})", flush=True)
+        with MetricsFile(how.out / "metrics.jsonl", after=self._done) as lines:
+            sinks = [lines, *([_tensorboard(how.out, self._done)] if how.tensorboard else [])]
+            self.state = fit(
+                self.state, self._step, self._data, steps=how.steps, checkpoints=self._checkpoints,
+                save_every=how.save_every, log=[_with_rate(self._schedule, sink) for sink in sinks],
+                flops_per_token=flops,
+            )  # fmt: skip
+
+    def tell_after(self) -> None:
+        """Tells the metrics of held-out rows after training, and how they changed."""
+        before, after = self._before, self._measure(self.state.params, self._parts.held_out)
+        for metric, (name, unit) in self._told.items():
+            if metric in after:
+                moved = f"{after[metric] - before[metric]:+.4f}, " if metric in before else ""
+                print(f"held-out {name} after {self._how.steps} steps: {after[metric]:.4f} ({moved}{unit})", flush=True)
+
+    @property
+    def _before(self) -> dict[str, float]:
+        return self.record.get("held_out", {})
+
+    def _rates(self) -> str:
+        """The learning rate from here to the end, in words."""
+        how, warm = self._how, self._how.warmup_steps
+        short = "" if warm == how.warmup else f" (--warmup {how.warmup} does not fit into {how.steps} steps)"
+        course = f"to {how.learning_rate:g} in {warm} steps{short}, then {how.schedule} to step {how.steps}"
+        return f"learning rate: {course}; {float(self._schedule(self._done)):.3g} at step {self._done + 1}"
+
+
+def _optimizer(how: Train, *, both: bool) -> tuple[Callable[[int], Any], Any]:
+    """The learning rate by step, and the optimizer.
+
+    Args:
+      both: whether a policy's network is trained beside the model.
+    """
+    from jaxcompress._extras import extra
+    from jaxcompress.training.optimizer import OPTIMIZERS, SCHEDULES
+
+    with extra("train"):
+        import optax
+    of_rate = lambda rate: SCHEDULES[how.schedule](rate, how.steps, warmup=how.warmup_steps)
+    schedule = of_rate(how.learning_rate)
+    optimizer = OPTIMIZERS[how.optimizer](schedule, clip=how.clip, weight_decay=how.weight_decay)
+    if both:
+        head = OPTIMIZERS["adamw"](of_rate(HEAD_RATE * how.learning_rate), clip=how.clip, weight_decay=0.0)
+        optimizer = optax.partition({"model": optimizer, "head": head}, ("model", "head"))
+    return schedule, optimizer
+
+
+def _with_rate(schedule: Callable[[int], Any], sink: Sink) -> Sink:
+    """The same sink, told the learning rate of each step too."""
+    return lambda step, numbers: sink(step, {**numbers, "learning_rate": float(schedule(step - 1))})
+
+
+def _tensorboard(out: Path, done: int) -> Sink:
+    """Raises ImportError if a package is missing."""
+    from jaxcompress.training.metrics import tensorboard
+
+    return tensorboard(out / "tensorboard", after=done)

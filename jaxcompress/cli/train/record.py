@@ -1,0 +1,67 @@
+"""run.json: the settings of a run, its data, and what was measured before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jaxcompress.cli.train.arguments import TrainFlags
+from jaxcompress.inputs.text import parse_json, read_text
+
+_PER_CALL = ("out", "resume", "config")
+_FREE = ("steps", "save_every", "keep", "tensorboard")  # may change while a run lasts
+
+
+def recorded_settings(how: TrainFlags) -> dict[str, Any]:
+    """The settings that make a run what it is, as JSON has them."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(how).items()
+        if name not in _PER_CALL
+    }
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What run.json says. Raises ValueError if it is not what `train` writes."""
+    run = parse_json(read_text(path), str(path))
+    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
+        raise ValueError(f"{path} has no settings; begin another run with another --out")
+    return run
+
+
+def unchanged(how: TrainFlags, path: Path, data: Mapping[str, Any], done: int) -> dict[str, Any]:
+    """The record of a run that goes on; prints which settings change.
+
+    Args:
+      path: of run.json.
+      data: the number of tokens and their checksum, now.
+      done: steps taken.
+
+    Raises:
+      ValueError: settings or data are not those that the run began with.
+    """
+    begun, changes = read_record(path), []
+    for name, value in recorded_settings(how).items():
+        flag, was = f"--{name.replace('_', '-')}", begun["settings"].get(name)
+        if value == was:
+            continue
+        if name not in _FREE:
+            raise ValueError(
+                f"{flag} was {was} when the run in {how.out} began, and is {value} now; leave it out, or begin "
+                f"another run with --model {how.out / 'model'}"
+            )
+        changes.append(f"{flag} is {value} from now on; it was {was}")
+    if how.steps < done:
+        raise ValueError(f"the run in {how.out} has taken {done} steps; --steps {how.steps} is less: give more")
+    then = begun.get("data")
+    if not isinstance(then, dict) or not {"tokens", "checksum"} <= then.keys():
+        raise ValueError(f"{path} is damaged; begin another run with another --out")
+    if then != dict(data):
+        raise ValueError(
+            f"{how.data} has changed since the run in {how.out} began: {data['tokens']:,} tokens (checksum "
+            f"{data['checksum']}), then {then['tokens']} ({then['checksum']})"
+        )
+    print(*changes, sep="\n", end="\n" * bool(changes), flush=True)
+    return begun

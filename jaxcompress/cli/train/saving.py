@@ -1,0 +1,38 @@
+"""What a run of `train` leaves: a folder with the model and its policy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jaxcompress.cli.train.arguments import TrainFlags
+from jaxcompress.cli.train.task import Task
+
+
+def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: Any, tokenizer: Path) -> None:
+    """Writes model and policy, both or neither, in place of those of fewer steps.
+
+    Args:
+      params: trained.
+      dtype: in which weights are stored.
+      tokenizer: folder whose files are copied beside the model.
+    """
+    import jax
+
+    from jaxcompress.checkpoints import SavedPolicy, save, save_policy
+
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    model, own = task.parts(params)
+    save(jax.tree.map(lambda x: x.astype(dtype), model), new, tokenizer_from=tokenizer)
+    settings: dict[str, Any] = {}
+    if how.policy != "full":
+        settings = dict(slots=how.slots, segment=how.segment, chunk=how.chunk_length, placement=how.placement)
+    if task.learned is None or own is None:
+        saved = SavedPolicy(how.policy, settings)
+    else:
+        saved = SavedPolicy(task.learned.kind, settings | task.learned.settings, own._asdict())
+    save_policy(saved, new)
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)

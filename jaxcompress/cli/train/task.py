@@ -1,0 +1,132 @@
+"""What a run of `train` trains, for what, and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxcompress.cli.train.arguments import TrainFlags
+
+if TYPE_CHECKING:
+    from jaxcompress.models.decoder import Decoder
+    from jaxcompress.policies.forget_head import ForgetHead
+    from jaxcompress.policies.policy import Policy
+    from jaxcompress.training.policy_objectives import PolicyObjective
+    from jaxcompress.training.trainer import Objective
+
+LANGUAGE = 0.5
+"""Weight of the loss on the text beside that on the teacher."""
+
+_NATS = {"loss": ("loss", "nats per token")}
+_DISTILLED = {
+    "language": _NATS["loss"],
+    "divergence": ("divergence", "nats per token, from the full cache before training"),
+}
+_FORESIGHT = ("foresight", "cross-entropy of attention to come, nats per set of slots and look")
+_KEPT = {
+    "prediction": ("prediction while tokens fade", "nats per token"),
+    "kept": ("share kept", "of all tokens"),
+}
+
+
+class Task(NamedTuple):
+    """What a run does.
+
+    Attributes:
+      params: what is trained.
+      objective: what is minimised.
+      measured: the objective whose metrics are told for held-out rows.
+      told: by metric, the name and the unit under which it is told.
+      parts: from trained params to the model, and the policy's own weights if it has any.
+      learned: how the policy is learned, if it is.
+    """
+
+    params: Any
+    objective: Objective
+    measured: Objective
+    told: dict[str, tuple[str, str]]
+    parts: Callable[[Any], tuple[Decoder, ForgetHead | None]]
+    learned: PolicyObjective | None
+
+
+def task_of(how: TrainFlags, model: Decoder, policy: Policy | None, dtype: str) -> Task:
+    """The task of these flags.
+
+    Args:
+      model: float32.
+      policy: through which the model is trained; None: plain attention, or a policy that is learned.
+      dtype: in which models compute.
+
+    Raises:
+      ValueError: rows shorter than a segment, or as the objectives.
+    """
+    import jax
+
+    from jaxcompress.training.lora import add_lora, init_lora
+    from jaxcompress.training.objectives import adapted, causal
+    from jaxcompress.training.policy_objectives import TRAINABLE
+
+    frozen = jax.tree.map(lambda x: x.astype(dtype), model)  # what stays as it is needs no master weights
+    if how.policy in TRAINABLE:
+        return _learning(how, model, frozen)
+    teacher, told = (frozen, _DISTILLED) if how.distill else (None, _NATS)
+    objective = causal() if policy is None else _through(policy, how=how, teacher=teacher)
+    if how.lora is None:
+        return Task(model, objective, objective, told, lambda params: (params, None), None)
+    adapters = init_lora(model, jax.random.key(how.seed), rank=how.lora)
+    objective = adapted(objective, frozen)
+    return Task(adapters, objective, objective, told, lambda params: (add_lora(model, params), None), None)
+
+
+def _learning(how: TrainFlags, model: Decoder, frozen: Decoder) -> Task:
+    """The task of a policy that is learned: with the model, or beside one that stays as it is."""
+    import jax
+
+    from jaxcompress.training.policy_objectives import policy_objective
+
+    through = partial(_through, how=how, teacher=frozen) if how.distill else None
+    alone = how.policy.startswith("retention") and not how.distill
+    learned = policy_objective(
+        frozen if alone else model, how.policy, jax.random.key(how.seed),
+        steps=how.steps, ratio=how.ratio, window=how.window, model_objective=through,
+    )  # fmt: skip
+    if through is not None:
+        told = _DISTILLED | {"retention": _FORESIGHT}
+        return Task(learned.params, learned.objective, learned.objective, told, learned.parts, learned)
+    parts = (lambda head: (model, head)) if alone else learned.parts
+    told = {"language": _NATS["loss"]} | ({"loss": _FORESIGHT} if alone else _KEPT)
+    return Task(learned.params, learned.objective, _with_language(how, learned), told, parts, learned)
+
+
+def _through(policy: Policy, *, how: TrainFlags, teacher: Decoder | None) -> Objective:
+    """What a model is trained for with a policy that evicts."""
+    from jaxcompress.training.objectives import bounded, distilled
+
+    if how.length < how.segment:
+        raise ValueError(f"--length {how.length} is less than one --segment of {how.segment} tokens")
+    reading: dict[str, Any] = dict(
+        segment=how.segment, bptt_segments=how.bptt_segments, chunk=how.chunk_length, placement=how.placement
+    )
+    if teacher is None:
+        return bounded(policy, how.capacity, **reading)
+    return distilled(policy, how.capacity, teacher=teacher, language=LANGUAGE, **reading)
+
+
+def _with_language(how: TrainFlags, learned: PolicyObjective) -> Objective:
+    """The metrics of a policy that is learned, and the loss of the text when it is used as a policy."""
+    from jaxcompress.policies.registry import learned_policy
+    from jaxcompress.training.objectives import bounded
+
+    reading: dict[str, Any] = dict(
+        segment=min(how.segment, how.length), chunk=how.chunk_length, placement=how.placement
+    )
+
+    def objective(params: Any, batch: Any, step: Any, key: Any) -> tuple[dict[str, Any], None]:
+        model, head = learned.parts(params)
+        policy = learned_policy(learned.kind, head._asdict(), **learned.settings)
+        read = bounded(policy, how.capacity, **reading)
+        metrics = learned.objective(params, batch, step, key)[0]
+        return {**metrics, "language": read(model, batch, step, key)[0]["loss"]}, None
+
+    return objective

@@ -1,0 +1,187 @@
+"""Delayed eviction: networks that decide what is evicted, for `jaxcompress.policies.DMS` (Łańcucki et al. 2025).
+
+The model reads with soft eviction: attention to a token fades as its network decides. The model shall predict as before
+while the share of tokens that it keeps falls, so the network learns through the model. The trained network serves as a
+policy with a fixed number of slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxcompress._extras import extra
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.forget_head import KEEP_EVERYTHING, ForgetHead, token_numbers
+from jaxcompress.recurrence.block_attention import forgetful_attention
+from jaxcompress.state.shapes import Hidden, Tokens, Valid
+from jaxcompress.training.distillation import divergence
+from jaxcompress.training.forget_heads import check_network, check_temperature, network, placed, positions_of
+from jaxcompress.training.loss import token_losses
+
+with extra("train"):
+    import optax
+
+
+def init_dms(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
+    """A network for `jaxcompress.policies.DMS` that keeps every token."""
+    return network(config, key, hidden, KEEP_EVERYTHING)
+
+
+def share_schedule(ratio: float | int, steps: int) -> optax.Schedule:
+    """The share of tokens that may be kept: from all down to 1 / ratio, linear over so many steps.
+
+    Raises:
+      ValueError: a ratio below 1, or no steps.
+    """
+    if ratio < 1 or steps < 1:
+        raise ValueError(f"a ratio is 1 or more and a schedule has steps, not ratio={ratio}, steps={steps}")
+    return optax.linear_schedule(1.0, 1 / ratio, steps)
+
+
+def temperature_schedule(start: float | int, end: float | int, steps: int) -> optax.Schedule:
+    """The temperature of decisions, linear over so many steps.
+
+    Start near 1: what is decided firmly at a low temperature has no gradient any more.
+
+    Raises:
+      ValueError: a temperature that is not positive, or no steps.
+    """
+    check_temperature(start)
+    check_temperature(end)
+    if steps < 1:
+        raise ValueError(f"a schedule has steps, not {steps}")
+    return optax.linear_schedule(start, end, steps)
+
+
+def kept_share(logits: Float[Array, "B K T"], temperature: float | Float[Array, ""]) -> Float[Array, "B T"]:
+    """In how many of the kv heads each token is kept: its logit is above zero. A share, 0 to 1.
+
+    Straight-through: the gradient is that of the mean of sigmoid(logits / temperature).
+    """
+    soft = jax.nn.sigmoid(logits / temperature)
+    return (soft + jax.lax.stop_gradient((logits > 0) - soft)).mean(1)
+
+
+class SoftRead(NamedTuple):
+    """Result of `read_with_soft_eviction`.
+
+    Attributes:
+      hidden: [B, T, E], normed; `model.logits(hidden)` gives the scores of next tokens.
+      kept: [L], the share of tokens that is kept, averaged over kv heads; its gradient is that of the soft share.
+    """
+
+    hidden: Hidden
+    kept: Float[Array, " L"]
+
+
+def read_with_soft_eviction(
+    model: Decoder,
+    tokens: Tokens,
+    head: ForgetHead,
+    *,
+    window: int,
+    temperature: float | Float[Array, ""],
+    valid: Valid | None = None,
+    key: Array | None = None,
+) -> SoftRead:
+    """Reads with soft eviction (Łańcucki et al. 2025, section 3.1).
+
+    Once a token is `window` tokens old, log sigmoid(logit / temperature) is added to its attention scores.
+
+    Args:
+      tokens: [B, T].
+      head: one logit per token and kv head; above 0, the token is kept.
+      window: tokens before a decision takes effect.
+      temperature: the lower, the closer the decisions are to 0 and 1.
+      valid: [B, T], False for padding.
+      key: adds noise to the logits, so that decisions are samples (Gumbel-sigmoid); None for no noise.
+
+    Raises:
+      ValueError: a network for a model of another shape, a negative window, a temperature that is not positive.
+    """
+    check_network(head, 1, model.config)
+    check_temperature(temperature)
+    if window < 0:
+        raise ValueError(f"a window of {window} tokens: give 0 or more")
+    keys = None if key is None else jax.random.split(key, model.config.num_layers)
+    there = positions_of(tokens, valid) >= 0
+
+    def attend(q, k, v, positions, layer, index, carry, xs):
+        mine, key = xs
+        logits = token_numbers(mine, k.swapaxes(1, 2), v.swapaxes(1, 2))[..., 0]
+        if key is not None:
+            logits += jax.random.logistic(key, logits.shape)
+        q, k, window_here = placed(model, q, k, positions, index)
+        bias = jax.nn.log_sigmoid(logits / temperature)
+        out = forgetful_attention(q, k, v, positions, bias, delay=window, window=window_here)
+        kept = (kept_share(logits, temperature) * there).sum() / jnp.maximum(there.sum(), 1)
+        return out, carry, kept
+
+    x, _, kept = model.run_layers(model.embed(tokens), positions_of(tokens, valid), attend, xs=(head, keys))
+    return SoftRead(model.norm(x), kept)
+
+
+def dms_loss(
+    model: Decoder,
+    tokens: Int[Array, "B _"],
+    head: ForgetHead,
+    *,
+    weights: Float[Array, "B T"],
+    window: int,
+    share: float | Float[Array, ""],
+    temperature: float | Float[Array, ""],
+    teacher: Decoder | None = None,
+    pressure: float | int | Float[Array, ""] = 1.0,
+    key: Array | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss of delayed eviction: of the prediction, and of keeping more tokens than allowed.
+
+        loss = prediction + pressure * max(share kept - share allowed, 0)
+
+    The second term is the one-sided loss of the paper (section 3.1). The share is the mean over all layers, kv heads
+    and tokens, so training decides which layers and heads keep more. Differentiate by `head`, or by the model as well.
+
+    Ten parameters: what is read, and the settings of the loss, all but the first three by keyword.
+
+    Args:
+      tokens: [B, T + 1].
+      weights: [B, T], of predicting each token but the first.
+      window, temperature, key: see `read_with_soft_eviction`; the temperature of a schedule.
+      share: of tokens that may be kept, at this step of `share_schedule`.
+      teacher: a model with full attention whose prediction is the target (divergence, as in the paper). It gets no
+        gradient and may be the model itself. None: the target is the next token.
+
+    Returns:
+      The loss, and its parts `prediction` and `kept`.
+
+    Raises:
+      ValueError: see `read_with_soft_eviction`.
+    """
+    read = read_with_soft_eviction(model, tokens[:, :-1], head, window=window, temperature=temperature, key=key)
+    return prediction_and_share(model, tokens, read, weights=weights, share=share, teacher=teacher, pressure=pressure)
+
+
+def prediction_and_share(
+    model: Decoder,
+    tokens: Int[Array, "B _"],
+    read: SoftRead,
+    *,
+    weights: Float[Array, "B T"],
+    share: float | Float[Array, ""],
+    teacher: Decoder | None,
+    pressure: float | int | Float[Array, ""],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss of a text that was read while forgetting; see `dms_loss`."""
+    logits = model.logits(read.hidden)
+    if teacher is None:
+        losses = token_losses(logits, tokens[:, 1:])
+    else:
+        losses = divergence(logits, jax.lax.stop_gradient(teacher)(tokens[:, :-1]))
+    prediction = (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-9)
+    kept = read.kept.mean()
+    return prediction + pressure * jnp.maximum(kept - share, 0.0), {"prediction": prediction, "kept": kept}

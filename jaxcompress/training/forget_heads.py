@@ -1,0 +1,47 @@
+"""The networks of learned policies, for a model: made, checked, and given what they read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.rope import rotate
+from jaxcompress.policies.forget_head import ForgetHead, check_head, init_forget_head
+from jaxcompress.state.shapes import Keys, Positions, Queries, Tokens, Valid
+
+
+def network(config: DecoderConfig, key: Array, hidden: int, start: tuple[float, ...]) -> ForgetHead:
+    """A fresh network for a model, which gives the numbers `start` for every token."""
+    shape: dict[str, int] = dict(layers=config.num_layers, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+    return init_forget_head(key, **shape, hidden=hidden, start=start)
+
+
+def check_network(head: ForgetHead, outputs: int, config: DecoderConfig) -> None:
+    """Raises ValueError if a network is for a model of another shape, or gives another number of numbers."""
+    check_head(head, layers=config.num_layers, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+    if head.outer_bias.shape[-1] != outputs:
+        raise ValueError(f"this loss needs {outputs} numbers per token, the weights give {head.outer_bias.shape[-1]}")
+
+
+def check_temperature(temperature: float | int | Array) -> None:
+    """Raises ValueError if it is known and not positive."""
+    if isinstance(temperature, int | float) and temperature <= 0:
+        raise ValueError(f"a temperature is positive, not {temperature}")
+
+
+def placed(
+    model: Decoder, q: Queries, k: Keys, positions: Positions, index: Int[Array, ""] | int
+) -> tuple[Queries, Keys, Any]:
+    """Queries and keys rotated, and the layer's window."""
+    at, rope, windows = positions[..., None], model.config.rope, model.config.windows
+    return rotate(q, at, rope), rotate(k, at, rope), None if windows is None else windows[index]
+
+
+def positions_of(tokens: Tokens, valid: Valid | None) -> Positions:
+    """Of each token in its row, -1 for padding."""
+    valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid)
+    return jnp.where(valid, jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, -1)

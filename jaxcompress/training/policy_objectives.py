@@ -1,0 +1,150 @@
+"""Learned policies as objectives of the trainer: what is trained, by which loss, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast, get_args
+
+import jax
+from jaxtyping import Array
+
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.cache_view import Scope
+from jaxcompress.policies.forget_head import ForgetHead
+from jaxcompress.policies.policy import Policy
+from jaxcompress.training.data import Batch
+from jaxcompress.training.delayed_eviction import dms_loss, init_dms, share_schedule, temperature_schedule
+from jaxcompress.training.merging import init_gates, merging_loss
+from jaxcompress.training.objectives import joint_retention
+from jaxcompress.training.retention_heads import init_retention, retention_loss
+from jaxcompress.training.trainer import Metrics, Objective
+
+TRAINABLE = ("retention", "retention-layer", "retention-pool", "dms", "dms-pool", "dmc")
+"""Names for `policy_objective`: a kind and, after a dash, the scope, where it is not per kv head."""
+
+FINAL_TEMPERATURE = 0.1
+"""Of the decisions of `dms` and `dmc`."""
+
+_LARGEST_BLOCK = 61  # tokens between two looks of a retention head
+
+
+class PolicyObjective(NamedTuple):
+    """How a policy is trained.
+
+    Attributes:
+      kind, settings: for `jaxcompress.policies.learned_policy`.
+      params: what is trained.
+      objective: for `make_step`.
+      parts: (trained params) -> the model, and the policy's own weights.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    params: Any
+    objective: Objective
+    parts: Callable[[Any], tuple[Decoder, ForgetHead]]
+
+
+def policy_objective(
+    model: Decoder,
+    name: str,
+    key: Array,
+    *,
+    steps: int,
+    ratio: float = 8.0,
+    window: int = 16,
+    pressure: float = 5.0,
+    hidden: int = 64,
+    model_objective: Callable[[Policy], Objective] | None = None,
+) -> PolicyObjective:
+    """What to train for a policy of `TRAINABLE`.
+
+    `retention` trains its head alone, or head and model (see `model_objective`). `dms` and `dmc` train both: over the
+    first two thirds of the steps, the share of tokens kept falls to 1 / ratio and the temperature to 0.1.
+
+    Nine parameters: the settings of three ways to train stand side by side, as keywords.
+
+    Args:
+      name: of `TRAINABLE`.
+      key: for the first weights of the network.
+      steps: of the run, for the schedules of `dms` and `dmc`.
+      ratio: of tokens to tokens kept, for `dms` and `dmc`.
+      window: tokens before `dms` evicts.
+      pressure: weight of the share that is kept too much, for `dms` and `dmc`.
+      hidden: width of the network that reads a token's key and value.
+      model_objective: for `retention`, what the model is trained for with this policy (see `joint_retention`). None:
+        the model stays as it is.
+
+    Raises:
+      ValueError: an unknown name, `model_objective` for something else than `retention`, fewer than 2 steps, or numbers
+        out of range (see `jaxcompress.training.delayed_eviction`).
+    """
+    if name not in TRAINABLE:
+        raise ValueError(f"unknown learned policy {name!r}; known: {', '.join(TRAINABLE)}")
+    if steps < 2:
+        raise ValueError(f"training a policy takes at least 2 steps, not {steps}")
+    kind, _, given = name.partition("-")
+    scope = cast(Scope, given or "kv_head")
+    assert scope in get_args(Scope)
+    if model_objective is not None and kind != "retention":
+        raise ValueError(f"{name} trains the model by a loss of its own; `model_objective` is for retention")
+    if kind == "retention":
+        head = init_retention(model.config, key, hidden=hidden)
+        if model_objective is None:
+            return _retention(model, head, scope)
+        return _retention_and_model(model, head, scope, model_objective)
+    schedules = _Schedules.over(max(steps * 2 // 3, 1), ratio)
+    if kind == "dms":
+        head, settings = init_dms(model.config, key, hidden=hidden), {"window": window, "scope": scope}
+        loss = lambda model, tokens, head, **how: dms_loss(model, tokens, head, window=window, **how)
+    else:
+        head, settings, loss = init_gates(model.config, key, hidden=hidden), {}, merging_loss
+    return PolicyObjective(kind, settings, (model, head), _keeping_less(loss, schedules, pressure), lambda both: both)
+
+
+def _retention(model: Decoder, head: ForgetHead, scope: Scope) -> PolicyObjective:
+    """A head that watches a model; the objective refers to the model and copies nothing."""
+
+    def objective(head: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+        loss = lambda head: retention_loss(model, batch.tokens[:, :-1], head, scope=scope, block=_block(batch))
+        value, gradient = jax.value_and_grad(loss)(head)
+        return {"loss": value}, gradient
+
+    return PolicyObjective("retention", {"scope": scope}, head, objective, lambda head: (model, head))
+
+
+def _retention_and_model(
+    model: Decoder, head: ForgetHead, scope: Scope, model_objective: Callable[[Policy], Objective]
+) -> PolicyObjective:
+    def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+        return joint_retention(model_objective, scope=scope, block=_block(batch))(params, batch, step, key)
+
+    return PolicyObjective("retention", {"scope": scope}, (model, head), objective, lambda both: both)
+
+
+def _block(batch: Batch) -> int:
+    return min(_LARGEST_BLOCK, max((batch.tokens.shape[1] - 1) // 2, 1))
+
+
+class _Schedules(NamedTuple):
+    share: Any
+    temperature: Any
+
+    @classmethod
+    def over(cls, steps: int, ratio: float) -> _Schedules:
+        return cls(share_schedule(ratio, steps), temperature_schedule(1.0, FINAL_TEMPERATURE, steps))
+
+
+def _keeping_less(loss: Callable[..., Any], schedules: _Schedules, pressure: float) -> Objective:
+    """The objective of (model, head) by `dms_loss` or `merging_loss`."""
+
+    def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+        how: dict[str, Any] = dict(
+            weights=batch.weights, share=schedules.share(step), temperature=schedules.temperature(step),
+            pressure=pressure, key=key,
+        )  # fmt: skip
+        of = lambda both: loss(both[0], batch.tokens, both[1], **how)
+        (value, parts), gradient = jax.value_and_grad(of, has_aux=True)(params)
+        return {"loss": value, **parts}, gradient
+
+    return objective
