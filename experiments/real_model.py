@@ -98,7 +98,7 @@ def command(*given: str) -> str:
 def checks(args: Check, text: Path) -> Iterator[tuple[str, bool]]:
     """Runs the checks; yields what each showed and whether that is as it should be."""
     of_model = [] if args.model is None else ["--model", args.model]
-    of_text = ["--text", str(text), "--dtype", "float32"]
+    of_text = ["--file", str(text), "--dtype", "float32"]
     slots = str(args.tokens // SLOTS_PER_CONTEXT)
     yield from loading(args, text)
     if args.model is not None:
