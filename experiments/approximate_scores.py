@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from command import Command, arguments
+from command import OfModel, arguments
 
 import jaxcompress as jc
 from jaxcompress.embedded.corpus import held_out
@@ -33,7 +33,7 @@ NOTHING = "window+4"
 
 
 @dataclass(frozen=True)
-class Arguments(Command):
+class Arguments(OfModel):
     """Prints a line per policy."""
 
     policies: tuple[str, ...] = tuple(APPROXIMATIONS)
@@ -49,7 +49,7 @@ QUICK = Arguments(quick=True, policies=("snapkv+16",), slots=80, context=112, ro
 
 
 def main(args: Arguments) -> None:
-    loaded = jc.load_embedded()
+    loaded = args.load()
     model, tokenizer = loaded.model, loaded.tokenizer
     text = np.concatenate([tokenizer.encode(document.text, add_bos=False) for document in held_out()])
     rows, table = rows_of_text(text, args.context, args.rows, tokenizer.bos_id), []

@@ -14,7 +14,7 @@ import lzma
 import math
 from dataclasses import dataclass
 
-from command import Command, arguments, need
+from command import OfModel, arguments, need
 
 import jaxcompress as jc
 from jaxcompress.embedded.corpus import held_out
@@ -25,7 +25,7 @@ import zstandard  # noqa: E402
 
 
 @dataclass(frozen=True)
-class Arguments(Command):
+class Arguments(OfModel):
     """Prints bits per byte of the model, of xz and of zstd (JSON)."""
 
     context: int = 2048
@@ -38,7 +38,7 @@ QUICK = Arguments(quick=True, context=128, rows=2)
 
 
 def main(args: Arguments) -> None:
-    loaded = jc.load_embedded()
+    loaded = args.load()
     model, tokenizer = loaded.model, loaded.tokenizer
     text = "\n".join(document.text for document in held_out("topics/"))
     ids = tokenizer.encode(text, add_bos=False)

@@ -6,11 +6,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import tyro
 
+import jaxcompress as jc
 from jaxcompress.cli.parser import in_one_line
+
+if TYPE_CHECKING:
+    from jaxcompress.checkpoints import Loaded
 
 T = TypeVar("T", bound="Command")
 
@@ -21,6 +25,18 @@ class Command:
 
     quick: bool = False
     """Run on the smallest sizes that still mean something, in seconds. Other flags may be given too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfModel(Command):
+    """What scripts about a language model take."""
+
+    model: str | None = None
+    """What --model of the commands takes, `smollm2` say; the embedded model if not given."""
+
+    def load(self) -> Loaded:
+        """The model with float32 weights, and its tokenizer."""
+        return jc.load_embedded() if self.model is None else jc.load(self.model, dtype="float32")
 
 
 def arguments(quick: T, given: Sequence[str] | None = None) -> T:

@@ -17,9 +17,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from command import Command, arguments
+from command import OfModel, arguments
 
-import jaxcompress as jc
 from jaxcompress.budgets.allocate import from_scores
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import exam, wording
@@ -32,7 +31,7 @@ from jaxcompress.state.kv_state import State
 
 
 @dataclass(frozen=True)
-class Arguments(Command):
+class Arguments(OfModel):
     """Reduces contexts by several scores and asks afterwards."""
 
     out: Path = Path("runs/context_reconstruction.json")
@@ -60,7 +59,7 @@ QUICK = Arguments(
 
 
 def main(args: Arguments) -> None:
-    loaded = jc.load_embedded()
+    loaded = args.load()
     model, tokenizer = loaded.model, loaded.tokenizer
     context, bos = args.context, tokenizer.bos_id
     encode = lambda text: tokenizer.encode(text, add_bos=False).tolist()

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from command import Command, arguments
+from command import OfModel, arguments
 
 import jaxcompress as jc
 from jaxcompress.budgets.allocate import proportional, pyramid, retrieval_split, total
@@ -29,7 +29,7 @@ from jaxcompress.policies import H2O, TOVA, Full, Window
 
 
 @dataclass(frozen=True)
-class Arguments(Command):
+class Arguments(OfModel):
     """Measures heads, shares slots by what was found, and reads text and recall tasks with them."""
 
     out: Path = Path("runs/slot_sharing.json")
@@ -66,7 +66,7 @@ QUICK = Arguments(
 
 
 def main(args: Arguments) -> None:
-    loaded = jc.load_embedded()
+    loaded = args.load()
     model, tokenizer = loaded.model, loaded.tokenizer
     context, bos = args.context, tokenizer.bos_id
     encode = lambda text: tokenizer.encode(text, add_bos=False).tolist()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from command import Command, arguments
+from command import OfModel, arguments
 from speed_decode import decode, decoder_of_width, in_turn
 
 import jaxcompress as jc
@@ -26,7 +26,7 @@ from jaxcompress.state.storage import DTYPES, vector_bytes
 
 
 @dataclass(frozen=True)
-class Arguments(Command):
+class Arguments(OfModel):
     """Prints a line per dtype."""
 
     policy: str = "tova"
@@ -61,7 +61,7 @@ QUICK = Arguments(
 
 
 def main(args: Arguments) -> None:
-    loaded = jc.load_embedded()
+    loaded = args.load()
     model, tokenizer = loaded.model, loaded.tokenizer
     encode = lambda text: tokenizer.encode(text, add_bos=False)
     text = np.concatenate([encode(document.text) for document in held_out()])

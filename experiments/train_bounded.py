@@ -100,7 +100,7 @@ class Arguments(Command):
     """Held-out rows, the same for all."""
     questions: int = 8
     """Of each of them, about as many facts."""
-    model: Path | None = None
+    model: str | None = None
     """Where training starts, a folder with a tokenizer; the model that ships if not given."""
     texts: Path | None = None
     """A folder of text files, on which the loss is measured too."""
@@ -356,7 +356,8 @@ UNLEARNED = "window+4", "h2o-layer", "tova"
 def main(args: Arguments) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     source = embedded.decoder_folder() if args.model is None else args.model
-    model, tokenizer = jc.load(source, dtype="float32").model, jc.Tokenizer(source)
+    loaded = jc.load(source, dtype="float32")
+    model, tokenizer = loaded.model, loaded.tokenizer
     tasks = held_out_rows(tokenizer, args)
     texts = None if args.texts is None else text_rows(tokenizer, args.texts, args)
     unlearned = [get_policy(name) for name in UNLEARNED]
@@ -372,7 +373,7 @@ def main(args: Arguments) -> None:
             if method != "untrained":
                 now = train(model, method, batches, args, steps=steps)
                 shutil.rmtree(folder, ignore_errors=True)
-                save(jax.tree.map(lambda x: x.astype(jnp.bfloat16), now.model), folder, tokenizer_from=source)
+                save(jax.tree.map(lambda x: x.astype(jnp.bfloat16), now.model), folder, tokenizer_from=loaded.folder)
                 if now.policy is not None:
                     save_policy(now.policy, folder)
             policies = unlearned if now.policy is None else [now.policy.make()]

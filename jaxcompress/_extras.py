@@ -30,6 +30,7 @@ EXTRAS = {
     "vision": Extra("reading pictures", ("PIL",)),
     "plots": Extra("drawing figures", ("matplotlib",)),
     "cli": Extra("the command line", ("tyro", "tqdm")),
+    "gguf": Extra("reading GGUF files", ("gguf",)),
     "data": Extra("reading a dataset of the Hugging Face hub", ("datasets",)),
     "tensorboard": Extra("logging for TensorBoard", ("tensorboardX",)),
     "teacher": Extra("asking a teacher at an endpoint", ("openai",)),

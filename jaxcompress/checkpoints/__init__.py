@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out."""
+"""Checkpoints in and out: Hugging Face folders; GGUF files, in only."""
 
 from jaxcompress.checkpoints._config import decoder_config as decoder_config
 from jaxcompress.checkpoints._config import hugging_face_config as hugging_face_config
@@ -9,6 +9,8 @@ from jaxcompress.checkpoints._encoder import encoder_config as encoder_config
 from jaxcompress.checkpoints._encoder import hugging_face_encoder_config as hugging_face_encoder_config
 from jaxcompress.checkpoints._encoder import load_encoder as load_encoder
 from jaxcompress.checkpoints._encoder import save_encoder as save_encoder
+from jaxcompress.checkpoints._known import KNOWN_MODELS as KNOWN_MODELS
+from jaxcompress.checkpoints._known import KnownModel as KnownModel
 from jaxcompress.checkpoints._load import load as load
 from jaxcompress.checkpoints._loaded import Loaded as Loaded
 from jaxcompress.checkpoints._policy import SavedPolicy as SavedPolicy

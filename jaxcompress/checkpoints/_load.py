@@ -25,8 +25,11 @@ from safetensors import SafetensorError, safe_open
 from jaxcompress.checkpoints._config import decoder_config
 from jaxcompress.checkpoints._dtype import STORED, weights_dtype
 from jaxcompress.checkpoints._entries import config_of, shown
+from jaxcompress.checkpoints._gguf import GGUF, ROPE_FACTORS, read_gguf
+from jaxcompress.checkpoints._known import known_model
 from jaxcompress.checkpoints._loaded import Loaded, Model
-from jaxcompress.checkpoints._weights import Weight, weights_of
+from jaxcompress.checkpoints._weights import Weight, named_weights, weights_of
+from jaxcompress.inputs.gguf import SUFFIX, is_gguf
 from jaxcompress.inputs.json import read_object
 from jaxcompress.inputs.tokenizer import Tokenizer
 from jaxcompress.models.config import DecoderConfig
@@ -63,7 +66,7 @@ class NotFinite(FloatingPointError, ValueError):
 def load(
     source: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
 ) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
-    """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
+    """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint: a Hugging Face folder or a GGUF file.
 
     Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. If config.json says that the output
     projection is the embedding, but the files hold another projection, that projection is used and the model is not
@@ -71,21 +74,26 @@ def load(
 
     Args:
       source: a folder with config.json and safetensors (model.safetensors, or several files with
-        model.safetensors.index.json); or, if there is no such folder, a repository of the Hugging Face hub, which is
-        downloaded into the hub's cache.
-      dtype: of all weights; the checkpoint's own if None or "auto". Names as usual: "bfloat16", "bf16", "half", ...
+        model.safetensors.index.json); a GGUF file, of any of its quantisations (needs `pip install
+        "jaxcompress[gguf]"`); a known name (`KNOWN_MODELS`), whose file has been fetched; or, if there is no such
+        folder, a repository of the Hugging Face hub, which is downloaded into the hub's cache.
+      dtype: of all weights; the checkpoint's own if None or "auto", which is float32 for quantised ones. Names as
+        usual: "bfloat16", "bf16", "half", ...
       sharding: a `jax.sharding.Sharding` for every array, or a function of an array's name and shape that returns one.
         Names are dotted paths in the module: "embedding", "layers.attention.query.kernel", "head". Each device reads
         its own part of the files only.
 
     Raises:
-      FileNotFoundError: neither a folder nor a repository that can be fetched; a folder without config.json or weights.
+      FileNotFoundError: neither a folder nor a repository that can be fetched; a folder without config.json or
+        weights; a known name whose file has not been fetched.
+      ImportError: a GGUF file without the `gguf` package.
       ValueError: an unknown architecture, activation or RoPE type; tensors that are missing, left over, of a wrong
-        shape or no floats (all named at once); weights that are not finite; a file that is no safetensors.
+        shape or no floats (all named at once); weights that are not finite; a file that is no safetensors or GGUF.
 
     Example:
       >>> from jax.sharding import NamedSharding, PartitionSpec
       >>> model = load("Qwen/Qwen3-0.6B", dtype="bfloat16").model  # doctest: +SKIP
+      >>> model = load("SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32").model  # doctest: +SKIP
       >>> mesh = jax.make_mesh((jax.device_count(),), ("model",))
       >>> columns = NamedSharding(mesh, PartitionSpec(None, None, "model"))
       >>> whole = NamedSharding(mesh, PartitionSpec())
@@ -93,6 +101,8 @@ def load(
       >>> model = load("checkpoint", sharding=where).model  # doctest: +SKIP
     """
     folder = find(source)
+    if is_gguf(folder):
+        return _load_gguf(folder, dtype, sharding)
     settings = read_object(folder / "config.json")
     with config_of(folder / "config.json"):
         config = decoder_config(settings)
@@ -105,6 +115,19 @@ def load(
         sizes = sizes_of(config)
         model = fill(folder, tensors, make, weights_of, sizes=sizes, surplus=surplus, dtype=target, sharding=sharding)
     return Loaded(model, config, settings, folder, Tokenizer)
+
+
+def _load_gguf(
+    path: Path, dtype: DTypeLike | None, sharding: Shardings | None
+) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
+    settings, config, tensors = read_gguf(path)
+    target = weights_dtype(dtype, settings, tensors, path)
+    make = lambda: Decoder(config, dtype=target, rngs=nnx.Rngs(0))
+    named = lambda model: named_weights(model, GGUF)
+    surplus = Surplus(lambda name: name == ROPE_FACTORS)
+    sizes = sizes_of(config)
+    model = fill(path, tensors, make, named, sizes=sizes, surplus=surplus, dtype=target, sharding=sharding)
+    return Loaded(model, config, settings, path, Tokenizer)
 
 
 def with_own_head(
@@ -163,7 +186,7 @@ def fill(
     dtype: np.dtype,
     sharding: Shardings | None,
 ) -> Model:
-    """A module with the weights of a folder.
+    """A module with the weights of a folder or file.
 
     Args:
       tensors: of its files, by the names that `weights_of` has.
@@ -188,13 +211,17 @@ def fill(
 
 
 def find(source: str | Path) -> Path:
-    """A checkpoint's folder, downloaded if it is a hub id. Raises FileNotFoundError."""
+    """A checkpoint's folder, downloaded if it is a hub id, or its GGUF file. Raises FileNotFoundError."""
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or is_gguf(folder):
         return folder
     name = str(source)
+    if name.lower().endswith(SUFFIX):
+        raise FileNotFoundError(f"there is no file {folder}")
     if isinstance(source, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {folder}")
+    if (known := known_model(name)) is not None:
+        return known
     from huggingface_hub import snapshot_download
 
     try:
@@ -215,6 +242,8 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
             p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
         )
         there = f" (it has {', '.join(others)})" if others else ""
+        if gguf := [name for name in others if name.endswith(SUFFIX)]:
+            there += f"; a GGUF file is given by its own path, {folder / gguf[0]}"
         raise FileNotFoundError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}{there}")
     where = read_object(folder / _INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
@@ -268,8 +297,8 @@ def _check_sizes(sizes: Mapping[str, int], tensors: Mapping[str, Any], folder: P
     held = sum(math.prod(tensor.get_shape()) for tensor in tensors.values())
     if larger := [f"{entry} ({size:,})" for entry, size in sizes.items() if size > held]:
         raise ValueError(
-            f"the tensors in {folder} do not fit its config.json: they hold {held:,} numbers, fewer than it takes for "
-            f"{', '.join(larger)}"
+            f"the tensors in {folder} do not fit its {_described(folder)}: they hold {held:,} numbers, fewer than it "
+            f"takes for {', '.join(larger)}"
         )
 
 
@@ -294,9 +323,14 @@ def _check(
         lines = [f"  {what}: {_listed(names)}" for what, names in problems.items() if names]
         if any(name.endswith("lm_head.weight") for name in problems["missing"]):
             lines.append("  if the output projection is the embedding, set tie_word_embeddings to true in config.json")
-        raise ValueError("\n".join([f"the tensors in {folder} do not fit its config.json:", *lines]))
+        raise ValueError("\n".join([f"the tensors in {folder} do not fit its {_described(folder)}:", *lines]))
     if others:
         warnings.warn(f"{folder} has tensors that this model has no use for: {_listed(others)}", stacklevel=4)
+
+
+def _described(folder: Path) -> str:
+    """Where a checkpoint says what its tensors are."""
+    return "metadata" if is_gguf(folder) else "config.json"
 
 
 def _listed(names: Sequence[str]) -> str:

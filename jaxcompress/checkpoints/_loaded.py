@@ -31,8 +31,9 @@ class Loaded(Generic[Model, Config, TokenizerOf]):
     Attributes:
       model: a module with the weights.
       config: the shape of the model, equal to `model.config`.
-      settings: config.json as it was read. It has what the model does not need: `eos_token_id`, `id2label`, ...
-      folder: where the files are.
+      settings: config.json as it was read. It has what the model does not need: `eos_token_id`, `id2label`, ... Of
+        a GGUF file, it is the config.json that the metadata amounts to.
+      folder: where the files are; the file itself if that is GGUF.
       tokenizer_type: the class that reads the tokenizer.
 
     Example:

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from jaxcompress.checkpoints._carried import config_like, files_beside
 from jaxcompress.checkpoints._config import INTERPRETED, decoder_config, hugging_face_config
+from jaxcompress.checkpoints._gguf_folder import as_folder
 from jaxcompress.checkpoints._weights import Weight, weights_of
 from jaxcompress.models.decoder import Decoder
 
@@ -38,6 +39,7 @@ def save(
       tokenizer_from: a folder, that of the model before training, say. Its tokenizer, chat templates,
         generation_config.json (what ends a text) and processor configs are copied. Of its config.json, if it is of
         the same architecture, all entries go into ours that say nothing about shapes; else the ids of special tokens.
+        Or a GGUF file, whose tokenizer, chat templates and stop tokens are written as such files.
       shard_bytes: a model larger than this becomes several files with model.safetensors.index.json.
 
     Raises:
@@ -49,8 +51,9 @@ def save(
       >>> save(model, "trained", tokenizer_from=loaded.folder)  # doctest: +SKIP
     """
     weights, _ = weights_of(model)
-    config = config_like(tokenizer_from, hugging_face_config(model.config), decoder_config, INTERPRETED)
-    return write_folder(folder, config, weights, tokenizer_from=tokenizer_from, shard_bytes=shard_bytes)
+    with as_folder(tokenizer_from) as source:
+        config = config_like(source, hugging_face_config(model.config), decoder_config, INTERPRETED)
+        return write_folder(folder, config, weights, tokenizer_from=source, shard_bytes=shard_bytes)
 
 
 def write_folder(

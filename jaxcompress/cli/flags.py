@@ -28,7 +28,7 @@ class ModelFlag:
     """Which model."""
 
     model: str | None = None
-    """Folder in Hugging Face's format, or a name on its hub; the embedded model if not given."""
+    """Folder in Hugging Face's format, a name on its hub, a GGUF file, or smollm2; the embedded model if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def prepare() -> None:
 
 
 def open_weights(model: str | None, dtype: str | None = None) -> Loaded:
-    """A Hugging Face folder or hub id, or the embedded model if None."""
+    """What `jaxcompress.load` takes, or the embedded model if None."""
     prepare()
     from jaxcompress import embedded
     from jaxcompress.checkpoints import load

@@ -50,7 +50,7 @@ class EncoderTokenizer:
     def __init__(self, folder: str | Path):
         """Raises FileNotFoundError without tokenizer.json, ValueError if it cannot be read or is of neither kind."""
         self.folder = Path(folder).expanduser()
-        self.fast, named, _ = read_tokenizer(self.folder)
+        self.fast, named, *_ = read_tokenizer(self.folder)
         self.fast.encode_special_tokens = True
         model = type(self.fast.model).__name__
         if model not in _MODELS:

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder."""
+"""The tokenizer of a model folder, or of a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from jaxtyping import Int
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxcompress.inputs.chat import render
-from jaxcompress.inputs.json import read_object_if_there
+from jaxcompress.inputs.gguf import is_gguf
+from jaxcompress.inputs.gguf_tokenizer import read_gguf_tokenizer
 from jaxcompress.inputs.text import clean, masked
 from jaxcompress.inputs.tokenizer_files import id_array, read_tokenizer
 
@@ -20,10 +21,10 @@ TokenIds = Int[np.ndarray, "T"]
 
 
 class Tokenizer:
-    """The tokenizer of a model folder, as `transformers` reads it.
+    """The tokenizer of a model: of a folder, as `transformers` reads it, or of a GGUF file.
 
     Attributes:
-      folder: where it was read from.
+      folder: the folder or file that it was read from.
       bos_id: the token that begins a text, or None.
       eos_ids: the tokens that end one: those of generation_config.json (else config.json), and the tokenizer's own.
       pad_id: a token to fill batches with, the tokenizer's or the model's; the end token or 0 where there is none,
@@ -34,22 +35,24 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        """Reads tokenizer.json and, where present, the configs beside it.
+        """Reads tokenizer.json and, where present, the configs beside it; or the metadata of a GGUF file.
 
         Raises:
           FileNotFoundError: the folder has no tokenizer.json.
-          ValueError: a file cannot be read, or gives a token an id that is none.
+          ValueError: a file cannot be read, or gives a token an id that is none; a GGUF file has a tokenizer of an
+            unknown kind.
         """
         self.folder = Path(folder).expanduser()
-        self._fast, self._named, self._templates = read_tokenizer(self.folder)
+        files = read_gguf_tokenizer(self.folder) if is_gguf(self.folder) else read_tokenizer(self.folder)
+        self._fast, self._named, self._templates, said = files
         self._special = frozenset(
             token for token, added in self._fast.get_added_tokens_decoder().items() if added.special
         )
         own = {name: _known([self._fast.token_to_id(token)]) for name, token in self._named.items()}
         of = lambda name: own.get(name, ())
-        self.bos_id = next(iter(of("bos_token") + _said(self.folder, "bos_token_id")), None)
-        self.eos_ids = tuple(dict.fromkeys(_said(self.folder, "eos_token_id") + of("eos_token")))
-        self.pad_id = (*of("pad_token"), *_said(self.folder, "pad_token_id"), *self.eos_ids, 0)[0]
+        self.bos_id = next(iter(of("bos_token") + said.get("bos_token_id", ())), None)
+        self.eos_ids = tuple(dict.fromkeys(said.get("eos_token_id", ()) + of("eos_token")))
+        self.pad_id = (*of("pad_token"), *said.get("pad_token_id", ()), *self.eos_ids, 0)[0]
         self.vocab_size = self._fast.get_vocab_size()
         self._opening = _opening(self._fast)
         self.adds_bos = bool(self._opening)
@@ -139,9 +142,9 @@ class Tokenizer:
         """
         if not self._templates:
             raise ValueError(
-                f"{self.folder} has no chat template (neither chat_template.jinja nor chat_template in "
-                "tokenizer_config.json or chat_template.json); pass a plain prompt to encode(), or use an "
-                "instruction-tuned model"
+                f"{self.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json "
+                "or chat_template.json; in a GGUF file tokenizer.chat_template); pass a plain prompt to encode(), or "
+                "use an instruction-tuned model"
             )
         if "default" not in self._templates:
             names = ", ".join(sorted(self._templates))
@@ -162,25 +165,6 @@ def _opening(fast: FastTokenizer) -> list[int]:
         return encoding.ids[:1]
     places = zip(encoding.ids, encoding.sequence_ids, strict=True)
     return [token for token, _ in takewhile(lambda place: place[1] is None, places)]
-
-
-def _said(folder: Path, key: str) -> tuple[int, ...]:
-    """The ids of a special token that generation_config.json has; else config.json, or in it the decoder's config."""
-    for name in ("generation_config.json", "config.json"):
-        entries = read_object_if_there(folder / name)
-        nested = entries.get("text_config")
-        for given in (entries, nested if isinstance(nested, dict) else {}):
-            if (value := given.get(key)) is not None:
-                return _ids(value, f"{folder / name}: {key}")
-    return ()
-
-
-def _ids(value: Any, what: str) -> tuple[int, ...]:
-    """An id or a list of ids, as configs give them. Older ones have -1 for none."""
-    ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(index, int) and not isinstance(index, bool) and index < 2**31 for index in ids):
-        raise ValueError(f"{what} must be the id of a token or a list of ids, not {value!r:.80}")
-    return _known(index for index in ids if index >= 0)
 
 
 def _known(ids: Iterable[int | None]) -> tuple[int, ...]:

@@ -52,11 +52,13 @@ class TokenizerFiles(NamedTuple):
       named: special tokens by what they are for: "bos_token", "eos_token", "pad_token", ..., those of the model's own
         ("image_token") among them.
       templates: how conversations are written, Jinja, by name; the usual one is "default".
+      ids: of special tokens that the model's configs say, by their key: "eos_token_id", ...
     """
 
     fast: FastTokenizer
     named: dict[str, str]
     templates: dict[str, str]
+    ids: dict[str, tuple[int, ...]]
 
 
 def read_tokenizer(folder: Path) -> TokenizerFiles:
@@ -86,7 +88,8 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     named = dict(_named_of_class(config, fast))
     named |= {name: token.content for name, token in special.items() if not name.isdigit()}
     fast.encode_special_tokens = config.get("split_special_tokens") is True
-    return TokenizerFiles(fast, named, _templates(folder, config))
+    ids = {key: _said(folder, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return TokenizerFiles(fast, named, _templates(folder, config), ids)
 
 
 def id_array(ids: Iterable[int]) -> Int[np.ndarray, " T"]:
@@ -230,3 +233,22 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(given, dict) or not all(isinstance(template, str) for template in given.values()):
         raise ValueError(f"{path}: chat_template must be a string, or several with their names, not {given!r:.80}")
     return given
+
+
+def _said(folder: Path, key: str) -> tuple[int, ...]:
+    """The ids of a special token that generation_config.json has; else config.json, or in it the decoder's config."""
+    for name in ("generation_config.json", "config.json"):
+        entries = read_object_if_there(folder / name)
+        nested = entries.get("text_config")
+        for given in (entries, nested if isinstance(nested, dict) else {}):
+            if (value := given.get(key)) is not None:
+                return _ids(value, f"{folder / name}: {key}")
+    return ()
+
+
+def _ids(value: Any, what: str) -> tuple[int, ...]:
+    """An id or a list of ids, as configs give them. Older ones have -1 for none."""
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(index, int) and not isinstance(index, bool) and index < 2**31 for index in ids):
+        raise ValueError(f"{what} must be the id of a token or a list of ids, not {value!r:.80}")
+    return tuple(index for index in ids if index >= 0)
