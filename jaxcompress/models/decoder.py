@@ -26,7 +26,7 @@ from jaxcompress.policies.cache_view import LayerContext
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import step_for
 from jaxcompress.recurrence.block_attention import causal_attention
-from jaxcompress.recurrence.layer import Step, StepSpec, enter
+from jaxcompress.recurrence.step import Step, StepSpec, enter
 from jaxcompress.state.kv_state import KVState, State, runs
 from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import AttentionOut, Hidden, Keys, Logits, Positions, Queries, Tokens, Valid, Values

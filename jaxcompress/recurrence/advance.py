@@ -24,7 +24,7 @@ from jaxcompress.policies.cache_view import LayerContext
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.chunk_step import chunk_steps
 from jaxcompress.recurrence.decode_step import decode_step
-from jaxcompress.recurrence.layer import Step, StepResult, StepSpec, TokenBlock, enter
+from jaxcompress.recurrence.step import Step, StepResult, StepSpec, TokenBlock, enter
 from jaxcompress.recurrence.stream import stream
 from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.placement import Placement, Rotate

@@ -15,29 +15,23 @@ from jaxcompress.policies.cache_view import Observation
 from jaxcompress.policies.checks import checked_scores, checked_stats
 from jaxcompress.policies.reductions.reduced import slot_bias
 from jaxcompress.recurrence.attention import BlockKeys, Extra, block_attention, call_of, chunk_attention
+from jaxcompress.recurrence.following import rule_of, why_no_rule
 from jaxcompress.recurrence.layer import (
-    StepResult,
-    StepSpec,
-    TokenBlock,
     absorbed,
     by_owner,
     cache_view,
-    cut_block,
     entries_of,
     entries_per_token,
     evicted_at,
     extra_of,
-    join_chunks,
     remembered,
     replaced_by_next,
-    rule_of,
     seen_by,
-    settled,
     spare_slots,
-    why_no_rule,
     within_window,
 )
 from jaxcompress.recurrence.reindexing import rotated
+from jaxcompress.recurrence.step import StepResult, StepSpec, TokenBlock, cut_block, join_chunks, settled
 from jaxcompress.state.kv_state import KVState, Stats
 from jaxcompress.state.placement import place
 from jaxcompress.state.precision import wide

@@ -14,27 +14,22 @@ from jaxcompress.pallas_kernels.types import Chosen
 from jaxcompress.policies.cache_view import Observation
 from jaxcompress.recurrence.attention import no_kernel, slot_attention, slot_step, slot_step_by_rule
 from jaxcompress.recurrence.eviction import evict
+from jaxcompress.recurrence.following import rule_kernel, rule_numbers, with_rule_numbers
 from jaxcompress.recurrence.layer import (
     Entries,
-    StepResult,
-    StepSpec,
-    TokenBlock,
     cache_view,
     entries_of,
     extra_of,
     observed,
     remembered,
     replaced_by_next,
-    rule_kernel,
-    rule_numbers,
     seen_by,
-    settled,
     spare_slots,
-    with_rule_numbers,
     with_stored,
     within_window,
 )
 from jaxcompress.recurrence.reindexing import rotated
+from jaxcompress.recurrence.step import StepResult, StepSpec, TokenBlock, settled
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.placement import place

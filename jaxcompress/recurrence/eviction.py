@@ -10,15 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxcompress.policies.checks import checked_scores
-from jaxcompress.recurrence.layer import (
-    StepSpec,
-    absorbed,
-    by_owner,
-    cache_view,
-    entries_per_token,
-    evicted_at,
-    spare_slots,
-)
+from jaxcompress.recurrence.layer import absorbed, by_owner, cache_view, entries_per_token, evicted_at, spare_slots
+from jaxcompress.recurrence.step import StepSpec
 from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.select import keep_top, unranked, worst
 

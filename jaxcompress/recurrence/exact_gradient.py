@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import death_times, steps
 from jaxcompress.recurrence.block_attention import lifetime_attention
-from jaxcompress.recurrence.layer import StepResult, StepSpec, TokenBlock
+from jaxcompress.recurrence.step import StepResult, StepSpec, TokenBlock
 from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import Positions

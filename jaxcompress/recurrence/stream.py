@@ -13,19 +13,9 @@ from jaxcompress.pallas_kernels.dispatch import choose_kernel
 from jaxcompress.pallas_kernels.types import Chosen
 from jaxcompress.recurrence.attention import call_of, stream_attention
 from jaxcompress.recurrence.decode_step import decode_step
-from jaxcompress.recurrence.layer import (
-    StepResult,
-    StepSpec,
-    TokenBlock,
-    cut_block,
-    join_chunks,
-    rule_numbers,
-    rule_of,
-    settled,
-    why_no_rule,
-    with_rule_numbers,
-    with_stored,
-)
+from jaxcompress.recurrence.following import rule_numbers, rule_of, why_no_rule, with_rule_numbers
+from jaxcompress.recurrence.layer import with_stored
+from jaxcompress.recurrence.step import StepResult, StepSpec, TokenBlock, cut_block, join_chunks, settled
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import KVState
 

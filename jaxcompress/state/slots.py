@@ -26,3 +26,8 @@ def write_slots(old: Any, new: Any, layer: Int[Array, ""] | int, index: Int[Arra
         return old.at[layer, rows[..., None], heads[..., None], to].set(new, mode="drop")
 
     return jax.tree.map(write, old, new)
+
+
+def with_layer(stack: Any, layer: Int[Array, ""] | int, one: Any) -> Any:
+    """Arrays [L, ...] with one layer replaced by arrays [...]; pytrees of such arrays."""
+    return jax.tree.map(lambda x, y: x.at[layer].set(y), stack, one)

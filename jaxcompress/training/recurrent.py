@@ -28,7 +28,7 @@ from jaxcompress.models.init_state import Slots, init_state
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import Step, steps
 from jaxcompress.recurrence.exact_gradient import check_parallel, parallel_gradient
-from jaxcompress.recurrence.layer import StepResult, StepSpec, TokenBlock
+from jaxcompress.recurrence.step import StepResult, StepSpec, TokenBlock
 from jaxcompress.state.kv_state import KVState, State
 from jaxcompress.state.placement import Placement
 from jaxcompress.training.loss import token_losses

@@ -116,7 +116,7 @@ def test_the_library_asks_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(op: Any, call: Any, backend: Any, never: Any = None) -> None:
         raise Asked(op, type(backend), devices.device())
 
-    for module in ("attention", "layer", "stream", "chunk_step"):
+    for module in ("attention", "following", "stream", "chunk_step"):
         monkeypatch.setattr(f"jaxcompress.recurrence.{module}.choose_kernel", told)
     policy = policies.TOVA()
     state = fresh(policy)

@@ -1,0 +1,52 @@
+"""Kernels that follow the rule of a policy by themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from jaxcompress.pallas_kernels.dispatch import choose_kernel
+from jaxcompress.pallas_kernels.types import Chosen
+from jaxcompress.policies.schedule import Schedule
+from jaxcompress.recurrence.attention import call_of
+from jaxcompress.recurrence.layer import spare_slots
+from jaxcompress.recurrence.step import StepSpec, TokenBlock
+from jaxcompress.state.eviction_rule import EvictionRule
+from jaxcompress.state.kv_state import KVState
+
+
+def rule_of(state: KVState, spec: StepSpec) -> EvictionRule | None:
+    """What a kernel may follow on its own, where all else is as kernels know it."""
+    policy = spec.policy
+    plain = policy.schedule == Schedule() and policy.scope != "pool" and not policy.gates and not policy.reduction
+    rule = policy.rule(state.capacity) if plain and spec.context.placement == "absolute" else None
+    return rule and rule._replace(spare=spare_slots(state, spec))
+
+
+def why_no_rule(rule: EvictionRule | None, spec: StepSpec) -> str | None:
+    """Why a kernel that sees more than one token cannot do it."""
+    return None if rule else f"policy {spec.policy.name}, or where it places tokens, follows no rule that kernels know"
+
+
+def rule_kernel(block: TokenBlock, state: KVState, spec: StepSpec) -> tuple[Chosen, EvictionRule] | None:
+    """The kernel that does a whole decoding step of this policy, and its rule; None where there is none that will."""
+    rule = rule_of(state, spec)
+    if rule is None:
+        return None
+    chosen = choose_kernel("step_evict", call_of(block.grouped(state), state.keys, state.sets, rule), spec.backend)
+    return chosen and (chosen, rule)
+
+
+def rule_numbers(state: KVState, layer: Any) -> Array | None:
+    """The one number per slot of a policy that a kernel follows, [B, P, S], if it has any."""
+    numbers = jax.tree.leaves(state.stats)
+    return numbers[0][layer] if numbers else None
+
+
+def with_rule_numbers(state: KVState, layer: Any, numbers: Array | None) -> KVState:
+    if numbers is None:
+        return state
+    return replace(state, stats=jax.tree.map(lambda x: x.at[layer].set(numbers), state.stats))
