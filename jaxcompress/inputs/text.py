@@ -18,8 +18,9 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, cast
 
 DEPTH = 200
 """So deep may lists and objects of JSON and TOML be nested."""
@@ -114,11 +115,11 @@ def read_text(path: Path | str | None) -> str:
     return decode(data, named(path))
 
 
-def standard_input() -> BinaryIO:
+def standard_input() -> BufferedIOBase:
     """Standard input, as a binary file. Raises ValueError if it is closed."""
     if sys.stdin is None:
         raise ValueError("standard input is closed; there is nothing to read")
-    return sys.stdin.buffer
+    return cast(BufferedIOBase, sys.stdin.buffer)
 
 
 def named(path: Path | str | None) -> str:

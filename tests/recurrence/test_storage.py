@@ -189,6 +189,7 @@ def test_bytes(name: str, vector: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int5", "float64", "float8_e5m2", "uint8", np.int32, "4 bits", None])
+@pytest.mark.usefixtures("as_users_call_it")
 def test_what_a_state_cannot_be_stored_as(dtype: Any) -> None:
     with pytest.raises(ValueError, match="a state cannot be stored as .*; known: float32, bfloat16, .*, int4"):
         zeros((2, 8), dtype)
