@@ -51,7 +51,7 @@ def test_it_answers_far_better_than_by_guessing() -> None:
 
 @pytest.mark.slow
 def test_in_bfloat16_it_answers_as_well() -> None:
-    loaded = load_embedded_vision("bfloat16")
+    loaded = load_embedded_vision(dtype="bfloat16")
     tokenizer = loaded.tokenizer
     asked = exam(loaded.model, tokenizer, loaded.processor, pictures=24, each=8)
     assert Examiner(loaded.model, asked, runs=1)(get_method("full")).accuracy > 0.85
