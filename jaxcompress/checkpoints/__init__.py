@@ -1,4 +1,4 @@
-"""Checkpoints in and out: Hugging Face folders; GGUF files, in only."""
+"""Loads and saves checkpoints: Hugging Face folders, and GGUF files (loading only)."""
 
 from jaxcompress.checkpoints._config import decoder_config as decoder_config
 from jaxcompress.checkpoints._config import hugging_face_config as hugging_face_config

@@ -1,6 +1,6 @@
-"""Files and config entries that a saved model takes over from the folder of the model it was made from.
+"""Files and config entries that a saved model takes over from the folder of its source model.
 
-These are the tokenizer, the ids that end a text, the chat template, the image processor's config, and those entries of
+These are the tokenizer, the ids that end a text, the chat template, the image processor's config, and the entries of
 config.json that this library does not interpret.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxcompress.inputs.json import read_object_if_there
 
-# Names of files, and of files in folders.
+# Patterns of file names, relative to the folder.
 _TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "tekken.json", "chat_template.*", "additional_chat_templates/*.jinja",
@@ -24,7 +24,7 @@ _NESTED = "text_config"
 
 
 def files_beside(source: str | Path | None) -> dict[str, Path]:
-    """What is copied from a folder, by its name there.
+    """The files that are copied from a folder, by their relative name.
 
     Raises:
       FileNotFoundError: the folder has no tokenizer.
@@ -49,14 +49,14 @@ def config_like(
     reader: Callable[[Mapping[str, Any]], Any],
     interpreted: Collection[str],
 ) -> dict[str, Any]:
-    """A config.json that says what `ours` says, and beside that what the one in a folder says.
+    """Merges `ours` with the config.json of a folder; `ours` takes precedence.
 
-    Where the folder's describes the same model, its own words for it stay. Where it is of another architecture, only
-    the ids of special tokens are taken over.
+    If the folder's config.json describes the same model, its spelling is kept. If it describes another architecture,
+    only the ids of special tokens are taken over.
 
     Args:
-      reader: from a config.json to the config of a model.
-      interpreted: entries that say something about the model.
+      reader: maps a config.json to the config of a model.
+      interpreted: the entries that describe the model.
 
     Raises:
       ValueError: the folder's config.json cannot be read.
@@ -72,18 +72,18 @@ def config_like(
     try:
         if reader(as_theirs) == reader(ours):
             return as_theirs
-    except ValueError:  # of another kind
+    except ValueError:  # theirs describes another kind of model
         return dict(ours)
     return _merged(theirs, ours, interpreted)
 
 
 def _special(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Null unless known: Llama's and Mistral's defaults, 1 and 2, would be wrong for most tokenizers."""
+    """The ids of special tokens, null if unknown. Llama's and Mistral's defaults, 1 and 2, suit few tokenizers."""
     return {key: known.get(key) for key in _SPECIAL}
 
 
 def _tied_like(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Their config, with our answer to whether the output projection is the embedding: files may say otherwise."""
+    """Their config with our `tie_word_embeddings`, since the weight files may contradict theirs."""
     told = dict(theirs)
     if _TIED in ours and bool(ours[_TIED]) != bool(theirs.get(_TIED)):
         told[_TIED] = ours[_TIED]
@@ -93,7 +93,7 @@ def _tied_like(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, 
 
 
 def _merged(theirs: Mapping[str, Any], ours: Mapping[str, Any], interpreted: Collection[str]) -> dict[str, Any]:
-    """Ours, and what theirs says beside it, if it is of the same kind; parts of a model likewise."""
+    """Our config plus their other entries if both are of the same kind. Nested configs are merged likewise."""
     kinds = [key for key in ("model_type", "architectures") if key in theirs and key in ours]
     if not kinds or any(theirs[key] != ours[key] for key in kinds):
         return dict(ours)

@@ -1,6 +1,6 @@
-"""Between Hugging Face's config.json and `DecoderConfig`.
+"""Converts between Hugging Face's config.json and `DecoderConfig`.
 
-What is missing in a config.json has the value that transformers 5 gives it, family by family. Both layouts of RoPE are
+An entry that is missing in config.json has the default of transformers 5 for that family. Both layouts of RoPE are
 read: `rope_theta` next to `rope_scaling`, and `rope_parameters` of transformers 5.
 """
 
@@ -72,15 +72,16 @@ INTERPRETED = frozenset(
         *_REQUIRED, *_ALL, *(key for family in _FAMILIES.values() for key in family.defaults),
     }
 )  # fmt: skip
-"""Entries that `decoder_config` reads, or that `hugging_face_config` and the writer of weights put anew."""
+"""The entries that `decoder_config` reads, or that `hugging_face_config` and the writer of weights set."""
 
 
 def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """The decoder that a Hugging Face config.json describes.
 
-    Raises ValueError, with what was given and what is known, for an architecture, activation, RoPE type or layer type
-    that the decoder does not have, for quantised weights, and for entries that are missing, of another type, or out
-    of range.
+    Raises:
+      ValueError: the decoder does not have the architecture, activation, RoPE type or layer type; the weights are
+        quantised; an entry is missing, of another type or out of range. The message gives the found and the known
+        values.
     """
     architecture = _architecture(raw)
     if missing := [key for key in _REQUIRED if raw.get(key) is None]:
@@ -118,7 +119,10 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of this decoder, for transformers 5: the inverse of `decoder_config`.
 
     The architecture follows from the config: Qwen3 with `qk_norm`, Qwen2 with biases on query, key and value only,
-    Mistral if every layer slides, else Llama. Raises ValueError if that architecture lacks something the decoder has.
+    Mistral if every layer has a sliding window, else Llama.
+
+    Raises:
+      ValueError: that architecture lacks a feature of the decoder.
     """
     windows = sorted({w for w in config.sliding if w})
     every_slides = bool(windows) and all(config.sliding)
@@ -174,8 +178,8 @@ def _rope(c: Mapping[str, Any]) -> RopeConfig:
     kind = given.get("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROPE_REQUIRED:
         raise ValueError(f"unknown rope type {shown(kind)}; known: {', '.join(_ROPE_REQUIRED)}")
-    # Of an entry that is there twice, the one among the RoPE parameters counts, but for the original context:
-    # transformers lets the entry beside them win.
+    # If an entry occurs twice, the one in the RoPE parameters counts. The original context is the exception: there,
+    # as in transformers, the top-level entry counts.
     given = {**{key: c[key] for key in ("rope_theta", "partial_rotary_factor") if key in c}, **given}
     if given.get("partial_rotary_factor", 1.0) != 1.0:
         partial = shown(given["partial_rotary_factor"])
@@ -190,7 +194,7 @@ def _rope(c: Mapping[str, Any]) -> RopeConfig:
     if c.get("original_max_position_embeddings"):
         given["original_max_position_embeddings"] = c["original_max_position_embeddings"]
     context = whole(c, "max_position_embeddings")
-    # Null and 0 are silence here, as to transformers.
+    # Null and 0 mean that the entry is absent, as in transformers.
     said_original = given.get("original_max_position_embeddings")
     original = whole(given, "original_max_position_embeddings") if said_original else context
     if kind == "llama3":
@@ -222,7 +226,7 @@ def _rope(c: Mapping[str, Any]) -> RopeConfig:
 
 
 def _attention_factor(given: Mapping[str, Any], factor: float) -> float | None:
-    """YaRN's factor on cos and sin where the config says more than `factor`, which implies one of its own."""
+    """YaRN's factor on cos and sin from `attention_factor` or the `mscale` entries; None if `factor` implies it."""
     if given.get("attention_factor") is not None:
         return number(given, "attention_factor")
     if not (given.get("mscale") and given.get("mscale_all_dim")):

@@ -1,4 +1,4 @@
-"""The dtype of loaded weights, by the names that people and config.json use."""
+"""Resolves the dtype of loaded weights from the names that users and config.json give."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxcompress.checkpoints._entries import config_of
 
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""From the names of safetensors."""
+"""From the dtype names of safetensors to those of NumPy."""
 
 _ALIASES = {
     "bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "float": "float32", "fp32": "float32",
@@ -29,13 +29,13 @@ def weights_dtype(
     """The dtype that the weights of a folder are loaded as.
 
     Args:
-      asked: a dtype or its name; None or "auto" for what config.json says.
-      settings: config.json. Where it says nothing, or "auto", the first floats in the files decide.
+      asked: a dtype or its name; None or "auto" for the dtype of config.json.
+      settings: config.json. If it has no dtype, or "auto", the first floating-point tensor in the files decides.
       tensors: the files' slices, by name.
-      folder: for messages.
+      folder: the folder, for messages.
 
     Raises:
-      ValueError: an unknown name, or no floating-point type; says whose it is.
+      ValueError: the name is unknown or the type is not floating-point; the message names the origin of the dtype.
     """
     if not _auto(asked):
         return dtype_named(asked, "dtype")
@@ -48,7 +48,7 @@ def weights_dtype(
 
 
 def config_dtype(settings: Mapping[str, Any]) -> np.dtype | None:
-    """What a config.json says that its weights are; None where it says nothing, or "auto".
+    """The dtype of the weights in a config.json; None if it has none, or "auto".
 
     Raises:
       ValueError: as `weights_dtype`.
@@ -65,10 +65,10 @@ def dtype_named(name: DTypeLike | None, what: str) -> np.dtype:
     """A floating-point dtype by any of its usual names, in upper or lower case, with or without `torch.`.
 
     Args:
-      what: is named, for messages.
+      what: the origin of the name, for messages.
 
     Raises:
-      ValueError: an unknown name, or no floating-point type.
+      ValueError: the name is unknown, or the type is not floating-point.
     """
     plain = name.strip().lower().removeprefix("torch.") if isinstance(name, str) else name
     try:

@@ -15,20 +15,23 @@ from jaxcompress.models.llava import Llava, LlavaConfig
 
 
 def load_embedded(*, dtype: DTypeLike = "float32") -> Loaded[Decoder, DecoderConfig, Tokenizer]:
-    """The embedded language model: Qwen3 shape, context of 2,048 tokens, Python documentation and sources.
+    """Loads the embedded language model.
 
-    Its `policy` was trained with it: a retention head, one set of slots per layer.
+    The model has Qwen3's architecture and a context of 2,048 tokens. It was trained on Python documentation and
+    sources. Its `policy` was trained with it: a retention head with one set of slots per layer.
 
     Args:
-      dtype: of all weights, as for `load`; they are stored as bfloat16.
+      dtype: the dtype of all weights, as for `load`; they are stored as bfloat16.
     """
     return load(embedded.decoder_folder(), dtype=dtype)
 
 
 def load_embedded_vision(*, dtype: DTypeLike = "float32") -> Loaded[Llava, LlavaConfig, Tokenizer]:
-    """The embedded vision-language model: LLaVA's shape, 144 patches, questions about drawings.
+    """Loads the embedded vision-language model.
+
+    The model has LLaVA's architecture with 144 patches. It answers questions about drawings.
 
     Args:
-      dtype: of all weights, as for `load`; they are stored as bfloat16.
+      dtype: the dtype of all weights, as for `load`; they are stored as bfloat16.
     """
     return load_llava(embedded.vision_folder(), dtype=dtype)

@@ -1,4 +1,4 @@
-"""Encoders that classify tokens, in and out: BERT and XLM-RoBERTa as `...ForTokenClassification`."""
+"""Loads and saves encoders that classify tokens: BERT and XLM-RoBERTa as `...ForTokenClassification`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PREFIX = {"bert": "bert", "xlm-roberta": "roberta", "roberta": "roberta"}
 _ARCHITECTURES = {"bert": "BertForTokenClassification", "xlm-roberta": "XLMRobertaForTokenClassification"}
 _KNOWN = {**{name: kind for kind, name in _ARCHITECTURES.items()}, "RobertaForTokenClassification": "roberta"}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What transformers assumes where a config.json is silent.
+# The defaults of transformers for entries that config.json does not have.
 _DEFAULTS: Mapping[str, Any] = {
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
@@ -93,9 +93,9 @@ def save_encoder(encoder: Encoder, folder: str | Path, *, tokenizer_from: str | 
     """Writes config.json and safetensors that `load_encoder` and transformers open; returns the folder.
 
     Args:
-      folder: new or empty; appears whole or not at all.
-      tokenizer_from: as for `save`. From a folder of RoBERTa's, this one becomes RoBERTa's; what its config.json calls
-        the classes stays.
+      folder: a new or empty folder; it appears complete or not at all.
+      tokenizer_from: as for `save`. If this is a RoBERTa folder, the saved model is RoBERTa, too. The class names of
+        its config.json are kept.
 
     Raises:
       FileExistsError, FileNotFoundError, ValueError: as `save`.
@@ -110,7 +110,7 @@ def encoder_config(raw: Mapping[str, Any]) -> EncoderConfig:
     """The encoder that a Hugging Face config.json describes.
 
     Raises:
-      ValueError: another architecture, missing entries, positions that are not absolute, an unknown activation.
+      ValueError: the architecture or activation is unknown, entries are missing, or positions are not absolute.
     """
     kind = _kind(raw)
     if missing := [key for key in _REQUIRED if raw.get(key) is None]:
@@ -134,7 +134,7 @@ def encoder_config(raw: Mapping[str, Any]) -> EncoderConfig:
 
 
 def hugging_face_encoder_config(config: EncoderConfig) -> dict[str, Any]:
-    """The config.json of this encoder: the inverse of `encoder_config`, BERT if it has no `padding_id`."""
+    """The config.json of this encoder: the inverse of `encoder_config`. BERT if there is no `padding_id`."""
     kind = "bert" if config.padding_id is None else "xlm-roberta"
     special = {"pad_token_id": 0} if kind == "bert" else {"pad_token_id": config.padding_id}
     return {

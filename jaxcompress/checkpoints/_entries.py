@@ -1,7 +1,7 @@
-"""Entries of a config.json, each of the type and within the range that it must have.
+"""Reads entries of a config.json and checks their type and range.
 
-A config is written by others and may hold anything. Each reader raises ValueError with the entry, what it must be, and
-what it is.
+A config is untrusted and may hold anything. Each reader raises ValueError with the key, the required type or range and
+the actual value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_LAYERS = 10_000
 
 @contextmanager
 def config_of(path: Path) -> Iterator[None]:
-    """Puts a config's path in front of what is wrong with it."""
+    """Puts the config's path in front of errors about its entries."""
     try:
         yield
     except ValueError as error:
@@ -64,7 +64,7 @@ def text(entries: Mapping[str, Any], key: str) -> str:
 
 
 def object_in(entries: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """An object; an empty one for null or nothing."""
+    """An object; empty if the entry is null or missing."""
     value = entries.get(key)
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{key} must be an object, not {shown(value)}")
@@ -72,7 +72,7 @@ def object_in(entries: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def architecture_in(entries: Mapping[str, Any]) -> str | None:
-    """The first of `architectures`, None if there is none."""
+    """The first entry of `architectures`; None if there is none."""
     names = entries.get("architectures")
     if names is None or names == []:
         return None
@@ -82,17 +82,17 @@ def architecture_in(entries: Mapping[str, Any]) -> str | None:
 
 
 def labels_in(entries: Mapping[str, Any]) -> int:
-    """The number of classes: of `id2label`, else `num_labels`."""
+    """The number of classes: the length of `id2label`, else `num_labels`."""
     return len(object_in(entries, "id2label")) or whole(entries, "num_labels")
 
 
 def said(entries: Mapping[str, Any], *nullable: str) -> dict[str, Any]:
-    """What a config says: null is silence, but for entries where it means something."""
+    """The entries of a config that are set. Null means unset, except for the entries in `nullable`."""
     return {key: value for key, value in entries.items() if value is not None or key in nullable}
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut to a length that one can read."""
+    """A value as text for a message, cut to a readable length."""
     try:
         given = "null" if value is None else repr(value)
     except (ValueError, RecursionError):  # whole numbers of thousands of digits; deep nesting

@@ -1,6 +1,6 @@
-"""The weights of a decoder in a GGUF file, llama.cpp's format.
+"""Reads the weights of a decoder from a GGUF file, llama.cpp's format.
 
-Blocks are dequantised by the `gguf` package, some rows at a time, straight from the memory map.
+The `gguf` package dequantises blocks, a few rows at a time, directly from the memory map.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ GGUF = Names(
     "blk.{layer}.",
 )
 ROPE_FACTORS = "rope_freqs.weight"
-"""What each frequency of RoPE is divided by: no weight, but part of the config."""
+"""The tensor of divisors of the RoPE frequencies. It is part of the config, not a weight."""
 
 _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 _WHOLE = ("I8", "I16", "I32", "I64")
 _AT_ONCE = 2**20
-"""Numbers that are dequantised at once: few enough for a processor's cache, many enough for NumPy."""
+"""How many numbers are dequantised at once: few enough for the CPU cache, enough for NumPy to be efficient."""
 
 
 class Tensor:
-    """One tensor of a file, with what `fill` asks of a slice of safetensors. It reads what it is indexed with.
+    """One tensor of a file, with the interface of a safetensors slice that `fill` needs. Indexing reads only that part.
 
     Attributes:
       data: [rows, bytes] uint8, in the memory map.
       shape: [out, in] or [n].
-      kind: how the numbers are stored.
-      order: [out], which row of the file each row is; None for the file's own.
+      kind: the storage type of the numbers.
+      order: [out], the index of each row in the file; None for the order of the file.
     """
 
     def __init__(self, data: np.ndarray, shape: tuple[int, ...], kind: GGMLQuantizationType, order: np.ndarray | None):
@@ -65,12 +65,12 @@ class Tensor:
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        """As safetensors calls it; blocks become float32."""
+        """The dtype by its safetensors name; blocks become float32."""
         name = self.kind.name
         return name if name in (*_PLAIN, "BF16", *_WHOLE) else "F32"
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Floats, as many axes as the tensor has."""
+        """The indexed part as floats, with as many axes as the tensor."""
         if len(self.shape) == 1:
             numbers = self._rows(self.data)[0]
             return (numbers if self.order is None else numbers[self.order])[index[0]]
@@ -82,7 +82,7 @@ class Tensor:
         step = max(1, _AT_ONCE // width)
         for start in range(0, len(rows), step):
             some = rows[start : start + step]
-            # Neighbours are a view of the map, not a copy.
+            # Consecutive rows are a view of the memory map, not a copy.
             near = slice(some[0], some[-1] + 1) if self.order is None and some[-1] - some[0] == len(some) - 1 else some
             out[start : start + step] = self._rows(self.data[near])[:, index[1]]
         return out
@@ -93,17 +93,17 @@ class Tensor:
             return data.view(_PLAIN[self.kind.name])
         from gguf import dequantize
 
-        # As one row, since the package goes row by row; no block is in two rows.
+        # Pass all rows as one, since the package loops over rows. No block spans two rows.
         return dequantize(data.reshape(1, -1), self.kind).reshape(len(data), -1)
 
 
 class Checkpoint(NamedTuple):
-    """What a GGUF file holds.
+    """The contents of a GGUF file.
 
     Attributes:
-      settings: what a Hugging Face config.json says.
-      config: the decoder's shape.
-      tensors: by their names in the file (`GGUF`).
+      settings: the equivalent of a Hugging Face config.json.
+      config: the config of the decoder.
+      tensors: the tensors, by their names in the file (`GGUF`).
     """
 
     settings: dict[str, Any]
@@ -112,12 +112,13 @@ class Checkpoint(NamedTuple):
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """Reads what a file says about a decoder; its weights are read when they are asked for.
+    """Reads the config and tensor table of a decoder. Weights are read only when a tensor is indexed.
 
     Raises:
       FileNotFoundError: there is no such file.
       ImportError: the `gguf` package is not installed.
-      ValueError: it is no GGUF file, cut off or damaged; an unknown architecture, type of tensor or RoPE scaling.
+      ValueError: the file is not GGUF, is cut off or is damaged; the architecture, a tensor type or the RoPE scaling is
+        unknown.
     """
     header = read_header(path)
     metadata = header.metadata
@@ -140,7 +141,7 @@ def _tensors(header: Header) -> dict[str, Tensor]:
 
     Raises:
       ImportError: the `gguf` package is not installed.
-      ValueError: one is of an unknown type, or not within the file; the file is one of several.
+      ValueError: a tensor has an unknown type or is not within the file; the file is one of several.
     """
     with extra("gguf"):
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -185,16 +186,16 @@ def _factors(tensors: Mapping[str, Tensor]) -> np.ndarray | None:
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> str:
-    """The dtype of a file whose matrices are plain numbers; float32 for blocks, which lose nothing in it."""
+    """The dtype of the matrices if all are plain numbers of one type. Else float32, which holds blocks without loss."""
     kinds = {tensor.kind.name for tensor in tensors.values() if len(tensor.shape) > 1}
     return {"F16": "float16", "BF16": "bfloat16"}.get(next(iter(kinds)), "float32") if len(kinds) == 1 else "float32"
 
 
 def _unpermute(tensors: Mapping[str, Tensor], config: DecoderConfig) -> None:
-    """Puts the rows of query and key of a llama back, in place.
+    """Restores the original row order of a Llama's query and key weights, in place.
 
-    llama.cpp rotates neighbouring channels together, and its converter reorders the rows of each head to fit; here
-    channel i goes with channel i + D/2. Of Qwen it keeps the order.
+    llama.cpp rotates neighbouring channels together, and its converter reorders the rows of each head to fit. Here,
+    channel i pairs with channel i + D/2. The converter keeps the order of Qwen models.
     """
     half = config.head_dim // 2
     for kind, heads in (("attn_q", config.num_heads), ("attn_k", config.num_kv_heads)):

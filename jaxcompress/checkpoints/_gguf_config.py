@@ -1,4 +1,4 @@
-"""The config.json that the metadata of a GGUF file amounts to."""
+"""Converts the metadata of a GGUF file to the equivalent config.json."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jaxcompress.checkpoints._entries import MOST_LAYERS, number, shown, text, w
 from jaxcompress.models.rope import RopeConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""From `general.architecture`. Mistral is a llama there, with a sliding window or without."""
+"""Hugging Face's names, by `general.architecture`. "llama" includes Mistral, with or without a sliding window."""
 
-# What would change a model's numbers and has no place in a decoder, with the values that change nothing.
+# Entries that would change a model's output but that the decoder does not support, with the values without effect.
 _UNKNOWN = {
     "expert_count": (0,), "attention.causal": (True,), "attention.scale": (0.0,), "attention.clamp_kqv": (0.0,),
     "logit_scale": (0.0, 1.0), "embedding_scale": (0.0, 1.0), "residual_scale": (0.0, 1.0),
@@ -22,22 +22,22 @@ _UNKNOWN = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
 }  # fmt: skip
 _CLOSE = 1e-5
-"""Relative: how near the factors of a known scaling are to those in a file, which are float32."""
+"""The relative tolerance between the factors of a known scaling and those in a file, which are float32."""
 
 
 def config_of_metadata(
     metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], factors: np.ndarray | None
 ) -> dict[str, Any]:
-    """A Hugging Face config.json, for `decoder_config`.
+    """Builds a Hugging Face config.json, for `decoder_config`.
 
     Args:
-      shapes: of the file's tensors, by name. They say how large the vocabulary is, whether there are biases, and
-        whether the output projection is the embedding.
-      factors: [D / 2], the tensor `rope_freqs.weight`: what each frequency of RoPE is divided by.
+      shapes: the shapes of the file's tensors, by name. They determine the vocabulary size, whether there are biases,
+        and whether the output projection is the embedding.
+      factors: [D / 2], the tensor `rope_freqs.weight`: the divisor of each RoPE frequency.
 
     Raises:
-      ValueError: an unknown architecture, or something that the decoder does not have; an entry that is missing, of
-        another type or out of range.
+      ValueError: the architecture is unknown, or the model has a feature that the decoder lacks; an entry is missing,
+        of another type or out of range.
     """
     name = text(metadata, "general.architecture")
     if name not in ARCHITECTURES:
@@ -100,20 +100,20 @@ def _rope(own: Mapping[str, Any], head: int, factors: np.ndarray | None) -> dict
     yarn = {key: number(own, said) for key, said in given.items() if said in own}
     yarn |= {} if original is None else {"original_max_position_embeddings": original}
     for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
-        if own.get(key, 1.0) != 1.0:  # llama.cpp multiplies it with what the factor implies
+        if own.get(key, 1.0) != 1.0:  # llama.cpp multiplies it by the implied factor
             implied = 0.1 * float(np.log(factor)) + 1.0 if factor > 1 else 1.0
             yarn["attention_factor"] = number(own, key) * implied
     return {"rope_type": "yarn", "rope_theta": theta, "factor": factor, **yarn}
 
 
 def _llama3(theta: float, head: int, factors: np.ndarray, original: Any) -> dict[str, Any]:
-    """The settings of Llama 3's scaling whose factors a file has.
+    """Recovers the settings of Llama 3's RoPE scaling from the factors in a file.
 
-    They depend on the factor, which is the largest of them, and on two lengths: contexts by how much the low and the
-    high factor goes into the original one. So the original context may be any; 8,192 is Llama 3's own.
+    The factors depend on `factor`, which is the largest of them, and on two lengths: the original context divided by
+    `low_freq_factor` and by `high_freq_factor`. The original context is therefore arbitrary; Llama 3 has 8,192.
 
     Raises:
-      ValueError: they are of another scaling.
+      ValueError: the factors are not those of Llama 3's scaling.
     """
     if factors.shape != (head // 2,) or not np.isfinite(factors).all() or not (factors > 0).all():
         raise ValueError(f"rope_freqs.weight must be {head // 2} positive numbers, not {list(factors.shape)}")
@@ -147,7 +147,11 @@ def _llama3(theta: float, head: int, factors: np.ndarray, original: Any) -> dict
 
 
 def _sliding(own: Mapping[str, Any], name: str, layers: int) -> dict[str, Any]:
-    """Which layers slide: `sliding_window_pattern` says it by layer, or that every n-th does not; else all do."""
+    """The layers with a sliding window.
+
+    `sliding_window_pattern` is a list by layer, or a number n: every n-th layer has no window. If the entry is absent,
+    all layers have one.
+    """
     if not own.get("attention.sliding_window"):
         return {"sliding_window": None}
     window = whole(own, "attention.sliding_window")

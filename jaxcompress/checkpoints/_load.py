@@ -1,8 +1,8 @@
-"""Weights from a Hugging Face folder, straight into arrays stacked over layers.
+"""Loads weights from a Hugging Face folder directly into arrays that are stacked over layers.
 
-The files are memory-mapped by safetensors, and each tensor, or the part of it that a device needs, is copied once: into
-its place in the stacked array. Orbax's safetensors layout was measured instead (0.5 GB, two CPU cores): its arrays have
-to be stacked after loading, which took twice the memory and 1.5 times the time, and its import adds 0.3 s to the start.
+safetensors memory-maps the files. Each tensor, or the part of it that a device needs, is copied once, into its place in
+the stacked array. Orbax's safetensors layout was measured as an alternative (0.5 GB, two CPU cores). Its arrays have to
+be stacked after loading, which took twice the memory and 1.5 times the time. Its import adds 0.3 s to the start.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.shardin
 
 
 class Surplus(NamedTuple):
-    """Which tensors of a checkpoint a module may do without, by name; any other that is left over is an error.
+    """Predicates on the names of tensors that a module does not use. Any other unused tensor is an error.
 
     Attributes:
-      ignored: left over without a word.
-      unused: left over with a warning.
+      ignored: whether a tensor is skipped silently.
+      unused: whether a tensor is skipped with a warning.
     """
 
     ignored: Callable[[str], bool]
@@ -68,27 +68,28 @@ def load(
 ) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
     """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint: a Hugging Face folder or a GGUF file.
 
-    Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. If config.json says that the output
-    projection is the embedding, but the files hold another projection, that projection is used and the model is not
-    tied.
+    Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. If config.json ties the output
+    projection to the embedding, but the files hold a different projection, that projection is used and the model is
+    not tied.
 
     Args:
       source: a folder with config.json and safetensors (model.safetensors, or several files with
-        model.safetensors.index.json); a GGUF file, of any of its quantisations (needs `pip install
-        "jaxcompress[gguf]"`); a known name (`KNOWN_MODELS`), whose file has been fetched; or, if there is no such
-        folder, a repository of the Hugging Face hub, which is downloaded into the hub's cache.
-      dtype: of all weights; the checkpoint's own if None or "auto", which is float32 for quantised ones. Names as
-        usual: "bfloat16", "bf16", "half", ...
+        model.safetensors.index.json); a GGUF file, with any quantisation (needs `pip install "jaxcompress[gguf]"`); a
+        known name (`KNOWN_MODELS`) whose file has been fetched; or, if there is no such folder, a repository of the
+        Hugging Face hub, which is downloaded into the hub's cache.
+      dtype: the dtype of all weights, or one of its usual names: "bfloat16", "bf16", "half", ... None and "auto" mean
+        the dtype of the checkpoint, which is float32 for quantised ones.
       sharding: a `jax.sharding.Sharding` for every array, or a function of an array's name and shape that returns one.
         Names are dotted paths in the module: "embedding", "layers.attention.query.kernel", "head". Each device reads
-        its own part of the files only.
+        only its own part of the files.
 
     Raises:
-      FileNotFoundError: neither a folder nor a repository that can be fetched; a folder without config.json or
-        weights; a known name whose file has not been fetched.
-      ImportError: a GGUF file without the `gguf` package.
-      ValueError: an unknown architecture, activation or RoPE type; tensors that are missing, left over, of a wrong
-        shape or no floats (all named at once); weights that are not finite; a file that is no safetensors or GGUF.
+      FileNotFoundError: the source is neither a folder nor a repository that can be fetched; the folder has no
+        config.json or no weights; the file of a known name has not been fetched.
+      ImportError: the source is a GGUF file and the `gguf` package is not installed.
+      ValueError: the architecture, activation or RoPE type is unknown; tensors are missing, left over, of a wrong shape
+        or not floating-point (the message names all of them); weights are not finite; a file is neither safetensors nor
+        GGUF.
 
     Example:
       >>> from jax.sharding import NamedSharding, PartitionSpec
@@ -133,14 +134,16 @@ def _load_gguf(
 def with_own_head(
     config: DecoderConfig, tensors: Mapping[str, Any], embedding: str, head: str, dtype: np.dtype
 ) -> tuple[DecoderConfig, dict[str, Any]]:
-    """The config and tensors of a decoder whose files may hold another output projection than its config says.
+    """Resolves a tied config whose files hold an output projection (head). Returns the config and the tensors.
 
-    As transformers has it: of a tied model, a head that equals the embedding is left out, another one is used, and an
-    embedding that is missing is the head.
+    The rules are those of transformers. If the head equals the embedding, the head is left out. If it differs, the head
+    is used and the model is not tied. If the embedding is missing, the head is used as the embedding.
 
     Args:
-      tensors: by the names of `embedding` and `head`, in the files.
-      dtype: that both are compared in, the model's.
+      tensors: the tensors, by their names in the files.
+      embedding: the name of the embedding in the files.
+      head: the name of the output projection in the files.
+      dtype: the dtype of the model, in which both are compared.
     """
     if not config.tied or head not in tensors:
         return config, dict(tensors)
@@ -153,7 +156,7 @@ def with_own_head(
 
 
 def _equal(a: Any, b: Any, dtype: np.dtype) -> bool:
-    """Whether two tensors [V, E] are the same numbers as `dtype`; read a few rows at a time."""
+    """Whether two tensors [V, E] are equal after conversion to `dtype`. Reads a few rows at a time."""
     if a.get_shape() != b.get_shape() or not {a.get_dtype(), b.get_dtype()} <= STORED.keys():
         return False
     if len(a.get_shape()) != 2:
@@ -166,7 +169,7 @@ def _equal(a: Any, b: Any, dtype: np.dtype) -> bool:
 
 
 def sizes_of(config: DecoderConfig) -> dict[str, int]:
-    """What a decoder's arrays have at least, in elements."""
+    """The smallest number of elements in a decoder's arrays, by the config entries that determine it."""
     hidden = config.hidden_size
     return {
         "vocab_size": config.vocab_size * hidden,
@@ -186,15 +189,15 @@ def fill(
     dtype: np.dtype,
     sharding: Shardings | None,
 ) -> Model:
-    """A module with the weights of a folder or file.
+    """Builds a module with the weights of a folder or file.
 
     Args:
-      tensors: of its files, by the names that `weights_of` has.
-      make: () -> the module; it is not run, only its shapes are asked for.
-      weights_of: (module) -> its arrays with their names in a checkpoint, and the tree to put them back.
-      sizes: what arrays have at least, in elements, by the entries of the config that say so.
-      surplus: which tensors the module may do without.
-      dtype: of the module.
+      tensors: the tensors of the files, by the names that `weights_of` uses.
+      make: () -> the module; it is only traced for its shapes, not run.
+      weights_of: (module) -> its arrays with their names in a checkpoint, and the tree that restores the module.
+      sizes: the smallest number of elements in arrays, by the config entries that determine it.
+      surplus: the tensors that the module does not use.
+      dtype: the dtype of the module.
       sharding: as in `load`.
 
     Raises:
@@ -211,7 +214,11 @@ def fill(
 
 
 def find(source: str | Path) -> Path:
-    """A checkpoint's folder, downloaded if it is a hub id, or its GGUF file. Raises FileNotFoundError."""
+    """Finds a checkpoint: a folder, a GGUF file, or a hub repository, which is downloaded.
+
+    Raises:
+      FileNotFoundError: as `load`.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir() or is_gguf(folder):
         return folder
@@ -234,7 +241,7 @@ def find(source: str | Path) -> Path:
 
 
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The files of a folder, and which of them the index says holds a tensor; {} where there is none."""
+    """The weight files of a folder, and the index from tensors to files ({} if there is no index)."""
     if (folder / _SINGLE).is_file():
         return [_SINGLE], {}
     if not (folder / _INDEX).is_file():
@@ -251,7 +258,7 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     files = sorted(set(where.values()))
     if outside := [name for name in files if PurePath(name).is_absolute() or ".." in PurePath(name).parts]:
         raise ValueError(f"{folder / _INDEX} names files outside of the folder: {', '.join(map(shown, outside))}")
-    # Unlike the method of a Path, `isfile` says False to names that no file system has.
+    # Unlike `Path.is_file`, `os.path.isfile` returns False for names that no file system accepts.
     if absent := [name for name in files if not os.path.isfile(folder / name)]:
         names = (name if name.isprintable() and len(name) <= 200 else shown(name) for name in absent)
         raise FileNotFoundError(f"{folder} lacks files that {_INDEX} names: {', '.join(names)}")
@@ -262,13 +269,13 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
 def opened(folder: Path, renamed: Callable[[str], str] = lambda name: name) -> Iterator[dict[str, Any]]:
     """The tensors of a folder as safetensors slices, which read nothing until they are indexed.
 
-    Of a tensor that several files hold, the one that the index names counts.
+    If several files hold a tensor, the file that the index names counts.
 
     Args:
-      renamed: a tensor's name in the files -> as it is called here.
+      renamed: (name of a tensor in the files) -> its name here.
 
     Raises:
-      FileNotFoundError, ValueError: as `load`; two tensors that would have one name.
+      FileNotFoundError, ValueError: as `load`; also if two tensors would have the same name.
     """
     tensors: dict[str, Any] = {}
     files, where = _weight_files(folder)
@@ -293,7 +300,7 @@ def _slices(path: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def _check_sizes(sizes: Mapping[str, int], tensors: Mapping[str, Any], folder: Path) -> None:
-    """Before anything is made after a config: the files hold as many numbers as it speaks of."""
+    """Checks that the files hold as many numbers as the config requires, before anything is allocated."""
     held = sum(math.prod(tensor.get_shape()) for tensor in tensors.values())
     if larger := [f"{entry} ({size:,})" for entry, size in sizes.items() if size > held]:
         raise ValueError(
@@ -329,7 +336,7 @@ def _check(
 
 
 def _described(folder: Path) -> str:
-    """Where a checkpoint says what its tensors are."""
+    """The part of a checkpoint that describes its tensors, for messages."""
     return "metadata" if is_gguf(folder) else "config.json"
 
 
@@ -356,7 +363,7 @@ def _array(
 def _read(
     weight: Weight, index: tuple[slice, ...], tensors: Mapping[str, Any], dtype: np.dtype, not_finite: set[str]
 ) -> np.ndarray:
-    """The part `index` of a weight, filled tensor by tensor so that little more than the part is ever in memory."""
+    """Reads the part `index` of a weight. It is filled tensor by tensor, so little more than the part is in memory."""
     out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, weight.array.shape, strict=True)], dtype)
     blocks, names, inner = [out], weight.tensors, index
     if weight.stacked:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: every `load...` function returns this."""
+"""The contents of a checkpoint, as every `load...` function returns them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ TokenizerOf = TypeVar("TokenizerOf", Tokenizer, EncoderTokenizer)
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Loaded(Generic[Model, Config, TokenizerOf]):
-    """A checkpoint: the model, and what its folder says beside the weights.
+    """A checkpoint: the model, and the other contents of its folder.
 
-    Tokenizer, policy and processor are read from the folder when they are first asked for, and kept. A pickle holds the
-    attributes below, weights included; the rest is read again from the folder, which has to be there then.
+    Tokenizer, policy and processor are read from the folder on first access, and kept. A pickle holds the attributes
+    below, including the weights. The rest is read again from the folder, which then has to exist.
 
     Attributes:
       model: a module with the weights.
-      config: the shape of the model, equal to `model.config`.
-      settings: config.json as it was read. It has what the model does not need: `eos_token_id`, `id2label`, ... Of
-        a GGUF file, it is the config.json that the metadata amounts to.
-      folder: where the files are; the file itself if that is GGUF.
+      config: the config of the model, equal to `model.config`.
+      settings: config.json as it was read. It includes entries that the model does not need: `eos_token_id`,
+        `id2label`, ... For a GGUF file, it is the config.json that is equivalent to the metadata.
+      folder: the folder of the files; for GGUF, the file itself.
       tokenizer_type: the class that reads the tokenizer.
 
     Example:
@@ -50,17 +50,17 @@ class Loaded(Generic[Model, Config, TokenizerOf]):
 
     @cached_property
     def tokenizer(self) -> TokenizerOf:
-        """From text to token ids and back.
+        """The tokenizer, from text to token ids and back.
 
         Raises:
-          FileNotFoundError: the folder has no tokenizer.json, as folders of vision towers have not.
+          FileNotFoundError: the folder has no tokenizer.json, e.g. the folder of a vision tower.
           ValueError: the files cannot be read as a tokenizer.
         """
         return self.tokenizer_type(self.folder)
 
     @cached_property
     def saved_policy(self) -> SavedPolicy | None:
-        """The policy that the model was trained with, as it was saved: name, settings and weights. None without one.
+        """The policy that the model was trained with, as saved: name, settings and weights. None if none was saved.
 
         Raises:
           ValueError: policy.json or policy.safetensors is damaged.
@@ -82,8 +82,8 @@ class Loaded(Generic[Model, Config, TokenizerOf]):
 
         Raises:
           FileNotFoundError: the folder has no preprocessor_config.json.
-          ValueError: no processor can be made of it.
-          ImportError: Pillow is not installed; says what to install.
+          ValueError: no processor can be made from that file.
+          ImportError: Pillow is not installed; the message names what to install.
         """
         return image_processor(self.folder)
 

@@ -1,6 +1,6 @@
 """The policy that a model was trained with, saved in the model's Hugging Face folder.
 
-policy.json has the policy's name and settings, policy.safetensors the weights of a learned policy. Other software
+policy.json has the policy's name and settings. policy.safetensors has the weights of a learned policy. Other software
 ignores both files.
 """
 
@@ -24,12 +24,12 @@ _SETTINGS, _WEIGHTS = "policy.json", "policy.safetensors"
 
 
 class SavedPolicy(NamedTuple):
-    """A policy as it is saved: by name, with settings and weights.
+    """A policy as it is saved: its name, settings and weights.
 
     Attributes:
-      name: for `jaxcompress.get_policy`.
+      name: the name that `jaxcompress.get_policy` takes.
       settings: e.g. `slots`, `segment`, `chunk`, `placement`.
-      weights: the policy's own, nested dicts of arrays; {} if it has none.
+      weights: the policy's own weights, as nested dicts of arrays; {} if it has none.
     """
 
     name: str
@@ -37,11 +37,11 @@ class SavedPolicy(NamedTuple):
     weights: Mapping[str, Any] = {}
 
     def make(self) -> Policy:
-        """The policy itself, with its own weights if it has some.
+        """Builds the policy, with its own weights if it has any.
 
         Raises:
-          ValueError: an unknown name, or weights or settings of something else; a policy from a file or module, which
-            would have to be run.
+          ValueError: the name is unknown; the weights or settings do not belong to this policy; the policy is from a
+            file or module, whose code would have to be run.
         """
         if ":" in self.name:
             raise ValueError(
@@ -54,22 +54,22 @@ class SavedPolicy(NamedTuple):
         settings = {name: self.settings[name] for name in known if name in self.settings}
         try:
             return learned_policy(self.name, self.weights, **settings)
-        except (TypeError, AttributeError, IndexError) as error:  # of arrays and numbers that are none
+        except (TypeError, AttributeError, IndexError) as error:  # arrays or numbers of the wrong type
             raise ValueError(
                 f"the saved weights and settings are not those of the policy {self.name!r}: {error}"
             ) from error
 
 
 def save_policy(policy: SavedPolicy, folder: str | Path) -> None:
-    """Writes a policy into a model's folder. Each file appears whole or not at all, policy.json last.
+    """Writes a policy into a model's folder. Each file appears complete or not at all, policy.json last.
 
     Args:
-      policy: its settings are JSON; its weights have names without dots.
-      folder: a model's, as `save` writes it.
+      policy: a policy with settings that are JSON, and with weight names without dots.
+      folder: the folder of a model, as `save` writes it.
 
     Raises:
-      ValueError: a weight's name has a dot in it or is no string.
-      OSError: the folder is not there or cannot be written.
+      ValueError: the name of a weight contains a dot or is not a string.
+      OSError: the folder does not exist or cannot be written.
     """
     folder = Path(folder).expanduser()
     if policy.weights:
@@ -85,7 +85,7 @@ def save_policy(policy: SavedPolicy, folder: str | Path) -> None:
 
 
 def load_policy(folder: str | Path) -> SavedPolicy | None:
-    """The policy in a model's folder, None if there is none.
+    """Reads the policy in a model's folder; None if there is none.
 
     Raises:
       ValueError: a file is damaged.

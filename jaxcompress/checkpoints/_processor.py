@@ -1,4 +1,4 @@
-"""The image processor of a folder, as transformers makes it."""
+"""Loads the image processor of a folder with transformers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ _NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
 def image_processor(folder: Path) -> Any:
-    """The `transformers` image processor of a folder, through Pillow.
+    """The `transformers` image processor of a folder, with the Pillow backend.
+
+    Whether the processor fits the tower is checked by `generation.pictures.process`.
 
     Raises:
-      FileNotFoundError: the folder says nothing about pictures.
-      ValueError: what it says cannot be read. Whether it fits the tower is checked by `generation.pictures.process`.
-      ImportError: Pillow is not installed; says what to install.
+      FileNotFoundError: the folder has no processor config.
+      ValueError: the processor config cannot be read.
+      ImportError: Pillow is not installed; the message names what to install.
     """
     present = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
     if not present:
@@ -27,19 +29,19 @@ def image_processor(folder: Path) -> Any:
     for path in present:
         read_object(path)
     with extra("vision"):
-        import PIL  # noqa: F401  transformers would say it less clearly
+        import PIL  # noqa: F401  the error of transformers is less clear
     auto = _from_transformers("AutoImageProcessor")
     try:
         return auto.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except Exception as error:  # a class of transformers raises whatever it likes for a bad config
+    except Exception as error:  # transformers may raise any exception for a bad config
         raise ValueError(f"{present[0]}: no image processor can be made of it: {error}") from error
 
 
 def _from_transformers(name: str) -> Any:
     """A class of transformers. This is the only place that imports transformers.
 
-    When it is imported without PyTorch, transformers prints "PyTorch was not found". Nothing here needs PyTorch, so the
-    advice is turned off during the import, and only then.
+    Without PyTorch, transformers prints "PyTorch was not found" on import. Nothing here needs PyTorch, so this advice
+    is turned off during the import, and only then.
     """
     before = os.environ.get(_NO_ADVICE)
     os.environ[_NO_ADVICE] = "1"

@@ -1,4 +1,4 @@
-"""A decoder as a Hugging Face folder."""
+"""Saves a decoder as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -30,22 +30,23 @@ def save(
 ) -> Path:
     """Writes config.json and safetensors that `load` and transformers 5 open; returns the folder.
 
-    The folder appears whole or not at all: everything is written into a hidden sibling, `.<name>.<random>.partial`,
-    which is renamed at the end. A process that is killed leaves that sibling behind; it can be deleted.
+    The folder appears complete or not at all: everything is written into a hidden sibling folder,
+    `.<name>.<random>.partial`, which is renamed at the end. A killed process leaves that sibling behind; you can delete
+    it.
 
     Args:
-      model: weights of one floating-point dtype, which `load` gives back bit by bit.
-      folder: new or empty.
-      tokenizer_from: a folder, that of the model before training, say. Its tokenizer, chat templates,
-        generation_config.json (what ends a text) and processor configs are copied. Of its config.json, if it is of
-        the same architecture, all entries go into ours that say nothing about shapes; else the ids of special tokens.
-        Or a GGUF file, whose tokenizer, chat templates and stop tokens are written as such files.
-      shard_bytes: a model larger than this becomes several files with model.safetensors.index.json.
+      model: a decoder whose weights have one floating-point dtype. `load` restores them bit for bit.
+      folder: a new or empty folder.
+      tokenizer_from: a folder, e.g. that of the model before training. Its tokenizer, chat templates,
+        generation_config.json (which has the end tokens) and processor configs are copied. If its config.json has the
+        same architecture, its entries that do not describe the model are taken over; else only the ids of special
+        tokens. It may also be a GGUF file, whose tokenizer, chat templates and stop tokens are written as such files.
+      shard_bytes: a model larger than this is split into several files with model.safetensors.index.json.
 
     Raises:
-      FileExistsError: the folder has something in it.
-      FileNotFoundError: `tokenizer_from` is no folder or has no tokenizer.
-      ValueError: no Hugging Face architecture has this model's combination of features; weights of several dtypes.
+      FileExistsError: the folder is not empty.
+      FileNotFoundError: `tokenizer_from` is not a folder or has no tokenizer.
+      ValueError: no Hugging Face architecture has this model's combination of features; weights have several dtypes.
 
     Example:
       >>> save(model, "trained", tokenizer_from=loaded.folder)  # doctest: +SKIP
@@ -65,11 +66,11 @@ def write_folder(
     shard_bytes: int = 5 * 10**9,
     more: Mapping[str, dict[str, Any]] = {},
 ) -> Path:
-    """Writes a checkpoint of any kind, whole or not at all; see `save`.
+    """Writes a checkpoint of any kind, completely or not at all; see `save`.
 
     Args:
-      config: config.json, but for the dtype.
-      more: other JSON files, by name; they win over those of `tokenizer_from`.
+      config: the content of config.json, without the dtype.
+      more: other JSON files, by name; they take precedence over those of `tokenizer_from`.
     """
     folder = Path(folder).expanduser().absolute()
     config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": _one_dtype(weights)}
@@ -86,7 +87,7 @@ def write_folder(
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` on leaving, or vanishes if something is raised."""
+    """Yields a temporary folder. On exit it is renamed to `folder`; after an exception it is deleted."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; save into a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -104,13 +105,13 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 def _to_disk(file: Path) -> None:
-    """So that after a power cut, too, a folder with its final name is whole."""
+    """Flushes a file to disk, so that a folder with its final name is complete even after a power cut."""
     with open(file, "rb+") as opened:
         os.fsync(opened.fileno())
 
 
 def _one_dtype(weights: list[Weight]) -> str:
-    """Raises ValueError if weights are of several dtypes."""
+    """The dtype of all weights. Raises ValueError if they have several dtypes."""
     dtypes = sorted({weight.array.dtype.name for weight in weights})
     if len(dtypes) > 1:
         raise ValueError(f"the weights are of several dtypes ({', '.join(dtypes)}); a checkpoint has one")
@@ -118,12 +119,12 @@ def _one_dtype(weights: list[Weight]) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Indented, as the other files of such folders."""
+    """Writes JSON with indentation, like the other files of such folders."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> None:
-    """model.safetensors, or several files with an index. config.json has to be there before."""
+    """Writes model.safetensors, or several files with an index. config.json has to exist already."""
     shards = _shards(weights, shard_bytes)
     names = ["model.safetensors"]
     if len(shards) > 1:
@@ -131,7 +132,7 @@ def _write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> Non
     for name, shard in zip(names, shards, strict=True):
         tensors = {tensor: _on_host(weight, layer) for tensor, (weight, layer) in shard.items()}
         save_file(tensors, folder / name, metadata={"format": "pt"})
-        # safetensors lets nobody else read what it writes; our other files are as the umask has them.
+        # safetensors makes its files readable by the owner only. Our other files follow the umask, so copy their mode.
         (folder / name).chmod((folder / "config.json").stat().st_mode)
     if len(shards) > 1:
         size = sum(weight.array.nbytes for weight in weights)
@@ -140,7 +141,7 @@ def _write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> Non
 
 
 def _shards(weights: list[Weight], shard_bytes: int) -> list[dict[str, tuple[Weight, int]]]:
-    """Tensor name to weight and layer, for each file."""
+    """For each file, a dict from tensor name to weight and layer."""
     shards: list[dict[str, tuple[Weight, int]]] = [{}]
     filled = 0
     for weight in weights:

@@ -1,4 +1,4 @@
-"""Vision towers and LLaVA models from Hugging Face folders."""
+"""Loads vision towers and LLaVA models from Hugging Face folders, and saves LLaVA models."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from jaxcompress.models.vit import VisionTower
 def load_tower(
     source: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
 ) -> Loaded[VisionTower, TowerConfig, Tokenizer]:
-    """Reads a ViT, DeiT, CLIP or SigLIP vision tower; of a checkpoint with words too (CLIP, SigLIP) only the tower.
+    """Reads a ViT, DeiT, CLIP or SigLIP vision tower. Of CLIP and SigLIP checkpoints, only the tower is read.
 
-    Args and errors as of `load`.
+    Arguments and errors are those of `load`.
     """
     folder = find(source)
     settings = read_object(folder / "config.json")
     with config_of(folder / "config.json"):
         config, kind = tower_config(settings), tower_type(settings)
     inside = "vision_model." if kind in WITH_TEXT.values() else f"{kind}."
-    # A tower that was saved alone may go without the prefix.
+    # The tensor names of a tower that was saved alone may lack the prefix.
     bare = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|layernorm|head)\.")
     renamed = lambda name: inside + name if bare.match(name) else name
     names = _clip_names if inside == "vision_model." else _vit_names(kind, config)
@@ -66,7 +66,7 @@ def load_tower(
 
 
 _TEXT_PARTS = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_scale$|logit_bias$")
-"""What a checkpoint with words has beside the tower."""
+"""The tensors beside the tower in a CLIP or SigLIP checkpoint: text encoder, projections, logit scale and bias."""
 
 
 def _sizes_of_tower(config: TowerConfig) -> dict[str, int]:
@@ -85,7 +85,7 @@ def load_llava(
 ) -> Loaded[Llava, LlavaConfig, Tokenizer]:
     """Reads a LLaVA-1.5 or LLaVA-NeXT checkpoint in transformers' layout (`llava-hf/...`).
 
-    Args and errors as of `load`.
+    Arguments and errors are those of `load`.
     """
     folder = find(source)
     settings = read_object(folder / "config.json")
@@ -115,14 +115,16 @@ def save_llava(
 ) -> Path:
     """Writes a LLaVA model as a folder that `load_llava` and transformers open; returns the folder.
 
-    The folder appears whole or not at all, as with `save`.
+    The folder appears complete or not at all, as with `save`.
 
     Args:
-      processor: preprocessor_config.json, what `image_processor` reads; that of `tokenizer_from` if None.
+      processor: the content of preprocessor_config.json, which `image_processor` reads. If None, the one of
+        `tokenizer_from` is copied.
       tokenizer_from: as for `save`.
 
     Raises:
-      FileExistsError, FileNotFoundError, ValueError: as `save`; a tower that is not CLIP's or SigLIP's; no processor.
+      FileExistsError, FileNotFoundError, ValueError: as `save`; also if the tower is not that of CLIP or SigLIP, or if
+        there is no processor.
     """
     weights, _ = llava_weights(model)
     more = _processor_files(processor, tokenizer_from)
@@ -131,7 +133,7 @@ def save_llava(
 
 
 def _processor_files(processor: Mapping[str, Any] | None, source: str | Path | None) -> dict[str, dict[str, Any]]:
-    """What is written beside what is copied."""
+    """The processor files to write in addition to the copied files."""
     folder = None if source is None else Path(source).expanduser()
     if processor is None:
         if folder is None or not any((folder / name).is_file() for name in PROCESSOR_FILES):
@@ -141,13 +143,13 @@ def _processor_files(processor: Mapping[str, Any] | None, source: str | Path | N
         return {}
     alone, among_others = PROCESSOR_FILES
     others = {} if folder is None else read_object_if_there(folder / among_others)
-    # transformers 5 may have it there, and reads it there first.
+    # transformers 5 may store the image processor in this file, and reads it there first.
     inside = {among_others: others | {"image_processor": dict(processor)}} if "image_processor" in others else {}
     return {alone: dict(processor), **inside}
 
 
 def llava_weights(model: Llava) -> tuple[list[Weight], Any]:
-    """The arrays of a LLaVA model, real or abstract, as `weights_of` has those of a decoder."""
+    """The arrays of a LLaVA model (real or abstract), in the form that `weights_of` returns for a decoder."""
     config = model.config
 
     def named(name: str, array: Any) -> Weight:
@@ -229,13 +231,15 @@ def _vit_names(kind: str, config: TowerConfig) -> Names:
 
 
 def _unused(name: str) -> bool:
-    """ViT's pooler, which classifiers lack, and a mask for pre-training."""
+    """Whether a tensor is ViT's pooler, which classifiers lack, or the mask token of pre-training."""
     return name.endswith("embeddings.mask_token") or ".pooler." in name
 
 
 def _older_name(name: str) -> str:
-    """As the hub's folders have it. transformers 5 may put `model.` before the parts, the head beside them, and leave
-    `vision_model.` out."""
+    """The name of a tensor as in the hub's folders.
+
+    transformers 5 may prefix the parts with `model.`, put the head beside them, and omit `vision_model.`.
+    """
     name = re.sub(r"^model\.(vision_tower|multi_modal_projector|image_newline)", r"\1", name)
     name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
     name = re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)

@@ -1,4 +1,4 @@
-"""What config.json says of a vision tower or a LLaVA model, and what it would say of one of ours."""
+"""Converts config.json to the config of a vision tower or LLaVA model, and a LLaVA config back to config.json."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 def hugging_face_llava_config(config: LlavaConfig) -> dict[str, Any]:
     """The config.json of this model: the inverse of `llava_config`.
 
-    Raises ValueError where no Hugging Face architecture has this tower or decoder.
+    Raises:
+      ValueError: no Hugging Face architecture has this tower or decoder.
     """
     tower, following = config.tower, bool(config.pinpoints)
     clip = (tower.pre_norm, tower.patch_bias, tower.special, tower.pooling) == (True, False, 1, "class")
@@ -103,8 +104,9 @@ def tower_type(raw: Mapping[str, Any]) -> str:
 def tower_config(raw: Mapping[str, Any]) -> TowerConfig:
     """The tower that a Hugging Face config.json describes.
 
-    Raises ValueError for another model type or activation, where the biases of attention were left out, and for
-    entries of another type or out of range.
+    Raises:
+      ValueError: the model type or activation is unknown; attention has no biases; an entry is of another type or out
+        of range.
     """
     kind = tower_type(raw)
     if kind not in _TOWERS:
@@ -140,8 +142,9 @@ def tower_config(raw: Mapping[str, Any]) -> TowerConfig:
 def llava_config(raw: Mapping[str, Any]) -> LlavaConfig:
     """The LLaVA model that a Hugging Face config.json describes.
 
-    Raises ValueError for what neither the tower, the projector nor the decoder has, and for entries of another type
-    or out of range.
+    Raises:
+      ValueError: the tower, the projector or the decoder does not support a feature; an entry is of another type or out
+        of range.
     """
     kind = raw.get("model_type")
     if kind not in ("llava", "llava_next"):
@@ -180,7 +183,7 @@ def llava_config(raw: Mapping[str, Any]) -> LlavaConfig:
 
 
 def _text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The decoder's own config. It is tied if either of the two configs says so, as to transformers."""
+    """The config of the decoder. It is tied if either of the two configs says so, as in transformers."""
     given = said(object_in(raw, "text_config"), "num_key_value_heads", "sliding_window")
     kind = text({"model_type": "llama", **given}, "model_type")
     tied = flag(raw, "tie_word_embeddings") or flag(given, "tie_word_embeddings")

@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face checkpoint are which array of a module with stacked layers."""
+"""Maps the tensors of a Hugging Face checkpoint to the arrays of a module with stacked layers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jaxcompress.models.decoder import Decoder
 
 
 class Names(NamedTuple):
-    """What a family of checkpoints calls things.
+    """The tensor names of a family of checkpoints.
 
     Attributes:
-      single: from arrays that are no linear layer's or norm's, by their dotted path in the module, to tensors.
-      modules: from linear layers and norms, by their path ("layers.mlp.up"), to the checkpoint's.
-      layer: what comes before those within a layer, with a place for its number.
-      leading: of arrays in `single`, how many axes of length 1 the tensor has in front.
+      single: tensor names of arrays outside linear layers and norms, by the dotted path of the array in the module.
+      modules: names of linear layers and norms in the checkpoint, by their path in the module ("layers.mlp.up").
+      layer: the prefix of names within a layer, with a placeholder for the layer number.
+      leading: the number of leading axes of length 1 in the tensor, by array in `single`.
     """
 
     single: Mapping[str, str]
@@ -50,12 +50,12 @@ class Weight(NamedTuple):
     """One array of a module.
 
     Attributes:
-      name: where it is in the module: "layers.attention.query.kernel".
+      name: the dotted path of the array in the module, e.g. "layers.attention.query.kernel".
       array: the array, or its shape and dtype.
-      tensors: its names in a checkpoint, one per layer if the array is stacked, else one.
+      tensors: its tensor names in a checkpoint: one per layer if the array is stacked, else one.
       stacked: whether the first axis is the layer.
-      transposed: whether a tensor is [out, in] where the array is [in, out].
-      leading: how many axes of length 1 a tensor has in front of the array's.
+      transposed: whether the tensor is [out, in] and the array is [in, out].
+      leading: the number of axes of length 1 that a tensor has before the axes of the array.
     """
 
     name: str
@@ -67,18 +67,18 @@ class Weight(NamedTuple):
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of one tensor in the checkpoint."""
+        """The shape of one tensor in the checkpoint."""
         shape = self.array.shape[1:] if self.stacked else self.array.shape
         return (1,) * self.leading + (shape[::-1] if self.transposed else shape)
 
 
 def weights_of(model: Decoder) -> tuple[list[Weight], Any]:
-    """The arrays of a decoder (real or abstract) with their names in a checkpoint, and the tree to put them back."""
+    """The arrays of a decoder (real or abstract) with their tensor names, and the tree that restores the module."""
     return named_weights(model, DECODER)
 
 
 def named_weights(model: Any, names: Names) -> tuple[list[Weight], Any]:
-    """The same for any module with `config.num_layers` layers and the names of its arrays."""
+    """Like `weights_of`, for any module with `config.num_layers` layers, given its tensor names."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(model)
     return [weight_named(dotted(path), leaf, model.config.num_layers, names) for path, leaf in leaves], tree
 
@@ -88,7 +88,7 @@ def dotted(path: tuple[Any, ...]) -> str:
 
 
 def weight_named(name: str, array: jax.Array | jax.ShapeDtypeStruct, layers: int, names: Names) -> Weight:
-    """One array of a module with so many layers, by where it is in the module."""
+    """The `Weight` of an array, from its path in a module with `layers` layers."""
     if name in names.single:
         tensors = (names.single[name],)
         return Weight(

@@ -1,1 +1,1 @@
-"""Input from outside: numbers, token ids, text and tokenizer files are read and checked here, and only here."""
+"""External input: this package alone reads and checks numbers, token ids, text and tokenizer files."""

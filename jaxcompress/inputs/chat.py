@@ -1,4 +1,7 @@
-"""Conversations as text, by a model's own template: Jinja in a sandbox, with what `transformers` gives to templates."""
+"""Renders conversations as text with a model's own chat template.
+
+Templates are Jinja and run in a sandbox, with the filters and functions that `transformers` provides.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,16 @@ from typing import Any
 def render(
     template: str, messages: Sequence[Mapping[str, Any]], named: Mapping[str, str], add_generation_prompt: bool
 ) -> str:
-    """The text of a conversation.
+    """Renders a conversation as text.
 
     Args:
-      template: Jinja.
+      template: the chat template, in Jinja.
       messages: e.g. `[{"role": "user", "content": "Hello"}]`; entries that are None are left out.
-      named: special tokens by name, which templates write: "bos_token", ...
-      add_generation_prompt: end with what opens the model's turn.
+      named: special tokens by name ("bos_token", ...); templates refer to them by these names.
+      add_generation_prompt: whether to end with the text that opens the model's turn.
 
     Raises:
-      ValueError: no messages, or the template is wrong or refuses them.
+      ValueError: there are no messages, the template is invalid, or the template refuses the messages.
     """
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         example = {"role": "user", "content": "Hello"}
@@ -31,7 +34,7 @@ def render(
         return _compiled(template).render(
             **named, messages=said, tools=None, documents=None, add_generation_prompt=add_generation_prompt
         )
-    except Exception as error:  # a template is a program, and raises what it likes
+    except Exception as error:  # a template is a program and may raise any exception
         raise ValueError(f"the chat template refuses this conversation: {error or type(error).__name__}") from error
 
 
@@ -42,7 +45,7 @@ def _compiled(template: str) -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`: marks what a model wrote, for training; here just its text."""
+        """`{% generation %}` marks model output for training. Here it renders the enclosed text unchanged."""
 
         tags = {"generation"}
 
@@ -54,7 +57,7 @@ def _compiled(template: str) -> Any:
         raise jinja2.TemplateError(message)
 
     def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
-        """Jinja's own escapes HTML."""
+        """Replaces Jinja's own filter, which escapes HTML."""
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

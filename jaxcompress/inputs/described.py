@@ -1,4 +1,4 @@
-"""Values in messages."""
+"""Formats values for error messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def described(given: Any) -> str:
-    """Something in a message, with its kind where that is not plain."""
+    """A value as text for a message. Lists, tuples and other objects are shown with their type."""
     if isinstance(given, str | int | float | bool | None):
         return repr(given)
     return f"{type(given).__name__} {given!r:.40}" if isinstance(given, list | tuple) else type(given).__name__

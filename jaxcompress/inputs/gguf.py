@@ -1,10 +1,11 @@
-"""The header of a GGUF file: its metadata, and where its tensors are.
+"""Reads the header of a GGUF file: its metadata and the positions of its tensors.
 
 GGUF is llama.cpp's format: one file with a model's shape, tokenizer and weights. The layout is specified in
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Versions 2 and 3 are read, little-endian.
 
-A file may hold anything. Every length is checked against the file before something is read or made, so damage costs
-an error and no memory. (`gguf.GGUFReader` checks none of them, and takes seconds for a vocabulary.)
+A file may hold anything. Every length is checked against the file size before anything is read or allocated, so a
+damaged file causes an error and allocates no memory. (`gguf.GGUFReader` checks no lengths, and takes seconds to read
+a vocabulary.)
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
 
-# NumPy's names and `struct`'s, by the number of a type.
+# From GGUF's type numbers to NumPy's names, and from those to `struct` formats.
 _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
@@ -33,17 +34,17 @@ _FORMATS = {
 _STRING, _ARRAY = 8, 9
 
 MOST_STRING, MOST_STRINGS, MOST_ENTRIES, MOST_TENSORS, MOST_AXES = 2**24, 2**24, 2**16, 2**20, 4
-"""Far more than any model has: bytes of a string, strings of a list, entries, tensors, axes of a tensor."""
+"""Upper limits: bytes of a string, strings of a list, entries, tensors, axes of a tensor. No model comes near them."""
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor is in its file.
+    """The position of a tensor in its file.
 
     Attributes:
-      name: GGUF's: "blk.0.attn_q.weight".
-      shape: [out, in], as in safetensors; GGUF writes it the other way round.
-      kind: number of its type, a `gguf.GGMLQuantizationType`.
-      start: its first byte, counted from the beginning of the file.
+      name: the name in GGUF, e.g. "blk.0.attn_q.weight".
+      shape: [out, in], as in safetensors; GGUF writes it in the reverse order.
+      kind: the number of the tensor's type, a `gguf.GGMLQuantizationType`.
+      start: the offset of the first byte from the beginning of the file.
     """
 
     name: str
@@ -53,12 +54,12 @@ class TensorPlace(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a GGUF file says before its weights.
+    """The part of a GGUF file before its weights.
 
     Attributes:
-      path: of the file.
-      metadata: by key; numbers, strings, NumPy arrays, lists of strings.
-      tensors: in the order of the file.
+      path: the path of the file.
+      metadata: numbers, strings, NumPy arrays and lists of strings, by key.
+      tensors: the positions of the tensors, in the order of the file.
     """
 
     path: Path
@@ -67,7 +68,7 @@ class Header(NamedTuple):
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is to be read as GGUF: any file, since every other checkpoint is a folder."""
+    """Whether to read a path as GGUF. This holds for any file, since every other checkpoint is a folder."""
     return path.is_file()
 
 
@@ -76,7 +77,7 @@ def read_header(path: Path) -> Header:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no GGUF file, cut off or damaged, or of a version that is not known; names the file.
+      ValueError: the file is not GGUF, is cut off or damaged, or has an unknown version; the message names the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -87,14 +88,14 @@ def read_header(path: Path) -> Header:
 
 
 def entry(metadata: Mapping[str, Any], key: str, kind: type | tuple[type, ...], what: str) -> Any:
-    """A value of the metadata, None if it is not there.
+    """A value of the metadata, or None if the key is absent.
 
     Args:
-      kind: the Python type that it must have.
+      kind: the Python type that the value must have.
       what: that type in words, for the message.
 
     Raises:
-      ValueError: it is of another type.
+      ValueError: the value has another type.
     """
     value = metadata.get(key)
     if value is None:
@@ -105,7 +106,7 @@ def entry(metadata: Mapping[str, Any], key: str, kind: type | tuple[type, ...], 
 
 
 class _Cursor:
-    """Reads one thing after another from a memory map, and never beyond the end."""
+    """Reads values one after another from a memory map, and never beyond the end."""
 
     def __init__(self, path: Path):
         with path.open("rb") as file:
@@ -114,7 +115,7 @@ class _Cursor:
         self.at = 0
 
     def skip(self, size: int, what: str) -> int:
-        """Where the next `size` bytes begin; they are behind the cursor afterwards."""
+        """The offset of the next `size` bytes. Moves the cursor past them."""
         start = self.at
         if size > len(self.data) - start:
             raise ValueError(f"the file ends within {what} (byte {len(self.data):,}): it is cut off or damaged")
@@ -141,7 +142,7 @@ class _Cursor:
             raise ValueError(f"{what} is not UTF-8: {error.reason} at its byte {error.start}") from None
 
     def strings(self, count: int, what: str) -> list[str]:
-        """The same many times over, in one loop: vocabularies have 100,000s."""
+        """Reads `count` strings in one loop, for speed: vocabularies have hundreds of thousands."""
         data = self.bytes
         found, at, end, unpack = [], self.at, len(data), struct.Struct("<Q").unpack_from
         for _ in range(count):
@@ -190,7 +191,7 @@ def _read(path: Path) -> Header:
 def _value(cursor: _Cursor, kind: int, what: str, depth: int = 0) -> Any:
     if kind in _SCALARS:
         value = cursor.number(_SCALARS[kind], what)
-        # The shortest decimal that is this float: 1e-05, not 9.999999747378752e-06.
+        # The shortest decimal that equals this float32: 1e-05, not 9.999999747378752e-06.
         return float(str(np.float32(value))) if _SCALARS[kind] == "<f4" else value
     if kind == _STRING:
         return cursor.string(what)
@@ -217,10 +218,10 @@ def _place(cursor: _Cursor, number: int) -> TensorPlace:
 
 
 def check_places(header: Header, size_of: Callable[[TensorPlace], int]) -> None:
-    """That every tensor is within the file, and no two share a byte.
+    """Checks that every tensor is within the file, and that no two tensors share a byte.
 
     Args:
-      size_of: from a place to its bytes.
+      size_of: maps a tensor's place to its size in bytes.
 
     Raises:
       ValueError: the file is cut off or damaged.

@@ -1,4 +1,4 @@
-"""How a text is split before byte-level BPE, by the names that GGUF files have for it (`tokenizer.ggml.pre`).
+"""The rules that split a text before byte-level BPE, by their name in GGUF files (`tokenizer.ggml.pre`).
 
 The patterns are those of the models' own tokenizer.json. Names are grouped as llama.cpp groups them
 (`llama_vocab::impl::load`).
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 
 class Split(NamedTuple):
-    """What is done to a text before tokens are joined.
+    """The steps that are applied to a text before BPE joins tokens.
 
     Attributes:
-      patterns: regular expressions; each splits further what the one before left.
-      nfc: put characters together first (Unicode's normal form C).
-      whole_words: take a piece that is a token as it is, without joining it from its parts.
-      begins: a text begins with the `bos` token where a file does not say.
+      patterns: regular expressions; each one splits the pieces of the one before.
+      nfc: whether to compose characters first (Unicode's normal form C).
+      whole_words: whether a piece that is a token is taken as it is, without being joined from its parts.
+      begins: whether a text begins with the `bos` token if the file does not say.
     """
 
     patterns: tuple[str, ...]
@@ -65,15 +65,17 @@ _GROUPS: dict[Split, tuple[str, ...]] = {
     Split(_DEEPSEEK3): ("deepseek-v3", "hunyuan-dense", "joyai-llm"),
 }  # fmt: skip
 SPLITS = {name: split for split, names in _GROUPS.items() for name in names}
-"""From `tokenizer.ggml.pre`."""
+"""The split for each value of `tokenizer.ggml.pre`."""
 
 
 def split_named(name: str, architecture: str) -> Split:
-    """The split of a name. Files of before 2024 have none ("" or "default"): the architecture's is taken, with a
+    """The split with a given name.
+
+    Files from before 2024 have no name ("" or "default"). For them, the architecture's usual split is used, with a
     warning.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: the name is unknown.
     """
     if name in ("", "default"):
         usual = "qwen2" if architecture.startswith("qwen") else "gpt-2"

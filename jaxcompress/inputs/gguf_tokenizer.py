@@ -1,9 +1,9 @@
 """The tokenizer that the metadata of a GGUF file describes.
 
-Two kinds are read, by `tokenizer.ggml.model`. "gpt2" is BPE on bytes, with merges; `tokenizer.ggml.pre` names how a
-text is split before (`jaxcompress.inputs.gguf_splits`). "llama" is SentencePiece's BPE, with scores. The ids are those
-of the tokenizer.json of the models that people convert. `transformers` 5 differs: it does not split SmolLM's digits,
-nor normalise Qwen's text.
+`tokenizer.ggml.model` names the kind; two kinds are read. "gpt2" is BPE on bytes, with merges; `tokenizer.ggml.pre`
+names the rule that splits a text first (`jaxcompress.inputs.gguf_splits`). "llama" is SentencePiece's BPE, with scores.
+The ids equal those of the tokenizer.json of the original models. `transformers` 5 reads GGUF differently: it neither
+splits SmolLM's digits nor normalises Qwen's text.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _NAMED = {
     "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id", "sep_token": "seperator_token_id", "mask_token": "mask_token_id",
 }  # fmt: skip
-# What a SentencePiece vocabulary means where the file says nothing.
+# The ids of special tokens in a SentencePiece vocabulary if the file does not give them.
 _USUAL = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
-# Marks that end a turn. Converters write one id only, llama.cpp goes by these names, and generation_config.json of the
-# models that have them has their ids.
+# Special tokens that end a turn. Converters write only one id, so llama.cpp finds the others by these names. Models
+# that have these tokens list their ids in generation_config.json.
 _ENDS = (
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
     "<|end_of_turn|>", "<EOT>", "<｜end▁of▁sentence｜>",
 )  # fmt: skip
 _SPACE = "▁"
 MOST_CHARACTERS = 1024
-"""Of a SentencePiece token whose merges are looked for; the longest known have some hundred."""
+"""The largest length of a SentencePiece token whose merges are searched. The longest known have some hundred."""
 
 
 class _Vocabulary(NamedTuple):
-    """Tokens by their id, and what kind each is of."""
+    """The tokens and their kinds, by id."""
 
     tokens: list[str]
     kinds: np.ndarray
@@ -50,18 +50,19 @@ class _Vocabulary(NamedTuple):
         return [self.tokens[index] for index in np.flatnonzero(np.isin(self.kinds, kinds))]
 
     def ids(self) -> dict[str, int]:
-        """Of tokens that are there twice, the first counts. Rows of the embedding that no token has are left out."""
+        """From tokens to ids. Of equal tokens, the first counts. Embedding rows without a token are left out."""
         padding = {f"[PAD{index}]": index for index in np.flatnonzero(self.kinds == _UNUSED).tolist()}
         ids = {token: index for index, token in reversed([*enumerate(self.tokens)])}
         return {token: index for token, index in sorted(ids.items(), key=lambda one: one[1]) if token not in padding}
 
 
 def read_gguf_tokenizer(path: Path) -> TokenizerFiles:
-    """What a GGUF file says about text.
+    """Reads the tokenizer of a GGUF file.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no GGUF file or damaged, or has no tokenizer, or one of an unknown kind; names the file.
+      ValueError: the file is not GGUF or is damaged, or its tokenizer is missing or of an unknown kind; the message
+        names the file.
     """
     metadata = read_header(path).metadata
     try:
@@ -104,7 +105,7 @@ def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
 
 
 def _ids(metadata: Mapping[str, Any], vocabulary: _Vocabulary, usual: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """The ids of special tokens, by what they are for."""
+    """The ids of special tokens, by their role ("bos_token", ...)."""
     for name, key in _NAMED.items():
         index = _id(metadata, key, vocabulary)
         if index is None and usual.get(name, len(vocabulary.tokens)) < len(vocabulary.tokens):
@@ -115,7 +116,7 @@ def _ids(metadata: Mapping[str, Any], vocabulary: _Vocabulary, usual: Mapping[st
 
 def _id(metadata: Mapping[str, Any], key: str, vocabulary: _Vocabulary) -> int | None:
     index = entry(metadata, _KEY + key, int, "the id of a token")
-    if index is not None and index in (-1, 2**32 - 1):  # none, as some converters write it
+    if index is not None and index in (-1, 2**32 - 1):  # some converters write this for "no token"
         return None
     if index is not None and not 0 <= index < len(vocabulary.tokens):
         raise ValueError(f"{_KEY}{key} is {index:,}, but there are {len(vocabulary.tokens):,} tokens")
@@ -125,7 +126,7 @@ def _id(metadata: Mapping[str, Any], key: str, vocabulary: _Vocabulary) -> int |
 def _said(
     metadata: Mapping[str, Any], vocabulary: _Vocabulary, ids: Mapping[str, int]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Ids as generation_config.json has them: what a text begins with, ends with, is filled up with."""
+    """The ids of the begin, end and padding tokens, by their keys in generation_config.json."""
     of = lambda name: (ids[name],) if name in ids else ()
     turns = (_id(metadata, key, vocabulary) for key in ("eot_token_id", "eom_token_id"))
     marks = set(vocabulary.of_kind(_CONTROL, _USER_DEFINED))
@@ -150,7 +151,7 @@ def _made(make: Any, metadata: Mapping[str, Any], vocabulary: _Vocabulary, ids: 
         return fast
     except ValueError:
         raise
-    except BaseException as error:  # Exception itself, or what Rust's panics become, which is none
+    except BaseException as error:  # an Exception, or a Rust panic, which is not an Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ValueError(f"its tokens and merges are no tokenizer: {error}") from error
         raise
@@ -159,7 +160,7 @@ def _made(make: Any, metadata: Mapping[str, Any], vocabulary: _Vocabulary, ids: 
 def _byte_level(
     metadata: Mapping[str, Any], vocabulary: _Vocabulary, ids: Mapping[str, int]
 ) -> tuple[FastTokenizer, bool]:
-    """The tokenizer, and whether a text begins with `bos_token` where the file does not say."""
+    """The tokenizer, and whether a text begins with `bos_token` if the file does not say."""
     split = split_named(_text(metadata, "pre"), entry(metadata, "general.architecture", str, "a string") or "")
     merges = [_pair(merge) for merge in _strings(metadata, "merges") or ()]
     fast = FastTokenizer(models.BPE(vocabulary.ids(), merges, ignore_merges=split.whole_words))
@@ -190,7 +191,7 @@ def _sentencepiece(
     fast = FastTokenizer(models.BPE(known, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=by_bytes))
     given = entry(metadata, _KEY + "add_space_prefix", bool, "true or false")
     opens = given is None or given
-    # A space is put before whatever follows a mark, too, as llama.cpp does it, and tokenizer.json of Llama 2.
+    # A space is also put before text that follows a special token, as in llama.cpp and in Llama 2's tokenizer.json.
     replaced = normalizers.Replace(" ", _SPACE)
     fast.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replaced]) if opens else replaced
     undo = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -206,9 +207,10 @@ def _scores(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> np.ndarray:
 
 
 def _merges(vocabulary: _Vocabulary, known: Mapping[str, int], scores: np.ndarray) -> list[tuple[str, str]]:
-    """Pairs of tokens that make another one, the one of the highest score first.
+    """Pairs of tokens that form another token, ordered by descending score of that token.
 
-    SentencePiece has no merges: it joins the two neighbours whose token has the highest score. Marks are never joined.
+    SentencePiece has no merges. It joins the two neighbours whose joint token has the highest score. Special tokens are
+    never joined.
     """
     joined = np.isin(vocabulary.kinds, (_NORMAL, _USER_DEFINED, _UNUSED))
     places = [index for index in np.flatnonzero(joined).tolist() if known.get(vocabulary.tokens[index]) == index]
@@ -221,12 +223,13 @@ def _merges(vocabulary: _Vocabulary, known: Mapping[str, int], scores: np.ndarra
         for cut in range(1, len(token)):
             if (left := token[:cut]) in usable and (right := token[cut:]) in usable:
                 found.append((score, -cut, left, right))
-    found.sort(key=lambda one: one[:2])  # of one token's, the pair whose first part is longer: it stands further left
+    # Of a token's pairs, the one with the longer first part comes first, since it stands further left.
+    found.sort(key=lambda one: one[:2])
     return [one[2:] for one in found]
 
 
 def _add_tokens(fast: FastTokenizer, vocabulary: _Vocabulary, special: set[int]) -> None:
-    """Marks, which are found whole in any text."""
+    """Adds special and user-defined tokens, which are matched as a whole in any text."""
     marks = vocabulary.kinds == _CONTROL
     whole = vocabulary.kinds == _USER_DEFINED
     fast.add_tokens(
@@ -245,7 +248,7 @@ def _surround(
     ids: Mapping[str, int],
     begins: bool,
 ) -> None:
-    """The tokens before and after every text."""
+    """Sets the tokens that are put before and after every text."""
     said = lambda key, usual: usual if (found := entry(metadata, _KEY + key, bool, "true or false")) is None else found
     before = [ids["bos_token"]] if said("add_bos_token", begins) and "bos_token" in ids else []
     after = [ids["eos_token"]] if said("add_eos_token", False) and "eos_token" in ids else []

@@ -1,4 +1,4 @@
-"""JSON objects from files that others wrote: any bytes give an object or an error that names the file."""
+"""Reads JSON objects from untrusted files. Any bytes give an object or an error that names the file."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from jaxcompress.inputs.text import decode, parse_json
 
 MOST_BYTES = 2**26
-"""No config or index comes near it, and Python's objects take many times the room of their text."""
+"""The size limit. No config or index comes near it, and parsed objects take many times the memory of their text."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Of an entry that is there twice, the last counts.
+    """The JSON object in a file. If a key occurs twice, the last value counts.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no JSON, nested too deeply, no object, or larger than `MOST_BYTES`.
+      ValueError: the content is not JSON, is nested too deeply or is not an object; the file exceeds `MOST_BYTES`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
@@ -31,5 +31,5 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_object_if_there(path: Path) -> dict[str, Any]:
-    """The same; an empty object where there is no file."""
+    """Like `read_object`, but returns an empty object if there is no file."""
     return read_object(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Numbers that callers give: Python's own, numpy's, or arrays without dimensions. What comes out is Python's own."""
+"""Checks numbers that callers pass: Python or NumPy scalars, or arrays without dimensions. Returns Python numbers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 from jaxcompress.inputs.described import described
 
 Number = int | float | np.generic | np.ndarray | jax.Array
-"""What may be given where a number is wanted; an array only if it has no dimensions."""
+"""The accepted types of a number. An array is accepted only if it has no dimensions."""
 
 
 def number(value: Any, what: str) -> float:
-    """A finite number.
+    """Converts a value to a finite float.
 
     Raises:
-      ValueError: it is none: a bool, a string, NaN, an array with dimensions.
+      ValueError: the value is not a finite number: a bool, a string, NaN, an array with dimensions.
     """
     try:
         given = math.nan if _truth(value) or isinstance(value, str | bytes) or np.ndim(value) else float(value)
@@ -31,10 +31,10 @@ def number(value: Any, what: str) -> float:
 
 
 def share(value: Any, what: str = "a rate", *, of: str = "tokens") -> float:
-    """A number in (0, 1].
+    """Converts a value to a float in (0, 1].
 
     Raises:
-      ValueError: it is none.
+      ValueError: the value is not such a number.
     """
     try:
         given = number(value, what)
@@ -46,10 +46,10 @@ def share(value: Any, what: str = "a rate", *, of: str = "tokens") -> float:
 
 
 def whole(value: Any, what: str, *, least: int = 0) -> int:
-    """A whole number that is not below `least`; 3.0 is none.
+    """Converts a value to a whole number of at least `least`. The float 3.0 is refused.
 
     Raises:
-      ValueError: it is none.
+      ValueError: the value is not such a number.
     """
     try:
         given = None if _truth(value) or np.ndim(value) else operator.index(value)

@@ -1,13 +1,13 @@
-"""Text from outside: bytes and strings of unknown origin become clean text here, and nowhere else.
+"""External text: only this module turns bytes and strings of unknown origin into clean text.
 
-Clean text is what every tokenizer takes and every file can hold: a string without surrogates. The rules:
+Clean text is a string without surrogates. Every tokenizer accepts it and every file can hold it. The rules:
 
-- Bytes are UTF-8. A byte order mark at the beginning is left out. Anything else is refused, with the place.
-- JSON can spell half of a character (`"\\ud83d"`, a cut emoji), and so can a Python string. Two halves that belong
-  together become the character, any other one U+FFFD: one cut emoji does not stop a corpus.
+- Bytes are UTF-8. A byte order mark at the beginning is left out. Other bytes are refused; the error names the place.
+- JSON and Python strings can contain a surrogate (`"\\ud83d"`, half of an emoji). A surrogate pair becomes its
+  character, and a lone surrogate becomes U+FFFD, so that one cut emoji does not stop a corpus.
 - Line ends, NUL and other control characters are text, and stay as they are.
 
-Arguments of the command line are stricter, see `jaxcompress.cli.arguments`: a person is there to mend them.
+The rules for command-line arguments are stricter (`jaxcompress.cli.arguments`), since the user can correct them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 DEPTH = 200
-"""So deep may lists and objects of JSON and TOML be nested."""
+"""The largest nesting depth of lists and objects in JSON and TOML."""
 
 _HALF = re.compile("[\ud800-\udfff]")
 _SPELLED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
@@ -32,38 +32,38 @@ _OTHER_BOMS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
-_LOOKED_AT = 64  # bytes, to see UTF-16 without a byte order mark
+_LOOKED_AT = 64  # the number of bytes that are inspected to detect UTF-16 without a byte order mark
 
 
 def clean(text: str) -> str:
-    """A text without surrogates: pairs of them become characters, others U+FFFD."""
+    """A text without surrogates: surrogate pairs become characters, lone surrogates become U+FFFD."""
     if text.isascii() or not _HALF.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def masked(text: str) -> str:
-    """A text of the same length, every surrogate U+FFFD: for where places in the text count."""
+    """A text with every surrogate replaced by U+FFFD. The length is unchanged, so offsets stay valid."""
     return text if text.isascii() else _HALF.sub("\ufffd", text)
 
 
 def decode(data: bytes, what: str) -> str:
-    """The text of UTF-8 bytes.
+    """Decodes UTF-8 bytes to clean text.
 
     Args:
-      what: they are, for messages.
+      what: the source of the bytes, for messages.
 
     Raises:
-      ValueError: not UTF-8; says what it is instead, or names the byte.
+      ValueError: the bytes are not UTF-8; the message names the actual encoding or the offending byte.
     """
     return "".join(decoded([data], what))
 
 
 def decoded(blocks: Iterable[bytes | str], what: str) -> Iterator[str]:
-    """The same of bytes that come in blocks, cut anywhere; blocks of text are cleaned, too.
+    """Like `decode`, for bytes in blocks that may be cut anywhere. Blocks of text are cleaned, too.
 
     Raises:
-      ValueError: as `decode`. What came before has been yielded by then.
+      ValueError: as `decode`. The text before the error has been yielded by then.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, half, begun = 0, "", False
@@ -83,7 +83,7 @@ def decoded(blocks: Iterable[bytes | str], what: str) -> Iterator[str]:
 
 
 def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, offset: int, what: str) -> str:
-    """The characters that a block completes; an empty block is the end. `offset` is where the block begins."""
+    """The characters that a block completes. An empty block marks the end. `offset` is the position of the block."""
     unfinished = len(decoder.getstate()[0])
     try:
         return decoder.decode(block, final=not block)
@@ -105,10 +105,10 @@ def _refuse_other_encodings(block: bytes, what: str) -> None:
 
 
 def read_text(path: Path | str | None) -> str:
-    """The text of a UTF-8 file, or of standard input for None and `-`.
+    """The text of a UTF-8 file, or of standard input if the path is None or `-`.
 
     Raises:
-      ValueError: not UTF-8; standard input is closed.
+      ValueError: the content is not UTF-8, or standard input is closed.
       OSError: the file cannot be read.
     """
     data = standard_input().read() if path is None or str(path) == "-" else Path(path).read_bytes()
@@ -123,33 +123,39 @@ def standard_input() -> BufferedIOBase:
 
 
 def named(path: Path | str | None) -> str:
-    """What a message calls a file."""
+    """The name of a file in messages."""
     return "standard input" if path is None or str(path) == "-" else str(path)
 
 
 def parse_json(text: str, what: str) -> Any:
-    """The value of a JSON text, its strings clean.
+    """Parses a JSON text. The strings of the value are clean.
 
     Raises:
-      ValueError: not JSON; nested more than `DEPTH` deep; two keys of an object that are the same when clean.
+      ValueError: the text is not JSON, is nested deeper than `DEPTH`, or has an object with two keys that are equal
+        once clean.
     """
     value = _parsed(json.loads, text, what, "JSON")
     return clean_value(value, what) if _SPELLED_HALF.search(text) else value
 
 
 def parse_toml(text: str, what: str) -> dict[str, Any]:
-    """The table of a TOML text. Raises ValueError: not TOML; nested more than `DEPTH` deep."""
+    """Parses a TOML text.
+
+    Raises:
+      ValueError: the text is not TOML, or is nested deeper than `DEPTH`.
+    """
     return _parsed(tomllib.loads, text, what, "TOML")
 
 
 def json_lines(path: Path | str) -> Iterator[tuple[int, str, Any]]:
-    """Number, name for messages, and value of each line of a file of JSON lines; lines of white space are left out.
+    """Yields the number, the name for messages and the value of each line of a JSON Lines file.
 
-    One line is in memory at a time.
+    Lines of white space are left out. Only one line is in memory at a time.
 
     Raises:
       OSError: the file cannot be read; raised at the call.
-      ValueError: a line is not UTF-8 or not JSON; names file and line; raised when the line is reached.
+      ValueError: a line is not UTF-8 or not JSON; the message names the file and the line; raised when the line is
+        reached.
     """
     with open(path, "rb"):
         pass
@@ -158,7 +164,7 @@ def json_lines(path: Path | str) -> Iterator[tuple[int, str, Any]]:
 
 def _json_lines(path: Path | str) -> Iterator[tuple[int, str, Any]]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):  # cut at \n only: strings may hold the other separators of lines
+        for number, line in enumerate(file, 1):  # split at \n only: strings may contain other line separators
             where = f"{path}, line {number}"
             text = decode(line, where)
             if text.strip():
@@ -190,7 +196,7 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def clean_value(value: Any, what: str) -> Any:
-    """A JSON value, as `json.loads` gives it, with clean strings and keys.
+    """Cleans the strings and keys of a JSON value from `json.loads`.
 
     Raises:
       ValueError: as `parse_json`.
@@ -213,5 +219,5 @@ def _cleaned(value: Any, what: str) -> Any:
 
 
 def unescaped(text: str) -> str:
-    r"""A flag's text, in which \n, \r, \t and \\ stand for a line feed, a carriage return, a tab and a backslash."""
+    r"""Decodes a flag's text: \n, \r, \t and \\ become a line feed, a carriage return, a tab and a backslash."""
     return re.sub(r"\\([nrt\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[match[1]], text)

@@ -1,15 +1,15 @@
-"""The gate for token ids: whole numbers of the model's vocabulary, in the shape that is wanted.
+"""Validates token ids: whole numbers within the model's vocabulary, in the required shape.
 
-Every public function that takes token ids brings them in through here, before anything is compiled or consumed. Inside
-a model an id outside the vocabulary raises nothing: a gather clamps it, or counts it from the end.
+Every public function that takes token ids checks them here, before anything is compiled or consumed. Inside a model, an
+id outside the vocabulary raises no error: a gather clamps it, or counts it from the end.
 
-No id stands for padding. -1 and -100, which other software uses, are outside every vocabulary and refused. Where rows
-have different lengths, prompts are given as one sequence each, and arrays [B, T] come with a mask `valid` [B, T]: the
-ids where it is False are not looked at. `write` and `generate` fill up rows that have ended with -1: cut that off
-before reading such tokens again.
+No id stands for padding. The ids -1 and -100, which other software uses for padding, are outside every vocabulary and
+are refused. For rows of different lengths, pass prompts as one sequence each, and arrays [B, T] with a mask `valid`
+[B, T]; ids where the mask is False are not checked. `write` and `generate` pad finished rows with -1. Remove this
+padding before you read such tokens again.
 
-Under `jax.jit` values are not known: there, only shape and type are checked. So it is with the losses of training,
-whose data is checked when it is packed; who makes batches of his own calls `token_rows` on them.
+Under `jax.jit` values are unknown, so only shape and type are checked. The same holds for the training losses; their
+data is checked when it is packed. Callers who make their own batches call `token_rows` on them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ IdRows = Int[np.ndarray, "B T"]
 
 
 def token_ids(tokens: Any, vocabulary: int, what: str, also: int | None = None) -> TokenIds:
-    """One sequence of ids, [T] int32; T may be 0.
+    """Validates one sequence of ids and returns it as [T] int32; T may be 0.
 
     Args:
       tokens: a list of integers, or an array [T].
-      vocabulary: how many tokens the model knows.
-      what: the sequence in messages, e.g. "prompt 3".
+      vocabulary: the number of tokens in the vocabulary.
+      what: the name of the sequence in messages, e.g. "prompt 3".
       also: see `prompt_ids`.
 
     Raises:
-      ValueError: anything but whole numbers of the vocabulary, in a sequence; names the first.
+      ValueError: `tokens` is not a sequence of whole numbers within the vocabulary; the message names the first invalid
+        one.
     """
     ids = _whole_numbers(tokens, what)
     if ids.ndim != 1:
@@ -48,14 +49,14 @@ def token_ids(tokens: Any, vocabulary: int, what: str, also: int | None = None) 
 
 
 def prompt_ids(prompts: Any, vocabulary: int, also: int | None = None) -> list[TokenIds]:
-    """A batch of prompts, [T] int32 each.
+    """Validates a batch of prompts and returns each as [T] int32.
 
     Args:
-      prompts: one sequence of ids for each row, of any lengths; or an array [B, T].
-      also: an id beside those of the vocabulary: the one that stands for a picture.
+      prompts: one sequence of ids per row, of any lengths; or an array [B, T].
+      also: one more accepted id, outside the vocabulary: the image token.
 
     Raises:
-      ValueError: no prompts, an empty one, a single one that is not in a list, or see `token_ids`.
+      ValueError: there are no prompts, a prompt is empty, or a single prompt is not in a list; also as `token_ids`.
     """
     if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
         raise ValueError(f"prompts must be a list of sequences of token ids, not {prompts!r:.80}")
@@ -71,16 +72,16 @@ def prompt_ids(prompts: Any, vocabulary: int, also: int | None = None) -> list[T
 
 
 def token_rows(tokens: Any, vocabulary: int, what: str = "tokens", valid: Any = None) -> IdRows:
-    """Rows of equal length, [B, T] int32.
+    """Validates rows of equal length and returns them as [B, T] int32.
 
     Args:
       tokens: an array [B, T], or a list of B lists of T integers.
-      what: the rows in messages.
-      valid: [B, T] bool, False for padding; None: all are tokens.
+      what: the name of the rows in messages.
+      valid: [B, T] bool, False for padding; None if there is no padding.
 
     Raises:
-      ValueError: anything but whole numbers of the vocabulary, in rows of equal length; no rows; a mask of another
-        shape.
+      ValueError: `tokens` has no rows, or is not rows of equal length with whole numbers within the vocabulary; or the
+        mask has another shape.
     """
     ids = _whole_numbers(tokens, what)
     _check_rows(ids, what)
@@ -93,7 +94,7 @@ def token_rows(tokens: Any, vocabulary: int, what: str = "tokens", valid: Any = 
 
 
 def check_read(tokens: Any, vocabulary: int, valid: Any = None) -> None:
-    """The same for a pure function that may run under `jax.jit`: values are looked at where they are known.
+    """Like `token_rows`, for a pure function that may run under `jax.jit`: values are checked only if they are known.
 
     Raises:
       ValueError: see `token_rows`.
@@ -109,7 +110,7 @@ def check_read(tokens: Any, vocabulary: int, valid: Any = None) -> None:
 
 
 def _known(x: Any) -> bool:
-    """Whether the values of an array can be looked at here."""
+    """Whether the values of an array are available here."""
     return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
@@ -123,11 +124,11 @@ def _whole_numbers(tokens: Any, what: str) -> np.ndarray:
             "read them one by one"
         ) from None
     if not ids.size and ids.dtype == np.float64:
-        return ids.astype(np.int32)  # what NumPy makes of an empty list
+        return ids.astype(np.int32)  # NumPy makes an empty list a float array
     if ids.dtype in (object, np.float64) and not hasattr(tokens, "dtype"):
         exact = np.asarray(tokens, object)
         if all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in exact.flat):
-            return exact  # some do not fit into 64 bits
+            return exact  # some integers exceed 64 bits
     _check_kind(ids.dtype, what, tokens)
     return ids
 

@@ -21,17 +21,17 @@ TokenIds = Int[np.ndarray, "T"]
 
 
 class Tokenizer:
-    """The tokenizer of a model: of a folder, as `transformers` reads it, or of a GGUF file.
+    """The tokenizer of a model, read from a folder (as `transformers` does) or from a GGUF file.
 
     Attributes:
       folder: the folder or file that it was read from.
       bos_id: the token that begins a text, or None.
-      eos_ids: the tokens that end one: those of generation_config.json (else config.json), and the tokenizer's own.
-      pad_id: a token to fill batches with, the tokenizer's or the model's; the end token or 0 where there is none,
-        since padding is never read.
-      adds_bos: whether a text begins with tokens of its own, usually `bos_id`: the post-processor of tokenizer.json
-        says so, and nothing else.
-      vocab_size: the number of tokens; a model may have more logits, for padding.
+      eos_ids: the tokens that end a text: those of generation_config.json (else config.json), and the tokenizer's own.
+      pad_id: the token that pads batches, from the tokenizer or the model. If there is none, the end token or 0, since
+        padding is never read.
+      adds_bos: whether special tokens, usually `bos_id`, are put before a text. Only the post-processor of
+        tokenizer.json decides this.
+      vocab_size: the number of tokens; a model may have more logits, as padding.
     """
 
     def __init__(self, folder: str | Path):
@@ -39,8 +39,8 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: the folder has no tokenizer.json.
-          ValueError: a file cannot be read, or gives a token an id that is none; a GGUF file has a tokenizer of an
-            unknown kind.
+          ValueError: a file cannot be read, or gives a token an invalid id; a GGUF file has a tokenizer of an unknown
+            kind.
         """
         self.folder = Path(folder).expanduser()
         files = read_gguf_tokenizer(self.folder) if is_gguf(self.folder) else read_tokenizer(self.folder)
@@ -61,53 +61,55 @@ class Tokenizer:
         return f"Tokenizer({str(self.folder)!r})"
 
     def vocabulary(self) -> dict[str, int]:
-        """From tokens, as the tokenizer spells them, to ids."""
+        """The id of each token, by the tokenizer's spelling of the token."""
         return self._fast.get_vocab()
 
     def encode(self, text: str, add_bos: bool = True) -> TokenIds:
-        """Token ids [T] int32.
+        """Encodes a text as token ids [T] int32.
 
         Names of special tokens in the text become those tokens, as with Hugging Face.
 
         Args:
-          text: any string; halves of characters are read as U+FFFD (see `jaxcompress.inputs.text`).
-          add_bos: begin as the model is used to it, usually with `bos_id` (`adds_bos`). A chat template writes it
-            itself, so pass False for its output. No end token is ever added.
+          text: any string; lone surrogates are read as U+FFFD (see `jaxcompress.inputs.text`).
+          add_bos: whether to begin with the tokens that the model expects, usually `bos_id` (`adds_bos`). A chat
+            template writes them itself, so pass False for its output. No end token is ever added.
         """
         ids = self._fast.encode(clean(text), add_special_tokens=False).ids
         return id_array(self.opening(add_bos) + ids)
 
     def encode_with_places(self, text: str) -> tuple[TokenIds, Int[np.ndarray, "T 2"]]:
-        """Token ids [T] without `opening`, and the characters text[start:end] that each stands for, [T, 2].
+        """Token ids [T] without `opening`, and the offsets (start, end) of each token in the text, [T, 2].
 
-        Halves of characters are read as U+FFFD, pairs of them as two.
+        A token stands for text[start:end]. Each surrogate is read as one U+FFFD, also within a pair.
         """
         encoding = self._fast.encode(masked(text), add_special_tokens=False)
         return id_array(encoding.ids), np.array(encoding.offsets, np.int32).reshape(-1, 2)
 
     def encode_after(self, context: str, text: str) -> TokenIds:
-        """Token ids [T] int32 of a text as the continuation of `context`, whose own tokens are left out.
+        """Token ids [T] int32 of a text that continues `context`. The tokens of `context` are left out.
 
-        It keeps a tokenizer from treating `text` as the beginning of something: SentencePiece would put a space there.
+        The context keeps the tokenizer from treating `text` as a beginning, where SentencePiece would add a space.
         """
         context = clean(context)
         encoding = self._fast.encode(context + clean(text), add_special_tokens=False)
         start = len(context)
-        if any(first < start < end for first, end in encoding.offsets):  # a token joins the two: it would be lost
+        if any(first < start < end for first, end in encoding.offsets):  # a token spans the boundary and would be lost
             return self.encode(text, add_bos=False)
         pairs = zip(encoding.ids, encoding.offsets, strict=True)
         return id_array(token for token, (first, _) in pairs if first >= start)
 
     def opening(self, add_bos: bool = True) -> list[int]:
-        """The ids that come before the first token of a text, usually `bos_id` or nothing."""
+        """The ids before the first token of a text: usually `bos_id`, or none."""
         return list(self._opening) if add_bos else []
 
     def decode(self, ids: Any, skip_special: bool = True) -> str:
-        """The text of token ids [T]; bytes that are no UTF-8 appear as U+FFFD. Special tokens are left out; so
-        is -1, which fills up rows that have ended.
+        """Decodes token ids [T] to text.
+
+        Bytes that are not UTF-8 appear as U+FFFD. Special tokens are left out, and so is -1, the padding of finished
+        rows.
 
         Raises:
-          ValueError: anything but whole numbers from -1 up, in a sequence.
+          ValueError: `ids` is not a sequence of whole numbers of at least -1.
         """
         given = np.asarray(ids)
         if given.ndim != 1 or (
@@ -119,26 +121,25 @@ class Tokenizer:
         return self._fast.decode(given[given >= 0].tolist(), skip_special_tokens=skip_special)
 
     def is_special(self, token: int | np.integer) -> bool:
-        """Whether a token is a mark (begin, end, turn, ...) and not text."""
+        """Whether a token is special (begin, end, turn, ...) and not text."""
         return token in self._special
 
     def special_tokens(self) -> dict[str, int]:
-        """From the names of marks to ids."""
+        """The ids of special tokens, by name."""
         return {added.content: token for token, added in self._fast.get_added_tokens_decoder().items() if added.special}
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation, as the model's own template writes it.
+        """Renders a conversation as a prompt with the model's own chat template.
 
         Args:
           messages: e.g. `[{"role": "user", "content": "Hello"}]`.
-          add_generation_prompt: end with what opens the model's turn.
+          add_generation_prompt: whether to end with the text that opens the model's turn.
 
         Returns:
           Text for `encode(text, add_bos=False)`.
 
         Raises:
-          ValueError: the folder has no chat template, or several and none of them the default; the template refuses
-            the messages.
+          ValueError: the folder has no chat template, or has several but no default; the template refuses the messages.
         """
         if not self._templates:
             raise ValueError(
@@ -158,10 +159,10 @@ class Tokenizer:
 
 
 def _opening(fast: FastTokenizer) -> list[int]:
-    """What the post-processor puts before a text."""
+    """The ids that the post-processor puts before a text."""
     of_text = fast.encode("a", add_special_tokens=False).ids
     encoding = fast.encode("a" if of_text else "")
-    if not of_text:  # what comes before and after cannot be told apart: a text begins with one token at most
+    if not of_text:  # ids before and after cannot be told apart, so take at most one
         return encoding.ids[:1]
     places = zip(encoding.ids, encoding.sequence_ids, strict=True)
     return [token for token, _ in takewhile(lambda place: place[1] is None, places)]

@@ -1,9 +1,9 @@
-"""The tokenizer that the files of a folder describe, as `transformers` puts it together, without importing it.
+"""Builds the tokenizer that the files of a folder describe, as `transformers` does, without importing `transformers`.
 
-tokenizer.json says how text becomes tokens. Tokens may be added to it by tokenizer_config.json (`added_tokens_decoder`,
-or any special token that it names) and, in older folders, by added_tokens.json and special_tokens_map.json. How a
-conversation is written stands in one of four places. Only the `tokenizers` library is imported, which takes
-milliseconds where `transformers` takes a second.
+tokenizer.json defines how text becomes tokens. tokenizer_config.json may add tokens (`added_tokens_decoder`, or any
+special token that it names). In older folders, added_tokens.json and special_tokens_map.json add tokens. Chat templates
+are in one of four places. Only the `tokenizers` library is imported, which takes milliseconds; importing
+`transformers` takes a second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ROBERTA = dict(
     mask_token="<mask>",
 )  # fmt: skip
 _GPT2 = dict(unk_token="<|endoftext|>", bos_token="<|endoftext|>", eos_token="<|endoftext|>")
-# What a class of tokenizers calls its special tokens where tokenizer_config.json is silent.
+# The special tokens of each tokenizer class if tokenizer_config.json does not name them.
 _OF_CLASS: Mapping[str, Mapping[str, str]] = {
     "LlamaTokenizer": dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>"),
     "Qwen2Tokenizer": dict(unk_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>"),
@@ -45,14 +45,14 @@ _OF_CLASS: Mapping[str, Mapping[str, str]] = {
 
 
 class TokenizerFiles(NamedTuple):
-    """What the files of a folder say about text.
+    """The tokenizer, special tokens and chat templates of a folder.
 
     Attributes:
-      fast: text to tokens and back; it neither cuts nor pads.
-      named: special tokens by what they are for: "bos_token", "eos_token", "pad_token", ..., those of the model's own
-        ("image_token") among them.
-      templates: how conversations are written, Jinja, by name; the usual one is "default".
-      ids: of special tokens that the model's configs say, by their key: "eos_token_id", ...
+      fast: the `tokenizers` object; it neither truncates nor pads.
+      named: special tokens by role: "bos_token", "eos_token", "pad_token", ..., including the model's own
+        ("image_token").
+      templates: chat templates, in Jinja, by name; the usual one is "default".
+      ids: ids of special tokens in the model's configs, by key: "eos_token_id", ...
     """
 
     fast: FastTokenizer
@@ -66,14 +66,14 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
 
     Raises:
       FileNotFoundError: the folder has no tokenizer.json.
-      ValueError: a file cannot be read, or holds something that is no tokenizer.
+      ValueError: a file cannot be read, or does not hold a tokenizer.
     """
     fast = _read_fast(folder / "tokenizer.json")
     path, by_name = folder / "tokenizer_config.json", folder / "added_tokens.json"
     config = read_object_if_there(path)
     with _tokens_of(path):
         added = _added_by_id(config)
-    if added is None:  # folders of before: other files say it, and win
+    if added is None:  # older folders: other files name the tokens and take precedence
         older = read_object_if_there(folder / "special_tokens_map.json")
         config |= older
         path = folder / "special_tokens_map.json" if older else path
@@ -96,7 +96,7 @@ def id_array(ids: Iterable[int]) -> Int[np.ndarray, " T"]:
     """Token ids as int32 [T].
 
     Raises:
-      ValueError: a vocabulary has larger ones.
+      ValueError: an id exceeds int32.
     """
     try:
         return np.array(list(ids), np.int32)
@@ -106,10 +106,10 @@ def id_array(ids: Iterable[int]) -> Int[np.ndarray, " T"]:
 
 @contextmanager
 def _tokens_of(path: Path) -> Iterator[None]:
-    """Puts a file's path in front of what is wrong with its tokens."""
+    """Puts the file's path in front of errors about its tokens."""
     try:
         yield
-    except (ValueError, TypeError, OverflowError) as error:  # the last two: of the tokenizers library
+    except (ValueError, TypeError, OverflowError) as error:  # the tokenizers library raises the last two
         raise ValueError(f"{path} holds what is no token: {error}") from error
 
 
@@ -131,7 +131,7 @@ def _read_fast(path: Path) -> FastTokenizer:
         )
     try:
         fast = FastTokenizer.from_file(str(path))
-    except BaseException as error:  # Exception itself, or what Rust's panics become, which is none
+    except BaseException as error:  # an Exception, or a Rust panic, which is not an Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
         raise
@@ -141,7 +141,7 @@ def _read_fast(path: Path) -> FastTokenizer:
 
 
 def _added_by_id(config: Mapping[str, Any]) -> dict[int, AddedToken] | None:
-    """`added_tokens_decoder`, in the order of its ids; None where there is none."""
+    """`added_tokens_decoder`, in the order of its ids; None if it is absent."""
     given = config.get("added_tokens_decoder")
     if given is None:
         return None
@@ -168,7 +168,7 @@ def _id(value: Any) -> int:
 
 
 def _token(value: Any) -> AddedToken:
-    """A token as configs write it: its text, or an object with flags."""
+    """Parses a token of a config: a string, or an object with flags."""
     if isinstance(value, str):
         return AddedToken(value, special=True)
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
@@ -178,7 +178,7 @@ def _token(value: Any) -> AddedToken:
 
 
 def _special(config: Mapping[str, Any]) -> Iterator[tuple[str, AddedToken]]:
-    """The special tokens that a config names; those that are good for nothing in particular under a number."""
+    """The special tokens that a config names, by role. Tokens without a role have a number as key."""
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if not isinstance(extra, list | dict):
         raise ValueError(f"extra_special_tokens must be a list or an object, not a {type(extra).__name__}")
@@ -236,7 +236,7 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _said(folder: Path, key: str) -> tuple[int, ...]:
-    """The ids of a special token that generation_config.json has; else config.json, or in it the decoder's config."""
+    """The ids of a special token in generation_config.json, else in config.json, else in the decoder's config there."""
     for name in ("generation_config.json", "config.json"):
         entries = read_object_if_there(folder / name)
         nested = entries.get("text_config")
@@ -247,7 +247,7 @@ def _said(folder: Path, key: str) -> tuple[int, ...]:
 
 
 def _ids(value: Any, what: str) -> tuple[int, ...]:
-    """An id or a list of ids, as configs give them. Older ones have -1 for none."""
+    """Parses an id or a list of ids of a config. Older configs write -1 for "no token"."""
     ids = value if isinstance(value, list) else [value]
     if not all(isinstance(index, int) and not isinstance(index, bool) and index < 2**31 for index in ids):
         raise ValueError(f"{what} must be the id of a token or a list of ids, not {value!r:.80}")
