@@ -1,4 +1,4 @@
-"""Pictures of pictures: what each way to reduce kept of them, the rest greyed out."""
+"""Draws which patches of a picture each method kept; dropped patches are greyed out."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Panel(NamedTuple):
     """One version of a picture.
 
     Attributes:
-      title: above it.
+      title: text above the picture.
       kept: [N], which patches stayed, in raster order; None for all.
-      note: below it.
+      note: text below the picture.
     """
 
     title: str
@@ -33,10 +33,10 @@ class Panel(NamedTuple):
 
 
 def greyed(pixels: Pixels, kept: Bool[np.ndarray, " N"]) -> Pixels:
-    """The picture with dropped patches in pale grey, kept ones as they are.
+    """The picture with dropped patches in pale grey and kept patches unchanged.
 
     Raises:
-      ValueError: patches that are no square grid of the picture.
+      ValueError: the patches do not form a square grid of the picture.
     """
     side = int(round(len(kept) ** 0.5))
     if side**2 != len(kept) or pixels.shape[0] % side or pixels.shape[0] != pixels.shape[1]:
@@ -50,7 +50,7 @@ def greyed(pixels: Pixels, kept: Bool[np.ndarray, " N"]) -> Pixels:
 
 
 def draw_dropped(pixels: Pixels, rows: Sequence[Sequence[Panel | None]], path: Path, title: str = "") -> None:
-    """Writes one picture in many versions, a line of panels for each of the rows; None leaves a place empty."""
+    """Writes an image of one picture in many versions, with one line of panels per row. None leaves a place empty."""
     columns = max(map(len, rows))
     with mpl.rc_context({"font.size": 8}):
         figure = Figure(figsize=(1.6 * columns, 1.95 * len(rows) + 0.4), layout="constrained")
@@ -68,7 +68,7 @@ def draw_dropped(pixels: Pixels, rows: Sequence[Sequence[Panel | None]], path: P
 
 
 def draw_heat(panels: Mapping[str, Float[np.ndarray, "rows columns"]], path: Path, title: str = "") -> None:
-    """Writes how often each place of the picture was kept, on one scale from never to always."""
+    """Writes an image of how often each place was kept, on one scale from never to always."""
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(2.3 * len(panels) + 0.6, 2.9), layout="constrained")
         row = figure.subplots(1, len(panels), squeeze=False)[0]

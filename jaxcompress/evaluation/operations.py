@@ -1,7 +1,7 @@
-"""Floating-point operations of a function, as it is traced.
+"""Counts the floating-point operations of a function from its trace.
 
-XLA's own count (`compiled.cost_analysis()`) takes the body of a loop once, however often it runs, and layers are a loop
-here. This one follows the trace into loops and counts what matters in a transformer: matrix products.
+XLA's own count (`compiled.cost_analysis()`) includes the body of a loop only once, and layers are a loop here. This
+module follows the trace into loops. It counts matrix products, which dominate the cost of a transformer.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import jax
 
 
 def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
-    """Operations of all matrix products in one call, 2 for a multiplication with its addition.
+    """Operations of all matrix products in one call. A multiplication with its addition counts as 2.
 
-    A `scan` counts as often as it runs, of a `cond` the most expensive branch.
+    The body of a `scan` counts as often as it runs. A `cond` counts as its most expensive branch.
 
     Args:
       args: arrays, or their shapes and dtypes; nothing is computed.
 
     Raises:
-      ValueError: a matrix product in a `while` loop, of which nobody knows how often it runs.
+      ValueError: a matrix product is in a `while` loop, whose number of iterations is unknown.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 

@@ -1,4 +1,4 @@
-"""Pictures from files and arrays, as vision towers see them: 8-bit RGB, then the checkpoint's own image processor."""
+"""Prepares pictures from files and arrays for vision towers: 8-bit RGB, then the checkpoint's image processor."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ with extra("vision"):
     from PIL import ExifTags, Image, UnidentifiedImageError
 
 MOST_TIMES_AS_WIDE = 200
-"""Processors that resize by the shorter side would make such a strip enormous."""
+"""Limit on the ratio of sides. A processor that resizes by the shorter side would make a longer strip enormous."""
 MOST_TIMES_AS_LARGE = 8
-"""How many times the side that a tower sees a processor may resize to before it cuts."""
+"""Limit on the side that a processor resizes to before it crops, as a multiple of the tower's image side."""
 
 Picture = str | Path | Image.Image | np.ndarray | jax.Array
 """A file, a Pillow image, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8, uint16 or floats in 0..1."""
@@ -36,19 +36,19 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What sets a picture upright, by EXIF's orientation; 1 is upright."""
+"""The operation that sets a picture upright, by EXIF orientation; 1 is upright."""
 _SIDES = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 _EIGHT_OF_SIXTEEN = ((np.arange(65536) + 128) // 257).tolist()
 _STRAIGHT = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}
-"""The mode with alpha beside the colours, of modes that Pillow cannot lay on another picture."""
+"""For modes that Pillow cannot composite: the equivalent mode with straight alpha."""
 
 
 class Processed(NamedTuple):
-    """Pictures as a tower sees them.
+    """Pictures in the form that a tower takes.
 
     Attributes:
-      pixels: [crops, channels, side, side], of all pictures one after the other.
-      sizes: (height, width) of each picture before, upright.
+      pixels: [crops, channels, side, side], crops of all pictures one after the other.
+      sizes: (height, width) of each picture before processing, upright.
     """
 
     pixels: Float[np.ndarray, "crops channels side side"]
@@ -56,21 +56,22 @@ class Processed(NamedTuple):
 
 
 def open_picture(picture: Picture | Any, name: str | None = None) -> Image.Image:
-    """A picture as 8-bit RGB, upright, as an image viewer shows it.
+    """A picture as upright 8-bit RGB, as an image viewer shows it.
 
-    A photograph that its EXIF data call turned or mirrored is set upright, and the result has no such mark left. Grey
-    becomes three equal channels, 16 bits are scaled to 8, and what is transparent is laid on white: a processor alone
-    would show the first sideways, clip the second and show whatever colour lies under the third. Of an animation the
-    first frame is seen, or where a Pillow image stands. Every picture of this library goes through here.
+    A picture whose EXIF orientation is turned or mirrored is set upright, and the result has no EXIF orientation. Grey
+    becomes three equal channels, 16 bits are scaled to 8, and transparent areas are composited on white. A processor
+    alone would show turned pictures sideways, clip 16 bits, and show the colour under transparent areas. An animation
+    gives its first frame; a Pillow image gives its current frame. Every picture in this library goes through this
+    function.
 
     Args:
-      name: what messages call it; its path, or `the picture`.
+      name: name of the picture in messages; by default its path, or `the picture`.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: not an image, damaged, without a pixel, of a shape or numbers that no image has, more than 200 times
-        as wide as high (or as high as wide), or with more pixels than `PIL.Image.MAX_IMAGE_PIXELS`. Sizes are checked
-        before anything is decoded.
+      ValueError: the input is not an image, is damaged or has no pixels; its shape or numbers are invalid for an image;
+        one side is more than 200 times the other; or it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`. Sizes are
+        checked before decoding.
     """
     name = name or (str(picture) if isinstance(picture, str | Path) else "the picture")
     if isinstance(picture, str | Path):
@@ -99,7 +100,7 @@ def _from_file(path: Path, name: str) -> Image.Image:
             raise ValueError(f"{name} is not an image that Pillow can open") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"{name} is too large: {error}") from error
-        except Exception as error:  # of any type: Pillow's readers trust what a file says of itself
+        except Exception as error:  # of any type: Pillow's readers trust the file's header
             raise ValueError(f"{name} is damaged: {error}") from error
         return _from_image(image, name)
 
@@ -114,7 +115,7 @@ def _from_image(image: Image.Image, name: str) -> Image.Image:
     _check_sides(width, height, name)
     try:
         upright = _upright(image)
-    except Exception as error:  # of any type: what is damaged shows only when it is decoded
+    except Exception as error:  # of any type: damage shows only on decoding
         raise ValueError(f"{name} is damaged: {error}") from error
     if upright.mode == "F":
         return _from_array(np.asarray(upright), name)
@@ -125,7 +126,7 @@ def _from_image(image: Image.Image, name: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The decoded picture as its EXIF data want it shown; data that cannot be read say nothing."""
+    """The decoded picture, turned by its EXIF orientation. Unreadable EXIF data are ignored."""
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -136,9 +137,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB without marks that would turn it again."""
+    """8-bit RGB without an EXIF orientation, which would turn it again."""
     if image.mode.startswith("I"):
-        image = image.convert("I").point(_EIGHT_OF_SIXTEEN, "L")  # which clips what is outside 16 bits
+        image = image.convert("I").point(_EIGHT_OF_SIXTEEN, "L")  # clips values outside 16 bits
     if straight := _STRAIGHT.get(image.mode, "RGBA" if "transparency" in image.info else None):
         image = image.convert(straight)
     if image.mode in ("LA", "RGBA"):
@@ -158,7 +159,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype == np.uint16:
         array = ((array + np.uint32(128)) // np.uint32(257)).astype(np.uint8)
     elif np.issubdtype(array.dtype, np.floating):
-        if not ((array >= 0) & (array <= 1)).all():  # false for NaN, too
+        if not ((array >= 0) & (array <= 1)).all():  # also false for NaN
             raise ValueError(f"{name} has floats outside 0..1: {array.min():.4g} to {array.max():.4g}")
         scaled = array * array.dtype.type(255) if array.dtype != np.float16 else array.astype(np.float32) * 255
         array = np.rint(scaled, out=scaled).astype(np.uint8)
@@ -180,15 +181,16 @@ def _check_sides(width: int, height: int, name: str) -> None:
 
 
 def process(pictures: Sequence[Picture], processor: Any, config: LlavaConfig | TowerConfig) -> Processed:
-    """Pictures through a checkpoint's image processor.
+    """Runs pictures through a checkpoint's image processor.
 
     Args:
-      processor: of transformers (`LoadedTower.processor`, `LoadedLlava.processor`).
-      config: of the model: how many crops LLaVA-NeXT sees of a picture.
+      processor: image processor of transformers (`LoadedTower.processor`, `LoadedLlava.processor`).
+      config: config of the model; gives the number of crops that LLaVA-NeXT sees of a picture.
 
     Raises:
-      ValueError: see `open_picture`; the picture is named by its number. The processor fails, resizes to far more than
-        the tower sees, makes numbers that are not finite, or images of another size or number than the model sees.
+      ValueError: see `open_picture`; messages name the picture by its number. Other causes: the processor fails,
+        resizes to far more than the tower's image side, or returns non-finite numbers or images of the wrong size or
+        number.
     """
     if isinstance(pictures, str | Path | Image.Image):
         raise ValueError(f"pictures are a list of pictures, not {type(pictures).__name__}; write [picture]")
@@ -216,9 +218,9 @@ def process(pictures: Sequence[Picture], processor: Any, config: LlavaConfig | T
 
 def _processed(processor: Any, image: Image.Image, name: str) -> Float[np.ndarray, "crops C H W"]:
     try:
-        with np.errstate(all="ignore"):  # what is not finite is found below
+        with np.errstate(all="ignore"):  # non-finite values are found below
             pixels = np.asarray(processor(images=[image], return_tensors="np")["pixel_values"], np.float32)
-    except Exception as error:  # of any type: a processor trusts its settings
+    except Exception as error:  # of any type: a processor does not check its settings
         raise ValueError(f"the image processor cannot take {name}: {error!r}; see preprocessor_config.json") from error
     if pixels.ndim not in (4, 5):
         raise ValueError(f"the image processor makes images of shape {list(pixels.shape)}, not [crops, C, H, W]")
@@ -231,7 +233,7 @@ def _processed(processor: Any, image: Image.Image, name: str) -> Float[np.ndarra
 
 
 def _check_processor(processor: Any, tower: TowerConfig, config: LlavaConfig | TowerConfig) -> None:
-    """Before a picture is made enormous: a processor resizes first and is wrong after."""
+    """Checks the processor's settings before it runs, since a wrong setting could resize a picture to a huge size."""
     most = MOST_TIMES_AS_LARGE * tower.image_size
     for setting in ("size", "crop_size", "pad_size"):
         given = getattr(processor, setting, None)

@@ -1,4 +1,4 @@
-"""Whether policy, state and model belong together."""
+"""Checks that policy, state and model match."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from jaxcompress.state.storage import load_vectors
 
 
 def check_state(config: DecoderConfig, state: State, policy: Policy, *, batch: int) -> None:
-    """Raises ValueError if a state was not made for a model's shape, a policy and so many rows.
+    """Raises ValueError if a state was not made for the model's shape, the policy and the batch size.
 
-    It compares shapes and types: policies that keep the same numbers for the same heads cannot be told apart by their
-    state. A `DecodeState` knows its policy.
+    The check compares shapes and types. It cannot distinguish policies that keep the same numbers for the same heads.
+    A `DecodeState` knows its policy.
     """
     check_policy(policy)
     if not isinstance(state, tuple) or not all(isinstance(part, KVState) for part in state):
@@ -74,12 +74,12 @@ def _check_part(config: DecoderConfig, part: KVState, policy: Policy, batch: int
 
 
 def _width(part: KVState) -> int:
-    """D, whatever values are stored as."""
+    """D, independent of the storage type of the values."""
     return jax.eval_shape(load_vectors, part.values).shape[-1]
 
 
 def _kind(numbers: Any, leading: int) -> Any:
-    """What tells one policy's numbers from another's: structure, type and the axes after the first few."""
+    """Signature of a policy's numbers: structure, types, and the axes after the first `leading` ones."""
     return jax.tree.structure(numbers), [(x.dtype, x.shape[leading:]) for x in jax.tree.leaves(numbers)]
 
 
@@ -88,7 +88,7 @@ def _dtypes(numbers: Any) -> str:
 
 
 def check_mode(policy: Policy, mode: Mode) -> None:
-    """Raises ValueError if a policy means nothing in a mode; says which it needs."""
+    """Raises ValueError if a policy does not work in a mode; the message names the mode that it needs."""
     check_policy(policy)
     if policy.oneshot_only and mode != "oneshot":
         raise ValueError(f"policy {policy.name} selects from a whole prompt at once: it needs mode oneshot, not {mode}")
@@ -103,13 +103,13 @@ def check_fits(
     prompt: int | None = None,
     held: Sequence[int] | None = None,
 ) -> None:
-    """Raises ValueError if a policy that cannot make room is to hold more tokens than it has slots.
+    """Raises ValueError if a policy that cannot free slots would have to hold more tokens than it has slots.
 
     Args:
-      tokens: how many will have been read in all; a sliding-window layer needs no more slots than its window.
-      prompt: how many of them are read at once at first, for a policy that then selects once.
-      held: where a prompt was read, and layers may have read different numbers of its tokens: how many each layer
-        holds. `tokens` are then those to come.
+      tokens: total number of tokens to read; a sliding-window layer needs no more slots than its window.
+      prompt: number of tokens read in the first call, for a policy that selects once after it.
+      held: number of tokens that each layer holds after a prompt, since layers may have read different numbers.
+        `tokens` then counts only the tokens still to come.
     """
     if policy.forgets:
         return

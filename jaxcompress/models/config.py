@@ -50,7 +50,7 @@ class DecoderConfig:
 
     @property
     def windows(self) -> Int[Array, " L"] | None:
-        """Sliding window per layer as an array (a full layer's is larger than any position), None if all are full."""
+        """Sliding window per layer as an array; None if all layers are full. A full layer's exceeds every position."""
         if not any(self.sliding):
             return None
         return jnp.array([w or jnp.iinfo(jnp.int32).max for w in self.sliding], jnp.int32)

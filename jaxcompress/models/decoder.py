@@ -1,8 +1,8 @@
 """One decoder for the Llama, Mistral and Qwen families (GQA, RoPE, gated MLP), as a Flax NNX module used as a pytree.
 
-The module holds weights, stacked over layers, and says nothing about where keys and values live: its layers are
-scanned with an `Attend` function that does. Plain causal attention is one such function (training, teacher
-forcing); a step of the bounded recurrence is another.
+The module holds weights, stacked over layers. It does not decide where keys and values are stored: its layers are
+scanned with an `Attend` function, which does. Plain causal attention is one such function (training, teacher forcing);
+a step of the bounded recurrence is another.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from jaxcompress.state.shapes import AttentionOut, Hidden, Keys, Logits, Positio
 
 @runtime_checkable
 class Attend(Protocol):
-    """What a layer does with its queries, keys and values; none of them is rotated yet.
+    """The attention of a layer, given its queries, keys and values before RoPE.
 
-    `layer` has this layer's weights and `index` is its number as a scalar array; `carry` is whatever travels from layer
-    to layer (a KV state), `xs` this layer's slice of what the caller gave per layer. Returns the attention output, the
-    carry, and a per-layer result.
+    `layer` has this layer's weights, and `index` is its number as a scalar array. `carry` is passed from layer to layer
+    (a KV state). `xs` is this layer's slice of the caller's per-layer inputs. Returns the attention output, the carry,
+    and a per-layer result.
     """
 
     def __call__(
@@ -55,7 +55,7 @@ class Attend(Protocol):
 
 
 class Attention(nnx.Module):
-    """Projections around attention."""
+    """Query, key, value and output projections of attention."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, d = config.hidden_size, config.head_dim
@@ -125,7 +125,7 @@ class Decoder(nnx.Module):
             self.head = nnx.Param(small(rngs.params(), (config.hidden_size, config.vocab_size), dtype))
 
     def embed(self, tokens: Tokens) -> Hidden:
-        """[B, T, E]; ids are not looked at: one outside the vocabulary gives some other token's embedding, or NaN."""
+        """[B, T, E]. Ids are not checked: an id outside the vocabulary gives another token's embedding, or NaN."""
         return look_up(self.embedding[...], tokens)
 
     def run_layers(
@@ -137,7 +137,7 @@ class Decoder(nnx.Module):
         xs: Any = None,
         layers: range | None = None,
     ) -> tuple[Hidden, Any, Any]:
-        """Runs some layers, all by default; returns the residual stream, the carry, and per-layer results stacked."""
+        """Runs some layers, all by default. Returns the residual stream, the carry and stacked per-layer results."""
         config = self.config
 
         def body(loop: tuple[Hidden, Any], inputs: Any) -> tuple[tuple[Hidden, Any], Any]:
@@ -152,7 +152,7 @@ class Decoder(nnx.Module):
 
         every = range(config.num_layers)
         layers = every if layers is None else layers
-        # A part of the layers is indexed inside the loop: slicing the stacked weights would copy them at each call.
+        # For a part of the layers, index inside the loop: slicing the stacked weights would copy them at each call.
         weights = self.layers if layers == every else None
         indices = jnp.arange(layers.start, layers.stop, dtype=jnp.int32)
         (x, carry), ys = jax.lax.scan(body, (x, carry), (weights, indices, xs))
@@ -164,20 +164,20 @@ class Decoder(nnx.Module):
         return jnp.matmul(x, head, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens: Tokens, positions: Positions | None = None) -> Logits:
-        """Plain causal attention over the block, no state. Positions default to 0..T-1; -1 marks padding."""
+        """Logits by plain causal attention, without a state. Positions default to 0..T-1; -1 marks padding."""
         return self.logits(self.norm(self.hidden(tokens, positions)))
 
     def hidden(self, tokens: Tokens, positions: Positions | None = None) -> Hidden:
-        """The same up to the last layer, not normed.
+        """The residual stream after the last layer by plain causal attention, before the final norm.
 
         Raises:
-          ValueError: tokens that are no integers [B, T], or ids outside the vocabulary (not checked under jit).
+          ValueError: tokens are not integers [B, T], or ids are outside the vocabulary (ids are not checked under jit).
         """
         check_read(tokens, self.config.vocab_size, None if positions is None else positions >= 0)
         return self.hidden_of(self.embed(tokens), positions)
 
     def hidden_of(self, x: Hidden, positions: Positions | None = None) -> Hidden:
-        """The same from embeddings, which need not be those of tokens."""
+        """Like `hidden`, from embeddings, which need not be embeddings of tokens."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
         windows = self.config.windows
@@ -192,7 +192,7 @@ class Decoder(nnx.Module):
 
 
 def _initializers(config: DecoderConfig) -> tuple[Any, Any]:
-    """Normal(0.02), and the same scaled by the depth for what is added to the residual stream (GPT-2)."""
+    """Normal(0.02), and the same scaled by depth for projections that add to the residual stream (GPT-2)."""
     return jax.nn.initializers.normal(0.02), jax.nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
 
 
@@ -200,7 +200,7 @@ class ReadResult(NamedTuple):
     """Result of `read`.
 
     Attributes:
-      hidden: [B, T, E], normed; `model.logits(hidden)` gives the scores of next tokens. Padding's rows mean nothing.
+      hidden: [B, T, E], normed; `model.logits(hidden)` gives the scores of next tokens. Padding has no meaning.
       state: advanced by T tokens.
       freed, died: one entry per part of the state, [L, n, B, P, F]; see `jaxcompress.recurrence.advance.Advanced`.
     """
@@ -222,19 +222,19 @@ def read(
     placement: Placement | None = None,
     recurrence: Step | None = None,
 ) -> ReadResult:
-    """Reads a block of tokens into the state. Pure; jit it with `chunk` and `placement` static.
+    """Reads a block of tokens into the state. The function is pure; jit it with `chunk` and `placement` static.
 
     Args:
       tokens: [B, T]; T may be 1 (decoding).
-      valid: [B, T], False for padding, which may stand anywhere. None: all are tokens.
-      chunk: tokens between two selections: 1 is streaming, T one-shot, others chunked.
-      placement: where tokens stand for RoPE.
-      recurrence: computes a layer; another one gives the same result with another gradient (see
+      valid: [B, T], False for padding, which may be anywhere. None means no padding.
+      chunk: tokens between two selections: 1 is streaming, T is one-shot, other values are chunked.
+      placement: positions of tokens for RoPE.
+      recurrence: computes a layer; a different one gives the same result with a different gradient (see
         `jaxcompress.training.recurrent`).
 
     Raises:
-      ValueError: tokens that are no integers [B, T], ids outside the vocabulary (under jit values are not known, and
-        not checked), a state of another batch, or one that was made for another model or policy.
+      ValueError: tokens are not integers [B, T]; ids are outside the vocabulary (under jit ids are unknown and not
+        checked); the state has another batch size, or was made for another model or policy.
     """
     config = model.config
     check_read(tokens, config.vocab_size, valid)
@@ -255,18 +255,20 @@ def read(
 
 
 def layer_positions(positions: Positions, parts: State, before: State) -> Positions:
-    """Positions as the layers of these parts count them, from those of layers before: they differ where tokens were
-    numbered anew on the way (see `read_block`)."""
+    """Converts positions of earlier layers to those of the layers of these parts.
+
+    They differ if tokens were renumbered between the layers (see `read_block`).
+    """
     return jnp.where(positions >= 0, positions + (parts[0].seen - before[0].seen)[:, None], -1)
 
 
 def attend_slots(
     config: DecoderConfig, policy: Policy, first: int, chunk: int, placement: Placement | None, recurrence: Step | None
 ) -> Attend:
-    """How the layers of one run attend; `first` is the first of them. The carry is the run's parts of the state.
+    """The `Attend` function for a run of layers that starts at `first`. The carry has the run's parts of the state.
 
     Args:
-      recurrence: None: what reads tokens in chunks of `chunk` (see `jaxcompress.recurrence.advance`).
+      recurrence: by default, the step that reads tokens in chunks of `chunk` (see `jaxcompress.recurrence.advance`).
     """
 
     def attend(q, k, v, positions, layer, index, carry: State, xs):
@@ -281,7 +283,7 @@ def attend_slots(
 
 
 def by_parts(attend: Attend, config: DecoderConfig) -> Attend:
-    """How a layer attends whose heads differ in capacity: each part of its state on its own."""
+    """The `Attend` function for a layer whose heads differ in capacity: each part of its state attends separately."""
 
     def attend_parts(q, k, v, positions, layer, index, carry: State, xs):
         heads = lambda x, part: heads_of(x, part, config)
@@ -299,7 +301,7 @@ def by_parts(attend: Attend, config: DecoderConfig) -> Attend:
 def _step_spec(
     config: DecoderConfig, policy: Policy, layer: Layer, index: Array, part: KVState, chunk: int, placement: Any
 ) -> StepSpec:
-    """What does not change while tokens are read into some heads of a layer."""
+    """The constants while tokens are read into some heads of a layer."""
     heads = part.heads or tuple(range(config.num_kv_heads))
     project = layer.attention.out.kernel[...].reshape(config.num_kv_heads, -1, config.head_dim, config.hidden_size)
     if part.heads:
@@ -318,7 +320,7 @@ def _step_spec(
 
 
 def heads_of(x: Array, part: KVState, config: DecoderConfig) -> Array:
-    """Queries, keys or values [B, T, heads, D] of the kv heads that a part of the state holds."""
+    """Selects from x (queries, keys or values, [B, T, heads, D]) the kv heads that a part of the state holds."""
     split = x.reshape(*x.shape[:2], config.num_kv_heads, -1, x.shape[-1])[:, :, part.heads]
     return split.reshape(*x.shape[:2], -1, x.shape[-1])
 

@@ -1,7 +1,7 @@
-"""One encoder for the BERT and XLM-RoBERTa families with a head that classifies tokens, as a Flax NNX module.
+"""One encoder for the BERT and XLM-RoBERTa families with a token-classification head, as a Flax NNX module.
 
-BERT: Devlin et al. 2019; XLM-RoBERTa: Conneau et al. 2020, which differs in where its positions begin. Weights are
-stacked over layers, which are scanned. There is no dropout.
+BERT: Devlin et al. 2019. XLM-RoBERTa: Conneau et al. 2020; its positions start at another number. Weights are stacked
+over layers, and layers are scanned. There is no dropout.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ class EncoderConfig:
     """Shape of an encoder. Hashable, so that it can be a static argument under jit.
 
     Attributes:
-      num_labels: classes of a token.
+      num_labels: number of token classes.
       max_position: rows of the position table.
-      token_types: rows of the segment table, of which the first is added to every token.
-      padding_id: None for BERT, whose positions are 0, 1, 2, ...; for XLM-RoBERTa the id of `<pad>`: the tokens before
-        and at a place that are something else are counted, beginning with padding_id + 1, and `<pad>` stands at
-        padding_id.
-      activation: of the MLP, by the name that Hugging Face gives it; "gelu" is the exact one.
+      token_types: rows of the segment table; the first row is added to every token.
+      padding_id: None for BERT, whose positions are 0, 1, 2, ...; the id of `<pad>` for XLM-RoBERTa, whose positions
+        count the tokens other than `<pad>`, starting at padding_id + 1. `<pad>` itself has position padding_id.
+      activation: activation of the MLP, by its Hugging Face name; "gelu" is the exact GELU.
     """
 
     vocab_size: int
@@ -65,17 +64,17 @@ class EncoderConfig:
 
     @property
     def first_position(self) -> int:
-        """The row of the position table for the first token."""
+        """Row of the position table for the first token."""
         return 0 if self.padding_id is None else self.padding_id + 1
 
     @property
     def max_length(self) -> int:
-        """How many tokens a row may have, special ones included."""
+        """Maximum number of tokens in a row, including special tokens."""
         return self.max_position - self.first_position
 
 
 class EncoderAttention(nnx.Module):
-    """Projections around attention, all with biases."""
+    """Attention with its projections, all with biases."""
 
     def __init__(self, config: EncoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = lambda: _linear(config.hidden_size, config.hidden_size, dtype, rngs)
@@ -89,7 +88,7 @@ class EncoderAttention(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """Attention and MLP, each added to its input and normed after that."""
+    """Post-norm attention and MLP: each is added to its input, then normed."""
 
     def __init__(self, config: EncoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.attention = EncoderAttention(config, dtype=dtype, rngs=rngs)
@@ -123,7 +122,7 @@ class Encoder(nnx.Module):
         self.head = _linear(config.hidden_size, config.num_labels, dtype, rngs)
 
     def __call__(self, tokens: Tokens, valid: Valid) -> Float[Array, "B T C"]:
-        """Logits of every token's classes, float32; of tokens that are not valid they have no meaning but are finite.
+        """Class logits of every token, float32. Logits of padding are finite but have no meaning.
 
         Args:
           tokens: ids, at most `config.max_length` a row.
@@ -138,7 +137,7 @@ class Encoder(nnx.Module):
         return jax.lax.scan(body, self.embed(tokens), self.layers)[0]
 
     def embed(self, tokens: Tokens) -> Hidden:
-        """What enters the first layer: token, position and segment, normed."""
+        """Input of the first layer: the normed sum of token, position and segment embeddings."""
         positions = look_up(self.position_embedding[...], self.positions(tokens))
         return self.embedding_norm(look_up(self.embedding[...], tokens) + positions + self.type_embedding[...][0])
 
@@ -155,8 +154,10 @@ _small = jax.nn.initializers.normal(0.02)
 
 
 def _linear(n: int, m: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    """Multiplies in `dtype` and adds up in float32, which it returns: what matrix units do anyway, those of CPUs too
-    (XLA uses them for bfloat16 only if asked for float32; 5 times faster than float32)."""
+    """Linear layer that multiplies in `dtype`, accumulates in float32 and returns float32, as matrix units do.
+
+    On a CPU, XLA uses the matrix units for bfloat16 only with a float32 result; this is 5 times faster than float32.
+    """
     return nnx.Linear(
         n, m, kernel_init=_small, param_dtype=dtype, dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs
     )

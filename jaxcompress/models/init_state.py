@@ -23,7 +23,7 @@ from jaxcompress.state.placement import Rotate
 from jaxcompress.state.storage import dtype_name
 
 Slots = int | Sequence[int] | Sequence[Sequence[int]]
-"""Capacity: one for all layers, one for each, or one for each kv head of each layer (see
+"""Capacity: one for all layers, one per layer, or one per kv head of each layer (see
 `jaxcompress.budgets.allocate`)."""
 
 
@@ -38,20 +38,20 @@ def init_state(
 ) -> State:
     """A fresh state with every slot free.
 
-    Consecutive layers that share capacities and policy are stacked. Heads of different capacity are stored apart, so
-    that what a small one does not need is never allocated.
+    Consecutive layers with the same capacities and policy are stacked. Heads of different capacity are stored
+    separately, so that a head with a small capacity allocates no unused slots.
 
     Args:
       slots: capacities (see `Slots`). A sliding-window layer gets no more than its window. In a pool the capacity is
         the mean of the kv heads that share it.
       dtype: of keys and values; `int8`, `int4` and `float8_e4m3fn` are quantised (see `jaxcompress.state.storage`).
-      slot_multiple: slots are allocated in multiples of this; those beyond what the policy needs stay free. None: as
-        the default device lays them out anyway, 8 on a TPU (32 for quantised states), 1 elsewhere.
+      slot_multiple: slots are allocated in multiples of this; slots that the policy does not need stay free. None
+        follows the layout of the default device: 8 on a TPU (32 for quantised states), 1 elsewhere.
 
     Raises:
-      ValueError: something that is no config, no policy or no capacity, a capacity below 1 or below what the policy
-        needs, not one per layer or head, capacities per head for a policy whose heads share a set, policies for another
-        number of layers, an unknown dtype, or int4 for heads of odd width.
+      ValueError: an argument is not a config, policy or capacity; a capacity is below 1 or below the policy's minimum;
+        the number of capacities does not match the layers or heads; capacities are per head, but the policy's heads
+        share a set; policies are for another number of layers; the dtype is unknown, or int4 for heads of odd width.
     """
     if not isinstance(config, DecoderConfig):
         raise ValueError(f"the first argument must be a DecoderConfig, such as model.config, not {described(config)}")
@@ -72,7 +72,7 @@ def init_state(
 
 
 def _capacities(config: DecoderConfig, policy: Policy, layer: int, slots: Slots) -> tuple[int, ...]:
-    """Of each kv head of a layer."""
+    """Capacity of each kv head of a layer."""
     every: Any = slots.tolist() if isinstance(slots, np.ndarray) else slots
     given = every
     if isinstance(every, list | tuple):
@@ -110,7 +110,7 @@ def _capacity(given: Any) -> int:
 
 
 def _alike(capacity: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-    """Heads of each capacity."""
+    """Maps each capacity to its heads."""
     return {c: tuple(head for head, other in enumerate(capacity) if other == c) for c in capacity}
 
 
@@ -124,7 +124,7 @@ def _part(
     dtype: DTypeLike,
     slot_multiple: int,
 ) -> KVState:
-    """Some heads of some layers."""
+    """The part of the state for some heads of some layers."""
     every = len(which) == config.num_kv_heads
     entries = config.num_kv_heads if policy.scope == "pool" else 1
     group = config.num_heads // config.num_kv_heads
@@ -141,7 +141,7 @@ def _part(
 def policy_numbers(
     config: DecoderConfig, policy: Policy, which: tuple[int, ...], capacity: int, batch: int
 ) -> tuple[Stats, Memory]:
-    """Shapes and types of a policy's numbers, of one token and of one row, for some heads of a layer."""
+    """Shapes and types of a policy's numbers per token and per row, for some heads of a layer."""
     entries = config.num_kv_heads if policy.scope == "pool" else 1
     group = config.num_heads // config.num_kv_heads
     heads = policy.heads(group * len(which), len(which))

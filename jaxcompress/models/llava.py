@@ -1,13 +1,14 @@
-"""LLaVA: a vision tower, a projector of two layers, and a decoder that reads patches among the words.
+"""LLaVA: a vision tower, a two-layer projector, and a decoder that reads patches among words.
 
-LLaVA-1.5 (Liu et al. 2023) encodes a picture once. LLaVA-NeXT (Liu et al. 2024) encodes it whole and in tiles of the
-best fitting resolution. Patches of the tiles' padding are left out, and a newline token ends every row of patches.
+LLaVA-1.5 (Liu et al. 2023) encodes a picture once. LLaVA-NeXT (Liu et al. 2024) encodes the whole picture and
+its tiles at the best fitting resolution. Patches of the tiles' padding are dropped, and a newline token ends every row
+of patches.
 
     features = model.image_features(pixels)  # [crops, patches, E]
     visual = model.pack(features, index)  # [B, M, E]; index from `visual_index`
     logits = model(tokens, visual)
 
-The order of the patches is a table of integers, which `picture_index` and `visual_index` make on the host. So all
+A table of integers gives the order of the patches; `picture_index` and `visual_index` make it on the host. So all
 pictures of a batch go through one compiled program.
 """
 
@@ -34,7 +35,7 @@ from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.state.shapes import Hidden, Logits, Positions, Tokens
 
 NEWLINE, NOTHING = -1, -2
-"""Entries of an index that are no patch: the newline token, and padding."""
+"""Index entries that are not patches: the newline token, and padding."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class LlavaConfig:
     """Shape of a LLaVA model. Hashable.
 
     Attributes:
-      image_token: the token whose places are taken by visual tokens.
-      feature_layers: how many of the tower's layers run; what they return, not normed, goes into the projector.
-      keep_special: the tower's special tokens go in too.
+      image_token: the placeholder token that visual tokens replace.
+      feature_layers: number of tower layers that run; their output, without the final norm, goes into the projector.
+      keep_special: the tower's special tokens also go into the projector.
       projector_bias: biases in the projector.
       pinpoints: resolutions (height, width) that LLaVA-NeXT cuts into tiles; () for LLaVA-1.5.
-      newline: a token of its own ends every row of patches (LLaVA-NeXT).
+      newline: a learned newline token ends every row of patches (LLaVA-NeXT).
     """
 
     tower: TowerConfig
@@ -69,7 +70,7 @@ class LlavaConfig:
 
 
 class Projector(nnx.Module):
-    """From the tower's width to the decoder's."""
+    """Maps the tower's width to the decoder's width."""
 
     def __init__(self, config: LlavaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         small = jax.nn.initializers.normal(0.02)
@@ -89,7 +90,7 @@ class Llava(nnx.Module):
     Attributes:
       config: its shape (static).
       tower, projector, decoder: its parts.
-      newline: [E], LLaVA-NeXT's.
+      newline: [E], the newline token of LLaVA-NeXT.
     """
 
     def __init__(self, config: LlavaConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
@@ -102,11 +103,11 @@ class Llava(nnx.Module):
             self.newline = nnx.Param(init(rngs.params(), (config.decoder.hidden_size,), dtype))
 
     def run_tower(self, pixels: Pixels) -> tuple[Patches, AttentionInputs]:
-        """The tower's tokens as the projector gets them, special tokens included, and what the last layer compared."""
+        """The tower's tokens, including special tokens, and the attention inputs of the last layer that ran."""
         return self.tower.run_layers(self.tower.embed(pixels), range(self.config.feature_layers))
 
     def project(self, hidden: Float[Array, "*B N E"]) -> Float[Array, "*B N F"]:
-        """Tokens of the tower, special ones left out by the caller, as tokens of the decoder."""
+        """Projects tokens of the tower to tokens of the decoder. The caller removes special tokens."""
         return self.projector(hidden)
 
     def image_features(self, pixels: Pixels) -> Float[Array, "B N E"]:
@@ -118,8 +119,8 @@ class Llava(nnx.Module):
         """The visual tokens of each row of a batch: patches and newlines in the order of its index.
 
         Args:
-          features: of all crops of all pictures of all rows.
-          index: into the crops' tokens, flattened; `NEWLINE`, or `NOTHING` for padding (zeros).
+          features: features of all crops of all pictures of all rows.
+          index: indices into the flattened tokens of the crops, `NEWLINE`, or `NOTHING` for padding (zeros).
         """
         flat = features.reshape(-1, features.shape[-1])
         visual = jnp.where((index >= 0)[..., None], flat[jnp.maximum(index, 0)], 0)
@@ -130,7 +131,7 @@ class Llava(nnx.Module):
     def embed(self, tokens: Tokens, visual: Float[Array, "B M E"]) -> Hidden:
         """Embeddings, with the nth image token of a row replaced by its nth visual token.
 
-        How many there are is not checked here, where shapes are all that is known: see `check_placeholders`.
+        The number of image tokens is not checked here, where only shapes are known: see `check_placeholders`.
         """
         here = tokens == self.config.image_token
         nth = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, visual.shape[1] - 1)
@@ -140,13 +141,13 @@ class Llava(nnx.Module):
         )
 
     def __call__(self, tokens: Tokens, visual: Float[Array, "B M E"], positions: Positions | None = None) -> Logits:
-        """Plain causal attention over words and patches, no state. Positions default to 0..T-1; -1 marks padding."""
+        """Logits by plain causal attention over words and patches. Positions default to 0..T-1; -1 marks padding."""
         decoder = self.decoder
         return decoder.logits(decoder.norm(decoder.hidden_of(self.embed(tokens, visual), positions)))
 
 
 def picture_index(config: LlavaConfig, size: tuple[int, int]) -> Int[np.ndarray, " n"]:
-    """The visual tokens of one picture: indices into the tokens of its crops, flattened; `NEWLINE` ends a row.
+    """The visual tokens of one picture: indices into the flattened tokens of its crops. `NEWLINE` ends a row.
 
     Crop 0 is the whole picture, the others are its tiles, row by row.
 
@@ -154,7 +155,7 @@ def picture_index(config: LlavaConfig, size: tuple[int, int]) -> Int[np.ndarray,
       size: (height, width) of the picture before processing, `image_sizes` of transformers' processor.
 
     Raises:
-      ValueError: no side may be 0.
+      ValueError: a side of the picture is 0.
     """
     n, grid = config.tokens_per_crop, config.tower.grid
     whole = np.arange(n)
@@ -171,7 +172,7 @@ def picture_index(config: LlavaConfig, size: tuple[int, int]) -> Int[np.ndarray,
 
 
 def crops_of(config: LlavaConfig, size: tuple[int, int]) -> int:
-    """How many crops the tower sees of a picture of this size (height, width)."""
+    """Number of crops that the tower sees of a picture of this size (height, width)."""
     if not config.pinpoints:
         return 1
     height, width = best_resolution(size, config.pinpoints)
@@ -179,7 +180,7 @@ def crops_of(config: LlavaConfig, size: tuple[int, int]) -> int:
 
 
 def best_resolution(size: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The resolution (height, width) that keeps most of a picture's pixels, and of those the one that wastes least.
+    """The resolution (height, width) that keeps the most pixels of a picture; ties go to the one that wastes least.
 
     Raises:
       ValueError: a side of the picture is 0.
@@ -193,11 +194,11 @@ def best_resolution(size: tuple[int, int], pinpoints: Sequence[tuple[int, int]])
         kept = min(int(width * scale) * int(height * scale), width * height)
         return kept, kept - resolution[0] * resolution[1]
 
-    return max(pinpoints, key=merit)  # the first of equals, as transformers has it
+    return max(pinpoints, key=merit)  # the first on a tie, as in transformers
 
 
 def _unpad(patches: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Without the rows or columns that show only the bars beside a picture of this size (height, width)."""
+    """Drops the rows or columns that show only the padding bars of a picture of this size (height, width)."""
     height, width = (int(side) for side in size)
     rows, columns = patches.shape
     if width / height > columns / rows:
@@ -210,12 +211,12 @@ def _unpad(patches: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def visual_index(
     rows: Sequence[Sequence[np.ndarray]], crops: Sequence[Sequence[int]], tokens_per_crop: int
 ) -> Int[np.ndarray, "B M"]:
-    """The index of `Llava.pack` for a batch, from those of single pictures.
+    """The index of `Llava.pack` for a batch, from the indices of single pictures.
 
     Args:
       rows: for each row of the batch, the indices of its pictures (`picture_index`).
-      crops: how many crops of the features each of these pictures has, in the same order.
-      tokens_per_crop: that the features have for each crop.
+      crops: number of crops of each of these pictures, in the same order.
+      tokens_per_crop: number of tokens of each crop in the features.
     """
     lines, at = [], 0
     for pictures, counts in zip(rows, crops, strict=True):
@@ -233,10 +234,10 @@ def visual_index(
 def expand_placeholders(
     tokens: Sequence[int] | np.ndarray, image_token: int, counts: Sequence[int]
 ) -> Int[np.ndarray, " T"]:
-    """A prompt in which every image token, one for each picture, stands as often as its picture has visual tokens.
+    """Repeats every image token of a prompt, one per picture, as often as its picture has visual tokens.
 
     Raises:
-      ValueError: not one image token for each picture.
+      ValueError: the prompt does not have one image token per picture.
     """
     ids = np.asarray(tokens, np.int64).reshape(-1)
     here = ids == image_token
@@ -251,7 +252,7 @@ def expand_placeholders(
 
 
 def check_placeholders(tokens: Any, image_token: int, counts: Sequence[int]) -> None:
-    """Raises ValueError if rows of tokens [B, T] do not have as many image tokens as there are visual tokens."""
+    """Raises ValueError if a row of tokens [B, T] does not have as many image tokens as visual tokens (`counts`)."""
     found = (np.asarray(tokens) == image_token).sum(1)
     for row, (have, need) in enumerate(zip(found, counts, strict=True)):
         if have != need:

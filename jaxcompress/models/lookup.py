@@ -1,4 +1,4 @@
-"""Rows of a table of embeddings, with a gradient that holds however often a row is read."""
+"""Embedding lookup whose gradient stays accurate however often a row is read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 
 @jax.custom_jvp
 def look_up(table: Float[Array, "V E"], rows: Int[Array, "*n"]) -> Float[Array, "*n E"]:
-    """`table[rows]`. The gradient of a row that was read several times is added up in float32.
+    """`table[rows]`. The gradient of a row that is read several times accumulates in float32.
 
-    In bfloat16 the sum of a frequent token would stop to grow at 256 times what is added.
+    In bfloat16, the sum for a frequent token would stop growing at 256 times the summand.
     """
     return table[rows]
 

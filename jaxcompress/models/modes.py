@@ -1,4 +1,4 @@
-"""The three ways to read a text, and how its tokens are cut into calls."""
+"""The three modes of reading a text, and the split of its tokens into calls."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 class ReadCall(NamedTuple):
-    """What one call reads of a text.
+    """The part of a text that one call reads.
 
     Attributes:
       start, stop: tokens [start, stop) of the text.
-      width: tokens of the call; what `stop - start` leaves of it is padding.
+      width: tokens of the call, including padding; `stop - start` of them are text.
       chunk: tokens between two selections.
     """
 
@@ -26,13 +26,13 @@ class ReadCall(NamedTuple):
 
 
 FEWEST = 32
-"""The width of the shortest call: texts below it are filled up."""
+"""The width of the shortest call; shorter texts are padded to it."""
 
 
 def padded(tokens: int, most: int) -> int:
-    """The width of a call that reads so many tokens: one of few, so that few programs are compiled.
+    """The width of a call that reads this number of tokens. Only a few widths exist, so few programs are compiled.
 
-    Up to `most` these are the powers of two from `FEWEST` on, and `most`; above it, multiples of `most`.
+    Widths up to `most` are the powers of two from `FEWEST` on, and `most`. Widths above it are multiples of `most`.
     """
     if tokens > most:
         return -(-tokens // most) * most
@@ -40,13 +40,13 @@ def padded(tokens: int, most: int) -> int:
 
 
 def calls(mode: Mode, total: int, *, chunk: int, segment: int, start: int = 0) -> list[ReadCall]:
-    """How to read tokens [start, total) of a text in a named mode: the calls, one after the other.
+    """The sequence of calls that reads tokens [start, total) of a text in a named mode.
 
-    Where calls end changes nothing: a segment is made a whole number of chunks, and padding is masked. Only `oneshot`
-    needs all tokens in one call, since it selects from all of them at once.
+    The ends of calls do not change the result: a segment is rounded to a whole number of chunks, and padding is masked.
+    Only `oneshot` needs all tokens in one call, since it selects from all of them at once.
 
     Raises:
-      ValueError: an unknown mode, or a chunk or segment below 1.
+      ValueError: the mode is unknown, or a chunk or segment is below 1.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
@@ -61,7 +61,7 @@ def calls(mode: Mode, total: int, *, chunk: int, segment: int, start: int = 0) -
     for at in range(start, total, segment):
         stop = min(at + segment, total)
         width = padded(stop - at, segment)
-        if width <= by:  # one selection, from all of it
+        if width <= by:  # a single selection from all tokens
             plan.append(ReadCall(at, stop, width, width))
         else:
             plan.append(ReadCall(at, stop, -(-width // by) * by, by))

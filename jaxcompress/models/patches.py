@@ -1,4 +1,4 @@
-"""The tokens of pictures inside a vision tower, and what may drop or merge them."""
+"""The tokens of pictures inside a vision tower, and the type of functions that drop or merge them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxcompress.recurrence.inputs import AttentionInputs
 
 Pixels = Float[Array, "B channels side side"]
-"""Normalised by the checkpoint's image processor; channels first, as transformers has them."""
+"""Normalised by the checkpoint's image processor; channels first, as in transformers."""
 
 
 @jax.tree_util.register_dataclass
@@ -22,9 +22,9 @@ class Patches:
 
     Attributes:
       hidden: [B, N, E], the residual stream.
-      size: [B, N] float32, how many of the tower's tokens each stands for; 0 where there is none, which nobody attends
-        to (fixed shapes for methods that keep a different number in each picture).
-      group: [B, M] int32: where each of the M tokens of `embed` went: index of one of the N, -1 if it was dropped.
+      size: [B, N] float32, number of the tower's tokens that each token stands for. 0 marks an empty place, which no
+        token attends to (fixed shapes for methods that keep a different number in each picture).
+      group: [B, M] int32, for each of the M tokens of `embed` the index of the token it went into; -1 if dropped.
     """
 
     hidden: Float[Array, "B N E"]
@@ -32,10 +32,10 @@ class Patches:
     group: Int[Array, "B M"]
 
     def become(self, hidden: Float[Array, "B n E"], size: Float[Array, "B n"], into: Int[Array, "B N"]) -> Patches:
-        """Other tokens in their place.
+        """Replaces the tokens with new ones.
 
         Args:
-          into: which of the new tokens each present one went into, -1 if it was dropped.
+          into: index of the new token that each current token went into, -1 if it was dropped.
         """
         followed = jnp.take_along_axis(into, jnp.maximum(self.group, 0), axis=1)
         return Patches(hidden, size, jnp.where(self.group >= 0, followed, -1).astype(jnp.int32))
@@ -54,4 +54,4 @@ class Patches:
 
 
 Reduce = Callable[[Patches, AttentionInputs, int], Patches]
-"""(tokens, what this layer's attention compared, number of the layer) -> fewer tokens."""
+"""(tokens, attention inputs of this layer, number of the layer) -> fewer tokens."""

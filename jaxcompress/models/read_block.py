@@ -1,4 +1,4 @@
-"""Reading embeddings into a state, with tokens leaving between layers."""
+"""Reads embeddings into a state; tokens may leave between layers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from jaxcompress.state.shapes import Hidden, Positions
 
 
 class HiddenBlock(NamedTuple):
-    """Tokens between two layers of a decoder, words and patches alike.
+    """Tokens between two layers of a decoder, both words and patches.
 
     Attributes:
       hidden: [B, T, E], the residual stream.
-      positions: [B, T], growing along T; -1 for padding.
-      patch: [B, T] int32, which visual token of its row each is, counted from 0; -1 for a word or padding.
+      positions: [B, T], increasing along T; -1 for padding.
+      patch: [B, T] int32, number of the visual token in its row, from 0; -1 for a word or padding.
     """
 
     hidden: Hidden
@@ -47,8 +47,8 @@ class LayerPruning(NamedTuple):
 
     Attributes:
       layer: the layer after which they leave.
-      prune: (tokens, what the attention of that layer compared) -> the tokens left, as many in every row; rows with
-        fewer are padded. The last token of a row has to stay, since the next token is predicted from it.
+      prune: (tokens, attention inputs of that layer) -> the remaining tokens, the same number in every row; shorter
+        rows are padded. The last token of a row must stay, since the next token is predicted from it.
     """
 
     layer: int
@@ -67,17 +67,17 @@ def read_block(
 ) -> tuple[HiddenBlock, State]:
     """Reads embeddings into the state. Tokens may leave between layers; later layers then hold fewer.
 
-    Pure; jit it with `prunings`, `chunk` and `placement` static. Returns the tokens left after the last layer, normed,
-    and the state. The next token stands after the last position of each layer. Where a pruning renumbers positions,
-    that position differs between layers whose states are apart (`init_state` with slots per layer).
+    The function is pure; jit it with `prunings`, `chunk` and `placement` static. Returns the tokens left after the last
+    layer, normed, and the state. The next token comes after the last position of each layer. If a pruning renumbers
+    positions, the last position differs between layers with separate states (`init_state` with slots per layer).
 
     Args:
       prunings: in ascending order of their layers.
       chunk: tokens between two selections of the policy; one selection at the end by default (one-shot).
 
     Raises:
-      ValueError: prunings out of order, or after a layer that does not exist; a state of another batch, or one that was
-        made for another model or policy.
+      ValueError: prunings are out of order, or name a layer that does not exist; the state has another batch size, or
+        was made for another model or policy.
     """
     config = model.config
     check_state(config, state, policy, batch=block.positions.shape[0])
@@ -114,7 +114,7 @@ def _check_layers(given: list[int], config: DecoderConfig) -> None:
 
 
 def _with_attention(attend: Attend, config: DecoderConfig) -> Attend:
-    """The same attention, with the queries and keys that it compared in the carry beside the state."""
+    """The same attention; its carry also has the queries and keys, beside the state."""
 
     def attend_and_keep(q, k, v, positions, layer, index, carry, xs):
         out, parts, gone = attend(q, k, v, positions, layer, index, carry[0], xs)

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021), with the context extensions that checkpoints use.
 
-The half-split layout of Llama and Hugging Face: channel i is rotated together with channel i + D/2.
+The layout is the half-split one of Llama and Hugging Face: channels i and i + D/2 are rotated together.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class RopeConfig:
       kind: `default`; `linear` (Chen et al. 2023: positions divided by `factor`); `llama3` (long wavelengths
         divided by `factor`, short ones kept, a ramp between); `yarn` (Peng et al. 2023, NTK-by-parts with a
         temperature on attention).
-      factor: context extension.
-      original_context: tokens that the model was first trained on (llama3, yarn).
+      factor: factor of the context extension.
+      original_context: context length in tokens of the original training (llama3, yarn).
       low_freq_factor, high_freq_factor: ends of the ramp (llama3).
       beta_fast, beta_slow: ends of the ramp, in rotations over the original context (yarn).
       attention_factor: multiplies cos and sin (yarn); None derives it from `factor`.
@@ -59,14 +59,14 @@ class RopeConfig:
 
     def _yarn(self, plain: np.ndarray, head_dim: int) -> tuple[np.ndarray, float]:
         def channel(rotations: float) -> float:
-            """The channel pair that turns this often over the original context."""
+            """The channel pair that makes this number of rotations over the original context."""
             return head_dim * math.log(self.original_context / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = channel(self.beta_fast), channel(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
-        # The ends may cross for contexts of a few tokens; Transformers divides by the negative difference then.
+        # The ends may cross for contexts of a few tokens; transformers then divides by the negative difference.
         ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low or 1e-3), 0.0, 1.0)
         temperature = self.attention_factor
         if temperature is None:
@@ -84,20 +84,20 @@ class Rotary:
         return rotate(x, positions, self.rope)
 
     def by_rank(self, x: Float[Array, "... D"], ranks: Int[Array, "..."], count: int) -> Float[Array, "... D"]:
-        """The same at whole positions below `count`. Sines come from a table, which is cheaper than to compute them."""
+        """Rotates at integer positions below `count`. Sines come from a table, which is cheaper than computing them."""
         cos, sin = cos_sin(jnp.arange(count), self.rope, x.shape[-1])
         return turned(x, cos[ranks], sin[ranks])
 
 
 def cos_sin(positions: Real[Array, "..."], rope: RopeConfig, head_dim: int) -> tuple[Array, Array]:
-    """Of each channel pair at each position, float32."""
+    """Cosine and sine for each channel pair at each position, float32."""
     frequencies, factor = rope.frequencies(head_dim)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def turned(x: Float[Array, "... D"], cos: Float[Array, "... H"], sin: Float[Array, "... H"]) -> Float[Array, "... D"]:
-    """Vectors with their channel pairs turned by these angles, computed in float32."""
+    """Vectors with their channel pairs rotated by these angles, computed in float32."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -105,7 +105,7 @@ def turned(x: Float[Array, "... D"], cos: Float[Array, "... H"], sin: Float[Arra
 def rotate(x: Float[Array, "... D"], positions: Real[Array, "..."], rope: RopeConfig) -> Float[Array, "... D"]:
     """Rotates each vector of x by the angle of its position.
 
-    `positions` has the shape of x without its last axis, or one that broadcasts to it; whole or fractional.
-    Angles and products are float32, the result has the dtype of x.
+    `positions` has the shape of x without its last axis, or a shape that broadcasts to it; integers or fractions.
+    Angles and products are float32. The result has the dtype of x.
     """
     return turned(x, *cos_sin(positions, rope, x.shape[-1]))

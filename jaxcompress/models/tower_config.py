@@ -14,11 +14,11 @@ class TowerConfig:
 
     Attributes:
       image_size, patch_size: side lengths in pixels.
-      special: tokens before the patches: 0, 1 (class token), or 2 (class and distillation token, DeiT).
-      patch_bias: bias of the patch embedding.
-      pre_norm: norm between embedding and first layer (CLIP).
-      pooling: `class`: the first token, normed; `attention`: a learned query attends to all tokens (SigLIP); `mean`.
-      labels: classes of the classifier, 0 for none.
+      special: number of tokens before the patches: 0, 1 (class token), or 2 (class and distillation token, DeiT).
+      patch_bias: the patch embedding has a bias.
+      pre_norm: a norm stands between the embedding and the first layer (CLIP).
+      pooling: `class` (the first token, normed), `attention` (a learned query attends to all tokens, SigLIP) or `mean`.
+      labels: number of classes of the classifier, 0 for no classifier.
     """
 
     hidden_size: int

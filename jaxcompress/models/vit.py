@@ -3,12 +3,12 @@
 A tower runs in pieces, so that its tokens can be dropped or merged between any two layers:
 
     patches = tower.embed(pixels)
-    patches, inputs = tower.run_layers(patches, range(0, 3))  # what the attention of layer 2 compared
+    patches, inputs = tower.run_layers(patches, range(0, 3))  # attention inputs of layer 2
     patches = keep_some(patches, inputs)
     patches, _ = tower.run_layers(patches, range(3, 12))
     tower.logits(patches)
 
-Between a layer's attention and its MLP, where ToMe merges, `run_layers(..., reduce=...)` calls back.
+`run_layers(..., reduce=...)` calls `reduce` between a layer's attention and its MLP, where ToMe merges.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class TowerAttention(nnx.Module):
-    """Projections around attention."""
+    """Query, key, value and output projections of attention."""
 
     def __init__(self, config: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = lambda: _linear(config.hidden_size, config.hidden_size, dtype, rngs)
@@ -74,7 +74,7 @@ class AttentionPool(nnx.Module):
 
     Attributes:
       probe: [E], the query before its projection.
-      kernel, bias: [3E, E] (out, in) and [3E], the projections of query, key and value.
+      kernel, bias: [3E, E] (out, in) and [3E], the query, key and value projections.
     """
 
     def __init__(self, config: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -106,11 +106,11 @@ class VisionTower(nnx.Module):
       config: its shape (static).
       patch: [E, C, P, P], the patch embedding, with `patch_bias` [E] if it has one.
       position: [special + patches, E].
-      class_token, distillation_token: [E], where there are such.
+      class_token, distillation_token: [E], if the tower has them.
       layers: one `TowerLayer` whose arrays have a leading axis L.
-      pre_norm, norm: before the first layer (CLIP), and after the last.
-      pool: SigLIP's.
-      classifier, distillation_classifier: of a classifier.
+      pre_norm, norm: norms before the first layer (CLIP) and after the last layer.
+      pool: attention pooling (SigLIP).
+      classifier, distillation_classifier: output layers of a classifier.
     """
 
     def __init__(self, config: TowerConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
@@ -140,7 +140,7 @@ class VisionTower(nnx.Module):
         """Patches in raster order after the special tokens, before the first layer.
 
         Raises:
-          ValueError: no images, or pixels of another size or number of channels.
+          ValueError: there are no images, or pixels have another size or number of channels.
         """
         c = self.config
         if not pixels.shape[0]:
@@ -171,15 +171,15 @@ class VisionTower(nnx.Module):
         reduce: Reduce | None = None,
         proportional: bool = False,
     ) -> tuple[Patches, AttentionInputs]:
-        """Runs some layers, all by default; returns the tokens, and what the attention of the last layer compared.
+        """Runs some layers, all by default. Returns the tokens and the attention inputs of the last of these layers.
 
         Args:
-          reduce: called between attention and MLP of each of these layers. What is `AttentionInputs` is then of the
-            tokens that the layer began with.
-          proportional: a token of size s is attended to like s equal ones: log s is added to its scores (ToMe, 3.2).
+          reduce: called between attention and MLP of each of these layers. The `AttentionInputs`, also the
+            returned ones, then belong to the tokens at the start of the layer.
+          proportional: a token of size s counts as s equal tokens: log s is added to its scores (ToMe, 3.2).
 
         Raises:
-          ValueError: no layers, or layers that the tower does not have.
+          ValueError: no layers are given, or the tower does not have them.
         """
         every = range(self.config.num_layers)
         layers = every if layers is None else layers
@@ -202,7 +202,7 @@ class VisionTower(nnx.Module):
                 layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), self.layers)
             return self._layer(layer, loop[0], proportional), None
 
-        # A part of the layers is indexed inside the loop: slicing the stacked weights would copy them at each call.
+        # For a part of the layers, index inside the loop: slicing the stacked weights would copy them at each call.
         weights = self.layers if layers == every else None
         return jax.lax.scan(body, start, (weights, jnp.arange(layers.start, layers.stop)))[0]
 
@@ -235,7 +235,7 @@ class VisionTower(nnx.Module):
         return (x * weight).sum(1).astype(x.dtype)
 
     def logits(self, patches: Patches) -> Float[Array, "B V"]:
-        """Scores of the classes, from the tokens after the last layer, float32; of a distilled DeiT both heads' mean.
+        """Class scores from the tokens after the last layer, float32. A distilled DeiT averages its two heads.
 
         Raises:
           ValueError: the tower has no classifier.
@@ -248,7 +248,7 @@ class VisionTower(nnx.Module):
         return out
 
     def __call__(self, pixels: Pixels) -> Patches:
-        """The tokens after the last layer, not normed."""
+        """The tokens after the last layer, before the final norm."""
         return self.run_layers(self.embed(pixels))[0]
 
 

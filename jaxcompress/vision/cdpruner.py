@@ -1,7 +1,7 @@
-"""CDPruner: a diverse set of patches that the question asks for (Zhang et al. 2025).
+"""CDPruner: a diverse set of patches that are relevant to the question (Zhang et al. 2025).
 
 A determinantal point process with kernel L_ij = q_i cos(x_i, x_j) q_j, maximised greedily: each step takes the patch
-with the largest determinant gained (Chen et al. 2018, "Fast Greedy MAP Inference").
+with the largest gain of the determinant (Chen et al. 2018, "Fast Greedy MAP Inference").
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from jaxcompress.vision.choose import EPS, check_budget, cosine
 
 
 def question_relevance(image: Float[Array, "B N D"], text: Float[Array, "M D"]) -> Float[Array, "B N"]:
-    """How little a patch's CLIP embedding is like the question's, from 0 to 1 in each picture.
+    """Negative similarity of each patch's CLIP embedding to the question's, scaled to 0..1 in each picture.
 
-    The minus sign is the authors'. They scale over all pictures of a batch together; flatten them to one for that.
+    The minus sign is the authors'. They scale over all pictures of a batch together; to do so, flatten the batch.
     """
     like = jnp.einsum(
         "bnd,md->bnm", unit(image.astype(jnp.float32), EPS), unit(text.astype(jnp.float32), EPS), precision="highest"
@@ -33,8 +33,8 @@ class Diverse(NamedTuple):
     """Result of `diverse`.
 
     Attributes:
-      order: [B, n], the chosen patches in the order in which they were.
-      gain: [B, N], what is left to gain of each patch, -inf for the chosen.
+      order: [B, n], the chosen patches in the order in which they were chosen.
+      gain: [B, N], the remaining gain of each patch, -inf for chosen patches.
       quality: [B, N], the kernel's diagonal.
     """
 
@@ -44,9 +44,9 @@ class Diverse(NamedTuple):
 
 
 def diverse(x: Float[Array, "B N E"], relevance: Float[Array, "B N"], n: int) -> Diverse:
-    """The n patches with the largest determinant, greedily.
+    """Greedily chooses the n patches with the largest determinant.
 
-    Where more are asked for than the kernel has rank, gains are rounding errors: which come then means nothing.
+    If n is above the kernel's rank, the last gains are rounding errors, and the last patches are arbitrary.
 
     Raises:
       ValueError: n above N.
@@ -55,16 +55,16 @@ def diverse(x: Float[Array, "B N E"], relevance: Float[Array, "B N"], n: int) ->
     check_budget(n, total)
     kernel = relevance[:, :, None] * cosine(x, x) * relevance[:, None]
     rows = jnp.arange(b)
-    # A cosine with itself is 1 up to rounding, by which ties would be told apart, differently in each batch.
+    # Take the self-cosine as exactly 1: its rounding error would break ties, differently in each batch.
     diagonal = jnp.square(relevance) * x.any(-1)
 
     def step(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
-        factors, gain = carry  # factors: [n, B, N], rows of the Cholesky factor so far, zero for those to come
+        factors, gain = carry  # factors: [n, B, N], rows of the Cholesky factor so far, then zeros
         chosen = gain.argmax(-1)
         before = jnp.einsum("tb,tbn->bn", factors[:, rows, chosen], factors, precision="highest")
         most = gain[rows, chosen][:, None]
         row = (kernel[rows, chosen] - before) / jnp.sqrt(jnp.maximum(most, 1e-10))
-        row = jnp.where(most > 1e-10, row, 0.0)  # beyond the kernel's rank there is nothing left to gain
+        row = jnp.where(most > 1e-10, row, 0.0)  # no gain is left beyond the kernel's rank
         gain = (gain - jnp.square(row)).at[rows, chosen].set(-jnp.inf)
         return (factors.at[i].set(row), gain), chosen
 

@@ -1,7 +1,8 @@
-"""DART: a few pivots, and the patches least like them: what is double goes (Wen et al. 2025).
+"""DART: keeps a few pivots and the patches least similar to them, so duplicates go (Wen et al. 2025).
 
-Pivots are the patches and words whose keys have the largest L1 norms, four of each. Every pivot in turn keeps the
-patches that are least like it, by the cosine of hidden states, of those that are left. No attention map is needed.
+Pivots are the patches and words whose keys have the largest L1 norms, four of each. In turn, every pivot
+keeps those of the remaining patches that are least similar to it by the cosine of hidden states. No attention map is
+needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxcompress.vision.choose import check_budget, cosine, indices_of, ranked_indices, take, top_mask
 
 LAYER, PIVOTS = 2, 4
-"""Before this layer; pivots among the patches, and as many among the words."""
+"""Layer before which patches leave; number of pivots among the patches, and among the words."""
 
 
 class Dart(NamedTuple):
@@ -39,15 +40,15 @@ def dart(
     *,
     pivots: int = PIVOTS,
 ) -> Dart:
-    """Exactly n patches.
+    """Keeps exactly n patches.
 
-    The released code lets every pivot take as many, and so keeps about n; here the first pivots take one more where
-    that does not divide. Pivots come in the order of their norms, patches before words.
+    In the released code every pivot takes the same number, so about n patches stay. Here the first pivots take one more
+    if n does not divide evenly. Pivots are in the order of their norms, patches before words.
 
     Args:
       patches, words: hidden states.
-      patch_norm, word_norm: L1 norms of the keys, all heads together.
-      present: which words are there.
+      patch_norm, word_norm: L1 norms of the keys, heads concatenated.
+      present: which words are present.
 
     Raises:
       ValueError: n above V.

@@ -1,4 +1,4 @@
-"""Methods that act in the tower or at its end, on the model that sees the picture."""
+"""Methods that drop or merge tokens in the vision tower or after its last layer."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Encode = Callable[[Llava, Pixels], Encoded]
 
 
 def all_patches(model: Llava, pixels: Pixels) -> Encoded:
-    """Every patch."""
+    """Keeps every patch."""
     patches, _ = model.run_tower(pixels)
     return project_patches(model, patches)
 
 
 def see(model: Llava, pixels: Pixels) -> tuple[Patches, AttentionInputs]:
-    """The tower's tokens as the projector gets them, and what the last layer before it compared."""
+    """The tower's tokens as the projector gets them, and the attention inputs of the last layer that ran."""
     return model.tower.run_layers(model.tower.embed(pixels), range(model.config.feature_layers))
 
 
 def last_layer_attention(model: Llava, patches: Patches, attention: AttentionInputs) -> AttentionInputs:
-    """What the tower's last layer compares, also where the projector's tokens come from the one before it."""
+    """Attention inputs of the tower's last layer, even if the projector gets the tokens of the layer before it."""
     config = model.config
     if config.feature_layers == config.tower.num_layers:
         return attention
@@ -44,7 +44,7 @@ def last_layer_attention(model: Llava, patches: Patches, attention: AttentionInp
 
 
 def class_token_attention(attention: AttentionInputs, special: int) -> Float[Array, "B H N"]:
-    """Attention of the class token to each patch; of all tokens, where there is no class token (as VisionZip does)."""
+    """Attention of the class token to each patch. Without a class token: attention of all tokens (as in VisionZip)."""
     b, total = attention.bias.shape
     if special:
         return attention.rows(jnp.zeros((b, 1), jnp.int32))[:, :, 0, special:]
@@ -52,12 +52,12 @@ def class_token_attention(attention: AttentionInputs, special: int) -> Float[Arr
 
 
 def project_patches(model: Llava, patches: Patches, key: Array | None = None) -> Encoded:
-    """The tower's tokens through the projector; `key` [B, n] bool over patches."""
+    """Projects the tower's tokens; `key` is [B, n], bool, over patches."""
     special = 0 if model.config.keep_special else model.config.tower.special
     size = patches.size[:, special:]
     visual = model.project(patches.hidden[:, special:])
     b, n = size.shape
-    # A token stands where the first of its patches does.
+    # A token takes the position of its first patch.
     total = patches.group.shape[1] - special
     group = patches.group[:, special:] - special
     place = jnp.full((b, n), total, jnp.int32)
@@ -68,14 +68,14 @@ def project_patches(model: Llava, patches: Patches, key: Array | None = None) ->
 
 
 def check_patches_only(config: LlavaConfig) -> int:
-    """Raises ValueError where special tokens go to the decoder too: nothing here says what becomes of them."""
+    """Raises ValueError if the decoder also gets special tokens: these methods do not define what happens to them."""
     if config.keep_special and config.tower.special:
         raise ValueError("methods choose among patches; use a model with vision_feature_select_strategy='default'")
     return config.tower.num_patches
 
 
 def tome_encoder(n: int) -> Encode:
-    """ToMe, about as many merges in every layer that runs, so that exactly n tokens are left."""
+    """ToMe with about the same number of merges in every layer that runs; exactly n tokens are left."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         config = model.config
@@ -91,7 +91,7 @@ def tome_encoder(n: int) -> Encode:
 
 
 def tome_counts(patches: int, n: int, layers: int) -> tuple[int, ...]:
-    """How many merge in each layer so that n are left: evenly, as far as no layer can merge more than half."""
+    """Merges per layer so that n tokens are left: as even as possible when a layer merges at most half."""
     check_budget(n, patches, "patches")
 
     def least(left: int, layers: int) -> int:
@@ -118,7 +118,7 @@ def _in_raster_order(done: Encoded) -> Encoded:
 
 
 def top_patches(score: Callable[[Llava, Patches, AttentionInputs], Array], n: int) -> Encode:
-    """The n patches with the highest scores, in raster order."""
+    """Keeps the n patches with the highest scores, in raster order."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         check_budget(n, check_patches_only(model.config), "patches")
@@ -145,7 +145,7 @@ def random_score(seed: int) -> Callable[[Llava, Patches, AttentionInputs], Array
 
 
 def fixed_patches(places: Callable[[int, int], Any], n: int) -> Encode:
-    """The patches that a table (grid side, n) names."""
+    """Keeps the patches that `places` (grid side, n) returns."""
 
     def score(model: Llava, patches: Patches, attention: AttentionInputs) -> Array:
         total = model.config.tower.num_patches
@@ -156,7 +156,7 @@ def fixed_patches(places: Callable[[int, int], Any], n: int) -> Encode:
 
 
 def pooling_encoder(n: int) -> Encode:
-    """Means over n cells of the picture."""
+    """Averages the patches in each of n cells of the picture."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         config = model.config
@@ -173,7 +173,7 @@ def pooling_encoder(n: int) -> Encode:
 
 
 def visionzip_encoder(n: int) -> Encode:
-    """VisionZip: dominant and contextual tokens in the published proportion, the class token not counted."""
+    """VisionZip: dominant and contextual tokens in the published proportion. The class token is not counted."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         check_budget(n, check_patches_only(model.config), "patches")
@@ -193,7 +193,7 @@ def visionzip_encoder(n: int) -> Encode:
 
 
 def zip_split(n: int) -> tuple[int, int]:
-    """(dominant, contextual): as published for 64, 128 and 192, else 5 to 1; the class token not counted."""
+    """(dominant, contextual): as published for 64, 128 and 192, otherwise 5 to 1. The class token is not counted."""
     if n in SPLITS:
         return SPLITS[n]
     contextual = round(n * 10 / 64)
@@ -201,7 +201,7 @@ def zip_split(n: int) -> tuple[int, int]:
 
 
 def prumerge_encoder(n: int, *, stepped: bool = False) -> Encode:
-    """PruMerge with an exact number: n - 1 tokens with their neighbours added, and one for what went."""
+    """PruMerge with an exact number: n - 1 tokens with their neighbours added, and one token for all dropped ones."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         total = check_patches_only(model.config)
@@ -227,7 +227,7 @@ def prumerge_encoder(n: int, *, stepped: bool = False) -> Encode:
 
 
 def cdpruner_encoder(n: int) -> Encode:
-    """The n patches that are least alike: CDPruner's kernel, without a question."""
+    """Keeps n diverse patches: CDPruner's kernel without the question."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         check_budget(n, check_patches_only(model.config), "patches")
@@ -242,10 +242,10 @@ def cdpruner_encoder(n: int) -> Encode:
 
 
 def mustdrop_encoder(r: Callable[[LlavaConfig], tuple[int, int]], *, keys: bool) -> Encode:
-    """MustDrop's first stage: r windows merge after the first layer, and key tokens are set aside.
+    """MustDrop's first stage: r windows merge after the first layer, and key tokens are marked.
 
     Args:
-      r: (config) -> (side of a window, how many merge).
+      r: (config) -> (side of a window, number of windows that merge).
       keys: whether there are key tokens.
     """
 
@@ -262,7 +262,7 @@ def mustdrop_encoder(r: Callable[[LlavaConfig], tuple[int, int]], *, keys: bool)
 
 
 def mustdrop_threshold_encoder(threshold: float = THRESHOLD, *, window: int, keys: bool) -> Encode:
-    """MustDrop's first stage with its threshold: places that merged away are empty."""
+    """MustDrop's first stage with its threshold. Tokens that merged into another leave empty places."""
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         tower, config = model.tower, model.config

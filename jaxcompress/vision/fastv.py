@@ -1,4 +1,4 @@
-"""FastV: after the second layer, patches go that the last word of the prompt does not look at (Chen et al. 2024)."""
+"""FastV: after the second layer, drops the patches that the last token attends to least (Chen et al. 2024)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ LAYER = 2
 
 
 def last_word(row: Float[Array, "B H V"]) -> Float[Array, "B V"]:
-    """Scores: the attention of the prompt's last token to each patch, mean over heads."""
+    """Scores: attention from the prompt's last token to each patch, mean over heads."""
     return row.mean(1)
 
 
 def share_kept(patches: int, ratio: float) -> int:
-    """How many stay where a share `ratio` goes: `round`, which takes halves to the even number, as the authors do."""
+    """Number of kept patches if a share `ratio` is dropped. As in the authors' code, `round` takes halves to even."""
     return round(patches * (1 - ratio))
 
 
 def by_window(scores: Float[Array, "B V"], table: np.ndarray) -> Float[Array, "B V"]:
-    """Scores by which every window keeps its best before any keeps its second best: Window-FastV.
+    """Window-FastV: scores by which every window keeps its best patch before any window keeps its second best.
 
     The baseline of "Token Pruning in Multimodal Large Language Models: Are We Solving the Right Problem?" (Wen et al.
-    2025), for a number that the windows need not divide: what is left over goes to the best.
+    2025). The budget need not be a multiple of the number of windows; the remaining places go to the best patches.
 
     Args:
       table: [windows, patches of each] (see `jaxcompress.vision.windows.window_table`).

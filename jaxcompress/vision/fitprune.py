@@ -1,8 +1,8 @@
-"""FitPrune: in every layer as many patches go as change its attention least, found offline (Ye et al. 2025).
+"""FitPrune: drops patches in every layer; the numbers are fitted offline to change attention least (Ye et al. 2025).
 
-At run time layer l drops the n_l patches with the smallest product of attention by the text and attention by other
-patches (largest over heads). The numbers n_l come from a bisection on one threshold over calibration prompts (`fit`);
-`RECIPES` are the authors' for LLaVA-1.5-7B.
+At run time, layer l drops the n_l patches with the smallest product of attention from the text and attention from
+other patches (maximum over heads). The numbers n_l come from a bisection on one threshold over calibration prompts
+(`fit`). `RECIPES` has the authors' numbers for LLaVA-1.5-7B.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ RECIPES: dict[int, tuple[int, ...]] = {
     80: (128, 127, 118, 35, 26, 8, 13, 3, 2, 1, 0, 0, 0, 2, 1, 8, 7, 8, 5, 11, 2, 6, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0),
     90: (262, 153, 80, 19, 13, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 1, 2, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0),
 }
-"""Patches of 576 that leave in each of 32 layers, by the percentage of FLOPs saved."""
+"""Patches (of 576) dropped in each of 32 layers, keyed by the percentage of FLOPs saved."""
 
 
 def cross_attention(rows: Float[Array, "B H R V"], present: Bool[Array, "B R"]) -> Float[Array, "B V"]:
-    """Attention that patches get from the text after the picture: largest over heads, summed over words."""
+    """Attention to each patch from the text after the picture: maximum over heads, sum over words."""
     return jnp.where(present[..., None], rows.max(1), 0.0).sum(1)
 
 
 def self_attention(rows: Float[Array, "B H V V"], present: Bool[Array, "B V"]) -> Float[Array, "B V"]:
-    """Attention that patches get from patches: largest over heads, mean over patches."""
+    """Attention to each patch from all patches: maximum over heads, mean over patches."""
     return jnp.where(present[..., None], rows.max(1), 0.0).sum(1) / jnp.maximum(present.sum(1), 1)[:, None]
 
 
 def importance(cross: Float[Array, "B V"], own: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """Scores: the product of both."""
+    """Scores: the product of cross and self attention."""
     return cross * own
 
 
 def lowest_first(scores: Float[Array, "B V"]) -> Array:
-    """[B, V], the order in which patches go; of equals the later first."""
+    """[B, V], the order in which patches go; of equal scores, the later patch goes first."""
     return ranking(scores)[:, ::-1]
 
 
 def removable(mass: Float[np.ndarray, " V"], total: float, alpha: float) -> np.ndarray:
-    """The patches with the least mass that may go without more than a share alpha of `total` being lost, one less.
+    """The patches with the least mass that may go while at most a share alpha of `total` is lost, minus one patch.
 
-    `total` is the mass that the whole picture had in this layer; what went in earlier layers counts as lost already.
-    The authors stop one patch before the bound, and so does this.
+    `total` is the mass of the whole picture in this layer; the mass of patches dropped earlier counts as lost. Like the
+    authors' code, this stops one patch before the bound.
     """
     order = np.argsort(mass, kind="stable")
     left = mass.sum() - np.concatenate([[0.0], np.cumsum(mass[order])])[: len(mass)]
@@ -62,18 +62,18 @@ def removable(mass: Float[np.ndarray, " V"], total: float, alpha: float) -> np.n
 def fit(
     run: Callable[[float], tuple[float, Sequence[float]]], flops: float, *, tolerance: float = 0.01
 ) -> tuple[tuple[int, ...], float]:
-    """The smallest threshold alpha with which a model stays within a number of FLOPs, and what leaves by layer then.
+    """The smallest threshold alpha that keeps a model within a number of FLOPs, and the patches dropped per layer.
 
-    Bisection on alpha in 0..1 (algorithm 1).
+    Uses bisection on alpha in 0..1 (algorithm 1).
 
     Args:
-      run: (alpha) -> (FLOPs of a calibration prompt, mean number of patches that leave each layer), with what leaves
-        chosen by `removable`, in cross and self attention both.
+      run: (alpha) -> (FLOPs of a calibration prompt, mean number of patches dropped in each layer). Dropped patches are
+        those that `removable` allows in both cross and self attention.
       flops: target.
-      tolerance: on alpha.
+      tolerance: tolerance on alpha.
 
     Raises:
-      ValueError: the target is not met even where everything goes that may.
+      ValueError: the target is not met even if all removable patches go.
     """
     low, high = 0.0, 1.0
     spent, leaves = run(high)
@@ -92,5 +92,5 @@ def fit(
 def removable_both(
     cross: Float[np.ndarray, " V"], own: Float[np.ndarray, " V"], totals: tuple[float, float], alpha: float
 ) -> np.ndarray:
-    """The patches that may go by cross and by self attention, ascending."""
+    """The patches that may go by both cross and self attention, ascending."""
     return np.intersect1d(removable(cross, totals[0], alpha), removable(own, totals[1], alpha))

@@ -1,8 +1,8 @@
-"""MustDrop, the decoding stage: patches leave the cache that what is written does not look at (section 3.4).
+"""MustDrop, the decoding stage: drops patches from the cache that the output does not attend to (section 3.4).
 
-The paper names an "output-aware cache policy"; the released code only removes, after the prompt, what later layers
-dropped from earlier ones (`survivors`). `OutputAware` is the policy: while words are written, the patches that they
-attend to least go one by one, down to a number, and words stay.
+The paper names an "output-aware cache policy". The released code does less: after the prompt, it removes from earlier
+layers the tokens that later layers dropped (`survivors`). `OutputAware` is the policy of the paper: during generation,
+the patches that the output attends to least go one by one, down to a given number, and words stay.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from jaxcompress.state.shapes import SlotScores
 
 @policy
 class OutputAware(Policy):
-    """Keeps all words, and of the tokens at positions first..last - 1, the patches, those that the output attends to.
+    """Keeps all words, and those patches (positions first..last - 1) that the output attends to most.
 
-    score[n] = mean over the tokens written so far of the attention that they gave token n, mean over heads. A layer's
-    heads share a set. What the prompt attended to does not count: only what is written does. When a written token finds
-    the state full, the patch with the lowest score goes; words go, oldest first, only where no patch is left.
+    score[n] = attention to token n, mean over the tokens generated so far and over heads. A layer's heads share a set.
+    Only generated tokens count; attention from the prompt does not. When the state is full at a generated token, the
+    patch with the lowest score goes. Words go only when no patch is left, oldest first.
 
     Attributes:
-      first, last: where the patches stand in the sequence.
+      first, last: the patches are at positions first..last - 1 of the sequence.
 
     Raises:
-      ValueError: an empty or negative range.
+      ValueError: the range is empty or negative.
     """
 
     first: int
@@ -54,18 +54,18 @@ class OutputAware(Policy):
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         patch = (held.positions >= self.first) & (held.positions < self.last)
-        # Words above every patch, the newest on top; positions beyond float32's whole numbers do not occur.
+        # Words score above every patch, the newest highest. Positions stay in the range of exact float32 integers.
         return jnp.where(patch, stats, 1e6 + held.positions.astype(jnp.float32))
 
 
 def survivors(state: State, kept: Bool[Array, "B N"] | Int[Array, "B N"], layers: range) -> State:
-    """Frees, in these layers, the slots of tokens that the last layers do not hold: the released code's third stage.
+    """Frees the slots, in these layers, of tokens that the last layers do not hold: the released code's third stage.
 
     Slots do not move; use `packed` for a smaller state.
 
     Args:
-      kept: [B, N], the positions that stay, -1 for none.
-      layers: of the model, those after the first stage's and up to the last one's.
+      kept: [B, N], the positions that stay, -1 for an unused entry.
+      layers: the layers of the model after the first pruning stage, up to the last stage.
     """
     done = []
     for part in state:
@@ -77,9 +77,9 @@ def survivors(state: State, kept: Bool[Array, "B N"] | Int[Array, "B N"], layers
 
 
 def packed(state: KVState, capacity: int, slots: int) -> KVState:
-    """The state with its occupied slots moved together into `slots` of them, for a smaller one.
+    """Moves the occupied slots together, into a smaller state with `slots` slots.
 
-    Every set has to have at most that many occupied. Tokens stand in the order of their positions.
+    Every set must have at most `slots` occupied slots. Tokens are in the order of their positions.
     """
     order = jnp.argsort(
         jnp.where(state.positions >= 0, state.positions, jnp.iinfo(jnp.int32).max), axis=-1, stable=True

@@ -1,8 +1,8 @@
 """PruMerge: outliers of the class token's attention, each with its neighbours added (Shang et al. 2024).
 
-A token that stays has sum a_i x_i of its 32 nearest added to it, by the cosine of keys, a being the attention of the
-class token; one more token is that sum over all that went. The sums are not divided by their weights, as in the
-authors' code. PruMerge+ also keeps tokens in even steps over the picture.
+Each kept token gets the sum of a_i x_i over its 32 nearest tokens added. Nearest is by the cosine of keys, and a is the
+attention of the class token. One more token is the same sum over all dropped tokens. As in the authors' code, the sums
+are not divided by the sum of their weights. PruMerge+ also keeps tokens at even steps over the picture.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ NEIGHBOURS = 32
 
 
 def single_head_attention(q: Float[Array, "B N E"], k: Float[Array, "B N E"]) -> Float[Array, "B n"]:
-    """The class token's attention to all others as the authors take it: one head as wide as the tower.
+    """The class token's attention to all other tokens. As in the authors' code, one head spans the tower's width.
 
     Args:
-      q, k: of the tower's last layer, all heads together, class token first.
+      q, k: queries and keys of the tower's last layer, heads concatenated, class token first.
     """
     products = jnp.einsum("be,bne->bn", q[:, 0], k, precision="highest", preferred_element_type=jnp.float32)
     return jax.nn.softmax(products * q.shape[-1] ** -0.5, axis=-1)[:, 1:]
 
 
 def outliers(attention: Float[Array, "B N"]) -> Int[Array, " B"]:
-    """How many tokens lie above the third quartile by 1.5 times the quartiles' distance."""
+    """Number of tokens more than 1.5 interquartile ranges above the third quartile."""
     low, high = jnp.percentile(attention.astype(jnp.float32), jnp.array([25.0, 75.0]), axis=1)
     return (attention > (high + 1.5 * (high - low))[:, None]).sum(1)
 
@@ -39,8 +39,8 @@ class PruMerged(NamedTuple):
     """Result of `prumerge`.
 
     Attributes:
-      x: [B, n + 1, E]: the kept tokens with their neighbours added, in the order of `kept`, then what went.
-      present: [B, n + 1], False where an adaptive rule keeps fewer.
+      x: [B, n + 1, E]: the kept tokens with their neighbours added, in the order of `kept`, then the dropped ones' sum.
+      present: [B, n + 1], False for unused places of an adaptive rule, which may keep fewer.
     """
 
     x: Float[Array, "B n E"]
@@ -56,13 +56,13 @@ def prumerge(
     present: Bool[Array, "B n"] | None = None,
     left: Bool[Array, "B m"] | None = None,
 ) -> PruMerged:
-    """Adds to each kept token its nearest of all others, kept or gone, and sums up what went.
+    """Adds to each kept token its nearest other tokens, kept or dropped, and sums the dropped tokens.
 
     Args:
-      attention, keys: of the class token, and of each token with all heads together.
+      attention, keys: attention of the class token; keys of each token, heads concatenated.
       kept: usually `ranked_indices(attention, n)`.
       gone: usually `complement(kept, N)`.
-      present, left: which of `kept` and of `gone` count; all by default.
+      present, left: which entries of `kept` and of `gone` are used; all by default.
     """
     present = jnp.ones(kept.shape, bool) if present is None else present
     left = jnp.ones(gone.shape, bool) if left is None else left
@@ -86,12 +86,12 @@ def prumerge(
 def prumerge_adaptive(
     x: Float[Array, "B N E"], attention: Float[Array, "B N"], keys: Float[Array, "B N E"], *, stepped: bool = False
 ) -> tuple[PruMerged, Int[Array, "B N"]]:
-    """The published adaptive rule with fixed shapes; also the kept tokens, in their order, N where there is none.
+    """The published adaptive rule with fixed shapes. Also returns the kept tokens in their order, N for an empty place.
 
-    As many stay as there are outliers, one less in the few cases where the authors' int(N * (count / N)) rounds down.
+    As many tokens stay as there are outliers, or one less where the authors' int(N * (count / N)) rounds down.
 
     Args:
-      stepped: PruMerge+.
+      stepped: use PruMerge+.
     """
     n = x.shape[1]
     found = outliers(attention)[:, None]
@@ -100,13 +100,13 @@ def prumerge_adaptive(
     if stepped:
         kept, count = _with_steps(kept, count, jnp.asarray(_strides(n))[found])
     present = place < count
-    # What is not kept follows in `kept`; it goes, in any order: only sums are taken over it.
+    # Dropped tokens follow the kept ones in `kept`. Their order does not matter, since they are only summed.
     done = prumerge(x, attention, keys, kept, kept, present, ~present)
     return done, jnp.where(present, kept, n)
 
 
 def _with_steps(kept: Array, count: Array, stride: Array) -> tuple[Array, Array]:
-    """The outliers, then every stride-th token that is none of them."""
+    """The outliers, then every stride-th token that is not an outlier."""
     n = kept.shape[1]
     place = jnp.arange(n)
     order = jnp.put_along_axis(
@@ -120,28 +120,28 @@ def _with_steps(kept: Array, count: Array, stride: Array) -> tuple[Array, Array]
 
 
 def _strides(n: int) -> np.ndarray:
-    """A third of N / outliers, both rounded down, by how many outliers there are.
+    """Table of strides by the number of outliers: a third of N / outliers, both divisions rounded down.
 
-    At least 1, where the authors' code stops with an error.
+    The stride is at least 1; the authors' code fails where it would be 0.
     """
     return np.array([n] + [max(1, int(int(1 / (c / n)) / 3)) for c in range(1, n + 1)])
 
 
 def even_steps(patches: int, ratio: float) -> Int[np.ndarray, " n"]:
-    """The tokens that PruMerge+ adds to a fixed share: every (1 / ratio)-th, from half a step on."""
+    """The tokens that PruMerge+ adds to a fixed share: every (1 / ratio)-th, starting at half a step."""
     step = int(1 / ratio)
     return np.arange(step // 2, patches - 1, step)
 
 
 def as_released(kept: Int[Array, "B n"], total: int) -> Int[Array, "B m"]:
-    """What goes by the authors' `complement_idx`: where `kept` names tokens twice, as many others are lost."""
+    """Dropped tokens by the authors' `complement_idx`. Each duplicate in `kept` makes one other token get lost."""
     rows = jnp.arange(kept.shape[0])[:, None]
     place = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), (kept.shape[0], total))
     return jnp.sort(place.at[rows, kept].set(0), axis=1)[:, kept.shape[1] :]
 
 
 def stepped_order(attention: Float[Array, "B N"], n: int) -> Int[Array, "B n"]:
-    """n tokens for PruMerge+ with an exact budget: half by attention, half in even steps over what is left."""
+    """n tokens for PruMerge+ with an exact budget: half by attention, half at even steps over the other tokens."""
     top = ranked_indices(attention, n - n // 2)
     rest = complement(top, attention.shape[1])
     m = n // 2

@@ -53,7 +53,7 @@ def _rater_scores(context: PruneContext, view: LayerView) -> Array:
 
 
 def sparsevlm_plus_scores(context: PruneContext, view: LayerView) -> Array:
-    """SparseVLM+: corrected for RoPE, by the heads that look at the picture most."""
+    """SparseVLM+ scores: attention corrected for RoPE, from the heads that attend to the picture most."""
     raters = context.raters & view.follows
     rows, at = view.word_attention(), take(view.block.positions, view.word_index)
     d = view.attention.queries.shape[-1]
@@ -76,7 +76,7 @@ random = top_scored(_random)
 
 
 def mustdrop_above(thresholds: tuple[float, float]) -> PruneRule:
-    """The published thresholds with fixed shapes: what goes leaves its place empty."""
+    """MustDrop's published threshold rule with fixed shapes: a dropped token leaves an empty place."""
 
     def rule(context: PruneContext, block: HiddenBlock, attention: AttentionInputs, n: int) -> HiddenBlock:
         view = LayerView.at(context, block, attention)
@@ -87,7 +87,7 @@ def mustdrop_above(thresholds: tuple[float, float]) -> PruneRule:
 
 
 def dart_pruning(context: PruneContext, block: HiddenBlock, attention: AttentionInputs, n: int) -> HiddenBlock:
-    """DART: no attention at all."""
+    """DART, which needs no attention scores."""
     view = LayerView.at(context, block, attention)
     norm = jnp.abs(attention.keys.astype(jnp.float32)).sum((2, 3))
     patch_norm = jnp.where(view.present, take(norm, view.patch_index), -jnp.inf)
@@ -96,17 +96,17 @@ def dart_pruning(context: PruneContext, block: HiddenBlock, attention: Attention
 
 
 def sparsevlm_recycling(context: PruneContext, block: HiddenBlock, attention: AttentionInputs, n: int) -> HiddenBlock:
-    """SparseVLM v1.5: n visual tokens are left, clusters of what goes among them, and positions are numbered anew."""
+    """SparseVLM v1.5: n visual tokens are left, including clusters of dropped tokens. Positions are renumbered."""
     view = LayerView.at(context, block, attention)
     total = view.present.shape[1]
     return _recycled(view, _rater_scores(context, view), kept_beside_clusters(total, n), None)
 
 
 def kept_beside_clusters(total: int, n: int) -> int:
-    """How many of `total` patches stay as they are, so that n are left with the clusters of those that go.
+    """Number of `total` patches to keep, so that kept patches and clusters of the dropped ones sum to n.
 
     Raises:
-      ValueError: n above total, or below what the clusters alone are.
+      ValueError: n is above total, or below the number of clusters alone.
     """
     check_budget(n, total, "visual tokens")
     if n == total:
@@ -119,7 +119,7 @@ def kept_beside_clusters(total: int, n: int) -> int:
 
 
 def sparsevlm_fixed(kept: int, noise: Float[Array, "B m"] | None = None) -> PruneRule:
-    """SparseVLM v1.5 with a number of patches that stay as they are, clusters not counted."""
+    """SparseVLM v1.5 with a fixed number of kept patches; clusters are not counted."""
 
     def rule(context: PruneContext, block: HiddenBlock, attention: AttentionInputs, n: int) -> HiddenBlock:
         view = LayerView.at(context, block, attention)
@@ -148,13 +148,13 @@ def after_patches(
     stand_for: Array,
     present: Bool[Array, "B c"] | None = None,
 ) -> HiddenBlock:
-    """All words and the kept patches, with other tokens after the last patch; positions numbered anew.
+    """All words and the kept patches, with more tokens after the last patch. Positions are renumbered.
 
     Args:
-      kept: [B, n], among the patches, ascending.
-      more: what comes after them.
-      stand_for: [B, c], the patch among the patches that each of these is in the middle of.
-      present: which of these there are.
+      kept: [B, n], indices of kept patches among the patches, ascending.
+      more: tokens to put after the patches.
+      stand_for: [B, c], index among the patches of the central patch of each token in `more`.
+      present: which tokens of `more` are present.
     """
     block, (b, c) = view.block, stand_for.shape
     total = block.patch.shape[1]
@@ -167,7 +167,7 @@ def after_patches(
         jnp.concatenate([block.patch, patch], axis=1),
     )
     stays = mask_of(take(view.patch_index, kept), total) | mask_of(view.word_index, total)
-    # The new tokens sort right behind the last patch.
+    # The new tokens sort directly after the last patch.
     place = jnp.concatenate(
         [jnp.broadcast_to(2 * jnp.arange(total), (b, total)), jnp.broadcast_to(2 * last + 1, (b, c))], 1
     )
@@ -178,8 +178,11 @@ def after_patches(
 
 
 def sparsevlm_by_rank(scale: float, bias: float, noise: Float[Array, "B m"] | None = None) -> PruneRule:
-    """SparseVLM v1 with fixed shapes: as many patches stay as the rank of the raters' attention says, and what goes is
-    recycled; places that are left over are empty. The number of visual tokens grows by the places for clusters."""
+    """SparseVLM v1 with fixed shapes.
+
+    The rank of the raters' attention decides the number of kept patches. Dropped patches are recycled. Unused places
+    are empty. The number of visual tokens grows by the places for clusters.
+    """
 
     def rule(context: PruneContext, block: HiddenBlock, attention: AttentionInputs, n: int) -> HiddenBlock:
         view = LayerView.at(context, block, attention)
@@ -195,7 +198,7 @@ def sparsevlm_by_rank(scale: float, bias: float, noise: Float[Array, "B m"] | No
         many = jnp.asarray([sparsevlm.recycled(g)[0] if g else 0 for g in range(total + 1)])[goes]
         count = jnp.asarray([sparsevlm.recycled(g)[1] if g else 0 for g in range(total + 1)])[goes]
         most, clusters = sparsevlm.recycled(total)
-        # What goes, best first: it follows what stays in the order of scores.
+        # Dropped patches, best first: they follow the kept patches in the order of scores.
         start = budget[:, None] + jnp.arange(most)
         recycled = take(ranked, jnp.minimum(start, total - 1))
         there = jnp.arange(most) < many[:, None]

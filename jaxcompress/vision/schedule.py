@@ -1,4 +1,4 @@
-"""After which layers tokens leave, and how many each time."""
+"""Schedules: the layers after which tokens leave, and the number of tokens that leave."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxcompress.vision.layer_view import PruneRule
 from jaxcompress.vision.method import Method, PruneStep
 
 DEPTH = 32
-"""Layers of the decoders for which numbers were published (LLaVA-1.5-7B)."""
+"""Number of decoder layers in the papers (LLaVA-1.5-7B)."""
 
 
 def spread_over(published: Sequence[int], layers: int) -> tuple[int, ...]:
-    """The published layers of 32 in a decoder of another depth: at the same share of it, distinct, and not the last."""
+    """Scales the published layers (of 32) to another depth: same relative depth, distinct, never the last layer."""
     if layers >= DEPTH:
         return tuple(published)
     found = sorted({min(round(layer * layers / DEPTH), layers - 2) for layer in published})
@@ -23,7 +23,7 @@ def spread_over(published: Sequence[int], layers: int) -> tuple[int, ...]:
 
 
 def falling(tokens: int, n: int, steps: int) -> tuple[int, ...]:
-    """From `tokens` to n in so many steps, by the same factor each time.
+    """Token counts from `tokens` to n in `steps` steps, each by the same factor.
 
     Raises:
       ValueError: n is not in 0..tokens.
@@ -36,19 +36,19 @@ def falling(tokens: int, n: int, steps: int) -> tuple[int, ...]:
 
 
 def prune_steps_to(rule: PruneRule, layers: Sequence[int], tokens: int, n: int) -> tuple[PruneStep, ...]:
-    """One rule after these layers, until n tokens are left."""
+    """Applies one rule after these layers; n tokens are left after the last."""
     return tuple(
         PruneStep(layer, keep, rule) for layer, keep in zip(layers, falling(tokens, n, len(layers)), strict=True)
     )
 
 
 def method_for_mean(config: LlavaConfig, make: Callable[[int], Method], mean: Number, crops: int = 1) -> Method:
-    """The method with the largest final number whose mean over layers is no more than `mean`.
+    """The method with the largest final number of tokens whose mean over layers is at most `mean`.
 
-    Papers that drop in several layers report that mean.
+    Papers that drop tokens in several layers report this mean.
 
     Raises:
-      ValueError: the layers before the first cut alone hold more, or a mean that is no number.
+      ValueError: the layers before the first cut alone exceed the mean, or `mean` is not a number.
     """
     mean, total = number(mean, "the mean number of visual tokens"), config.tower.num_patches * crops
     fits = None

@@ -1,13 +1,13 @@
-"""SparseVLM: the words of the question that the picture answers to rate the patches (Zhang et al. 2024).
+"""SparseVLM: the words of the question that relate to the picture rate the patches (Zhang et al. 2024).
 
-Raters are the words that the patches are most like. After layers 2, 6 and 15 (19 too in the first release) the patches
-with most attention of the raters stay; the best third of what goes is clustered, and the means of the clusters follow
-the patches ("recycling"). How many stay:
+The raters are the words most similar to the patches. After layers 2, 6 and 15 (in the first release also 19), the
+patches that get the most attention from the raters stay. The best third of the dropped patches is clustered, and the
+cluster means follow the kept patches ("recycling"). Number of kept patches:
 
   first release ("v1")   the rank of the raters' attention matrix, scaled; `rank_budget`
   second ("v1.5")        fixed numbers; `KEPT`
-  SparseVLM+ ("v2")      fixed numbers `KEPT_PLUS`, without recycling, original positions; attention corrected for
-                         what RoPE alone prefers, and of the heads that look at the picture most
+  SparseVLM+ ("v2")      fixed numbers `KEPT_PLUS`, no recycling, original positions. Attention is corrected for the
+                         preference of RoPE alone and taken from the heads that attend to the picture most
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from jaxcompress.vision.choose import ranked_indices, take
 LAYERS = (2, 6, 15)
 LAYERS_FIRST = (2, 6, 15, 19)
 KEPT = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
-"""Patches kept after each of `LAYERS`, clusters not counted, by the mean number over layers (v1.5)."""
+"""Patches kept after each of `LAYERS`, without clusters, keyed by the mean number over layers (v1.5)."""
 KEPT_PLUS = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
 HEADS = 14
-"""Heads that rate in SparseVLM+."""
+"""Number of heads whose attention SparseVLM+ uses."""
 
 
 def rater_mass(
     patches: Float[Array, "B V E"], words: Float[Array, "B R E"], seen: Bool[Array, "B V"], present: Bool[Array, "B R"]
 ) -> Float[Array, "B R"]:
-    """How much the patches are like each word: softmax over words of their products, mean over patches (section 3.2).
+    """Similarity of the patches to each word: softmax over words of the products, mean over patches (section 3.2).
 
     Args:
       patches, words: embeddings, before the first layer.
-      seen, present: which of them are there.
+      seen, present: which patches and which words are present.
     """
     products = jnp.einsum("bve,bre->bvr", patches, words, precision="highest", preferred_element_type=jnp.float32)
     share = jax.nn.softmax(jnp.where(present[:, None], products, -1e30), axis=-1)
@@ -47,13 +47,13 @@ def rater_mass(
 
 
 def above_mean(mass: Float[Array, "B R"], present: Bool[Array, "B R"]) -> Bool[Array, "B R"]:
-    """The words with more than the mean."""
+    """The words whose mass is above the mean."""
     mean = jnp.where(present, mass, 0.0).sum(-1, keepdims=True) / jnp.maximum(present.sum(-1, keepdims=True), 1)
     return present & (mass > mean)
 
 
 def rater_scores(rows: Float[Array, "B H R V"], raters: Bool[Array, "B R"]) -> Float[Array, "B V"]:
-    """Scores: attention of the raters to each patch, mean over heads and raters."""
+    """Scores: attention from the raters to each patch, mean over heads and raters."""
     mean = jnp.where(raters[..., None], rows.mean(1), 0.0)
     return mean.sum(1) / jnp.maximum(raters.sum(1), 1)[:, None]
 
@@ -65,9 +65,9 @@ def rank_budget(
     scale: float,
     bias: float,
 ) -> Int[Array, " B"]:
-    """How many patches stay by the rank of the raters' attention matrix: int(rank * scale + bias), at most all but one.
+    """Kept patches by the rank of the raters' attention matrix: int(rank * scale + bias), at most all but one.
 
-    All of them where the rank is the number of patches.
+    All patches stay if the rank equals the number of patches.
     """
     matrix = jnp.where(raters[..., None] & patches[:, None], rows.mean(1), 0.0)
     count, width = raters.sum(1), patches.sum(1)
@@ -81,7 +81,7 @@ def rank_budget(
 def without_gravity(
     rows: Float[Array, "B H R V"], at: Int[Array, "B R"], patch_at: Int[Array, "B V"], rope: RopeConfig, head_dim: int
 ) -> Float[Array, "B H R V"]:
-    """Attention divided by what RoPE gives two vectors of ones at these positions (SparseVLM+, section 4.2)."""
+    """Attention divided by the RoPE score of two all-ones vectors at these positions (SparseVLM+, section 4.2)."""
     ones = lambda positions: rotate(jnp.ones((*positions.shape, head_dim)), jnp.maximum(positions, 0), rope)
     gravity = jnp.einsum("brd,bvd->brv", ones(at), ones(patch_at), precision="highest") * head_dim**-0.5
     return rows / gravity[:, None]
@@ -90,13 +90,13 @@ def without_gravity(
 def of_best_heads(
     rows: Float[Array, "B H R V"], raters: Bool[Array, "B R"], patches: Bool[Array, "B V"], n: int = HEADS
 ) -> Float[Array, "B h R V"]:
-    """The n heads whose raters look at the patches most (SparseVLM+, section 4.3); all if there are no more."""
+    """The n heads whose raters attend to the patches most (SparseVLM+, section 4.3); at most all heads."""
     mass = jnp.where(raters[:, None, :, None] & patches[:, None, None], rows, 0.0).sum((2, 3))
     return take(rows, ranked_indices(mass, min(n, rows.shape[1])))
 
 
 def recycled(gone: int) -> tuple[int, int]:
-    """Of so many that go, how many are clustered, and into how many clusters."""
+    """For `gone` dropped patches: (number that is clustered, number of clusters)."""
     candidates = int(gone * 0.3) + 1
     return min(candidates, gone), int(min(candidates, gone) / 10) + 1
 
@@ -105,9 +105,9 @@ class Clustered(NamedTuple):
     """Result of `cluster`.
 
     Attributes:
-      x: [B, n, E], means of the clusters, zero where there is none.
-      centres: [B, n], the token in the middle of each, in order of score.
-      group: [B, N], which cluster each token is in.
+      x: [B, n, E], means of the clusters, zero for an unused cluster.
+      centres: [B, n], the central token of each cluster, in order of score.
+      group: [B, N], the cluster of each token.
       score: [B, N], density times distance to the next denser token.
     """
 
@@ -125,14 +125,14 @@ def cluster(
     count: Int[Array, " B"] | None = None,
     noise: Float[Array, "B N"] | None = None,
 ) -> Clustered:
-    """Density-peak clustering (Rodriguez and Laio 2014): centres are dense and far from anything denser.
+    """Density-peak clustering (Rodriguez and Laio 2014): centres are dense and far from all denser tokens.
 
     Args:
-      n: clusters.
-      present: which tokens count; all by default.
-      count: how many clusters each row has, at most n; n by default. It is also how many neighbours make the density.
-      noise: added to the densities. The authors add 1e-6 times random numbers, so that none are equal; without, of
-        equal ones the earlier counts as denser.
+      n: number of clusters.
+      present: tokens to cluster; all by default.
+      count: number of clusters in each row, at most n; n by default. The density uses the same number of neighbours.
+      noise: added to the densities. The authors add 1e-6 times random numbers to break ties. Without noise, the
+        earlier of two equal tokens counts as denser.
     """
     b, total, width = x.shape
     present = jnp.ones((b, total), bool) if present is None else present
@@ -155,7 +155,7 @@ def cluster(
     real = jnp.arange(n) < count[:, None]
     group = jnp.where(real[..., None], take(apart, centres), jnp.inf).argmin(1)
     rows = jnp.arange(b)[:, None]
-    # A centre is in its own cluster, even where another one is as near.
+    # A centre belongs to its own cluster, even if another centre is equally near.
     group = group.at[rows, jnp.where(real, centres, total)].set(jnp.arange(n), mode="drop").astype(jnp.int32)
     share = (present[:, None] & (group[:, None] == jnp.arange(n)[:, None])).astype(jnp.float32)
     share /= share.sum(-1, keepdims=True) + 1e-6  # as in the authors' code

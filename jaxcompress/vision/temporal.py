@@ -1,9 +1,9 @@
-"""Video: what does not change from one frame to the next is one token.
+"""Video: patches that do not change from one frame to the next merge into one token.
 
-A patch that is like the patch in the same place one frame before goes into it, and through it into whatever that one
-went into: a run of frames in which nothing happens leaves one token, their mean, at the place and time of its first.
-Similar means by cosine of neighbouring frames' tokens. Exactly r patches go, the most similar ones; or, with a
-threshold, as many as reach it, and empty places are left.
+A patch that is similar to the patch in the same place one frame before merges into it. Merges chain: a run of frames
+without change leaves one token, their mean, at the place and time of the run's first patch. Similarity is the cosine of
+neighbouring frames' tokens. Either exactly r patches merge, the most similar ones; or all patches that reach a
+threshold merge and leave empty places.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxcompress.vision.merging import Merging
 
 
 def stillness(x: Float[Array, "B F N E"]) -> Float[Array, "B F N"]:
-    """Cosine of each patch to the one before it; -inf in the first frame."""
+    """Cosine of each patch to the patch in the same place one frame before; -inf in the first frame."""
     x = unit(x.astype(jnp.float32), EPS)
     like = jnp.einsum("bfne,bfne->bfn", x[:, 1:], x[:, :-1], precision="highest")
     return (
@@ -29,13 +29,13 @@ def stillness(x: Float[Array, "B F N E"]) -> Float[Array, "B F N"]:
 
 
 def first_of_run(goes: Bool[Array, "B F N"]) -> Int[Array, "B F N"]:
-    """For each patch the frame in which its run begins, where a patch that goes joins the run of the one before it."""
+    """First frame of each patch's run. A patch that goes joins the run of the patch one frame before."""
     frame = jnp.arange(goes.shape[1], dtype=jnp.int32)[:, None]
     return jax.lax.cummax(jnp.where(goes, -1, frame), axis=1)
 
 
 def merge_frames(like: Float[Array, "B F N"], r: int) -> Merging:
-    """Exactly r patches go, the most similar to the one before. For tokens [B, F * N, E], frame after frame.
+    """Merges exactly r patches, the most similar to the frame before. For tokens [B, F * N, E], frame after frame.
 
     Raises:
       ValueError: r is negative or more than (F - 1) * N.
@@ -48,11 +48,11 @@ def merge_frames(like: Float[Array, "B F N"], r: int) -> Merging:
     kept = indices_of(~goes, total - r)
     gone = indices_of(goes, r)
     into = run_starts(goes.reshape(like.shape))
-    nth = jnp.cumsum(~goes, axis=1, dtype=jnp.int32) - 1  # of the result, for what stays
+    nth = jnp.cumsum(~goes, axis=1, dtype=jnp.int32) - 1  # index into the result, for tokens that stay
     return Merging(kept, gone, take(nth, take(into, gone)))
 
 
 def run_starts(goes: Bool[Array, "B F N"]) -> Int[Array, "B FN"]:
-    """For each token, frame after frame, the one that its run begins with; `merge_in_place` takes these."""
+    """For each token, frame after frame, the first token of its run; the input of `merge_in_place`."""
     b, _, patches = goes.shape
     return (first_of_run(goes) * patches + jnp.arange(patches, dtype=jnp.int32)).reshape(b, -1)

@@ -1,8 +1,9 @@
 """ToMe: merging tokens between the attention and the MLP of every layer (Bolya et al. 2023, "Token Merging").
 
-Tokens are split into two sets, each of one set finds its most similar one of the other, and the r most similar pairs
-merge. Similar means by cosine of the keys, averaged over heads. From then on a token of size s counts as s in attention
-(`proportional=True` of `VisionTower.run_layers`), which the method needs off the shelf (section 3.2).
+Tokens are split into two sets. Each token of the first set finds its most similar token in the second, and the r most
+similar pairs merge. Similarity is the cosine of the keys, averaged over heads. A merged token of size s counts s times
+in later attention (`proportional=True` of `VisionTower.run_layers`). The method needs this unless the model is
+retrained (section 3.2).
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ def bipartite(
 ) -> Merging:
     """Merges the r most similar pairs of an even and an odd token (section 3, "Bipartite Soft Matching").
 
-    The result has the even tokens that stay, then the odd ones. As in the authors' code: without a class token, the
-    even ones that stay come in order of similarity; a distillation token keeps its place.
+    The result has the even tokens that stay, then the odd tokens. As in the authors' code, without a class token the
+    remaining even tokens are in order of similarity. A distillation token keeps its place.
 
     Args:
-      r: at most half of the tokens that are not special merge, whatever is asked for.
-      class_token, distill_token: whether the first token of the even and of the odd ones is special: neither goes, nor
-        does anything go into the latter.
+      r: number of merges; capped at half of the tokens that are not special.
+      class_token, distill_token: whether the first even and the first odd token is special. A special token does not
+        merge into another, and nothing merges into the distillation token.
 
     Raises:
       ValueError: r is negative.
@@ -64,9 +65,9 @@ def bipartite(
 
 
 def every_kth(metric: Float[Array, "B N D"], k: int) -> Merging:
-    """Every kth token stays, and all others go into the most similar one of these; the last N mod k are dropped.
+    """Keeps every kth token; all others merge into the most similar kept token. The last N mod k tokens are dropped.
 
-    The authors' `kth_bipartite_soft_matching`.
+    This is the authors' `kth_bipartite_soft_matching`.
 
     Raises:
       ValueError: k is below 2, or there are fewer than k tokens.
@@ -79,10 +80,10 @@ def every_kth(metric: Float[Array, "B N D"], k: int) -> Merging:
 
 
 def at_random(metric: Float[Array, "B N D"], r: int, key: Key[Array, ""], *, special: int = 0) -> Merging:
-    """r random tokens go into the most similar one of the others: the baseline of the ablation (table 1d).
+    """Merges r random tokens into the most similar of the others: the baseline of the ablation (table 1d).
 
-    One draw for the whole batch, so that a row does not depend on its place. Special tokens neither go nor are gone
-    into.
+    The whole batch shares one draw, so a row's result does not depend on its index. Special tokens do not merge, and
+    nothing merges into them.
     """
     b, total, _ = metric.shape
     check_budget(r, total - special - 1)
@@ -99,9 +100,9 @@ def _into_nearest(metric: Array, kept: Array, total: int, special: int = 0) -> M
 
 
 def schedule(layers: int, r: int | Sequence[int], inflect: float = 0.0) -> tuple[int, ...]:
-    """How many merge in each layer: r everywhere, or falling (`inflect` -1) or growing (1) linearly, or a list.
+    """Merges per layer: r everywhere, linearly falling (`inflect` -1) or growing (1), or a list.
 
-    A list that is too short is followed by zeros. For any `inflect` about layers * r merge in all.
+    A list that is too short is padded with zeros. For any `inflect`, the total is about layers * r.
     """
     if not isinstance(r, int):
         r = tuple(r)
@@ -115,8 +116,8 @@ def tome(counts: Sequence[int], special: int) -> Callable[[Patches, AttentionInp
     """ToMe for `VisionTower.run_layers(..., reduce=tome(schedule(12, 8), 1), proportional=True)`.
 
     Args:
-      counts: how many merge in each layer (see `schedule`).
-      special: of the tower.
+      counts: merges per layer (see `schedule`).
+      special: number of special tokens of the tower.
     """
 
     def reduce(patches: Patches, attention: AttentionInputs, layer: int) -> Patches:
@@ -134,6 +135,6 @@ def tome(counts: Sequence[int], special: int) -> Callable[[Patches, AttentionInp
 
 
 def merged(patches: Patches, how: Merging) -> Patches:
-    """A tower's tokens after a merging."""
+    """A tower's tokens after a merge."""
     x, size = merge(patches.hidden, patches.size, how)
     return patches.become(x, size, how.into(patches.size.shape[1]))

@@ -1,6 +1,6 @@
-"""Baselines that look at nothing: random, every so many-th, even over the picture, averaged over the picture.
+"""Baselines that ignore the content: random, strided, even over the picture, and averages over the picture.
 
-Any designed score has to beat these (Liu et al. 2025, "Shifting AI Efficiency From
+Every designed score has to beat them (Liu et al. 2025, "Shifting AI Efficiency From
 Model-Centric to Data-Centric Compression", section 4).
 """
 
@@ -15,23 +15,23 @@ from jaxcompress.vision.choose import check_budget
 
 
 def random_scores(seed: int, index: Int[Array, "*B N"]) -> Float[Array, "*B N"]:
-    """One draw for each token that depends on the seed and the token's index only: nested sets for growing budgets."""
+    """One draw per token from the seed and the token's index only, so sets for growing budgets are nested."""
     key = jax.random.key(seed)
     draw = lambda i: jax.random.uniform(jax.random.fold_in(key, i))
     return jnp.vectorize(draw)(jnp.maximum(index, 0))
 
 
 def stride(total: int, n: int) -> Int[np.ndarray, " n"]:
-    """Every (total / n)-th token, rounded down, from the first on."""
+    """Every (total / n)-th token, rounded down, starting at the first."""
     check_budget(n, total)
     return (np.arange(n) * total // max(n, 1)).astype(np.int32)
 
 
 def cells(rows: int, columns: int, n: int) -> tuple[int, int]:
-    """A grid of n cells that fits into the picture's, as near to its shape as there is.
+    """A grid of n cells that fits into the picture's grid, with cells as square as possible.
 
     Raises:
-      ValueError: no such grid; the message has the nearest numbers that have one.
+      ValueError: there is no such grid; the message names the nearest numbers that have one.
     """
     check_budget(n, rows * columns, "patches")
     fits = lambda m: [(a, m // a) for a in range(1, rows + 1) if m and not m % a and m // a <= columns]
@@ -41,23 +41,23 @@ def cells(rows: int, columns: int, n: int) -> tuple[int, int]:
         raise ValueError(
             f"{n} cells do not lie in a grid inside {rows} x {columns} patches; the nearest numbers that do: {near}"
         )
-    # The cell that is least elongated.
+    # Choose the least elongated cell.
     return min(found, key=lambda grid: abs(np.log((rows / grid[0]) / (columns / grid[1]))))
 
 
 def cell_of(rows: int, columns: int, n: int) -> Int[np.ndarray, " patches"]:
-    """Which of n cells each patch is in, raster order; the groups of `jaxcompress.vision.merging.grouped` (pooling)."""
+    """The cell of each patch in raster order: the groups of `jaxcompress.vision.merging.grouped` (pooling)."""
     down, across = cells(rows, columns, n)
     row, column = np.arange(rows) * down // rows, np.arange(columns) * across // columns
     return (row[:, None] * across + column).reshape(-1).astype(np.int32)
 
 
 def centres(rows: int, columns: int, n: int) -> Int[np.ndarray, " n"]:
-    """The patch in the middle of each of n cells, ascending: even over the picture in both directions."""
+    """The middle patch of each of n cells, ascending: evenly spaced over the picture in both directions."""
     down, across = cells(rows, columns, n)
 
     def middle(m: int, side: int) -> np.ndarray:
-        first = -(-np.arange(m + 1) * side // m)  # of each cell, as `cell_of` has them
+        first = -(-np.arange(m + 1) * side // m)  # first row or column of each cell, as in `cell_of`
         return (first[:-1] + first[1:]) // 2
 
     row, column = middle(down, rows), middle(across, columns)

@@ -1,8 +1,8 @@
-"""How evenly kept tokens lie over a picture and over the frames of a video, and which places are favoured.
+"""Measures how evenly kept tokens lie over a picture and over video frames, and which places are favoured.
 
-A designed score may look at the same corner of every picture; a random one cannot. The position paper (Liu et al.
-2025, section 4) holds that tokens kept evenly over space and time often serve better than tokens that attention chose,
-and that attention favours the end of the sequence. These are the numbers to see it by.
+A designed score may favour the same corner of every picture; a random score cannot. The position paper (Liu et al.
+2025, section 4) claims that tokens kept evenly over space and time often work better than tokens chosen by attention,
+and that attention favours the end of the sequence. These functions measure evenness and this bias.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Kept = Bool[Array, "*B N"]
 
 
 def evenness(shares: Float[Array, "*B N"], most: Real[Array, "*B"] | float | None = None) -> Float[Array, "*B"]:
-    """Entropy of how something is shared among N places, by the largest there could be: 1 even, 0 all in one place.
+    """Entropy of shares over N places, relative to the largest possible entropy: 1 is even, 0 is all in one place.
 
     Args:
-      shares: at least 0; they need not sum to 1. Rows of zeros have evenness 1.
-      most: places that could have a share, if fewer than N.
+      shares: non-negative; they need not sum to 1. Rows of zeros have evenness 1.
+      most: number of places that can have a share, if fewer than N.
     """
     total = shares.sum(-1, keepdims=True)
     p = shares / jnp.where(total > 0, total, 1.0)
@@ -33,10 +33,10 @@ def evenness(shares: Float[Array, "*B N"], most: Real[Array, "*B"] | float | Non
 
 
 def spatial_evenness(kept: Kept, grid: tuple[int, int], windows: int = 4) -> Float[Array, "*B"]:
-    """Evenness of kept patches over windows x windows parts of the picture, of equal size but for rounding.
+    """Evenness of kept patches over windows x windows parts of the picture, of equal size up to rounding.
 
     Raises:
-      ValueError: patches that are no grid, or more windows than rows or columns.
+      ValueError: the patches do not form the grid, or there are more windows than rows or columns.
     """
     rows, columns = grid
     _check_grid(kept, grid)
@@ -46,7 +46,7 @@ def spatial_evenness(kept: Kept, grid: tuple[int, int], windows: int = 4) -> Flo
         -1
     )
     counts = kept.astype(jnp.float32) @ (part[:, None] == np.arange(windows**2)).astype(np.float32)
-    # Windows of unequal size have equal shares if as much of each is kept.
+    # Divide by window size: windows with the same kept fraction have equal shares.
     shares = counts / jnp.asarray(np.bincount(part, minlength=windows**2), jnp.float32)
     return evenness(shares, most=kept.sum(-1))
 
@@ -58,10 +58,10 @@ def temporal_evenness(kept: Bool[Array, "*B F N"]) -> Float[Array, "*B"]:
 
 
 def gap(kept: Kept, grid: tuple[int, int]) -> Float[Array, "*B"]:
-    """Mean distance, in patches, from every patch of the picture to the nearest kept one; infinite where none was kept.
+    """Mean distance, in patches, from every patch of the picture to the nearest kept one; infinite if none was kept.
 
     Raises:
-      ValueError: patches that are no grid.
+      ValueError: the patches do not form the grid.
     """
     _check_grid(kept, grid)
     place = np.stack(np.unravel_index(np.arange(grid[0] * grid[1]), grid), -1)
@@ -70,25 +70,27 @@ def gap(kept: Kept, grid: tuple[int, int]) -> Float[Array, "*B"]:
 
 
 def heat(kept: Bool[Array, "B N"], grid: tuple[int, int]) -> Float[Array, "rows columns"]:
-    """How often each place was kept, over pictures.
+    """Fraction of pictures in which each place was kept.
 
     Raises:
-      ValueError: patches that are no grid.
+      ValueError: the patches do not form the grid.
     """
     _check_grid(kept, grid)
     return kept.astype(jnp.float32).mean(0).reshape(grid)
 
 
 def position_bias(kept: Bool[Array, "B N"]) -> Float[Array, ""]:
-    """Share of what is kept that would have to move for every place to be kept equally often: 0 fair, near 1 always the
-    same few. Chance alone gives about sqrt((1/n - 1/N) N / (2 pi B)) for n of N in B pictures: compare with random.
+    """Share of kept tokens that would have to move so that every place is kept equally often.
+
+    0 means no bias; near 1, the same few places are always kept. Chance alone gives about
+    sqrt((1/n - 1/N) N / (2 pi B)) for n of N tokens in B pictures: compare with a random choice.
     """
     often = kept.astype(jnp.float32).sum(0)
     return jnp.abs(often / often.sum() - 1 / kept.shape[1]).sum() / 2
 
 
 def end_bias(kept: Kept) -> Float[Array, "*B"]:
-    """Mean place of the kept tokens in the sequence, from -1 (all at the start) over 0 to 1 (all at the end)."""
+    """Mean position of the kept tokens in the sequence: -1 is all at the start, 0 balanced, 1 all at the end."""
     n = kept.shape[-1]
     place = jnp.linspace(-1.0, 1.0, n)
     return (kept * place).sum(-1) / jnp.maximum(kept.sum(-1), 1)

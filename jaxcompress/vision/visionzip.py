@@ -1,8 +1,8 @@
-"""VisionZip: dominant patches as they are, the others summed up (Yang et al. 2024).
+"""VisionZip: dominant patches stay unchanged, the others are summarised (Yang et al. 2024).
 
-The patches that the class token looks at most stay. Of the others every so many-th is a seed, which the rest join by
-the cosine of their keys. A contextual token is its seed *plus* the mean of what joined it, as the authors' code has it:
-not an average, so that this does not conserve the mean as other mergers do.
+The patches that get the most attention from the class token stay. Evenly spaced ones of the others are seeds; each
+remaining token joins a seed by the cosine of their keys. As in the authors' code, a contextual token is its seed *plus*
+the mean of the tokens that joined it. This is not an average, so unlike other merges it does not conserve the mean.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Zipped(NamedTuple):
 
     Attributes:
       x: [B, n + m, E], dominant tokens in raster order, then contextual ones.
-      how: who went where.
+      how: which token went where.
     """
 
     x: Float[Array, "B n E"]
@@ -29,11 +29,11 @@ class Zipped(NamedTuple):
 
 
 SPLITS = {64: (54, 10), 128: (108, 20), 192: (162, 30)}
-"""(dominant, contextual) as published; the class token is one of the dominant there."""
+"""(dominant, contextual) as published; there, the class token counts as dominant."""
 
 
 def seeds(rest: int, n: int) -> Int[Array, " n"]:
-    """Which of the `rest` tokens are seeds: every (rest // n)-th, from the first on."""
+    """Indices of the seeds among the `rest` tokens: every (rest // n)-th, starting at the first."""
     step = max(1, rest // n) if n else 1
     return jnp.arange(0, rest, step, dtype=jnp.int32)[:n]
 
@@ -41,14 +41,14 @@ def seeds(rest: int, n: int) -> Int[Array, " n"]:
 def visionzip(
     x: Float[Array, "B N E"], scores: Float[Array, "B N"], keys: Float[Array, "B N D"], dominant: int, contextual: int
 ) -> Zipped:
-    """Keeps `dominant` tokens by score and sums the rest up in `contextual` ones.
+    """Keeps `dominant` tokens by score and merges the others into `contextual` tokens.
 
     Args:
-      scores: attention of the class token; give a token +inf to have it among the dominant.
-      keys: of the tower's last layer but one, mean over heads.
+      scores: attention from the class token; a score of +inf makes a token dominant.
+      keys: keys of the tower's last layer but one, mean over heads.
 
     Raises:
-      ValueError: more tokens than there are.
+      ValueError: `dominant` + `contextual` is more than the number of tokens.
     """
     check_budget(dominant + contextual, x.shape[1])
     kept = top_indices(scores, dominant)

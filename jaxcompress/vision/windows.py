@@ -1,8 +1,8 @@
-"""MustDrop, the vision-encoding stage: neighbours that look alike become one token (Liu et al. 2024, section 3.2).
+"""MustDrop, the vision-encoding stage: similar neighbours become one token (Liu et al. 2024, section 3.2).
 
-The patches of each w x w window merge if they are similar, measured by the mean cosine of their pairs. The published
-rule merges windows above a threshold; here an exact number of windows merges, the most similar ones, or with a
-threshold as many as reach it, and places that are left over are empty.
+The patches of a w x w window merge if they are similar, measured by the mean cosine of their pairs. The published rule
+merges windows above a threshold. This module merges an exact number of windows, the most similar ones. It can also
+merge by threshold; merged patches then leave empty places.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def window_table(rows: int, columns: int, window: int) -> np.ndarray:
     """[windows, window * window]: the patches of each window in raster order, windows in raster order.
 
     Raises:
-      ValueError: windows do not tile the grid.
+      ValueError: the windows do not tile the grid.
     """
     if window < 1 or rows % window or columns % window:
         fit = [w for w in range(2, min(rows, columns) + 1) if not rows % w and not columns % w]
@@ -36,7 +36,7 @@ def window_table(rows: int, columns: int, window: int) -> np.ndarray:
 
 
 def square(patches: int) -> int:
-    """The side of a square grid of so many patches. Raises ValueError if it is none."""
+    """The side of a square grid with this number of patches. Raises ValueError if the number is not a square."""
     side = int(patches**0.5 + 0.5)
     if side * side != patches:
         raise ValueError(f"{patches} patches are no square grid; give its rows and columns")
@@ -44,32 +44,33 @@ def square(patches: int) -> int:
 
 
 def window_similarity(x: Float[Array, "B N E"], table: np.ndarray) -> Float[Array, "B W"]:
-    """The mean cosine of the pairs of different patches in each window; 1 in windows of one patch."""
+    """Mean cosine over pairs of different patches in each window; 1 for windows of one patch."""
     members = unit(x[:, table.reshape(-1)].astype(jnp.float32), EPS).reshape(x.shape[0], *table.shape, x.shape[-1])
     w = table.shape[1]
     if w == 1:
         return jnp.ones(members.shape[:2])
-    # The sum of all pairs is the square of the sum.
+    # The sum over all pairs of products is the square of the sum.
     total, own = jnp.square(members.sum(2)).sum(-1), jnp.square(members).sum((2, 3))
     return (total - own) / (w * (w - 1))
 
 
 def windows_above(similarity: Float[Array, "B W"], threshold: float = THRESHOLD) -> Int[Array, " B"]:
-    """How many windows of each picture the published rule merges. The authors' code takes the least of a batch."""
+    """Number of windows that the published rule merges per picture. The authors' code uses the minimum over a batch."""
     return (similarity >= threshold).sum(-1)
 
 
 def merge_windows(
     similarity: Float[Array, "B W"], table: np.ndarray, r: int, *, special: int = 1, similar_first: bool = False
 ) -> Merging:
-    """Merges the patches of the r most similar windows, each into the patch in its middle.
+    """Merges the patches of each of the r most similar windows into its middle patch.
 
-    The result is [special tokens | patches in raster order], so that what is left stands where it stood. With
-    `similar_first` it is as the authors' code has it, [special | merged, most similar first | others in raster order].
+    The result is [special tokens | patches in raster order], so the remaining patches keep their relative order. With
+    `similar_first` the order is that of the authors' code: [special | merged, most similar first | others in raster
+    order].
 
     Args:
-      table: of patches, special tokens not counted (see `window_table`).
-      special: tokens before the patches, which do not merge.
+      table: patches of each window, special tokens not counted (see `window_table`).
+      special: number of tokens before the patches; they do not merge.
 
     Raises:
       ValueError: r is not in 0..W.
@@ -96,10 +97,10 @@ def merge_windows(
 
 
 def spatial(patches: Patches, r: int, *, grid: int, special: int, window: int = WINDOW) -> Patches:
-    """The stage for a tower's tokens: exactly r windows merge.
+    """Applies the stage to a tower's tokens: exactly r windows merge.
 
     Raises:
-      ValueError: windows that do not tile the grid, or fewer than r.
+      ValueError: the windows do not tile the grid, or there are fewer than r.
     """
     table = window_table(grid, grid, window)
     similarity = window_similarity(patches.hidden[:, special:], table)
@@ -109,9 +110,9 @@ def spatial(patches: Patches, r: int, *, grid: int, special: int, window: int = 
 def spatial_above(
     patches: Patches, threshold: float = THRESHOLD, *, grid: int, special: int, window: int = WINDOW
 ) -> Patches:
-    """The published rule with fixed shapes: every window at or above the threshold merges, and what it leaves is empty.
+    """The published rule with fixed shapes: every window at or above the threshold merges and leaves empty places.
 
-    As many tokens as before come out; a patch that went into another one has size 0, and nobody attends to it.
+    The number of tokens does not change. A patch that merged into another has size 0, and no token attends to it.
     """
     table = window_table(grid, grid, window)
     b, total = patches.hidden.shape[0], table.size
@@ -130,17 +131,17 @@ def spatial_above(
 
 
 def key_count(patches: int, share: float = 0.08) -> int:
-    """How many key tokens are set aside: 8 % of the patches, rounded up."""
+    """Number of key tokens: by default 8 % of the patches, rounded up."""
     return int(-(-share * patches // 1))
 
 
 def key_tokens(attention: Float[Array, "B H N"], n: int, *, by_score: bool = False) -> Int[Array, "B n"]:
-    """The patches that later stages may not drop: those with most attention of the class token, mean over heads.
+    """Patches that later stages may not drop: those with the most attention from the class token, mean over heads.
 
     Args:
-      attention: of the class token in the tower's last layer to the patches (special tokens left out).
-      n: how many (see `key_count`).
-      by_score: in the order of their scores, as the authors' code has them.
+      attention: from the class token to the patches in the tower's last layer (without special tokens).
+      n: number of key tokens (see `key_count`).
+      by_score: return them in the order of their scores, as in the authors' code.
     """
     score = attention.mean(1)
     return ranked_indices(score, n) if by_score else top_indices(score, n)
