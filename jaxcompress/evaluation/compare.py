@@ -1,4 +1,4 @@
-"""Many policies side by side: loss, recall, bytes and speed at several capacities, with deviations over seeds."""
+"""Compares policies: loss, recall, bytes and speed at several capacities, with standard deviations over seeds."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from jaxcompress.state.storage import dtype_name, vector_bytes
 
 
 class Exams(NamedTuple):
-    """Texts with facts and questions, some for each seed.
+    """Texts with facts and questions, several for each seed.
 
     Attributes:
       whole: the texts with all their questions, `seeds` groups of equal size.
-      single: a row per question, for compression before and after the question is known; none where texts have no
-        facts.
-      prompt: how many first tokens of a `single` row are context.
+      single: a row per question, for compression before and after the question is known; empty if texts have no facts.
+      prompt: the number of first tokens of a `single` row that are context.
     """
 
     whole: list[Recall]
@@ -43,14 +42,14 @@ def exams(
     questions: int = 4,
     bos: int | None,
 ) -> Exams:
-    """Draws facts, fillers and questions anew for each seed.
+    """Draws new facts, fillers and questions for each seed.
 
     Args:
       filler: tokens of ordinary text.
-      words: None for texts without facts: their loss is all that can be measured then.
-      context: tokens of a text.
+      words: the wording of facts and questions; None for texts without facts, of which only the loss can be measured.
+      context: number of tokens of a text.
       rows: texts per seed.
-      questions: asked about each text's first row of a seed one by one.
+      questions: number of questions about the first text of each seed that are asked one by one.
     """
     if words is None:
         return Exams([row for seed in range(seeds) for row in _plain(filler, context, rows, seed, bos)], [], 0, seeds)
@@ -59,7 +58,7 @@ def exams(
         tasks = exam(filler, words, rows=rows, length=context, notes=8, questions=8, seed=seed, bos=bos)
         whole += tasks
         single += one_by_one(tasks[:1], words)[:questions]
-    # Every context is cut to the shortest, from the front, so that one program reads them all.
+    # Every context is cut from the front to the length of the shortest, so that one program reads them all.
     line = len(words.recall) + 2 * WORDS_PER_SIDE + len(words.arrow)
     prompt = min(len(row.tokens) for row in single) - line
     single = [Recall(*(part[-(prompt + line) :] for part in row)) for row in single]
@@ -71,7 +70,7 @@ def _plain(filler: np.ndarray, context: int, rows: int, seed: int, bos: int | No
     """Ordinary text as an exam without questions.
 
     Raises:
-      ValueError: too little of it.
+      ValueError: the text is too short.
     """
     first = [] if bos is None else [bos]
     width = context - len(first)
@@ -85,16 +84,16 @@ def _plain(filler: np.ndarray, context: int, rows: int, seed: int, bos: int | No
 
 @dataclass(frozen=True)
 class Compared:
-    """One line of the table; means over seeds, and their standard deviations.
+    """One line of the table: means over seeds, and their standard deviations.
 
     Attributes:
       slots: capacity per layer or head (for budgets, the mean).
       nats: mean loss per token of texts with facts, read token by token.
       recall: share of the questions answered in full when everything is read token by token.
-      before, after: the same when the context is read at once and compressed before the question is known, or after.
-      state_bytes: measured, of one row; `occupied` is the share of the slots that is occupied at the end.
-      asked_bytes: what so many slots of keys and values of each kv head would take.
-      tokens_per_second: of all rows together, token by token.
+      before, after: as `recall`, if the context is read at once and compressed before or after the question is known.
+      state_bytes: measured bytes of one row; `occupied` is the share of the slots occupied at the end.
+      asked_bytes: the bytes of `slots` slots of keys and values in each kv head.
+      tokens_per_second: speed of all rows together, token by token.
     """
 
     policy: str
@@ -118,16 +117,16 @@ def compare(
 ) -> Iterator[Compared]:
     """Measures every policy at every capacity.
 
-    Arguments are checked at the call. Each line is measured when it is asked for. A policy that keeps everything is
-    measured once, with room for the whole context. Capacities below what a policy needs are left out. A policy that
-    only selects from whole prompts is not read token by token.
+    Arguments are checked at the call. Each line is measured when it is requested. A policy that keeps everything is
+    measured once, with room for the whole context. Capacities below the minimum of a policy are skipped. A policy that
+    only selects from whole prompts is not measured token by token.
 
     Args:
       slots: capacities, the same for every layer.
-      dtype: of the state (see `jaxcompress.state.storage`); the model's by default.
+      dtype: the dtype of the state (see `jaxcompress.state.storage`); by default the model's.
 
     Raises:
-      ValueError: something that is no policy or no capacity, or an unknown dtype.
+      ValueError: a policy or a capacity is invalid, or the dtype is unknown.
       FloatingPointError: losses are not finite.
     """
     slots = [whole(capacity, "slots", least=1) for capacity in slots]
@@ -167,7 +166,7 @@ def _compared(model: Decoder, tasks: Exams, policy: Policy, slots: int, dtype: D
 
 
 def _spread(right: np.ndarray, row: np.ndarray, rows: int, seeds: int) -> tuple[float, float]:
-    """Mean and standard deviation over seeds of what was answered."""
+    """Mean and standard deviation over seeds of the share of right answers."""
     seed = row * seeds // rows
     return _of(np.array([right[seed == s].mean() for s in range(seeds) if (seed == s).any()]))
 

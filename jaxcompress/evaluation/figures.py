@@ -1,4 +1,4 @@
-"""Figures of policies. Every function writes a file and returns nothing."""
+"""Figures about policies. Every public function writes a file and returns nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ with extra("plots"):
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-# Okabe and Ito's palette, told apart by colour-blind readers too.
+# Okabe and Ito's palette; colour-blind readers can distinguish its colours too.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = "osD^vPX*"
 _STYLE: dict[Any, Any] = {
@@ -44,9 +44,9 @@ class Point(NamedTuple):
 
 
 def against_slots(panels: Mapping[str, Sequence[Point]], path: Path, title: str = "") -> None:
-    """A panel per quantity, in it a line per policy over the number of slots; the full cache is a dashed line.
+    """Draws a panel per quantity, with a line per policy over the number of slots; the full cache is a dashed line.
 
-    What is more than three times the full cache's value leaves the picture and is told in the legend.
+    Values above three times the full cache's value are outside the picture and appear in the legend.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
@@ -89,12 +89,13 @@ def perplexity_against_slots(rows: Sequence[Row], path: Path, title: str = "") -
 def comparison(
     panels: Mapping[str, Sequence[Point]], path: Path, title: str = "", lower_is_better: Sequence[str] = ()
 ) -> None:
-    """A panel per quantity: a row per policy, a column per number of slots, coloured and written out.
+    """Draws a panel per quantity: a row per policy, a column per number of slots, with colours and numbers.
 
-    Many policies fit, where lines would hide each other. The full cache is the first row, with one column for all.
+    Many policies fit, whereas lines would hide each other. The full cache is the first row, with one column for all.
 
     Args:
-      lower_is_better: labels of quantities, numbers with two digits; all others are shares.
+      lower_is_better: labels of quantities for which lower is better, shown as numbers with two digits; all others are
+        shares.
     """
     names = list(dict.fromkeys(point.policy for points in panels.values() for point in points))
     slots = sorted({p.slots for points in panels.values() for p in points if p.policy != "full"}, reverse=True)
@@ -117,7 +118,7 @@ def comparison(
 
 
 def _grid(axes: Axes, values: np.ndarray, lower: bool) -> None:
-    """Each number on its colour; what is far worse than the median has the worst colour."""
+    """Draws each number on its colour; values far worse than the median all have the worst colour."""
     known = values[np.isfinite(values)]
     low, high = known.min(), known.max()
     if lower:
@@ -132,10 +133,10 @@ def _grid(axes: Axes, values: np.ndarray, lower: bool) -> None:
 
 
 def death_times(trace: Trace, path: Path, title: str = "", row: int = 0) -> None:
-    """Which positions each layer held, and for how long.
+    """Draws the positions that each layer held, and how long it held them.
 
     Above, a panel per layer: at step i (downwards) a dark point for every position j held; layers with a set per head
-    show the share of sets that held it. Below: how many of the tokens were still held n steps after they came.
+    show the share of sets that held it. Below: the number of tokens still held n steps after they arrived.
     """
     death = trace.death[:, row]
     layers, _, total = death.shape
@@ -157,19 +158,19 @@ def death_times(trace: Trace, path: Path, title: str = "", row: int = 0) -> None
 
 
 def lifetimes(death: np.ndarray, path: Path, title: str = "", kinds: np.ndarray | None = None) -> None:
-    """How long tokens were held, by layer, head and kind.
+    """Draws how long tokens were held, by layer, head and kind.
 
-    Left: the share of tokens still held n steps after they came, for every layer (Kaplan-Meier; hatched where the text
-    is too short). Middle, where a layer has several sets of slots: the share of each set's tokens that was held for
-    more steps than the set has slots, which is 0 for a sliding window. Right, if `kinds` are given: the share held by
-    kind.
+    Left: the share of tokens still held n steps after they arrived, for every layer (Kaplan-Meier; hatched where the
+    text is too short). Middle, where a layer has several sets of slots: the share of each set's tokens that was held
+    for more steps than the set has slots, which is 0 for a sliding window. Right, if `kinds` are given: the share held
+    by kind.
 
     Args:
       death: [L, P, T], such as `trace.death[:, row]`.
       kinds: [T], see `jaxcompress.evaluation.lifetimes.token_kinds`.
 
     Raises:
-      ValueError: no death times of this shape.
+      ValueError: `death` is not an array of death times of this shape.
     """
     layers, sets, _ = (death := check_layers(death)).shape
     widths = [4.6, *[min(2.6 + 0.25 * sets, 5.6)] * (sets > 1), *[4.6] * (kinds is not None)]
@@ -186,7 +187,7 @@ def lifetimes(death: np.ndarray, path: Path, title: str = "", kinds: np.ndarray 
 
 
 def _by_age(axes: Axes, death: np.ndarray) -> None:
-    """A row per layer, age to the right."""
+    """Draws a row per layer, with age on the horizontal axis."""
     total = death.shape[-1]
     ages = np.unique(np.geomspace(1, total, min(total, 200)).astype(int))
     share = np.stack([survival(layer).share[ages - 1] for layer in death])
@@ -201,7 +202,8 @@ def _by_age(axes: Axes, death: np.ndarray) -> None:
 
 
 def _by_head(axes: Axes, death: np.ndarray) -> None:
-    """A row per layer, a column per set: what outlives a window of as many slots."""
+    """Draws a row per layer, a column per set: the share of tokens that outlive a window with the same number of
+    slots."""
     slots = np.minimum(occupancy(death)[..., -1], death.shape[-1])
     share = np.array(
         [
@@ -249,7 +251,7 @@ def _powers_of_ten(axes: Axes) -> None:
 
 
 def _count(axis: Axis) -> None:
-    """Ticks on whole numbers only."""
+    """Sets ticks on whole numbers only."""
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 

@@ -1,9 +1,9 @@
-"""How long tokens stay in the state: how many are held, their age and kind, and where two policies differ.
+"""Token lifetimes in the state: how many tokens are held, their age and kind, and where two policies differ.
 
-Everything follows from death times [..., T], such as `trace.death[:, row]`, [L, P, T]. Token j is *held* at step i if
-the query at position i sees it: `j <= i < death[j]`. A policy that evicts after a step therefore holds capacity + 1
-tokens, and a prompt that is read at once is held whole until its end. The *age* of token j at step i is i - j. A token
-that is held at the last step has death T; estimates treat it as censored.
+All results are computed from death times [..., T], such as `trace.death[:, row]`, [L, P, T]. Token j is *held* at step
+i if the query at position i sees it: `j <= i < death[j]`. A policy that evicts after a step therefore holds capacity +
+1 tokens, and a prompt read at once is held in full until its end. The *age* of token j at step i is i - j. A
+token that is held at the last step has death T; estimates treat it as censored.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import numpy as np
 from jaxcompress.generation.text import TextStream, Tokenizer
 
 KINDS = ("first", "whitespace", "digits", "punctuation", "rare words", "common words", "other")
-"""What a token may be; see `token_kinds`."""
+"""The kinds of tokens; see `token_kinds`."""
 
 AFTER = (16, 64, 256, 1024)
-"""Numbers of steps after which tables tell the share still held."""
+"""Numbers of steps after which tables show the share still held."""
 
 
 class Ages(NamedTuple):
-    """Ages of what was held at n steps; NaN where nothing was.
+    """Ages of the tokens held at n steps; NaN where no token was held.
 
     Attributes:
       mean: [..., n] float64.
-      quantiles: [..., n, q] float64, linear between neighbours.
+      quantiles: [..., n, q] float64, with linear interpolation.
     """
 
     mean: np.ndarray
@@ -43,9 +43,9 @@ class Survival(NamedTuple):
 
     Attributes:
       age: [T] int64, n = 1..T.
-      share: [T] float64, of the tokens, those still held n steps after they came; NaN from where no token could be
-        watched so long, unless all had died before.
-      watched: [T] int64, how many tokens were alive before step n and would have been seen to die at it.
+      share: [T] float64, the share of tokens still held n steps after they arrived; NaN from the age to which no token
+        was observed, unless all had died before.
+      watched: [T] int64, the number of tokens alive before step n whose death at step n would have been observed.
     """
 
     age: np.ndarray
@@ -54,12 +54,12 @@ class Survival(NamedTuple):
 
 
 class KindSurvival(NamedTuple):
-    """How long the tokens of a kind were held, over all sets given.
+    """How long the tokens of a kind were held, over all given sets.
 
     Attributes:
       kind: one of `KINDS`, or `all`.
-      tokens: how many there are in the text.
-      after: share held after each number of steps asked for (Kaplan-Meier; NaN where none was watched so long).
+      tokens: number of tokens of this kind in the text.
+      after: share held after each requested number of steps (Kaplan-Meier; NaN where no token was observed that long).
       end: share held at the last step, the newest tokens included.
     """
 
@@ -70,12 +70,13 @@ class KindSurvival(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """How much of what two policies held was the same; means over the sets of a layer.
+    """The overlap of the tokens that two policies held; means over the sets of a layer.
 
     Attributes:
       jaccard: [L, T] float64, tokens that both held / tokens that either held, at every step.
-      shared: [L, T] float64, tokens that both held / tokens held by the one that held more.
-      since: [L] int64, the first step at which either had forgotten something, T if never. Before, all is 1.
+      shared: [L, T] float64, tokens that both held / tokens held by the policy that held more.
+      since: [L] int64, the first step at which either policy had evicted a token, T if never. Before it, both shares
+        are 1.
     """
 
     jaccard: np.ndarray
@@ -83,17 +84,17 @@ class Overlap(NamedTuple):
     since: np.ndarray
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:
-        """[L] and [L], `jaccard` and `shared` over the steps from `since` on; 1 where there are none."""
+        """[L] and [L], `jaccard` and `shared` over the steps from `since` on; 1 if there are no such steps."""
         layers = [(layer, slice(min(since, self.jaccard.shape[1] - 1), None)) for layer, since in enumerate(self.since)]
         over = lambda values: np.array([values[layer, steps].mean() for layer, steps in layers])
         return over(self.jaccard), over(self.shared)
 
 
 def held(death: np.ndarray, step: int) -> np.ndarray:
-    """[..., T] death times -> [..., T] bool, what is held at a step.
+    """[..., T] death times -> [..., T] bool, the tokens held at a step.
 
     Raises:
-      ValueError: no death times, or a step outside 0..T-1.
+      ValueError: `death` is no array of death times, or the step is outside 0..T-1.
     """
     death = check_deaths(death)
     total = death.shape[-1]
@@ -103,10 +104,10 @@ def held(death: np.ndarray, step: int) -> np.ndarray:
 
 
 def occupancy(death: np.ndarray) -> np.ndarray:
-    """[..., T] death times -> [..., T] int64, how many tokens each set holds at every step.
+    """[..., T] death times -> [..., T] int64, the number of tokens that each set holds at every step.
 
     Raises:
-      ValueError: no death times.
+      ValueError: `death` is no array of death times.
     """
     death = check_deaths(death)
     total = death.shape[-1]
@@ -115,15 +116,15 @@ def occupancy(death: np.ndarray) -> np.ndarray:
 
 
 def ages(death: np.ndarray, steps: Sequence[int] | np.ndarray, quantiles: Sequence[float] = (0.1, 0.5, 0.9)) -> Ages:
-    """Ages of what is held at some steps.
+    """Ages of the tokens held at some steps.
 
     Args:
       death: [..., T].
-      steps: n of 0..T-1.
-      quantiles: q of 0..1.
+      steps: n steps in 0..T-1.
+      quantiles: q quantiles in 0..1.
 
     Raises:
-      ValueError: no death times, a step outside the text, or a quantile outside 0..1.
+      ValueError: `death` is no array of death times, a step is outside the text, or a quantile is outside 0..1.
     """
     death = check_deaths(death)
     wanted = np.asarray(quantiles, float)
@@ -147,14 +148,14 @@ def ages(death: np.ndarray, steps: Sequence[int] | np.ndarray, quantiles: Sequen
 
 
 def survival(death: np.ndarray, tokens: np.ndarray | None = None) -> Survival:
-    """Kaplan-Meier estimate of the share of tokens held n steps after they came, all sets together.
+    """Kaplan-Meier estimate of the share of tokens held n steps after they arrived, over all sets together.
 
     Args:
       death: [..., T].
-      tokens: [T] bool, the tokens to look at; all if not given.
+      tokens: [T] bool, the tokens to include; all if not given.
 
     Raises:
-      ValueError: no death times, or `tokens` is no [T] bool.
+      ValueError: `death` is no array of death times, or `tokens` is no [T] bool.
     """
     death = check_deaths(death)
     total = death.shape[-1]
@@ -164,7 +165,7 @@ def survival(death: np.ndarray, tokens: np.ndarray | None = None) -> Survival:
             given = f"{np.asarray(tokens).dtype} {list(np.shape(tokens))}"
             raise ValueError(f"tokens must be bool [{total}], one for each token of the death times, not {given}")
         age, died = age[..., tokens], died[..., tokens]
-    # A death that falls on the end of the text cannot be told from none, so the last step of a censored token does
+    # A death at the end of the text cannot be distinguished from survival, so the last step of a censored token does
     # not count as watched.
     last = np.where(died, age, age - 1).ravel()
     deaths = np.bincount(age[died].ravel(), minlength=total + 1)
@@ -176,10 +177,10 @@ def survival(death: np.ndarray, tokens: np.ndarray | None = None) -> Survival:
 
 
 def token_texts(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    """The text that each of ids [T] adds; joined, they are the whole text.
+    """The text that each token of ids [T] adds; the joined texts are the whole text.
 
-    Marks such as <s> are spelt out. The character that several tokens spell belongs to the last of them, the others
-    are "". Bytes that are no UTF-8 appear as U+FFFD.
+    Marks such as <s> are spelt out. A character that several tokens spell belongs to the last of them; the others are
+    "". Bytes that are not UTF-8 appear as U+FFFD.
     """
     stream = TextStream(tokenizer, skip_special=False)
     texts = [stream.push(token) for token in ids]
@@ -196,31 +197,31 @@ def token_kinds(
     counts: Mapping[str, int] | None = None,
     marks: Sequence[bool] | np.ndarray = (),
 ) -> np.ndarray:
-    """[T] int8, for every token the index of its kind in `KINDS`, the first of these that fits:
+    """[T] int8, the index in `KINDS` of every token's kind. The kind is the first of these that fits:
 
       first         one of the first `first` tokens of the sequence
       other         a mark such as <s>, or no text of its own: "", or bytes that are no character
-      whitespace    nothing but white space, line breaks included
+      whitespace    only white space, including line breaks
       rare words    has a letter, and its word is rare
       common words  has a letter, and its word is not rare
       digits        has a digit
       punctuation   anything else: punctuation, operators, emoji
 
-    A word is a longest run of letters, digits and underscores, in lower case; a token counts with the word that its
-    first letter is in, of which it may be a part. A word is rare if it occurs once at most, or is no more than `rare`
-    of all words.
+    A word is a maximal run of letters, digits and underscores, in lower case. A token belongs to the word that contains
+    its first letter; it may be only a part of that word. A word is rare if it occurs at most once, or if its share of
+    all words is at most `rare`.
 
     Args:
       texts: T texts that, joined, are the text (see `token_texts`).
-      first: how many first tokens are a kind of their own.
-      rare: a share of the words counted.
-      counts: how often each word (lower case) occurs in some larger text; a word that it lacks is rare. Counted in
-        the text itself if not given.
-      marks: T, whether a token is a mark and not text (`Tokenizer.is_special`); none is if not given.
+      first: the number of first tokens, which form their own kind.
+      rare: a share of the counted words.
+      counts: the number of occurrences of each word (lower case) in a larger text; a word missing from it is rare. If
+        not given, words are counted in the text itself.
+      marks: T, whether a token is a mark and not text (`Tokenizer.is_special`); by default no token is a mark.
 
     Raises:
-      ValueError: a plain string was given in place of a list, `first` or `rare` is negative, or there are marks for
-        another number of tokens.
+      ValueError: a plain string was given in place of a list, `first` or `rare` is negative, or `marks` has another
+        number of tokens.
     """
     if isinstance(texts, str):
         raise ValueError(f"texts must be a list with the text of every token, not one string {texts[:20]!r}")
@@ -261,7 +262,7 @@ def token_kinds(
 
 
 def survival_by_kind(death: np.ndarray, kinds: np.ndarray, after: Sequence[int] = AFTER) -> list[KindSurvival]:
-    """How long each kind of token was held: a row for every kind in the text, in the order of `KINDS`, then `all`.
+    """How long each kind of token was held: a row for every kind in the text in the order of `KINDS`, then a row `all`.
 
     Args:
       death: [..., T].
@@ -269,7 +270,7 @@ def survival_by_kind(death: np.ndarray, kinds: np.ndarray, after: Sequence[int] 
       after: numbers of steps, at least 1.
 
     Raises:
-      ValueError: no death times, kinds of another text, or a number of steps below 1.
+      ValueError: `death` is no array of death times, `kinds` is of another text, or a number of steps is below 1.
     """
     death = check_deaths(death)
     total = death.shape[-1]
@@ -291,21 +292,21 @@ def survival_by_kind(death: np.ndarray, kinds: np.ndarray, after: Sequence[int] 
 
 
 def _beyond(share: np.ndarray) -> float:
-    """After more steps than the text has: nothing is known, unless all had died."""
+    """The share held after more steps than the text has: NaN, unless all tokens had died."""
     return 0.0 if share[-1] == 0 else float("nan")
 
 
 def overlap(first: np.ndarray, second: np.ndarray) -> Overlap:
-    """How much of what two policies held on one text was the same.
+    """The overlap of the tokens that two policies held on one text.
 
-    Where one has a set per layer and the other one per head, or one per kv head and the other one per query head, each
-    head is compared with the set that it reads.
+    If one policy has a set per layer and the other a set per head, or one a set per kv head and the other a set per
+    query head, each head is compared with the set that it reads.
 
     Args:
-      first, second: [L, P, T] and [L, P', T], P a multiple of P' or the other way round.
+      first, second: [L, P, T] and [L, P', T], where P is a multiple of P' or P' of P.
 
     Raises:
-      ValueError: no death times, or of different models or texts.
+      ValueError: the arrays are no death times, or belong to different models or texts.
     """
     first, second = check_layers(first), check_layers(second)
     if (first.shape[0], first.shape[2]) != (second.shape[0], second.shape[2]):
@@ -326,10 +327,10 @@ def overlap(first: np.ndarray, second: np.ndarray) -> Overlap:
 
 
 def check_deaths(death: np.ndarray) -> np.ndarray:
-    """The death times, if they are some.
+    """Checks death times and returns them.
 
     Raises:
-      ValueError: not integers, empty, before a token came or after the end.
+      ValueError: the death times are not integers, are empty, or lie before a token's arrival or after the end.
     """
     death = np.asarray(death)
     if not np.issubdtype(death.dtype, np.integer) or death.ndim < 1 or not death.size:
@@ -346,10 +347,10 @@ def check_deaths(death: np.ndarray) -> np.ndarray:
 
 
 def check_layers(death: np.ndarray) -> np.ndarray:
-    """The same for the layers of a model, [L, P, T].
+    """As `check_deaths`, for the layers of a model, [L, P, T].
 
     Raises:
-      ValueError: no death times, or of other axes.
+      ValueError: the array holds no death times, or has other axes.
     """
     death = check_deaths(death)
     if death.ndim != 3:

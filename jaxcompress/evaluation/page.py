@@ -1,7 +1,7 @@
 """A page that shows how long a policy held each token of a text: one HTML file without a server or other files.
 
 Death times are embedded as 16-bit integers. The browser keeps one element per token and reads all death times whenever
-a slider moves, so both numbers are bounded. The page says what is left out.
+a slider moves, so both numbers are bounded. The page states what it omits.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from markupsafe import Markup, escape
 from jaxcompress.evaluation.lifetimes import AFTER, KINDS, check_layers, survival_by_kind, token_kinds
 
 MOST_TOKENS = 8192
-"""Tokens of the text on a page; the rest is left out."""
+"""Maximum number of tokens on a page; later tokens are omitted."""
 
 MOST_NUMBERS = 2**21
-"""Death times on a page (4 MiB). Of more, heads and then layers are left out, evenly."""
+"""Maximum number of death times on a page (4 MiB). To stay below it, heads and then layers are omitted evenly."""
 
-_COLOURS = 8  # of the page, besides that for nothing
+_COLOURS = 8  # of the page, besides the colour for zero
 
 
 class PageView(NamedTuple):
     """The part of the death times that fits on a page.
 
     Attributes:
-      death: [l, p, t]; what was held at token t is held at the end.
-      layers, heads: [l] and [p], which ones these are.
+      death: [l, p, t]; tokens held at token t count as held at the end.
+      layers, heads: [l] and [p], the indices of the shown layers and heads.
     """
 
     death: np.ndarray
@@ -41,7 +41,7 @@ class PageView(NamedTuple):
 
 
 def fit(death: np.ndarray, most_tokens: int = MOST_TOKENS, most_numbers: int = MOST_NUMBERS) -> PageView:
-    """Leaves out the last tokens, then heads, then layers, until [L, P, T] death times are small enough."""
+    """Omits the last tokens, then heads, then layers, until [L, P, T] death times are within the bounds."""
     tokens = min(death.shape[2], most_tokens)
     heads = _spread(death.shape[1], most_numbers // (death.shape[0] * tokens))
     layers = _spread(death.shape[0], most_numbers // (len(heads) * tokens))
@@ -64,22 +64,23 @@ def page(
     most_tokens: int = MOST_TOKENS,
     most_numbers: int = MOST_NUMBERS,
 ) -> str:
-    """The text with every token coloured by how long it was remembered, as HTML.
+    """The text as HTML, with every token coloured by how long it was held.
 
-    Reader's choices: a layer and a head or the mean over all, what was held at any step, a kind of token; pointing at a
-    token tells its fate in every layer. Below is a table of survival by kind, over all layers and heads.
+    The reader can choose a layer and a head or the mean over all, the tokens held at any step, and a kind of token.
+    Pointing at a token shows how long each layer held it. A table below shows survival by kind, over all layers and
+    heads.
 
     Args:
       death: [L, P, T], such as `trace.death[:, row]`.
       texts: T texts (see `token_texts`).
       title: heading of the page.
-      about: what to tell at the top, such as the policy and its slots.
-      kinds: [T] (see `token_kinds`); made from the texts if not given.
+      about: facts to show at the top, such as the policy and its slots.
+      kinds: [T] (see `token_kinds`); computed from the texts if not given.
       after: numbers of steps, columns of the table.
-      most_tokens, most_numbers: bounds of what is shown. The table is of all.
+      most_tokens, most_numbers: bounds of the shown part. The table covers everything.
 
     Raises:
-      ValueError: no death times of this shape, or texts or kinds of another number of tokens.
+      ValueError: `death` is not an array of death times of this shape, or texts or kinds have another number of tokens.
     """
     death = check_layers(death)
     layers, heads, total = death.shape
@@ -116,10 +117,10 @@ def page(
 
 
 def first_ages(death: np.ndarray, colours: int = _COLOURS) -> np.ndarray:
-    """[n] int64, at most `colours`: the least age of each colour.
+    """[n] int64, at most `colours`: the smallest age of each colour.
 
-    Every colour spans the same factor, from the age that 95 % of the tokens reach to the length of the text: one scale
-    for all layers and heads, spent where the ages are.
+    Every colour spans the same factor, from the age that 95 % of the tokens reach to the length of the text. All layers
+    and heads share this scale, which covers the ages that occur.
     """
     total = death.shape[-1]
     usual = max(np.quantile(death - np.arange(total), 0.05), 1)
@@ -143,9 +144,9 @@ def _packed(values: np.ndarray, dtype: str) -> str:
 
 
 def _marked(text: str) -> Markup:
-    """A token as HTML in which nothing is invisible; the text of the element stays the text of the token.
+    """A token as HTML with all characters visible; the text of the element is the text of the token.
 
-    Only characters that HTML cannot hold are replaced by pictures of themselves.
+    Only characters that HTML cannot hold are replaced, by symbols that depict them.
     """
     if not text:
         return Markup('<i class="part"></i>')  # the style sheet draws it
@@ -156,7 +157,7 @@ def _character(character: str) -> Markup:
     if character == "\n":
         return Markup("<i></i>\n")
     if character == "\r":
-        return Markup("&#13;")  # a bare one would be read as a line feed
+        return Markup("&#13;")  # HTML would read a bare carriage return as a line feed
     if character != "\t" and unicodedata.category(character) in ("Cc", "Cs"):
         code = ord(character)
         return Markup(chr(0x2400 + code) if code < 32 else "\u2421" if code == 127 else "\ufffd")

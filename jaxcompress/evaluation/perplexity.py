@@ -27,15 +27,15 @@ from jaxcompress.training.loss import token_losses
 
 
 class Perplexity(NamedTuple):
-    """How well a text was predicted.
+    """The quality of the predictions of a text.
 
     Attributes:
       nats: mean negative log-likelihood per token, in nats.
-      tokens: how many tokens were predicted.
-      tokens_per_second: read, compilation left out.
-      state_bytes: of the state, all rows.
-      left_out: tokens of the text that were not predicted: the first of each row, those skipped, a one-shot prompt, and
-        what is in no row.
+      tokens: number of predicted tokens.
+      tokens_per_second: reading speed, without compilation.
+      state_bytes: bytes of the state of all rows.
+      left_out: number of tokens of the text that were not predicted: the first token of each row, skipped tokens, a
+        one-shot prompt, and tokens in no row.
     """
 
     nats: float
@@ -70,7 +70,8 @@ def perplexity(
     Rows are independent texts. They are read in segments, so memory does not grow with T. The state is made here and
     donated from segment to segment; the model is not consumed.
 
-    Thirteen parameters: how to read and what to count, all but the first four by keyword, each with a default.
+    It has thirteen parameters, which set how to read and which tokens to count. All but the first four are keywords
+    with a default.
 
     Args:
       tokens: [B, T] token ids.
@@ -80,18 +81,18 @@ def perplexity(
         evicted once; the rest is streamed, and only the rest is counted.
       chunk: tokens between two evictions, for `chunked`.
       prompt: tokens that are read at once, for `oneshot`.
-      skip: this many of the first predictions are not counted, so that modes can be compared on the same tokens.
+      skip: the number of first predictions that are not counted, so that modes can be compared on the same tokens.
       segment: tokens per call; rounded to a whole number of chunks. It changes memory and speed, not the result.
-      placement: where tokens stand for RoPE; the policy's own by default.
-      dtype: of keys and values, one of `jaxcompress.state.storage.DTYPES`; the model's by default.
+      placement: the positions that RoPE uses; by default the policy's placement.
+      dtype: the dtype of keys and values, one of `jaxcompress.state.storage.DTYPES`; by default the model's.
       text: the number of tokens of the text that the rows were cut from, for `left_out`; B * T by default.
       progress: called with the number of tokens read, per segment.
 
     Raises:
-      ValueError: no token ids (see `jaxcompress.inputs.token_ids`), fewer than 2 tokens, a prompt that does not fit, a
-        `full` state that is too small, more slots than a policy that selects once can use, a negative skip or one that
-        leaves nothing, or a `text` shorter than what is predicted of it.
-      FloatingPointError: losses are not finite; says where first.
+      ValueError: `tokens` are no token ids (see `jaxcompress.inputs.token_ids`) or fewer than
+        2, the prompt does not fit, a `full` state is too small, there are more slots than a policy that selects once
+        can use, skip is negative or leaves nothing to count, or `text` is shorter than the predicted part.
+      FloatingPointError: losses are not finite; the message names the first place.
     """
     check_policy(policy)
     tokens = token_rows(tokens, model.config.vocab_size)
@@ -131,7 +132,7 @@ def perplexity(
 
 
 def check_used(policy: Policy, state: State, tokens: int, prompt: int | None) -> None:
-    """Raises ValueError if a policy that selects once, from a prompt, has more slots than it can fill.
+    """Raises ValueError if a policy that selects only once, from a prompt, has more slots than it can fill.
 
     Such a policy keeps a fixed number of tokens of the prompt. With more slots its result would be the same, and a
     table would show that result under a capacity that had no effect.
@@ -149,20 +150,20 @@ def check_used(policy: Policy, state: State, tokens: int, prompt: int | None) ->
 
 
 def once_and_stream(prompt: int, total: int, *, segment: int) -> list[ReadCall]:
-    """How to read a prompt at once, and the rest of a text token by token."""
+    """The calls that read a prompt at once, and the rest of a text token by token."""
     once = calls("oneshot", prompt, chunk=1, segment=segment) if prompt else []
     return once + calls("streaming", total, chunk=1, segment=segment, start=prompt)
 
 
 class Predictions(NamedTuple):
-    """How the tokens after those of one piece were predicted.
+    """The predictions made from the tokens of one piece; each is for the next token.
 
     Attributes:
-      start: where the piece begins; losses[:, i] is that of token start + i + 1.
+      start: position at which the piece begins; losses[:, i] is the loss of token start + i + 1.
       losses: [B, n] float64, nats.
       right: [B, n] bool, whether the token was the most probable one.
-      seconds: to read the piece, compilation left out.
-      state: after the piece; donated when the next piece is read.
+      seconds: time to read the piece, without compilation.
+      state: the state after the piece; donated when the next piece is read.
     """
 
     start: int
@@ -181,21 +182,22 @@ def predictions(
     *,
     placement: Placement | None = None,
 ) -> Iterator[Predictions]:
-    """Reads rows of text piece by piece into a fresh state, and yields what was predicted of each piece.
+    """Reads rows of text piece by piece into a fresh state, and yields the predictions of each piece.
 
-    The callers have checked the arguments.
+    Callers must check the arguments.
 
     Args:
-      state: donated: it must not be used after the first piece was read. The last piece has the state to go on with.
-      plan: the calls (see `jaxcompress.models.modes.calls`); the last ends before the last token.
+      state: donated; do not use it after the first piece was read. The last `Predictions` has the state to continue
+        from.
+      plan: the calls (see `jaxcompress.models.modes.calls`); the last call ends before the last token.
     """
     for start, end, width, by in plan:
-        # A shorter piece is padded: that costs less than compiling for another length.
+        # A shorter piece is padded, which costs less than compiling for another length.
         fill = [(0, 0), (0, width - (end - start))]
         piece, target = np.pad(tokens[:, start:end], fill), np.pad(tokens[:, start + 1 : end + 1], fill)
         valid = np.pad(np.ones((len(tokens), end - start), bool), fill)
         inputs = (model, jnp.asarray(piece), jnp.asarray(target), jnp.asarray(valid), state)
-        # Compiled before the clock starts; JAX keeps what it compiled for these shapes.
+        # The program is compiled before the clock starts; JAX caches it for these shapes.
         program = _predict.lower(*inputs, policy=policy, chunk=by, placement=placement).compile()
         begun = time.perf_counter()
         losses, right, state = program(*inputs, policy=policy)

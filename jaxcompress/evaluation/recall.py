@@ -1,8 +1,8 @@
-"""Recall tasks: facts told early in a text and asked for later.
+"""Recall tasks: facts stated early in a text and asked for later.
 
 A fact is a line `# note: KEY -> VALUE`, a question a line `# recall: KEY -> VALUE`; key and value are two ordinary
-words each, drawn at random, so that nothing but the note itself gives the answer. Whatever the tokenizer, they are
-made from words that are one token each.
+words each, drawn at random, so that only the note itself gives the answer. For every tokenizer, they consist of words
+that are one token each.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ class Recall(NamedTuple):
 
     Attributes:
       tokens: [T] int32.
-      asked: [T] bool, the answer tokens: what a model that remembers predicts.
-      told: [T] bool, tokens that nothing can predict (keys, and values when first told).
-      distance: [T] int32, at the first token of each answer how many tokens ago its value was told, else 0.
+      asked: [T] bool, the answer tokens, which a model that remembers the fact predicts.
+      told: [T] bool, tokens that no model can predict (keys, and values when first stated).
+      distance: [T] int32, at the first token of each answer, the number of tokens since its value was stated; elsewhere
+        0.
     """
 
     tokens: np.ndarray
@@ -58,8 +59,8 @@ def wording(vocabulary: Mapping[str, int], encode: Callable[[str], Sequence[int]
     """Prepares the lines for a byte-level BPE or SentencePiece tokenizer.
 
     Args:
-      vocabulary: from tokens, as the tokenizer spells them, to ids.
-      encode: from text to ids, without special tokens.
+      vocabulary: a mapping from tokens, as the tokenizer spells them, to ids.
+      encode: converts text to ids, without special tokens.
 
     Raises:
       ValueError: fewer than 64 of the tokenizer's tokens are whole lower-case words.
@@ -86,19 +87,20 @@ def weave(
 ) -> Recall:
     """Weaves notes and questions about them into a filler text.
 
-    Nine parameters: all but the first two describe the text that is made, by keyword.
+    It has nine parameters: all but the first two are keywords that describe the text.
 
     Args:
       filler: at least `length` tokens of ordinary text.
       rng: draws keys, values and places.
       length: T of the result, exactly.
-      notes, questions: how many; each question asks for a note told before it.
-      tell_in, ask_in: the parts of the text, as fractions, where notes and questions are put. A question that comes
-        before the first note is put after it.
-      again: a note may be asked for more than once. Otherwise there must be at least as many notes as questions.
+      notes, questions: number of notes and of questions; each question asks for a note stated before it.
+      tell_in, ask_in: the parts of the text, as fractions, where notes and questions are put. A question placed before
+        the first note is moved after it.
+      again: whether a note may be asked for more than once. If not, there must be at least as many notes as questions.
 
     Raises:
-      ValueError: too few notes for the questions, too little filler or too short a text for both.
+      ValueError: there are too few notes for the questions, the filler is too short, or `length` is too short for notes
+        and questions.
     """
     if questions and notes < (1 if again else questions):
         once = "" if again else ": each is asked for once"
@@ -163,7 +165,8 @@ def exam(
     seed: int = 0,
     bos: int | None = None,
 ) -> list[Recall]:
-    """Rows in which notes are told in the first half of a text and asked for, once each, in its last quarter.
+    """Rows with notes in the first half of a text and questions in its last quarter; each note is asked for at most
+    once.
 
     Args:
       filler: tokens of ordinary text; each row takes another part of it.
@@ -194,13 +197,14 @@ def exam(
 
 
 def one_by_one(tasks: Sequence[Recall], words: Wording) -> list[Recall]:
-    """A row for each question: the text up to the first question, and then that question with its answer.
+    """A row for each question: the text up to the first question, followed by that question with its answer.
 
-    So that a state can be compressed before the question is known, or after, and every context is asked several things.
+    With these rows a state can be compressed before or after the question is known, and each context serves several
+    questions.
     """
     rows = []
     for task in tasks:
-        starts = {}  # of each question's line, by where its answer begins
+        starts = {}  # start of each question's line, by the start of its answer
         for answer in np.flatnonzero(task.distance).tolist():
             key = np.flatnonzero(task.told[:answer])[-WORDS_PER_SIDE]
             starts[answer] = int(key) - len(words.recall)
@@ -215,15 +219,15 @@ def one_by_one(tasks: Sequence[Recall], words: Wording) -> list[Recall]:
 
 
 class Answers(NamedTuple):
-    """Every question of an exam: how far back its answer was told, and whether it was given in full.
+    """The results of every question of an exam: the distance to its fact, and whether the full answer was right.
 
     Attributes:
-      row: which task each question belongs to.
-      distance: tokens since the answer was told.
-      right: whether all of it was the most probable.
+      row: the index of the task of each question.
+      distance: number of tokens since the answer was stated.
+      right: whether every token of the answer was the most probable one.
       nats: [B] mean loss over all predicted tokens of each row, text, facts and answers together.
-      tokens_per_second: of all rows together, compilation left out.
-      state_bytes: of one row.
+      tokens_per_second: speed of all rows together, without compilation.
+      state_bytes: bytes of the state of one row.
       occupied: mean share of the capacity that is occupied at the end.
     """
 
@@ -251,18 +255,18 @@ def answers(
     placement: Placement | None = None,
     dtype: DTypeLike | None = None,
 ) -> Answers:
-    """Reads the tasks through a bounded state and looks at its greedy answers.
+    """Reads the tasks through a bounded state and checks the greedy answers.
 
     A question counts as right if every token of the answer is the most probable one, given those before it.
 
     Args:
-      prompt: so many first tokens are read and selected from at once (one-shot), the rest token by token; 0: all are
-        read token by token. What is predicted within the prompt is not counted.
-      dtype: of the state; the model's by default.
+      prompt: the number of first tokens that are read at once, with one selection (one-shot); the rest is
+        read token by token. 0: all tokens are read token by token. Predictions within the prompt are not counted.
+      dtype: the dtype of the state; by default the model's.
 
     Raises:
-      ValueError: no tasks, tasks of different lengths or with ids outside the vocabulary, a prompt that leaves nothing
-        to predict, a policy that needs a prompt without one, or a `full` state that is too small.
+      ValueError: there are no tasks, tasks have different lengths or ids outside the vocabulary, the prompt leaves
+        nothing to predict, the policy needs a prompt and there is none, or a `full` state is too small.
       FloatingPointError: losses are not finite.
     """
     if not len(tasks):
@@ -285,7 +289,7 @@ def answers(
     distance = np.stack([task.distance for task in tasks])
     rows, first = np.nonzero(distance)
     whole = np.logical_and.reduce([right[rows, first + i] for i in range(WORDS_PER_SIDE)])
-    # The prompt's predictions come from full attention: they say nothing about the state.
+    # The prompt's predictions come from full attention, so they do not measure the state.
     streamed = [part for part in parts if part.start >= prompt]
     read = sum(part.losses.size for part in streamed)
     occupied = [float(part.occupancy().mean()) / part.capacity for part in parts[-1].state]

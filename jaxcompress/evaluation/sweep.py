@@ -1,4 +1,4 @@
-"""Perplexity of many policies at many capacities on one text: the usual table of a paper."""
+"""Perplexity of many policies at many capacities on one text, as in the usual table of a paper."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Row(NamedTuple):
 
     Attributes:
       nats: mean loss per token; `perplexity` is its exponential.
-      tokens: how many were predicted.
-      state_bytes: of the state of all rows of text together.
+      tokens: number of predicted tokens.
+      state_bytes: bytes of the state of all rows of text together.
       left_out: tokens of the text that were not predicted (see `Perplexity`).
     """
 
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 class ReadOptions(TypedDict, total=False):
-    """Keywords of `perplexity`: how texts are read, and what is counted."""
+    """Keywords of `perplexity` that set how texts are read and which tokens are counted."""
 
     mode: Mode
     chunk: int
@@ -54,10 +54,10 @@ class ReadOptions(TypedDict, total=False):
 
 
 def rows_of_text(tokens: np.ndarray, context: int, rows: int | None = None, bos: int | None = None) -> np.ndarray:
-    """Cuts a long text into independent rows of `context` tokens, evenly spread over it when not all are wanted.
+    """Cuts a long text into independent rows of `context` tokens, evenly spread over it if `rows` limits their number.
 
-    The rest that fills no row is left out: give the length of the text to `perplexity` or `sweep`, and their result
-    tells how much that is.
+    Tokens that fill no row are omitted. Pass the length of the text to `perplexity` or `sweep`, so that their result
+    states how many tokens were omitted.
 
     Raises:
       ValueError: the text is shorter than one row.
@@ -82,8 +82,8 @@ def sweep(
 ) -> Iterator[Row]:
     """Perplexity of every policy at every capacity.
 
-    Arguments are checked at the call. Each row is measured when it is asked for. A policy that keeps everything is
-    measured once, with room for the whole context. Capacities below what a policy needs are left out.
+    Arguments are checked at the call. Each row is measured when it is requested. A policy that keeps everything is
+    measured once, with room for the whole context. Capacities below the minimum of a policy are skipped.
 
     Args:
       tokens: [B, T], rows of independent text.
@@ -92,8 +92,8 @@ def sweep(
       options: keywords of `perplexity`: `mode`, `chunk`, `prompt`, `segment`, `placement`, `text`, ...
 
     Raises:
-      TypeError: a keyword that `perplexity` does not have.
-      ValueError: as `perplexity`.
+      TypeError: `perplexity` does not have such a keyword.
+      ValueError: as for `perplexity`.
     """
     tokens = token_rows(tokens, model.config.vocab_size)
     slots = [whole(capacity, "slots", least=1) for capacity in slots]
@@ -113,5 +113,5 @@ def sweep(
 
 
 def keeps_everything(policy: Policy) -> bool:
-    """Whether a policy never lets a token go, so that its only capacity is the whole text."""
+    """Whether a policy never evicts a token, so that its only possible capacity is the whole text."""
     return all(not one.evicts for one in policy.layers or (policy,))

@@ -1,4 +1,4 @@
-"""What a policy did with a sequence: the tokens held after every step, and when each token was evicted."""
+"""Traces of a policy on a sequence: the tokens held after every step, and when each token was evicted."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from jaxcompress.state.kv_state import KVState, State, runs
 from jaxcompress.state.placement import Placement
 
 AT_ONCE = 512
-"""Prompts and texts up to this length are filled up to few lengths, longer ones to multiples of it."""
+"""Prompts and texts up to this length are padded to one of a few lengths, longer ones to a multiple of it."""
 
 
 class Trace(NamedTuple):
-    """What the state held after every step, on the host.
+    """The contents of the state after every step, on the host.
 
     Attributes:
       positions: [L, steps, B, P, S] int32, the positions held after each step, -1 for a free slot. Step 0 is the
-        prompt, every later step one token. Layers and heads with fewer slots are filled up with -1, layers whose heads
-        share a set have it once for each set of the others, and a pool is shown as what each kv head has in it.
+        prompt, every later step one token. Layers and heads with fewer slots are padded with -1. A layer whose heads
+        share a set repeats it P times. A pool is split into the positions of each kv head.
       logits: [steps, B, V] float32, for the token after each step.
       death: [L, B, P, T] int32, the first position whose query no longer saw each token; T for tokens still held.
         Plain attention under the mask `j <= i < death[j]` is the same computation.
@@ -54,21 +54,21 @@ def trace(
     placement: Placement | None = None,
     dtype: DTypeLike | None = None,
 ) -> Trace:
-    """Reads the first `prompt` tokens in one of three modes and the rest one by one; returns what the state held.
+    """Reads the first `prompt` tokens in one of three modes and the rest one by one; returns the state's contents.
 
-    Nine parameters: those of `perplexity` that say how to read, all but the first four by keyword.
+    It has nine parameters: those of `perplexity` that set how to read. All but the first four are keywords.
 
     Args:
       tokens: [B, T] token ids, at least `prompt` of them.
       slots: capacity of the state, see `jaxcompress.init_state`.
       prompt: tokens of step 0.
       mode: how the prompt is read: `oneshot`, `chunked` (by `chunk` tokens) or `streaming`.
-      placement: where tokens stand for RoPE; the policy's own by default.
-      dtype: of the state (see `jaxcompress.state.storage`); the model's by default.
+      placement: the positions that RoPE uses; by default the policy's placement.
+      dtype: the dtype of the state (see `jaxcompress.state.storage`); by default the model's.
 
     Raises:
-      ValueError: no token ids (see `jaxcompress.inputs.token_ids`), a prompt outside 1..T, a state too small for the
-        policy, or an unknown dtype.
+      ValueError: `tokens` are no token ids (see `jaxcompress.inputs.token_ids`), the prompt is outside 1..T, the state
+        is too small for the policy, or the dtype is unknown.
       FloatingPointError: logits are not finite.
     """
     tokens = token_rows(tokens, model.config.vocab_size)
@@ -81,7 +81,7 @@ def trace(
     check_fits(model.config, policy, state, total, prompt=prompt)
     begun, steps = _prompt(tokens[:, :prompt], mode, chunk), _filled(tokens[:, prompt:])
     first, rest = _traced(model, begun[:2], steps, state, policy, chunk=begun[2], placement=placement)
-    death = _deaths(first, rest, model, state, total)  # of padding nothing dies
+    death = _deaths(first, rest, model, state, total)  # padding causes no deaths
     first, rest = jax.tree.map(np.asarray, first), jax.tree.map(lambda x: np.asarray(x)[: total - prompt], rest)
     held = [
         np.concatenate([start[:, None], steps.swapaxes(0, 1)], axis=1)
@@ -96,7 +96,7 @@ def trace(
 
 
 def _prompt(tokens: np.ndarray, mode: Mode, chunk: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """A prompt filled up so that it is read in one call, what of it is valid, and tokens between two selections."""
+    """A prompt padded for reading in one call, a mask of its valid tokens, and the tokens between two selections."""
     total = tokens.shape[1]
     plan = calls(mode, total, chunk=chunk, segment=AT_ONCE)
     by = max(call.chunk for call in plan)
@@ -105,7 +105,7 @@ def _prompt(tokens: np.ndarray, mode: Mode, chunk: int) -> tuple[np.ndarray, np.
 
 
 def _filled(tokens: np.ndarray, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, T] and a mask of them, filled up to a width; by default to one of few."""
+    """Tokens [B, T] and a mask of them, padded to a width; by default to one of a few widths."""
     total = tokens.shape[1]
     width = padded(total, AT_ONCE) if width is None else width
     fill = [(0, 0), (0, width - total if total else 0)]
@@ -132,14 +132,14 @@ def _traced(model, prompt, later, state, policy, *, chunk, placement):
 
 
 def _held(part: KVState, kv_heads: int) -> Int[Array, "L B P S"]:
-    """Positions of each set; of each kv head where they share a pool."""
+    """Positions of each set; if the kv heads share a pool, positions of each kv head."""
     if part.owner is None:
         return part.positions
     return jnp.where(part.owner == jnp.arange(kv_heads)[:, None], part.positions, -1)
 
 
 def _stack(values: list[np.ndarray], state: State, *, axis: int, fill: int = 0) -> np.ndarray:
-    """One array per part, [L, ..., P, N] with P at `axis` -> one of all layers."""
+    """One array per part, [L, ..., P, N] with P at `axis` -> one array of all layers."""
     layers, first = [], 0
     for _, parts in runs(state):
         mine = values[first : first + len(parts)]
@@ -154,7 +154,7 @@ def _stack(values: list[np.ndarray], state: State, *, axis: int, fill: int = 0) 
 
 
 def _deaths(first, rest, model: Decoder, state: State, total: int) -> Int[np.ndarray, "L B P T"]:
-    parts, width = [], padded(total, AT_ONCE)  # whatever the length, few shapes
+    parts, width = [], padded(total, AT_ONCE)  # few shapes for all lengths
     for part in range(len(first[0])):
         pairs = zip((first[2][part], first[3][part]), (rest[2][part], rest[3][part]), strict=True)
         freed, died = (_join(prompt, steps) for prompt, steps in pairs)
@@ -169,7 +169,7 @@ def _deaths(first, rest, model: Decoder, state: State, total: int) -> Int[np.nda
 
 
 def _join(prompt: Array, steps: Array) -> Array:
-    """[L, n, B, P, F] and [steps, L, 1, B, P, F] -> [L, n + steps, B, P, F], the narrower filled up with nothing."""
+    """[L, n, B, P, F] and [steps, L, 1, B, P, F] -> [L, n + steps, B, P, F], with the narrower array padded with -1."""
     both = [prompt, steps[:, :, 0].swapaxes(0, 1)]
     width = max(x.shape[-1] for x in both)
     pad = lambda x: jnp.pad(x, [(0, 0)] * 4 + [(0, width - x.shape[-1])], constant_values=-1)

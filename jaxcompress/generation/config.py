@@ -1,4 +1,4 @@
-"""How tokens are chosen, and where to stop."""
+"""The configuration of sampling and stopping."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from jaxcompress.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How the next token is chosen, and where a row ends. Hashable, so that it can be a static argument under jit.
+    """Configures how the next token is chosen and where a row ends. Hashable, so that it can be a static jit argument.
 
     The defaults take the best token. Logits are processed in Hugging Face's order: repetition penalty, temperature,
-    top-k, top-p, min-p. For another way to choose, override `sample` in a subclass.
+    top-k, top-p, min-p. For another sampling method, override `sample` in a subclass.
 
-    Numbers may be Python's, numpy's, or arrays without dimensions; they are kept as Python's own.
+    Numbers may be Python numbers, NumPy numbers, or arrays without dimensions; they are stored as Python numbers.
 
     Attributes:
-      temperature: the logits are divided by it; 0 takes the best token (greedy) and needs no keys. 1 draws from the
-        model's own distribution. One so small that
-        float32 has no quotient draws among the tokens that are equally good, the best.
-      top_k: keep the k best tokens, and those that tie with the k-th (Fan et al. 2018). None: all.
+      temperature: the divisor of the logits; 0 takes the best token (greedy) and needs no keys. 1 draws from the
+        model's own distribution. If it is so small that the quotients overflow float32, the draw is among the tokens
+        that tie for the best.
+      top_k: keep the k best tokens, and the tokens that tie with the k-th (Fan et al. 2018). None: all.
       top_p: keep the fewest best tokens that together have probability top_p (nucleus, Holtzman et al. 2020).
         None or 1: all.
       min_p: keep the tokens with at least min_p times the probability of the best (Nguyen et al. 2024). None: all.
       repetition_penalty: divides the positive and multiplies the negative logits of tokens seen before (Keskar et
         al. 2019). 1: no penalty; below 1 repetition is encouraged.
-      stop_token_ids: a row ends after one of these, which is written too.
+      stop_token_ids: a row ends after one of these tokens; the stop token is part of the output.
 
     Raises:
       ValueError: temperature is negative or not finite, top_k is not an integer >= 1, top_p is not in (0, 1], min_p
@@ -81,7 +81,7 @@ class GenerationConfig:
     def _settle(
         self, name: str, kind: Callable[[Any, str], int | float], holds: Callable[[Any], bool], rule: str
     ) -> None:
-        """Makes a number of the field Python's own, if it keeps its rule."""
+        """Stores the number of a field as a Python number, if the number satisfies its rule."""
         given = getattr(self, name)
         if given is None and type(self).__dataclass_fields__[name].default is None:
             return
@@ -100,18 +100,18 @@ class GenerationConfig:
 
     @property
     def penalises_repetition(self) -> bool:
-        """Whether `sample` needs to know which tokens appeared before."""
+        """Whether `sample` needs the tokens that appeared before."""
         return self.repetition_penalty != 1
 
     def sample(self, keys: RowKeys | None, logits: NextLogits, appeared: Appeared | None = None) -> NextTokens:
         """Draws one token per row.
 
-        Nothing is checked inside: a row of NaN still gives some token, so a loop has to look at the logits itself.
+        The logits are not checked: a row of NaN still gives some token, so a loop must check the logits itself.
 
         Args:
-          keys: [B] one key per row, for this step alone (see `row_keys`); None if greedy.
+          keys: [B] one key per row, for this step only (see `row_keys`); None if greedy.
           logits: [B, V].
-          appeared: [B, V] bool, the tokens so far (see `remember`); only a repetition penalty reads it.
+          appeared: [B, V] bool, the tokens so far (see `remember`); only the repetition penalty uses it.
 
         Returns:
           [B] int32.
@@ -127,9 +127,9 @@ class GenerationConfig:
         return draw(keys, logits)
 
     def warp(self, logits: NextLogits, appeared: Appeared | None = None) -> NextLogits:
-        """The float32 logits that are drawn from: removed tokens have -inf.
+        """The float32 logits to draw from: removed tokens have -inf.
 
-        At temperature 0 only the repetition penalty applies, since nothing else moves the best token.
+        At temperature 0 only the repetition penalty applies, since no other setting changes the best token.
 
         Raises:
           ValueError: there is a repetition penalty and no `appeared`.
@@ -158,7 +158,7 @@ GREEDY = GenerationConfig()
 
 
 def check_config(model: Decoder, config: Any) -> None:
-    """Raises ValueError if a configuration is none, or ends at something that is no token id."""
+    """Raises ValueError if `config` is no configuration, or if a stop token is no token id of the model."""
     if not isinstance(config, GenerationConfig):
         raise ValueError(f"config must be GenerationConfig(temperature=..., ...), not {described(config)}")
     token_ids(list(config.stop_token_ids), model.config.vocab_size, "stop_token_ids")

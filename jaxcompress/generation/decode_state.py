@@ -1,4 +1,4 @@
-"""Where sequences stand between two tokens."""
+"""The state of sequences between two tokens of decoding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxcompress.state.placement import Placement
 
 
 class DecodeArrays(NamedTuple):
-    """The arrays of a `DecodeState`: what changes, and what jitted functions donate."""
+    """The arrays of a `DecodeState`: they change with each token, and jitted functions donate them."""
 
     kv: State
     logits: Float[Array, "B V"]
@@ -39,10 +39,10 @@ class DecodeArrays(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """Where B sequences stand between two tokens; everything needed to go on.
+    """The state of B sequences between two tokens: everything needed to continue them.
 
-    A state can be used once: `prefill`, `prefill_stream`, `decode` and `decode_stream` donate its memory, so that
-    there is never a second copy, and return a new state. For two things from one point, copy it first:
+    A state can be used once: `prefill`, `prefill_stream`, `decode` and `decode_stream` donate its memory, so that there
+    is never a second copy, and return a new state. To continue twice from one state, copy it first:
 
         context = prefill(model, [text], init_decode_state(model, policy, slots))
         for question in questions:
@@ -54,12 +54,12 @@ class DecodeState:
       logits: [B, V] float32, for the next token.
       appeared: [B, V] bool, tokens that prompt or output contain (for the repetition penalty).
       keys: [B] random keys, one per row, so that a row's tokens do not depend on its neighbours.
-      done: [B] bool, rows whose newest token is a stop token. Nothing more is written to them until they have read
-        something: a conversation goes on with `prefill`.
-      broken: [B] int32, position after which logits were first not finite, -1 while they are. There is no way back:
-        the state holds what is no number, and whatever would go on from it raises FloatingPointError.
-      policy: what the state was made for.
-      placement: where the tokens in the state stand for RoPE, None where the policy puts them (static).
+      done: [B] bool, rows whose newest token is a stop token. They generate nothing more until they read new tokens:
+        continue a conversation with `prefill`.
+      broken: [B] int32, position after which logits were first not finite, -1 while they are. The state cannot be
+        repaired: it holds values that are not finite, and every call that continues from it raises FloatingPointError.
+      policy: the policy that the state was made for.
+      placement: the positions that RoPE uses for tokens in the state; None: the policy's placement (static).
     """
 
     kv: State
@@ -73,11 +73,11 @@ class DecodeState:
 
     @property
     def arrays(self) -> DecodeArrays:
-        """What changes from token to token."""
+        """The arrays that change from token to token."""
         return DecodeArrays(self.kv, self.logits, self.appeared, self.keys, self.done, self.broken)
 
     def copy(self) -> DecodeState:
-        """The same in memory of its own: each of the two can be used."""
+        """A copy in separate memory: both states can be used."""
         check_unused(self)
         return replace(self, **jax.tree.map(jnp.copy, self.arrays)._asdict())
 
@@ -92,18 +92,18 @@ def init_decode_state(
     dtype: DTypeLike | None = None,
     placement: Placement | None = None,
 ) -> DecodeState:
-    """B sequences of which nothing has been read yet.
+    """The state of B sequences before any token is read.
 
     Args:
       slots: capacity of the state, see `jaxcompress.init_state`.
-      seeds: one per row, or one from which every row's is derived.
+      seeds: one per row, or one from which the seeds of all rows are derived.
       dtype: of keys and values, one of `jaxcompress.state.storage.DTYPES`; the model's by default. `int8`,
-        `float8_e4m3fn` and `int4` store each vector as small codes with a scale of its own.
-      placement: where tokens stand for RoPE; as the policy was published by default.
+        `float8_e4m3fn` and `int4` store each vector as small codes with its own scale.
+      placement: the positions that RoPE uses; by default those of the policy's publication.
 
     Raises:
-      ValueError: something that is no decoder or no policy, see `jaxcompress.init_state`, an unknown placement, or not
-        one seed for each row.
+      ValueError: `model` is no decoder, `policy` is no policy, the placement is unknown, or the number of seeds is not
+        the number of rows; other cases as for `jaxcompress.init_state`.
     """
     check_decoder(model)
     check_policy(policy)
@@ -130,8 +130,8 @@ def check_room(model: Decoder, state: DecodeState, tokens: int, *, prompt: int |
     """Raises ValueError if a policy that cannot make room would overflow.
 
     Args:
-      tokens: that will be read or written.
-      prompt: how many of them a fresh state reads at once.
+      tokens: number of tokens that will be read or generated.
+      prompt: number of them that a fresh state reads at once.
     """
     if not state.policy.forgets:
         held = most_held(model, state)
@@ -139,7 +139,7 @@ def check_room(model: Decoder, state: DecodeState, tokens: int, *, prompt: int |
 
 
 def most_held(model: Decoder, state: DecodeState) -> list[int] | None:
-    """How many tokens each layer holds, in the row that holds most; None of a fresh state."""
+    """The number of tokens that each layer holds, in the row that holds most; None for a fresh state."""
     if not int(state.kv[0].seen.max()):
         return None
     pool = lambda part: 1 if part.owner is None else model.config.num_kv_heads
@@ -148,10 +148,10 @@ def most_held(model: Decoder, state: DecodeState) -> list[int] | None:
 
 
 def check_usable(model: Decoder, state: DecodeState) -> None:
-    """The gate of every call that goes on from a state.
+    """Checks a state; every call that continues from a state runs this first.
 
     Raises:
-      ValueError: something that is no decoder or no state, a state of another model, or one that was used before.
+      ValueError: `model` is no decoder, `state` is no state, or the state belongs to another model or was used before.
       FloatingPointError: its logits are not finite.
     """
     check_decoder(model)
@@ -176,7 +176,7 @@ def check_unused(state: DecodeState) -> None:
 
 
 def check_decoder(model: Any) -> None:
-    """Raises ValueError if something is no decoder; says where it has one."""
+    """Raises ValueError if `model` is no decoder; the message names the decoder inside it, if it has one."""
     if isinstance(model, Decoder):
         return
     hint = next((f"; give its .{name}" for name in ("model", "decoder") if hasattr(model, name)), "")
@@ -184,16 +184,16 @@ def check_decoder(model: Any) -> None:
 
 
 def check_placement(placement: Any) -> None:
-    """Raises ValueError if tokens cannot stand in a way of that name."""
+    """Raises ValueError if there is no placement of that name."""
     if placement is not None and placement not in get_args(Placement):
         raise ValueError(f"unknown placement {placement!r}; known: {', '.join(get_args(Placement))}")
 
 
 def check_seed(given: Any) -> int:
-    """A whole number.
+    """The seed as a whole number.
 
     Raises:
-      ValueError: anything else.
+      ValueError: `given` is no whole number.
     """
     try:
         return index(given)

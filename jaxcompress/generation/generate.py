@@ -1,4 +1,4 @@
-"""From prompts of any length to new tokens, in a fixed number of slots: `generate`, and its two halves."""
+"""Text generation from prompts of any length in a fixed number of slots: `generate`, `prefill` and `decode`."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ from jaxcompress.policies.policy import Policy
 from jaxcompress.state.placement import Placement
 
 LOOK_AHEAD = 2
-"""Segments that are given to the device before the first of them is known to be read."""
+"""The number of segments that may be queued on the device before the result of the first one is checked."""
 
 LARGEST_BUFFER = 512
-"""The output array has one of few lengths up to this, and multiples of it beyond, so that few programs are compiled."""
+"""The output array has one of a few lengths up to this, and a multiple of it beyond, so that few programs are
+compiled."""
 
 
 class ReadOptions(TypedDict, total=False):
@@ -67,21 +68,21 @@ def generate(
     stream_every: int | None = None,
     **options: Unpack[ReadOptions],
 ) -> Iterator[Int[np.ndarray, "B stream_every"]]:
-    """Reads prompts and generates tokens; yields them in groups, so that text can be shown as it comes.
+    """Reads prompts and generates tokens; yields them in groups, so that text can be shown early.
 
-    Arguments are checked at the call; the model runs when the first group is asked for.
+    Arguments are checked at the call; the model first runs when the first group is requested.
 
     Args:
       prompts: one sequence of token ids for each row.
       slots: capacity of the state, see `jaxcompress.init_state`.
-      config: how tokens are chosen, and where to stop.
-      seeds: one per row, or one from which every row's is derived.
+      config: the sampling method and the stop tokens.
+      seeds: one per row, or one from which the seeds of all rows are derived.
       stream_every: tokens per yield, all by default. The next group is computed while one is consumed.
       options: `mode`, `chunk`, `segment` (see `prefill`); `placement`, `dtype` (see `init_decode_state`).
 
     Raises:
-      TypeError: an argument of another name.
-      ValueError: as `init_decode_state`, `prefill` and `decode`.
+      TypeError: an argument has an unknown name.
+      ValueError: as for `init_decode_state`, `prefill` and `decode`.
       FloatingPointError: logits are not finite.
 
     Example:
@@ -133,18 +134,19 @@ def prefill(
 ) -> DecodeState:
     """Reads a batch of prompts of different lengths, in segments: a prompt may be longer than memory.
 
-    What is read may be the first prompt or the next turn of a conversation: a row that had ended is written to again.
+    The prompts may be the first ones or the next turn of a conversation. A row that had ended becomes active again.
 
     Args:
       prompts: one sequence of token ids for each row.
-      state: donated (see `DecodeState`); give `state.copy()` to read something else from here too.
+      state: donated (see `DecodeState`); pass `state.copy()` to read other prompts from the same state too.
       mode: `streaming`, as in decoding; `chunked`, a selection every `chunk` tokens; `oneshot`, one selection from each
         whole prompt, which is read in a single segment.
-      segment: tokens per call. A shorter call is filled up to one of few widths, so that a new length does not compile.
+      segment: tokens per call. A shorter call is padded to one of a few widths, so that a new length needs no
+        compilation.
 
     Raises:
-      ValueError: what is no prompt (see `jaxcompress.inputs.token_ids`), a prompt that `full` cannot hold, or a state
-        that was used before or is of another model.
+      ValueError: a prompt is invalid (see `jaxcompress.inputs.token_ids`) or too long for `full`, or the state was used
+        before or belongs to another model.
       FloatingPointError: logits are not finite.
     """
     check_usable(model, state)
@@ -176,19 +178,19 @@ def prefill_stream(
     chunk: int = 1,
     segment: int = 512,
 ) -> Iterator[tuple[int, DecodeState]]:
-    """Reads one unbounded sequence of tokens (B = 1) as it arrives; yields how many have been read, and the state.
+    """Reads one unbounded sequence of tokens (B = 1) as it arrives; yields the number of tokens read, and the state.
 
-    The state yielded is donated to the next step: use it before going on (a copy of it, to keep it), or after the last.
-    Segments are given to the device `LOOK_AHEAD` at a time, so that what is yielded may still be being computed.
+    The next step donates the yielded state: use or copy it before the next iteration. The last state stays usable. Up
+    to `LOOK_AHEAD` segments are queued on the device, so a yielded state may still be computing.
 
     Args:
       pieces: token ids [T] each; some may be empty.
       state: donated (see `DecodeState`).
       chunk: tokens between two selections; 1 is streaming.
-      segment: tokens per call; made a whole number of chunks.
+      segment: tokens per call, rounded to a whole number of chunks.
 
     Raises:
-      ValueError: there was no token at all, and see `prefill`.
+      ValueError: there was no token; other cases as for `prefill`.
       FloatingPointError: logits are not finite.
     """
     check_usable(model, state)
@@ -208,7 +210,7 @@ def _prefill_stream(
     held = None if policy.forgets else most_held(model, state)
     for ids in _segments(pieces, model.config.vocab_size, segment):
         total += len(ids)
-        check_fits(model.config, policy, kv, total, held=held)  # looks at shapes alone
+        check_fits(model.config, policy, kv, total, held=held)  # checks shapes only
         ((_, _, width, by),) = calls(mode, len(ids), chunk=chunk, segment=segment)
         check_unused(state)
         tokens, valid = _filled([ids], width)
@@ -222,7 +224,7 @@ def _prefill_stream(
 
 
 def _segments(pieces: Iterable[Any], vocab_size: int, segment: int) -> Iterator[TokenIds]:
-    """The token ids of all pieces in segments of one length, the last of them shorter."""
+    """The token ids of all pieces in segments of equal length; the last one may be shorter."""
     rest = np.zeros(0, np.int32)
     for number, piece in enumerate(pieces):
         rest = np.concatenate([rest, token_ids(piece, vocab_size, f"piece {number}")])
@@ -234,7 +236,7 @@ def _segments(pieces: Iterable[Any], vocab_size: int, segment: int) -> Iterator[
 
 
 def _filled(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, width] with padding at the end of each row, and where they are tokens."""
+    """Tokens [B, width] with padding at the end of each row, and a mask of the real tokens."""
     tokens, valid = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)], valid[row, : len(ids)] = ids, True
@@ -242,11 +244,12 @@ def _filled(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndar
 
 
 def _check_ahead(ahead: deque[Array], broken: Array | None = None) -> None:
-    """Looks at segments that are read by now, since looking at the newest would wait for the device.
+    """Checks segments that the device has finished; checking the newest one would wait for the device.
 
     Args:
-      ahead: `DecodeState.broken` after each segment that was not looked at.
-      broken: after the newest; None: there is no more, look at all.
+      ahead: `DecodeState.broken` after each unchecked segment.
+      broken: `DecodeState.broken` after the newest segment; None if there are no more segments, so that all are
+        checked.
 
     Raises:
       FloatingPointError: logits are not finite.
@@ -268,7 +271,7 @@ def _read_segment(
     chunk: int,
     placement: Placement | None,
 ) -> tuple[DecodeArrays, Array]:
-    """The arrays after these tokens, and the broken positions again, which the next call does not consume."""
+    """The arrays after these tokens, and a second copy of the broken positions, which the next call does not donate."""
     after = read(model, tokens, arrays.kv, policy, valid=valid, chunk=chunk, placement=placement)
     logits = model.logits(last_hidden(after, valid))[:, 0]
     here = valid.any(axis=1)
@@ -284,14 +287,14 @@ def decode(
     """Generates up to `max_new_tokens` tokens in one jitted loop; ends early when every row has stopped.
 
     Returns the tokens, -1 after a row's stop token (which is included), and the state after them. Two calls for n
-    tokens give the same tokens as one call for 2n. A row that has stopped stays so until it reads something.
+    tokens give the same tokens as one call for 2n. A stopped row stays stopped until it reads new tokens.
 
     Args:
       state: donated (see `DecodeState`).
 
     Raises:
-      ValueError: `full` has no room for so many tokens, a state that was used before or is of another model, or what is
-        no configuration.
+      ValueError: `full` has no room for the tokens, the state was used before or belongs to another model, or `config`
+        is no configuration.
       FloatingPointError: logits are not finite.
     """
     check_usable(model, state)
@@ -315,10 +318,11 @@ def decode_stream(
     *,
     stream_every: int | None = None,
 ) -> DecodeStream:
-    """As `decode`, but tokens come in groups while the next are computed.
+    """As `decode`, but returns tokens in groups; each next group is computed while one is consumed.
 
     Args:
-      state: donated when the first group is asked for (see `DecodeState`); the stream has the one to go on from.
+      state: donated when the first group is requested (see `DecodeState`); `DecodeStream.state` is the state to
+        continue from.
       stream_every: tokens in a group; all by default.
 
     Raises:
@@ -336,8 +340,8 @@ class DecodeStream(Iterator[Int[np.ndarray, "B stream_every"]]):
     """Groups of tokens, [B, stream_every] each; -1 after a row's stop token.
 
     Attributes:
-      state: the state after all tokens that were computed. Before the stream has ended that is one group more than was
-        given out, since the next one is computed meanwhile.
+      state: the state after all computed tokens. Until the stream ends, this is one group ahead of the groups returned,
+        since the next group is computed in advance.
     """
 
     def __init__(

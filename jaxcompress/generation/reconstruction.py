@@ -1,13 +1,13 @@
-"""KVzip: keeps what the model needs to repeat its context (Kim et al. 2025, "KVzip").
+"""KVzip: keeps the tokens that the model needs to repeat its context (Kim et al. 2025, "KVzip").
 
-A context is read in full, then the model is given the context once more, as if it repeated it. What its attention never
-looks up in the cache while repeating, no question is likely to need. So the compressed state is good for questions that
-are not known yet, which scores taken from the end of a prompt are not.
+The model reads a context in full, then receives it again as if it repeated it. A question is unlikely to need a token
+that gets no attention during the repetition. So the compressed state also suits questions that are not known yet.
+Scores taken from the end of a prompt do not.
 
     state = kvzip(model, [context], TOVA("kv_head"), slots=256, repeat=asking(encode))
-    state = prefill(model, [question], state)  # from here on everything is as ever
+    state = prefill(model, [question], state)  # from here on, use the state as usual
 
-Scores made in any other way can be used the same: `shrink` turns a full state and scores into a bounded state.
+Scores from any other method work the same way: `shrink` turns a full state and scores into a bounded state.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class _OldestFirst(Policy):
     scope = "kv_head"
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
-        """A full state takes nothing more."""
+        """Ranks by age; a full state takes no more tokens."""
         return -held.positions.astype(jnp.float32)
 
 
 @policy
 class Growing(_OldestFirst):
-    """What was kept stays, and whatever comes is added: for a shrunk state that has `room`, as in KVzip's code.
+    """Keeps all tokens and adds new ones: for a shrunk state that has `room`, as in KVzip's code.
 
-    A token that finds no room is an error. Means nothing in a fresh state.
+    A token without room is an error. In a fresh state this policy has no meaning.
     """
 
     name = "growing"  # type: ignore[assignment]
@@ -61,13 +61,13 @@ READ_CHUNK = 512  # tokens of a context that are read at once
 
 
 class Repeat(NamedTuple):
-    """What stands before the repetition of a chunk of context, as token ids.
+    """The token ids before the repetition of a chunk of context.
 
     Attributes:
-      first: before the first chunk.
-      later: before every other chunk, followed by the last `lead` tokens of the chunk before it.
-      after: between these and the chunk; the turn to the model in a chat template.
-      lead: see `later`.
+      first: the tokens before the first chunk.
+      later: the tokens before every other chunk, followed by the last `lead` tokens of the previous chunk.
+      after: the tokens between these and the chunk; in a chat template, the turn to the model.
+      lead: the number of tokens repeated from the previous chunk (see `later`).
     """
 
     first: tuple[int, ...] = ()
@@ -77,12 +77,12 @@ class Repeat(NamedTuple):
 
 
 def asking(encode: Callable[[str], Sequence[int]], after: str = "\n") -> Repeat:
-    """The authors' words (KVzip `model/wrapper.py`).
+    """The authors' prompt (KVzip `model/wrapper.py`).
 
     Args:
       encode: from text to ids, without special tokens.
-      after: what the model's chat template puts between a user's message and the answer; a line break for a model
-        without one, as in kvpress.
+      after: the text that the model's chat template puts between a user's message and the answer; a line break for a
+        model without a template, as in kvpress.
     """
     ids = lambda text: tuple(map(int, encode(text)))
     return Repeat(
@@ -106,28 +106,29 @@ def kvzip(
     dtype: DTypeLike | None = None,
     placement: Placement | None = None,
 ) -> DecodeState:
-    """Reads contexts and compresses them so that they could be repeated; `prefill` or `decode` go on from there.
+    """Reads contexts and compresses them so that the model could repeat them; continue with `prefill` or `decode`.
 
-    Eleven parameters: those of `init_decode_state`, and those of KVzip.
+    It has eleven parameters: those of `init_decode_state` and those of KVzip.
 
-    While it runs, the keys and values of the whole contexts are in memory, once in the state that is read into and once
-    more in every step of reading and repeating, with the weights of 128 queries over all of it; what is returned is as
-    small as any state of so many slots. Computes about three times as much as reading alone.
+    While it runs, the keys and values of the whole contexts are in memory: once in the full state, and once more in
+    every step of reading and repeating, with the weights of 128 queries over all keys. The returned state is as small
+    as any state with this number of slots. The computation is about three times that of reading alone.
 
     Args:
       prompts: contexts of any lengths; rows are independent.
-      policy: what decides from here on, of scope `kv_head`, `layer` or `pool`; `Growing()` for nothing more to go. Its
-        numbers start fresh. In a pool the heads of a layer compete for its slots.
-      slots: how many tokens each head keeps. To share them over layers and heads by the scores themselves, call
+      policy: the policy after compression, of scope `kv_head`, `layer` or `pool`; `Growing()` evicts nothing more. Its
+        statistics start fresh. In a pool the heads of a layer compete for its slots.
+      slots: the number of tokens that each head keeps. To distribute slots over layers and heads by the scores, call
         `reconstruct`, `jaxcompress.budgets.allocate.from_scores` and `shrink` in turn.
       repeat: see `asking`.
-      room: slots beside these, for what comes later.
-      sinks: the first tokens, always kept and not asked for (the system prompt, in the authors' code).
+      room: additional slots for later tokens.
+      sinks: the number of first tokens that are always kept and never repeated (the system prompt, in the authors'
+        code).
       chunk: tokens repeated at a time.
-      seeds, dtype, placement: see `jaxcompress.generation.init_decode_state`; dtype is that of the small state.
+      seeds, dtype, placement: see `jaxcompress.generation.init_decode_state`; dtype is that of the compressed state.
 
     Raises:
-      ValueError: layers of different placement, and see `prefill`, `reconstruct` and `shrink`.
+      ValueError: layers have different placements; other cases as for `prefill`, `reconstruct` and `shrink`.
       FloatingPointError: logits are not finite.
     """
     placements = {mine.placement for mine in policy.layers or (policy,)}
@@ -149,7 +150,7 @@ def read_whole(
     seeds: Sequence[int] | int = 0,
     placement: Placement = "absolute",
 ) -> DecodeState:
-    """Reads contexts into a state that holds all of the longest: the token at position i is in slot i."""
+    """Reads contexts into a state large enough for the longest: the token at position i is in slot i."""
     _check_windows(model)
     prompts = prompt_ids(prompts, model.config.vocab_size)
     longest = max(map(len, prompts))
@@ -168,7 +169,7 @@ def reconstruct(
     chunk: int = 2048,
     placement: Placement = "absolute",
 ) -> Float[Array, "L B K N"]:
-    """How much the repetition of each token looks at it: the highest attention of any query of its chunk's repetition.
+    """The score of each token: the highest attention from any query in the repetition of its chunk.
 
         score[n] = max over queries i of the repetition and query heads of softmax_j(q_i k_j / sqrt(D))[n]
 
@@ -177,14 +178,14 @@ def reconstruct(
 
     Args:
       prompts: the contexts that `state` has read.
-      state: as `read_whole` returns it; left as it is.
+      state: as `read_whole` returns it; not changed.
       repeat, sinks, chunk, placement: see `kvzip`.
 
     Returns:
       A score for every slot of the state: +inf for the first `sinks` tokens, -inf for free slots.
 
     Raises:
-      ValueError: contexts that the state has not read, sinks below 0, or a chunk below 1.
+      ValueError: the state has not read these contexts, sinks is below 0, or chunk is below 1.
     """
     if sinks < 0 or chunk < 1:
         raise ValueError(f"sinks must be 0 or more and a chunk 1 token or more, not {sinks} and {chunk}")
@@ -225,23 +226,25 @@ def shrink(
     room: int = 0,
     dtype: DTypeLike | None = None,
 ) -> State:
-    """Keeps the tokens of highest score: a full state and scores of any origin -> a bounded state.
+    """Keeps the tokens with the highest scores: a full state and scores from any method -> a bounded state.
 
-    Runs once, outside of jit. Both states are in memory until the full one is let go.
+    Runs once, outside of jit. Both states are in memory until the caller releases the full one.
 
     Args:
-      state: every layer with all its heads in one part, such as `read_whole` or the policy `full` make; with keys
-        cached as the policy's placement needs them.
-      scores: for every slot, higher is kept, +inf for sure. On a tie the older token stays.
-      policy: what decides from here on, of scope `kv_head`, `layer` (the mean of a layer's scores counts) or `pool`.
-        Its numbers start as for tokens that just came; what it remembers per row starts empty.
-      slots: how many tokens each head keeps; heads of different number are stored apart (scope `kv_head`).
-      room: slots beside these, for what comes later.
-      dtype: of the new state, that of the old one by default; quantised here, once (see `jaxcompress.state.storage`).
+      state: a state with all heads of each layer in one part, as made by `read_whole` or the policy `full`; its keys
+        must be cached as the policy's placement needs them.
+      scores: one per slot; higher scores are kept, +inf always. On a tie the older token stays.
+      policy: the policy from here on, of scope `kv_head`, `layer` (the mean of a layer's scores counts) or `pool`. Its
+        statistics start as for new tokens; its memory per row starts empty.
+      slots: the number of tokens that each head keeps; heads with different numbers are stored separately (scope
+        `kv_head`).
+      room: additional slots for later tokens.
+      dtype: the dtype of the new state, by default that of the old one; vectors are quantised here, once (see
+        `jaxcompress.state.storage`).
 
     Raises:
-      ValueError: scores of another shape, a state that is not of the kind above, sliding-window layers, a policy with a
-        set per query head, a negative room, or slots that do not fit model or policy.
+      ValueError: the scores have another shape, the state is not of the kind above, the model has sliding-window
+        layers, the policy has a set per query head, room is negative, or slots do not fit the model or the policy.
     """
     config = model.config
     _check_windows(model)
@@ -269,11 +272,11 @@ def shrink(
 
 
 class _Watched(NamedTuple):
-    """Stats while repeating: [B, K, N] each.
+    """Statistics during the repetition: [B, K, N] each.
 
     Attributes:
-      inside: what a query's attention is shared among.
-      best: the most that a query gave.
+      inside: the tokens among which a query's attention is normalised.
+      best: the highest attention from any query so far.
     """
 
     inside: Bool[Array, "..."]
@@ -282,7 +285,7 @@ class _Watched(NamedTuple):
 
 @policy
 class _Reading(_OldestFirst):
-    """Has the numbers of `_Watching` and leaves them as they are."""
+    """Has the statistics of `_Watching` but does not update them."""
 
     name = "kvzip"  # type: ignore[assignment]
 
@@ -300,7 +303,7 @@ class _Watching(_Reading):
 
 
 def _question(row: np.ndarray, span: tuple[int, int], repeat: Repeat, sinks: int) -> np.ndarray:
-    """Tokens that have the model repeat row[span]."""
+    """The tokens that make the model repeat row[span]."""
     begin, end = span
     ask = repeat.first
     if begin > sinks:
@@ -320,7 +323,7 @@ def _repeated(
     sinks: int,
     placement: Placement,
 ) -> tuple[Array, ...]:
-    """The best mass so far after one chunk was repeated."""
+    """The highest attention so far, after the repetition of one more chunk."""
     begin, end = span[:, 0, None, None], span[:, 1, None, None]
     here = [(part.positions >= begin) & (part.positions < end) for part in state]
     first = [(part.positions >= 0) & (part.positions < sinks) for part in state]
@@ -329,7 +332,7 @@ def _repeated(
         for part, one, two in zip(state, here, first, strict=True)
     )
     done = read(model, tokens, aimed, _Watching(), valid=valid, chunk=tokens.shape[1], placement=placement).state
-    # What is held stays in its slots. Free slots may have taken tokens of the repetition: they are not `here`.
+    # Held tokens stay in their slots. Free slots may have taken tokens of the repetition: they are not `here`.
     return tuple(jnp.where(mine, part.stats.best, old) for mine, part, old in zip(here, done, best, strict=True))
 
 
@@ -337,14 +340,14 @@ def _repeated(
 def _filled(
     model: Decoder, new: KVState, state: State, scores: Array, *, policy: Policy, room: int, layers: tuple[int, ...]
 ) -> KVState:
-    """Some heads of some layers of the small state."""
+    """Some heads of some layers of the compressed state."""
     config, pooled = model.config, policy.scope == "pool"
     which = new.heads or tuple(range(config.num_kv_heads))
     keep = new.capacity - room * (config.num_kv_heads if pooled else 1)
     places = [(part, i) for part in state for i in range(part.layer.shape[0])]
 
     def of(field: str) -> Any:
-        """Of these layers, one above the other."""
+        """A field of these layers, stacked."""
         one = lambda part, i: jax.tree.map(lambda x: x[i], getattr(part, field))
         return jax.tree.map(lambda *x: jnp.stack(x), *[one(*places[layer]) for layer in layers])
 
@@ -362,7 +365,7 @@ def _filled(
     order = jnp.argsort(~kept, axis=-1, stable=True)[..., :keep]
 
     def pick(x: Array) -> Array:
-        """[L, B, K or P, N, ...] -> what is kept."""
+        """[L, B, K or P, N, ...] -> the kept entries."""
         where = jnp.broadcast_to(order, (*x.shape[:3], order.shape[-1]))
         return jnp.take_along_axis(x, where.reshape(*where.shape, *[1] * (x.ndim - 4)), axis=3)
 

@@ -1,7 +1,7 @@
-"""From the logits of the next token to the token: pure functions on logits [B, V].
+"""Sampling of the next token: pure functions on logits [B, V].
 
-They follow Hugging Face's logits processors on ties and in always keeping a token. Rows are independent: each draws
-from its own key, so a batch of N gives what N batches of 1 give.
+Ties are treated as in Hugging Face's logits processors, and at least one token is always kept, as there. Rows are
+independent: each draws from its own key, so a batch of N gives the same tokens as N batches of 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LEAST, _MOST = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32)
 
 
 def row_keys(seeds: Sequence[int]) -> RowKeys:
-    """One key per row, [B]; a row with seed s draws what it would draw alone with seed s.
+    """One key per row, [B]; a row with seed s draws the same tokens in any batch.
 
     For step t of a loop use `jax.vmap(jax.random.fold_in, (0, None))(keys, t)`.
     """
@@ -31,8 +31,8 @@ def row_keys(seeds: Sequence[int]) -> RowKeys:
 
 
 def remember(appeared: Appeared, tokens: Tokens, valid: Valid | None = None) -> Appeared:
-    """Adds tokens [B, T] to those that appeared in each row [B, V]; where valid [B, T] is False (padding) nothing is
-    added."""
+    """Marks tokens [B, T] as appeared in each row [B, V]; tokens where valid [B, T] is False (padding) are not
+    marked."""
     rows = jnp.arange(appeared.shape[0])[:, None]
     # A negative index would count from the end, and one past the end is dropped.
     columns = tokens if valid is None else jnp.where(valid, tokens, appeared.shape[1])
@@ -50,7 +50,8 @@ def draw(keys: RowKeys, logits: NextLogits) -> NextTokens:
 
 
 def heat(logits: NextLogits, temperature: float) -> NextLogits:
-    """Logits divided by a temperature above 0; where the best quotient is no float32, all are taken less the best."""
+    """Logits divided by a temperature above 0; if the best quotient overflows float32, the best logit is subtracted
+    first."""
     temperature = _divisor(temperature)
     best = logits.max(-1, keepdims=True)
     return jnp.where(jnp.isfinite(best / temperature), logits / temperature, (logits - best) / temperature)
@@ -60,7 +61,7 @@ def penalise_repetition(logits: NextLogits, appeared: Appeared, penalty: float) 
     """Makes tokens that appeared less likely: positive logits are divided by the penalty, negative ones multiplied by
     it.
 
-    Keskar et al. 2019, "CTRL", with Hugging Face's rule for negative logits. What is finite stays so.
+    Keskar et al. 2019, "CTRL", with Hugging Face's rule for negative logits. Finite logits stay finite.
     """
     penalty = _divisor(penalty)
     moved = jnp.where(logits < 0, logits * penalty, logits / penalty)
@@ -68,7 +69,7 @@ def penalise_repetition(logits: NextLogits, appeared: Appeared, penalty: float) 
 
 
 def keep_top_k(logits: NextLogits, k: int) -> NextLogits:
-    """Removes all that is below the k-th best logit, so what ties with it stays (Fan et al. 2018)."""
+    """Removes all logits below the k-th best; logits that tie with it stay (Fan et al. 2018)."""
     kth = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
     return jnp.where(logits < kth, -jnp.inf, logits)
 
@@ -76,8 +77,8 @@ def keep_top_k(logits: NextLogits, k: int) -> NextLogits:
 def keep_top_p(logits: NextLogits, p: float) -> NextLogits:
     """Keeps the fewest best tokens whose probabilities sum to at least p (Holtzman et al. 2020), at least one.
 
-    Of tokens that tie at the edge of the nucleus those with the higher index stay, as with Hugging Face (whose sort
-    leaves it to chance in large vocabularies).
+    Among tokens that tie at the edge of the nucleus, those with the higher index stay, as with Hugging Face (whose sort
+    leaves the choice undefined in large vocabularies).
     """
     ascending = jnp.argsort(logits, axis=-1, stable=True)
     ordered = jnp.take_along_axis(logits, ascending, axis=-1)
@@ -94,5 +95,5 @@ def keep_min_p(logits: NextLogits, min_p: float) -> NextLogits:
 
 
 def _divisor(number: float) -> float:
-    """The nearest one that a device has in full precision, and its reciprocal."""
+    """The nearest divisor that a device represents in full precision together with its reciprocal."""
     return min(max(float(number), _LEAST), 1 / _LEAST)

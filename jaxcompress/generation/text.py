@@ -1,4 +1,4 @@
-"""Text in and out of a model: text that appears as tokens arrive, and text of any length."""
+"""Text input and output of a model: streamed decoding of tokens, and encoding of text of any length."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jaxcompress.inputs.text import clean, decoded
 from jaxcompress.inputs.tokenizer import TokenIds as TokenIds
 from jaxcompress.inputs.tokenizer import Tokenizer as Tokenizer
 
-_REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not, or not yet, a character
+_REPLACEMENT = "\ufffd"  # printed by a decoder for bytes that do not, or not yet, form a character
 _CHARACTER_BYTES = 4  # UTF-8's longest character
-_FIRST_HALF = 0xD800  # surrogates, which clean text does not have, are free for other uses
-_WINDOW = 32  # tokens without printable text that a stream keeps; any number above 16 is right
+_FIRST_HALF = 0xD800  # surrogates do not occur in clean text, so they can serve as marks
+_WINDOW = 32  # maximum number of unprintable tokens that a stream keeps; any number above 16 works
 
-# Between a word and a line break no tokenizer in use joins anything, and nothing there is decided by looking across
-# it: the regular expressions of GPT-2, Llama 3, Qwen and o200k all give the same tokens with a cut as without. (After
-# the line break they would not: GPT-2 splits a run of white space by what follows it, Llama 3 joins ".\n".)
+# No tokenizer in use joins a word with a following line break, or looks across that place to split text: the regular
+# expressions of GPT-2, Llama 3, Qwen and o200k give the same tokens with a cut there as without. A cut after the line
+# break would change tokens: GPT-2 splits a run of white space by the text after it, and Llama 3 joins ".\n".
 _CUTS = (
     re.compile(r".*[^\W_](?=\r?\n)", re.DOTALL),
     re.compile(r".*[^\W_](?= [^\W_])", re.DOTALL),
@@ -29,17 +29,18 @@ _LAST_WORD = re.compile(r"\S{1,64}\Z")
 
 
 class TextStream:
-    """Turns tokens into text as they arrive; what `push` and `finish` return, joined, is the text.
+    """Turns tokens into text as they arrive; the text is the concatenation of all results of `push` and `finish`.
 
-    Text is given out as soon as no later token can change it: a character whose bytes are spread over several tokens
-    waits for the last of them. Each token costs a constant amount of work, for only the tokens since the last printed
-    character are decoded, with those of the character before them as context (it decides about leading spaces).
+    Text is returned as soon as no later token can change it: a character whose bytes are spread over several tokens
+    waits for the last of these tokens. Each token costs a constant amount of work. Only the tokens since the last
+    printed character are decoded, with the tokens of the previous character as context (it decides about leading
+    spaces).
 
     Args:
-      tokenizer: of the model.
-      after: the ids [T] before the first one pushed, e.g. the prompt. Given them, the output continues their text
-        (its leading space is kept); without them it begins a text of its own.
-      skip_special: leave out special tokens.
+      tokenizer: the model's tokenizer.
+      after: the ids [T] before the first pushed token, e.g. the prompt. With them, the output continues their text (its
+        leading space is kept); without them it begins a new text.
+      skip_special: omit special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] | TokenIds = (), skip_special: bool = True) -> None:
@@ -48,7 +49,8 @@ class TextStream:
         self._restart([token for token in map(int, after[-_WINDOW:]) if not self._skipped(token)][-_CHARACTER_BYTES:])
 
     def push(self, token: int | np.integer) -> str:
-        """Takes the next token id; returns the text that has become final, often of the token before, often ""."""
+        """Takes the next token id; returns the text that has become final. It is often "" or the text of the previous
+        token."""
         token = int(token)
         if self._skipped(token):
             return ""
@@ -77,7 +79,7 @@ class TextStream:
         self._context = context
         self._context_text = self._decode(context)
         self._pending: list[int] = []
-        self._printed = 0  # characters of the pending tokens' text that are out
+        self._printed = 0  # characters of the pending tokens' text already returned
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, self._skip_special) if tokens else ""
@@ -87,8 +89,8 @@ class TextStream:
         text = self._decode(self._context + self._pending)
         if text.startswith(self._context_text):
             return text[len(self._context_text) :]
-        # SentencePiece spells out a run of byte tokens only if all of it is UTF-8, so an unfinished character spoils
-        # the finished ones of the context; bytes need no context.
+        # SentencePiece decodes a run of byte tokens only if the whole run is UTF-8, so an unfinished character would
+        # corrupt the finished ones of the context; bytes need no context.
         return self._decode(self._pending)
 
     def _print(self, body: str, end: int) -> str:
@@ -97,7 +99,7 @@ class TextStream:
         return text
 
     def _shorten(self, body: str) -> str:
-        """Forgets all but the last tokens of a long run that is no text, so that memory stays bounded."""
+        """Drops all but the last tokens of a long run without printable text, so that memory stays bounded."""
         # Three unfinished characters of up to three bytes may be undecided, and the cut may go through a fourth.
         kept = 3 * _CHARACTER_BYTES
         self._context = self._pending[-kept - _CHARACTER_BYTES : -kept]
@@ -111,10 +113,10 @@ class TextStream:
 
 
 class StopStrings:
-    """Ends a text at the first of several strings, of which nothing is ever printed.
+    """Ends a text at the first of several stop strings; no part of the stop string is printed.
 
-    Text that may be the beginning of a stop string is held back until it is decided. How the text is cut into pieces
-    makes no difference: the stop string that is complete first counts.
+    Text that may begin a stop string is held back until this is decided. The result does not depend on how the text is
+    cut into pieces: the stop string that is complete first counts.
 
         stop = StopStrings(["\\n\\n", "User:"])
         for token in tokens:
@@ -126,7 +128,7 @@ class StopStrings:
 
     Attributes:
       stopped: whether a stop string was found; from then on `push` and `finish` return "".
-      found: which one, or None.
+      found: the stop string that was found, or None.
 
     Raises:
       ValueError: a stop string is empty, or a plain string was given in place of a list of strings.
@@ -146,7 +148,7 @@ class StopStrings:
         return self.found is not None
 
     def push(self, text: str) -> str:
-        """Takes the next piece of text; returns what can be printed."""
+        """Takes the next piece of text; returns the text that can be printed."""
         if self.stopped:
             return ""
         text = self._held + text
@@ -161,21 +163,21 @@ class StopStrings:
         return text[:end]
 
     def finish(self) -> str:
-        """What is still held back, when the text ends without a stop string."""
+        """Returns the text still held back when the text ends without a stop string."""
         text, self._held = self._held, ""
         return text
 
     def _beginning(self, text: str) -> int:
-        """How many last characters of the text may be the beginning of a stop string."""
+        """The number of characters at the end of the text that may begin a stop string."""
         longest = max(map(len, self._strings), default=1) - 1
         lengths = range(min(longest, len(text)), 0, -1)
         return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._strings)), 0)
 
 
 class TextUntil:
-    """Turns tokens into text as they arrive, up to a stop of which nothing is printed: `TextStream` and `StopStrings`.
+    """Turns tokens into text as they arrive, up to a stop, which is not printed: `TextStream` with `StopStrings`.
 
-    Stop strings may be, or hold, names of special tokens, of which the text itself shows nothing.
+    Stop strings may be or contain names of special tokens, which do not appear in the text.
 
         text = TextUntil(tokenizer, stop=["<|eot_id|>", "User:"], after=prompt)
         for token in tokens:
@@ -185,14 +187,14 @@ class TextUntil:
         print(text.finish())
 
     Args:
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       stop: strings to stop at.
       stop_ids: token ids to stop at.
       after: as for `TextStream`.
 
     Attributes:
-      ids: the token ids that end the text: `stop_ids`, and the special tokens that are stop strings as a whole. A loop
-        that is given them (`GenerationConfig.stop_token_ids`) ends early.
+      ids: the token ids that end the text: `stop_ids`, and the special tokens whose names are stop strings. Pass them
+        as `GenerationConfig.stop_token_ids` to end the decoding loop early.
       stopped: whether a stop was found; from then on `push` returns "".
 
     Raises:
@@ -206,10 +208,10 @@ class TextUntil:
         stop_ids: Sequence[int] = (),
         after: Sequence[int] | TokenIds = (),
     ) -> None:
-        StopStrings(stop)  # are they strings?
+        StopStrings(stop)  # checks that they are strings
         special = tokenizer.special_tokens()
         self.ids = tuple(dict.fromkeys((*map(int, stop_ids), *(special[s] for s in stop if s in special))))
-        # The matcher meets a special token as one character that no text has.
+        # For the matcher, a special token is one character that occurs in no text.
         inside = [name for name in sorted(special, key=len, reverse=True) if any(name in string for string in stop)]
         mark = {name: chr(_FIRST_HALF + n) for n, name in enumerate(inside)}
         self._marks = {special[name]: character for name, character in mark.items()}
@@ -235,7 +237,7 @@ class TextUntil:
         return self._without_marks(self._strings.push(self._marks.get(token) or self._stream.push(token)))
 
     def finish(self) -> str:
-        """The text still held back, when the tokens end without a stop; "" after one."""
+        """Returns the text still held back when the tokens end without a stop; "" after a stop."""
         if self.stopped:
             return ""
         return self._without_marks(self._strings.push(self._stream.finish()) + self._strings.finish())
@@ -246,7 +248,7 @@ class TextUntil:
 
 @runtime_checkable
 class Readable(Protocol):
-    """A file, standard input, a socket's file: something with `read`."""
+    """An object with `read`: a file, standard input, or the file of a socket."""
 
     def read(self, size: int, /) -> Any: ...
 
@@ -256,24 +258,24 @@ def encode_stream(
 ) -> Iterator[TokenIds]:
     """Tokenizes text of any length, piece by piece; memory does not grow with it.
 
-    The pieces end before a line break that follows a letter or digit, where the tokens of byte-level BPE (GPT-2,
-    Llama 3, Qwen) are those of the whole text. Where a chunk has no such place, they end before a space
-    between words, then before any white space, then anywhere; only such a cut, or a tokenizer that joins words, may
-    change the tokens around it. Line breaks are kept as they are.
+    The pieces end before a line break that follows a letter or digit; there byte-level BPE (GPT-2, Llama 3, Qwen) gives
+    the tokens of the whole text. If a chunk has no such place, the piece ends before a space between words, else before
+    any white space, else anywhere. Only such a cut, or a tokenizer that joins words, may change the tokens around it.
+    Line breaks are kept as they are.
 
     Args:
       readable: a binary file (`open(path, "rb")`, `sys.stdin.buffer`) of UTF-8, with or without a byte order mark, or
-        a text file; the bytes of the latter are read where it has them.
-      tokenizer: of the model.
-      chunk_chars: about how many characters are tokenized at a time; at most four times as many are held.
-      add_bos: begin with the tokenizer's begin token, if the model is used to it.
+        a text file, whose underlying bytes are read if available.
+      tokenizer: the model's tokenizer.
+      chunk_chars: approximate number of characters tokenized at a time; at most four times as many are held in memory.
+      add_bos: begin with the tokenizer's begin token, if the model expects one.
 
     Yields:
       Token ids [T] int32, T >= 1.
 
     Raises:
-      ValueError: chunk_chars is not positive, or the input is not UTF-8 (the message names the byte offset). What
-        came before has been yielded by then.
+      ValueError: chunk_chars is not positive, or the input is not UTF-8 (the message names the byte offset). The tokens
+        before the error have been yielded by then.
     """
     if chunk_chars < 1:
         raise ValueError(f"chunk_chars must be at least 1, got {chunk_chars}")
@@ -318,9 +320,9 @@ def _blocks(source: Readable, size: int) -> Iterator[bytes | str]:
 
 
 def _undecided(text: str) -> int:
-    """How many characters at the end of a text more tokens may still change.
+    """The number of characters at the end of a text that later tokens may still change.
 
     An unfinished character appears as one U+FFFD (byte-level) or as one for each of its up to three bytes
-    (SentencePiece). More of them are bytes that never become text.
+    (SentencePiece). Longer runs of U+FFFD are bytes that never become text.
     """
     return min(len(text) - len(text.rstrip(_REPLACEMENT)), _CHARACTER_BYTES - 1)

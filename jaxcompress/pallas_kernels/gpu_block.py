@@ -1,10 +1,10 @@
-"""A block of queries on a GPU, with the mass that policies fold over, and no array of all queries by all keys.
+"""Attention of a block of queries on a GPU, with the mass that policies observe, without a queries-by-keys array.
 
-Two launches on the matrix units of Hopper, whose products are in the queries' 16-bit type and whose sums in float32. In
-the first a block of threads takes 64 queries of a head and goes over the keys in tiles, with the online softmax; it
-also leaves the logarithm of each query's sum. With that the second knows every probability: a block of threads takes 64
-keys, goes over the queries, and adds up what they gave. So nothing is added by more than one block, and results do not
-depend on the order in which blocks run.
+Two launches use the matrix units of Hopper, with products in the queries' 16-bit type and sums in float32. In the first
+launch, a block of threads takes 64 queries of a head and loops over the keys in tiles with the online softmax. It also
+writes the logarithm of each query's sum, from which the second launch computes every probability. There, a block of
+threads takes 64 keys, loops over the queries, and sums their attention mass. Each sum belongs to one block, so results
+do not depend on the order in which blocks run.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from jaxcompress.state.storage import Quantised, Stored, parts
 
 TILE = 64  # queries, and keys
 STAGES = 2
-BEYOND = -2  # position of what is no key, but only rounds their number up
+BEYOND = -2  # position of padding that rounds up the number of keys
 _NEVER = jnp.iinfo(jnp.int32).max
 
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 SQUARE = plgpu.Layout.WGMMA
-QUERY, KEY = SQUARE.reduce(1), SQUARE.reduce(0)  # of arrays over the queries, and over the keys, of a tile
+QUERY, KEY = SQUARE.reduce(1), SQUARE.reduce(0)  # layouts of arrays over the queries, and over the keys, of a tile
 
 
 def block(q, at, keys, values, held, window, *, interpret: Any = False):
@@ -76,7 +76,7 @@ def block(q, at, keys, values, held, window, *, interpret: Any = False):
 
 
 def _ends(held: Array, at: Array) -> Array:
-    """How many tiles of keys there are up to the last in which a tile of queries sees anything, [B, P, tiles]."""
+    """The number of key tiles up to the last one in which a tile of queries sees any key, [B, P, tiles]."""
     cut = lambda x: x.reshape(*x.shape[:-1], -1, TILE)
     oldest = cut(jnp.where(held >= 0, held, _NEVER)).min(-1)  # [B, P, tiles of keys]
     newest = cut(at).max(-1)[:, None]  # [B, 1, tiles of queries]
@@ -169,9 +169,10 @@ def _attend(
 
 
 def _mass(q, at, held, bounds, newest, logs, keys, *refs, group, scaled, k_tile, q_ring, loaded, arrived):
-    """A tile of keys of one head: what all queries gave them, and what the newest did.
+    """A tile of keys of one head: their mass from all queries, and from the newest query.
 
-    As for `_attend`; newest [B], which query; logs as it left them; last and total [B, K x G, columns].
+    Arguments are as for `_attend`; newest [B], the index of the newest query; logs as `_attend` wrote them; last and
+    total [B, K x G, columns].
     """
     last, total = refs[-2:]
     b, h, j = (lax.axis_index(name) for name in ("row", "head", "tile"))
@@ -213,7 +214,7 @@ def _mass(q, at, held, bounds, newest, logs, keys, *refs, group, scaled, k_tile,
 
 
 def _as(x: Stored, dtype: Any, padding: int) -> tuple[Array, Array]:
-    """Keys or values to multiply with, [B, K, columns, D], and scales; codes of 8 bits are exact in 16."""
+    """Keys or values to multiply, [B, K, columns, D], and scales; 8-bit codes are exact in 16 bits."""
     (codes,), scale = parts(x)
     pad = lambda y: jnp.pad(y, [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (y.ndim - 3))
     numbers = codes.astype(dtype)

@@ -1,4 +1,4 @@
-"""What the kernels for GPUs can do: which devices, which calls, and the sizes of their blocks."""
+"""Limits of the GPU kernels: supported devices and calls, and the sizes of their blocks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from jaxcompress.state.storage import DTYPES
 
 needs = "an NVIDIA GPU of compute capability 9.0 or later (Hopper, Blackwell)"
 
-GROUP = 8  # queries per kv head whose sums fit into registers
-WIDTHS = (64, 128, 192, 256)  # of a head
+GROUP = 8  # maximum queries per kv head whose sums fit into registers
+WIDTHS = (64, 128, 192, 256)  # supported widths of a head
 SHARED = 222 * 1024  # bytes of shared memory for a kernel's arrays, of the 227 KiB that a block of threads may have
 
-# Of the kernel for a whole segment: tokens that arrive together, how many such groups are under way, slots that are
-# attended to at once, and what arrays over slots are rounded up to.
+# For the kernel of a whole segment: tokens loaded together, number of such groups in flight, slots attended to at once,
+# and the multiple to which arrays over slots are rounded up.
 TOKENS, STAGES, PASS, LINE = 8, 2, 16, 128
 
-# Of the kernel for a step: blocks of threads to have work for, four on each multiprocessor of an H100, and slots that
-# are worth a block of their own.
+# For the kernel of a step: target number of blocks of threads, four per multiprocessor of an H100, and the minimum
+# number of slots per block.
 BLOCKS, FEWEST = 4 * 132, 64
 
 _QUANTISED = ("int8", "float8_e4m3fn")
@@ -35,8 +35,8 @@ def runs_on(platform: str, kind: str) -> bool:
 
 
 def step_sizes(op: Op, call: KernelCall, *, measured: bool = True) -> Sizes:
-    """Of `step` and `step_evict`: slots that arrive together (a multiple of 8), how many times so many are under way,
-    and blocks of threads that share the slots of a row and kv head."""
+    """Sizes for `step` and `step_evict`: slots loaded together (a multiple of 8), number of such groups in flight, and
+    number of blocks of threads that share the slots of a row and kv head."""
     rows = 32 if call.head_dim * _itemsize(call) <= 256 else 16
     wanted = -(-BLOCKS // (call.batch * call.kv_heads))
     splits = max(1, min(wanted, call.slots // FEWEST))
@@ -46,7 +46,7 @@ def step_sizes(op: Op, call: KernelCall, *, measured: bool = True) -> Sizes:
 
 
 def candidates(op: Op, call: KernelCall) -> list[Sizes]:
-    """Sizes to try (see `tuning.tune`). A segment and a block have no choice."""
+    """Sizes to try (see `tuning.tune`). `segment` and `block` have only one size."""
     if op in ("segment", "block"):
         return [{}]
     splits = sorted({1, 2, 4, 8, 16, 32, 64} | {step_sizes(op, call, measured=False)["splits"]})

@@ -1,8 +1,9 @@
-"""How rows of keys and values lie in the registers of a GPU's threads, and how kernels are launched there.
+"""The layout of key and value rows in GPU registers, and the launch of GPU kernels.
 
 A row of D numbers is spread over 16 lanes, 4 adjacent numbers each, so that a warp takes two rows and a warpgroup
-eight: a product with a query is a sum over 16 lanes, and nothing is padded, whatever the number of queries. Arrays in
-this layout are [8, D], sums over D are [8], sums over the rows are [D].
+eight. A product with a query is a sum over 16 lanes. Nothing is padded, for any number of queries.
+
+Arrays in this layout are [8, D], sums over D are [8], sums over the rows are [D].
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 MASKED = -1e30  # as in `jaxcompress.recurrence.attention`
-UNIT = 8  # rows in flight over a warpgroup
+UNIT = 8  # rows that a warpgroup processes at once
 
 _TILES = fragmented_array.Tiling(((UNIT, 64), (2, 64), (4,)))
 ROWS = plgpu.Layout.TILED(_TILES, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 PER_ROW, PER_COLUMN = ROWS.reduce(1), ROWS.reduce(0)
 
-_OLD = jax.__version_info__ < (0, 11)  # loads take an index there
+_OLD = jax.__version_info__ < (0, 11)  # loads take an index in these versions
 
 
 def load_rows(ref: Any, layout: Any) -> Array:
-    """From global or shared memory to registers."""
+    """Loads rows from global or shared memory into registers."""
     return plgpu.load(ref, *[()] * _OLD, layout=layout, optimized=False)
 
 
 def transposed(ref: Any) -> Any:
-    """A matrix in shared memory, rows for columns."""
+    """The transpose of a matrix in shared memory."""
     return plgpu.transpose_ref(ref, (1, 0)) if _OLD else ref.transpose((1, 0))
 
 
@@ -53,7 +54,7 @@ def along_columns(x: Array) -> Array:
 
 
 def numbers(x: Array, dtype: str) -> Array:
-    """What is stored -> float32; of float8 numbers the 256th part, as in `jaxcompress.state.storage`."""
+    """Stored numbers -> float32; float8 numbers are divided by 256, as in `jaxcompress.state.storage`."""
     if dtype != "float8_e4m3fn":
         return x.astype(jnp.float32)
     bits = x.astype(jnp.uint16)
@@ -66,15 +67,15 @@ def launch(
 ) -> Callable[..., Any]:  # fmt: skip
     """A kernel over a grid of blocks of one warpgroup. Arguments that are `jax.Ref`s are changed in place.
 
-    Threads wait for each other only where a body says so (`plgpu.commit_smem`), and in sums over rows.
+    Threads synchronise only where the body requests it (`plgpu.commit_smem`), and in sums over rows.
 
     Args:
-      body: (arguments, outputs, **scratch).
+      body: the kernel function, called with (arguments, outputs, **scratch).
       scratch: shared memory and barriers.
       interpret: False, True, or the parameters of the interpreter.
 
     Raises:
-      ValueError: asked to interpret where JAX cannot.
+      ValueError: `interpret` is set, but this JAX version cannot interpret the kernel.
     """
     if interpret and _OLD:
         raise ValueError(f"interpreting a GPU kernel takes JAX 0.11 or later, this is {jax.__version__}")

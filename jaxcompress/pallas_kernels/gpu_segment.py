@@ -1,11 +1,12 @@
 """The recurrence over a whole segment in one launch: the state stays in a multiprocessor's shared memory.
 
-A block of threads has one row and kv head. It loads the keys and values of its slots once, goes through the tokens one
-after the other (into a free slot, attend, fold the mass, free the lowest), and writes the state back at the end.
-Queries and new tokens arrive ahead of their turn. What is held and the numbers of the slots stay in registers.
+A block of threads handles one row and kv head. It loads the keys and values of its slots once and then processes one
+token at a time (write it into a free slot, attend, add the mass, free the slot with the lowest score). It writes the
+state back at the end. Queries and new tokens are prefetched. Held positions and the numbers of the slots stay in
+registers.
 
-Where heads share a set (`sets` of 1 and several kv heads), the blocks of its heads would have to wait for each other at
-every token; that is declined, unless the rule folds nothing and every head comes to the same by itself.
+If heads share a set (`sets` is 1 with several kv heads), their blocks would have to synchronise at every token. The
+kernel declines such calls, unless the rule has no numbers, so that every head reaches the same decision alone.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from jaxcompress.pallas_kernels.types import stored_as
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.storage import Quantised, Stored
 
-BEYOND = -2  # position of what is no slot, but only rounds their number up
+BEYOND = -2  # position of padding that rounds up the number of slots
 _NEVER = jnp.iinfo(jnp.int32).max
 
-# Mosaic GPU takes the result of a selection for unsigned where a scalar comes first (seen in 0.10.2 and 0.11.2), and
-# compares it so: hence the array first, below, in selections of integers.
+# Mosaic GPU treats the result of a selection as unsigned if a scalar comes first (seen in 0.10.2 and 0.11.2), and then
+# compares it as unsigned. So selections of integers below put the array first.
 
 
 def segment(
@@ -103,10 +104,10 @@ def _body(
     q, key, value, positions, bounds, *refs, dtype: str, slots: int, rule: EvictionRule, given: int, k_slots, v_slots,
     q_ring, k_ring, v_ring, at_slots, masses, arrived, loaded, k_scale: Any = None, v_scale: Any = None,
 ):  # fmt: skip
-    """One row and kv head.
+    """The kernel body for one row and kv head.
 
     q [B, T, K, G, D]; key, value [B, T, K, D] as stored; positions [B, T]; bounds: layer and window; held, and numbers
-    where the rule folds, [B, P, flat]; if scaled, scales of the slots [B, K, flat] and of the tokens [B, K, T]; keys
+    if the rule has them, [B, P, flat]; if scaled, scales of the slots [B, K, flat] and of the tokens [B, K, T]; keys
     and values [L x B x K, S, D]; out as q, freed [B, P, T], held, numbers, scales.
     """
     folds, scaled = rule.fold != "age", k_scale is not None
@@ -135,7 +136,7 @@ def _body(
 
     @pl.loop(0, rows // chunk)
     def _(i):
-        some = pl.ds(i * chunk, chunk)  # what lies beyond the slots arrives as zeros
+        some = pl.ds(i * chunk, chunk)  # reads beyond the slots return zeros
         plgpu.copy_gmem_to_smem(keys.at[at, some], k_slots.at[some], loaded)
         plgpu.copy_gmem_to_smem(values.at[at, some], v_slots.at[some], loaded)
 
@@ -174,7 +175,7 @@ def _body(
             for x, y in zip((k_scale, v_scale), one_scale, strict=False):
                 x[index] = y[b, h, t]
 
-        plgpu.commit_smem()  # the token is in its slot
+        plgpu.commit_smem()  # the token is now in its slot
         queries = [load_rows(q_ring.at[stage, i, g], PER_COLUMN).astype(jnp.float32) * d**-0.5 for g in range(group)]
         tops, totals = [], []
         for g, (top, total, summed) in enumerate(attend(queries)):
@@ -187,7 +188,7 @@ def _body(
             totals.append(whole)
         gone = jnp.int32(-1)
         if folds:
-            plgpu.commit_smem()  # scores are there
+            plgpu.commit_smem()  # all scores are now written
             shares = [jnp.exp(load_rows(masses.at[g], over_slots) - tops[g]) / totals[g] for g in range(group)]
             mass = functools.reduce(jnp.add, shares) * (1 / group)
             number = jnp.where(present, number + mass if rule.fold == "sum" else mass, number)
@@ -202,7 +203,7 @@ def _body(
         return held, number
 
     def attend(queries):
-        """Online softmax over all slots, one for every eighth slot and query: top, sum, output."""
+        """Online softmax over all slots, a separate one for every eighth slot and each query: maximum, sum, output."""
 
         def some(i, carry):
             first = [i * PASS + u for u in range(0, PASS, UNIT)]
@@ -249,7 +250,7 @@ def _body(
 
     @pl.loop(0, rows // chunk)
     def _(i):
-        some = pl.ds(i * chunk, chunk)  # what lies beyond the slots is not written
+        some = pl.ds(i * chunk, chunk)  # writes beyond the slots are dropped
         plgpu.copy_smem_to_gmem(k_slots.at[some], keys.at[at, some])
         plgpu.copy_smem_to_gmem(v_slots.at[some], values.at[at, some])
 
@@ -265,9 +266,9 @@ def _body(
 
 
 def _victim(rule: EvictionRule, number: Any, held: Array, newest: Array) -> Array:
-    """Position of the token that goes; `_NEVER` if a slot is free. As `rules.victim`, in reductions to scalars."""
+    """The position of the token to evict; `_NEVER` if a slot is free. As `rules.victim`, with reductions to scalars."""
     age = (newest - held).astype(jnp.float32)
-    kept = -age if number is None else jnp.where(number == number, number, -jnp.inf)  # NaN is the lowest
+    kept = -age if number is None else jnp.where(number == number, number, -jnp.inf)  # NaN counts as the lowest
     if rule.first:
         kept = jnp.where(held < rule.first, jnp.inf, kept)
     if rule.recent:
@@ -278,7 +279,7 @@ def _victim(rule: EvictionRule, number: Any, held: Array, newest: Array) -> Arra
 
 
 def _all(carry: tuple[Array, Array | None]) -> tuple[Array, ...]:
-    """A loop carries arrays only."""
+    """The carry as a tuple of arrays, since a loop carries arrays only."""
     return tuple(x for x in carry if x is not None)
 
 
@@ -287,7 +288,7 @@ def _two(carry: tuple[Array, ...], folds: bool) -> tuple[Array, Array | None]:
 
 
 def _chunk(rows: int) -> int:
-    """Rows that a copy moves, 256 at most, of so many."""
+    """The number of rows that one copy moves, at most 256, out of `rows`."""
     return max(x for x in range(PASS, 257, PASS) if rows % x == 0)
 
 

@@ -1,11 +1,11 @@
 """One decoding step on a GPU: keys and values are read once, one row of each is written.
 
-The step is limited by memory: a slot's key and value are 4 D bytes in bfloat16, for which there are 4 G D operations,
-so that the ordinary float32 units of Hopper keep up for the few query heads of a group that models have, exactly and
-with no padding to the tiles of a matrix unit. A block of threads takes some of the slots of one row and kv head. They
-arrive through a ring of buffers in shared memory, and every lane of rows keeps an online softmax of its own; blocks
-leave raw scores, and a maximum, sum and output each, of which the mass and the output are made outside, where XLA fuses
-them with what the policy asks.
+The step is limited by memory: a slot's key and value are 4 D bytes in bfloat16 and need 4 G D operations. Models have
+few query heads per group, so the ordinary float32 units of Hopper keep up, exactly and without padding to the tiles of
+a matrix unit. A block of threads takes some of the slots of one row and kv head. The slots arrive through a ring of
+buffers in shared memory, and every lane of rows keeps its own online softmax. Each block writes raw scores, a maximum,
+a sum and an output. The mass and the final output are computed from them outside the kernel, where XLA fuses them with
+the policy's operations.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from jaxcompress.state.storage import Quantised, Stored
 
 
 class _Plan(NamedTuple):
-    """Static facts of a launch: `rows` slots arrive together, in `tiles` of so many, by a ring of `stages`; `splits`
-    blocks of threads share the slots of a row and kv head."""
+    """Static facts of a launch: slots are loaded in `tiles` of `rows` slots through a ring of `stages` buffers;
+    `splits` blocks of threads share the slots of a row and kv head."""
 
     dtype: str
     slots: int
@@ -109,7 +109,7 @@ def step(q, new, stored, layer, index, visible, present, *, interpret: Any = Fal
 
 
 def step_evict(q, new, stored, layer, index, held, numbers, present, rule: EvictionRule, *, interpret: Any = False):
-    """See `Kernels.step_evict`. The rule is followed outside: blocks of threads do not wait for each other."""
+    """See `Kernels.step_evict`. The rule is applied outside the kernel, since blocks of threads do not synchronise."""
     sizes = step_sizes("step_evict", _call(q, stored[0], index, rule))
     out, weights, stored = step(q, new, stored, layer, index, held >= 0, present, interpret=interpret, sizes=sizes)
     if numbers is not None:
@@ -119,11 +119,12 @@ def step_evict(q, new, stored, layer, index, held, numbers, present, rule: Evict
 
 
 def _body(q, key, value, *refs, plan: _Plan, scaled: bool, k_ring, v_ring, arrived):
-    """One block of threads: `split` of the slots of one row and kv head.
+    """The kernel body for one block of threads: one of the `splits` parts of the slots of one row and kv head.
 
-    q [B, K, G, D] float32 with the factor of the scores in it; key, value [B, K, D] as stored; if scaled, their scales
-    [B, K] and those of the slots [B, K, tiles x rows] bfloat16; bias [B, P, tiles x rows]: 0, MASKED, or -inf beyond
-    the slots; layer [1], index [B, P], present [B]; keys and values [L x B x K, S, D]; the outputs of `step`.
+    q [B, K, G, D] float32, already multiplied by the factor of the scores; key, value [B, K, D] as stored; if scaled,
+    their scales [B, K] and those of the slots [B, K, tiles x rows] bfloat16; bias [B, P, tiles x rows]: 0, MASKED, or
+    -inf beyond the slots; layer [1], index [B, P], present [B]; keys and values [L x B x K, S, D]; the outputs of
+    `step`.
     """
     one_scale, scale = ((refs[0], refs[1]), (refs[2], refs[3])) if scaled else (None, None)
     bias, layer, index, present, keys, values, s_out, o_out, m_out, l_out = refs[4 * scaled :]
@@ -138,7 +139,7 @@ def _body(q, key, value, *refs, plan: _Plan, scaled: bool, k_ring, v_ring, arriv
     queries = [load_rows(q.at[b, h, g], PER_COLUMN) for g in range(group)]
 
     def fetch(tile, stage):
-        rows = pl.ds(tile * plan.rows, plan.rows)  # what lies beyond the slots arrives as zeros
+        rows = pl.ds(tile * plan.rows, plan.rows)  # reads beyond the slots return zeros
         plgpu.copy_gmem_to_smem(keys.at[at, rows], k_ring.at[stage], arrived.at[stage])
         plgpu.copy_gmem_to_smem(values.at[at, rows], v_ring.at[stage], arrived.at[stage])
 
@@ -241,7 +242,7 @@ def _scale(x: Any, layer: Any) -> Array:
 
 
 def _scales_with(old: Stored, new: Stored, layer: Any, index: Array) -> Stored:
-    """The scale of the new vectors in their slots; two bytes each are XLA's to write."""
+    """The scales with those of the new vectors in their slots; XLA writes these two bytes each."""
     if not isinstance(old, Quantised):
         return old
     assert isinstance(new, Quantised)

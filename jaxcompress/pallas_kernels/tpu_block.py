@@ -1,8 +1,8 @@
-"""A block of queries on a TPU, with the mass that policies fold over, and no array of all queries by all keys.
+"""Attention of a block of queries on a TPU, with the mass that policies observe, without a queries-by-keys array.
 
-One launch sweeps over the keys twice for each block of queries: once with the online softmax for the output, once more
-with its final maximum and sum, when the probabilities of a tile are known and are added up. The two rows of mass stay
-in VMEM all along. Tiles in which no query sees anything are passed over.
+One launch sweeps over the keys twice for each block of queries. The first sweep computes the output with the online
+softmax. The second uses the final maximum and sum to compute the probabilities of each tile and adds them to the mass.
+The two rows of mass stay in VMEM throughout. Tiles in which no query sees any key are skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Plan(NamedTuple):
     """Static facts of a launch."""
 
     group: int  # G
-    keys: int  # of a tile
+    keys: int  # keys of a tile
     tiles: int
     every: int  # N
     dtype: str

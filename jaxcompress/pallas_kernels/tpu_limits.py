@@ -1,4 +1,4 @@
-"""What the kernels for TPUs can do: which devices, which calls, and the sizes of their blocks."""
+"""Limits of the TPU kernels: supported devices and calls, and the sizes of their blocks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ needs = "a TPU (v5e or later)"
 PLAIN = ("float32", "bfloat16")
 QUANTISED = ("int8", "float8_e4m3fn")
 _MIB = 2**20
-VMEM = 64 * _MIB  # that a kernel may use, of the 128 MiB of a v5e or v6e core
-_BYTES = {"float32": 4, "bfloat16": 2}  # of others 1
+VMEM = 64 * _MIB  # available to a kernel, out of the 128 MiB of a v5e or v6e core
+_BYTES = {"float32": 4, "bfloat16": 2}  # 1 for other dtypes
 
 
 def group_rows(dtype: str) -> int:
-    """Rows that a TPU writes together, in a state of a dtype."""
+    """The number of rows that a TPU writes together in a state of this dtype."""
     return 32 if dtype in QUANTISED else 8
 
 
@@ -47,7 +47,7 @@ def declines(op: Op, call: KernelCall) -> str | None:
 
 
 def step_sizes(op: Op, call: KernelCall, *, measured: bool = True) -> Sizes:
-    """Heads and slots of a grid step of `step` and `step_evict`."""
+    """The numbers of heads and slots in a grid step of `step` and `step_evict`."""
     width = call.head_dim * _BYTES.get(call.dtype, 1)
     slots = call.slots if call.slots <= 1024 else 1024
     if _together(op, call):
@@ -62,8 +62,8 @@ def step_sizes(op: Op, call: KernelCall, *, measured: bool = True) -> Sizes:
 
 
 def _together(op: Op, call: KernelCall) -> bool:
-    """Whether all heads of a row are in one block: those that share a set under a rule, and quantised ones, whose
-    scales lie side by side."""
+    """Whether all heads of a row must be in one block: heads that share a set under a rule, and quantised heads, whose
+    scales are adjacent in memory."""
     return call.dtype in QUANTISED or (op == "step_evict" and call.sets == 1)
 
 
@@ -73,19 +73,19 @@ def _step_fits(op: Op, call: KernelCall, size: Sizes) -> bool:
         return False
     if slots > call.slots or (slots % 128 and slots != call.slots) or slots < 1:
         return False
-    tiles = 4 * heads * slots * call.head_dim * _BYTES.get(call.dtype, 1)  # K and V, twice, for the pipeline
+    tiles = 4 * heads * slots * call.head_dim * _BYTES.get(call.dtype, 1)  # K and V, double-buffered for the pipeline
     masses = (2 if op == "step" else 1) * heads * -(-call.group // 8) * 8 * call.slots * 4
     return tiles + masses <= VMEM // 2
 
 
 def segment_sizes(call: KernelCall) -> Sizes:
-    """Tokens of a grid step of `segment`."""
+    """The number of tokens in a grid step of `segment`."""
     default = dict(tokens=min(call.tokens, 32))
     return tuning.sizes("segment", call, default, lambda found: 0 < found["tokens"] <= min(call.tokens, 256))
 
 
 def block_sizes(call: KernelCall) -> Sizes:
-    """Queries and keys of a tile of `block`."""
+    """The numbers of queries and keys in a tile of `block`."""
     default = dict(tokens=min(128, -(-call.tokens // 16) * 16), keys=min(call.slots, 512))
     return tuning.sizes("block", call, default, lambda found: _block_fits(call, found))
 

@@ -1,7 +1,7 @@
-"""The recurrence over a segment in one launch on a TPU: a row's slots stay in VMEM while its tokens come by.
+"""The recurrence over a segment in one launch on a TPU: a row's slots stay in VMEM while its tokens are processed.
 
-Keys and values of a row are copied in once, before its first token, and out once, after its last; queries and what
-comes in flow through in blocks of tokens. Each token goes into a free slot, attends, and frees one, as in decoding.
+Keys and values of a row are copied into VMEM once, before its first token, and back once, after its last token. Queries
+and new tokens are streamed in blocks. Each token goes into a free slot, attends, and frees a slot, as in decoding.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from jaxcompress.state.eviction_rule import EvictionRule
 class _Plan(NamedTuple):
     """Static facts of a launch."""
 
-    tokens: int  # of a block
+    tokens: int  # tokens of a block
     total: int  # T, padding included
     heads: int  # K
     sets: int  # P
     slots: int  # S
     dtype: str
     rule: EvictionRule
-    numbered: bool  # the rule folds numbers
+    numbered: bool  # the rule has numbers
     windowed: bool
-    padded: bool  # memory is, to groups of rows
+    padded: bool  # memory is padded to groups of rows
 
 
 def segment(q, new, stored, layer, positions, held, numbers, window, rule, *, interpret=False):
@@ -77,7 +77,7 @@ def segment(q, new, stored, layer, positions, held, numbers, window, rule, *, in
             jax.ShapeDtypeStruct((b, sets, plan.total), jnp.int32),
             *map(shape, [held, *folded]),
         ],
-        input_output_aliases={3: 0, 4: 1},  # counted with the three that are prefetched
+        input_output_aliases={3: 0, 4: 1},  # indices include the three prefetched arguments
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
         cost_estimate=pl.CostEstimate(
             flops=4 * q.size * s, transcendentals=q.size // d * s,
@@ -155,7 +155,7 @@ def _kernel(plan: _Plan, layer, at, window, *refs) -> None:
 
 
 def _write(plan: _Plan, state: Any, new: Any, head: int, slot: Array, i: Array) -> None:
-    """A token's key and value into a slot of a head; none where it is S."""
+    """Writes a token's key and value into a slot of a head; writes nothing if the slot is S."""
 
     def put(start: Any, size: int) -> None:
         group = pl.ds(start, size)

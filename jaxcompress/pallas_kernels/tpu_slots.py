@@ -1,8 +1,8 @@
-"""What the TPU kernels share: how stored numbers are read, and how one slot is written.
+"""Functions that the TPU kernels share: reading stored numbers and writing one slot.
 
-Memory on a TPU is tiled: 8 rows go together, of an 8-bit array 32, and a copy between HBM and VMEM starts and ends with
-such a group. To write one slot, the group around it is changed in VMEM and copied whole. Arrays are padded to 8 rows;
-those of an interpreter are not, and there the last group has as many rows as there are.
+Memory on a TPU is tiled in groups of 8 rows, or 32 rows for an 8-bit array. A copy between HBM and VMEM starts and ends
+at a group boundary. To write one slot, its group is changed in VMEM and copied as a whole. Arrays are padded to 8 rows,
+except in an interpreter, where the last group has only the remaining rows.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ LANES = 128
 
 
 def in_hbm(x: Array, interpret: Any) -> Array:
-    """Keeps XLA from moving a state that would fit into VMEM there and back around each kernel."""
+    """Prevents XLA from copying a state that fits into VMEM there and back around each kernel."""
     return x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def multiply_dtype(query: str, stored: str) -> Any:
-    """What queries and keys are multiplied in: codes are exact in bfloat16."""
+    """The dtype for products of queries and keys: codes are exact in bfloat16."""
     return jnp.promote_types(query, jnp.bfloat16 if stored in QUANTISED else stored)
 
 
 def as_numbers(codes: Shaped[Array, "N D"], stored: str, dtype: Any) -> Float[Array, "N D"]:
-    """What to multiply with; a quantised vector is that times its scale (see `as_scale`)."""
+    """The numbers to multiply; a quantised vector is these numbers times its scale (see `as_scale`)."""
     if stored == "float8_e4m3fn":
         bits = codes.astype(jnp.int32)
         exponent, fraction = (bits >> 3) & 15, bits & 7
-        # A float8 is an integer of at most 18 bits, of which 4 are not zero, over 512.
+        # A float8 number is an integer of at most 18 bits, with at most 4 significant bits, divided by 512.
         size = jnp.where(exponent == 0, fraction, (fraction + 8) << jnp.maximum(exponent - 1, 0))
         return jnp.where(bits >= 128, -size, size).astype(jnp.float32).astype(dtype)
     if stored == "int8":
@@ -53,12 +53,12 @@ def as_scale(bits: Shaped[Array, "1 N"], stored: str) -> Float[Array, "1 N"]:
 
 
 class Place(NamedTuple):
-    """Where a slot of a tile may lie: a group of rows in the tile.
+    """A possible place of a slot in a tile: a group of rows.
 
     Attributes:
-      here: whether it lies there.
+      here: whether the slot is in this group.
       start: first row of the group in the tile.
-      size: its rows (static).
+      size: number of rows in the group (static).
     """
 
     here: Any
@@ -67,14 +67,14 @@ class Place(NamedTuple):
 
 
 def places(slot: Int[Array, ""], first: Any, tile: int, slots: int, rows: int, padded: bool) -> Iterator[Place]:
-    """The group of rows that holds `slot`, if the tile does. Two to choose from where groups do not fill the slots and
-    memory is not padded.
+    """The group of rows that holds `slot`, if the tile holds it. There are two candidates if the number of slots is no
+    multiple of the group size and memory is not padded.
 
     Args:
-      slot: which of all slots, `slots` for none.
+      slot: index among all slots, `slots` for none.
       first: the first slot of the tile.
-      tile: its slots.
-      rows: of a group.
+      tile: number of slots in the tile.
+      rows: number of rows in a group.
     """
     local = slot - first
     inside = (local >= 0) & (local < tile) & (slot < slots)
@@ -92,14 +92,14 @@ def places(slot: Int[Array, ""], first: Any, tile: int, slots: int, rows: int, p
 def with_row(group: Shaped[Array, "R D"], row: Int[Array, ""], new: Shaped[Array, "1 D"]) -> Shaped[Array, "R D"]:
     """The group with one of its rows replaced."""
     here = jax.lax.broadcasted_iota(jnp.int32, group.shape, 0) == row
-    if group.dtype.itemsize < 4:  # masks are of 32 bits
+    if group.dtype.itemsize < 4:  # masks have 32 bits
         wide = jnp.int32 if jnp.issubdtype(group.dtype, jnp.integer) else jnp.float32
         return jnp.where(here, new.astype(wide), group.astype(wide)).astype(group.dtype)
     return jnp.where(here, new, group)
 
 
 def each(places: Iterator[Place], do: Callable[[Place], None]) -> None:
-    """Does something for the place that is here."""
+    """Calls `do` for the place that holds the slot."""
     for place in places:
         pl.when(place.here)(lambda place=place: do(place))
 
@@ -110,5 +110,5 @@ def product(a: Array, b: Array, axis: int) -> Array:
 
 
 def nbytes(*arrays: Stored) -> int:
-    """Of all together."""
+    """The total number of bytes of all arrays."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))

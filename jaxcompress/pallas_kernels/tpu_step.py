@@ -1,9 +1,9 @@
 """One decoding step on a TPU: K and V of a layer are read once, one tile of each is written.
 
-A grid step takes some kv heads of a row and a tile of their slots. The tile arrives in VMEM by the usual pipeline; the
-new token is put into it there, and the aligned rows around it are copied back into the state, which is the aliased
-output: the only bytes of it that move. Over several tiles the softmax is the online one; raw scores stay in VMEM and
-become probabilities at the end.
+A grid step takes some kv heads of a row and a tile of their slots. The usual pipeline loads the tile into VMEM, where
+the new token is written into it. Only the aligned rows around the token are copied back into the state, which is the
+aliased output. Over several tiles the kernel uses the online softmax; raw scores stay in VMEM and become probabilities
+at the end.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from jaxcompress.state.storage import Quantised, Stored
 class _Plan(NamedTuple):
     """Static facts of a launch."""
 
-    heads: int  # of a block
+    heads: int  # heads of a block
     slots: int  # of a block
     tiles: int  # blocks along the slots
     every: int  # S
     sets: int  # P
     dtype: str
     rule: EvictionRule | None
-    numbered: bool  # the rule folds numbers
-    padded: bool  # memory is, to groups of rows
+    numbered: bool  # the rule has numbers
+    padded: bool  # memory is padded to groups of rows
 
 
 def step(q, new, stored, layer, index, visible, present, *, interpret=False):
@@ -117,7 +117,7 @@ def _launch(q, new, stored, layer, index, seen, numbers, present, rule, interpre
             scratch_shapes=scratch if rule is None else [*scratch, pltpu.VMEM((kb, g, wide), jnp.float32)],
         ),
         out_shape=shapes,
-        input_output_aliases={6: 0, 7: 1},  # counted with the three that are prefetched
+        input_output_aliases={6: 0, 7: 1},  # indices include the three prefetched arguments
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
@@ -145,7 +145,8 @@ def _codes(stored: Stored) -> Array:
 
 
 def _scaled(stored: Stored, new: Stored, *, layer: Array, index: Array) -> Stored:
-    """With the scale of the new vector in its slot. Scales are small, and no copy can write a single one."""
+    """The stored vectors with the scale of the new vector in its slot. Scales are small, and no copy can write just
+    one."""
     if not isinstance(stored, Quantised):
         return stored
     assert isinstance(new, Quantised)
@@ -213,7 +214,7 @@ def _kernel(plan: _Plan, layer, index, present, *refs) -> None:
         total[...] = jnp.zeros(total.shape, jnp.float32)
         sums[...] = jnp.zeros(sums.shape, jnp.float32)
 
-    ragged = plan.every % plan.slots != 0  # the last tile has slots that do not exist
+    ragged = plan.every % plan.slots != 0  # the last tile extends beyond the slots
     multiply = multiply_dtype(q.dtype.name, plan.dtype)
     value_dtype = multiply if plan.dtype in QUANTISED else state[1].dtype
     for head in range(plan.heads):

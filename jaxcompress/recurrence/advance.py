@@ -4,10 +4,10 @@
 
 Only this is sequential in a transformer with a bounded state: projections and MLPs of a whole segment run at once, and
 the recurrence scans over the segment's tokens inside one layer's attention. How the segment is cut is the mode, and
-modes keep different tokens wherever scores depend on attention:
+modes keep different tokens where scores depend on attention:
 
-  streaming   chunk = 1: one token after the other, exactly as in decoding
-  chunked     chunk = m: m tokens attend to the slots and to each other, then all are selected from at once
+  streaming   chunk = 1: one token at a time, exactly as in decoding
+  chunked     chunk = m: m tokens attend to the slots and to each other, then one selection among all
   one-shot    chunk = T: the whole prompt attends to itself, then one selection (official TOVA, H2O, SnapKV, ...)
 """
 
@@ -35,7 +35,7 @@ class Advanced(NamedTuple):
     """Result of `advance`.
 
     Attributes:
-      out: [B, T, H, D], in the dtype of the queries, whatever the state's.
+      out: [B, T, H, D], in the dtype of the queries, not of the state.
       state: the stack with this layer advanced; `seen` is left to the caller, since all layers share it.
       freed: [n, B, P, F] int32, positions of the tokens that each of the n chunks freed, -1 for none. In a pool P is
         the number of kv heads that share it.
@@ -67,24 +67,24 @@ def advance(
 ) -> Advanced:
     """Advances one layer of a state over a block of T tokens.
 
-    Fourteen parameters: all that a layer may be, by name, for those who have arrays and no model.
+    It has fourteen parameters, because callers with arrays but no model pass every property of the layer by name.
 
     Args:
-      q, k, v: of the incoming tokens, not rotated.
+      q, k, v: queries, keys and values of the incoming tokens, not rotated.
       positions: [B, T], growing along T; -1 where a row has no token (padding, at any side).
       state: a stack of layers.
       layer: index into the stack.
-      policy: what to forget.
+      policy: the eviction policy.
       chunk: tokens between two selections (see above). T is padded up to a multiple of it.
-      rotate, placement: position embedding, and where tokens stand for it (None: where the policy puts them).
+      rotate, placement: position embedding, and the positions that it uses (None: the policy's placement).
       window: width of a sliding-window layer; tokens that no later query can see free their slot.
       project: the layer's output projection, for policies that weigh values by it.
-      backend: what computes: `auto`, `jnp`, or kernels by name (see `jaxcompress.pallas_kernels.types`). For
-        `read`, give `recurrence=on(backend)`.
-      recurrence: another computation of the same (see `jaxcompress.recurrence.exact_gradient`).
+      backend: `auto`, `jnp`, or a kernel backend by name (see `jaxcompress.pallas_kernels.types`). For `read`, pass
+        `recurrence=on(backend)`.
+      recurrence: another implementation with the same result (see `jaxcompress.recurrence.exact_gradient`).
 
     Raises:
-      ValueError: kernels asked for by name that this device cannot run.
+      ValueError: this device cannot run the kernels requested by name.
     """
     b, t, h, d = q.shape
     heads = state.heads or tuple(range(state.kv_heads))
@@ -96,21 +96,21 @@ def advance(
 
 
 def step_for(tokens: int, chunk: int) -> Step:
-    """What reads so many tokens with a selection after each chunk."""
+    """The step function that reads `tokens` tokens with a selection after each chunk."""
     if tokens == 1:
         return decode_step
     return stream if chunk == 1 else chunk_steps
 
 
 def steps(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
-    """The recurrence of a block of any length, as `spec` cuts it."""
+    """The recurrence over a block of any length, in chunks of `spec.chunk` tokens."""
     return step_for(block.positions.shape[1], spec.chunk)(block, state, layer, spec)
 
 
 @cache
 def on(backend: Backend, recurrence: Step = steps) -> Step:
-    """A recurrence computed by a backend: `read(..., recurrence=on("tpu"))`. The same one each time, so that what is
-    compiled for it is found again."""
+    """A recurrence computed by a backend: `read(..., recurrence=on("tpu"))`. Equal arguments return the same function,
+    so that JAX reuses the compiled program."""
 
     def step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
         return recurrence(block, state, layer, spec._replace(backend=backend))
@@ -121,7 +121,7 @@ def on(backend: Backend, recurrence: Step = steps) -> Step:
 def death_times(freed: Int[Array, "n B P F"], died: Int[Array, "n B P F"], total: int) -> Int[Array, "B P total"]:
     """The first position whose query no longer sees each token; `total` for tokens still held.
 
-    Under these times the mask `j <= i < death[j]` makes plain attention equal to the recurrence.
+    With these times the mask `j <= i < death[j]` makes plain attention equal to the recurrence.
     """
     n, b, sets, f = freed.shape
     flat = lambda x: x.transpose(1, 2, 0, 3).reshape(b, sets, n * f)

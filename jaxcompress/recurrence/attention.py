@@ -1,6 +1,6 @@
 """Attention over the slots of a state: of one token, and of a block of tokens.
 
-This is the only door to kernels: whoever attends to slots comes through here.
+All attention to slots goes through this module, which alone calls the kernels for it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from jaxcompress.state.storage import Stored
 
 
 class Extra(NamedTuple):
-    """What is added to attention over slots.
+    """Terms that a policy adds to attention over slots.
 
     Attributes:
-      bias: [B, K or 1, S] float32, added to the scores of slots, or None.
-      summary: seen beside the slots, or None.
+      bias: [B, K or 1, S] float32, added to the scores of the slots, or None.
+      summary: extra entries that queries see beside the slots, or None.
     """
 
     bias: Float[Array, "B K S"] | None = None
@@ -44,7 +44,7 @@ class Extra(NamedTuple):
 NOTHING = Extra()
 
 QUERY_BLOCK = 128
-"""Queries that attend at once to slots and chunk: bounds the memory of a one-shot prompt."""
+"""Number of queries that attend to slots and chunk at once. It bounds the memory of a one-shot prompt."""
 
 
 def slot_attention(
@@ -55,13 +55,13 @@ def slot_attention(
     present: Bool[Array, " B"],
     extra: Extra = NOTHING,
 ) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G S"]]:
-    """One query per row and head over the slots of one layer: output, and the probability that each slot received.
+    """Attention of one query per row and head over the slots of one layer: the output, and each slot's probability.
 
     Args:
       keys, values: [B, K, S, D], as the state stores them.
-      visible: the slots that a query sees; others receive nothing.
+      visible: the slots that a query sees; the others get probability zero.
       present: rows that have a query; the others (padding) give zeros.
-      extra: what the policy adds.
+      extra: the terms that the policy adds.
     """
     plain = isinstance(keys, jax.Array)
     scores = scores_of("bkgd,bksd->bkgs", q, keys) if plain else code_scores(q, keys)
@@ -90,22 +90,22 @@ def slot_step(
     *,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G S"], tuple[Stored, Stored]]:
-    """A decoding step: new keys and values go into their slots, then `slot_attention` over all of the layer's.
+    """A decoding step: writes new keys and values into their slots, then runs `slot_attention` over the layer.
 
-    Nine parameters: they are the arrays of one launch.
+    It has nine parameters: the arrays of one kernel launch.
 
     Args:
       new: key and value of one token per row (in a pool M), [B, K, M, D], as the state stores them.
       stored: stacks [L, B, K, S, D].
-      index: the slots to write, S for none.
-      visible: what each query sees, the slots just written included.
-      backend: what computes (see `jaxcompress.pallas_kernels.types`).
+      index: the slots to write; S means none.
+      visible: the slots that each query sees, including the slots just written.
+      backend: the implementation (see `jaxcompress.pallas_kernels.types`).
 
     Returns:
-      The output, the probability that each slot received, and what is stored then.
+      The output, the probability of each slot, and the updated stacks.
 
     Raises:
-      ValueError: kernels asked for by name that this device cannot run.
+      ValueError: this device cannot run the kernels requested by name.
     """
     if not isinstance(backend, Here):
         run = lambda here: slot_step(q, new, stored, layer, index, visible, present, extra, backend=here)
@@ -131,9 +131,9 @@ class BlockKeys(NamedTuple):
     """Keys and values that a block of queries attends to: those in the slots, and the block's own.
 
     Attributes:
-      keys, values: [B, K, N, D] float32, so that the gradients of many queries add up in it; codes if quantised.
-      key_scale, value_scale: [B, K, N], what codes are multiplied by; None for numbers.
-      dtypes: what keys and values are stored in.
+      keys, values: [B, K, N, D] float32, so that gradients of many queries are summed in float32; codes if quantised.
+      key_scale, value_scale: [B, K, N], the factors of the codes; None if not quantised.
+      dtypes: the dtypes in which keys and values are stored.
     """
 
     keys: Float[Array, "B K N D"]
@@ -152,14 +152,15 @@ def chunk_attention(
     extra: Callable[[Stats], Extra],
     observe: Callable[[Stats, Weights, Positions, Array], Stats],
 ) -> tuple[Stats, Float[Array, "B T K G D"]]:
-    """A block of queries over slots and the block's own tokens, in blocks of `QUERY_BLOCK`, so that no array of all
-    queries by all keys exists.
+    """Attention of a block of queries over the slots and the block's own tokens.
+
+    Queries are taken in blocks of `QUERY_BLOCK`, so that no array of all queries by all keys exists.
 
     Args:
       at: positions of the queries, -1 for padding.
-      stats: the policy's numbers of all N tokens; folded over the blocks of queries.
-      visible: positions of queries -> what each of them sees.
-      extra: stats -> what the policy adds.
+      stats: the policy's statistics of all N tokens; each block of queries updates them.
+      visible: positions of queries -> the tokens that each query sees.
+      extra: stats -> the terms that the policy adds.
       observe: stats, probabilities, positions and visible tokens of some queries -> stats.
 
     Returns:
@@ -207,9 +208,9 @@ def slot_step_by_rule(
     present: Bool[Array, " B"],
     rule: EvictionRule,
 ) -> tuple[Float[Array, "B K G D"], Float[Array, "B P S"] | None, Int[Array, "B P"], tuple[Stored, Stored]]:
-    """A decoding step of a policy that the kernel follows by itself (see `Kernels.step_evict`).
+    """A decoding step in which the kernel applies the policy's eviction rule itself (see `Kernels.step_evict`).
 
-    Ten parameters: the arrays of one launch.
+    It has ten parameters: the arrays of one kernel launch.
     """
 
     def run(q, new, stored, layer, index, held, numbers, present):
@@ -229,7 +230,8 @@ def block_attention(
     held: SlotPositions,
     window: Int[Array, ""] | int | None,
 ) -> tuple[Float[Array, "B T K G D"], Float[Array, "B K G N"], Float[Array, "B K G N"]]:
-    """Attention of a block of queries by a kernel, with the attention mass that policies fold (see `Kernels.block`)."""
+    """Attention of a block of queries by a kernel, and the attention mass that policies observe (see
+    `Kernels.block`)."""
 
     def run(q, at, keys, values, held, window):
         return launch.block(chosen, q, at, keys, values, held, window)
@@ -252,7 +254,7 @@ def stream_attention(
 ) -> tuple[Any, ...]:
     """The recurrence of a whole segment in one launch (see `Kernels.segment`).
 
-    Ten parameters: the arrays of one launch.
+    It has ten parameters: the arrays of one kernel launch.
     """
 
     def run(q, new, stored, layer, positions, held, numbers, window):
@@ -265,7 +267,7 @@ def stream_attention(
 
 
 def no_kernel(op: Op, q: Float[Array, "B T K G D"], stored: Stored, sets: int, backend: Backend, why: str) -> None:
-    """Says once that no kernel does this, where one was asked for by name.
+    """Reports once that no kernel supports this call, if a kernel backend was requested by name.
 
     Raises:
       ValueError: as `choose_kernel`.
@@ -285,7 +287,7 @@ def call_of(q: Float[Array, "B T K G D"], stored: Stored, sets: int, rule: Evict
 
 
 def _beyond_kernels(index: Array, visible: Array, extra: Extra) -> str | None:
-    """Why no kernel can do this decoding step; None: one may."""
+    """The reason why no kernel can do this decoding step; None if a kernel may."""
     if extra.bias is not None or extra.summary is not None:
         return "the policy adds to attention scores or shows stand-ins"
     if index.shape[-1] > 1 or visible.shape[2] > 1:
@@ -298,7 +300,7 @@ def _only(new: Any) -> Any:
 
 
 def _differentiable(run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel with the gradient of the reference that computes the same."""
+    """A kernel whose gradient is that of its reference implementation."""
     function = jax.custom_vjp(run)
 
     def backward(saved: Any, cotangent: Any) -> Any:
@@ -309,7 +311,7 @@ def _differentiable(run: Callable[..., Any], reference: Callable[..., Any]) -> C
 
 
 def _without_gradient(run: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """A kernel without a gradient: to differentiate through it is an error."""
+    """A kernel without a gradient: differentiating through it raises an error."""
     function = jax.custom_vjp(run)
 
     def forward(*args: Any) -> Any:
@@ -323,5 +325,5 @@ def _without_gradient(run: Callable[..., Any], what: str) -> Callable[..., Any]:
 
 
 def decode_backend(backend: Backend = "auto") -> str:
-    """What computes a decoding step on the default device, in words."""
+    """The backend of a decoding step on the default device, in words."""
     return describe(backend)

@@ -15,8 +15,8 @@ from jaxcompress.state.precision import weighted, wide
 from jaxcompress.state.shapes import AttentionOut, Keys, Positions, Queries, Values
 
 QUERIES = 128
-"""Most queries that attend at once. More hold more memory and are slower on a CPU: 256 of them 1.4 times at rows of
-4,096."""
+"""Maximum number of queries that attend at once. Larger blocks need more memory and are slower on a CPU: 256 queries
+take 1.4 times as long at rows of 4,096."""
 
 
 def causal_attention(
@@ -30,12 +30,13 @@ def causal_attention(
 ) -> AttentionOut:
     """Every query attends to the tokens at its own and earlier positions, at most `window` of them.
 
-    With `streaming=(sinks, recent)` it sees of these only the first `sinks` positions and the `recent` newest ones.
+    With `streaming=(sinks, recent)` a query sees only the first `sinks` of these positions and the `recent` newest
+    ones.
 
-    Positions grow along T; padding (-1) is attended by nothing, and what a padded query returns has no meaning but
-    is finite. Queries are taken in blocks (`QUERIES`), against the keys up to the end of their sixteenth of the
-    row only, and a block's weights are recomputed for the gradient: about half the work of a T x T product, and memory
-    that grows with T, not T squared.
+    Positions grow along T. No query attends to padding (-1). The output of a padded query is finite but has no meaning.
+    Queries are taken in blocks (`QUERIES`). Each block meets only the keys up to the end of its sixteenth of the row,
+    and its weights are recomputed for the gradient. This costs about half the work of a T x T product, and memory grows
+    with T, not T squared.
     """
     return _causal(q, k, v, positions, window, streaming, None, 0)
 
@@ -50,12 +51,13 @@ def forgetful_attention(
     delay: int,
     window: Int[Array, ""] | None = None,
 ) -> AttentionOut:
-    """Causal attention that forgets softly: from `delay` positions on, a key's scores have its bias added to them.
+    """Causal attention that forgets softly: once a key is `delay` positions old, its bias is added to its scores.
 
-    Otherwise as `causal_attention`, in blocks too. The gradient goes through the bias; keep it finite.
+    Everything else is as in `causal_attention`, including the blocks. The gradient goes through the bias; keep it
+    finite.
 
     Args:
-      bias: of each key, at most 0 to forget: the logarithm of how much of it is left.
+      bias: one number per key, at most 0: the logarithm of the key's remaining weight.
     """
     return _causal(q, k, v, positions, window, None, bias, delay)
 
@@ -67,7 +69,7 @@ def _causal(
     b, t, h, d = q.shape
     kv = k.shape[2]
     n = -(-t // QUERIES)
-    some = -(-t // n)  # blocks of one size, with next to no padding
+    some = -(-t // n)  # blocks of equal size, with little padding
     pad = [(0, 0), (0, n * some - t)]
     at = jnp.pad(positions, pad, constant_values=-1).reshape(b, n, some).swapaxes(0, 1)
     q = jnp.pad(q, [*pad, (0, 0), (0, 0)]).reshape(b, n, some, kv, h // kv, d).transpose(1, 0, 3, 4, 2, 5)
@@ -106,14 +108,14 @@ def lifetime_attention(
 ) -> Float[Array, "B T K G D"]:
     """Every query attends to the tokens that live at its position: `born <= position < dies`.
 
-    The last T of the N keys belong to the queries, those before them are older than any query. Queries are taken in
-    blocks, each against its own tokens and the at most `alive` that live when it begins, gathered: the work is
-    T x (alive + block), whatever T, and a block's weights are computed again for the gradient.
+    The last T of the N keys belong to the queries; the keys before them are older than any query. Queries are taken in
+    blocks. Each block gathers the tokens that live when it begins, at most `alive`, and attends to them and to its own
+    tokens. The work is T x (alive + block) for any T. A block's weights are recomputed for the gradient.
 
     Args:
       positions: [B, T], growing along T, -1 for padding.
-      born: the position of each token, -1 for none.
-      dies: the first position whose query no longer sees it.
+      born: the position of each token, -1 for no token.
+      dies: the first position whose query no longer sees the token.
     """
     b, t, kv, g, d = q.shape
     past = keys.shape[2] - t
@@ -150,19 +152,19 @@ def lifetime_attention(
 
 
 CACHED = 2 * 2**20
-"""Bytes of probabilities that a CPU computes at once, about what a core has as its own cache: 2 to 4 times faster than
-all of 8 rows of 512, whose memory has to be had from the system each time, and up to 1.8 times faster than head by head
-where rows are short."""
+"""Bytes of probabilities that a CPU computes at once, about the size of a core's own cache. It is 2 to 4 times faster
+than computing 8 rows of 512 at once, which allocates memory from the system each time, and up to 1.8 times faster than
+one head at a time for short rows."""
 
 
 def whole_attention(q: Queries, k: Keys, v: Values, bias: Float[Array, "B T"]) -> AttentionOut:
-    """Every query attends to every key, wherever it stands: the attention of encoders, whose rows are short.
+    """Every query attends to every key at any position: the attention of encoders, whose rows are short.
 
-    All T x T probabilities are in memory at once; on a CPU those of a few heads, so that they stay in its cache
-    (`CACHED`). In a row of which nobody sees anything, what is returned has no meaning but is finite.
+    All T x T probabilities are in memory at once. On a CPU only those of a few heads are, so that they stay in its
+    cache (`CACHED`). In a row without visible keys the output is finite but has no meaning.
 
     Args:
-      bias: added to the scores of each key; `MASKED` for one that nobody sees.
+      bias: added to the scores of each key; `MASKED` for a key that no query sees.
     """
     b, t, h, d = q.shape
     kv = k.shape[2]
@@ -202,10 +204,11 @@ def _attend_block(
     bias: Float[Array, "B K N"] | None = None,
     late: Bool[Array, "B 1 T N"] | None = None,
 ) -> Float[Array, "B K G T D"]:
-    """Attention to what is `seen`, with the bias of a key added where a query comes `late` for it.
+    """Attention to the `seen` keys; a key's bias is added for the queries that are `late` for it.
 
     Args:
-      stored: the dtypes of keys and values, which are `wide`, since gradients of many blocks come back to them.
+      stored: the storage dtypes of keys and values. The arrays themselves are `wide`, since gradients of many blocks
+        are summed in them.
     """
     b, kv, g, t, d = q.shape
     # The query heads of a group are rows of one product: larger products, and K and V are never repeated.

@@ -1,4 +1,4 @@
-"""Many tokens at once: they attend to the slots and to each other, then all are selected from."""
+"""Many tokens at once: they attend to the slots and to each other, then one selection among all follows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def chunk_steps(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, 
 def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
     """T tokens at once into a state of one layer: attend to slots and each other, then select from all of them.
 
-    What stays of the slots stays where it is. What stays of the block goes into the slots set free.
+    Kept slots stay in place. Kept tokens of the block go into the freed slots.
     """
     policy, positions = spec.policy, block.positions
     newest = positions.max(-1)
@@ -80,7 +80,7 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
     alive = lived if replaced is None else jnp.where(replaced, -1, lived)
     everything = replace(state, **jax.tree.map(lambda x: x[None], dict(whole, positions=alive, stats=stats)))
     kept, unclear = _select(everything, spec)
-    # Where no score says what should stay, or a token finds no slot, the output says so.
+    # The output is NaN where the scores do not decide what stays, or where a token finds no slot.
     out = jnp.where(unclear[:, None, None, None, None], jnp.nan, out)
     if not policy.forgets:
         lost = kept.sum(-1) > slots - spare_slots(state, spec)
@@ -102,7 +102,7 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
 
 
 def _stay(state: KVState, spec: StepSpec) -> int:
-    """How many tokens of a set stay of slots and block."""
+    """The number of tokens of a set that stay, out of slots and block."""
     schedule = spec.policy.schedule
     return schedule.keep * entries_per_token(state, spec) if schedule.when == "once" else state.capacity
 
@@ -119,7 +119,7 @@ def _joined(block: TokenBlock, state: KVState, spec: StepSpec) -> dict[str, Any]
 
 
 def _keys(block: TokenBlock, state: KVState, whole: dict[str, Any], spec: StepSpec) -> tuple[Array, BlockKeys]:
-    """Queries [B, T, K, G, D] and the keys and values that they meet."""
+    """Queries [B, T, K, G, D], and the keys and values that they attend to."""
     context, q = spec.context, block.grouped(state)
     keys, key_scale = split(whole["keys"])
     values, value_scale = split(whole["values"])
@@ -132,18 +132,18 @@ def _keys(block: TokenBlock, state: KVState, whole: dict[str, Any], spec: StepSp
 
 
 def _visible(at: Array, whole: dict[str, Any], replaced: Array | None, spec: StepSpec) -> Array:
-    """[B, P or K, 1 or G, T, N]: what queries at these positions see."""
+    """[B, P or K, 1 or G, T, N]: the tokens that queries at these positions see."""
     held = whole["positions"]
     visible = held[:, :, None] <= at[:, None, :, None]
     if spec.window is not None:
         visible &= held[:, :, None] > at[:, None, :, None] - spec.window
-    if replaced is not None:  # by the next token, for which they are no longer there
+    if replaced is not None:  # by the next token, which no longer sees them
         visible &= (held[:, :, None] == at[:, None, :, None]) | ~replaced[:, :, None]
     return visible[:, :, None] & seen_by(held, whole["owner"], spec.context.heads[0], spec.context.group)[:, :, :, None]
 
 
 def _select(everything: KVState, spec: StepSpec) -> tuple[Array, Array]:
-    """Which tokens of slots and block stay, [B, P, N]; and the rows in which no score says so, [B]."""
+    """Which tokens of slots and block stay, [B, P, N], and the rows in which the scores do not decide it, [B]."""
     alive, policy = everything.positions[0], spec.policy
     if not policy.evicts:
         return alive >= 0, jnp.zeros(alive.shape[0], bool)
@@ -159,7 +159,7 @@ def _select(everything: KVState, spec: StepSpec) -> tuple[Array, Array]:
 
 
 def _fold_by_rule(block: TokenBlock, state: KVState, spec: StepSpec, whole: Any, q: Array) -> tuple[Any, Array] | None:
-    """Stats and output by a kernel, where the policy follows a rule; None: where none will."""
+    """Stats and output computed by a kernel, if the policy has a rule and a kernel supports it; else None."""
     rule, held, positions = rule_of(state, spec), whole["positions"], block.positions
     chosen = choose_kernel(
         "block", call_of(q, whole["keys"], held.shape[1], rule), spec.backend, why_no_rule(rule, spec)
@@ -170,7 +170,7 @@ def _fold_by_rule(block: TokenBlock, state: KVState, spec: StepSpec, whole: Any,
     present = (positions.max(-1) >= 0)[:, None, None]
     mean = lambda x: x.mean((1, 2))[:, None] if held.shape[1] == 1 else x.mean(2)
     observed = lambda x: x + mean(total) if rule.fold == "sum" else jnp.where(present, mean(last), x)
-    return jax.tree.map(observed, whole["stats"]), out  # no stats where nothing is folded
+    return jax.tree.map(observed, whole["stats"]), out  # empty stats if the policy observes nothing
 
 
 def _make_room(state: KVState, spec: StepSpec, valid: Array) -> tuple[KVState, Array]:

@@ -60,7 +60,7 @@ def decode_step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, 
         position >= 0, extra, backend=spec.backend,
     )  # fmt: skip
     state = with_stored(state, stored)
-    if not policy.forgets:  # nothing is freed, so a token that found no slot must not go unnoticed
+    if not policy.forgets:  # nothing is freed, so a token without a slot must be reported
         found = (held == position[:, None, None]).any(-1) | (position < 0)[:, None]
         out = jnp.where(found[..., None, None], out, jnp.nan)
     count = visible.sum(-1, dtype=jnp.float32).mean(-1, keepdims=True)
@@ -68,7 +68,7 @@ def decode_step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, 
     if policy.schedule.when == "after":
         state, freed, unclear = evict(state, layer, spec)
         died = position + 1
-    if unclear is not None:  # no score says what should have stayed: this must not go unnoticed
+    if unclear is not None:  # the scores did not decide what stays: report it as NaN
         out = jnp.where(unclear[:, None, None, None], jnp.nan, out)
     if freed is None:
         freed, died = jnp.full((*state.positions.shape[1:3], 1), -1, jnp.int32), position
@@ -80,12 +80,12 @@ def decode_step(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, 
 
 
 def _make_room(block: TokenBlock, state: KVState, layer: Any, spec: StepSpec) -> tuple[KVState, Array | None]:
-    """Frees what has left a sliding window, and the token that this one replaces.
+    """Frees tokens that have left a sliding window, and the token that the new one replaces.
 
     Returns the state and the positions of replaced tokens, [B, P, 1]; None where the policy replaces none.
     """
     position, replaced = block.positions[:, 0], None
-    if spec.window is not None:  # first of all: what has left the window takes no other token's place
+    if spec.window is not None:  # first, so that a token outside the window takes no other token's place
         held = within_window(state.positions[layer], position, spec.window)
         state = replace(state, positions=state.positions.at[layer].set(held))
     if block.replaces is not None:
@@ -99,9 +99,9 @@ def _make_room(block: TokenBlock, state: KVState, layer: Any, spec: StepSpec) ->
 def _reindexed_step(
     q, new, stored, layer, index, visible, present, extra, *, backend, held: Array, block: TokenBlock, spec: StepSpec
 ):
-    """As `slot_step`, where keys are cached un-rotated and rotated to new positions at every step.
+    """`slot_step` for keys that are cached un-rotated and rotated to new positions at every step.
 
-    Twelve parameters: those of `slot_step`, and what the new positions follow from.
+    It has twelve parameters: those of `slot_step`, and the inputs of the new positions.
     """
     no_kernel("step", q[:, None], stored[0], index.shape[1], backend, "keys are re-indexed at each step")
     stored = write_slots(stored, new, layer, index)
@@ -116,7 +116,7 @@ def _reindexed_step(
 def _step_by_rule(
     kernel: tuple[Chosen, EvictionRule], block: TokenBlock, state: KVState, layer: Any, entries: Entries, index: Array
 ) -> StepResult:
-    """The same by a kernel that follows the policy's rule: it attends, observes, and says which slot goes."""
+    """The same step by a kernel that applies the policy's rule: it attends, observes, and returns the slot to free."""
     position, held = block.positions[:, 0], state.positions[layer]
     chosen, rule = kernel
     out, numbers, goes, stored = slot_step_by_rule(
@@ -132,19 +132,19 @@ def _step_by_rule(
 
 
 def _write_numbers(state: KVState, layer: Any, entries: Entries, spec: StepSpec) -> tuple[KVState, Array]:
-    """Gives the entries of one token free slots of each set, and writes their positions and stats.
+    """Assigns free slots of each set to the entries of one token, and writes their positions and stats.
 
-    Nothing happens in rows without a token.
+    Rows without a token stay unchanged.
 
-    Returns the state, in which keys and values are still to be written, and where: [B, P, M], S for nowhere.
+    Returns the state, without the new keys and values, and the slots to write them to: [B, P, M], S for none.
     """
     held = state.positions[layer]
     slots, m = held.shape[-1], entries.positions.shape[-1]
-    # A free slot has -1, so it comes before all others.
+    # A free slot has position -1, so it comes before all others.
     index = held.argmin(-1, keepdims=True) if m == 1 else jax.lax.top_k(-held, m)[1]
     free = jnp.take_along_axis(held, index, axis=-1) < 0
     spare = spare_slots(state, spec)
-    if spare and not spec.policy.forgets:  # else there is room at every step
+    if spare and not spec.policy.forgets:  # otherwise every step has room
         free &= (held < 0).sum(-1, keepdims=True) >= m + spare
     index = jnp.where(free & (entries.positions >= 0), index, slots)  # [B, P, M]; out of bounds: dropped
     stats = spec.policy.init(cache_view(state, layer, spec, entries=entries))

@@ -1,4 +1,4 @@
-"""Which slots are freed when a full state has to take a token."""
+"""The choice of slots to free when a full state takes a token."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jaxcompress.state.select import keep_top, unranked, worst
 
 
 def evict(state: KVState, layer: Any, spec: StepSpec, rows: Array | None = None) -> tuple[KVState, Array, Array | None]:
-    """Frees slots of each set in which there is no room for another token.
+    """Frees slots of each set that has no room for another token.
 
-    Returns the state, the freed positions, -1 for none, and [B] the rows in which something went though no score said
-    what.
+    Returns the state, the freed positions (-1 for none), and [B] the rows in which a token was freed although
+    the scores did not decide which.
     """
     policy, held = spec.policy, state.positions[layer]
     if not policy.evicts:
@@ -60,7 +60,7 @@ def evict(state: KVState, layer: Any, spec: StepSpec, rows: Array | None = None)
         gone = jnp.take_along_axis(marked, index, axis=-1)
         if policy.reduction:
             merged = lambda: absorbed(after, layer, spec, evicted_at(state, layer, index, gone))
-            # Where many are freed at once, most steps free nothing.
+            # If many slots are freed at once, most steps free none.
             after = merged() if policy.schedule.frees == 1 else jax.lax.cond((gone >= 0).any(), merged, lambda: after)
         freed = by_owner(gone, index, jax.tree.map(lambda x: x[layer], state.owner), spec)
     return after, freed, unclear

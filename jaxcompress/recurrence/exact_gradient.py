@@ -1,8 +1,8 @@
 """The recurrence with its gradient in parallel.
 
-All that a policy decides is when each token is freed. Once that is known, attention under the mask
-`born <= i < dies` is the recurrence: the tokens of a block can be differentiated through at once, and nothing that the
-recurrence held on its way has to be kept for it.
+A policy decides only when each token is freed. Once these times are known, attention under the mask `born <= i < dies`
+equals the recurrence. All tokens of a block can then be differentiated at once, and no intermediate state of the
+recurrence has to be stored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FOREVER = jnp.iinfo(jnp.int32).max
 
 
 def check_parallel(policy: Policy, placement: Placement | None = None) -> None:
-    """Raises ValueError if death times are not all that a policy decides; says what else it does."""
+    """Raises ValueError if a policy decides more than death times; the message says what else it does."""
     for mine in policy.layers or (policy,):
         reasons = {
             "changes what enters": mine.gates is not None,
@@ -44,13 +44,13 @@ def check_parallel(policy: Policy, placement: Placement | None = None) -> None:
 
 
 def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
-    """The recurrence, with the gradient of attention under the death times that it found.
+    """The recurrence, with the gradient of attention under the death times of its forward pass.
 
     Results and gradient are those of `jaxcompress.recurrence.advance.steps`. The gradient is taken for blocks of
     queries at once: no step of the recurrence is repeated or reversed.
 
     Raises:
-      ValueError: a policy that does more than evict (see `check_parallel`), or a quantised state.
+      ValueError: the policy does more than evict (see `check_parallel`), or the state is quantised.
     """
     check_parallel(spec.policy, spec.context.placement)
     one = state.take(layer)
@@ -64,7 +64,7 @@ def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] |
     k, v = cast(tuple[Array, Array], (block.k, block.v))
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, D], as cached
     b, kv, t = keys.shape[:3]
-    # As when both were attended to: from the slots as they were, and the block.
+    # As at the time of attention: the slots before the block, and the block.
     wide = lambda x: jnp.broadcast_to(x[0], (b, kv, *x.shape[3:]))
     before = one.positions[0]
     if one.owner is not None:
@@ -80,13 +80,13 @@ def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] |
         done.out.reshape(q.shape), (positions, born, dies),
     )  # fmt: skip
 
-    # Slots never move: what a slot holds is what it held, or came with this block.
+    # Slots never move: a slot holds its old token or a token of this block.
     after = done.state
     column = _column(after.positions[0], positions)
     fresh = (after.positions[0] >= one.seen[:, None, None])[..., None]
 
     def settle(old: Array, block: Array) -> Array:
-        if after.owner is not None:  # a pool, of all heads' tokens
+        if after.owner is not None:  # a pool holds the tokens of all heads
             new = block[jnp.arange(b)[:, None, None], after.owner[0], column]
         else:
             new = jnp.take_along_axis(block, jnp.broadcast_to(column, (b, kv, column.shape[-1]))[..., None], axis=2)
@@ -97,28 +97,28 @@ def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] |
 
 
 def _dies(before: Int[Array, "B P S"], positions: Positions, seen: Int[Array, " B"], done: StepResult) -> Array:
-    """[B, P, S + T]: when the tokens in the slots and those of the block die."""
+    """[B, P, S + T]: the death times of the tokens in the slots and of those in the block."""
     flat = lambda x: x.transpose(1, 2, 0, 3).reshape(*x.shape[1:3], -1)
     freed, died = flat(done.freed), flat(done.died)
     hit = (freed[..., None] == before[:, :, None]) & (freed[..., None] >= 0)
     old = jnp.where(hit, died[..., None], -1).max(2)
     first = seen[:, None, None]
     fresh = jnp.where(done.freed >= first, done.freed - first, -1)
-    new = first + death_times(fresh, done.died - first, positions.shape[1])  # after the block is never, within it
+    new = first + death_times(fresh, done.died - first, positions.shape[1])  # beyond the block: still held
     column = jnp.maximum(positions - seen[:, None], 0)[:, None]
     new = jnp.take_along_axis(new, jnp.broadcast_to(column, new.shape), axis=-1)
     return jnp.concatenate([jnp.where(old < 0, FOREVER, old), new], axis=-1)
 
 
 def _column(held: Int[Array, "B P S"], positions: Positions) -> Int[Array, "B P S"]:
-    """Where in the block each token is; anything for those that are not in it. Padding may stand between tokens."""
+    """The index of each token in the block; arbitrary for tokens outside it. Padding may stand between tokens."""
     filled = jax.lax.cummax(positions, axis=1)
     return jax.vmap(lambda row, at: jnp.searchsorted(row, at))(filled, held).clip(max=positions.shape[1] - 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _given(alive: int, q: Array, keys: Array, values: Array, out: Array, lives: Any) -> Array:
-    """`out`, with the gradient of `lifetime_attention`, of which it is the result."""
+    """Returns `out`, the result of `lifetime_attention`, with the gradient of that function."""
     return out
 
 

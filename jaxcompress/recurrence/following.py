@@ -1,4 +1,4 @@
-"""Kernels that follow the rule of a policy by themselves."""
+"""Kernels that apply the eviction rule of a policy themselves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxcompress.state.kv_state import KVState
 
 
 def rule_of(state: KVState, spec: StepSpec) -> EvictionRule | None:
-    """What a kernel may follow on its own, where all else is as kernels know it."""
+    """The eviction rule that a kernel may apply itself, if kernels support everything else in the call; else None."""
     policy = spec.policy
     plain = policy.schedule == Schedule() and policy.scope != "pool" and not policy.gates and not policy.reduction
     rule = policy.rule(state.capacity) if plain and spec.context.placement == "absolute" else None
@@ -27,12 +27,12 @@ def rule_of(state: KVState, spec: StepSpec) -> EvictionRule | None:
 
 
 def why_no_rule(rule: EvictionRule | None, spec: StepSpec) -> str | None:
-    """Why a kernel that sees more than one token cannot do it."""
+    """The reason why a kernel for more than one token cannot apply the rule; None if it can."""
     return None if rule else f"policy {spec.policy.name}, or where it places tokens, follows no rule that kernels know"
 
 
 def rule_kernel(block: TokenBlock, state: KVState, spec: StepSpec) -> tuple[Chosen, EvictionRule] | None:
-    """The kernel that does a whole decoding step of this policy, and its rule; None where there is none that will."""
+    """The kernel for a whole decoding step of this policy, and the policy's rule; None if no kernel supports it."""
     rule = rule_of(state, spec)
     if rule is None:
         return None
@@ -41,7 +41,7 @@ def rule_kernel(block: TokenBlock, state: KVState, spec: StepSpec) -> tuple[Chos
 
 
 def rule_numbers(state: KVState, layer: Any) -> Array | None:
-    """The one number per slot of a policy that a kernel follows, [B, P, S], if it has any."""
+    """The policy's one number per slot, [B, P, S], for a kernel that applies its rule; None if it has none."""
     numbers = jax.tree.leaves(state.stats)
     return numbers[0][layer] if numbers else None
 

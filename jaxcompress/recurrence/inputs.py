@@ -1,4 +1,4 @@
-"""What one layer of attention compared."""
+"""The inputs of one attention layer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jaxcompress.state.shapes import Keys, Positions, Queries
 
 
 class AttentionInputs(NamedTuple):
-    """What one layer's attention compared: enough for any row of its probabilities, none of which is computed unasked.
+    """The inputs of one layer's attention. Any row of its probabilities can be computed from them on demand.
 
     Attributes:
-      queries: [B, T, H, D], as they met the keys: in a decoder rotated to their positions.
+      queries: [B, T, H, D], as compared with the keys: in a decoder, rotated to their positions.
       keys: [B, T, K, D], likewise.
-      bias: [B, T] float32, what was added to the scores of each key; `MASKED` for what nobody sees.
-      positions: [B, T], where tokens stand if attention is causal, -1 for padding; None if it is not (encoders).
+      bias: [B, T] float32, the term added to the scores of each key; `MASKED` for a key that no query sees.
+      positions: [B, T], positions of the tokens if attention is causal, -1 for padding; None if it is not (encoders).
     """
 
     queries: Queries
@@ -28,10 +28,10 @@ class AttentionInputs(NamedTuple):
     positions: Positions | None = None
 
     def rows(self, index: Int[Array, "B R"]) -> Float[Array, "B H R T"]:
-        """The attention probabilities of some queries, float32; zero for those of padding.
+        """The attention probabilities of some queries, float32; zero for padded queries.
 
         Args:
-          index: which queries of each row of the batch.
+          index: the queries to take in each row of the batch.
         """
         b, t, h, d = self.queries.shape
         kv = self.keys.shape[2]

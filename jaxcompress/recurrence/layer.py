@@ -1,4 +1,4 @@
-"""One layer of a state while it is read into: what a policy sees of it, and what all ways to read share."""
+"""One layer of a state during reading: the policy's view of it, and functions that all modes of reading share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from jaxcompress.state.storage import Stored, load_vectors, store_vectors
 
 
 class Entries(NamedTuple):
-    """What goes into slots: one entry per token, or in a pool one per token and kv head. Keys and values are stored."""
+    """Entries to write into slots: one per token, or in a pool one per token and kv head. Keys and values are as
+    stored."""
 
     keys: Any  # [B, K, M, D]
     values: Any
@@ -45,10 +46,11 @@ def entries_of(block: TokenBlock, state: KVState) -> Entries:
 def cache_view(
     state: KVState, layer: Any, spec: StepSpec, stay: int | None = None, entries: Entries | None = None
 ) -> CacheView:
-    """One layer as a policy sees it: its slots, or entries that come in.
+    """One layer as a policy sees it: its slots, or incoming entries.
 
     Args:
-      stay: how many of a set stay when these are selected from; by default as many as in a step (see `stay_in_step`).
+      stay: the number of tokens of a set that a selection among these keeps; by default that of a step (see
+        `stay_in_step`).
     """
     at = lambda x: jax.tree.map(lambda y: y[layer], x)
     if entries is None:
@@ -66,7 +68,7 @@ def remembered(state: KVState, layer: Any, policy: Policy, bare: IncomingTokens)
 
 
 def seen_by(held: Array, owner: Array | None, heads: int, group: int) -> Array:
-    """[B, P or K, 1 or G, N]: the slots in which a head's tokens may be."""
+    """[B, P or K, 1 or G, N]: the slots that may hold a head's tokens."""
     occupied = (held >= 0)[:, :, None]
     if owner is None:
         return occupied
@@ -74,7 +76,7 @@ def seen_by(held: Array, owner: Array | None, heads: int, group: int) -> Array:
 
 
 def replaced_by_next(held: SlotPositions, block: TokenBlock, seen: Int[Array, " B"]) -> Array:
-    """[B, P, N] bool: which tokens have a next one, in the block, that takes their slot."""
+    """[B, P, N] bool: the tokens whose slot the next token of the block takes."""
     assert block.replaces is not None
     b, t = block.positions.shape
     nth = jnp.where(block.positions >= 0, block.positions - seen[:, None], t)
@@ -87,7 +89,7 @@ def replaced_by_next(held: SlotPositions, block: TokenBlock, seen: Int[Array, " 
 
 
 def extra_of(state: KVState, layer: Any, spec: StepSpec) -> Extra:
-    """What a policy adds to attention: a bias on the slots, stand-ins for what was evicted."""
+    """The terms that a policy adds to attention: a bias on the slots, and summaries of evicted tokens."""
     policy, at = spec.policy, lambda x: jax.tree.map(lambda y: y[layer], x)
     return Extra(slot_bias(policy, at(state.stats)), stand_ins(policy, at(state.memory), spec.context))
 
@@ -102,12 +104,13 @@ def observed(state: KVState, layer: Any, policy: Policy, seen: Observation) -> K
 
 
 def spare_slots(state: KVState, spec: StepSpec) -> int:
-    """Slots that are allocated and stay free (see `init_state`)."""
+    """The number of slots that are allocated but stay free (see `init_state`)."""
     return state.positions.shape[-1] - spec.policy.slots(state.capacity, entries_per_token(state, spec))
 
 
 def stay_in_step(state: KVState, spec: StepSpec) -> int:
-    """How many tokens of a set stay when a full state takes a token; after `once`, how many stayed of the prompt."""
+    """The number of tokens of a set that stay when a full state takes a token; after `once`, the number kept of the
+    prompt."""
     entries, schedule = entries_per_token(state, spec), spec.policy.schedule
     if schedule.when == "once":
         return schedule.keep * entries
@@ -119,7 +122,7 @@ def entries_per_token(state: KVState, spec: StepSpec) -> int:
 
 
 def by_owner(freed: Array, index: Array, owner: Array | None, spec: StepSpec) -> Array:
-    """Freed entries of a pool [B, 1, M] -> of each kv head [B, K, M]."""
+    """Freed entries of a pool [B, 1, M] -> freed entries of each kv head [B, K, M]."""
     if owner is None:
         return freed
     whose = jnp.take_along_axis(owner, index, axis=-1)
@@ -141,7 +144,7 @@ def evicted_at(state: KVState, layer: Any, index: Array, freed: Array) -> Evicte
 
 
 def absorbed(state: KVState, layer: Any, spec: StepSpec, gone: Evicted) -> KVState:
-    """Merges evicted tokens into what stays; only slots that change are stored anew."""
+    """Merges evicted tokens into the kept ones; only slots that change are stored again."""
     stats = jax.tree.map(lambda x: x[layer], state.stats)
     done = absorb(spec.policy, stats, cache_view(state, layer, spec), gone)
     fresh = store_vectors(done.values, jax.tree.map(lambda x: x[layer], state.values))
@@ -159,7 +162,7 @@ def absorbed(state: KVState, layer: Any, spec: StepSpec, gone: Evicted) -> KVSta
 
 
 def within_window(held: SlotPositions, now: Int[Array, " B"], window: Any) -> SlotPositions:
-    """Without the tokens that have left a sliding window for good."""
+    """The slot positions without the tokens that have left a sliding window for good."""
     if window is None:
         return held
     return jnp.where(held > (now - window)[:, None, None], held, -1)

@@ -1,4 +1,4 @@
-"""Products with quantised vectors: codes are multiplied first, and scaled after they were summed."""
+"""Products with quantised vectors: codes are multiplied and summed first, then scaled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxcompress.state.storage import Quantised, parts
 
 
 def code_scores(q: Float[Array, "B K G D"], keys: Quantised) -> Float[Array, "B K G S"]:
-    """What a softmax is taken of: products of queries and keys over the square root of D."""
+    """Attention scores before the softmax: products of queries and keys, divided by the square root of D."""
     codes, scale = parts(keys)
     assert scale is not None
     pairs = zip(jnp.split(q, len(codes), axis=-1), codes, strict=True)
@@ -19,7 +19,7 @@ def code_scores(q: Float[Array, "B K G D"], keys: Quantised) -> Float[Array, "B 
 
 
 def code_sum(weights: Float[Array, "B K G S"], values: Quantised) -> Float[Array, "B K G D"]:
-    """Sums of values by their weights."""
+    """Weighted sums of the values."""
     codes, scale = parts(values)
     assert scale is not None
     return jnp.concatenate([weighted("bkgs,bksd->bkgd", weights * scale[:, :, None], x) for x in codes], axis=-1)

@@ -12,7 +12,7 @@ from jaxcompress.policies.cache_view import LayerContext
 
 @runtime_checkable
 class RotatesByRank(Protocol):
-    """A `Rotate` that is cheaper where positions are whole and few."""
+    """A `Rotate` that is cheaper for few whole-numbered positions."""
 
     def by_rank(self, x: Float[Array, "... D"], ranks: Int[Array, "..."], count: int) -> Float[Array, "... D"]:
         """Vectors rotated to whole positions below `count`."""
@@ -22,7 +22,7 @@ class RotatesByRank(Protocol):
 def rotated(
     x: Float[Array, "... D"], places: Float[Array, "..."], count: int, context: LayerContext
 ) -> Float[Array, "... D"]:
-    """Vectors at re-indexed positions, of which there are `count`."""
+    """Vectors rotated to re-indexed positions; there are `count` such positions."""
     if context.placement == "slot" and isinstance(context.rotate, RotatesByRank):
         return context.rotate.by_rank(x, places.astype(jnp.int32), count)
     return context.rotate(x, places)

@@ -1,4 +1,4 @@
-"""Softmax over what is visible."""
+"""Softmax over visible entries."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
 def masked_softmax(
     scores: Float[Array, "*batch N"], visible: Bool[Array, "*#batch N"], present: Bool[Array, "*#batch 1"]
 ) -> Float[Array, "*batch N"]:
-    """Probabilities over what is visible, float32; all zero for queries that are not present."""
+    """Probabilities over the visible entries, float32; all zero for queries that are not present."""
     scores = jnp.where(visible, scores, MASKED)
-    # The maximum cancels out and has no gradient. JAX would divide its gradient by how many scores equal it, which is
-    # zero where compiled code computes them twice and rounds differently.
+    # The maximum cancels out and has no gradient. JAX would divide its gradient by the number of scores equal to it.
+    # That number is zero if compiled code computes the scores twice and rounds differently.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     return weights * (present / weights.sum(-1, keepdims=True))
 
@@ -26,7 +26,8 @@ def softmax_beside(
     present: Bool[Array, "*#batch 1"],
     others: Float[Array, "*batch M"],
 ) -> tuple[Float[Array, "*batch N"], Float[Array, "*batch M"]]:
-    """One softmax over what is visible and over others, of which every finite score is: the probabilities of both."""
+    """One softmax over the visible entries and over `others`, whose finite scores are all visible: both
+    probabilities."""
     both = jnp.concatenate([scores, others], axis=-1)
     seen = jnp.concatenate([jnp.broadcast_to(visible, scores.shape), jnp.isfinite(others)], axis=-1)
     weights, shares = jnp.split(masked_softmax(both, seen, present), [scores.shape[-1]], axis=-1)

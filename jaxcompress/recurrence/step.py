@@ -1,4 +1,4 @@
-"""A step of the recurrence: what it is given, what it gives, and tokens as the state stores them."""
+"""A step of the recurrence: its inputs, its result, and tokens as the state stores them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from jaxcompress.state.storage import Stored, store_vectors
 
 
 class StepSpec(NamedTuple):
-    """What does not change while a layer is read into.
+    """The settings that stay fixed while tokens are read into a layer.
 
     Attributes:
-      policy: what to forget.
-      context: what the policy may know of the layer.
+      policy: the eviction policy.
+      context: the properties of the layer that the policy may use.
       chunk: tokens between two selections.
       window: width of a sliding-window layer, None for a full one.
-      backend: what computes.
+      backend: the implementation.
     """
 
     policy: Policy
@@ -45,7 +45,7 @@ Step = Callable[["TokenBlock", KVState, Int[Array, ""] | int, StepSpec], "StepRe
 
 
 def settled(step: Step) -> Step:
-    """Makes a step that is given any backend; the step itself is given one for the device that computes."""
+    """Wraps a step so that it takes any backend; the step itself gets the backend resolved for the computing device."""
 
     @wraps(step)
     def on_device(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
@@ -57,7 +57,7 @@ def settled(step: Step) -> Step:
 
 class TokenBlock(NamedTuple):
     """T tokens: q [B, T, H, D], k and v [B, T, K, D] as the cache stores them, and `bare`, all three before RoPE;
-    `replaces` as in `Entering`, or None."""
+    `replaces` is as in `Entering`, or None."""
 
     q: Array
     k: Stored
@@ -74,7 +74,7 @@ class TokenBlock(NamedTuple):
 def enter(
     q: Queries, k: Keys, v: Values, positions: Positions, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec
 ) -> tuple[TokenBlock, KVState]:
-    """Tokens as the state stores them, all at once: changed by the policy, rotated, in the state's dtype.
+    """All tokens as the state stores them: changed by the policy, rotated, in the state's dtype.
 
     Args:
       q, k, v: [B, T, H, D] and [B, T, K, D], not rotated.
@@ -95,7 +95,7 @@ def enter(
 
 
 def cut_block(block: TokenBlock, size: int) -> TokenBlock:
-    """A block as n chunks of so many tokens, [n, B, size, ...] each; the last is filled up with padding."""
+    """A block as n chunks of `size` tokens, [n, B, size, ...]; the last chunk is filled up with padding."""
     t = block.positions.shape[1]
     n = -(-t // size)
 
@@ -115,7 +115,7 @@ def join_chunks(out: Float[Array, "n B size K G D"], block: TokenBlock) -> Float
 
 
 class StepResult(NamedTuple):
-    """What reading T tokens into one layer gives.
+    """The result of reading T tokens into one layer.
 
     Attributes:
       out: [B, T, K, G, D], in the dtype of the queries.

@@ -1,4 +1,4 @@
-"""Many tokens, one after the other, exactly as in decoding."""
+"""Many tokens, one at a time, exactly as in decoding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxcompress.state.kv_state import KVState
 
 @settled
 def stream(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
-    """T tokens, each of which sees what the one before it left: a scan of `decode_step` over one layer."""
+    """T tokens, each of which sees the state after the token before it: a scan of `decode_step` over one layer."""
     rule = rule_of(state, spec)
     call = call_of(block.grouped(state), state.keys, state.sets, rule)
     kernel = choose_kernel("segment", call, spec.backend, why_no_rule(rule, spec))
@@ -43,7 +43,7 @@ def stream(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec:
 def _stream_by_rule(
     kernel: Chosen, block: TokenBlock, state: KVState, layer: Any, spec: StepSpec, rule: EvictionRule
 ) -> StepResult:
-    """All tokens in one launch of a kernel that follows the policy's rule."""
+    """All tokens in one launch of a kernel that applies the policy's rule."""
     out, stored, held, numbers, freed = stream_attention(
         kernel, block.grouped(state), (block.k, block.v), (state.keys, state.values), layer, block.positions,
         state.positions[layer], rule_numbers(state, layer), spec.window, rule,

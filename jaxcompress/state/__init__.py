@@ -1,4 +1,4 @@
-"""The ground: what a bounded state is made of. Arrays, and nothing that knows models or policies."""
+"""The arrays of a bounded state. This package depends on neither models nor policies."""
 
 from jaxcompress.state.kv_state import KVState, State
 

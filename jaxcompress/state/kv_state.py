@@ -27,7 +27,7 @@ Memory = Any
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVState:
-    """What consecutive layers of one capacity remember. Slots carry no order; `positions` says what is where.
+    """The state of consecutive layers of equal capacity. Slots have no order; `positions` names each slot's token.
 
     Attributes:
       keys, values: [L, B, K, S, D], or quantised vectors of that shape (see `jaxcompress.state.storage`). K is the
@@ -35,16 +35,16 @@ class KVState:
         slots. A key is cached rotated at its absolute position, unless positions are re-indexed (see `Placement`).
       positions: [L, B, P, S] int32, the position of each slot's token in its sequence, -1 for a free slot. P is 1 if
         all heads of a layer share one set of tokens, else K.
-      owner: [L, B, 1, S] int32, whose kv head's token each slot of a pool holds; None where every head has its own
+      owner: [L, B, 1, S] int32, the kv head that owns the token in each slot of a pool; None if every head has its own
         slots.
-      stats: the policy's numbers per slot.
-      memory: the policy's numbers per row.
+      stats: the policy's statistics per slot.
+      memory: the policy's statistics per row.
       seen: [B] int32, tokens read so far; the next token's position.
-      layer: [L] int32, which layers of the model these are.
-      capacity: how many slots of a set may be occupied after a step (static). S is more where incoming tokens are
-        seen beside as many others before one goes (see `Policy.slots`).
-      heads: which heads of these layers (static); () for all. The parts of a layer whose heads have different
-        capacities are states of their own.
+      layer: [L] int32, the indices of these layers in the model.
+      capacity: the number of slots of a set that may be occupied after a step (static). S is larger if incoming tokens
+        are added before another token is evicted (see `Policy.slots`).
+      heads: the heads of these layers that the state holds (static); () for all. If the heads of a layer have different
+        capacities, each part is a separate state.
     """
 
     keys: Float[Array, "L B K S D"] | Quantised
@@ -64,16 +64,16 @@ class KVState:
 
     @property
     def kv_heads(self) -> int:
-        """K, whatever keys are stored as."""
+        """K, for any storage format of the keys."""
         return jax.tree.leaves(self.keys)[0].shape[2]
 
     def occupancy(self) -> Int[Array, "L B P"]:
-        """Occupied slots."""
+        """The number of occupied slots."""
         return (self.positions >= 0).sum(-1)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays: what the state costs, whatever the length of the sequence."""
+        """Bytes of all arrays: the memory of the state, which does not depend on the length of the sequence."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     def take(self, index: Int[Array, ""] | int) -> KVState:
@@ -82,7 +82,7 @@ class KVState:
         return replace(self, layer=pick(self.layer), **jax.tree.map(pick, self.layered()))
 
     def put(self, index: Int[Array, ""] | int, one: KVState) -> KVState:
-        """The stack with one layer replaced; `seen` stays."""
+        """The stack with one layer replaced; `seen` is unchanged."""
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=0)
         return replace(self, **jax.tree.map(write, self.layered(), one.layered()))
 
@@ -96,8 +96,8 @@ class KVState:
 
 
 State = tuple[KVState, ...]
-"""A whole model's state: one `KVState` for each run of consecutive layers with equal capacity and policy, or several
-where the heads of these layers differ in capacity."""
+"""A whole model's state: one `KVState` for each run of consecutive layers with equal capacity and policy, or several if
+the heads of these layers differ in capacity."""
 
 
 def runs(state: State) -> Iterator[tuple[range, State]]:
@@ -117,15 +117,15 @@ def empty(
 ) -> KVState:  # fmt: skip
     """A state without stats in which every slot is free.
 
-    Ten parameters: each is one fact about its shape.
+    It has ten parameters: each is one fact about the shape.
 
     Args:
       layers: indices of the layers in the model.
       heads, sets: K and P.
-      capacity, slots: how many may be occupied after a step, and how many are allocated.
-      dtype: of keys and values (see `jaxcompress.state.storage.DTYPES`).
+      capacity, slots: the number of slots that may be occupied after a step, and the number allocated.
+      dtype: the dtype of keys and values (see `jaxcompress.state.storage.DTYPES`).
       which: `KVState.heads`.
-      pooled: slots belong to no head in particular.
+      pooled: whether all heads share one pool of slots.
     """
     n = len(layers)
     kv = (n, batch, heads, slots, head_dim)
@@ -147,8 +147,8 @@ def with_numbers(state: KVState, stats: Any, memory: Any) -> KVState:
     """The state with zero stats for every slot and zero memory for every row.
 
     Args:
-      stats: shapes [B, P, 1, ...] and dtypes of one token's.
-      memory: shapes [B, ...] and dtypes of one layer's.
+      stats: shapes [B, P, 1, ...] and dtypes of one token's stats.
+      memory: shapes [B, ...] and dtypes of one layer's memory.
     """
     layers, slots = state.positions.shape[0], state.positions.shape[-1]
     per_slot = lambda x: jnp.zeros((layers, *x.shape[:2], slots, *x.shape[3:]), x.dtype)

@@ -1,4 +1,4 @@
-"""Sorting along the last axis. Slots have no order of their own: what needs one sorts by position."""
+"""Sorting along the last axis. Slots have no order of their own: code that needs an order sorts by position."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jaxtyping import Array, Int
 from jaxcompress.state.shapes import SlotPositions
 
 NEVER = jnp.iinfo(jnp.int32).max
-"""Later than any position."""
+"""A number larger than any position."""
 
 
 def order_by(*keys: Array) -> Int[Array, "*B N"]:
-    """The indices that sort by the first key, ties by the next, and what ties in all by index.
+    """The indices that sort by the first key, ties by the next key, and ties in all keys by index.
 
     Args:
       keys: [..., N] each, of one shape.
@@ -23,16 +23,16 @@ def order_by(*keys: Array) -> Int[Array, "*B N"]:
 
 
 def rank_of(order: Int[Array, "*B N"]) -> Int[Array, "*B N"]:
-    """The rank of each entry, from the entry at each rank: the inverse of `order_by`."""
+    """The rank of each entry, given the entry at each rank: the inverse of the permutation from `order_by`."""
     rank = jnp.broadcast_to(jnp.arange(order.shape[-1], dtype=order.dtype), order.shape)
     return jnp.put_along_axis(jnp.zeros_like(order), order, rank, axis=-1, inplace=False)
 
 
 def rank_within(group: Int[Array, "*B N"], *keys: Array) -> Int[Array, "*B N"]:
-    """The rank of each entry among those of its group, 0 for the first by the keys.
+    """The rank of each entry within its group; 0 is the first by the keys.
 
     Args:
-      group: 0 or more; entries of one number are ranked together.
+      group: group numbers, 0 or more; entries with equal numbers are ranked together.
       keys: as for `order_by`.
     """
     order = order_by(group, *keys)

@@ -1,4 +1,4 @@
-"""Where tokens stand for RoPE when tokens between them are gone."""
+"""The positions that RoPE uses when tokens between the held ones have been evicted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxcompress.state.order import oldest_first
 from jaxcompress.state.shapes import SlotPositions
 
 Placement = Literal["absolute", "slot", "compact"]
-"""Where tokens stand for RoPE.
+"""The positions that RoPE uses for tokens.
 
   absolute  at their position in the sequence; keys are cached rotated (TOVA, H2O)
   slot      at their rank among the tokens held, so that no distance exceeds the capacity (StreamingLLM)
@@ -28,11 +28,11 @@ Rotate = Callable[[Float[Array, "... D"], Real[Array, "..."]], Float[Array, "...
 
 
 MOST_COMPARED = 1024
-"""Tokens that are ranked by comparing each with each, which takes less time than a sort of so few."""
+"""Up to this number of tokens, ranks come from comparing all pairs, which is faster than sorting so few tokens."""
 
 
 def place(held: SlotPositions, placement: Placement) -> Float[Array, "B P N"]:
-    """Re-indexed positions of the tokens held (see `Placement`); what free slots get has no meaning."""
+    """Re-indexed positions of the tokens held (see `Placement`); the results for free slots have no meaning."""
     if placement == "absolute":
         return held.astype(jnp.float32)
     if placement == "slot" and held.shape[-1] <= MOST_COMPARED:

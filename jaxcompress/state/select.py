@@ -1,8 +1,8 @@
-"""keep: from scores to the set that stays.
+"""keep: selects the kept set from scores.
 
-One rule for the whole library, stated once in `best_first`: a higher score stays; on an exact tie the older element
-stays; free slots are never chosen. A score of +inf protects, NaN counts as -inf, and both are chosen last. Scores are
-compared in float32. Slots of a KV state follow it on the device, words of a prompt on the host (`xp=np`).
+`best_first` states the one rule of the whole library: a higher score stays; on an exact tie the older element stays;
+free slots are never chosen. A score of +inf protects. NaN counts as -inf, and both are chosen last. Scores are compared
+in float32. The rule applies to slots of a KV state on the device, and to words of a prompt on the host (`xp=np`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ def best_first(
 
     Args:
       scores: [..., N]. XLA takes subnormal numbers for 0 on some devices; NumPy does not.
-      positions: [..., N], age in the sequence, -1 for a free slot.
-      xp: the array module: `jax.numpy`, or `numpy` for arrays on the host, where a sort is faster than a call of a
-        device.
+      positions: [..., N], position in the sequence, -1 for a free slot.
+      xp: the array module: `jax.numpy`, or `numpy` for arrays on the host, where a sort is faster than a device call.
     """
     occupied = positions >= 0
     worst_last = xp.where(occupied, -_comparable(scores, xp), xp.inf)
@@ -36,7 +35,7 @@ def best_first(
 
 
 def rank(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P N"]:
-    """How many elements of its set are better than each; free slots come last.
+    """The number of elements in the same set that are better than each element; free slots come last.
 
     Args:
       scores: [..., N].
@@ -46,12 +45,12 @@ def rank(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P N"]:
 
 
 def keep_top(scores: SlotScores, positions: SlotPositions, n: Int[Array, "..."] | int) -> Bool[Array, "B P N"]:
-    """Marks the n tokens of each set that stay; all of them where there are no more than n.
+    """Marks the n tokens of each set that stay; all tokens if a set has at most n.
 
     Args:
       scores: [..., N].
       positions: [..., N], -1 for a free slot.
-      n: how many, one number or one per set.
+      n: the number of tokens to keep, one number or one per set.
     """
     return (positions >= 0) & (rank(scores, positions) < jnp.asarray(n)[..., None])
 
@@ -73,11 +72,11 @@ def worst(scores: SlotScores, positions: SlotPositions, spare: int = 0) -> Int[A
 
 
 def unranked(scores: SlotScores, positions: SlotPositions) -> Bool[Array, "B P"]:
-    """Marks the sets whose scores are all NaN: no score says what should stay."""
+    """Marks the sets whose scores are all NaN, so that they do not decide what stays."""
     return (jnp.isnan(scores) | (positions < 0)).all(-1) & (positions >= 0).any(-1)
 
 
 def _comparable(scores: Any, xp: ModuleType) -> Any:
-    """float32, with NaN as the lowest score, so that the order is total."""
+    """The scores in float32, with NaN replaced by the lowest score, so that the order is total."""
     scores = scores.astype(xp.float32)
     return xp.where(xp.isnan(scores), -xp.inf, scores)

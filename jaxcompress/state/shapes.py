@@ -1,6 +1,6 @@
-"""The array shapes of this library, one page.
+"""The array shapes of this library.
 
-Letters, everywhere:
+Letters used throughout:
 
   B  rows of the batch              L  layers
   T  tokens of a block of input     E  width of the residual stream
@@ -8,7 +8,7 @@ Letters, everywhere:
   K  key-value heads                D  width of one head
   G  query heads per kv head (H/K)  S  slots, free ones included
   P  slot sets: 1 if all heads of a layer share one set, else K
-  N  candidates: what a query may attend to, slots and incoming tokens alike
+  N  candidates: slots and incoming tokens that a query may attend to
 
 Annotations are checked in the tests only; at run time they cost nothing.
 """

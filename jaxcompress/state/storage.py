@@ -1,17 +1,17 @@
-"""How keys and values are stored: as they are, or as small numbers with a scale per slot and head.
+"""The storage of keys and values: unchanged, or as small codes with a scale per slot and head.
 
-A vector is quantised once, when its token enters, and never again: every slot has a scale of its own, so that nothing
-that comes later can change what is stored. Storing what was loaded gives the same codes and scale (unless the largest
-number is below 1e-32, which is as good as zero). With m the largest magnitude in a vector of D numbers, a number x
-comes back with an error of at most
+A vector is quantised once, when its token enters, and never again. Every slot has its own scale, so later tokens cannot
+change stored vectors. Storing loaded vectors again gives the same codes and scale (unless the largest number is below
+1e-32, which is effectively zero). With m the largest magnitude in a vector of D numbers, a number x is restored with an
+error of at most
 
-  float8_e4m3fn   |x| / 16, or m / 450,000 where that is more                          D + 2 bytes
+  float8_e4m3fn   |x| / 16, or m / 450,000 if that is more                             D + 2 bytes
   int8            m / 253                                                              D + 2 bytes
   int4            m / 13.9 in the root mean square of a vector, 0.31 m for any x       D / 2 + 2 bytes
 
-Codes are symmetric around 0 and reach 448, 127 and 7. For int4 the largest numbers may be clipped, if that makes the
-error of the vector smaller: the scale is the best of several. Float16 overflows to infinity beyond 65,504; none of the
-others does. Vectors that are not finite come back not finite.
+Codes are symmetric around 0 and reach 448, 127 and 7. For int4 the largest numbers may be clipped if that reduces the
+error of the vector: the scale is the best of several. Float16 overflows to infinity beyond 65,504; no other format
+does. Vectors that are not finite are restored as not finite.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Shaped
 _LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0, "int4": 7.0}  # codes
 
 DTYPES = ("float32", "bfloat16", "float16", *_LARGEST)
-"""Names of what a state can be stored in; the last three carry a scale per slot and head."""
+"""Names of the storage dtypes of a state; the last three have a scale per slot and head."""
 
-_CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # scales to try for int4, in parts of the one that clips nothing
+_CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # scales to try for int4, as fractions of the scale without clipping
 
 
 @jax.tree_util.register_dataclass
@@ -39,9 +39,9 @@ class Quantised:
     Attributes:
       codes: [..., D] int8; or [..., D] uint8, the bits of float8_e4m3fn numbers; or [..., D / 2] uint8, two numbers of
         4 bits in each.
-      scale: [...] uint16, the bits of a bfloat16 number; a vector is its codes times that. Bits, because XLA's CPU
-        backend has no such numbers: to write one slot it would convert a whole stack to float32 and back.
-      dtype: which of the three (static).
+      scale: [...] uint16, the bits of a bfloat16 number; a vector is its codes times the scale. It is stored as bits
+        because XLA's CPU backend lacks bfloat16: to write one slot it would convert a whole stack to float32 and back.
+      dtype: one of the three quantised dtypes (static).
     """
 
     codes: Shaped[Array, "..."]
@@ -50,14 +50,14 @@ class Quantised:
 
 
 Stored = Array | Quantised
-"""Vectors as a state keeps them."""
+"""Vectors as a state stores them."""
 
 
 def dtype_name(dtype: DTypeLike) -> str:
-    """One of `DTYPES`, given by name or as a dtype.
+    """The name of one of `DTYPES`, given by name or as a dtype.
 
     Raises:
-      ValueError: another.
+      ValueError: the dtype is not one of `DTYPES`.
     """
     try:
         name = jnp.dtype(dtype).name
@@ -69,13 +69,13 @@ def dtype_name(dtype: DTypeLike) -> str:
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Stored:
-    """Room for vectors [..., D].
+    """Zero-filled storage for vectors [..., D].
 
     Args:
       dtype: one of `DTYPES`, by name or as a dtype.
 
     Raises:
-      ValueError: another dtype, or an odd D for int4.
+      ValueError: the dtype is not one of `DTYPES`, or D is odd for int4.
     """
     name, width = dtype_name(dtype), shape[-1]
     if name not in _LARGEST:
@@ -89,23 +89,22 @@ def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Stored:
 
 
 def vector_bytes(width: int, dtype: DTypeLike) -> int:
-    """What a vector of so many numbers takes, its scale included."""
+    """The number of bytes of a vector of `width` numbers, including its scale."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: zeros((width,), dtype))))
 
 
 def store_vectors(x: Float[Array, "... D"], like: Stored) -> Stored:
-    """Vectors in the form of `like`.
+    """Vectors in the storage format of `like`.
 
-    A quantised state is for inference: no gradient passes through it to the vectors it was made of, as if they were
-    constants.
+    A quantised state is for inference: no gradient passes through it, so the stored vectors act as constants.
     """
     if isinstance(like, jax.Array):
         return x.astype(like.dtype)
     largest = _LARGEST[like.dtype]
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
     step = jnp.abs(x).max(-1, keepdims=True) / largest
-    # A bfloat16 is within 1/256 of what it stands for, so the largest number lies between 126.5 and 127.5 steps of int8
-    # and rounds to 127: not more than half a step is clipped, and the codes give the same scale again.
+    # A bfloat16 scale is within 1/256 of the exact one, so the largest number lies between 126.5 and 127.5 steps of
+    # int8 and rounds to 127: at most half a step is clipped, and the codes give the same scale again.
     scale = step.astype(jnp.bfloat16)
     if like.dtype == "int4":
         scale = _best(x / _divisor(step), step, largest)
@@ -123,7 +122,7 @@ def _divisor(scale: Float[Array, "... 1"]) -> Float[Array, "... 1"]:
 
 
 def _best(steps: Float[Array, "... D"], step: Float[Array, "... 1"], largest: float) -> Shaped[Array, "... 1"]:
-    """The scale with the least squared error, of numbers that are given in steps."""
+    """The scale with the least squared error, for numbers given in units of a step."""
 
     def attempt(before: tuple[Array, Array], part: Array) -> tuple[tuple[Array, Array], None]:
         best, least = before
@@ -134,15 +133,15 @@ def _best(steps: Float[Array, "... D"], step: Float[Array, "... 1"], largest: fl
         return (jnp.where(error < least, scale, best), jnp.minimum(error, least)), None
 
     nothing = step.astype(jnp.bfloat16), jnp.full_like(step, jnp.inf)
-    # A loop for a long prompt, of which there would be a copy for each attempt; no loop for the tokens of a step.
+    # A long prompt uses a loop, since unrolling would copy it for each attempt; the tokens of a step use no loop.
     return jax.lax.scan(attempt, nothing, jnp.array(_CLIPPED), unroll=steps.size < 2**20)[0][0]
 
 
 def parts(stored: Stored) -> tuple[tuple[Array, ...], Array | None]:
-    """Numbers to multiply with, and the scale that each vector's products still need; None for plain numbers.
+    """Numbers to multiply, and the scale to apply to each vector's products; None if not quantised.
 
     The numbers are one array [..., D], or two [..., D / 2] with the first and the second half of each vector: two
-    smaller products cost less than joining the halves. Products can be scaled after they were summed, which costs one
+    smaller products cost less than joining the halves. Products are scaled after summation, which costs one
     multiplication per slot instead of D.
     """
     if isinstance(stored, jax.Array):
@@ -155,26 +154,26 @@ def parts(stored: Stored) -> tuple[tuple[Array, ...], Array | None]:
 
 
 def split(stored: Stored) -> tuple[Float[Array, "... D"], Array | None]:
-    """The same with the numbers as one array."""
+    """As `parts`, but with the numbers as one array."""
     numbers, scale = parts(stored)
     return numbers[0] if len(numbers) == 1 else jnp.concatenate(numbers, axis=-1), scale
 
 
 def load_vectors(stored: Stored) -> Float[Array, "... D"]:
-    """The vectors: float32 if they were quantised, else as they are."""
+    """The vectors: float32 if they were quantised, else unchanged."""
     numbers, scale = split(stored)
     return numbers if scale is None else numbers * scale[..., None]
 
 
 def _as_float16(bits: Shaped[Array, "... D"]) -> Float[Array, "... D"]:
-    """Bits of float8_e4m3fn numbers -> the numbers / 256. Sign, exponent and fraction go where float16 has them; its
-    exponents are larger by 8. One shift for many numbers at once, where converting takes them one by one."""
+    """Bits of float8_e4m3fn numbers -> the numbers / 256. Sign, exponent and fraction move to their places in float16,
+    whose exponents are larger by 8. One shift handles many numbers at once; a conversion handles them one by one."""
     bits = bits.astype(jnp.uint16)
     return jax.lax.bitcast_convert_type((bits & 0x80) << 8 | (bits & 0x7F) << 7, jnp.float16)
 
 
 def _pack(codes: Shaped[Array, "... D"]) -> Shaped[Array, "..."]:
-    """Numbers -8..7, the first half of a vector in the low bits."""
+    """Packs numbers -8..7 in pairs, the first half of a vector in the low bits."""
     low, high = jnp.split((codes + 8).astype(jnp.uint8), 2, axis=-1)
     return low | (high << 4)
 

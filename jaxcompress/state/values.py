@@ -1,12 +1,13 @@
-"""Values: frozen dataclasses that travel through JAX like any argument.
+"""Values: frozen dataclasses that JAX accepts like any argument.
 
     @value
     class Scale(Value):
         by: float = 2.0                     # a setting: static, part of the compiled program
         weights: Array = leaf()             # an array, or another value: a leaf, an argument of the compiled program
 
-A value is registered as a pytree. `jax.jit(f)(value, x)` needs no static arguments, other weights compile nothing, and
-no weight is a constant of a program. Two values are equal if their types, settings and weights are; 1 and 1.0 differ.
+A value is registered as a pytree. `jax.jit(f)(value, x)` needs no static arguments, new weights cause no compilation,
+and no weight is a constant of a program. Two values are equal if their types, settings and weights are; 1 and 1.0
+differ.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ Kind = TypeVar("Kind")
 
 
 def leaf(**options: Any) -> Any:
-    """A field that holds arrays or values, for the body of a class under `value`; options as `dataclasses.field`."""
+    """A field that holds arrays or values, in a class decorated with `value`; options are those of
+    `dataclasses.field`."""
     return field(metadata={"leaf": True}, **options)
 
 
 class Value:
-    """What all values can do. Subclasses are decorated with `value`, and may override `check`."""
+    """The base class of all values. Subclasses are decorated with `value`, and may override `check`."""
 
     def check(self) -> None:
-        """Raises ValueError if the settings make no sense together; called when a value is made."""
+        """Raises ValueError if the settings are inconsistent; called when a value is created."""
 
     def __post_init__(self) -> None:
         for name in _settings_of(type(self)):
@@ -62,7 +64,7 @@ class Value:
         return hash(how)
 
     def __repr__(self) -> str:
-        """An expression that makes the value again; arrays appear by dtype and shape only."""
+        """An expression that recreates the value; arrays appear by dtype and shape only."""
         given = []
         for one in fields(self):  # type: ignore[arg-type]
             now = getattr(self, one.name)
@@ -76,7 +78,7 @@ class Value:
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(leaf, field))
 def value(cls: type[Kind]) -> type[Kind]:
-    """Makes a class of values. Annotated fields are settings, those declared as `leaf()` hold arrays or values."""
+    """Makes a class of values. Annotated fields are settings; fields declared as `leaf()` hold arrays or values."""
     made: Any = dataclass(frozen=True, eq=False, repr=False, init="__init__" not in cls.__dict__)(cls)
     leaves = tuple(one.name for one in fields(made) if one.metadata.get("leaf"))
     settings = _settings_of(made)
@@ -108,7 +110,7 @@ def _settings_of(cls: Any) -> tuple[str, ...]:
 
 
 class _Settings:
-    """Settings of a value, compared by type and content: 1, 1.0 and True are three."""
+    """Settings of a value, compared by type and content: 1, 1.0 and True all differ."""
 
     __slots__ = ("values", "_key")
 
@@ -126,7 +128,7 @@ class _Settings:
 
 
 def _typed(x: Any) -> Any:
-    """What equals another's only if types are equal too, at any depth."""
+    """A form of a setting that equals another only if the types are equal too, at any depth."""
     if isinstance(x, tuple):
         return type(x), tuple(map(_typed, x))
     return type(x), (x.hex() if isinstance(x, float) else x)  # hex: 0.0 and -0.0 differ, nan equals nan
@@ -135,7 +137,7 @@ def _typed(x: Any) -> Any:
 def _same(x: Any, y: Any) -> bool:
     if x is y:
         return True
-    if isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer):  # what they hold is not known
+    if isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer):  # their contents are unknown
         return False
     return np.shape(x) == np.shape(y) and np.asarray(x).dtype == np.asarray(y).dtype and bool(np.array_equal(x, y))
 
