@@ -1,17 +1,18 @@
-"""Compiles the GPU kernels for an H100 that is not here, and checks what XLA and ptxas made of them.
+"""Compiles the GPU kernels for an H100 without having one, and checks the code that XLA and ptxas produce.
 
     make aot-gpu        # Python 3.12; installs JAX's CUDA plugin, its compilers and libraries, 4 GB
 
 Every case is `jaxcompress.recurrence.advance.advance` under a scan over layers, as a model runs it, with the stacked
 state as the carry, donated. Checked in the compiled program:
 
-  the state is written in place: as many bytes are aliased as the state has, and K and V are copied nowhere
-  what is allocated beside arguments and results is at most 1 % of the state, and what comes in and goes out
+  the state is written in place: as many bytes are aliased as the state has, and K and V are never copied
+  temporary memory is at most 1 % of the state, plus the size of inputs and outputs
   a layer is one launch of a kernel (a block of queries: two), and no thread's registers spill into memory
 
-Nothing is executed. "Moved" are the arguments and results of all launches in a program of one layer, as XLA does not
-analyse programs for a device that is not here: keys and values count once for a kernel that reads them once, and those
-of a step do not count as written, since it writes a row. Left out where a layer loops over tokens or chunks.
+Nothing is executed. XLA does not analyse programs for a device that is not present. So "moved" counts the arguments and
+results of all launches in a program of one layer. Keys and values count once for a kernel that reads them once; a step
+writes only one row, so its keys and values do not count as written. "Moved" is empty where a layer loops over tokens or
+chunks.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # on standard output: registers and s
 
 
 def compilers() -> None:
-    """Where the wheels of the CUDA plugin keep ptxas and its libraries; before JAX is imported."""
+    """Finds ptxas and its libraries in the wheels of the CUDA plugin. Call it before JAX is imported."""
     for root in find_spec("nvidia").submodule_search_locations or () if find_spec("nvidia") else ():  # type: ignore
         for cuda in glob.glob(f"{root}/*/nvvm"):
             folder = os.path.dirname(cuda)
@@ -64,17 +65,17 @@ from jaxcompress.recurrence.advance import advance  # noqa: E402
 
 @dataclass(frozen=True)
 class Arguments(Command):
-    """Prints a table, with what is wrong; the exit code is 1 if anything is."""
+    """Prints a table and any failed checks. The exit code is 1 if a check fails."""
 
     only: tuple[int, ...] | None = None
-    """Which cases, by number; all if not given."""
+    """Numbers of the cases to run; all if not given."""
     json: Path | None = None
     """Also write the table here."""
 
 
 QUICK = Arguments(quick=True, only=(0, 13))
 
-# As OpenXLA describes the device, and as it describes itself to JAX where it is at hand.
+# The device as OpenXLA describes it, or as JAX reports it if it is present.
 TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -106,7 +107,7 @@ MOST_TEMPORARY = 0.01  # of the state
 
 
 class Case(NamedTuple):
-    """What is compiled; `jnp` for comparison, of which nothing is asked."""
+    """A case to compile. `jnp` cases are for comparison and are not checked."""
 
     policy: str
     slots: int
@@ -133,7 +134,7 @@ CASES = (
 
 
 class Found(NamedTuple):
-    """What was compiled; `wrong` is empty if all is well."""
+    """Measurements of the compiled program. `wrong` is empty if all checks pass."""
 
     case: Case
     state: int  # bytes
@@ -150,7 +151,7 @@ class Found(NamedTuple):
 
 @contextlib.contextmanager
 def captured() -> Iterator[list[str]]:
-    """What native code prints on standard output and error."""
+    """Captures what native code prints on standard output and error."""
     lines: list[str] = []
     with tempfile.TemporaryFile() as file:
         sys.stdout.flush()
@@ -201,7 +202,7 @@ def size_of(x: Any) -> int:
 
 
 def look(case: Case) -> Found:
-    """Compiles a case and says what is wrong with it."""
+    """Compiles a case and checks it."""
     with captured() as said:
         program, state, incoming = compiled(case)
     text, memory = program.as_text(), program.memory_analysis()
@@ -231,7 +232,7 @@ def look(case: Case) -> Found:
     wrong = []
     if not 1 <= aliased <= 1.005:
         wrong.append(f"{aliased:.4f} of the state are aliased")
-    if case.chunk == 1:  # a block settles into its slots after attention, by jnp
+    if case.chunk == 1:  # in a block, jnp writes the slots after attention
         if copies:
             wrong.append(f"{copies} copies of K or V")
         if memory.temp_size_in_bytes > MOST_TEMPORARY * size + 2 * incoming * (case.tokens > 1):
@@ -247,7 +248,7 @@ def look(case: Case) -> Found:
 
 
 def layer_of(text: str) -> list[str]:
-    """The lines of the computation that has most launches of a scan's body, or all where nothing is scanned."""
+    """The lines of the computation with the most launches of a scan's body; all lines if there is no scan."""
     computations = re.split(r"\n(?=(?:ENTRY )?%?\S+ \()", text)
     bodies = [one for one in computations if re.search(r"region_|body|while", one.split("(")[0])]
     launches = lambda one: len(re.findall(r"\b(?:fusion|custom-call)\(", one))
@@ -262,10 +263,10 @@ _ONE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*?)\)(.*)$")
 def program_bytes(text: str, row_writes: float) -> float:
     """Bytes that a program's launches read and write: their arguments and results.
 
-    Of an argument that a fusion changes in place, and of those that the kernel does, only what is read counts.
+    For an argument that a fusion or the kernel changes in place, only the bytes read count.
 
     Args:
-      row_writes: bytes that the kernel gives back and did not write.
+      row_writes: bytes that the kernel returns without having written them.
     """
     computations = {}
     for one in re.split(r"\n(?=(?:ENTRY )?%?[\w.-]+ \()", text):
@@ -297,7 +298,7 @@ def bytes_of(kind: str) -> int:
 
 
 def once(case: Case) -> bool:
-    """Whether everything in a layer runs once, so that it can be counted: no loop over tokens or chunks."""
+    """Whether every launch in a layer runs once (no loop over tokens or chunks), so that bytes can be counted."""
     return case.tokens == case.chunk or (case.chunk == 1 and case.backend == "gpu")
 
 

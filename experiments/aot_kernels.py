@@ -1,4 +1,4 @@
-"""Compiles the kernels for accelerators that are not here, and checks what the compilers made of them.
+"""Compiles the kernels for accelerators without having them, and checks the code that the compilers produce.
 
     make aot
     python experiments/aot_kernels.py --devices v5e v6e --json table.json
@@ -6,13 +6,13 @@
 Every case is `jaxcompress.recurrence.advance.advance` under a scan over layers, as a model runs it, with the stacked
 state as the carry, donated. Checked in the compiled program:
 
-  the state is written in place: as many bytes are aliased as the state has, and K and V are copied nowhere
-  what is allocated beside arguments and results is at most 1 % of the state; for a segment also what comes in
+  the state is written in place: as many bytes are aliased as the state has, and K and V are never copied
+  temporary memory is at most 1 % of the state, plus, for a segment, the size of the inputs
   a layer is one kernel
-  between chips nothing is sent, except the mean over heads where heads on different chips share a set
+  chips send each other nothing, except the mean over heads where heads on different chips share a set
 
-Nothing is executed. Bytes are what XLA's cost analysis counts in a program of one layer, in a kernel by the blocks that
-it asks for.
+Nothing is executed. Bytes come from XLA's cost analysis of a program of one layer. A kernel is counted by the blocks
+that it requests.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from jaxcompress.state.kv_state import KVState
 
 @dataclass(frozen=True)
 class Arguments(Command):
-    """Prints a table, with what is wrong; the exit code is 1 if anything is."""
+    """Prints a table and any failed checks. The exit code is 1 if a check fails."""
 
     devices: tuple[str, ...] = ("v5e", "v6e")
     """TPU generations."""
     only: tuple[int, ...] | None = None
-    """Which cases, by number; all if not given."""
+    """Numbers of the cases to run; all if not given."""
     json: Path | None = None
     """Also write the table here."""
     needs: bool = False
-    """Say what pip has to install, and stop."""
+    """Print the packages that pip has to install, and stop."""
 
 
 QUICK = Arguments(quick=True, devices=("v5e",), only=(0, 16))
@@ -65,15 +65,15 @@ MOST_TEMPORARY = 0.01  # of the state
 
 
 class Case(NamedTuple):
-    """What is compiled.
+    """A case to compile.
 
     Attributes:
-      slots: allocated, the incoming token's included, and those that stay free.
-      tokens, chunk: of a read; 1 and 1 are a decoding step.
-      spread: over a 2 x 2 mesh, by rows and by kv heads.
-      layers: fewer, where the state of all would not fit.
-      spare: slots that stay free, since rows of 8 lie together.
-      backend: `jnp` for comparison; nothing is checked then.
+      slots: number of allocated slots, including the incoming token's and those that stay free.
+      tokens, chunk: sizes of a read; 1 and 1 are a decoding step.
+      spread: whether the state is sharded over a 2 x 2 mesh, by rows and by kv heads.
+      layers: number of layers; fewer where the state of all layers would not fit.
+      spare: slots that stay free, because rows of 8 lie together.
+      backend: `jnp` is for comparison; nothing is checked then.
     """
 
     policy: str
@@ -112,7 +112,7 @@ CASES = (
 
 
 class Found(NamedTuple):
-    """What was compiled, per chip; `wrong` is empty if all is well."""
+    """Measurements of the compiled program, per chip. `wrong` is empty if all checks pass."""
 
     device: str
     case: Case
@@ -180,7 +180,7 @@ def query_dtype(case: Case) -> str:
 
 
 def look(device: str, case: Case) -> Found:
-    """Compiles a case and says what is wrong with it."""
+    """Compiles a case and checks it."""
     program, state = compiled_for(f"{device}:2x2", case)
     text, memory = program.as_text(), program.memory_analysis()
     chips = 4 if case.spread else 1
@@ -208,7 +208,7 @@ def look(device: str, case: Case) -> Found:
     wrong = []
     if not 1 <= aliased <= 1.005:  # more, where memory is padded
         wrong.append(f"{aliased:.4f} of the state are aliased")
-    if case.what != "block":  # a block settles into its slots after attention, by jnp
+    if case.what != "block":  # in a block, jnp writes the slots after attention
         if copies:
             wrong.append(f"{copies} copies of K or V")
         if memory.temp_size_in_bytes > MOST_TEMPORARY * size + (case.tokens > 1) * incoming:
@@ -222,7 +222,7 @@ def look(device: str, case: Case) -> Found:
     if any(count > allowed or kind != "all-reduce" for kind, count in collectives.items()):
         wrong.append(f"chips send {collectives}")
 
-    # A program of one layer has no loop whose turns would have to be guessed.
+    # A program of one layer has no loop whose number of iterations would have to be guessed.
     single = program if case.layers == 1 else compiled_for(f"{device}:2x2", case._replace(layers=1))[0]
     numbers = (size - vectors) // case.layers  # positions and a policy's own, which are read and written
     must = (1 + (case.what == "segment")) * vectors // case.layers + 2 * numbers + incoming
@@ -232,7 +232,7 @@ def look(device: str, case: Case) -> Found:
 
 
 def needs() -> list[str]:
-    """What has to be installed, as pip takes it."""
+    """The packages to install, as arguments of pip."""
     wanted = [one for one in requires("jax") or () if one.startswith("libtpu")]
     return [one.split(";")[0].strip().replace(" ", "") for one in wanted[:1]]
 

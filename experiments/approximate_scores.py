@@ -1,11 +1,11 @@
-"""What approximate scores lose: queries that nobody watches, sketched keys, and scores computed every n-th step.
+"""What approximate scores lose: unobserved queries, sketched keys, and scores computed every n-th step.
 
     python experiments/approximate_scores.py
 
-Every approximation reads the same held-out text as the exact policy beside it, token by token. Both hold what they
-chose themselves, so that differences add up over the text. From the first full state on, `held` is how many tokens a
-query of the approximation sees, and `in both` the share of these that the exact policy has too. `window+4`, which
-watches nothing, is there for scale; +- is the standard error of the mean difference over tokens.
+Every approximation reads the same held-out text as its exact policy, token by token. Each holds the tokens that it
+chose itself, so differences add up over the text. From the first full state on, `held` is how many tokens a query of
+the approximation sees, and `in both` the share of these that the exact policy holds too. `window+4`, which uses no
+attention, is there for scale. +- is the standard error of the mean difference over tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Arguments(OfModel):
     """Prints a line per policy."""
 
     policies: tuple[str, ...] = tuple(APPROXIMATIONS)
-    """Exact ones, each beside its approximations."""
+    """Exact policies; each is run with its approximations."""
     slots: int = 128
     context: int = 1024
     rows: int = 8

@@ -3,8 +3,8 @@
     python experiments/bits_per_byte.py
 
 The held-out topics are joined and read in rows of the model's context, each from a fresh start, with the full cache.
-xz and zstd get the same text in one piece and start from nothing, as they always do; the model has read other Python
-text before, so this says what training bought, not that it is a better compressor.
+xz and zstd get the same text in one piece and have no prior knowledge. The model has read other Python text before, so
+the figures show what training gained, not that the model is a better compressor.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(args: Arguments) -> None:
     text = "\n".join(document.text for document in held_out("topics/"))
     ids = tokenizer.encode(text, add_bos=False)
     rows = rows_of_text(ids, args.context, args.rows, tokenizer.bos_id)
-    # What is not in the rows, such as a last, shorter one, is left out of the count of bytes too.
+    # Text outside the rows, such as a last, shorter row, is not counted in bytes either.
     read = text.encode() if rows[:, 1:].size == len(ids) else tokenizer.decode(rows[:, 1:].reshape(-1)).encode()
     result = perplexity(model, rows, jc.get_policy("full"), args.context)
     bits = result.nats * result.tokens / math.log(2)

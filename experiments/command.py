@@ -1,4 +1,4 @@
-"""How the scripts here read their command lines, and how they end when something is missing."""
+"""Reads the command lines of the scripts here, and ends a script when something is missing."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class OfModel(Command):
-    """What scripts about a language model take."""
+    """The flags of scripts about a language model."""
 
     model: str | None = None
-    """What --model of the commands takes, `smollm2` say; the embedded model if not given."""
+    """A value of the commands' --model, such as `smollm2`; the embedded model if not given."""
 
     def load(self) -> Loaded:
         """The model with float32 weights, and its tokenizer."""

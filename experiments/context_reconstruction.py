@@ -2,8 +2,8 @@
 
     python experiments/context_reconstruction.py --out runs/context_reconstruction.json
 
-Facts are told in the first half of a context, which is read in full and reduced once to so many tokens per head; the
-questions come after that, and nothing more is evicted. So all that differs is which tokens were kept.
+Facts are told in the first half of a context. The context is read in full and reduced once to a fixed number of tokens
+per head. The questions come after that, and nothing more is evicted. So the methods differ only in the tokens kept.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Arguments(OfModel):
     rows: int = 4
     """Contexts."""
     questions: int = 8
-    """Of each row, about as many facts."""
+    """Facts in each row, approximately."""
     slots: tuple[int, ...] = (32, 64, 128, 256)
     """Tokens kept per head."""
     chunk: int = 256
@@ -72,7 +72,7 @@ def main(args: Arguments) -> None:
     say = lambda *what: print(*what, flush=True)
 
     def stats(policy: Policy) -> jnp.ndarray:
-        """What a policy would score after the whole context, before anything went: one-shot compression."""
+        """The scores of a policy after the whole context, before any eviction: one-shot compression."""
         now = init_decode_state(model, policy, read, batch=batch)
         (part,) = prefill(model, contexts, now, mode="chunked", chunk=256, segment=256).kv
         return jnp.broadcast_to(part.stats, scores_shape)

@@ -34,7 +34,7 @@ class Arguments(Command):
     folder: Annotated[Path, tyro.conf.Positional]
     cases: str = "cases_dev.json"
     most: int | None = None
-    """So many of the cases, evenly spread; all if not given."""
+    """How many cases to run, evenly spread; all if not given."""
 
 
 QUICK = Arguments(
@@ -43,12 +43,12 @@ QUICK = Arguments(
 
 
 def count(text: str) -> int:
-    """What stands in for the target model's tokenizer in the recorded runs."""
+    """Counts tokens as the recorded runs did in place of the target model's tokenizer."""
     return len(_TOKENS.findall(text))
 
 
 def differences(case: dict[str, Any], compressor: OfficialCompressor) -> list[str]:
-    """What is not as recorded; empty if all is."""
+    """The differences from the record; empty if all values are equal."""
     try:
         result = compressor.compress(case["context"], **case["kwargs"])
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Trims the numbers that kvpress gave on two tiny random Llamas to what the tests compare with.
+"""Trims the outputs of kvpress on two tiny random Llamas to the numbers that the tests use.
 
     python experiments/make_kvpress_fixtures.py FOLDER [--to tests/fixtures/kvpress]
 
@@ -64,14 +64,14 @@ def merged_values(dump: Dump, layer: int) -> np.ndarray:
 
 
 def trimmed(dump: Dump) -> dict[str, np.ndarray]:
-    """All that is kept of one model's dump."""
+    """The trimmed arrays of one model's dump."""
     kept = {}
     for layer in range(LAYERS):
         kept |= {f"full/{x}{layer}": dump[f"full/{x}{layer}"] for x in "kv"}
         for name in SCORERS:
             kept[f"{name}/score{layer}"] = dump[f"{name}/score{layer}"].astype(np.float32)
         for name, base in WRAPPERS.items():
-            score = dump[f"{name}/score{layer}"]  # of chunk_knorm: of the last chunk alone
+            score = dump[f"{name}/score{layer}"]  # chunk_knorm's score covers the last chunk only
             assert np.allclose(score, dump[f"{base}/score{layer}"][..., -score.shape[-1] :], rtol=1e-6)
         for name in [*SCORERS, *WRAPPERS]:
             if name == "adakv_snapkv":
@@ -84,7 +84,7 @@ def trimmed(dump: Dump) -> dict[str, np.ndarray]:
 
 
 def write_random_dumps(folder: Path) -> None:
-    """As kvpress's in names and in what has to hold, with other numbers: 1 row, 2 heads, 3 of 6 tokens kept."""
+    """Writes random dumps with kvpress's names and constraints: 1 row, 2 heads, 3 of 6 tokens kept."""
     rng = np.random.default_rng(0)
     score = rng.random((1, 2, 6))
     best = np.argsort(-score, -1, kind="stable")[..., :3]

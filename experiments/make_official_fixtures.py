@@ -1,4 +1,4 @@
-"""Trims the numbers that the policies' official code gave to what the tests compare with.
+"""Trims the outputs of the policies' official code to the numbers that the tests use.
 
     python experiments/make_official_fixtures.py FOLDER [--to tests/fixtures/official]
 
@@ -39,7 +39,7 @@ QUICK = Arguments(quick=True, folder=Path("runs/quick/official_dumps"), to=Path(
 
 
 def small(x: np.ndarray) -> np.ndarray:
-    """Tokens and positions fit in 16 bits."""
+    """Converts to 16 bits, into which tokens and positions fit."""
     if not np.issubdtype(x.dtype, np.integer):
         return x
     trimmed = x.astype(np.int16)
@@ -69,7 +69,7 @@ STREAMING = {"stream": ("start_recent",), "stream_ppl": ("logits",), "stream_spa
 
 
 def write_random_dumps(folder: Path) -> None:
-    """As the authors' in names, with other numbers."""
+    """Writes dumps with the names of the authors' arrays and random numbers."""
     numbers = np.arange(6).reshape(2, 3)
     config = np.array(json.dumps(dict.fromkeys(CONFIG, 1)))
     names = ("w/embedding", "input_ids", "cont_ids", "full/prompt_logits", "full/cont_logits")

@@ -83,7 +83,7 @@ def configs() -> dict[str, PreTrainedConfig]:
 
 
 def rope_cases() -> list[dict[str, Any]]:
-    """Config entries; what is left out is to be found as transformers finds it."""
+    """Config entries. Omitted entries must be inferred as transformers infers them."""
     long = dict(max_position_embeddings=4096)
     yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=1024)
     return [

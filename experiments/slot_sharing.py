@@ -1,9 +1,9 @@
-"""What sharing slots unevenly over layers and heads is worth, at equal totals, on the embedded model.
+"""What an uneven allocation of slots to layers and heads gains, at equal totals, on the embedded model.
 
     python experiments/slot_sharing.py --out runs/slot_sharing.json
 
-Heads are measured on held-out documents that are not read afterwards. Every line of the table has the same number of
-slots in all; its bytes are measured.
+Heads are measured on held-out documents that are not used in the evaluation. Every line of the table has the same total
+number of slots; its bytes are measured.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Arguments(OfModel):
     context: int = 2048
     """Tokens of a row."""
     questions: int = 8
-    """Of each row, about as many facts."""
+    """Facts in each row, approximately."""
     rows: int = 4
-    """Of text, and of recall tasks."""
+    """Rows of text, and rows of recall tasks."""
     slots: tuple[int, ...] = (64, 128, 256)
     """Mean capacities of the bounded lines."""
     streaming: int = 36

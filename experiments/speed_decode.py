@@ -1,4 +1,4 @@
-"""What a fixed memory costs and saves, as ratios measured in one run (medians, the two sides taken in turn).
+"""What a fixed memory costs and saves, as ratios measured in one run (medians, with both sides run alternately).
 
     python experiments/speed_decode.py
 
@@ -7,8 +7,8 @@
   read     an exact streaming read of a prompt / the same token by token through the whole model / plain full attention
   start    seconds from starting `jaxcompress generate` to its first text, compilation cache warm
 
-"Plain full attention" is `jax.nn.dot_product_attention`, JAX's own; the library's `causal_attention`, which skips what
-lies above the diagonal and is the faster on a CPU, is reported beside it.
+"Plain full attention" is `jax.nn.dot_product_attention`, JAX's own. The library's `causal_attention`, which skips
+blocks above the diagonal and is faster on a CPU, is reported beside it.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class Arguments(Command):
     slots: int = 128
     prompt: int = 2048
     long: int = 100_000
-    """Where the second point of `flat` lies, in tokens."""
+    """Second point of `flat`, in tokens."""
     batches: tuple[int, ...] = (1, 8)
     """Rows of `step`."""
     steps: int = 256
     """Timed steps of `step`."""
     widths: tuple[int, ...] = (256, 512)
-    """Of the models of random weights that `read` takes beside the embedded one."""
+    """Widths of the models of random weights on which `read` runs beside the embedded model."""
     starts: int = 3
-    """Timed starts of the program; one before them fills the cache."""
+    """Timed starts of the program; one start before them fills the cache."""
     repeats: int = 7
     parts: tuple[str, ...] = ("step", "flat", "read", "start")
     out: Path | None = None
@@ -71,7 +71,7 @@ def decoder_of_width(width: int) -> Decoder:
 
 
 def in_turn(repeats: int, **runs: Callable[[], Any]) -> dict[str, float]:
-    """Median seconds of each, run one after the other, again and again; the first round is not counted."""
+    """Median seconds of each function. All run once per round; the first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():

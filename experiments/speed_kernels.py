@@ -1,4 +1,4 @@
-"""Kernels on the device at hand: first whether they are right, then how fast they are beside what else there is.
+"""Kernels on this machine's device: first their correctness, then their speed beside the alternatives.
 
     python experiments/speed_kernels.py            # on a TPU or a GPU; some minutes
     python experiments/speed_kernels.py --quick    # anywhere: tiny shapes, interpreted; its numbers mean nothing
@@ -12,11 +12,11 @@
   block     queries over slots and their own keys, with the mass
 
 A step is timed in a loop inside one compiled function, over the layers of a stacked state that is several times larger
-than the cache, so that no layer is found there again; what a turn computes is needed by the next. Seconds are medians
-of repeats, the sides taken in turn. On a GPU the durations that the driver records of the launches (CUPTI) are shown
-too, where they can be had. "Of copying" is: bytes that must move (keys and values once, a row of each, queries, output
-and mass) / seconds, over bytes / seconds of copying a large array, measured in the same run. Whatever does not fit into
-the minutes that were allowed is left out, and said.
+than the cache, so no layer is still cached from the iteration before. Each iteration depends on the result of the one
+before. Seconds are medians of repeats, with all sides run alternately. On a GPU, the launch durations that the driver
+records (CUPTI) are shown too, if available. "Of copying" is: bytes that must move (keys and values once, a row of each,
+queries, output and mass) / seconds, over bytes / seconds of copying a large array, measured in the same run. Rows that
+do not fit into the allowed minutes are left out, and the script says so.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Arguments(Command):
     """Prints tables in markdown."""
 
     minutes: float = 7.5
-    """Stop beginning new rows after so many."""
+    """Start no new rows after so many minutes."""
     slots: tuple[int, ...] = (128, 512, 2048, 8192)
     rows: tuple[int, ...] = (1, 8, 64, 256)
     group: int = 4
@@ -68,15 +68,15 @@ QUICK = Arguments(quick=True, slots=(16, 40), rows=(1, 2))
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured with.
+    """Settings of the measurements.
 
     Attributes:
       name: the backend; None where no kernel can run.
       heads, width, group: K, D, G.
       cache: bytes that a stacked state must exceed.
-      most: bytes that it may have.
-      steps, repeats: turns of the loop, and how often it is run.
-      until: when to stop beginning new rows.
+      most: bytes that a stacked state may have at most.
+      steps, repeats: iterations of the loop, and how often the loop is run.
+      until: the time after which no new rows are started.
     """
 
     name: Any
@@ -91,7 +91,7 @@ class Bench:
 
 
 def bench(args: Arguments) -> Bench:
-    """For the device at hand."""
+    """The settings for this machine's device."""
     where, kind = devices.device()
     able = [name for name in ("gpu", "tpu") if dispatch.limits(name).runs_on(where, kind)]
     until = time.monotonic() + 60 * args.minutes
@@ -136,14 +136,14 @@ def a_token(on: Bench, rows: int, dtype: str) -> tuple[jax.Array, tuple[Stored, 
 
 
 def must_move(on: Bench, slots: int, rows: int, stored: Stored, layers: int) -> float:
-    """Bytes of a step: keys and values of a layer, a row of each written, query, output, mass."""
+    """Bytes that a step must move: keys and values of a layer, a row of each written, query, output, mass."""
     layer = 2 * sum(x.nbytes for x in jax.tree.leaves(stored)) / layers
     heads = rows * on.heads * on.group
     return layer * (1 + 1 / slots) + heads * (2 * 2 * on.width + 4 * slots)
 
 
 def stepper(on: Bench, backend: Any, slots: int, rows: int, dtype: str, layers: int, steps: int) -> Callable[..., Any]:
-    """A loop of decoding steps over the layers in turn; the state is donated and given back."""
+    """A loop of decoding steps over the layers in turn. The state is donated and returned."""
 
     @partial(jax.jit, donate_argnums=0)
     def loop(stored: Any, q: jax.Array, new: Any) -> Any:
@@ -163,7 +163,7 @@ def stepper(on: Bench, backend: Any, slots: int, rows: int, dtype: str, layers: 
 
 
 def sdpa(on: Bench, rows: int, layers: int, steps: int) -> Callable[..., Any]:
-    """A loop of JAX's attention of one query over as many keys, in the layout that it asks for."""
+    """A loop of JAX's attention of one query over as many keys, in the layout that it requires."""
 
     @jax.jit
     def loop(stored: Any, q: jax.Array) -> Any:
@@ -218,7 +218,7 @@ def in_turn(repeats: int, **runs: Callable[[], Any]) -> dict[str, float]:
 
 
 def recorded(run: Callable[[], Any]) -> float | None:
-    """Seconds that the driver records of a run's launches; None where it does not."""
+    """Seconds that the driver records for a run's launches; None if it records none."""
     if jax.default_backend() != "gpu":
         return None
     try:
@@ -346,8 +346,8 @@ SEGMENT, BLOCK = policies.TOVA("kv_head"), policies.H2O(0.5, "kv_head")
 
 
 def same_tokens(on: Bench, policy: policies.Policy, slots: int, tokens: int, chunk: int) -> tuple[float, float]:
-    """Share of the tokens kept by the kernel that the jnp path keeps too, and the largest difference of outputs where
-    both had kept the same until then. In bfloat16 near ties may fall either way."""
+    """Share of the tokens kept by the kernel that the jnp path keeps too, and the largest difference of outputs while
+    both have kept the same tokens. In bfloat16, near ties may be decided either way."""
     args = a_segment(on, policy, slots, 2, tokens)
     (ours, state, freed), (theirs, then, freed_then) = (
         reader(policy, backend, chunk)(*args) for backend in (on.name, "jnp")
@@ -485,7 +485,7 @@ def main(args: Arguments) -> int:
 
 
 def declined(on: Bench, op: Any, policy: policies.Policy, slots: int) -> str | None:
-    """Why the kernel at hand does not do it."""
+    """Why the kernel declines a call; None if it does not."""
     if on.name is None:
         return "no kernel runs here"
     rule = policy.rule(slots)

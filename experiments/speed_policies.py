@@ -2,8 +2,9 @@
 
     python experiments/speed_policies.py
 
-The plain side overwrites a ring of slots in turn: no scores, no eviction. Medians of steps taken in turn, the state
-full. Policies whose scores cost a sort or another pass over the keys are shown at every step and at every 16th.
+The plain side overwrites a ring of slots in turn: no scores, no eviction. Figures are medians of steps run alternately,
+with a full state. Policies whose scores need a sort or another pass over the keys are shown with scores at every step
+and at every 16th.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Arguments(Command):
     slots: int = 256
     batch: int = 1
     width: int = 256
-    """Of the model: 6 layers of random weights."""
+    """Width of the model: 6 layers of random weights."""
     steps: int = 128
     repeats: int = 5
     out: Path | None = None

@@ -1,11 +1,12 @@
-"""Prompt compression beside the published package, in one process and in turn.
+"""Prompt compression beside the published package, run alternately in one process.
 
     pip install torch==2.13.0 transformers==4.57.6 llmlingua==0.2.2 accelerate
     python experiments/speed_prompt.py FOLDER...
 
-Each FOLDER holds an encoder; its name has to contain `bert-base-multilingual-cased` or `xlm-roberta-large`, by which
-the package knows what it is. The text is the documentation in this Python installation. Tokens are the encoder's, of
-the whole input; the target model's are counted by a regular expression on both sides, since tiktoken needs a download.
+Each FOLDER holds an encoder. Its name has to contain `bert-base-multilingual-cased` or `xlm-roberta-large`, by which
+the package recognises the encoder. The text is the documentation in this Python installation. Tokens are the encoder's
+tokens of the whole input. The target model's tokens are counted by a regular expression on both sides, because tiktoken
+needs a download.
 With `--width` an encoder of that width and random weights is made from the first folder's tokenizer.
 """
 
@@ -43,17 +44,17 @@ class Arguments(Command):
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     words: int = 1000
-    """Of a prompt."""
+    """Words of a prompt."""
     batches: tuple[int, ...] = (1, 32)
-    """Prompts given at once."""
+    """Prompts per call."""
     repeats: int = 5
     rate: float = 0.5
     width: int | None = None
     layers: int = 6
     package: bool = True
-    """The published package too, not only this library's two ways."""
+    """Also run the published package, not only this library's two ways."""
     dtype: str | None = None
-    """Of weights and products here, `bfloat16` for instance; the package's stay float32."""
+    """Dtype of this library's weights and products, such as `bfloat16`; the package uses float32."""
 
 
 QUICK = Arguments(quick=True, folders=(compressor_folder(),), words=40, batches=(1, 2), repeats=1, package=False)

@@ -44,16 +44,16 @@ class Arguments(Command):
     slots: int = 128
     segment: int = 256
     tokens: int = 4096
-    """Of a batch: rows are this divided by the length."""
+    """Tokens of a batch; the number of rows is this divided by the length."""
     width: int = 256
-    """Of the model: 6 layers of random weights."""
+    """Width of the model: 6 layers of random weights."""
     repeats: int = 3
     beside: bool = True
     """Also `jax.nn.dot_product_attention`, which holds all probabilities at once."""
     memory: bool = True
     forms: tuple[Form, ...] = ("parallel", "rematerialised")
     reaches: tuple[int, ...] = (1, 2)
-    """Segments over which the gradient goes back, beside all of them; of these `time` takes the first."""
+    """Segments over which the gradient goes back, beside the whole row; `time` uses the first of these."""
     out: Path | None = None
     """Also write the results here (JSON)."""
 

@@ -4,8 +4,8 @@
 
 A random model in the shape of LLaVA-1.5 (32 layers, 576 patches), narrow enough for a laptop. Figures depend on shapes
 only, not on weights. FLOPs are the compiler's count (`cost_analysis`) of every layer at the length that it sees, and of
-what decides and moves tokens between them; layer by layer, since that count takes the body of a loop once. Time is the
-median of whole prefills, one method after the other in every round; ratios are to all patches.
+the pruning steps between layers. They are counted layer by layer, because the compiler counts the body of a loop once.
+Time is the median of whole prefills, with all methods run once per round. Ratios are to all patches.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from jaxcompress.vision.reading import layer_prunings
 BEFORE, AFTER, WRITTEN = 35, 29, 16
 """Words before the picture (LLaVA's system prompt), after it, and room for those written."""
 PROGRESSIVE = ("mustdrop", "sparsevlm", "sparsevlm+", "fitprune")
-"""Methods that drop in several layers: their number is the mean over layers, as their papers count."""
+"""Methods that drop tokens in several layers. Their token count is the mean over layers, as in their papers."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Arguments(Command):
 
     keep: int = 64
     methods: tuple[str, ...] = ("grid", "fastv", "mustdrop")
-    """Those that cannot have so few are left out, and it is said why."""
+    """Methods that cannot keep so few tokens are left out, and the script says why."""
     layers: int = 32
     width: int = 256
     side: int = 24
-    """Patches of a side of the picture."""
+    """Patches per side of the picture."""
     runs: int = 5
     out: Path | None = None
     """Also write the results here (JSON)."""
@@ -77,7 +77,7 @@ def start(config: LlavaConfig, tokens: int, visual: int, seed: int = 0) -> Hidde
 
 
 def flops(model: Decoder, config: LlavaConfig, method: Method) -> float:
-    """Of all layers and pruning steps, each compiled by itself."""
+    """FLOPs of all layers and pruning steps, each compiled by itself."""
     counts = method.tokens_per_layer(config)
     words = BEFORE + AFTER
     layers = sum(_layer_flops(model, words + count) for count in counts)
@@ -134,7 +134,7 @@ def prefill(model: Decoder, block: HiddenBlock, config: LlavaConfig, method: Met
 
 
 def chosen(options: Arguments, config: LlavaConfig) -> dict[str, Method]:
-    """All patches, and the methods by name; those that cannot have so few are left out."""
+    """All patches, and the methods by name, without those that cannot keep so few tokens."""
     methods = {"full": get_method("full")}
     for name in options.methods:
         try:

@@ -34,7 +34,7 @@ class Arguments(OfModel):
     context: int = 1024
     rows: int = 8
     questions: int = 8
-    """Of each row, about as many facts."""
+    """Facts in each row, approximately."""
     dtypes: tuple[str, ...] = DTYPES
     wide: int = 1024
     """Slots of the state whose steps are timed."""

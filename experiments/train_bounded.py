@@ -3,9 +3,9 @@
     python experiments/train_embedded.py --out runs/embedded
     python experiments/train_bounded.py --model runs/embedded/model --out runs/bounded [--texts folder/]
 
-Every method starts from the model that `train_embedded.py` makes and sees the same rows in the same order (documents
-and recall tasks woven into them, as there; nothing held out is read). The model that ships is one of these, trained
-with `distilled-retention` on longer rows (docs/embedded_model.md).
+Every method starts from the model that `train_embedded.py` makes and sees the same rows in the same order: documents
+with recall tasks woven into them, as in that script, and nothing held out. The model that ships was trained with
+`distilled-retention` on longer rows (docs/embedded_model.md).
 
   untrained        the model as it is given
   full             trained with the full cache
@@ -18,12 +18,12 @@ with `distilled-retention` on longer rows (docs/embedded_model.md).
   full-time        with the full cache for as many seconds as `tova` took
   full-flops       with the full cache for as many floating-point operations as `tova` took
 
-All of them keep the auxiliary loss of the model's last stage (`foresight`): which tokens a policy keeps has no
-gradient, so that nothing else asks attention to stay on what will be needed.
+All of them keep the auxiliary loss of the model's last stage (`foresight`). The choice of tokens that a policy keeps
+has no gradient, so no other loss keeps attention on tokens that will be needed.
 
-Measured on held-out rows with facts: loss at each size of the state and with the full cache, and how many questions are
-answered; and, if there is a folder of text files, the loss on these. A run that was stopped goes on with what is
-missing; models stay in `out`.
+On held-out rows with facts, the script measures the loss at each size of the state and with the full cache, and how
+many questions are answered. If a folder of text files is given, it also measures the loss on these. A run that was
+stopped continues with the missing methods; models stay in `out`.
 
 The share of the gap that is closed is (untrained - trained) / (untrained - full), in nats at equal slots, where full is
 the full cache of the model that was trained with it on as many tokens.
@@ -70,7 +70,7 @@ from jaxcompress.training.trainer import init_train_state, make_step
 
 @dataclass(frozen=True)
 class Arguments(Command):
-    """Trains and measures; a run that was stopped goes on with what is missing."""
+    """Trains and measures. A run that was stopped continues with the missing methods."""
 
     methods: tuple[str, ...] = (
         "untrained", "full", "tova", "distilled-tova", "window+4", "h2o-layer", "retention", "distilled-retention",
@@ -82,7 +82,7 @@ class Arguments(Command):
     rows: int = 4
     """Per step."""
     peak: float = 1e-3
-    """Highest learning rate of models; networks that learn to forget take three times as much."""
+    """Highest learning rate of models; networks that learn to forget use three times as much."""
     segment: int = 256
     bptt_segments: int | None = None
     """Segments over which the gradient goes back; all of them if not given."""
@@ -99,7 +99,7 @@ class Arguments(Command):
     tasks: int = 16
     """Held-out rows, the same for all."""
     questions: int = 8
-    """Of each of them, about as many facts."""
+    """Facts in each held-out row, approximately."""
     model: str | None = None
     """Where training starts, a folder with a tokenizer; the model that ships if not given."""
     texts: Path | None = None
@@ -163,13 +163,13 @@ def through_states(policy: jc.Policy, args: Arguments, **how: Any) -> Objectives
 
 
 def in_turn(make: Callable[[int], Callable[..., Any]], args: Arguments) -> Objectives:
-    """One objective for each turn; turns of one size share it, and what is compiled for it."""
+    """One objective for each turn. Turns of one size share the objective and its compiled step."""
     by_size = {fraction: make(fraction) for fraction in args.turns}
     return [by_size[fraction] for fraction in args.turns]
 
 
 def with_foresight(objective: Callable[..., Any], args: Arguments) -> Callable[..., Any]:
-    """An objective of a decoder, and the auxiliary loss of a plain pass over some of the rows."""
+    """Adds to a decoder's objective the auxiliary loss of a plain pass over some of the rows."""
     if not args.foresight:
         return objective
 
@@ -188,7 +188,7 @@ def with_foresight(objective: Callable[..., Any], args: Arguments) -> Callable[.
 
     def both(model: Decoder, batch: Batch, step: Any, key: Any) -> tuple[dict[str, Any], Any]:
         metrics, slope = objective(model, batch, step, key)
-        # Where answers are given, and anywhere.
+        # Sample queries at answers and at random positions.
         tokens, weights = batch.tokens[: args.watched, :-1], batch.weights[: args.watched]
         noise = jax.random.uniform(key, weights.shape)
         answers = jax.lax.top_k(weights + 0.1 * noise, SAMPLED[1])[1]
@@ -201,7 +201,7 @@ def with_foresight(objective: Callable[..., Any], args: Arguments) -> Callable[.
 
 
 def watching(model: Decoder) -> Objectives:
-    """A retention head watches the model read."""
+    """The objective of a retention head that is trained on the model's attention."""
 
     def objective(head: Any, batch: Batch, step: Any, key: Any) -> tuple[dict[str, Any], Any]:
         watch = lambda head: retention_loss(model, batch.tokens[:, :-1], head, scope="layer")
@@ -212,7 +212,7 @@ def watching(model: Decoder) -> Objectives:
 
 
 def with_retention(teacher: Decoder, args: Arguments) -> Objectives:
-    """Of a model and a retention head, for each size of the state in turn."""
+    """Objectives of a model and a retention head, for each size of the state in turn."""
 
     def at(fraction: int) -> Callable[..., Any]:
         how: dict[str, Any] = dict(
@@ -227,11 +227,11 @@ def with_retention(teacher: Decoder, args: Arguments) -> Objectives:
 
 
 class Trained(NamedTuple):
-    """What training gave.
+    """The result of training.
 
     Attributes:
-      policy: what the model is to be read with; None: any.
-      seconds: of all steps, compilation left out.
+      policy: the policy for reading with the model; None: any.
+      seconds: time of all steps, without compilation.
     """
 
     model: Decoder
@@ -273,7 +273,7 @@ def models(peak: Callable[[float], optax.Schedule]) -> optax.GradientTransformat
 
 
 def heads(peak: Callable[[float], optax.Schedule]) -> optax.GradientTransformation:
-    """Networks that learn to forget start from nothing."""
+    """The optimizer of networks that learn to forget, which start untrained."""
     return optax.adam(peak(3))
 
 
@@ -336,7 +336,7 @@ def text_rows(tokenizer: jc.Tokenizer, folder: Path, args: Arguments) -> np.ndar
 
 
 def steps_of(method: str, seed: int, model: Decoder, args: Arguments) -> int:
-    """As many as told, or what costs as much as `tova`."""
+    """The number of steps: as given, or as many as cost the same as `tova`."""
     if method == "full-time":
         tova, plain = (
             json.loads((args.out / f"{name}-{seed}.json").read_text())["seconds"] for name in ("tova", "full")

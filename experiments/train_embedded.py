@@ -47,8 +47,8 @@ CONFIG = DecoderConfig(
 
 @dataclass(frozen=True)
 class Stage:
-    """So many steps of so many rows of so many tokens; `text` is the share of rows without a task, `foresight` the
-    weight of the loss that asks attention to keep looking at what will be needed."""
+    """A number of steps, rows and tokens per row. `text` is the share of rows without a task. `foresight` is the weight
+    of the loss that keeps attention on tokens that will be needed."""
 
     steps: int
     rows: int
@@ -76,7 +76,7 @@ class Arguments(Command):
     """Highest learning rate."""
     save_every: int = 100
     stop_at: int | None = None
-    """Export what there is after so many steps; the schedule stays that of the whole run."""
+    """Stop after so many steps and export the model; the schedule stays that of the whole run."""
     stages: tuple[Stage, ...] = STAGES
     characters: int | None = None
     """Read only documents up to so many characters in all."""
@@ -171,7 +171,7 @@ class Batches:
 
 
 def sample_queries(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
-    """Where foresight looks, [B, R]: random positions, and those from which answers are predicted."""
+    """Queries sampled for foresight, [B, R]: random positions, and those from which answers are predicted."""
     rows = []
     for row in weights:
         answers = np.flatnonzero(row > 1)[: SAMPLED[1]]

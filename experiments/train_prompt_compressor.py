@@ -4,7 +4,7 @@
 
 Two kinds of labelled words, half of the rows each:
 
-- people's: sentences and what is left of them when words are deleted, JSON lines with "sentence" and "compression"
+- people's: sentences and their compressions by deleting words, JSON lines with "sentence" and "compression"
   (Filippova and Altun 2013, made from news headlines); the last --held-out lines are never trained on;
 - our own rules': documentation topics and docstrings that every Python installation carries. Of each piece, --rule-rate
   of the words stay: by half of no function words, by half of what the embedded language model did not expect.
@@ -45,7 +45,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 class Stage(NamedTuple):
-    """So many steps of so many rows of so many tokens."""
+    """A number of steps, rows per step and tokens per row."""
 
     steps: int
     rows: int
@@ -61,7 +61,7 @@ class Arguments(Command):
     """Trains the compressor; writes checkpoints, a log and the model folder under `out`."""
 
     data: Path | None = None
-    """JSON lines with "sentence" and "compression"; asked for, but with `--quick`, which makes some up."""
+    """JSON lines with "sentence" and "compression"; required, except with `--quick`, which makes some up."""
     out: Path = Path("runs/compressor")
     seed: int = 0
     vocabulary: int = 4096
@@ -71,10 +71,10 @@ class Arguments(Command):
     peak: float = 3e-3
     """Highest learning rate."""
     held_out: int = 1000
-    """The last lines of `data`."""
+    """Held-out lines: the last of `data`."""
     rule_rate: float = 0.45
     rule_characters: int = 1_200_000
-    """Of documentation and docstrings."""
+    """Characters of documentation and docstrings."""
     people: float = 0.65
     """Share of the rows whose labels are people's."""
 
@@ -126,7 +126,7 @@ def docstrings(source: str) -> list[str]:
 
 
 def by_rules(pieces: list[str], rate: float) -> list[Example]:
-    """Labels of our own rules."""
+    """Examples labelled by our own rules."""
     loaded = load_embedded()
     reader = Reader(loaded.model, loaded.tokenizer, slots=128, segment=256)
     scorer = mixed((0.5, content_words()), (0.5, self_information(reader)))

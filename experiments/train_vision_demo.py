@@ -2,9 +2,9 @@
 
     python experiments/train_vision_demo.py --out runs/vision
 
-The tower comes first. Nobody asks it anything: two heads that are thrown away tell what each patch shows, from its own
-feature, and what occurs in the picture, from the class token, whose attention many methods rely on. Then the tower
-stays as it is, as in LLaVA, and projector and decoder learn to answer. Sixteen questions about each picture are
+The tower is trained first, without questions. Two heads, thrown away afterwards, predict what each patch shows, from
+its own feature, and what occurs in the picture, from the class token, whose attention many methods rely on. Then the
+tower is frozen, as in LLaVA, and projector and decoder learn to answer. Sixteen questions about each picture are
 answered at once: every question sees the picture and itself, as if it were asked alone.
 
 The run can be stopped and started again.
@@ -74,7 +74,7 @@ QUICK = Arguments(quick=True, out=Path("runs/quick/vision"), steps=(1, 1), rows=
 
 
 class Pictures(NamedTuple):
-    """A batch. `fit` and `make_step` know it by its weights.
+    """A batch. `fit` and `make_step` use its `weights`.
 
     Attributes:
       pixels: [B, 3, SIDE, SIDE] uint8.
@@ -94,7 +94,7 @@ class Pictures(NamedTuple):
 
 
 class Stream:
-    """Batch after batch of new pictures; where it is, is one number."""
+    """An endless stream of batches of new pictures. Its position is one number."""
 
     def __init__(self, rows: int, seed: int):
         self.rows, self.seed, self.at = rows, seed, 0
@@ -127,7 +127,7 @@ class Stream:
 
 
 class Heads(nnx.Module):
-    """What helps the tower to learn and is then thrown away."""
+    """The heads that train the tower and are then thrown away."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         linear = lambda m: nnx.Linear(CONFIG.tower.hidden_size, m, rngs=rngs)
@@ -159,7 +159,7 @@ def answers(projector: Any, decoder: Any, features: jax.Array, tokens: jax.Array
 
 
 def tower_objective(params: Any, batch: Pictures, step: Any, key: Any) -> tuple[Mapping[str, Any], Any]:
-    """What each patch shows, and what occurs in the picture."""
+    """The loss of predicting what each patch shows and what occurs in the picture."""
 
     def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         tower, heads = params["tower"], params["heads"]
@@ -167,7 +167,7 @@ def tower_objective(params: Any, batch: Pictures, step: Any, key: Any) -> tuple[
         features, _ = tower.run_layers(patches, range(CONFIG.feature_layers))
         last, _ = tower.run_layers(features, range(CONFIG.feature_layers, CONFIG.tower.num_layers))
         x = features.hidden[:, 1:]
-        # Most patches show the ground: what is on the others counts as much as all of it.
+        # Most patches show the ground. All the others together count as much as all of it.
         there = batch.names > 0
         weight = jnp.where(there, there.size / there.sum(), 1.0) / there.size
         name, colour = token_losses(heads.name(x), batch.names), token_losses(heads.colour(x), batch.colours)
@@ -181,7 +181,7 @@ def tower_objective(params: Any, batch: Pictures, step: Any, key: Any) -> tuple[
 
 
 def answer_objective(tower: Any) -> Any:
-    """Answers, and that nothing follows them; the tower is not changed."""
+    """The loss of predicting answers and their ends; the tower is not trained."""
 
     def objective(params: Any, batch: Pictures, step: Any, key: Any) -> tuple[Mapping[str, Any], Any]:
         pixels = (batch.pixels / 255.0 - MEAN) / STD
@@ -200,7 +200,7 @@ def answer_objective(tower: Any) -> Any:
 
 
 def train(name: str, params: Any, objective: Any, steps: int, args: Arguments) -> Any:
-    """One of the two parts of the run; goes on where it was."""
+    """Runs one of the two parts of the training; continues where it was stopped."""
     optimizer = muon_for_decoder(warmup_stable_decay(args.peak, steps, warmup=50, decay=0.5))
     state, data = init_train_state(params, optimizer, seed=args.seed), Stream(args.rows, args.seed)
 

@@ -1,4 +1,4 @@
-"""The numbers that tests of `jaxcompress.vision` need, out of a folder as `vision_parity.py` reads it.
+"""Extracts the numbers that tests of `jaxcompress.vision` need from a folder in the format of `vision_parity.py`.
 
     python experiments/trim_vision_fixtures.py FOLDER --out tests/fixtures/vision
 

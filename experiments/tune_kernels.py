@@ -1,4 +1,4 @@
-"""Finds the fastest sizes of a kernel's blocks on the device at hand, and keeps them where kernels look for them.
+"""Finds the fastest block sizes of a kernel on this machine's device, and saves them where kernels look for them.
 
 python experiments/tune_kernels.py --slots 512 --batch 8
 """
@@ -28,16 +28,16 @@ class Arguments(Command):
     backend: Literal["tpu", "gpu", "tpu-interpret", "gpu-interpret"] = "tpu"
     ops: tuple[Literal["step", "step_evict", "segment", "block"], ...] = ("step", "step_evict", "segment", "block")
     slots: int = 512
-    """Slots of the state, capacity and 1."""
+    """Slots of the state: capacity + 1."""
     batch: int = 8
     kv_heads: int = 8
     group: int = 4
     head_dim: int = 128
     sets: Literal["shared", "per head"] = "shared"
     dtype: str = "bfloat16"
-    """Of the state; queries are bfloat16, or float32 with a state of float32."""
+    """Dtype of the state. Queries are bfloat16, or float32 if the state is float32."""
     tokens: int = 512
-    """Of a segment and of a block."""
+    """Tokens of a segment and of a block."""
     repeats: int = 20
 
 
@@ -47,7 +47,7 @@ QUICK = Arguments(
 
 
 def main(args: Arguments) -> None:
-    if args.quick:  # sizes of so small a call are nobody's
+    if args.quick:  # sizes for so small a call are of no use
         os.environ["XDG_CACHE_HOME"] = "runs/quick/cache"
     if not args.backend.endswith("interpret"):
         try:

@@ -1,4 +1,4 @@
-"""Even over space and time: how evenly methods keep, and how many answers they get right.
+"""Uniformity in space and time: how evenly methods keep tokens, and how many answers are right.
 
     python experiments/uniformity.py --out docs/uniformity.png
 
@@ -68,7 +68,7 @@ def space(args: Arguments) -> list[tuple[str, int, float, float, float]]:
 
 
 def video(args: Arguments) -> dict[str, np.ndarray]:
-    """Kept patches of each frame, mean over videos, by who shares the budget of 16 a frame among all of them."""
+    """Kept patches of each frame, mean over videos, for each method that divides a budget of 16 per frame."""
     loaded = load_embedded_vision()
     model, n, total = loaded.model, 16 * args.frames, loaded.config.tower.num_patches
 

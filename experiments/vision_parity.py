@@ -1,4 +1,4 @@
-"""Vision token reduction against numbers of the authors' code: every file of a folder, equal or not, by method.
+"""Compares vision token reduction with the numbers of the authors' code, for every file of a folder, by method.
 
     python experiments/vision_parity.py FOLDER [--only mustdrop] [--verbose]
 
@@ -37,7 +37,7 @@ class Arguments(Command):
     only: str = ""
     """Part of `method/file`."""
     verbose: bool = False
-    """Every comparison."""
+    """Print every comparison."""
 
 
 QUICK = Arguments(
@@ -46,7 +46,7 @@ QUICK = Arguments(
 TOLERANCE = 1e-4
 Numbers = dict[str, np.ndarray]
 
-# Compiled whole: one operation after the other would take minutes.
+# Compiled as a whole: running the operations one by one would take minutes.
 bipartite = jax.jit(tome.bipartite, static_argnums=1, static_argnames=("class_token", "distill_token"))
 every_kth = jax.jit(tome.every_kth, static_argnums=1)
 largest = jax.jit(merging.largest)
@@ -80,13 +80,13 @@ class Case:
         return round(float(self.numbers[key].reshape(-1)[i]), 6)
 
     def same(self, what: str, ours: Any, theirs: Any) -> None:
-        """Integers and sets."""
+        """Compares integers and sets exactly."""
         ours, theirs = np.asarray(ours), np.asarray(theirs)
         equal = ours.shape == theirs.shape and bool((ours == theirs).all())
         self.found.append((what, equal, "" if equal else f"{ours.tolist()} is not {theirs.tolist()}"))
 
     def close(self, what: str, ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> None:
-        """Values, with the tolerance relative to 1 and to the largest of them."""
+        """Compares values, with the tolerance relative to 1 and to the largest of them."""
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         if ours.shape != theirs.shape:
             self.found.append((what, False, f"shape {ours.shape} is not {theirs.shape}"))
@@ -96,7 +96,7 @@ class Case:
 
 
 def read(path: Path) -> Numbers:
-    """A file with half floats as float32."""
+    """Reads a file; half floats become float32."""
     with np.load(path) as data:
         return {k: data[k].astype(np.float32) if data[k].dtype == np.float16 else data[k] for k in data.files}
 
@@ -279,7 +279,7 @@ CHECKS: dict[str, dict[str, Callable[[Case], None]]] = {
 
 
 def check(path: Path) -> list[tuple[str, bool, str]] | None:
-    """What was compared in a file, whether it is equal, and by how much not; None for weights and unknown files."""
+    """The comparisons of a file: name, whether equal, and the difference; None for weights and unknown files."""
     known = {**CHECKS.get(path.parent.name, {}), **MODELS.get(path.parent.name, {})}
     kind = next((kind for kind in sorted(known, key=len, reverse=True) if path.stem.startswith(kind)), None)
     if kind is None or "weights" in path.stem:

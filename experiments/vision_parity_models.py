@@ -97,7 +97,7 @@ def _layers(model: VisionTower, patches: Any, start: int, stop: int) -> Any:
 
 
 def _before_last_layer(case: Case) -> Any:
-    """The tower's tokens before its last layer, and what the layer before compared."""
+    """The tower's tokens before its last layer, and the attention inputs of the layer before."""
     model = tower(_one(case.folder, "tower_weights*.npz"))
     return _layers(model, model.embed(jnp.asarray(case["pixel_values"])), 0, model.config.num_layers - 1)
 
@@ -147,7 +147,7 @@ def visionzip_case(case: Case) -> None:
 
 
 def _kept_mask(case: Case, dominant: int) -> np.ndarray:
-    """The file's mask marks either what stays or what goes."""
+    """The file's mask marks either the kept or the dropped tokens."""
     mask = np.asarray(case["keep_mask"], bool)
     return mask if mask.sum(1)[0] == dominant else ~mask
 
@@ -205,7 +205,7 @@ def _prumerge_tower(case: Case, q: Any, k: Any, x: Any) -> None:
 
 
 def _must_see(model: VisionTower, pixels: Any) -> dict[str, Any]:
-    """MustDrop's tower as released: similar windows first, as many in each picture as in the least."""
+    """MustDrop's tower as released: similar windows first, and in each picture as many as in the one with fewest."""
     special, grid, last = model.config.special, model.config.grid, model.config.num_layers - 1
     start = model.embed(jnp.asarray(pixels))
     patches, _ = _layers(model, start, 0, 1)
@@ -274,10 +274,10 @@ def _run(
     model: Decoder, hidden: Any, first: int, patches: int, steps: Sequence[PruneStep], *, room: int = 8,
     key: np.ndarray | None = None, raters: bool = False, apart: int = 0, watch: Callable | None = None,
 ) -> tuple[HiddenBlock, State, list[Any]]:  # fmt: skip
-    """Reads embeddings of words and one picture; also what `watch` sees before and after every prune step.
+    """Reads embeddings of words and one picture; also returns what `watch` gives before and after every prune step.
 
     Args:
-      apart: the first layers whose states are kept apart from the others, since they will hold more.
+      apart: the first layers, whose states are kept apart from the others because they will hold more tokens.
     """
     hidden = jnp.asarray(hidden)
     total = hidden.shape[1]
@@ -286,7 +286,7 @@ def _run(
     keys = np.zeros((1, patches), bool)
     if key is not None:
         keys[0, key] = True
-    # Clusters come beside the patches, at most as many as one pass of all of them makes, in each step.
+    # Each step adds clusters beside the patches, at most as many as one pass over all patches makes.
     most = total + sum(sparsevlm.recycled(patches)[1] for _ in steps) + room
     slots = [most + (layer < apart) for layer in range(model.config.num_layers)]
 
@@ -333,7 +333,7 @@ def _held(state: State) -> np.ndarray:
 
 
 def _offsets(before: HiddenBlock, after: HiddenBlock) -> tuple[np.ndarray, np.ndarray]:
-    """Which visual tokens there were before a cut and after it."""
+    """Which visual tokens there were before and after a pruning step."""
 
     def there(block: HiddenBlock) -> np.ndarray:
         patch, positions = np.asarray(block.patch)[0], np.asarray(block.positions)[0]

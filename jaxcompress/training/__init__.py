@@ -1,6 +1,6 @@
 """Training decoders that live in a bounded state.
 
-Names are loaded when first used: the trainer brings data loading and checkpointing along, losses alone do not.
+Names are imported on first use: the trainer imports data loading and checkpointing, the losses alone do not.
 """
 
 from __future__ import annotations

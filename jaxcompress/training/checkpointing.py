@@ -1,8 +1,8 @@
-"""Checkpoints of a run, by Orbax: in the background, exact, and whole or not there at all.
+"""Checkpoints of a run, written by Orbax: in the background, exact, and either complete or absent.
 
-Not to be mixed up with `jaxcompress.checkpoints`, which reads and writes models for others. A checkpoint is a folder
-named after its step; it is written beside that under another name and renamed when all of it is there, so a process may
-die at any moment.
+This module is not `jaxcompress.checkpoints`, which reads and writes models in exchange formats. A checkpoint is a
+folder named after its step. Orbax writes it under another name and renames it when it is complete, so a process may die
+at any moment.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PARTIAL = ".orbax-checkpoint-tmp"
 
 
 class SaveFailed(OSError):
-    """A checkpoint could not be written. Those before it are untouched."""
+    """A checkpoint could not be written. Earlier checkpoints are untouched."""
 
 
 class Checkpoints:
@@ -39,11 +39,11 @@ class Checkpoints:
             data.set_state(where)
 
     Args:
-      folder: made if it is not there. What a killed process left half-written in it is deleted.
-      keep: so many are kept, the newest; an older one is deleted when its successor is whole.
+      folder: created if it does not exist. Incomplete checkpoints that a killed process left in it are deleted.
+      keep: how many of the newest checkpoints to keep. An older one is deleted when its successor is complete.
 
     Raises:
-      OSError: the folder cannot be made.
+      OSError: the folder cannot be created.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
@@ -59,20 +59,20 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint, None if there is none."""
+        """The step of the newest complete checkpoint, None if there is none."""
         return max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=None)
 
     def save(self, step: int, state: Any, data: Any) -> None:
-        """Copies a state to host memory and writes it in the background; waits for an earlier save first.
+        """Waits for an earlier save, copies a state to host memory and writes it in the background.
 
         The state may be donated as soon as this returns.
 
         Args:
           state: pytree of arrays.
-          data: where the data is: `get_state()` of its iterator, or anything else that is JSON.
+          data: the position in the data: `get_state()` of its iterator, or any other JSON value.
 
         Raises:
-          SaveFailed: this save, or the earlier one, cannot be written.
+          SaveFailed: this save or the earlier one failed.
         """
         self.wait()
         try:
@@ -82,28 +82,28 @@ class Checkpoints:
             raise self._failed(step, error) from error
 
     def wait(self) -> None:
-        """Waits until the last save is whole.
+        """Waits until the last save is complete.
 
         Raises:
-          SaveFailed: it cannot be written; says why, and which checkpoint is the last good one.
+          SaveFailed: the save failed; says why, and which checkpoint is the last good one.
         """
         if self._saving is None:
             return
         (step, response), self._saving = self._saving, None
         try:
             response.result()
-        except Exception as error:  # whatever a background thread ran into
+        except Exception as error:  # any failure of the background thread
             raise self._failed(step, error) from error
         if self.latest != step:
             raise self._failed(step, RuntimeError("it is not there"))
 
     def restore(self, like: State, step: int | None = None) -> tuple[State, Any]:
-        """A state, and where the data was.
+        """The state of a checkpoint, and its position in the data.
 
         Args:
-          like: a state, or its shapes (`jax.eval_shape`), as the run has it now. Arrays get its shardings; the first
-            device, where it has none.
-          step: the newest by default.
+          like: a state, or its shapes (`jax.eval_shape`), as the run has it now. Arrays get its shardings, or go to the
+            first device if it has none.
+          step: of the checkpoint; the newest by default.
 
         Raises:
           FileNotFoundError: there is no such checkpoint.
@@ -144,7 +144,7 @@ class Checkpoints:
         try:
             self.close()
         except SaveFailed:
-            if error is None:  # else what came first is told
+            if error is None:  # otherwise the earlier error is raised
                 raise
 
     def _open(self) -> ocp.training.Checkpointer:
@@ -156,7 +156,7 @@ class Checkpoints:
         return ocp.training.Checkpointer(str(self.folder), context=context, preservation_policy=newest)
 
     def _failed(self, step: int, error: Exception) -> SaveFailed:
-        with suppress(Exception):  # from now on it would raise the same again and again
+        with suppress(Exception):  # it would raise the same error again
             self._orbax.close()
         self._orbax = self._open()
         self._remove_partial()
@@ -174,7 +174,7 @@ class Mismatch(ValueError):
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by name: `params.layers.mlp.gate.kernel`."""
+    """Leaves by name, such as `params.layers.mlp.gate.kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): x for path, x in leaves}
     if len(named) != len(leaves):
@@ -199,5 +199,5 @@ def _check_same(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> 
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs each failure several times, with traces, before it raises it."""
+    """False for Orbax's warnings and errors: it logs each failure several times, with traces, before raising it."""
     return "orbax" not in record.pathname or record.levelno < logging.WARNING

@@ -37,12 +37,12 @@ class Compiled:
         return program.run(program.closed_over, *args)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
-        """The program for arguments of these shapes, as `jax.jit(...).lower` gives it."""
+        """The program for arguments of these shapes, as `jax.jit(...).lower` returns it."""
         program = self._program(args)
         return program.run.lower(program.closed_over, *args)
 
     def _program(self, args: tuple[Any, ...]) -> _Program:
-        traced = self._traced.trace(*args)  # JAX remembers it by the shapes
+        traced = self._traced.trace(*args)  # JAX caches it by shape
         if traced.jaxpr not in self._programs:
             jaxpr, results = traced.jaxpr.jaxpr, jax.tree.structure(traced.out_info)
 

@@ -33,16 +33,16 @@ Document = str | np.ndarray
 """A text, or token ids [n]."""
 
 _JSON_LINES = (".jsonl", ".ndjson")
-_LONG = 1 << 20  # characters; longer texts are tokenized piece by piece
+_LONG = 1 << 20  # characters; longer texts are tokenized in pieces
 
 
 class Batch(NamedTuple):
     """Rows of tokens and how much each prediction counts.
 
     Attributes:
-      tokens: [B, T + 1] int32; each but the last is read, each but the first is predicted.
-      weights: [B, T] float32, of predicting tokens[:, 1:]; 0 for padding and for the first token after a document's
-      end.
+      tokens: [B, T + 1] int32. All but the last are read; all but the first are predicted.
+      weights: [B, T] float32, the weight of predicting each of tokens[:, 1:]; 0 for padding and for the first token
+        after a document's end.
     """
 
     tokens: Any
@@ -57,8 +57,8 @@ def read_documents(source: str | Path, *, field: str = "text", split: str = "tra
         object with a text under `field`, or token ids under "tokens"; a folder, whose files, hidden ones left out, are
         read in the same way in the order of their paths; else the name of a dataset, `name` or `name:configuration`,
         which needs the `datasets` library.
-      field: where JSON lines and datasets have the text.
-      split: of a dataset.
+      field: the key of the text in JSON lines and datasets.
+      split: which split of a dataset to read.
 
     Raises:
       FileNotFoundError: nothing has that name.
@@ -99,7 +99,7 @@ def _document(value: Any, field: str, where: str) -> Document:
     tokens = value.get("tokens")
     if field not in value and isinstance(tokens, list) and all(type(token) is int for token in tokens):
         try:
-            return np.array(tokens, np.int64)  # not yet known to fit into int32
+            return np.array(tokens, np.int64)  # `pack` checks later that they fit into int32
         except OverflowError:
             raise ValueError(f"{where}: token id {max(tokens, key=abs)} is outside every vocabulary") from None
     raise ValueError(f"{where}: no text under {field!r}; it has {', '.join(value) or 'nothing'}")
@@ -127,13 +127,13 @@ def _read_dataset(name: str, field: str, split: str) -> Iterator[Document]:
 
 
 class TokenStream(NamedTuple):
-    """Documents joined.
+    """Documents joined into one stream of tokens.
 
     Attributes:
-      tokens: [N] int32: each document, then the end mark and the mark that begins a document, where the tokenizer has
-        them; one mark where they are the same.
-      predicted: [N] bool, whether the loss counts a token: False for the first token after a document's end, which
-        nothing predicts.
+      tokens: [N] int32: each document, followed by the tokenizer's end token and begin token, if it has them; one token
+        if both are the same.
+      predicted: [N] bool, whether the loss counts a token. False for the first token after a document's end, which is
+        not predicted.
       bos: the token that every row begins with, or None.
     """
 
@@ -143,7 +143,7 @@ class TokenStream(NamedTuple):
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of the tokens, to tell whether data is the same."""
+        """CRC-32 of the tokens, to check whether two data sets are the same."""
         return zlib.crc32(self.tokens.tobytes())
 
 
@@ -158,7 +158,7 @@ def pack(
 
     Args:
       vocab_size: of the model.
-      progress: called with the number of tokens of each document.
+      progress: called after each document with its number of tokens.
 
     Raises:
       ValueError: the tokenizer has more tokens than the model, or a document of token ids has one that the model lacks.
@@ -166,7 +166,8 @@ def pack(
     check_vocabulary(tokenizer, vocab_size)
     bos, eos = tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
     marks = list(dict.fromkeys(mark for mark in (eos, bos) if mark is not None))
-    # Of two marks only the end can be predicted; of one, it is the end; without any, the first word stands for both.
+    # If there are both marks, only the end is predicted. A single mark is the end. Without marks, the first word of the
+    # next document stands for both.
     of_marks = np.arange(len(marks)) < 1
     tokens, predicted = [], []
     for number, document in enumerate(documents):
@@ -199,10 +200,10 @@ def _encode(document: Document, tokenizer: Tokenizer) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """A stream cut into rows: a random-access source, as `grain` reads them.
+    """A stream cut into rows: a random-access source for `grain`.
 
-    Row i is BOS and tokens i T to (i + 1) T of the stream. Tokens at the end that do not fill a row are left out.
-    Without BOS, a row begins with the token before it. Attention and states are not cut between documents.
+    Row i is BOS and tokens i T to (i + 1) T of the stream. Tokens at the end that do not fill a row are dropped.
+    Without BOS, a row begins with the token before it. Attention and states continue across documents.
 
     Attributes:
       length: T, tokens predicted per row.
@@ -215,7 +216,7 @@ class PackedRows:
         return (len(self.stream.tokens) - (self.stream.bos is None)) // self.length
 
     def __getitem__(self, index: int) -> Batch:
-        """Row `index` with no batch axis: tokens [T + 1], weights [T]."""
+        """Row `index` without a batch axis: tokens [T + 1], weights [T]."""
         start = index * self.length + (self.stream.bos is None)
         span = slice(start, start + self.length)
         first = self.stream.tokens[start - 1] if self.stream.bos is None else self.stream.bos
@@ -227,8 +228,8 @@ class Split(NamedTuple):
     """Rows to train on and rows that are never trained on.
 
     Attributes:
-      train: how many rows, from the first.
-      held_out: the last rows, in batches; the last batch is filled up with rows of weight 0.
+      train: the number of rows to train on, counted from the first.
+      held_out: the last rows, in batches; the last batch is padded with rows of weight 0.
     """
 
     train: int
@@ -236,15 +237,15 @@ class Split(NamedTuple):
 
 
 def split(rows: PackedRows, *, batch: int, held_out: int, held_out_batch: int | None = None) -> Split:
-    """Sets the last rows aside, at most a tenth of all, but one at least, if any are asked for.
+    """Sets the last rows aside: at most a tenth of all, but at least one, unless `held_out` is 0.
 
     Args:
-      batch: rows of a training step.
+      batch: rows per training step.
       held_out: rows to set aside; 0: none.
-      held_out_batch: rows per batch of them; `batch` by default.
+      held_out_batch: rows per held-out batch; `batch` by default.
 
     Raises:
-      ValueError: what is left for training is less than a batch; says how much there is.
+      ValueError: fewer rows than a batch are left for training; says how much data there is.
     """
     total = len(rows)
     aside = min(held_out, max(1, total // 10), total)
@@ -267,16 +268,16 @@ def _stack(rows: Sequence[Batch], size: int) -> Batch:
 
 
 def batches(rows: PackedRows, *, batch: int, seed: int, train: int | None = None) -> grain.DatasetIterator[Batch]:
-    """Batches without end, shuffled anew in every epoch.
+    """An endless iterator of batches, shuffled anew in every epoch.
 
-    `get_state` and `set_state` of the iterator take up the order exactly where it was.
+    With its `get_state` and `set_state`, the order can be resumed exactly.
 
     Args:
-      batch: rows in each.
-      train: only so many rows, from the first; all by default.
+      batch: rows per batch.
+      train: how many rows to use, counted from the first; all by default.
     """
     dataset = grain.MapDataset.source(rows)[: len(rows) if train is None else train]
-    # There is no remainder; but for batches of 1, grain's count of batches overflows if it has to expect one.
+    # Endless data has no remainder, but for batches of 1 grain's count of batches overflows if a remainder is allowed.
     dataset = dataset.seed(seed).shuffle().repeat().batch(batch, drop_remainder=True)
-    # A row is a slice of an array in memory: threads that read ahead would cost more than they save.
+    # A row is a slice of an array in memory, so threads that read ahead would cost more than they save.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

@@ -1,8 +1,8 @@
 """Delayed eviction: networks that decide what is evicted, for `jaxcompress.policies.DMS` (Łańcucki et al. 2025).
 
-The model reads with soft eviction: attention to a token fades as its network decides. The model shall predict as before
-while the share of tokens that it keeps falls, so the network learns through the model. The trained network serves as a
-policy with a fixed number of slots.
+The model reads with soft eviction: the network decides how much the attention to each token is reduced. The network is
+trained through the model, whose predictions should stay the same while the share of tokens kept falls. The trained
+network serves as a policy with a fixed number of slots.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def init_dms(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHe
 
 
 def share_schedule(ratio: float | int, steps: int) -> optax.Schedule:
-    """The share of tokens that may be kept: from all down to 1 / ratio, linear over so many steps.
+    """The share of tokens that may be kept: linear from 1 down to 1 / ratio over `steps` steps.
 
     Raises:
       ValueError: a ratio below 1, or no steps.
@@ -44,9 +44,9 @@ def share_schedule(ratio: float | int, steps: int) -> optax.Schedule:
 
 
 def temperature_schedule(start: float | int, end: float | int, steps: int) -> optax.Schedule:
-    """The temperature of decisions, linear over so many steps.
+    """The temperature of decisions: linear from `start` to `end` over `steps` steps.
 
-    Start near 1: what is decided firmly at a low temperature has no gradient any more.
+    Start near 1: at a low temperature, firm decisions have no gradient.
 
     Raises:
       ValueError: a temperature that is not positive, or no steps.
@@ -59,7 +59,7 @@ def temperature_schedule(start: float | int, end: float | int, steps: int) -> op
 
 
 def kept_share(logits: Float[Array, "B K T"], temperature: float | Float[Array, ""]) -> Float[Array, "B T"]:
-    """In how many of the kv heads each token is kept: its logit is above zero. A share, 0 to 1.
+    """The share of kv heads that keep each token, 0 to 1. A head keeps a token if its logit is above zero.
 
     Straight-through: the gradient is that of the mean of sigmoid(logits / temperature).
     """
@@ -71,8 +71,8 @@ class SoftRead(NamedTuple):
     """Result of `read_with_soft_eviction`.
 
     Attributes:
-      hidden: [B, T, E], normed; `model.logits(hidden)` gives the scores of next tokens.
-      kept: [L], the share of tokens that is kept, averaged over kv heads; its gradient is that of the soft share.
+      hidden: [B, T, E], normed; `model.logits(hidden)` returns the logits of next tokens.
+      kept: [L], the share of tokens kept, averaged over kv heads; its gradient is that of the soft share.
     """
 
     hidden: Hidden
@@ -95,8 +95,8 @@ def read_with_soft_eviction(
 
     Args:
       tokens: [B, T].
-      head: one logit per token and kv head; above 0, the token is kept.
-      window: tokens before a decision takes effect.
+      head: network with one logit per token and kv head; the token is kept if the logit is above 0.
+      window: number of tokens before a decision takes effect.
       temperature: the lower, the closer the decisions are to 0 and 1.
       valid: [B, T], False for padding.
       key: adds noise to the logits, so that decisions are samples (Gumbel-sigmoid); None for no noise.
@@ -139,20 +139,20 @@ def dms_loss(
     pressure: float | int | Float[Array, ""] = 1.0,
     key: Array | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss of delayed eviction: of the prediction, and of keeping more tokens than allowed.
+    """The loss of delayed eviction: the prediction loss, and a penalty for keeping more tokens than allowed.
 
         loss = prediction + pressure * max(share kept - share allowed, 0)
 
     The second term is the one-sided loss of the paper (section 3.1). The share is the mean over all layers, kv heads
     and tokens, so training decides which layers and heads keep more. Differentiate by `head`, or by the model as well.
 
-    Ten parameters: what is read, and the settings of the loss, all but the first three by keyword.
+    There are ten parameters: the inputs, and the settings of the loss; all but the first three are keywords.
 
     Args:
       tokens: [B, T + 1].
-      weights: [B, T], of predicting each token but the first.
-      window, temperature, key: see `read_with_soft_eviction`; the temperature of a schedule.
-      share: of tokens that may be kept, at this step of `share_schedule`.
+      weights: [B, T], the weight of predicting each token but the first.
+      window, temperature, key: see `read_with_soft_eviction`; take the temperature from a schedule.
+      share: the share of tokens that may be kept at this step, from `share_schedule`.
       teacher: a model with full attention whose prediction is the target (divergence, as in the paper). It gets no
         gradient and may be the model itself. None: the target is the next token.
 
@@ -176,7 +176,7 @@ def prediction_and_share(
     teacher: Decoder | None,
     pressure: float | int | Float[Array, ""],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss of a text that was read while forgetting; see `dms_loss`."""
+    """The loss of a text that was read with forgetting; see `dms_loss`."""
     logits = model.logits(read.hidden)
     if teacher is None:
         losses = token_losses(logits, tokens[:, 1:])

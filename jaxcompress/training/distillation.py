@@ -30,7 +30,7 @@ from jaxcompress.training.recurrent import Params, check_text, cut_segments, exa
 def divergence(student: Logits, teacher: Logits, temperature: float = 1.0) -> Float[Array, "B T"]:
     """KL(teacher || student) of the next token in nats, times temperature squared (Hinton et al. 2015, section 2).
 
-    The square keeps gradients of one size whatever the temperature.
+    The square keeps the size of gradients independent of the temperature.
     """
     p, q = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature, axis=-1) for x in (teacher, student))
     return (jnp.exp(p) * (p - q)).sum(-1) * temperature**2
@@ -68,22 +68,22 @@ def distilled_value_and_grad(
     Nothing is donated. The arguments that are not described here are those of
     `jaxcompress.training.recurrent.bounded_value_and_grad`.
 
-    Fifteen parameters: those of `bounded_value_and_grad`, and the parts of the loss, all by keyword.
+    There are fifteen parameters: those of `bounded_value_and_grad`, and the settings of the loss, which are keywords.
 
     Args:
-      params: what is trained; by default a decoder.
+      params: the trained parameters; by default a decoder.
       student: (params) -> the decoder that reads.
-      teacher: reads with the full cache; no gradient goes into it. None: the student itself, as it is now.
+      teacher: reads with the full cache; it gets no gradient. None: the student itself, with its current weights.
       language: weight of the student's own language-model loss beside the divergence.
       hidden: weight of the mean squared difference of the last normed hidden states.
       temperature: of the divergence.
 
     Returns:
-      `loss`, what is minimised; and its parts `divergence`, `language`, `hidden`, before they are weighted. The
-      gradient is like `params`, float32 where these are narrower.
+      `loss`, which is minimised, and its unweighted parts `divergence`, `language`, `hidden`. The gradient has the
+      structure of `params`, in float32 where these are narrower.
 
     Raises:
-      ValueError: as `bounded_value_and_grad`; a teacher of another vocabulary or, for `hidden`, another width; a
+      ValueError: as for `bounded_value_and_grad`; a teacher of another vocabulary or, for `hidden`, another width; a
         temperature that is not positive.
     """
     if temperature <= 0:

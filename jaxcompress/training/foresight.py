@@ -1,8 +1,8 @@
 """Foresight: an auxiliary loss that makes present attention predict future attention.
 
 Policies such as TOVA keep the tokens that are attended to now. A token that is needed in a thousand steps, but ignored
-until then, is lost. This loss asks each layer to give a little attention, in the mean over its heads, to every token
-that a later query attends to strongly. It changes neither architecture nor policy.
+until then, is lost. This loss rewards each layer for giving a little attention, in the mean over its heads, to every
+token that a later query attends to strongly. It changes neither architecture nor policy.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def foresight_loss(
     """How far, in nats, attention falls short of `floor` on tokens that are needed later.
 
     For a sampled query i and an earlier token j that some later sampled query attends to with probability over `strong`
-    in any head: max(0, log floor - log mean_heads p[i, j]), averaged over all such pairs. No gradient flows into what
-    is needed later, only into what is attended to now.
+    in any head: max(0, log floor - log mean_heads p[i, j]), averaged over all such pairs. The gradient flows into
+    present attention only, not into future attention.
 
     Args:
       q, k: rotated.
-      sample: indices along T of the queries looked at, growing; far fewer than T, so that no T x T array exists.
-      among: asks for more where `floor` is not enough: as much as the `among`-th most attended token gets from a query,
-        so that what is needed later survives in a state of so many slots.
+      sample: ascending indices along T of the sampled queries; far fewer than T, so that no T x T array exists.
+      among: raises the target where `floor` is too low, to the attention that the `among`-th most attended token gets
+        from a query, so that a token that is needed later survives in a state of `among` slots.
     """
     b, _, h, d = q.shape
     at = jnp.take_along_axis(positions, sample, axis=1)

@@ -1,4 +1,4 @@
-"""The networks of learned policies, for a model: made, checked, and given what they read."""
+"""The networks of learned policies: functions that create them, check them and prepare their inputs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from jaxcompress.state.shapes import Keys, Positions, Queries, Tokens, Valid
 
 
 def network(config: DecoderConfig, key: Array, hidden: int, start: tuple[float, ...]) -> ForgetHead:
-    """A fresh network for a model, which gives the numbers `start` for every token."""
+    """A new network for a model. It returns the numbers `start` for every token."""
     shape: dict[str, int] = dict(layers=config.num_layers, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
     return init_forget_head(key, **shape, hidden=hidden, start=start)
 
 
 def check_network(head: ForgetHead, outputs: int, config: DecoderConfig) -> None:
-    """Raises ValueError if a network is for a model of another shape, or gives another number of numbers."""
+    """Raises ValueError if a network is for a model of another shape, or has another number of outputs."""
     check_head(head, layers=config.num_layers, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
     if head.outer_bias.shape[-1] != outputs:
         raise ValueError(f"this loss needs {outputs} numbers per token, the weights give {head.outer_bias.shape[-1]}")
 
 
 def check_temperature(temperature: float | int | Array) -> None:
-    """Raises ValueError if it is known and not positive."""
+    """Raises ValueError if a temperature is known (not traced) and not positive."""
     if isinstance(temperature, int | float) and temperature <= 0:
         raise ValueError(f"a temperature is positive, not {temperature}")
 
@@ -42,6 +42,6 @@ def placed(
 
 
 def positions_of(tokens: Tokens, valid: Valid | None) -> Positions:
-    """Of each token in its row, -1 for padding."""
+    """The position of each token in its row, -1 for padding."""
     valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid)
     return jnp.where(valid, jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, -1)

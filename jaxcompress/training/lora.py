@@ -18,14 +18,14 @@ from jaxtyping import Array, Float
 from jaxcompress.models.decoder import Decoder
 
 PROJECTIONS = ("query", "key", "value", "out")
-"""Of attention: what the paper adapts, section 4.2."""
+"""The projections of attention, which the paper adapts (section 4.2)."""
 EVERY = (*PROJECTIONS, "gate", "up", "down")
 ALPHA = 16.0
 """The usual scale of adapters: alpha / R."""
 
 
 class Adapter(NamedTuple):
-    """What is added to one kind of matrix, [L, N, M], in all layers.
+    """The low-rank update of one kind of matrix, [L, N, M], in all layers.
 
     Attributes:
       down: [L, N, R].
@@ -37,10 +37,10 @@ class Adapter(NamedTuple):
 
 
 def init_lora(model: Decoder, key: Array, *, rank: int = 8, to: tuple[str, ...] = PROJECTIONS) -> dict[str, Adapter]:
-    """Fresh adapters, which change nothing yet.
+    """New adapters, which change nothing before training.
 
     Args:
-      to: names of projections, of `EVERY`.
+      to: names of projections from `EVERY`.
 
     Raises:
       ValueError: a rank below 1, or an unknown projection.
@@ -59,7 +59,7 @@ def init_lora(model: Decoder, key: Array, *, rank: int = 8, to: tuple[str, ...] 
 
 
 def lora_changes(adapters: dict[str, Adapter], *, alpha: float = ALPHA) -> dict[str, Float[Array, "L N M"]]:
-    """What adapters add to each kind of matrix: alpha / R * down @ up, float32 whatever they are."""
+    """The update of each kind of matrix: alpha / R * down @ up, in float32 whatever the adapters' dtype."""
     wide = lambda x: jnp.asarray(x, jnp.float32)
     return {name: alpha / up.shape[1] * jnp.matmul(wide(down), wide(up)) for name, (down, up) in adapters.items()}
 
@@ -67,10 +67,10 @@ def lora_changes(adapters: dict[str, Adapter], *, alpha: float = ALPHA) -> dict[
 def add_lora(model: Decoder, adapters: dict[str, Adapter], *, alpha: float = ALPHA) -> Decoder:
     """The model with adapters added to its weights: W + alpha / R * down @ up. The model given is not changed.
 
-    The sum is computed in float32 and rounded once, to the dtype of W. In bfloat16 most of a small change is lost: add
-    adapters to float32 weights, and convert the result if you need bfloat16.
+    The sum is computed in float32 and rounded once, to the dtype of W. In bfloat16 most of a small change is lost. So
+    add adapters to float32 weights, and convert the result if you need bfloat16.
 
-    Adapters that were not trained change nothing; then a warning is logged.
+    If the adapters were not trained, they change nothing, and a warning is logged.
     """
     changes = lora_changes(adapters, alpha=alpha)
     ups = [adapter.up for adapter in adapters.values()]
@@ -90,6 +90,6 @@ def add_lora(model: Decoder, adapters: dict[str, Adapter], *, alpha: float = ALP
 
 
 def kernel_of(model: Decoder, name: str) -> Float[Array, "L N M"]:
-    """The stacked matrices of one kind, by a name of `EVERY`."""
+    """The stacked matrices of one kind, given by a name from `EVERY`."""
     part = model.layers.attention if name in PROJECTIONS else model.layers.mlp
     return getattr(part, name).kernel[...]

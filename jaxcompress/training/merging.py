@@ -1,8 +1,8 @@
 """Merging gates: a loss for the networks behind `jaxcompress.policies.gates`.
 
-Dynamic memory compression (Nawrot et al. 2024, section 3.2). In training, a gate lies between 0 and 1. Every token
-stands for the running mean of the run that it ends. Later queries see it less the more the next token joins the same
-run. With gates of 0 and 1 this equals the policy, computed in parallel.
+This is dynamic memory compression (Nawrot et al. 2024, section 3.2). In training, a gate lies between 0 and 1. Every
+token stands for the running mean of the run that it ends. The more the next token joins the same run, the less later
+queries attend to this token. With gates of 0 and 1 this equals the policy, computed in parallel.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def read_merging(
     with decisions as the policy makes them and the gradient of the soft ones.
 
     Args:
-      temperature: the lower, the firmer.
+      temperature: the lower, the closer the decisions are to 0 and 1.
       valid: [B, T], False for padding.
-      key: for noise on the logits (Gumbel-sigmoid); None for none.
+      key: adds noise to the logits (Gumbel-sigmoid); None for no noise.
 
     Raises:
       ValueError: a network for a model of another shape, or a temperature that is not positive.
@@ -63,12 +63,12 @@ def read_merging(
         joins = jax.nn.sigmoid(logits / temperature)
         nothing = jnp.zeros((k.shape[0], k.shape[2], 1 + 2 * k.shape[3]))
         k, v = means(running_sums(nothing, incoming, joins, weights), incoming)
-        # What is left of a token when the next has come; padding carries nothing on.
+        # The weight that a token keeps after the next one was read. Padding continues no run.
         left = jnp.where(there[..., None], jax.nn.log_sigmoid(-logits / temperature), 0.0)
         bias = _of_the_next(left, there).swapaxes(1, 2)
         q, k, window = placed(model, q, k, positions, index)
         out = forgetful_attention(q, k, v, positions, bias, delay=1, window=window)
-        begins = jnp.where((positions == 0)[..., None], 1e3, -logits)  # the first token has none before it
+        begins = jnp.where((positions == 0)[..., None], 1e3, -logits)  # no token precedes the first
         apart = kept_share(begins.swapaxes(1, 2), temperature)
         return out, carry, (apart * there).sum() / jnp.maximum(there.sum(), 1)
 
@@ -77,7 +77,7 @@ def read_merging(
 
 
 def _of_the_next(x: Float[Array, "B T K"], there: Array) -> Float[Array, "B T K"]:
-    """For each token that of the next one, 0 for the last."""
+    """For each token, the value of the next one; 0 for the last."""
     columns = jnp.where(there, jnp.arange(x.shape[1]), x.shape[1])
     following = jax.lax.cummin(columns, axis=1, reverse=True)
     following = jnp.pad(following[:, 1:], ((0, 0), (0, 1)), constant_values=x.shape[1])
@@ -96,11 +96,11 @@ def merging_loss(
     pressure: float | int | Float[Array, ""] = 1.0,
     key: Array | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """How badly a text is predicted from what is joined, and how many runs too many there are.
+    """The loss of merging: the prediction loss, and a penalty for more runs than allowed.
 
     As `jaxcompress.training.delayed_eviction.dms_loss`, where `share` is the number of runs over that of tokens.
 
-    Nine parameters: those of `dms_loss`, without its window.
+    There are nine parameters: those of `dms_loss` without `window`.
     """
     read = read_merging(model, tokens[:, :-1], head, temperature=temperature, key=key)
     return prediction_and_share(model, tokens, read, weights=weights, share=share, teacher=teacher, pressure=pressure)

@@ -36,7 +36,7 @@ _PEAK = {
 
 
 def peak_flops(device: jax.Device | None = None) -> float | None:
-    """Dense bfloat16 FLOP/s of a device (the default one if None), None where not known: CPUs, other models."""
+    """Dense bfloat16 FLOP/s of a device (the default device if None). None if not known: CPUs, other models."""
     kind = (device or jax.extend.backend.get_default_device()).device_kind
     return next((peak for name, peak in _PEAK.items() if kind.startswith(name)), None)
 
@@ -64,7 +64,7 @@ def flops_per_token(model: Decoder, attended: float) -> float:
 
 
 def mean_attended(length: int, slots: int | None = None) -> float:
-    """How many keys a query attends to, the mean over `length` tokens; at most `slots` + 1 each."""
+    """How many keys a query attends to, as a mean over `length` tokens; each query sees at most `slots` + 1."""
     attended = np.arange(1, length + 1)
     return float((attended if slots is None else np.minimum(attended, slots + 1)).mean())
 
@@ -73,7 +73,7 @@ class Throughput:
     """Tokens per second between two calls, and model FLOP/s utilisation.
 
     Args:
-      flops_per_token: of the model; without it, utilisation is None.
+      flops_per_token: FLOPs that the model needs per token; without it, utilisation is None.
     """
 
     def __init__(self, flops_per_token: float | None = None):
@@ -82,7 +82,7 @@ class Throughput:
         self._last: float | None = None
 
     def __call__(self, tokens: int) -> dict[str, float | None]:
-        """`tokens_per_second` and `mfu` of so many tokens since the last call; None at the first, which compiled."""
+        """`tokens_per_second` and `mfu` for `tokens` tokens since the last call. None at the first, which compiled."""
         last, self._last = self._last, time.perf_counter()
         speed = None if last is None else tokens / (self._last - last)
         return dict(tokens_per_second=speed, mfu=None if speed is None or self._share is None else speed * self._share)
@@ -95,11 +95,11 @@ class MetricsFile:
     once.
 
     Args:
-      path: made if it is not there, with its folder.
-      after: the step that the run goes on from; 0 empties the file.
+      path: created, with its folder, if it does not exist.
+      after: the step from which the run continues; 0 empties the file.
 
     Raises:
-      OSError: cannot be written.
+      OSError: the file cannot be written.
     """
 
     def __init__(self, path: str | Path, *, after: int = 0):
@@ -114,7 +114,7 @@ class MetricsFile:
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()  # what the operating system has outlives this process
+        self._file.flush()  # data that the operating system holds outlives this process
 
     def close(self) -> None:
         self._file.close()
@@ -127,7 +127,7 @@ class MetricsFile:
 
 
 def _step(line: bytes, after: int) -> int:
-    """The step of a line; one that is to be dropped if the line is not whole."""
+    """The step of a line. An incomplete line gets a step that is dropped."""
     if not line.endswith(b"\n"):
         return after + 1
     try:
@@ -140,7 +140,7 @@ def tensorboard(folder: str | Path, *, after: int = 0) -> Callable[[int, Mapping
     """Logs every number for TensorBoard.
 
     Args:
-      after: the step that the run goes on from; TensorBoard then ignores what an earlier run wrote after it.
+      after: the step from which the run continues; TensorBoard then ignores what an earlier run wrote after it.
 
     Raises:
       ImportError: tensorboardX is not installed.

@@ -50,7 +50,7 @@ def bounded(
     chunk: int = 1,
     placement: Placement | None = None,
 ) -> Objective:
-    """Language modelling through a bounded state; arguments as for `bounded_value_and_grad`."""
+    """Language modelling through a bounded state. The arguments are those of `bounded_value_and_grad`."""
     how: dict[str, Any] = dict(segment=segment, bptt_segments=bptt_segments, chunk=chunk, placement=placement)
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
@@ -95,17 +95,17 @@ def joint_retention(
     block: int = 64,
     watched: int | None = None,
 ) -> Objective:
-    """A model and a retention head that are trained together.
+    """Trains a model and a retention head together.
 
-    The model is trained by `model_objective(policy)`, where the policy is the head as it is at that step. The head is
-    trained by `retention_loss`, for the model as it is at that step. No gradient goes from one to the other. The
-    parameters are (model, head), with the head of `init_retention`.
+    The model is trained by `model_objective(policy)`, where the policy uses the current head. The head is trained by
+    `retention_loss` on the current model. No gradient flows between the two. The parameters are (model, head), with the
+    head of `init_retention`.
 
     Args:
       model_objective: (policy) -> an objective of a decoder, such as
         `partial(distilled, slots=128, segment=256, teacher=before)`.
       scope, block: see `retention_loss`.
-      watched: how many rows of a batch the head is trained on; all if None. It costs a forward pass of its own.
+      watched: how many rows of a batch the head is trained on; all if None. They take a forward pass of their own.
     """
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
@@ -120,10 +120,10 @@ def joint_retention(
 
 
 def adapted(objective: Objective, base: Decoder, *, alpha: float = ALPHA) -> Objective:
-    """The objective of a decoder as one of its adapters (see `jaxcompress.training.lora`), which are what is trained.
+    """Turns an objective of a decoder into one of its adapters (see `jaxcompress.training.lora`), which are trained.
 
     Args:
-      base: the weights below them, which stay as they are. They may be the objective's teacher as well.
+      base: the frozen weights below the adapters. They may be the objective's teacher as well.
       alpha: as for `add_lora`.
     """
 

@@ -58,7 +58,7 @@ def muon_for_decoder(
 def adamw_for_decoder(
     schedule: optax.Schedule, *, clip: float = 1.0, weight_decay: float = 0.01
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019), clipped by global norm; norms and biases do not decay."""
+    """AdamW (Loshchilov & Hutter 2019), clipped by global norm. Norms and biases have no weight decay."""
 
     def decays(params: Any) -> Any:
         matrix = lambda path, leaf: not any(part in jax.tree_util.keystr(path) for part in ("scale", "bias"))
@@ -76,12 +76,12 @@ def warmup_cosine(peak: float, steps: int, *, warmup: int = 100, end: float = 0.
 
 
 def warmup_constant(peak: float, steps: int, *, warmup: int = 100) -> optax.Schedule:
-    """Linear warmup, then the peak."""
+    """Linear warmup, then constant at the peak."""
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup])
 
 
 OPTIMIZERS = {"adamw": adamw_for_decoder, "muon": muon_for_decoder}
-"""By name; each is called with a schedule, `clip` and `weight_decay`."""
+"""Optimizers by name. Each is called with a schedule, `clip` and `weight_decay`."""
 
 SCHEDULES = {"cosine": warmup_cosine, "stable": warmup_stable_decay, "constant": warmup_constant}
-"""By name; each is called with the peak, the number of steps and `warmup`."""
+"""Schedules by name. Each is called with the peak, the number of steps and `warmup`."""

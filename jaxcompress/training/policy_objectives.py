@@ -1,4 +1,4 @@
-"""Learned policies as objectives of the trainer: what is trained, by which loss, and what comes out."""
+"""Learned policies as objectives of the trainer: the trained parameters, the loss, and the resulting policy."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from jaxcompress.training.retention_heads import init_retention, retention_loss
 from jaxcompress.training.trainer import Metrics, Objective
 
 TRAINABLE = ("retention", "retention-layer", "retention-pool", "dms", "dms-pool", "dmc")
-"""Names for `policy_objective`: a kind and, after a dash, the scope, where it is not per kv head."""
+"""Names for `policy_objective`: a kind and, after a dash, the scope if it is not per kv head."""
 
 FINAL_TEMPERATURE = 0.1
-"""Of the decisions of `dms` and `dmc`."""
+"""The last temperature of the decisions of `dms` and `dmc`."""
 
-_LARGEST_BLOCK = 61  # tokens between two looks of a retention head
+_LARGEST_BLOCK = 61  # tokens between two block ends of a retention head
 
 
 class PolicyObjective(NamedTuple):
@@ -33,7 +33,7 @@ class PolicyObjective(NamedTuple):
 
     Attributes:
       kind, settings: for `jaxcompress.policies.learned_policy`.
-      params: what is trained.
+      params: the trained parameters.
       objective: for `make_step`.
       parts: (trained params) -> the model, and the policy's own weights.
     """
@@ -57,26 +57,26 @@ def policy_objective(
     hidden: int = 64,
     model_objective: Callable[[Policy], Objective] | None = None,
 ) -> PolicyObjective:
-    """What to train for a policy of `TRAINABLE`.
+    """The objective of a policy of `TRAINABLE`.
 
     `retention` trains its head alone, or head and model (see `model_objective`). `dms` and `dmc` train both: over the
     first two thirds of the steps, the share of tokens kept falls to 1 / ratio and the temperature to 0.1.
 
-    Nine parameters: the settings of three ways to train stand side by side, as keywords.
+    There are nine parameters, because the settings of three ways to train are all keywords.
 
     Args:
-      name: of `TRAINABLE`.
-      key: for the first weights of the network.
+      name: from `TRAINABLE`.
+      key: for the initial weights of the network.
       steps: of the run, for the schedules of `dms` and `dmc`.
       ratio: of tokens to tokens kept, for `dms` and `dmc`.
-      window: tokens before `dms` evicts.
-      pressure: weight of the share that is kept too much, for `dms` and `dmc`.
+      window: number of tokens before `dms` evicts.
+      pressure: weight of the penalty for keeping too many tokens, for `dms` and `dmc`.
       hidden: width of the network that reads a token's key and value.
-      model_objective: for `retention`, what the model is trained for with this policy (see `joint_retention`). None:
-        the model stays as it is.
+      model_objective: for `retention`, the objective that trains the model with this policy (see `joint_retention`).
+        None: the model stays as it is.
 
     Raises:
-      ValueError: an unknown name, `model_objective` for something else than `retention`, fewer than 2 steps, or numbers
+      ValueError: an unknown name, `model_objective` for a policy other than `retention`, fewer than 2 steps, or numbers
         out of range (see `jaxcompress.training.delayed_eviction`).
     """
     if name not in TRAINABLE:
@@ -103,7 +103,7 @@ def policy_objective(
 
 
 def _retention(model: Decoder, head: ForgetHead, scope: Scope) -> PolicyObjective:
-    """A head that watches a model; the objective refers to the model and copies nothing."""
+    """Trains a head on a model's attention. The objective refers to the model and copies nothing."""
 
     def objective(head: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
         loss = lambda head: retention_loss(model, batch.tokens[:, :-1], head, scope=scope, block=_block(batch))

@@ -38,10 +38,10 @@ Carry = TypeVar("Carry")
 
 
 def rematerialised(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec: StepSpec) -> StepResult:
-    """The recurrence; for the gradient a layer's scan is run again.
+    """The recurrence. For the gradient, a layer's scan is run again.
 
-    Only one layer's steps are then in memory at a time: T times its slots. The gradient goes back from token to token
-    in the state's dtype: in one narrower than float32 that of a token is rounded at each step for which it is held.
+    So only one layer's steps are in memory at a time: T times its slots. The gradient goes back from token to token in
+    the state's dtype. If that is narrower than float32, a token's gradient is rounded at each step while it is held.
     """
     run = jax.checkpoint(lambda block, one: steps(block, one, 0, spec))
     done = run(block, state.take(layer))
@@ -65,18 +65,18 @@ def through_time(
     *,
     bptt_segments: int | None = None,
 ) -> tuple[Float[Array, ""], Params, Carry]:
-    """Sum of the losses of all segments, its gradient, and the carry after the last. Pure; jit it.
+    """Sum of the losses of all segments, its gradient, and the carry after the last segment. Pure; jit it.
 
     Truncated backpropagation through time (Williams & Peng 1990): the gradient goes back to the beginning of a window
-    of `bptt_segments` segments, and is taken window by window inside one scan. Within a window segments are
-    rematerialised, so that memory is that of one segment's activations and of `bptt_segments` carries.
+    of `bptt_segments` segments, and is taken window by window inside one scan. Within a window, segments are
+    rematerialised, so memory holds the activations of one segment and `bptt_segments` carries.
 
-    The gradients of segments and windows are added up in float32, whatever `params` are, and come back as it: in
-    bfloat16 a sum stops to grow once it is 256 times as large as what is added.
+    The gradients of segments and windows are summed and returned in float32, whatever the dtype of `params`: in
+    bfloat16 a sum stops growing once it is 256 times as large as its summands.
 
     Args:
       loss: (params, carry, segment) -> loss of the segment and the next carry.
-      carry: what the first segment starts from; no gradient goes into it.
+      carry: the carry before the first segment; it gets no gradient.
       segments: pytree, [n, ...] each.
       bptt_segments: None: over all segments.
 
@@ -136,19 +136,19 @@ def bounded_value_and_grad(
 
     Nothing is donated. The gradient is float32 where the model's dtype is narrower (see `through_time`).
 
-    Ten parameters: the first four as everywhere, the rest by keyword.
+    There are ten parameters: the first four as everywhere, the rest keywords.
 
     Args:
       tokens: [B, T + 1].
       slots: as for `init_state`; the state has the model's dtype.
-      weights: [B, T], of predicting each token but the first; the loss is the mean with these weights.
-      segment: how many tokens are read at once. The last may be shorter.
+      weights: [B, T], the weight of predicting each token but the first; the loss is the weighted mean.
+      segment: tokens per segment. The last segment may be shorter.
       bptt_segments: over how many segments the gradient goes back; None: to the beginning.
       chunk: tokens between two selections; 1 is exactly as in decoding.
-      recurrence: whose gradient is taken; the cheapest exact one by default.
+      recurrence: the recurrence whose gradient is taken; the cheapest exact one by default.
 
     Raises:
-      ValueError: tokens that are no integers [B, T + 1], ids outside the vocabulary (not checked under jit), a text
+      ValueError: tokens that are not integers [B, T + 1], ids outside the vocabulary (not checked under jit), a text
         shorter than a segment, bptt_segments that do not divide the number of segments, slots that the policy cannot
         work with, or a policy that needs a whole prompt.
     """
@@ -183,9 +183,9 @@ def check_text(config: DecoderConfig, policy: Policy, slots: Slots, shape: tuple
 def cut_segments(
     tokens: Int[Array, "B _"], weights: Float[Array, "B T"], segment: int, *more: Float[Array, "B T E"]
 ) -> tuple[Array, ...]:
-    """Tokens, next tokens, weights, which of them are there, and more: [n, B, segment, ...] each.
+    """Tokens, next tokens, weights, a mask of valid tokens, and more: [n, B, segment, ...] each.
 
-    The last segment is filled up with padding.
+    The last segment is padded.
     """
     batch, total = weights.shape
     n = -(-total // segment)

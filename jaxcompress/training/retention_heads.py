@@ -1,4 +1,4 @@
-"""Retention heads: networks that foresee future attention, for `jaxcompress.policies.Retention`.
+"""Retention heads: networks that predict future attention, for `jaxcompress.policies.Retention`.
 
 The model reads with full attention and stays as it is. At the end of each block, the network's scores are compared with
 the attention of later queries. The trained network serves as a policy with a fixed number of slots.
@@ -45,12 +45,12 @@ def retention_loss(
 
     Args:
       tokens: [B, T], longer than a block.
-      scope: as of the policy; "pool" learns as "kv_head".
+      scope: that of the policy; "pool" is trained as "kv_head".
       valid: [B, T], False for padding.
-      block, horizon: as there.
+      block, horizon: see `future_attention_loss`.
 
     Raises:
-      ValueError: a network for a model of another shape, scope "query_head", or as there.
+      ValueError: a network for a model of another shape, scope "query_head", or as for `future_attention_loss`.
     """
     check_network(head, len(LIKE_TOVA), model.config)
     if scope == "query_head":
@@ -85,9 +85,9 @@ def future_attention_loss(
 
         F[j] = sum over i > t of exp(-(i - t) / horizon) p[i, j], divided by its sum over j <= t,
 
-    with p averaged over the heads that share a set. Returned is the mean over rows, sets and block ends. Blocks without
-    tokens, and blocks after which nothing comes, do not count. Attention is computed twice, one block of queries at a
-    time, so memory is block x T. The gradient, of `numbers` only, is computed in the same pass.
+    with p averaged over the heads that share a set. The result is the mean over rows, sets and block ends. Blocks
+    without tokens, and blocks with no tokens after them, do not count. Attention is computed twice, one block of
+    queries at a time, so memory is block x T. The gradient, for `numbers` only, is computed in the same pass.
 
     Args:
       numbers: four for each token; P is 1 or K.
@@ -132,7 +132,7 @@ def future_attention_loss(
     total, _ = jax.lax.scan(add, nothing, blocks)
 
     def apart(numbers: Array, last: Array, so_far: Array, future: Array, now: Array, counts: Array) -> Array:
-        """Summed over the rows and sets that count."""
+        """The cross-entropy, summed over the rows and sets that count."""
         age = jnp.maximum(now[:, None] - positions, 0)[:, None]
         here = ((positions >= 0) & (positions <= now[:, None]))[:, None]
         future = jnp.where(here, future, 0.0)
@@ -142,12 +142,12 @@ def future_attention_loss(
         return (losses * counts[:, None]).sum()
 
     def look(carry: Any, inputs: Any) -> tuple[Any, None]:
-        """From the last block to the first: what is still to come is known then, and what has been is the rest."""
+        """Goes from the last block to the first: future attention is then known, and past attention is the rest."""
         future, later, loss, slope, count = carry
         (q, at), now, previous = inputs
         weights = attention(q, at)
         last = jnp.take_along_axis(weights, at.argmax(-1)[:, None, None, None], axis=2)[:, :, 0]
-        so_far = jnp.maximum(total - later, last)  # the difference of two sums may round to less
+        so_far = jnp.maximum(total - later, last)  # rounding may make the difference of two sums smaller
         counts = (at.max(-1) >= 0) & (now < ends[-1])
         more, change = jax.value_and_grad(apart)(still, last, so_far, future, now, counts)
         near = jnp.where(at >= 0, fade(at - previous[:, None]), 0.0)
@@ -160,6 +160,6 @@ def future_attention_loss(
 
 
 def _with_slope(value: Float[Array, ""], slope: Array, of: Array) -> Float[Array, ""]:
-    """A value with a gradient that is known already."""
+    """A value whose gradient is already known."""
     value, slope, at = jax.lax.stop_gradient((value, slope, of))
     return value + (slope * (of - at)).sum()

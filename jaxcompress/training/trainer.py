@@ -47,13 +47,13 @@ constants of its program (see `jaxcompress.training.compiled`).
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a training step changes.
+    """The complete state of a training run.
 
     Attributes:
       params: float32 master weights, any pytree; an NNX module is one.
       optimizer: state of the optimizer.
       step: int32, how many steps were taken.
-      key: `jax.random.key_data` of the key of all randomness; never changed, the step is folded in.
+      key: `jax.random.key_data` of the key of all randomness. It never changes; the step is folded in.
     """
 
     params: Any
@@ -67,7 +67,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 @runtime_checkable
 class Resumable(Protocol):
-    """An iterator of batches that knows where it is, as those of `grain` do."""
+    """An iterator of batches that can save and restore its position, as those of `grain` can."""
 
     def __next__(self) -> Any: ...
 
@@ -75,7 +75,7 @@ class Resumable(Protocol):
 
 
 def init_train_state(params: Any, optimizer: optax.GradientTransformation, *, seed: int = 0) -> TrainState:
-    """The state before the first step. Weights are copied, as float32 whatever they were."""
+    """The state before the first step. Weights are copied and converted to float32."""
     params = jax.tree.map(jnp.copy, _cast(params, jnp.float32))
     key = jax.random.key_data(jax.random.key(seed))
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
@@ -88,16 +88,17 @@ def make_step(
     accumulate: int = 1,
     compute_dtype: DTypeLike | None = None,
 ) -> Compiled:
-    """The compiled step of training. It donates the state that it is given: use the state that it returns.
+    """The compiled training step. It donates its input state: use the state that it returns.
 
     Besides the objective's metrics it returns `tokens` (the sum of weights), `gradient_norm`, before any clipping, and
-    `parameter_norm`, after the update: if any weight is not finite, that one is not.
+    `parameter_norm`, after the update. If any weight is not finite, neither is `parameter_norm`.
 
     Args:
-      accumulate: the batch is cut into so many microbatches, whose gradients are added up in float32, one after the
-        other; rows must be a multiple of it. The result is that of the whole batch, but for rounding.
-      compute_dtype: weights are cast to it before the objective sees them; gradients come back to float32 before
-        anything is added or given to the optimizer. None: as they are.
+      accumulate: number of microbatches into which the batch is cut. They run one after the other, and their gradients
+        are summed in float32. The number of rows must be a multiple of it. The result is that of the whole batch,
+        except for rounding.
+      compute_dtype: weights are cast to it before the objective sees them. Gradients are cast to float32 before they
+        are summed or given to the optimizer. None: no cast.
     """
 
     def part(params: Any, batch: Any, state: TrainState, index: Any, total: jax.Array) -> tuple[Metrics, Any]:
@@ -129,7 +130,7 @@ def make_step(
 
 
 def _cast(tree: Any, dtype: DTypeLike | None) -> Any:
-    """Floating-point leaves as `dtype`; all as they are if that is None."""
+    """Casts floating-point leaves to `dtype`; casts nothing if `dtype` is None."""
     if dtype is None:
         return tree
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
@@ -153,24 +154,25 @@ def fit(
     flops_per_token: float | None = None,
     bar: bool = True,
 ) -> TrainState:
-    """Trains until `steps` steps are taken in all; returns the state.
+    """Trains until `steps` steps are taken in total; returns the state.
 
     A state from a checkpoint continues its run if `data` continues too: on a CPU of the same kind, the steps are then
     bit by bit those of a run that was never stopped.
 
     The numbers of a step are read while the next step runs. Before a checkpoint is saved, all numbers up to it are
-    checked and logged: no checkpoint has weights that are not finite, and a log is never behind a checkpoint.
+    checked and logged. So no checkpoint has weights that are not finite, and a log is never behind a checkpoint.
 
-    Nine parameters: what every run has, and how it is logged and saved, all but the first three by keyword.
+    There are nine parameters: the parts of every run, and the settings of logs and checkpoints. All but the first three
+    are keywords.
 
     Args:
       state: donated; it must not be used afterwards.
       step: from `make_step`.
-      data: what `next` gives is the second argument of `step`.
-      steps: in all, those in `state.step` included.
-      checkpoints: saved every `save_every` steps and at the end, in the background.
-      log: each is called with the step (from 1) and its numbers: the step's metrics as floats, `tokens_per_second` and
-        `mfu`, None where not known.
+      data: an iterator; its items are the second argument of `step`.
+      steps: total number of steps, including those in `state.step`.
+      checkpoints: where the state is saved, every `save_every` steps and at the end, in the background.
+      log: functions, each called with the step (from 1) and its numbers: the step's metrics as floats,
+        `tokens_per_second` and `mfu`, None where not known.
       flops_per_token: for `mfu`; see `jaxcompress.training.metrics.flops_per_token`.
       bar: show progress on standard error where that is a terminal.
 
@@ -218,15 +220,15 @@ def fit(
 def make_measure(
     objective: Objective, *, compute_dtype: DTypeLike | None = None, seed: int = 0
 ) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
-    """A function of weights and batches of one shape: the mean metrics, weighted by token, with nothing learned.
+    """A function of weights and batches of one shape: the mean metrics, weighted by token. Nothing is trained.
 
-    No batches, or none whose tokens count, have no metrics.
+    Without batches, or if no token counts, there are no metrics.
     """
 
     def metrics_of(params: Any, batch: Any, key: jax.Array) -> Metrics:
         return objective(_cast(params, compute_dtype), batch, jnp.zeros((), jnp.int32), key)[0]
 
-    compiled = Compiled(metrics_of)  # the gradient that nobody asks for is not computed
+    compiled = Compiled(metrics_of)  # the unused gradient is not computed
 
     def measure(params: Any, batches: Iterable[Batch]) -> dict[str, float]:
         totals: dict[str, float] = {}
@@ -244,14 +246,14 @@ def make_measure(
 def make_evaluate(
     objective: Objective, *, compute_dtype: DTypeLike | None = None, seed: int = 0
 ) -> Callable[[Any, Iterable[Batch]], float]:
-    """As `make_measure`, of the loss alone; NaN where there is none."""
-    loss = lambda *given: ({"loss": objective(*given)[0]["loss"]}, None)  # nothing else is computed
+    """As `make_measure`, but returns the loss alone; NaN where there is none."""
+    loss = lambda *given: ({"loss": objective(*given)[0]["loss"]}, None)  # only the loss is computed
     measure = make_measure(loss, compute_dtype=compute_dtype, seed=seed)
     return lambda params, batches: measure(params, batches).get("loss", math.nan)
 
 
 def _tokens(batch: Any) -> int:
-    """Tokens that a step reads: weights of whatever value, padding included."""
+    """How many tokens a step reads: all weights count, including those of padding."""
     return int(np.size(batch.weights)) if isinstance(batch, Batch) else 0
 
 
