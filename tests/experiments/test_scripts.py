@@ -24,7 +24,12 @@ NEEDS = {  # a module that the tests do not install, and the command that does
     "make_sampling_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_vision_fixtures": ("torch", 'pip install -e ".[parity]"'),
 }
-SLOW = {"speed_kernels", "train_vision_demo"}  # interpreted kernels; two large gradients to compile
+SLOW = {
+    "speed_kernels",
+    "train_vision_demo",
+    "slot_sharing",
+    "speed_decode",
+}  # interpreted kernels; two large gradients to compile
 
 
 class Ran(NamedTuple):
