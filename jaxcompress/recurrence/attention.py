@@ -19,7 +19,7 @@ from jaxcompress.pallas_kernels.dispatch import choose_kernel, describe
 from jaxcompress.pallas_kernels.types import Backend, Chosen, Here, KernelCall, Op, stored_as
 from jaxcompress.policies.summary import Summary
 from jaxcompress.recurrence.quantised import code_scores, code_sum
-from jaxcompress.recurrence.softmax import masked_softmax, softmax_beside
+from jaxcompress.recurrence.softmax import softmax_beside
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.precision import scores as scores_of
@@ -68,10 +68,8 @@ def slot_attention(
     if extra.bias is not None:
         scores += extra.bias[:, :, None]
     present = present[:, None, None, None]
-    if extra.summary is None:
-        weights, shares = masked_softmax(scores, visible, present), None
-    else:
-        weights, shares = softmax_beside(scores, visible, present, extra.summary.scores(q[:, None])[:, :, :, 0])
+    others = None if extra.summary is None else extra.summary.scores(q[:, None])[:, :, :, 0]
+    weights, shares = softmax_beside(scores, visible, present, others)
     out = weighted("bkgs,bksd->bkgd", weights, values) if isinstance(values, jax.Array) else code_sum(weights, values)
     if extra.summary is not None and shares is not None:
         out += weighted("bkgm,bkmd->bkgd", shares, extra.summary.values)
@@ -175,10 +173,8 @@ def chunk_attention(
             scores *= given.key_scale[:, :, None, None]
         if more.bias is not None:
             scores += more.bias[:, :, None, None]
-        if more.summary is None:
-            weights, shares = masked_softmax(scores, seen, present), None
-        else:
-            weights, shares = softmax_beside(scores, seen, present, more.summary.scores(q))
+        others = None if more.summary is None else more.summary.scores(q)
+        weights, shares = softmax_beside(scores, seen, present, others)
         scaled = weights if given.value_scale is None else weights * given.value_scale[:, :, None, None]
         out = weighted("bkgtn,bknd->btkgd", scaled, given.values, given.dtypes[1])
         if more.summary is not None and shares is not None:

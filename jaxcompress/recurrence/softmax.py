@@ -24,10 +24,12 @@ def softmax_beside(
     scores: Float[Array, "*batch N"],
     visible: Bool[Array, "*#batch N"],
     present: Bool[Array, "*#batch 1"],
-    others: Float[Array, "*batch M"],
-) -> tuple[Float[Array, "*batch N"], Float[Array, "*batch M"]]:
+    others: Float[Array, "*batch M"] | None,
+) -> tuple[Float[Array, "*batch N"], Float[Array, "*batch M"] | None]:
     """One softmax over the visible entries and over `others`, whose finite scores are all visible: both
-    probabilities."""
+    probabilities. Without others it is `masked_softmax`, and None."""
+    if others is None:
+        return masked_softmax(scores, visible, present), None
     both = jnp.concatenate([scores, others], axis=-1)
     seen = jnp.concatenate([jnp.broadcast_to(visible, scores.shape), jnp.isfinite(others)], axis=-1)
     weights, shares = jnp.split(masked_softmax(both, seen, present), [scores.shape[-1]], axis=-1)

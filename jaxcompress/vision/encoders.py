@@ -132,6 +132,10 @@ def top_patches(score: Callable[[Llava, Patches, AttentionInputs], Array], n: in
 
 
 def class_score(model: Llava, patches: Patches, attention: AttentionInputs) -> Array:
+    """FasterVLM (Zhang et al. 2024, "[CLS] Attention is All You Need"): attention of the class token, mean over heads.
+
+    The same scores give VisionZip its dominant tokens.
+    """
     return class_token_attention(attention, model.config.tower.special).mean(1)
 
 

@@ -23,6 +23,7 @@ from recurrence.harness import (
     data,
     fresh,
     name_of,
+    one_row_kept,
     permuted,
     ragged,
     run,
@@ -87,11 +88,7 @@ def test_capacity_and_content(case: Case, rows: Data) -> None:
 def test_rows_are_independent(case: Case, rows: Data, other: Data, nobody: bool) -> None:
     """A batch of N is N batches of 1: what stands in the other rows changes nothing."""
     together = run(case, rows)
-    stranger = rows._replace(valid=np.zeros_like(rows.valid)) if nobody else other
-    for b in range(B):
-        mixed = Data(*(np.array(x) for x in stranger))
-        for to, x in zip(mixed, rows, strict=True):
-            to[b] = x[b]
+    for b, mixed in one_row_kept(rows, other, nobody):
         alone = run(case, mixed)
         np.testing.assert_allclose(alone.out[b], together.out[b], 1e-5, 1e-5)
         np.testing.assert_array_equal(alone.states.positions[:, :, b], together.states.positions[:, :, b])

@@ -28,6 +28,7 @@ from recurrence.harness import (
     data,
     fresh,
     name_of,
+    one_row_kept,
     permuted,
     ragged,
     run,
@@ -278,11 +279,7 @@ def test_keys_stay_and_values_are_kept(case: Case, rows: Data) -> None:
 @given(rows=ragged(), other=ragged(), nobody=st.booleans())
 def test_rows_are_independent(case: Case, rows: Data, other: Data, nobody: bool) -> None:
     together = run(case, rows)
-    stranger = rows._replace(valid=np.zeros_like(rows.valid)) if nobody else other
-    for b in range(B):
-        mixed = Data(*(np.array(x) for x in stranger))
-        for to, x in zip(mixed, rows, strict=True):
-            to[b] = x[b]
+    for b, mixed in one_row_kept(rows, other, nobody):
         alone = run(case, mixed)
         np.testing.assert_allclose(alone.out[b], together.out[b], 1e-5, 1e-5)
         for x, y in zip(jax.tree.leaves(alone.last.layered()), jax.tree.leaves(together.last.layered()), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -178,6 +179,21 @@ def _run(case: Case, q: Any, k: Any, v: Any, positions: Any, state: KVState) -> 
     out = out.swapaxes(0, 1).reshape(q.shape[0], calls * piece, *q.shape[2:])[:, :T]
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     return Trace(out, states, flat(freed), flat(died))
+
+
+def one_row_kept(rows: Data, other: Data, nobody: bool) -> Iterator[tuple[int, Data]]:
+    """Each row of a batch among strangers: its index, and a batch of which that row alone is from `rows`.
+
+    Args:
+      other: the strangers.
+      nobody: the other rows are padding instead.
+    """
+    stranger = rows._replace(valid=np.zeros_like(rows.valid)) if nobody else other
+    for b in range(B):
+        mixed = Data(*(np.array(x) for x in stranger))
+        for to, x in zip(mixed, rows, strict=True):
+            to[b] = x[b]
+        yield b, mixed
 
 
 def run(case: Case, data: Data, state: KVState | None = None, *, first: int = 0) -> Trace:

@@ -34,6 +34,7 @@ from .harness import (
     fresh,
     held,
     name_of,
+    one_row_kept,
     permuted,
     ragged,
     run,
@@ -150,11 +151,7 @@ def test_slots_never_move(case: Case, rows: Data) -> None:
 def test_rows_are_independent(case: Case, rows: Data, other: Data, nobody: bool) -> None:
     """4: what stands in the other rows changes nothing; nothing at all may stand there."""
     together = run(case, rows)
-    stranger = rows._replace(valid=np.zeros_like(rows.valid)) if nobody else other
-    for b in range(B):
-        mixed = Data(*(np.array(x) for x in stranger))
-        for to, x in zip(mixed, rows, strict=True):
-            to[b] = x[b]
+    for b, mixed in one_row_kept(rows, other, nobody):
         alone = run(case, mixed)
         np.testing.assert_allclose(alone.out[b], together.out[b], 1e-5, 1e-5)
         np.testing.assert_array_equal(alone.states.positions[:, :, b], together.states.positions[:, :, b])
