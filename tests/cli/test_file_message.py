@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_cli import GREEDY, TEXT, folder, model, run, tokenizer  # noqa: F401  fixtures
 
-from jaxcompress.cli.chat import Pieces, frame, framed, joined, messages
+from jaxcompress.cli.file_message import Pieces, frame, framed, joined, written
 from jaxcompress.generation import Tokenizer, encode_stream, generate
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies import TOVA
@@ -50,8 +50,8 @@ def test_a_frame_makes_what_the_template_makes(
 ) -> None:
     tokenizer = Tokenizer(chatty)
     content = f" \n\n {TEXT} \n x {{{{ y }}}}  \n\n "
-    whole = tokenizer.apply_chat_template(messages(joined(content, question), system))
-    around = frame(tokenizer, system, question)
+    whole = written(tokenizer, joined(content, question), system, {})
+    around = frame(tokenizer, system, question, {})
     assert "".join(framed(around, cut(content, size))) == whole
     ids = np.concatenate(list(encode_stream(Pieces(framed(around, cut(content, size))), tokenizer, add_bos=False)))
     assert ids.tolist() == tokenizer.encode(whole, add_bos=False).tolist()
@@ -64,7 +64,7 @@ def test_generate_asks_about_a_file(
     (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
     how = ("--chat", "--system", "Be brief.", "--prompt", "Who?", *GREEDY, "--json")
     (told,) = run("generate", "--file", tmp_path / "book.txt", *how, model=chatty).json
-    text = tokenizer.apply_chat_template(messages(joined(TEXT, "Who?"), "Be brief."))
+    text = written(tokenizer, joined(TEXT, "Who?"), "Be brief.", {})
     ids = tokenizer.encode(text, add_bos=False)
     (tokens,) = np.concatenate(list(generate(model, [ids], TOVA(), 6, max_new_tokens=10, stream_every=8)), axis=1)
     assert told["text"] == tokenizer.decode(tokens)
@@ -78,7 +78,7 @@ def test_a_system_message_goes_before_prompts(run: Any, chatty: Path, model: Dec
     told = run(
         "generate", "--chat", "--system", "S", "--prompt", "a", "--prompt", "bc", *GREEDY, "--json", model=chatty
     )
-    texts = [tokenizer.apply_chat_template(messages(prompt, "S")) for prompt in ("a", "bc")]
+    texts = [written(tokenizer, prompt, "S", {}) for prompt in ("a", "bc")]
     ids = [tokenizer.encode(text, add_bos=False) for text in texts]
     tokens = np.concatenate(list(generate(model, ids, TOVA(), 6, max_new_tokens=10, stream_every=8)), axis=1)
     assert [row["text"] for row in told.json] == [tokenizer.decode(row) for row in tokens]
@@ -99,6 +99,9 @@ def test_a_template_that_changes_the_content(run: Any, folder: Path, tmp_path: P
     ("arguments", "says"),
     [
         (("--prompt", "a", "--system", "S"), "--system is for --chat"),
+        (("--prompt", "a", "--template-args", "{{}}"), "--template-args is for --chat"),
+        (("--chat", "--prompt", "a", "--template-args", "[1]"), "--template-args must be a JSON object"),
+        (("--chat", "--prompt", "a", "--template-args", "x"), "--template-args"),
         (("--chat", "--system", "S"), "give --prompt or --file"),
         (("--chat", "--file", "b", "--prompt", "a", "--prompt", "c"), "--file takes one --prompt, not 2"),
         (("--file", "b", "--prompt", "a"), "with --chat, --prompt is a question about the file"),
