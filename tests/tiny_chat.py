@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from tiny import tiny_decoder
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -23,7 +24,7 @@ END = VOCABULARY - 1
 
 
 def chat_folder(folder: Path, template: str | None = TEMPLATE) -> Path:
-    """Writes the model; its end token is </s>, which the template does not use."""
+    """Writes the model; its end token is </s>, which the template does not use. It never ends an answer by itself."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast = FastTokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,7 +36,9 @@ def chat_folder(folder: Path, template: str | None = TEMPLATE) -> Path:
     (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     if template is not None:
         (source / "chat_template.jinja").write_text(template)
-    return save(tiny_decoder(VOCABULARY, max_position=128), folder / "tiny", tokenizer_from=source)
+    never = lambda path, x: x.at[:, -len(SPECIAL) :].set(0) if "head" in jax.tree_util.keystr(path) else x
+    model = jax.tree_util.tree_map_with_path(never, tiny_decoder(VOCABULARY, max_position=128))
+    return save(model, folder / "tiny", tokenizer_from=source)
 
 
 class Letters(GenerationConfig):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from jaxcompress.cli.runtime import chosen_policy, open_weights, tell
 from jaxcompress.inputs.text import decoded, standard_input
 
 if TYPE_CHECKING:
-    from jaxcompress import generation
+    from jaxcompress.generation.generate import ReadOptions
 
 DEFAULT = "smollm2"
 
@@ -53,7 +54,7 @@ class Chat(
         loaded = open_weights(DEFAULT if self.model is None else self.model, self.dtype)
         from jaxcompress import generation
 
-        options: generation.generate.ReadOptions = {"mode": self.mode, "chunk": chunk}
+        options: ReadOptions = {"mode": self.mode, "chunk": chunk}
         if self.placement is not None:
             options["placement"] = self.placement
         if self.state_dtype is not None:
@@ -74,6 +75,8 @@ class Chat(
 
 def _talk(conversation: Conversation) -> None:
     """Takes lines from a terminal, until Ctrl-D or /quit. What goes wrong is told, and the next line taken."""
+    with suppress(ImportError):  # not everywhere
+        import readline  # noqa: F401  editing of lines
     tell(f"{conversation.described()}; /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
     while not conversation.ended:
         try:

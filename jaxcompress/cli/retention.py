@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jaxcompress.models.decoder import Decoder
+    from jaxcompress.models.init_state import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ def _held_out() -> tuple[str, str]:
     return document.name, document.text
 
 
-def slots_told(slots: int | tuple[int, ...]) -> str:
+def slots_told(slots: Slots) -> str:
     """Capacities as a person writes them."""
     return str(slots) if isinstance(slots, int) else ", ".join(map(str, slots))
 
