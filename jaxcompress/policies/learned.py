@@ -115,7 +115,7 @@ class Retention(Policy):
     def observe(self, stats: Looked, seen: Observation) -> Stats:
         received = seen.per_set(self.scope)
         row, present = seen.last(received)
-        return stats._replace(last=jnp.where(present, row, stats.last), total=stats.total + received.sum(2))
+        return stats._replace(last=jnp.where(present, row, stats.last), total=stats.total + seen.total(self.scope))
 
     def score(self, stats: Looked, held: CacheView) -> SlotScores:
         return foreseen(stats, held.newest - held.positions)

@@ -14,7 +14,8 @@ from jaxcompress.pallas_kernels.dispatch import choose_kernel
 from jaxcompress.policies.cache_view import Observation
 from jaxcompress.policies.checks import checked_scores, checked_stats
 from jaxcompress.policies.reductions.reduced import slot_bias
-from jaxcompress.recurrence.attention import BlockKeys, Extra, block_attention, call_of, chunk_attention
+from jaxcompress.recurrence.attention import Extra, block_attention, call_of
+from jaxcompress.recurrence.chunk_attention import ChunkKeys, Watch, chunk_attention
 from jaxcompress.recurrence.following import rule_of, why_no_rule
 from jaxcompress.recurrence.layer import (
     absorbed,
@@ -72,9 +73,14 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
     q, given = _keys(block, state, whole, spec)
     folded = _fold_by_rule(block, state, spec, whole, q)
     if folded is None:
-        summary, see = extra_of(state, 0, spec).summary, partial(_visible, whole=whole, replaced=replaced, spec=spec)
-        extra = lambda stats: Extra(slot_bias(policy, stats), summary)
-        folded = chunk_attention(q, positions, given, whole["stats"], see, extra, partial(_observe, spec=spec))
+        summary = extra_of(state, 0, spec).summary
+        watch = Watch(
+            partial(_visible, whole=whole, replaced=replaced, spec=spec),
+            lambda stats: Extra(slot_bias(policy, stats), summary),
+            partial(_observe, spec=spec),
+            policy.watches,
+        )
+        folded = chunk_attention(q, positions, given, whole["stats"], watch)
     stats, out = folded
     lived = within_window(held, jnp.where(newest >= 0, newest, state.seen - 1), spec.window)
     alive = lived if replaced is None else jnp.where(replaced, -1, lived)
@@ -118,7 +124,7 @@ def _joined(block: TokenBlock, state: KVState, spec: StepSpec) -> dict[str, Any]
     return {name: jax.tree.map(join, old[name], new[name]) for name in old}
 
 
-def _keys(block: TokenBlock, state: KVState, whole: dict[str, Any], spec: StepSpec) -> tuple[Array, BlockKeys]:
+def _keys(block: TokenBlock, state: KVState, whole: dict[str, Any], spec: StepSpec) -> tuple[Array, ChunkKeys]:
     """Queries [B, T, K, G, D], and the keys and values that they attend to."""
     context, q = spec.context, block.grouped(state)
     keys, key_scale = split(whole["keys"])
@@ -128,18 +134,19 @@ def _keys(block: TokenBlock, state: KVState, whole: dict[str, Any], spec: StepSp
         keys, key_scale = rotated(load_vectors(whole["keys"]), places, places.shape[-1], context), None
         own = places[..., -block.positions.shape[1] :].swapaxes(1, 2)  # [B, T, P]
         q = rotated(q, own[..., None], places.shape[-1], context)
-    return q, BlockKeys(wide(keys), wide(values), key_scale, value_scale, (keys.dtype, values.dtype))
+    dtypes, slots, occupied = (keys.dtype, values.dtype), state.positions.shape[-1], (state.positions >= 0).any()
+    return q, ChunkKeys(wide(keys), wide(values), key_scale, value_scale, dtypes, slots, occupied)
 
 
-def _visible(at: Array, whole: dict[str, Any], replaced: Array | None, spec: StepSpec) -> Array:
-    """[B, P or K, 1 or G, T, N]: the tokens that queries at these positions see."""
-    held = whole["positions"]
+def _visible(at: Array, columns: slice, whole: dict[str, Any], replaced: Array | None, spec: StepSpec) -> Array:
+    """[B, P or K, 1 or G, T, N]: the tokens out of these columns that queries at these positions see."""
+    held, owner, replaced = jax.tree.map(lambda x: x[:, :, columns], (whole["positions"], whole["owner"], replaced))
     visible = held[:, :, None] <= at[:, None, :, None]
     if spec.window is not None:
         visible &= held[:, :, None] > at[:, None, :, None] - spec.window
     if replaced is not None:  # by the next token, which no longer sees them
         visible &= (held[:, :, None] == at[:, None, :, None]) | ~replaced[:, :, None]
-    return visible[:, :, None] & seen_by(held, whole["owner"], spec.context.heads[0], spec.context.group)[:, :, :, None]
+    return visible[:, :, None] & seen_by(held, owner, spec.context.heads[0], spec.context.group)[:, :, :, None]
 
 
 def _select(everything: KVState, spec: StepSpec) -> tuple[Array, Array]:
