@@ -130,7 +130,7 @@ def _attend(
         part, seen, extra = given.part(columns), watch.visible(at, columns), watch.extra(stats)
         parts = _exponentials(q, part, seen, extra, columns)
         share = (at >= 0)[:, None, None, :, None] / parts.total
-        out = _weighted_sum(parts.visible, part)
+        out = weighted_sum(parts.visible, part)
         if extra.summary is not None and parts.others is not None:
             out += weighted("bkgtm,bkmd->bkgtd", parts.others, extra.summary.values)
         if watched:
@@ -161,19 +161,24 @@ def _newest(
 def _exponentials(
     q: Float[Array, "B K G T D"], keys: ChunkKeys, seen: Array, extra: Extra, columns: slice
 ) -> Exponentials:
-    b, k, g, t, d = q.shape
-    # The query heads of a group are rows of one product: larger products, and keys are never repeated.
-    scores = scores_of("bkqd,bknd->bkqn", q.reshape(b, k, g * t, d), keys.keys, keys.dtypes[0])
-    scores = scores.reshape(b, k, g, t, -1)
-    if keys.key_scale is not None:
-        scores *= keys.key_scale[:, :, None, None]
+    scores = chunk_scores(q, keys)
     if extra.bias is not None:
         scores += extra.bias[:, :, None, None, columns]
     others = None if extra.summary is None else extra.summary.scores(q.transpose(0, 3, 1, 2, 4))
     return exponentials(scores, seen, others)
 
 
-def _weighted_sum(weights: Float[Array, "B K G T N"], keys: ChunkKeys) -> Float[Array, "B K G T D"]:
+def chunk_scores(q: Float[Array, "B K G T D"], keys: ChunkKeys) -> Float[Array, "B K G T N"]:
+    """Scores of a block of queries before the softmax, float32."""
+    b, k, g, t, d = q.shape
+    # The query heads of a group are rows of one product: larger products, and keys are never repeated.
+    scores = scores_of("bkqd,bknd->bkqn", q.reshape(b, k, g * t, d), keys.keys, keys.dtypes[0])
+    scores = scores.reshape(b, k, g, t, -1)
+    return scores if keys.key_scale is None else scores * keys.key_scale[:, :, None, None]
+
+
+def weighted_sum(weights: Float[Array, "B K G T N"], keys: ChunkKeys) -> Float[Array, "B K G T D"]:
+    """The values, weighted and summed, float32."""
     b, k, g, t, n = weights.shape
     if keys.value_scale is not None:
         weights = weights * keys.value_scale[:, :, None, None]
