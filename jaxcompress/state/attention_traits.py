@@ -8,6 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def soft_capped(scores: Float[Array, "*shape"], cap: float | Float[Array, ""] | None) -> Float[Array, "*shape"]:
+    """cap * tanh(scores / cap); the scores themselves without a cap."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
 class AttentionTraits(NamedTuple):
     """The constants of one layer's attention. All paths that compute scores take them.
 
@@ -19,9 +24,7 @@ class AttentionTraits(NamedTuple):
 
     def capped(self, scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Scaled products of queries and keys, soft-capped."""
-        if self.softcap is None:
-            return scores
-        return self.softcap * jnp.tanh(scores / self.softcap)
+        return soft_capped(scores, self.softcap)
 
     @property
     def beyond_kernels(self) -> str | None:
