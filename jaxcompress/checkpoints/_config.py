@@ -77,7 +77,7 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     head_dim = hidden // heads if c["head_dim"] is None else whole(c, "head_dim")
     sliding = family.windows(c, layers)
     rope, layer_ropes = family.ropes(c, head_dim, sliding)
-    common = dict(
+    common: dict[str, Any] = dict(
         vocab_size=whole(c, "vocab_size"),
         hidden_size=hidden,
         intermediate_size=whole(c, "intermediate_size"),

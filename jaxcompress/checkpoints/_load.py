@@ -387,7 +387,7 @@ def _read(
     return out
 
 
-def _rows(tensor: Any, rows: np.ndarray, rest: tuple[slice, ...]) -> np.ndarray:
+def _rows(tensor: Any, rows: np.ndarray, rest: tuple[Any, ...]) -> np.ndarray:
     """Some rows of a tensor. Those that follow each other are read at once."""
     runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
     return np.concatenate([tensor[(slice(int(run[0]), int(run[-1]) + 1), *rest)] for run in runs])

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from jaxcompress.checkpoints._entries import flag, number, numbers, object_in, said, shown, whole
-from jaxcompress.models.rope import RopeConfig
+from jaxcompress.models.rope import RopeConfig, RopeKind
 
 _REQUIRED = {
     "default": (),
@@ -59,7 +59,10 @@ def rope_config(c: Mapping[str, Any], head_dim: int, *, partial: bool = False) -
     if missing := [key for key in _REQUIRED[kind] if key not in given]:
         raise ValueError(f"rope type {kind!r} needs {', '.join(missing)}")
     rope = RopeConfig(
-        number(given, "rope_theta"), kind, partial=_partial(given, head_dim, partial), **_scaling(kind, given, c)
+        number(given, "rope_theta"),
+        cast(RopeKind, kind),
+        partial=_partial(given, head_dim, partial),
+        **_scaling(kind, given, c),
     )
     return _checked(rope, head_dim)
 

@@ -14,7 +14,7 @@ from jaxcompress.models.initializers import initializers
 from jaxcompress.models.norms import NORMS
 from jaxcompress.models.rope import Rotary
 from jaxcompress.state.attention_traits import AttentionTraits
-from jaxcompress.state.shapes import AttentionOut, Hidden, Keys, Positions, Queries, Values
+from jaxcompress.state.shapes import Hidden, Keys, Positions, Queries, Values
 
 
 class LayerConstants(NamedTuple):
@@ -72,7 +72,8 @@ class Attention(nnx.Module):
         window = None if config.windows is None else config.windows[index]
         return LayerConstants(config.rotary(index), window, AttentionTraits(config.softcap))
 
-    def project_out(self, out: AttentionOut) -> Hidden:
+    def project_out(self, out: Float[Array, "B T *heads"]) -> Hidden:
+        """From the outputs of all heads, [B, T, H, D] or [B, T, K, G, D]."""
         return self.out(out.reshape(*out.shape[:2], -1))
 
 

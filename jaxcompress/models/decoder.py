@@ -74,7 +74,7 @@ class Layer(nnx.Module):
         """Queries, keys and values before RoPE, from the residual stream before the layer."""
         return self.attention.project(x if config.norms_at == "after" else self.attention_norm(x), config)
 
-    def close(self, x: Hidden, attended: AttentionOut, config: DecoderConfig) -> Hidden:
+    def close(self, x: Hidden, attended: Float[Array, "B T *heads"], config: DecoderConfig) -> Hidden:
         """The residual stream after the layer, from that before it and the output of its attention."""
         out = self.attention.project_out(attended)
         if config.norms_at != "before":

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -41,7 +43,7 @@ class RopeConfig:
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
+    kind: RopeKind = "default"
     factor: float = 1.0
     original_context: int = 8192
     low_freq_factor: float = 1.0
