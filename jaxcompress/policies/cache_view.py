@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.kv_state import Memory, Stats
 from jaxcompress.state.placement import Placement, Rotate
 from jaxcompress.state.shapes import Positions, SlotPositions, Weights
@@ -30,6 +31,7 @@ class LayerContext(NamedTuple):
       out: [K, G, D, E], the output projection of each query head; None where there is no model around.
       heads: H and K of the layer, or of the part of it that has these slots.
       which: the indices of the state's heads in the layer.
+      traits: what the layer's attention does beyond scaled products and a softmax.
     """
 
     rotate: Rotate
@@ -37,6 +39,7 @@ class LayerContext(NamedTuple):
     out: Float[Array, "K G D E"] | None
     heads: tuple[int, int]
     which: tuple[int, ...]
+    traits: AttentionTraits = PLAIN
 
     @property
     def group(self) -> int:

@@ -73,7 +73,7 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
     folded = _fold_by_rule(block, state, spec, whole, q)
     if folded is None:
         summary, see = extra_of(state, 0, spec).summary, partial(_visible, whole=whole, replaced=replaced, spec=spec)
-        extra = lambda stats: Extra(slot_bias(policy, stats), summary)
+        extra = lambda stats: Extra(slot_bias(policy, stats), summary, spec.context.traits)
         folded = chunk_attention(q, positions, given, whole["stats"], see, extra, partial(_observe, spec=spec))
     stats, out = folded
     lived = within_window(held, jnp.where(newest >= 0, newest, state.seen - 1), spec.window)
