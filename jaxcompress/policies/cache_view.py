@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.kv_state import Memory, Stats
 from jaxcompress.state.placement import Placement, Rotate
 from jaxcompress.state.shapes import Positions, SlotPositions, Weights
@@ -33,6 +34,7 @@ class LayerContext(NamedTuple):
       out: [K, G, D, E], the output projection of each query head; None where there is no model around.
       heads: H and K of the layer, or of the part of it that has these slots.
       which: the indices of the state's heads in the layer.
+      traits: what the layer's attention does beyond scaled products and a softmax.
     """
 
     rotate: Rotate
@@ -40,6 +42,7 @@ class LayerContext(NamedTuple):
     out: Float[Array, "K G D E"] | None
     heads: tuple[int, int]
     which: tuple[int, ...]
+    traits: AttentionTraits = PLAIN
 
     @property
     def group(self) -> int:

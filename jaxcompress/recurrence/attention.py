@@ -17,6 +17,7 @@ from jaxcompress.pallas_kernels.types import Backend, Chosen, Here, KernelCall, 
 from jaxcompress.policies.summary import Summary
 from jaxcompress.recurrence.quantised import code_scores, code_sum
 from jaxcompress.recurrence.softmax import softmax_beside
+from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.precision import weighted
@@ -26,15 +27,17 @@ from jaxcompress.state.storage import Stored
 
 
 class Extra(NamedTuple):
-    """Terms that a policy adds to attention over slots.
+    """What attention over slots has beyond products and a softmax.
 
     Attributes:
-      bias: [B, K or 1, S] float32, added to the scores of the slots, or None.
-      summary: extra entries that queries see beside the slots, or None.
+      bias: [B, K or 1, S] float32, added by the policy to the scores of the slots, or None.
+      summary: extra entries of the policy that queries see beside the slots, or None.
+      traits: those of the layer.
     """
 
     bias: Float[Array, "B K S"] | None = None
     summary: Summary | None = None
+    traits: AttentionTraits = PLAIN
 
 
 NOTHING = Extra()
@@ -54,14 +57,14 @@ def slot_attention(
       keys, values: [B, K, S, D], as the state stores them.
       visible: the slots that a query sees; the others get probability zero.
       present: rows that have a query; the others (padding) give zeros.
-      extra: the terms that the policy adds.
+      extra: what the policy adds, and the traits of the layer.
     """
     plain = isinstance(keys, jax.Array)
-    scores = scores_of("bkgd,bksd->bkgs", q, keys) if plain else code_scores(q, keys)
+    scores = extra.traits.capped(scores_of("bkgd,bksd->bkgs", q, keys) if plain else code_scores(q, keys))
     if extra.bias is not None:
         scores += extra.bias[:, :, None]
     present = present[:, None, None, None]
-    others = None if extra.summary is None else extra.summary.scores(q[:, None])[:, :, :, 0]
+    others = None if extra.summary is None else extra.summary.scores(q[:, None], extra.traits)[:, :, :, 0]
     weights, shares = softmax_beside(scores, visible, present, others)
     out = weighted("bkgs,bksd->bkgd", weights, values) if isinstance(values, jax.Array) else code_sum(weights, values)
     if extra.summary is not None and shares is not None:
@@ -214,7 +217,7 @@ def _beyond_kernels(index: Array, visible: Array, extra: Extra) -> str | None:
         return "the policy adds to attention scores or shows stand-ins"
     if index.shape[-1] > 1 or visible.shape[2] > 1:
         return "heads share a pool of slots"
-    return None
+    return extra.traits.beyond_kernels
 
 
 def _only(new: Any) -> Any:

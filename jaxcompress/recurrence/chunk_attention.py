@@ -57,7 +57,7 @@ class Watch(NamedTuple):
 
     Attributes:
       visible: positions of queries, and a range of the N keys -> the keys of the range that each query sees.
-      extra: stats of all N tokens -> the terms that the policy adds to attention.
+      extra: stats of all N tokens -> the terms that the policy adds to attention, and the traits of the layer.
       observe: stats of some tokens; the probabilities that some queries give them; positions of these queries; what
         they see -> the stats.
       newest: the number of newest queries that `observe` needs to see; None: all of them.
@@ -161,15 +161,15 @@ def _newest(
 def _exponentials(
     q: Float[Array, "B K G T D"], keys: ChunkKeys, seen: Array, extra: Extra, columns: slice
 ) -> Exponentials:
-    scores = chunk_scores(q, keys)
+    scores = extra.traits.capped(chunk_scores(q, keys))
     if extra.bias is not None:
         scores += extra.bias[:, :, None, None, columns]
-    others = None if extra.summary is None else extra.summary.scores(q.transpose(0, 3, 1, 2, 4))
+    others = None if extra.summary is None else extra.summary.scores(q.transpose(0, 3, 1, 2, 4), extra.traits)
     return exponentials(scores, seen, others)
 
 
 def chunk_scores(q: Float[Array, "B K G T D"], keys: ChunkKeys) -> Float[Array, "B K G T N"]:
-    """Scores of a block of queries before the softmax, float32."""
+    """Scores of a block of queries before a soft cap and the softmax, float32."""
     b, k, g, t, d = q.shape
     # The query heads of a group are rows of one product: larger products, and keys are never repeated.
     scores = scores_of("bkqd,bknd->bkqn", q.reshape(b, k, g * t, d), keys.keys, keys.dtypes[0])

@@ -70,7 +70,7 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
         summary = extra_of(state, 0, spec).summary
         watch = Watch(
             partial(_visible, whole=whole, replaced=replaced, spec=spec),
-            lambda stats: Extra(slot_bias(policy, stats), summary),
+            lambda stats: Extra(slot_bias(policy, stats), summary, spec.context.traits),
             partial(_observe, spec=spec),
             policy.watches,
         )

@@ -27,13 +27,18 @@ from jaxcompress.state.select import last_position, unranked
 BLOCK = 64
 """Maximum number of tokens whose products are done at once."""
 
+FEWEST_SLOTS = 384
+"""Below this number of slots, products of single tokens are as fast on a CPU."""
+
 
 def reads_blocks(state: KVState, spec: StepSpec) -> bool:
-    """Whether a block of tokens can be read this way: tokens leave one at a time, and nothing else changes keys,
-    values or scores while the block is read."""
+    """Whether a block of tokens is read this way: there are many slots, all heads share them, tokens leave one at a
+    time, and nothing else changes keys, values or scores while the block is read."""
     policy = spec.policy
+    if policy.scope != "layer" or state.positions.shape[-1] < FEWEST_SLOTS:
+        return False
     one_by_one = policy.schedule.when in ("after", "never") and policy.schedule.frees == 1
-    plain = not policy.gates and not policy.reduction and policy.scope != "pool"
+    plain = not policy.gates and not policy.reduction
     return one_by_one and plain and spec.context.placement == "absolute" and not jax.tree.leaves(state.memory)
 
 
@@ -59,7 +64,8 @@ def stream_block(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResul
     policy, slots = spec.policy, state.positions.shape[-1]
     whole = joined(block, state, spec)
     q, given = keys_met(block, state, whole, spec)
-    scores = jnp.moveaxis(chunk_scores(q.transpose(0, 2, 3, 1, 4), given), 3, 0)  # [T, B, K, G, N]
+    scores = spec.context.traits.capped(chunk_scores(q.transpose(0, 2, 3, 1, 4), given))
+    scores = jnp.moveaxis(scores, 3, 0)  # [T, B, K, G, N]
     columns = jnp.arange(slots + block.positions.shape[1])
     everything = replace(state, **jax.tree.map(lambda x: x[None], whole))
     most = slots - spare_slots(state, spec)
