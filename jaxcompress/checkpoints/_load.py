@@ -44,6 +44,8 @@ _DOWNLOADED = (
 )  # fmt: skip
 
 _MOST_NAMED = 100
+_ALIGNMENT = 64
+"""XLA's alignment of arrays on a CPU, in bytes."""
 
 Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -371,7 +373,7 @@ def _read(
     weight: Weight, index: tuple[slice, ...], tensors: Mapping[str, Any], dtype: np.dtype, not_finite: set[str]
 ) -> np.ndarray:
     """Reads the part `index` of a weight. It is filled tensor by tensor, so little more than the part is in memory."""
-    out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, weight.array.shape, strict=True)], dtype)
+    out = _aligned([len(range(*s.indices(n))) for s, n in zip(index, weight.array.shape, strict=True)], dtype)
     blocks, names, inner = [out], weight.tensors, index
     if weight.stacked:
         blocks, names, inner = list(out), weight.tensors[index[0]], index[1:]
@@ -391,3 +393,11 @@ def _rows(tensor: Any, rows: np.ndarray, rest: tuple[Any, ...]) -> np.ndarray:
     """Some rows of a tensor. Those that follow each other are read at once."""
     runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
     return np.concatenate([tensor[(slice(int(run[0]), int(run[-1]) + 1), *rest)] for run in runs])
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array without values which JAX takes on a CPU as it is: it copies those that begin elsewhere."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -room.ctypes.data % _ALIGNMENT
+    return room[first : first + size].view(dtype).reshape(shape)

@@ -56,6 +56,14 @@ class PlacementFlag:
     """Position of a token for RoPE; as the policy was published if not given. slot and compact keep distances within
     what the model was trained on, however long the text."""
 
+    def check_placement(self, *policies: str) -> None:
+        """Raises ValueError if --placement is given for policies that all keep every token where it stands."""
+        if self.placement is not None and set(policies) == {"full"}:
+            raise ValueError(
+                "--placement does nothing for full, which keeps every token where it stands; leave it out, or name a "
+                "policy that evicts"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyFlags:

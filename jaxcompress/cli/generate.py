@@ -22,7 +22,7 @@ from jaxcompress.cli.flags import (
     WeightFlags,
     at_least,
 )
-from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, warn_of_positions, write_json
+from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, write_json
 from jaxcompress.inputs.text import decoded, named, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
@@ -94,8 +94,6 @@ class Generate(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, until().ids
         )
         state, prompts = self._read(model, tokenizer)
-        end = int(state.kv[0].seen.max()) + self.max_new_tokens
-        warn_of_positions(model, [self.placement or state.policy.placement], end)
         rows = [_Row(until(after=ids)) for ids in prompts]
         live = len(rows) == 1 and not self.json
         for tokens in decode_stream(model, state, self.max_new_tokens, config, stream_every=8):
@@ -131,6 +129,7 @@ class Generate(
         if self.shorten is not None and not 0 < self.shorten <= 1:
             raise ValueError(f"--shorten must be in (0, 1], the share of tokens that stays, not {self.shorten}")
         self.chunk_tokens()
+        self.check_placement(self.policy)
         if not self.prompt and self.file is None:
             raise ValueError("give --prompt or --file")
         if self.prompt and self.file is not None and not self.chat:
@@ -142,8 +141,8 @@ class Generate(
         if self.mode == "oneshot" and self.file is not None and self.shorten is None:
             raise ValueError("--file is read in segments; use --mode streaming or chunked")
         if self.temperature == 0:
-            for name in ("top_k", "top_p", "min_p"):
-                if getattr(self, name) is not None:
+            for name, none in (("top_k", None), ("top_p", None), ("min_p", None), ("seed", 0)):
+                if getattr(self, name) != none:
                     raise ValueError(
                         f"--{name.replace('_', '-')} does nothing at --temperature 0, which takes the best token"
                     )
