@@ -25,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +39,7 @@ from command import OfModel, arguments
 import jaxcompress as jc
 from jaxcompress.checkpoints import save
 from jaxcompress.generation import decode, init_decode_state, prefill
+from jaxcompress.models.modes import Mode
 
 KEPT = 8
 """The context divided by the number of slots."""
@@ -84,7 +86,7 @@ class Library:
         kind, _, policy = side.partition(":")
         self.model = jc.load(folder, dtype="float32").model
         self.policy = jc.get_policy("full" if kind == "full" else policy or "tova")
-        self.mode = "streaming" if kind == "streaming" else "oneshot"
+        self.mode: Mode = "streaming" if kind == "streaming" else "oneshot"
         self.rows, self.slots = rows, max(rows.shape[1] // KEPT, 1)
 
     def prefill(self, steps: int) -> None:
@@ -102,14 +104,14 @@ class Torch:
     """transformers as a side, with a press of kvpress or without."""
 
     def __init__(self, side: str, folder: str, rows: np.ndarray) -> None:
-        import torch
+        import torch  # type: ignore[import-not-found]
         from transformers import AutoModelForCausalLM
 
         self.torch = torch
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.rows, self.press = torch.from_numpy(rows.astype(np.int64)), None
         if side == "kvpress":
-            from kvpress import TOVAPress
+            from kvpress import TOVAPress  # type: ignore[import-not-found]
 
             self.press = TOVAPress(compression_ratio=1 - 1 / KEPT)
 
@@ -153,13 +155,13 @@ def cell(args: Arguments, folder: str, context: int, batch: int) -> Iterator[dic
     command = [sys.executable, __file__, "--folder", folder, "--contexts", str(context), "--batches", str(batch)]
     command += ["--steps", str(args.steps), *(["--model", args.model] if args.model else [])]
     here = [side for side in args.sides if all(map(find_spec, SIDES[side]))]
-    pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    running = {side: subprocess.Popen([*command, "--worker", side], **pipe) for side in here}  # type: ignore[call-overload]
+    start = partial(subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    running = {side: start([*command, "--worker", side]) for side in here}
 
     def turn(side: str) -> list[float]:
         process = running[side]
         print(file=process.stdin, flush=True)
-        line = process.stdout.readline()
+        line = process.stdout.readline() if process.stdout else ""
         if not line:
             raise SystemExit(f"{side} failed with {context} tokens and {batch} rows; its message is above")
         return json.loads(line)

@@ -83,8 +83,9 @@ def load(
         model.safetensors.index.json); a GGUF file, with any quantisation (needs `pip install "jaxcompress[gguf]"`); a
         known name (`KNOWN_MODELS`) whose file has been fetched; or, if there is no such folder, a repository of the
         Hugging Face hub, which is downloaded into the hub's cache.
-      dtype: the dtype of all weights, or one of its usual names: "bfloat16", "bf16", "half", ... None and "auto" mean
-        the dtype of the checkpoint, which is float32 for quantised ones.
+      dtype: the dtype of all weights, or one of its usual names: "bfloat16", "bf16", "half", ... None means the dtype
+        of the checkpoint, which is float32 for quantised ones; "auto" likewise, but float32 on a CPU, where narrower
+        types are slower.
       sharding: a `jax.sharding.Sharding` for every array, or a function of an array's name and shape that returns one.
         Names are dotted paths in the module: "embedding", "layers.attention.query.kernel", "head". Each device reads
         only its own part of the files.

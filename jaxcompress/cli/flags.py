@@ -35,8 +35,9 @@ class ModelFlag:
 class WeightFlags(ModelFlag):
     """Which model, and the type of its weights."""
 
-    dtype: str | None = None
-    """Type of the weights, for example bfloat16; the checkpoint's if not given."""
+    dtype: str = "auto"
+    """Type of the weights, for example bfloat16. `auto` is the checkpoint's own, but float32 on a CPU, where narrower
+    types are slower."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,16 +71,20 @@ def _sizes(folder: Path) -> list[tuple[float, int, str]]:
     return found
 
 
-def open_weights(model: str | None, dtype: str | None = None) -> Loaded:
+def open_weights(model: str | None, dtype: str = "auto") -> Loaded:
     """What `jaxcompress.load` takes, or the embedded model if None."""
     prepare()
     from jaxcompress import embedded
-    from jaxcompress.checkpoints import load
+    from jaxcompress.checkpoints import config_dtype, load
 
-    return load(embedded.decoder_folder() if model is None else model, dtype=dtype)
+    loaded = load(embedded.decoder_folder() if model is None else model, dtype=dtype)
+    own, taken = config_dtype(loaded.settings), loaded.model.embedding[...].dtype
+    if model is not None and dtype == "auto" and own not in (None, taken):
+        tell(f"weights in {taken}, which is faster on this device than the checkpoint's {own}; --dtype takes another")
+    return loaded
 
 
-def open_model(model: str | None, dtype: str | None = None) -> tuple[Decoder, Tokenizer]:
+def open_model(model: str | None, dtype: str = "auto") -> tuple[Decoder, Tokenizer]:
     """The same with its tokenizer."""
     loaded = open_weights(model, dtype)
     return loaded.model, loaded.tokenizer
