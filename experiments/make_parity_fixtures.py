@@ -1,6 +1,6 @@
 """Tiny random models and their logits by PyTorch, for the tests of `jaxcompress.checkpoints`.
 
-Needs an environment of its own with `torch==2.13.0 transformers==5.23.0 safetensors numpy`:
+Needs an environment of its own with `torch==2.13.0 transformers==5.24.0 safetensors numpy`:
 
     python experiments/make_parity_fixtures.py --out tests/fixtures/parity
 
@@ -23,14 +23,20 @@ from command import Command, arguments, need
 
 need("torch", install='pip install -e ".[parity]"')
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
@@ -40,6 +46,9 @@ SHAPE: dict[str, Any] = dict(
     num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.25, rms_norm_eps=1e-5,
     bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype="float32",
 )  # fmt: skip
+SMALL = SHAPE | dict(vocab_size=31)
+"""Of the families that came later: smaller files. Their rows have `SMALL_LENGTH` tokens."""
+SMALL_LENGTH = 24
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16,
     low_freq_factor=1.0, high_freq_factor=4.0,
@@ -79,12 +88,52 @@ def configs() -> dict[str, PreTrainedConfig]:
         ),
         "qwen3": Qwen3Config(**SHAPE, head_dim=16),
         "qwen3_biases": Qwen3Config(**SHAPE | dict(num_hidden_layers=1), head_dim=12, attention_bias=True),
+        **later_configs(),
     }
+
+
+def later_configs() -> dict[str, PreTrainedConfig]:
+    """The windows are shorter, and the soft caps lower, than in use, so that they matter in a row of 24 tokens."""
+    neox = {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
+    gemma = SMALL | dict(head_dim=8, query_pre_attn_scalar=5)
+    long = dict(
+        rope_type="longrope", rope_theta=100.0, partial_rotary_factor=0.75,
+        short_factor=[1.0, 1.25, 1.5], long_factor=[1.5, 2.5, 4.0],
+    )  # fmt: skip
+    phi3 = lambda original, **changes: Phi3Config(
+        **SMALL | changes, original_max_position_embeddings=original,
+        rope_parameters=dict(long, original_max_position_embeddings=original),
+    )  # fmt: skip
+    return {
+        "neox": GPTNeoXConfig(**neox, rotary_pct=0.5),
+        "neox_serial": GPTNeoXConfig(
+            **neox, rotary_pct=0.25, use_parallel_residual=False, hidden_act="gelu_fast", attention_bias=False
+        ),
+        "gemma2": Gemma2Config(**gemma, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+        "gemma3": Gemma3TextConfig(
+            **gemma | dict(num_hidden_layers=3), sliding_window=5, sliding_window_pattern=3, rope_theta=1000.0,
+            rope_local_base_freq=10.0, rope_scaling=dict(rope_type="linear", factor=2.0),
+        ),
+        "phi3_long": phi3(16, sliding_window=9),
+        "phi3_short": phi3(32, max_position_embeddings=32),
+        "olmo2": Olmo2Config(**SMALL),
+        "smollm3": SmolLM3Config(
+            **SMALL, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=7, rope_theta=1000.0
+        ),
+        "llama_dynamic": LlamaConfig(
+            **SMALL | dict(num_hidden_layers=1),
+            rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=3.0),
+        ),
+    }  # fmt: skip
 
 
 def rope_cases() -> list[dict[str, Any]]:
     """Config entries. Omitted entries must be inferred as transformers infers them."""
     long = dict(max_position_embeddings=4096)
+    searched = dict(
+        rope_type="longrope", original_max_position_embeddings=1024,
+        short_factor=[1.0 + i / 16 for i in range(16)], long_factor=[1.0 + i for i in range(16)],
+    )  # fmt: skip
     yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=1024)
     return [
         dict(rope_parameters=dict(LLAMA3)),
@@ -103,6 +152,11 @@ def rope_cases() -> list[dict[str, Any]]:
         dict(rope_parameters=dict(yarn, beta_fast=1.0, beta_slow=1.0), **long),
         dict(rope_parameters=dict(yarn, original_max_position_embeddings=2)),
         dict(original_max_position_embeddings=512, rope_parameters=dict(yarn), **long),
+        dict(rope_parameters=dict(rope_type="dynamic", factor=4.0), **long),
+        dict(rope_parameters=dict(rope_type="dynamic", factor=4.0), length=9000, **long),
+        dict(rope_parameters=dict(searched), length=1024, **long),
+        dict(rope_parameters=dict(searched), length=1025, **long),
+        dict(rope_parameters=dict(searched, factor=2.0, attention_factor=1.25), length=4096, **long),
     ]
 
 
@@ -119,24 +173,29 @@ def write_model(name: str, config: PreTrainedConfig, folder: Path) -> None:
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     randomise(model)
-    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH))
+    length = LENGTH if config.vocab_size == VOCABULARY else SMALL_LENGTH
+    tokens = torch.randint(config.vocab_size, (ROWS, length))
     with torch.no_grad():
         logits = model(tokens).logits
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if name != "llama2_mha":
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        tensors = {k: v.bfloat16() for k, v in model.state_dict().items() if k not in tied}
+        tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     np.savez_compressed(folder / "io.npz", tokens=tokens.numpy().astype(np.int32), logits=logits.numpy())
 
 
 def rope_answer(case: dict[str, Any]) -> dict[str, Any]:
+    """`length` is that of the text that is read, where frequencies depend on it."""
+    length = {key: case[key] for key in ("length",) if key in case}
+    case = {key: value for key, value in case.items() if key != "length"}
     given = json.loads(json.dumps({k: v for k, v in SHAPE.items() if v is not None} | dict(head_dim=32) | case))
     config = LlamaConfig(**json.loads(json.dumps(given)))
-    frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu")
+    initialise = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
+    frequencies, factor = initialise(config, "cpu", seq_len=length.get("length"))
     return {
+        **length,
         "config": {"architectures": ["LlamaForCausalLM"], **given},
         "frequencies": frequencies.tolist(),
         "factor": factor,

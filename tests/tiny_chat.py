@@ -37,7 +37,7 @@ def chat_folder(folder: Path, template: str | None = TEMPLATE) -> Path:
     if template is not None:
         (source / "chat_template.jinja").write_text(template)
     never = lambda path, x: x.at[:, -len(SPECIAL) :].set(0) if "head" in jax.tree_util.keystr(path) else x
-    model = jax.tree_util.tree_map_with_path(never, tiny_decoder(VOCABULARY, max_position=128))
+    model = jax.tree_util.tree_map_with_path(never, tiny_decoder(VOCABULARY, max_position=2**20))
     return save(model, folder / "tiny", tokenizer_from=source)
 
 

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxcompress._extras import extra
 from jaxcompress.inputs.token_ids import token_rows
+from jaxcompress.models.attention import LayerConstants
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.models.rope import rotate
 from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.softmax import masked_softmax
 from jaxcompress.state.precision import scores as scores_of
@@ -59,13 +59,15 @@ def attention_spread(model: Decoder, tokens: Tokens, valid: Valid | None = None)
 @jax.jit
 def _spread(model: Decoder, tokens: Tokens, positions: Positions) -> Float[Array, "L K"]:
     def attend(q, k, v, positions, layer, index, carry, xs):
-        q, k, window = _placed(model, q, k, positions, index)
-        return causal_attention(q, k, v, positions, window=window), carry, _spread_of(q, k, positions, window)
+        here = layer.attention.constants(model.config, index)
+        q, k = here.placed(q, k, positions)
+        out = causal_attention(q, k, v, positions, window=here.window, traits=here.traits)
+        return out, carry, _spread_of(q, k, positions, here)
 
     return model.run_layers(model.embed(tokens), positions, attend)[2]
 
 
-def _spread_of(q: Queries, k: Keys, positions: Positions, window: Any) -> Float[Array, " K"]:
+def _spread_of(q: Queries, k: Keys, positions: Positions, here: LayerConstants) -> Float[Array, " K"]:
     """Mean spread in one layer; q and k are rotated."""
     b, t, _, d = q.shape
     q = q.reshape(b, t, k.shape[2], -1, d)
@@ -77,11 +79,11 @@ def _spread_of(q: Queries, k: Keys, positions: Positions, window: Any) -> Float[
 
     def block(queries: tuple[Array, Array]) -> Float[Array, " K"]:
         q, at = queries
-        scores = scores_of("btkgd,bnkd->bkgtn", q, k)
+        scores = here.traits.capped(scores_of("btkgd,bnkd->bkgtn", q, k))
         at, key = at[:, :, None], positions[:, None]
         visible = (key <= at) & (key >= 0)
-        if window is not None:
-            visible &= key > at - window
+        if here.window is not None:
+            visible &= key > at - here.window
         present = at >= 0
         weights = masked_softmax(scores, visible[:, None, None], present[:, None, None]).mean(2)  # [B, K, T, N]
         entropy = -jnp.where(weights > 0, weights * jnp.log(weights), 0.0).sum(-1)
@@ -182,8 +184,9 @@ def _hidden(model: Decoder, tokens: Tokens) -> Hidden:
     """Final hidden states, normed, with full attention."""
 
     def attend(q, k, v, positions, layer, index, carry, xs):
-        q, k, window = _placed(model, q, k, positions, index)
-        return causal_attention(q, k, v, positions, window=window), carry, None
+        here = layer.attention.constants(model.config, index)
+        q, k = here.placed(q, k, positions)
+        return causal_attention(q, k, v, positions, window=here.window, traits=here.traits), carry, None
 
     return model.norm(model.run_layers(model.embed(tokens), _positions(tokens, None), attend)[0])
 
@@ -203,15 +206,16 @@ def _slope(
     positions = _positions(tokens, None)
 
     @jax.checkpoint
-    def mixed(q: Queries, k: Keys, v: Values, gate: Float[Array, " K"], window: Any) -> Array:
-        full = causal_attention(q, k, v, positions, window=window)
-        near = causal_attention(q, k, v, positions, window=window, streaming=streaming)
+    def mixed(q: Queries, k: Keys, v: Values, gate: Float[Array, " K"], kind: dict[str, Any]) -> Array:
+        full = causal_attention(q, k, v, positions, **kind)
+        near = causal_attention(q, k, v, positions, streaming=streaming, **kind)
         gate = jnp.repeat(gate, q.shape[2] // k.shape[2])[:, None]  # float32, in which its gradient is added up
         return (gate * full + (1 - gate) * near).astype(q.dtype)
 
     def attend(q, k, v, positions, layer, index, carry, xs):
-        q, k, window = _placed(model, q, k, positions, index)
-        return mixed(q, k, v, xs, window), carry, None
+        here = layer.attention.constants(model.config, index)
+        q, k = here.placed(q, k, positions)
+        return mixed(q, k, v, xs, dict(window=here.window, traits=here.traits)), carry, None
 
     def loss(gates: Array) -> tuple[Array, Array]:
         hidden = model.norm(model.run_layers(model.embed(tokens), positions, attend, xs=gates)[0])
@@ -221,12 +225,6 @@ def _slope(
 
     (_, apart), slope = jax.value_and_grad(loss, has_aux=True)(gates)
     return apart, slope
-
-
-def _placed(model: Decoder, q: Queries, k: Keys, positions: Positions, index: Any) -> tuple[Queries, Keys, Any]:
-    """Queries and keys rotated, and the layer's window."""
-    at, rope, windows = positions[..., None], model.config.rope, model.config.windows
-    return rotate(q, at, rope), rotate(k, at, rope), None if windows is None else windows[index]
 
 
 def _positions(tokens: Tokens, valid: Valid | None) -> Positions:

@@ -1,34 +1,29 @@
 """Converts between Hugging Face's config.json and `DecoderConfig`.
 
-An entry that is missing in config.json has the default of transformers 5 for that family. Both layouts of RoPE are
-read: `rope_theta` next to `rope_scaling`, and `rope_parameters` of transformers 5.
+An entry that is missing in config.json has the default of transformers 5 for that family (see
+`jaxcompress.checkpoints._families`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import fields
+from typing import Any
 
 from jaxcompress.checkpoints._entries import (
     MOST_LAYERS,
     architecture_in,
     flag,
     number,
-    object_in,
     said,
     shown,
     text,
     whole,
 )
+from jaxcompress.checkpoints._families import FAMILIES, nearest_architecture
+from jaxcompress.checkpoints._rope_config import ROPE_ENTRIES, rope_parameters
+from jaxcompress.models.activations import Activation
 from jaxcompress.models.config import DecoderConfig
-from jaxcompress.models.rope import RopeConfig
-
-
-class _Family(NamedTuple):
-    model_type: str
-    defaults: Mapping[str, Any]
-
 
 _ALL = {
     "hidden_act": "silu",
@@ -40,36 +35,19 @@ _ALL = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-_QWEN = {
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "layer_types": None,
-}
-_FAMILIES = {
-    "LlamaForCausalLM": _Family("llama", {"max_position_embeddings": 2048}),
-    "MistralForCausalLM": _Family(
-        "mistral", {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
-    ),
-    "Qwen2ForCausalLM": _Family("qwen2", _QWEN),
-    "Qwen3ForCausalLM": _Family("qwen3", {**_QWEN, "head_dim": 128}),
-}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_ROPE_REQUIRED = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": (),
-}
-
+_NULLABLE = ("num_key_value_heads", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+"""Entries of which null says something else than their absence."""
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}  # fmt: skip
+_WRITTEN: Mapping[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 INTERPRETED = frozenset(
     {
-        "architectures", "model_type", "dtype", "torch_dtype", "rope_scaling", "rope_parameters",
-        "original_max_position_embeddings", "partial_rotary_factor", "quantization_config",
-        *_REQUIRED, *_ALL, *(key for family in _FAMILIES.values() for key in family.defaults),
+        "architectures", "model_type", "dtype", "torch_dtype", "quantization_config",
+        *ROPE_ENTRIES, *_REQUIRED, *_ALL, *(key for family in FAMILIES.values() for key in family.defaults),
     }
 )  # fmt: skip
 """The entries that `decoder_config` reads, or that `hugging_face_config` and the writer of weights set."""
@@ -83,65 +61,58 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         quantised; an entry is missing, of another type or out of range. The message gives the found and the known
         values.
     """
-    architecture = _architecture(raw)
+    architecture = architecture_of(raw)
+    family = FAMILIES[architecture]
     if missing := [key for key in _REQUIRED if raw.get(key) is None]:
         raise ValueError(f"the config of this {architecture} lacks {', '.join(missing)}")
     if raw.get("quantization_config"):
         raise ValueError("the checkpoint is quantised (quantization_config); only plain float weights are read")
-    c = {**_ALL, **_FAMILIES[architecture].defaults, **said(raw, "num_key_value_heads", "sliding_window")}
-    if text(c, "hidden_act") not in ("silu", "swish"):
-        raise ValueError(f"unknown hidden_act {c['hidden_act']!r}; known: 'silu'")
-    biased = flag(c, "attention_bias") and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
-    hidden, heads = whole(c, "hidden_size"), whole(c, "num_attention_heads")
+    c = {**_ALL, **family.defaults, **said(raw, *_NULLABLE)}
+    act = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
+    if text(c, act) not in _ACTIVATIONS:
+        raise ValueError(f"unknown {act} {c[act]!r}; known: {', '.join(map(repr, _ACTIVATIONS))}")
+    hidden, heads, layers = whole(c, "hidden_size"), whole(c, "num_attention_heads"), _layers(c)
     if c["head_dim"] is None and hidden % heads:
         raise ValueError(f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) without head_dim")
-    return DecoderConfig(
+    head_dim = hidden // heads if c["head_dim"] is None else whole(c, "head_dim")
+    sliding = family.windows(c, layers)
+    rope, layer_ropes = family.ropes(c, head_dim, sliding)
+    common: dict[str, Any] = dict(
         vocab_size=whole(c, "vocab_size"),
         hidden_size=hidden,
         intermediate_size=whole(c, "intermediate_size"),
-        num_layers=whole(c, "num_hidden_layers", most=MOST_LAYERS),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=heads if c["num_key_value_heads"] is None else whole(c, "num_key_value_heads"),
-        head_dim=hidden // heads if c["head_dim"] is None else whole(c, "head_dim"),
-        rope=_rope(c),
+        head_dim=head_dim,
+        rope=rope,
+        layer_ropes=layer_ropes,
         norm_eps=number(c, "rms_norm_eps"),
-        qkv_bias=biased or architecture == "Qwen2ForCausalLM",
-        out_bias=biased,
-        mlp_bias=flag(c, "mlp_bias") and architecture == "LlamaForCausalLM",
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        activation=_ACTIVATIONS[c[act]],
         tied=flag(c, "tie_word_embeddings"),
-        sliding=_sliding(architecture, c),
+        sliding=sliding,
         max_position=whole(c, "max_position_embeddings"),
     )
+    return DecoderConfig(**(common | family.fields(c)))
 
 
 def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of this decoder, for transformers 5: the inverse of `decoder_config`.
 
-    The architecture follows from the config: Qwen3 with `qk_norm`, Qwen2 with biases on query, key and value only,
-    Mistral if every layer has a sliding window, else Llama.
+    The architecture follows from the config (see `nearest_architecture`): a decoder whose features several families
+    have is written as the most common of them, whatever family it was read from.
 
     Raises:
       ValueError: that architecture lacks a feature of the decoder.
     """
+    architecture = nearest_architecture(config)
     windows = sorted({w for w in config.sliding if w})
-    every_slides = bool(windows) and all(config.sliding)
-    if config.qk_norm:
-        architecture = "Qwen3ForCausalLM"
-    elif config.qkv_bias and not config.out_bias:
-        architecture = "Qwen2ForCausalLM"
-    else:
-        architecture = "MistralForCausalLM" if every_slides else "LlamaForCausalLM"
     _refuse_what_is_lacking(architecture, config, windows)
-    family = {
-        "LlamaForCausalLM": {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias},
-        "MistralForCausalLM": {"sliding_window": windows[0] if windows else None},
-        "Qwen2ForCausalLM": _qwen_layers(config, windows),
-        "Qwen3ForCausalLM": {"attention_bias": config.qkv_bias, **_qwen_layers(config, windows)},
-    }
-    return {
+    family = FAMILIES[architecture]
+    act = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
+    written = {
         "architectures": [architecture],
-        "model_type": _FAMILIES[architecture].model_type,
+        "model_type": family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -149,155 +120,66 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        act: _WRITTEN[config.activation],
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
         "max_position_embeddings": config.max_position,
-        "rope_parameters": _rope_parameters(config.rope),
-        **family[architecture],
+        "rope_parameters": rope_parameters(config.rope),
+        **family.entries(config),
     }
+    written = {key: value for key, value in written.items() if key not in family.lacks}
+    _check_that_it_says_all(written, config)
+    return written
 
 
-def _architecture(raw: Mapping[str, Any]) -> str:
+def _layers(c: Mapping[str, Any]) -> int:
+    return whole(c, "num_hidden_layers", most=MOST_LAYERS)
+
+
+def architecture_of(raw: Mapping[str, Any]) -> str:
+    """The architecture of a config.json, by the first of `architectures` or by `model_type`.
+
+    Raises:
+      ValueError: it is not known.
+    """
     given = architecture_in(raw)
     if given is None:
         kind = raw.get("model_type")
-        given = next((name for name, family in _FAMILIES.items() if family.model_type == kind), kind)
-    if not isinstance(given, str) or given not in _FAMILIES:
-        raise ValueError(f"unknown architecture {shown(given)}; known: {', '.join(_FAMILIES)}")
+        given = next((name for name, family in FAMILIES.items() if family.model_type == kind), kind)
+    if not isinstance(given, str) or given not in FAMILIES:
+        raise ValueError(f"unknown architecture {shown(given)}; known: {', '.join(FAMILIES)}")
     return given
 
 
-def _rope(c: Mapping[str, Any]) -> RopeConfig:
-    given = object_in(c, "rope_scaling") or object_in(c, "rope_parameters")
-    if any(isinstance(value, Mapping) for value in given.values()):
+def _check_that_it_says_all(written: Mapping[str, Any], config: DecoderConfig) -> None:
+    """Raises ValueError if the config.json that was written means another decoder."""
+    again = decoder_config(written)
+    names = [one.name for one in fields(config) if getattr(again, one.name) != getattr(config, one.name)]
+    if names:
+        given = ", ".join(f"{name}={shown(getattr(config, name))}" for name in names)
         raise ValueError(
-            f"rope_parameters differ by layer type ({', '.join(given)}); only one RoPE for all layers is known"
+            f"no Hugging Face architecture fits: the nearest, {written['architectures'][0]}, lacks {given}"
         )
-    given = said(given)
-    kind = given.get("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE_REQUIRED:
-        raise ValueError(f"unknown rope type {shown(kind)}; known: {', '.join(_ROPE_REQUIRED)}")
-    # If an entry occurs twice, the one in the RoPE parameters counts. The original context is the exception: there,
-    # as in transformers, the top-level entry counts.
-    given = {**{key: c[key] for key in ("rope_theta", "partial_rotary_factor") if key in c}, **given}
-    if given.get("partial_rotary_factor", 1.0) != 1.0:
-        partial = shown(given["partial_rotary_factor"])
-        raise ValueError(f"partial_rotary_factor is {partial}; only 1.0, the whole head rotated, is known")
-    if missing := [key for key in _ROPE_REQUIRED[kind] if key not in given]:
-        raise ValueError(f"rope type {kind!r} needs {', '.join(missing)}")
-    theta = number(given, "rope_theta")
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "linear":
-        return RopeConfig(theta=theta, kind=kind, factor=number(given, "factor"))
-    if c.get("original_max_position_embeddings"):
-        given["original_max_position_embeddings"] = c["original_max_position_embeddings"]
-    context = whole(c, "max_position_embeddings")
-    # Null and 0 mean that the entry is absent, as in transformers.
-    said_original = given.get("original_max_position_embeddings")
-    original = whole(given, "original_max_position_embeddings") if said_original else context
-    if kind == "llama3":
-        low, high = number(given, "low_freq_factor"), number(given, "high_freq_factor")
-        if not low < high:
-            raise ValueError(f"low_freq_factor ({low}) must be less than high_freq_factor ({high})")
-        return RopeConfig(
-            theta=theta,
-            kind=kind,
-            factor=number(given, "factor"),
-            original_context=original,
-            low_freq_factor=low,
-            high_freq_factor=high,
-        )
-    assert kind == "yarn"
-    if theta <= 1:
-        raise ValueError(f"rope_theta must be greater than 1 for rope type 'yarn', not {theta}")
-    factor = number(given, "factor") if given.get("factor") else context / original
-    return RopeConfig(
-        theta=theta,
-        kind=kind,
-        factor=factor,
-        original_context=original,
-        beta_fast=number(given, "beta_fast") if given.get("beta_fast") else 32.0,
-        beta_slow=number(given, "beta_slow") if given.get("beta_slow") else 1.0,
-        attention_factor=_attention_factor(given, factor),
-        truncate=flag({"truncate": True, **given}, "truncate"),
-    )
-
-
-def _attention_factor(given: Mapping[str, Any], factor: float) -> float | None:
-    """YaRN's factor on cos and sin from `attention_factor` or the `mscale` entries; None if `factor` implies it."""
-    if given.get("attention_factor") is not None:
-        return number(given, "attention_factor")
-    if not (given.get("mscale") and given.get("mscale_all_dim")):
-        return None
-    mscale, all_dim = number(given, "mscale"), number(given, "mscale_all_dim")
-    temperature = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-    return temperature(mscale) / temperature(all_dim)
-
-
-def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
-    parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.kind != "default":
-        parameters["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn"):
-        parameters["original_max_position_embeddings"] = rope.original_context
-    if rope.kind == "llama3":
-        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.kind == "yarn":
-        parameters |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-        if rope.attention_factor is not None:
-            parameters["attention_factor"] = rope.attention_factor
-    return parameters
-
-
-def _sliding(architecture: str, c: Mapping[str, Any]) -> tuple[int | None, ...]:
-    layers = whole(c, "num_hidden_layers", most=MOST_LAYERS)
-    if architecture == "LlamaForCausalLM":
-        return ()
-    window = None if c["sliding_window"] is None else whole(c, "sliding_window")
-    if architecture == "MistralForCausalLM":
-        return () if window is None else (window,) * layers
-    window = window if flag(c, "use_sliding_window") else None
-    types = c["layer_types"]
-    if types is None:
-        first = whole(c, "max_window_layers", least=0)
-        slides = [window is not None and layer >= first for layer in range(layers)]
-    else:
-        if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
-            raise ValueError(f"layer_types must be a list of names, not {shown(types)}")
-        if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
-            raise ValueError(f"unknown layer types {unknown}; known: 'full_attention', 'sliding_attention'")
-        if len(types) != layers:
-            raise ValueError(f"layer_types has {len(types)} entries for {layers} layers")
-        slides = [kind == "sliding_attention" for kind in types]
-    if any(slides) and window is None:
-        raise ValueError("layer_types has sliding_attention, but use_sliding_window is false or sliding_window null")
-    return tuple(window if s else None for s in slides) if any(slides) else ()
-
-
-def _qwen_layers(config: DecoderConfig, windows: list[int]) -> dict[str, Any]:
-    slides = [bool(w) for w in config.sliding] or [False] * config.num_layers
-    return {
-        "use_sliding_window": bool(windows),
-        "sliding_window": windows[0] if windows else None,
-        "max_window_layers": slides.index(True) if windows else config.num_layers,
-        "layer_types": ["sliding_attention" if s else "full_attention" for s in slides],
-    }
 
 
 def _refuse_what_is_lacking(architecture: str, config: DecoderConfig, windows: list[int]) -> None:
-    llama, mistral, qwen3 = (architecture == f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen3"))
-    qkv, out = config.qkv_bias, config.out_bias
+    """Raises ValueError for what the config.json could say, but transformers would not do or the weights not hold."""
+    of = lambda *names: architecture.removesuffix("ForCausalLM") in names
+    qkv, out, heads = config.qkv_bias, config.out_bias, config.num_heads
     lacking = {
         "sliding windows of different lengths": len(windows) > 1,
-        "sliding windows in some layers only": bool(windows) and llama,
-        "biases on query, key and value without one on the output": qkv and not out and qwen3,
-        "biases on query, key, value and output": qkv and out and mistral,
+        "sliding windows in some layers only": bool(windows)
+        and (of("Llama") or of("Phi3") and not all(config.sliding)),
+        "biases on query, key and value without one on the output": qkv and not out and not of("Qwen2"),
+        "biases on query, key, value and output": qkv and out and of("Mistral", "Phi3"),
         "bias on the output without those on query, key and value": out and not qkv,
-        "biases in the MLP": config.mlp_bias and not llama,
-        f"hidden_size ({config.hidden_size}) that is not a multiple of num_heads ({config.num_heads})": llama
-        and config.hidden_size % config.num_heads != 0,
+        "biases in the MLP": config.mlp_bias and not of("Llama", "SmolLM3", "GPTNeoX"),
+        f"hidden_size ({config.hidden_size}) that is not a multiple of num_heads ({heads})": config.hidden_size % heads
+        and of("Llama", "Gemma2", "Gemma3", "GPTNeoX", "Phi3"),
+        f"heads of a width ({config.head_dim}) other than hidden_size / num_heads": of("GPTNeoX", "Phi3")
+        and config.head_dim * heads != config.hidden_size,
+        "query heads that share keys": config.num_kv_heads != heads and of("GPTNeoX"),
+        f"RoPE of type {config.rope.kind}": config.rope.kind not in ("default", "longrope") and of("Phi3"),
     }
     if reasons := [reason for reason, applies in lacking.items() if applies]:
         raise ValueError(

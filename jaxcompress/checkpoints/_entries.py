@@ -47,6 +47,14 @@ def number(entries: Mapping[str, Any], key: str, above: float = 0.0) -> float:
     return value
 
 
+def numbers(entries: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    """A list of finite numbers greater than 0."""
+    value = entries.get(key)
+    if not isinstance(value, list):
+        raise ValueError(f"{key} must be a list of numbers, not {shown(value)}")
+    return tuple(number({key: one}, key) for one in value)
+
+
 def flag(entries: Mapping[str, Any], key: str) -> bool:
     """True or false; null is false."""
     value = entries.get(key)

@@ -44,8 +44,9 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 _WHOLE = ("I8", "I16", "I32", "I64")
-_AT_ONCE = 2**20
-"""How many numbers are dequantised at once: few enough for the CPU cache, enough for NumPy to be efficient."""
+_AT_ONCE = 2**17
+"""How many numbers are dequantised at once: few enough that they stay in the CPU cache and that their memory is used
+again, enough for NumPy to be efficient."""
 
 
 class Tensor:

@@ -22,13 +22,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from jaxcompress.checkpoints._config import decoder_config
+from jaxcompress.checkpoints._config import architecture_of, decoder_config
 from jaxcompress.checkpoints._dtype import STORED, weights_dtype
 from jaxcompress.checkpoints._entries import config_of, shown
+from jaxcompress.checkpoints._families import FAMILIES
 from jaxcompress.checkpoints._gguf import GGUF, ROPE_FACTORS, read_gguf
 from jaxcompress.checkpoints._known import known_model
 from jaxcompress.checkpoints._loaded import Loaded, Model
-from jaxcompress.checkpoints._weights import Weight, named_weights, weights_of
+from jaxcompress.checkpoints._weights import Weight, named_weights
 from jaxcompress.inputs.gguf import SUFFIX, is_gguf
 from jaxcompress.inputs.json import read_object
 from jaxcompress.inputs.tokenizer import Tokenizer
@@ -43,6 +44,8 @@ _DOWNLOADED = (
 )  # fmt: skip
 
 _MOST_NAMED = 100
+_ALIGNMENT = 64
+"""XLA's alignment of arrays on a CPU, in bytes."""
 
 Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -66,7 +69,10 @@ class NotFinite(FloatingPointError, ValueError):
 def load(
     source: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
 ) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
-    """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint: a Hugging Face folder or a GGUF file.
+    """Reads the checkpoint of a decoder: a Hugging Face folder or a GGUF file.
+
+    Families: Llama, Mistral, Qwen2, Qwen3, GPT-NeoX (Pythia), Gemma 2, Gemma 3 (text), Phi-3 (Phi-4), OLMo 2 and
+    SmolLM3; as GGUF, those of `jaxcompress.checkpoints._gguf_config.ARCHITECTURES`.
 
     Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. If config.json ties the output
     projection to the embedding, but the files hold a different projection, that projection is used and the model is
@@ -77,8 +83,9 @@ def load(
         model.safetensors.index.json); a GGUF file, with any quantisation (needs `pip install "jaxcompress[gguf]"`); a
         known name (`KNOWN_MODELS`) whose file has been fetched; or, if there is no such folder, a repository of the
         Hugging Face hub, which is downloaded into the hub's cache.
-      dtype: the dtype of all weights, or one of its usual names: "bfloat16", "bf16", "half", ... None and "auto" mean
-        the dtype of the checkpoint, which is float32 for quantised ones.
+      dtype: the dtype of all weights, or one of its usual names: "bfloat16", "bf16", "half", ... None means the dtype
+        of the checkpoint, which is float32 for quantised ones; "auto" likewise, but float32 on a CPU, where narrower
+        types are slower.
       sharding: a `jax.sharding.Sharding` for every array, or a function of an array's name and shape that returns one.
         Names are dotted paths in the module: "embedding", "layers.attention.query.kernel", "head". Each device reads
         only its own part of the files.
@@ -107,14 +114,17 @@ def load(
     settings = read_object(folder / "config.json")
     with config_of(folder / "config.json"):
         config = decoder_config(settings)
-    with opened(folder) as tensors:
+    names = FAMILIES[architecture_of(settings)].names
+    with opened(folder, lambda name: names.aliases.get(name, name)) as tensors:
         target = weights_dtype(dtype, settings, tensors, folder)
-        config, tensors = with_own_head(config, tensors, "model.embed_tokens.weight", "lm_head.weight", target)
-        # Older checkpoints hold the RoPE frequencies, which follow from the config.
-        surplus = Surplus(lambda name: name.endswith("rotary_emb.inv_freq"))
+        config, tensors = with_own_head(config, tensors, names.single["embedding"], names.single["head"], target)
+        # Older checkpoints hold the RoPE frequencies and causal masks, which follow from the config.
+        derived = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+        surplus = Surplus(lambda name: name.endswith(derived))
         make = lambda: Decoder(config, dtype=target, rngs=nnx.Rngs(0))
+        named = lambda model: named_weights(model, names)
         sizes = sizes_of(config)
-        model = fill(folder, tensors, make, weights_of, sizes=sizes, surplus=surplus, dtype=target, sharding=sharding)
+        model = fill(folder, tensors, make, named, sizes=sizes, surplus=surplus, dtype=target, sharding=sharding)
     return Loaded(model, config, settings, folder, Tokenizer)
 
 
@@ -328,7 +338,7 @@ def _check(
     }
     if any(problems.values()):
         lines = [f"  {what}: {_listed(names)}" for what, names in problems.items() if names]
-        if any(name.endswith("lm_head.weight") for name in problems["missing"]):
+        if any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in problems["missing"]):
             lines.append("  if the output projection is the embedding, set tie_word_embeddings to true in config.json")
         raise ValueError("\n".join([f"the tensors in {folder} do not fit its {_described(folder)}:", *lines]))
     if others:
@@ -364,15 +374,31 @@ def _read(
     weight: Weight, index: tuple[slice, ...], tensors: Mapping[str, Any], dtype: np.dtype, not_finite: set[str]
 ) -> np.ndarray:
     """Reads the part `index` of a weight. It is filled tensor by tensor, so little more than the part is in memory."""
-    out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, weight.array.shape, strict=True)], dtype)
+    out = _aligned([len(range(*s.indices(n))) for s, n in zip(index, weight.array.shape, strict=True)], dtype)
     blocks, names, inner = [out], weight.tensors, index
     if weight.stacked:
         blocks, names, inner = list(out), weight.tensors[index[0]], index[1:]
     inner = (0,) * weight.leading + (inner[::-1] if weight.transposed else inner)
     for block, name in zip(blocks, names, strict=True):
-        part = tensors[name][inner]
+        part = (
+            tensors[name][inner] if weight.part is None else _rows(tensors[name], weight.part.rows[inner[0]], inner[1:])
+        )
         with np.errstate(over="ignore"):
             block[...] = part.T if weight.transposed else part
         if not np.isfinite(block).all():
             not_finite.add(name)
     return out
+
+
+def _rows(tensor: Any, rows: np.ndarray, rest: tuple[Any, ...]) -> np.ndarray:
+    """Some rows of a tensor. Those that follow each other are read at once."""
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    return np.concatenate([tensor[(slice(int(run[0]), int(run[-1]) + 1), *rest)] for run in runs])
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array without values which JAX takes on a CPU as it is: it copies those that begin elsewhere."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -room.ctypes.data % _ALIGNMENT
+    return room[first : first + size].view(dtype).reshape(shape)

@@ -15,9 +15,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxcompress.checkpoints._carried import config_like, files_beside
-from jaxcompress.checkpoints._config import INTERPRETED, decoder_config, hugging_face_config
+from jaxcompress.checkpoints._config import INTERPRETED, architecture_of, decoder_config, hugging_face_config
+from jaxcompress.checkpoints._families import FAMILIES
 from jaxcompress.checkpoints._gguf_folder import as_folder
-from jaxcompress.checkpoints._weights import Weight, weights_of
+from jaxcompress.checkpoints._weights import Weight, named_weights
 from jaxcompress.models.decoder import Decoder
 
 
@@ -51,9 +52,9 @@ def save(
     Example:
       >>> save(model, "trained", tokenizer_from=loaded.folder)  # doctest: +SKIP
     """
-    weights, _ = weights_of(model)
     with as_folder(tokenizer_from) as source:
         config = config_like(source, hugging_face_config(model.config), decoder_config, INTERPRETED)
+        weights, _ = named_weights(model, FAMILIES[architecture_of(config)].names)
         return write_folder(folder, config, weights, tokenizer_from=source, shard_bytes=shard_bytes)
 
 
@@ -130,7 +131,7 @@ def _write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> Non
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        tensors = {tensor: _on_host(weight, layer) for tensor, (weight, layer) in shard.items()}
+        tensors = {tensor: _on_host(pieces) for tensor, pieces in shard.items()}
         save_file(tensors, folder / name, metadata={"format": "pt"})
         # safetensors makes its files readable by the owner only. Our other files follow the umask, so copy their mode.
         (folder / name).chmod((folder / "config.json").stat().st_mode)
@@ -140,21 +141,41 @@ def _write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> Non
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
 
 
-def _shards(weights: list[Weight], shard_bytes: int) -> list[dict[str, tuple[Weight, int]]]:
-    """For each file, a dict from tensor name to weight and layer."""
-    shards: list[dict[str, tuple[Weight, int]]] = [{}]
-    filled = 0
+Pieces = list[tuple[Weight, int]]
+"""The weights, and their layer, that one tensor holds."""
+
+
+def _shards(weights: list[Weight], shard_bytes: int) -> list[dict[str, Pieces]]:
+    """For each file, a dict from tensor name to what the tensor holds."""
+    whole: dict[str, Pieces] = {}
     for weight in weights:
-        size = weight.array.nbytes // len(weight.tensors)
         for layer, tensor in enumerate(weight.tensors):
-            if shards[-1] and filled + size > shard_bytes:
-                shards.append({})
-                filled = 0
-            shards[-1][tensor] = (weight, layer)
-            filled += size
+            whole.setdefault(tensor, []).append((weight, layer))
+    shards: list[dict[str, Pieces]] = [{}]
+    filled = 0
+    for tensor, pieces in whole.items():
+        size = sum(weight.array.nbytes // len(weight.tensors) for weight, _ in pieces)
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][tensor] = pieces
+        filled += size
     return shards
 
 
-def _on_host(weight: Weight, layer: int) -> np.ndarray:
+def _on_host(pieces: Pieces) -> np.ndarray:
+    """A tensor as it is written."""
+    if len(pieces) == 1:
+        return _piece(*pieces[0])
+    first = pieces[0][0]
+    joined = np.empty(first.tensor_shape, first.array.dtype)
+    for weight, layer in pieces:
+        assert weight.part is not None
+        joined[weight.part.rows] = _piece(weight, layer)
+    return joined
+
+
+def _piece(weight: Weight, layer: int) -> np.ndarray:
     array = np.asarray(weight.array[layer] if weight.stacked else weight.array)
-    return np.ascontiguousarray(array.T if weight.transposed else array).reshape(weight.tensor_shape)
+    array = np.ascontiguousarray(array.T if weight.transposed else array)
+    return array if weight.part is not None else array.reshape(weight.tensor_shape)

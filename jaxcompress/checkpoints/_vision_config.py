@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxcompress.checkpoints._config import INTERPRETED, decoder_config, hugging_face_config
+from jaxcompress.checkpoints._config import INTERPRETED, architecture_of, decoder_config, hugging_face_config
 from jaxcompress.checkpoints._entries import (
     MOST_LAYERS,
     architecture_in,
@@ -18,6 +18,7 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
+from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.llava import LlavaConfig
 from jaxcompress.models.tower_config import Activation, TowerConfig
 
@@ -49,6 +50,7 @@ _LLAVA_TOWER = {
     "image_size": 336, "num_hidden_layers": 24, "num_attention_heads": 16,
 }  # fmt: skip
 _LARGEST_SIDE = 2**16
+_DECODERS = tuple(f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3"))
 LLAVA_INTERPRETED = INTERPRETED | {
     "image_token_index", "image_token_id", "image_seq_length", "vision_feature_layer", "vision_feature_select_strategy",
     "projector_hidden_act", "multimodal_projector_bias", "vision_config", "text_config", "image_grid_pinpoints",
@@ -155,7 +157,7 @@ def llava_config(raw: Mapping[str, Any]) -> LlavaConfig:
         "projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
         "image_token_index": raw.get("image_token_id", 32000), "multimodal_projector_bias": True, **raw,
     }  # fmt: skip
-    decoder = decoder_config(_text_config(raw))
+    decoder = _decoder(_text_config(raw))
     tower = tower_config({**_LLAVA_TOWER, **said(object_in(raw, "vision_config"))})
     if c["projector_hidden_act"] != "gelu":
         raise ValueError(f"unknown projector_hidden_act {shown(c['projector_hidden_act'])}; known: 'gelu'")
@@ -180,6 +182,12 @@ def llava_config(raw: Mapping[str, Any]) -> LlavaConfig:
         pinpoints=_pinpoints(raw) if following else (),
         newline=following,
     )
+
+
+def _decoder(raw: Mapping[str, Any]) -> DecoderConfig:
+    if (kind := architecture_of(raw)) not in _DECODERS:
+        raise ValueError(f"LLaVA with a decoder {kind} is not known; known: {', '.join(_DECODERS)}")
+    return decoder_config(raw)
 
 
 def _text_config(raw: Mapping[str, Any]) -> dict[str, Any]:

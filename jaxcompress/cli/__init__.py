@@ -19,6 +19,7 @@ from jaxcompress.cli.info import Info
 from jaxcompress.cli.parser import parsed
 from jaxcompress.cli.perplexity import Perplexity
 from jaxcompress.cli.retention import Retention
+from jaxcompress.cli.runtime import told_warnings
 from jaxcompress.cli.trace import Trace
 from jaxcompress.cli.train import Train, train_defaults
 from jaxcompress.cli.vision_demo import VisionDemo
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code. A failure is told in one line on standard error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        command_of(arguments).run()
+        with told_warnings():
+            command_of(arguments).run()
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`

@@ -14,7 +14,6 @@ from jaxcompress.cli.flags import (
     PlacementFlag,
     PolicyFlags,
     SamplingFlags,
-    SeedFlag,
     StateDtypeFlag,
     TemplateFlags,
     WeightFlags,
@@ -30,7 +29,7 @@ DEFAULT = "smollm2"
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(
-    TemplateFlags, StateDtypeFlag, PlacementFlag, ModeFlags, SeedFlag, SamplingFlags, PolicyFlags, WeightFlags,
+    TemplateFlags, StateDtypeFlag, PlacementFlag, ModeFlags, SamplingFlags, PolicyFlags, WeightFlags,
 ):  # fmt: skip
     """Talks with a chat model in a state of fixed size: the conversation may be of any length.
 
@@ -50,6 +49,7 @@ class Chat(
 
     def run(self) -> None:
         self.check_sampling()
+        self.check_placement(self.policy)
         chunk, arguments = self.chunk_tokens(), self.template_arguments()
         loaded = open_weights(DEFAULT if self.model is None else self.model, self.dtype)
         from jaxcompress import generation

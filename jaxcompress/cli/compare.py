@@ -6,7 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxcompress.cli.flags import FigureFlag, StateDtypeFlag, TableFlag, TextFlags, WeightFlags, at_least
+from jaxcompress.cli.flags import (
+    FigureFlag,
+    PlacementFlag,
+    StateDtypeFlag,
+    TableFlag,
+    TextFlags,
+    WeightFlags,
+    at_least,
+)
 from jaxcompress.cli.runtime import (
     check_writable,
     chosen_policy,
@@ -14,7 +22,6 @@ from jaxcompress.cli.runtime import (
     open_model,
     tell,
     too_small,
-    warn_of_positions,
     words_of,
     write_json,
 )
@@ -29,8 +36,11 @@ POLICIES = (
 )  # fmt: skip
 
 
+_FRACTIONS = (2, 4, 8, 16)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Compare(FigureFlag, TableFlag, StateDtypeFlag, WeightFlags, TextFlags):
+class Compare(FigureFlag, TableFlag, StateDtypeFlag, PlacementFlag, WeightFlags, TextFlags):
     """Compares policies: loss, recall, bytes and speed at fractions of the context, with their spread over seeds.
 
     Facts and questions about them are woven into the text. It is read token by token (nats, recall), or the context is
@@ -44,7 +54,7 @@ class Compare(FigureFlag, TableFlag, StateDtypeFlag, WeightFlags, TextFlags):
 
     policies: tuple[str, ...] = POLICIES
     """Eviction policies, spelled as for --policy of other commands; see `jaxcompress info`."""
-    fractions: tuple[int, ...] = (2, 4, 8, 16)
+    fractions: tuple[int, ...] = _FRACTIONS
     """Slots are the context divided by these."""
     context: int = 1024
     """Tokens per row."""
@@ -61,6 +71,9 @@ class Compare(FigureFlag, TableFlag, StateDtypeFlag, WeightFlags, TextFlags):
             raise ValueError(
                 f"--context must be at least 2, and leave at least one slot for each of --fractions, not {self.context}"
             )
+        self.check_placement(*self.policies)
+        if self.fractions != _FRACTIONS and set(self.policies) == {"full"}:
+            raise ValueError("--fractions does nothing for full, which gets the whole context; leave it out")
         check_writable(self.out, self.figure)
         model, tokenizer = open_model(self.model, self.dtype)
         policies = [chosen_policy(name, tokenizer.folder) for name in self.policies]
@@ -68,18 +81,17 @@ class Compare(FigureFlag, TableFlag, StateDtypeFlag, WeightFlags, TextFlags):
 
         name, text = self.text() or held_out_text()
         tasks = self._exams(tokenizer, text)
-        remedy = f"a --context of up to {model.config.max_position} keeps to what it knows"
-        warn_of_positions(model, [policy.placement for policy in policies], self.context, remedy)
         slots = [self.context // fraction for fraction in self.fractions]
         too_small(policies, slots)
         about = dict(
             model=self.model or "embedded", text=name, context=self.context,
-            seeds=self.seeds, rows=self.rows, questions=len(tasks.single), state_dtype=self.state_dtype,
+            seeds=self.seeds, rows=self.rows, questions=len(tasks.single), placement=self.placement,
+            state_dtype=self.state_dtype,
         )  # fmt: skip
         print(f"{'policy':34}{'slots':>6}{'nats':>15}{'recall':>12}{'before':>12}{'after':>12}{'asked':>8}{'KiB':>7}"
               f"{'held':>6}{'tok/s':>8}")  # fmt: skip
         done = []
-        for row in compare(model, tasks, policies, slots, dtype=self.state_dtype):
+        for row in compare(model, tasks, policies, slots, placement=self.placement, dtype=self.state_dtype):
             if done and done[-1]["policy"] != row.policy:
                 jax.clear_caches()  # hundreds of compiled programs at once are more than a process may map
             done.append(asdict(row))

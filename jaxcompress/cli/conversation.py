@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxcompress.cli.retention import about_told, slots_told
-from jaxcompress.cli.runtime import check_writable, chosen_policy, tell, warn_of_positions
+from jaxcompress.cli.runtime import check_writable, chosen_policy, tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,6 @@ class Conversation:
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
         self.ended = False
-        self._warned = False
 
     def take(self, line: str) -> None:
         """Does what a line asks for. Raises what the chat or the command raises."""
@@ -67,11 +66,6 @@ class Conversation:
         for piece in self.chat.stream(message):
             print(piece, end="", flush=True)
         print(flush=True)
-        read = len(self.chat.tokens)
-        if not self._warned and read > self.chat.loaded.config.max_position:
-            placement = self.chat.options.get("placement") or self.chat.policy.placement
-            warn_of_positions(self.chat.loaded.model, [placement], read)
-            self._warned = True
 
     def _command(self, line: str) -> None:
         name, *words = line[1:].split() or [""]

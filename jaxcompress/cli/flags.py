@@ -38,8 +38,9 @@ class ModelFlag:
 class WeightFlags(ModelFlag):
     """Which model, and the type of its weights."""
 
-    dtype: str | None = None
-    """Type of the weights, for example bfloat16; the checkpoint's if not given."""
+    dtype: str = "auto"
+    """Type of the weights, for example bfloat16. `auto` is the checkpoint's own, but float32 on a CPU, where narrower
+    types are slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,14 @@ class PlacementFlag:
     placement: Literal["absolute", "slot", "compact"] | None = None
     """Position of a token for RoPE; as the policy was published if not given. slot and compact keep distances within
     what the model was trained on, however long the text."""
+
+    def check_placement(self, *policies: str) -> None:
+        """Raises ValueError if --placement is given for policies that all keep every token where it stands."""
+        if self.placement is not None and set(policies) == {"full"}:
+            raise ValueError(
+                "--placement does nothing for full, which keeps every token where it stands; leave it out, or name a "
+                "policy that evicts"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,42 +135,6 @@ class TextFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingFlags:
-    """How tokens are written."""
-
-    max_new_tokens: int = 128
-    """Tokens to write, at most."""
-    temperature: float = 0.0
-    """0: always the most likely token."""
-    top_k: int | None = None
-    """Draw from so many of the most likely tokens."""
-    top_p: float | None = None
-    """Draw from the most likely tokens that together have this probability."""
-    min_p: float | None = None
-    """Draw from tokens at least this times as likely as the most likely one."""
-    repetition_penalty: float = 1.0
-    """Above 1: tokens that were read or written before become less likely."""
-
-    def check_sampling(self) -> None:
-        """Raises ValueError for what can be known to be wrong before anything is loaded."""
-        at_least(1, max_new_tokens=self.max_new_tokens)
-        if self.temperature == 0:
-            for name in ("top_k", "top_p", "min_p"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} does nothing at --temperature 0, which takes the best token"
-                    )
-
-    def sampling(self, stop_token_ids: tuple[int, ...] = ()) -> GenerationConfig:
-        """The flags as the library takes them."""
-        from jaxcompress.generation import GenerationConfig
-
-        return GenerationConfig(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, stop_token_ids
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class TemplateFlags:
     """What the chat template is given."""
 
@@ -192,6 +165,42 @@ class SeedFlag:
 
     seed: int = 0
     """Seed of all random numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(SeedFlag):
+    """How tokens are written."""
+
+    max_new_tokens: int = 128
+    """Tokens to write, at most."""
+    temperature: float = 0.0
+    """0: always the most likely token."""
+    top_k: int | None = None
+    """Draw from so many of the most likely tokens."""
+    top_p: float | None = None
+    """Draw from the most likely tokens that together have this probability."""
+    min_p: float | None = None
+    """Draw from tokens at least this times as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that were read or written before become less likely."""
+
+    def check_sampling(self) -> None:
+        """Raises ValueError for what can be known to be wrong before anything is loaded."""
+        at_least(1, max_new_tokens=self.max_new_tokens)
+        if self.temperature == 0:
+            for name, none in (("top_k", None), ("top_p", None), ("min_p", None), ("seed", 0)):
+                if getattr(self, name) != none:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} does nothing at --temperature 0, which takes the best token"
+                    )
+
+    def sampling(self, stop_token_ids: tuple[int, ...] = ()) -> GenerationConfig:
+        """The flags as the library takes them."""
+        from jaxcompress.generation import GenerationConfig
+
+        return GenerationConfig(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, stop_token_ids
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

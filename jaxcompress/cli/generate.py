@@ -18,12 +18,11 @@ from jaxcompress.cli.flags import (
     PlacementFlag,
     PolicyFlags,
     SamplingFlags,
-    SeedFlag,
     StateDtypeFlag,
     TemplateFlags,
     WeightFlags,
 )
-from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, warn_of_positions, write_json
+from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, write_json
 from jaxcompress.inputs.text import decoded, named, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
@@ -39,8 +38,7 @@ _BLOCK = 1 << 16  # bytes of a file that are read at once
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(
-    JsonFlag, StateDtypeFlag, PlacementFlag, ModeFlags, SeedFlag, TemplateFlags, SamplingFlags, PolicyFlags,
-    WeightFlags,
+    JsonFlag, StateDtypeFlag, PlacementFlag, ModeFlags, TemplateFlags, SamplingFlags, PolicyFlags, WeightFlags,
 ):  # fmt: skip
     """Reads a prompt of any length through a fixed number of slots, and writes on.
 
@@ -80,8 +78,6 @@ class Generate(
         )
         config = self.sampling(until().ids)
         state, prompts = self._read(model, tokenizer)
-        end = int(state.kv[0].seen.max()) + self.max_new_tokens
-        warn_of_positions(model, [self.placement or state.policy.placement], end)
         rows = [_Row(until(after=ids)) for ids in prompts]
         live = len(rows) == 1 and not self.json
         for tokens in decode_stream(model, state, self.max_new_tokens, config, stream_every=8):
@@ -117,6 +113,7 @@ class Generate(
         if self.shorten is not None and not 0 < self.shorten <= 1:
             raise ValueError(f"--shorten must be in (0, 1], the share of tokens that stays, not {self.shorten}")
         self.chunk_tokens()
+        self.check_placement(self.policy)
         if not self.prompt and self.file is None:
             raise ValueError("give --prompt or --file")
         if self.prompt and self.file is not None and not self.chat:

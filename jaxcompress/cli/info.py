@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from jaxcompress.cli.flags import JsonFlag
 
 
 @dataclass(frozen=True, kw_only=True)
 class Info(JsonFlag):
-    """Shows versions, devices, policies, and which attention is used here.
+    """Shows versions, devices, policies, which attention is used here, and where compiled programs are kept.
 
     Example: jaxcompress info --json
     """
@@ -22,7 +23,7 @@ class Info(JsonFlag):
         import jax
 
         from jaxcompress import __version__
-        from jaxcompress.cli.runtime import CACHE, write_json
+        from jaxcompress.cli.runtime import CACHE, cache_bytes, write_json
         from jaxcompress.policies.names import MODIFIERS, NAMES
         from jaxcompress.recurrence.attention import decode_backend
 
@@ -32,6 +33,7 @@ class Info(JsonFlag):
             except PackageNotFoundError:
                 return None
 
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE))
         packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "libtpu")
         facts = dict(
             jaxcompress=__version__,
@@ -41,7 +43,8 @@ class Info(JsonFlag):
             attention=decode_backend(),
             policies=[*NAMES, "learned"],
             modifiers=[f"/{name}" for name in MODIFIERS],
-            compiled=str(os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)),
+            compiled=cache,
+            compiled_mib=round(cache_bytes(Path(cache)) / 2**20, 1),
         )
         if self.json:
             return write_json(facts)

@@ -26,7 +26,6 @@ from jaxcompress.cli.runtime import (
     progress,
     tell,
     too_small,
-    warn_of_positions,
     write_json,
 )
 
@@ -47,8 +46,9 @@ class Perplexity(
     """Perplexity of a long text for several policies and capacities.
 
     The text is cut into rows of --context tokens, which are read side by side; with --context 0 it is one row. In mode
-    oneshot only the tokens after the prompt are measured. Without --file and --prompt it reads documents that the
-    embedded model was not trained on. An interrupted run leaves the JSON of the rows that were finished.
+    oneshot only the tokens after the prompt are measured. The last line tells how many tokens of the text the table
+    leaves out. Without --file and --prompt it reads documents that the embedded model was not trained on. An
+    interrupted run leaves the JSON of the rows that were finished.
 
     Example: jaxcompress perplexity --file book.txt --policies full window tova --slots 64 128 256 --out table.json
     """
@@ -56,8 +56,8 @@ class Perplexity(
     policies: tuple[str, ...] = ("full", "window", "window+4", "h2o", "tova", "random")
     """Eviction policies, spelled as for --policy of other commands; see `jaxcompress info`."""
     slots: tuple[int, ...] | None = None
-    """Capacities to try; 64 128 256 512 if not given. A policy that keeps everything, or as much as its name says
-    (/onceN), gets the whole context."""
+    """Capacities to try; 64 128 256 512 if not given. A policy that keeps everything gets the whole context, and /onceN
+    what its name says and every later token."""
     context: int = 2048
     """Tokens per row, the beginning-of-sequence token included; 0: the text is one row."""
     rows: int | None = _ROWS
@@ -76,7 +76,6 @@ class Perplexity(
                 f"{about['read']:,} of the text's {about['of']:,} tokens are read, in {len(tokens)} of "
                 f"{about['of'] // each} rows; --rows None reads all rows, --context 0 all tokens"
             )
-        warn_of_positions(model, [self.placement or policy.placement for policy in policies], tokens.shape[1] - 1)
         about["state_dtype"] = self.state_dtype or model.embedding[...].dtype.name
         done: list[Any] = []
         if not self.json:
@@ -92,10 +91,14 @@ class Perplexity(
             from jaxcompress.evaluation.figures import perplexity_against_slots
 
             perplexity_against_slots(done, self.figure, title=name)
+        if done and not self.json:
+            last = done[-1]
+            print(f"{last.tokens:,} of the text's {about['of']:,} tokens are predicted, {last.left_out:,} left out")
 
     def _check(self) -> None:
         """What can be known before anything is loaded."""
         self.chunk_tokens()
+        self.check_placement(*self.policies)
         at_least(1, slots=self.slots, rows=self.rows, prompt_tokens=self.prompt_tokens)
         if self.context < 0 or self.context == 1:
             raise ValueError(f"--context must be 0 (one row) or at least 2, not {self.context}")
@@ -125,13 +128,11 @@ class Perplexity(
     def _capacities(self, policies: list[Policy]) -> tuple[int, ...]:
         """The numbers of slots to try."""
         if self.slots is not None:
-            if idle := [policy.name for policy in policies if policy.schedule.when == "once"]:
-                tell(f"{', '.join(idle)}: the name says what is kept; --slots is for the other policies")
             if not any(policy.forgets for policy in policies):
                 names = ", ".join(policy.name for policy in policies)
-                raise ValueError(
-                    f"--slots does nothing for {names}: nothing is evicted from a full state; leave it out"
-                )
+                raise ValueError(f"--slots does nothing for {names}: the name says what is kept; leave it out")
+            if idle := [policy.name for policy in policies if policy.schedule.when == "once"]:
+                tell(f"{', '.join(idle)}: the name says what is kept; --slots is for the other policies")
         slots = _SLOTS if self.slots is None else self.slots
         too_small(policies, slots)
         return slots
@@ -145,8 +146,9 @@ class Perplexity(
 
         prompt = tokens.shape[1] // 2 if self.prompt_tokens is None else self.prompt_tokens
         reading: dict[str, Any] = dict(
-            mode=self.mode, chunk=self.chunk_tokens(), prompt=prompt, placement=self.placement, dtype=self.state_dtype
-        )
+            mode=self.mode, chunk=self.chunk_tokens(), prompt=prompt if self.mode == "oneshot" else None,
+            placement=self.placement, dtype=self.state_dtype, text=about["of"],
+        )  # fmt: skip
         for row in sweep(model, tokens, policies, slots, progress=bar, **reading):
             done.append(row)
             if self.out is not None:

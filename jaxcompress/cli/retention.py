@@ -19,7 +19,7 @@ from jaxcompress.cli.flags import (
     WeightFlags,
     at_least,
 )
-from jaxcompress.cli.runtime import check_writable, chosen_policy, open_model, warn_of_positions, write_json
+from jaxcompress.cli.runtime import check_writable, chosen_policy, open_model, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,6 +90,7 @@ class Retention(
     def _check(self) -> None:
         """What can be known before anything is loaded."""
         self.chunk_tokens()
+        self.check_placement(self.policy, self.compare or self.policy)
         at_least(1, limit=self.limit)
         if self.mode == "streaming" and self.prompt_tokens is not None:
             raise ValueError("--prompt-tokens is for --mode chunked and oneshot; streaming reads all tokens one by one")
@@ -105,7 +106,6 @@ class Retention(
         """By policy, when each token was evicted, [layers, sets, tokens]."""
         from jaxcompress.evaluation.tracing import trace
 
-        warn_of_positions(model, [self.placement or policy.placement for policy in policies], len(ids))
         return [
             trace(
                 model, ids[None], policy, self.capacity, prompt=prompt, mode=self.mode, chunk=self.chunk_tokens(),

@@ -18,7 +18,7 @@ from jaxcompress.cli.flags import (
     WeightFlags,
     at_least,
 )
-from jaxcompress.cli.runtime import check_writable, chosen_policy, open_weights, tell, warn_of_positions
+from jaxcompress.cli.runtime import check_writable, chosen_policy, open_weights, tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +49,7 @@ class Trace(
         import numpy as np
 
         chunk = self.chunk_tokens()
+        self.check_placement(self.policy)
         at_least(1, limit=self.limit, prompt_tokens=self.prompt_tokens)
         given = [flag for flag in (self.token_ids, self.file, self.prompt) if flag is not None]
         if len(given) != 1:
@@ -59,7 +60,6 @@ class Trace(
 
         ids = self._ids(loaded)
         policy = chosen_policy(self.policy, loaded.folder)
-        warn_of_positions(loaded.model, [self.placement or policy.placement], ids.shape[1])
         prompt = max(ids.shape[1] // 2, 1) if self.prompt_tokens is None else self.prompt_tokens
         done = trace(
             loaded.model, ids, policy, self.capacity,

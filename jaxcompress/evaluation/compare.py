@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxcompress.inputs.scalars import whole
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.checks import check_policy
 from jaxcompress.policies.policy import Policy
+from jaxcompress.state.placement import Placement
 from jaxcompress.state.storage import dtype_name, vector_bytes
 
 
@@ -113,7 +115,13 @@ class Compared:
 
 
 def compare(
-    model: Decoder, tasks: Exams, policies: Sequence[Policy], slots: Sequence[int], *, dtype: DTypeLike | None = None
+    model: Decoder,
+    tasks: Exams,
+    policies: Sequence[Policy],
+    slots: Sequence[int],
+    *,
+    placement: Placement | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Iterator[Compared]:
     """Measures every policy at every capacity.
 
@@ -123,6 +131,7 @@ def compare(
 
     Args:
       slots: capacities, the same for every layer.
+      placement: the positions that RoPE uses; by default those of each policy.
       dtype: the dtype of the state (see `jaxcompress.state.storage`); by default the model's.
 
     Raises:
@@ -139,16 +148,19 @@ def compare(
         for policy in policies:
             for capacity in [context] if not policy.evicts else sorted(slots, reverse=True):
                 if capacity >= policy.needs and (tasks.single or not policy.oneshot_only):
-                    yield _compared(model, tasks, policy, capacity, dtype)
+                    yield _compared(model, tasks, policy, capacity, placement, dtype)
 
     return run()
 
 
-def _compared(model: Decoder, tasks: Exams, policy: Policy, slots: int, dtype: DTypeLike | None) -> Compared:
-    whole = None if policy.oneshot_only else answers(model, tasks.whole, policy, slots, dtype=dtype)
+def _compared(
+    model: Decoder, tasks: Exams, policy: Policy, slots: int, placement: Placement | None, dtype: DTypeLike | None
+) -> Compared:
+    answered = partial(answers, model, policy=policy, slots=slots, placement=placement, dtype=dtype)
+    whole = None if policy.oneshot_only else answered(tasks.whole)
     line = len(tasks.single[0].tokens) - tasks.prompt if tasks.single else 0
     before, after = (
-        answers(model, tasks.single, policy, slots, prompt=n, dtype=dtype) if tasks.single else None
+        answered(tasks.single, prompt=n) if tasks.single else None
         for n in (tasks.prompt, tasks.prompt + line - WORDS_PER_SIDE)
     )
     config = model.config

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from jaxcompress.inputs.token_ids import token_rows
-from jaxcompress.models.checks import check_fits, check_mode
+from jaxcompress.models.checks import check_fits, check_mode, warn_of_positions
 from jaxcompress.models.decoder import Decoder, read
 from jaxcompress.models.init_state import Slots, init_state
 from jaxcompress.models.modes import Mode, ReadCall, calls
@@ -93,6 +93,9 @@ def perplexity(
         2, the prompt does not fit, a `full` state is too small, there are more slots than a policy that selects once
         can use, skip is negative or leaves nothing to count, or `text` is shorter than the predicted part.
       FloatingPointError: losses are not finite; the message names the first place.
+
+    Warns:
+      PositionWarning: rows are longer than the model was trained for (see `warn_of_positions`).
     """
     check_policy(policy)
     tokens = token_rows(tokens, model.config.vocab_size)
@@ -118,6 +121,7 @@ def perplexity(
     of = tokens.size if text is None else text
     if of < counted:
         raise ValueError(f"a text of {of} tokens cannot have {counted} predictions; give the length of the whole text")
+    warn_of_positions(model.config, policy, placement, total - 1)
 
     total_loss, seconds = 0.0, 0.0
     for part in predictions(model, tokens, state, policy, plan, placement=placement):
@@ -139,7 +143,7 @@ def check_used(policy: Policy, state: State, tokens: int, prompt: int | None) ->
     """
     for layers, parts in runs(state):
         one = policy.at(layers.start)
-        need = one.schedule.keep + tokens - (prompt or 0)
+        need = once_slots(one, tokens, prompt)
         most = max(part.capacity for part in parts if part.owner is None) if parts[0].owner is None else None
         if one.schedule.when == "once" and most is not None and most > need:
             raise ValueError(
@@ -147,6 +151,11 @@ def check_used(policy: Policy, state: State, tokens: int, prompt: int | None) ->
                 f"after it, whatever its capacity: {most} slots mean nothing to it; give {need} slots, or another "
                 "number to keep"
             )
+
+
+def once_slots(policy: Policy, tokens: int, prompt: int | None) -> int:
+    """The number of slots that a policy fills which selects once, from a prompt, and then keeps every token."""
+    return policy.schedule.keep + tokens - (prompt or 0)
 
 
 def once_and_stream(prompt: int, total: int, *, segment: int) -> list[ReadCall]:

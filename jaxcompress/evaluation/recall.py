@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxcompress.evaluation.perplexity import once_and_stream, predictions
 from jaxcompress.inputs.token_ids import token_rows
-from jaxcompress.models.checks import check_fits, check_mode
+from jaxcompress.models.checks import check_fits, check_mode, warn_of_positions
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.init_state import Slots, init_state
 from jaxcompress.policies.policy import Policy
@@ -268,6 +268,9 @@ def answers(
       ValueError: there are no tasks, tasks have different lengths or ids outside the vocabulary, the prompt leaves
         nothing to predict, the policy needs a prompt and there is none, or a `full` state is too small.
       FloatingPointError: losses are not finite.
+
+    Warns:
+      PositionWarning: tasks are longer than the model was trained for.
     """
     if not len(tasks):
         raise ValueError("no tasks were given")
@@ -278,6 +281,7 @@ def answers(
     check_mode(policy, "oneshot" if prompt else "streaming")
     state = init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
     check_fits(model.config, policy, state, total, prompt=prompt)
+    warn_of_positions(model.config, policy, placement, total - 1)
     nbytes = sum(part.nbytes for part in state) // batch
     plan = once_and_stream(prompt, total - 1, segment=segment)
     parts = list(predictions(model, tokens, state, policy, plan, placement=placement))

@@ -9,13 +9,13 @@ from typing import NamedTuple, TypedDict, Unpack
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxcompress.evaluation.perplexity import perplexity
+from jaxcompress.evaluation.perplexity import once_slots, perplexity
 from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.token_ids import token_rows
+from jaxcompress.models.checks import check_mode
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.modes import Mode
 from jaxcompress.policies import Policy
-from jaxcompress.policies.checks import check_policy
 from jaxcompress.state.placement import Placement
 
 
@@ -83,7 +83,8 @@ def sweep(
     """Perplexity of every policy at every capacity.
 
     Arguments are checked at the call. Each row is measured when it is requested. A policy that keeps everything is
-    measured once, with room for the whole context. Capacities below the minimum of a policy are skipped.
+    measured once, with room for the whole context; one that selects only once, from a prompt, with as many slots as it
+    fills. Capacities below the minimum of any other policy are skipped.
 
     Args:
       tokens: [B, T], rows of independent text.
@@ -97,14 +98,14 @@ def sweep(
     """
     tokens = token_rows(tokens, model.config.vocab_size)
     slots = [whole(capacity, "slots", least=1) for capacity in slots]
-    for policy in policies:
-        check_policy(policy)
     signature(perplexity).bind(model, tokens, None, None, **options)
     mode = options.get("mode", "streaming")
+    for policy in policies:
+        check_mode(policy, mode)
 
     def run() -> Iterator[Row]:
         for policy in policies:
-            for capacity in [tokens.shape[1]] if keeps_everything(policy) else sorted(slots):
+            for capacity in _own(policy, tokens.shape[1], options.get("prompt")) or sorted(slots):
                 if capacity >= policy.needs:
                     result = perplexity(model, tokens, policy, capacity, progress=progress, **options)
                     yield Row(policy.name, capacity, mode, result.nats, result.perplexity, *result[1:])
@@ -112,6 +113,9 @@ def sweep(
     return run()
 
 
-def keeps_everything(policy: Policy) -> bool:
-    """Whether a policy never evicts a token, so that its only possible capacity is the whole text."""
-    return all(not one.evicts for one in policy.layers or (policy,))
+def _own(policy: Policy, total: int, prompt: int | None) -> list[int]:
+    """The only capacity that a policy can have in rows of `total` tokens; [] if it has a choice."""
+    layers = policy.layers or (policy,)
+    if all(one.schedule.when == "once" for one in layers):
+        return [max(once_slots(one, total - 1, prompt) for one in layers)]
+    return [] if policy.evicts else [total]

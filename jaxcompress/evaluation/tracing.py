@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.inputs.token_ids import token_rows
-from jaxcompress.models.checks import check_fits, check_mode
+from jaxcompress.models.checks import check_fits, check_mode, warn_of_positions
 from jaxcompress.models.decoder import Decoder, ReadResult, last_hidden, read
 from jaxcompress.models.init_state import Slots, init_state
 from jaxcompress.models.modes import Mode, calls, padded
@@ -70,6 +70,9 @@ def trace(
       ValueError: `tokens` are no token ids (see `jaxcompress.inputs.token_ids`), the prompt is outside 1..T, the state
         is too small for the policy, or the dtype is unknown.
       FloatingPointError: logits are not finite.
+
+    Warns:
+      PositionWarning: the text is longer than the model was trained for.
     """
     tokens = token_rows(tokens, model.config.vocab_size)
     total = tokens.shape[1]
@@ -79,6 +82,7 @@ def trace(
     state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=stored)
     check_mode(policy, mode)
     check_fits(model.config, policy, state, total, prompt=prompt)
+    warn_of_positions(model.config, policy, placement, total)
     begun, steps = _prompt(tokens[:, :prompt], mode, chunk), _filled(tokens[:, prompt:])
     first, rest = _traced(model, begun[:2], steps, state, policy, chunk=begun[2], placement=placement)
     death = _deaths(first, rest, model, state, total)  # padding causes no deaths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import index
 from typing import Any, NamedTuple, get_args
 
@@ -116,14 +117,20 @@ def init_decode_state(
     vocabulary = model.config.vocab_size
     return DecodeState(
         kv=init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype),
-        logits=jnp.zeros((batch, vocabulary), jnp.float32),
-        appeared=jnp.zeros((batch, vocabulary), bool),
+        **_unread(batch, vocabulary),
         keys=row_keys([check_seed(seed) for seed in rows]),
-        done=jnp.zeros(batch, bool),
-        broken=jnp.full(batch, -1, jnp.int32),
         policy=policy,
         placement=placement,
     )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _unread(batch: int, vocabulary: int) -> dict[str, Array]:
+    """What a state knows of the next token before any token is read."""
+    return dict(
+        logits=jnp.zeros((batch, vocabulary), jnp.float32), appeared=jnp.zeros((batch, vocabulary), bool),
+        done=jnp.zeros(batch, bool), broken=jnp.full(batch, -1, jnp.int32),
+    )  # fmt: skip
 
 
 def check_room(model: Decoder, state: DecodeState, tokens: int, *, prompt: int | None = None) -> None:

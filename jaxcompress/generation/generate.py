@@ -31,7 +31,7 @@ from jaxcompress.generation.decode_state import (
 from jaxcompress.generation.sampling import remember
 from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.token_ids import TokenIds, prompt_ids, token_ids
-from jaxcompress.models.checks import check_fits, check_mode
+from jaxcompress.models.checks import check_fits, check_mode, warn_of_positions
 from jaxcompress.models.decoder import Decoder, last_hidden, read
 from jaxcompress.models.init_state import Slots
 from jaxcompress.models.modes import Mode, calls, padded
@@ -158,6 +158,7 @@ def prefill(
     check_mode(state.policy, mode)
     plan = calls(mode, longest, chunk=chunk, segment=segment)
     check_room(model, state, longest, prompt=longest)
+    _warn_ahead(model, state, longest)
     ahead = deque[Array]()
     for at, stop, width, by in plan:
         tokens, valid = _filled([row[at:stop] for row in rows], width)
@@ -208,9 +209,12 @@ def _prefill_stream(
     check_unused(state)
     total, policy, kv, ahead = 0, state.policy, state.kv, deque[Array]()
     held = None if policy.forgets else most_held(model, state)
+    begun = int(kv[0].seen.max())
     for ids in _segments(pieces, model.config.vocab_size, segment):
         total += len(ids)
         check_fits(model.config, policy, kv, total, held=held)  # checks shapes only
+        end = begun + total
+        warn_of_positions(model.config, policy, state.placement, end, begin=end - len(ids))
         ((_, _, width, by),) = calls(mode, len(ids), chunk=chunk, segment=segment)
         check_unused(state)
         tokens, valid = _filled([ids], width)
@@ -233,6 +237,12 @@ def _segments(pieces: Iterable[Any], vocab_size: int, segment: int) -> Iterator[
             rest = rest[segment:]
     if len(rest):
         yield rest
+
+
+def _warn_ahead(model: Decoder, state: DecodeState, tokens: int) -> None:
+    """Warns if so many more tokens leave the positions that the model was trained for."""
+    begin = int(state.kv[0].seen.max())
+    warn_of_positions(model.config, state.policy, state.placement, begin + tokens, begin=begin)
 
 
 def _filled(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -301,6 +311,7 @@ def decode(
     max_new_tokens = whole(max_new_tokens, "max_new_tokens", least=1)
     check_config(model, config)
     check_room(model, state, max_new_tokens)
+    _warn_ahead(model, state, max_new_tokens)
     buffer = padded(max_new_tokens, LARGEST_BUFFER)
     tokens, arrays = _decode_loop(
         model, state.arrays, max_new_tokens, state.policy, buffer=buffer, config=config, placement=state.placement
@@ -333,6 +344,7 @@ def decode_stream(
     every = max_new_tokens if stream_every is None else whole(stream_every, "stream_every", least=1)
     check_config(model, config)
     check_room(model, state, max_new_tokens)
+    _warn_ahead(model, state, max_new_tokens)
     return DecodeStream(model, state, max_new_tokens, config, min(every, max_new_tokens))
 
 

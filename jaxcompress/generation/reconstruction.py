@@ -28,7 +28,6 @@ from jaxcompress.generation.generate import prefill
 from jaxcompress.inputs.token_ids import prompt_ids, token_ids
 from jaxcompress.models.decoder import Decoder, read
 from jaxcompress.models.init_state import Slots, init_state
-from jaxcompress.models.rope import rotate
 from jaxcompress.policies.cache_view import CacheView, LayerContext, Observation
 from jaxcompress.policies.policy import Policy, Schedule, policy
 from jaxcompress.state.kv_state import KVState, State, Stats
@@ -375,11 +374,11 @@ def _filled(
     out = model.layers.attention.out.kernel[...].reshape(
         config.num_layers, -1, group, config.head_dim, config.hidden_size
     )
-    turn, nothing = partial(rotate, rope=config.rope), jnp.zeros_like(new.seen)
+    nothing = jnp.zeros_like(new.seen)
 
     def numbers(keys: Any, values: Any, held: Any, owner: Any, memory: Any, layer: Any) -> Stats:
         heads = group * len(which), len(which)
-        context = LayerContext(turn, policy.placement, out[layer][which,], heads, which[: new.kv_heads])
+        context = LayerContext(config.rotary(layer), policy.placement, out[layer][which,], heads, which[: new.kv_heads])
         came = CacheView(keys, values, held, owner, nothing, layer, memory, new.capacity, context)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (*held.shape, *x.shape[3:])), policy.init(came))
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
 import jax
 
+from jaxcompress.inputs.position_warning import PositionWarning
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.init_state import policy_numbers
 from jaxcompress.models.modes import Mode
 from jaxcompress.policies.checks import check_policy
 from jaxcompress.policies.policy import Policy
 from jaxcompress.state.kv_state import KVState, State, runs
+from jaxcompress.state.placement import Placement
 from jaxcompress.state.storage import load_vectors
 
 
@@ -135,3 +138,28 @@ def check_fits(
                     f"policy {mine.name} {what}: {total} tokens do not fit into the {capacity} slots of layer "
                     f"{layer}; give {need} slots or more, or a policy that evicts"
                 )
+
+
+def warn_of_positions(
+    config: DecoderConfig, policy: Policy, placement: Placement | None, end: int, *, begin: int = 0
+) -> None:
+    """Warns if a text leaves the positions that the model was trained for. Every function that reads texts calls it.
+
+    Only positions that grow with the text do: absolute ones, and those of a policy that never evicts. A sequence that
+    is read in several calls is told of once, by the call that crosses the border.
+
+    Args:
+      placement: the positions that RoPE uses; None: the policy's.
+      begin, end: tokens of the longest row before and after the call.
+
+    Warns:
+      PositionWarning: names both numbers and what to do.
+    """
+    places = {placement or one.placement for one in policy.layers or (policy,)}
+    if begin <= config.max_position < end and ("absolute" in places or not policy.evicts):
+        warnings.warn(
+            f"positions reach {end:,}, the model was trained for {config.max_position:,}: a policy that evicts, with "
+            "--placement slot or compact (placement= in Python), keeps distances short; or read a shorter text",
+            PositionWarning,
+            stacklevel=3,
+        )

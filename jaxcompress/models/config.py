@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
-from jaxcompress.models.rope import RopeConfig
+from jaxcompress.models.activations import Activation
+from jaxcompress.models.norms import NormKind
+from jaxcompress.models.rope import RopeConfig, Rotary
+
+MLPKind = Literal["gated", "plain"]
+"""Feed-forward networks (see `jaxcompress.models.mlp`)."""
 
 
 @dataclass(frozen=True)
@@ -15,12 +22,25 @@ class DecoderConfig:
     """Shape of a decoder. Hashable, so that it can be a static argument under jit.
 
     Attributes:
+      rope: position embedding of all layers, unless `layer_ropes` says otherwise.
+      norm: kind of all normalisations (see `jaxcompress.models.norms`).
+      norms_at: whether attention and MLP have a norm before them, after them (OLMo 2), or both (Gemma).
+      parallel: attention and MLP both read the residual stream before the layer (GPT-NeoX), not one after the other.
       qkv_bias: biases on the query, key and value projections (Qwen2).
       out_bias, mlp_bias: biases on the output projection and in the MLP (Llama with `attention_bias`, `mlp_bias`).
-      qk_norm: RMS norm of each head's query and key before RoPE (Qwen3).
+      qk_norm: norm of queries and keys before RoPE (Qwen3).
+      qk_norm_over: what that norm spans: each head, or the whole projection (OLMo 2).
+      mlp: kind of feed-forward network.
+      activation: that of the MLP.
       tied: the output projection is the embedding, transposed.
+      scaled_embedding: embeddings are multiplied by the square root of E, rounded to their dtype (Gemma).
+      query_pre_attn_scalar: attention scores are divided by the square root of this number; None: of D.
+      softcap: soft cap of attention scores (see `jaxcompress.state.attention_traits`); None: no cap.
+      logit_softcap: the same for the scores of next tokens.
       sliding: one entry per layer; the window of a sliding-window layer (a query sees itself and window - 1
         earlier tokens), None for a full layer. Empty: every layer is full.
+      layer_ropes: one entry per layer, its position embedding (Gemma 3); None for a layer without one (SmolLM3). Empty:
+        `rope` in every layer.
     """
 
     vocab_size: int
@@ -39,14 +59,34 @@ class DecoderConfig:
     tied: bool = False
     sliding: tuple[int | None, ...] = ()
     max_position: int = 2048
+    norm: NormKind = "rms"
+    norms_at: Literal["before", "after", "both"] = "before"
+    parallel: bool = False
+    qk_norm_over: Literal["head", "projection"] = "head"
+    mlp: MLPKind = "gated"
+    activation: Activation = "silu"
+    scaled_embedding: bool = False
+    query_pre_attn_scalar: float | None = None
+    softcap: float | None = None
+    logit_softcap: float | None = None
+    layer_ropes: tuple[RopeConfig | None, ...] = ()
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, not {self.head_dim}: RoPE rotates channels in pairs")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        if self.sliding and len(self.sliding) != self.num_layers:
-            raise ValueError(f"sliding has {len(self.sliding)} entries for {self.num_layers} layers")
+        for name in ("sliding", "layer_ropes"):
+            given = getattr(self, name)
+            if given and len(given) != self.num_layers:
+                raise ValueError(f"{name} has {len(given)} entries for {self.num_layers} layers")
+        widths = {rope.width(self.head_dim) for rope in (self.rope, *self.layer_ropes) if rope}
+        if len(widths) > 1:
+            raise ValueError(f"layer_ropes rotate {sorted(widths)} channels; all layers with RoPE must rotate as many")
+        if not all(2 <= width <= self.head_dim and width % 2 == 0 for width in widths):
+            raise ValueError(f"RoPE rotates {widths.pop()} of {self.head_dim} channels; give an even number of them")
+        if self.parallel and self.norms_at != "before":
+            raise ValueError(f"parallel attention and MLP have norms before them, not norms_at={self.norms_at!r}")
 
     @property
     def windows(self) -> Int[Array, " L"] | None:
@@ -54,3 +94,13 @@ class DecoderConfig:
         if not any(self.sliding):
             return None
         return jnp.array([w or jnp.iinfo(jnp.int32).max for w in self.sliding], jnp.int32)
+
+    def rotary(self, layer: Int[Array, ""] | int) -> Rotary:
+        """The position embedding of a layer; its number may be traced."""
+        if not self.layer_ropes:
+            return self.rope.rotary(self.head_dim)
+        still = np.zeros(self.rope.width(self.head_dim) // 2), 1.0
+        each = [rope.frequencies(self.head_dim) if rope else still for rope in self.layer_ropes]
+        frequencies, factors = zip(*each, strict=True)
+        stacked = lambda x: jnp.asarray(np.array(x), jnp.float32)
+        return Rotary(stacked(frequencies)[layer], stacked(factors)[layer])

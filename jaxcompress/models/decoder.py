@@ -1,4 +1,4 @@
-"""One decoder for the Llama, Mistral and Qwen families (GQA, RoPE, gated MLP), as a Flax NNX module used as a pytree.
+"""One decoder for all families (`jaxcompress.checkpoints` lists them), as a Flax NNX module used as a pytree.
 
 The module holds weights, stacked over layers. It does not decide where keys and values are stored: its layers are
 scanned with an `Attend` function, which does. Plain causal attention is one such function (training, teacher forcing);
@@ -18,15 +18,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.inputs.token_ids import check_read
+from jaxcompress.models.attention import Attention
 from jaxcompress.models.checks import check_state
 from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.initializers import initializers
 from jaxcompress.models.lookup import look_up
-from jaxcompress.models.rope import Rotary, rotate
+from jaxcompress.models.mlp import MLPS
+from jaxcompress.models.norms import NORMS
 from jaxcompress.policies.cache_view import LayerContext
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import step_for
 from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.step import Step, StepSpec, enter
+from jaxcompress.state.attention_traits import soft_capped
 from jaxcompress.state.kv_state import KVState, State, runs
 from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import AttentionOut, Hidden, Keys, Logits, Positions, Queries, Tokens, Valid, Values
@@ -54,54 +58,32 @@ class Attend(Protocol):
     ) -> tuple[AttentionOut, Any, Any]: ...
 
 
-class Attention(nnx.Module):
-    """Query, key, value and output projections of attention."""
+class Layer(nnx.Module):
+    """Attention and MLP, with norms before or after them, one after the other or in parallel."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        e, d = config.hidden_size, config.head_dim
-        small, out = _initializers(config)
-        linear = lambda n, m, bias, init: nnx.Linear(
-            n, m, use_bias=bias, kernel_init=init, param_dtype=dtype, rngs=rngs
-        )
-        self.query = linear(e, config.num_heads * d, config.qkv_bias, small)
-        self.key = linear(e, config.num_kv_heads * d, config.qkv_bias, small)
-        self.value = linear(e, config.num_kv_heads * d, config.qkv_bias, small)
-        self.out = linear(config.num_heads * d, e, config.out_bias, out)
-        if config.qk_norm:
-            self.query_norm = nnx.RMSNorm(d, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
-            self.key_norm = nnx.RMSNorm(d, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
+        norm = lambda: NORMS[config.norm](config.hidden_size, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
+        if config.norms_at != "after":
+            self.attention_norm, self.mlp_norm = norm(), norm()
+        if config.norms_at != "before":
+            self.attention_out_norm, self.mlp_out_norm = norm(), norm()
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLPS[config.mlp](config, dtype=dtype, rngs=rngs)
 
     def project(self, x: Hidden, config: DecoderConfig) -> tuple[Queries, Keys, Values]:
-        heads = lambda y: y.reshape(*y.shape[:-1], -1, config.head_dim)
-        q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
-        if config.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
-        return q, k, v
+        """Queries, keys and values before RoPE, from the residual stream before the layer."""
+        return self.attention.project(x if config.norms_at == "after" else self.attention_norm(x), config)
 
-
-class MLP(nnx.Module):
-    """SiLU-gated feed-forward network (Shazeer 2020)."""
-
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        e, f = config.hidden_size, config.intermediate_size
-        small, out = _initializers(config)
-        linear = lambda n, m, init: nnx.Linear(
-            n, m, use_bias=config.mlp_bias, kernel_init=init, param_dtype=dtype, rngs=rngs
-        )
-        self.gate, self.up, self.down = linear(e, f, small), linear(e, f, small), linear(f, e, out)
-
-    def __call__(self, x: Hidden) -> Hidden:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-
-class Layer(nnx.Module):
-    """Pre-norm attention and MLP."""
-
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        norm = lambda: nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
-        self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+    def close(self, x: Hidden, attended: Float[Array, "B T *heads"], config: DecoderConfig) -> Hidden:
+        """The residual stream after the layer, from that before it and the output of its attention."""
+        out = self.attention.project_out(attended)
+        if config.norms_at != "before":
+            out = self.attention_out_norm(out)
+        if config.parallel:
+            return x + out + self.mlp(self.mlp_norm(x), config)
+        x = x + out
+        out = self.mlp(x if config.norms_at == "after" else self.mlp_norm(x), config)
+        return x + (out if config.norms_at == "before" else self.mlp_out_norm(out))
 
 
 class Decoder(nnx.Module):
@@ -116,17 +98,18 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
-        small, _ = _initializers(config)
+        small, _ = initializers(config)
         self.embedding = nnx.Param(small(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.layers = jax.vmap(lambda key: Layer(config, dtype=dtype, rngs=nnx.Rngs(params=key)))(keys)
-        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
+        self.norm = NORMS[config.norm](config.hidden_size, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
         if not config.tied:
             self.head = nnx.Param(small(rngs.params(), (config.hidden_size, config.vocab_size), dtype))
 
     def embed(self, tokens: Tokens) -> Hidden:
         """[B, T, E]. Ids are not checked: an id outside the vocabulary gives another token's embedding, or NaN."""
-        return look_up(self.embedding[...], tokens)
+        x = look_up(self.embedding[...], tokens)
+        return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scaled_embedding else x
 
     def run_layers(
         self,
@@ -145,10 +128,9 @@ class Decoder(nnx.Module):
             layer, index, x_slice = inputs
             if layer is None:
                 layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), self.layers)
-            q, k, v = layer.attention.project(layer.attention_norm(x), config)
+            q, k, v = layer.project(x, config)
             out, carry, y = attend(q, k, v, positions, layer, index, carry, x_slice)
-            x = x + layer.attention.out(out.reshape(*x.shape[:-1], -1))
-            return (x + layer.mlp(layer.mlp_norm(x)), carry), y
+            return (layer.close(x, out, config), carry), y
 
         every = range(config.num_layers)
         layers = every if layers is None else layers
@@ -161,7 +143,8 @@ class Decoder(nnx.Module):
     def logits(self, x: Hidden) -> Logits:
         """Scores of the next token, float32."""
         head = self.embedding[...].T if self.config.tied else self.head[...]
-        return jnp.matmul(x, head, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+        return soft_capped(logits, self.config.logit_softcap)
 
     def __call__(self, tokens: Tokens, positions: Positions | None = None) -> Logits:
         """Logits by plain causal attention, without a state. Positions default to 0..T-1; -1 marks padding."""
@@ -180,20 +163,13 @@ class Decoder(nnx.Module):
         """Like `hidden`, from embeddings, which need not be embeddings of tokens."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        windows = self.config.windows
 
         def attend(q, k, v, positions, layer, index, carry, xs):
-            at = positions[..., None]
-            q, k = rotate(q, at, self.config.rope), rotate(k, at, self.config.rope)
-            window = None if windows is None else windows[index]
-            return causal_attention(q, k, v, positions, window=window), carry, xs
+            here = layer.attention.constants(self.config, index)
+            q, k = here.placed(q, k, positions)
+            return causal_attention(q, k, v, positions, window=here.window, traits=here.traits), carry, xs
 
         return self.run_layers(x, positions, attend)[0]
-
-
-def _initializers(config: DecoderConfig) -> tuple[Any, Any]:
-    """Normal(0.02), and the same scaled by depth for projections that add to the residual stream (GPT-2)."""
-    return jax.nn.initializers.normal(0.02), jax.nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
 
 
 class ReadResult(NamedTuple):
@@ -308,15 +284,16 @@ def _step_spec(
         project = project[part.heads,]
     group = config.num_heads // config.num_kv_heads
     which = part.heads or tuple(range(part.kv_heads))
+    here = layer.attention.constants(config, index)
     context = LayerContext(
-        Rotary(config.rope),
+        here.rotary,
         placement or policy.placement,
         project,
         (group * len(heads), len(heads)),
         which,
+        here.traits,
     )
-    window = None if config.windows is None else config.windows[index]
-    return StepSpec(policy, context, chunk, window)
+    return StepSpec(policy, context, chunk, here.window)
 
 
 def heads_of(x: Array, part: KVState, config: DecoderConfig) -> Array:

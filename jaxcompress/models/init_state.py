@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxcompress.pallas_kernels.dispatch import slot_multiple as usual_multiple
 from jaxcompress.policies.cache_view import CacheView, LayerContext
 from jaxcompress.policies.checks import check_policy
 from jaxcompress.policies.policy import Policy
-from jaxcompress.state.kv_state import KVState, Memory, State, Stats, empty, with_numbers
+from jaxcompress.state.kv_state import Memory, State, Stats, empty, with_numbers
 from jaxcompress.state.placement import Rotate
 from jaxcompress.state.storage import dtype_name
 
@@ -61,14 +62,37 @@ def init_state(
         raise ValueError(f"{policy.name} has {len(policy.layers)} policies, the model has {config.num_layers} layers")
     capacities = [_capacities(config, policy.at(layer), layer, slots) for layer in range(config.num_layers)]
     plans = [(policy.at(layer), capacities[layer]) for layer in range(config.num_layers)]
-    state = []
+    parts = []
     for _, run in groupby(range(config.num_layers), key=plans.__getitem__):
         layers = list(run)
         mine, capacity = plans[layers[0]]
         for which in sorted(_alike(capacity).values()):
             part = range(layers[0], layers[-1] + 1)
-            state.append(_part(config, mine, part, capacity[which[0]], which, batch, dtype, slot_multiple))
-    return tuple(state)
+            parts.append(_part(config, mine, part, capacity[which[0]], which, batch, dtype, slot_multiple))
+    return _made(tuple(parts))
+
+
+class _Part(NamedTuple):
+    """What a part of a state is made of, as a key of compiled programs.
+
+    Attributes:
+      shape: the arguments of `empty`.
+      numbers: tree, shapes and dtypes of `policy_numbers`.
+    """
+
+    shape: tuple[tuple[str, Any], ...]
+    numbers: tuple[Any, tuple[tuple[tuple[int, ...], str], ...]]
+
+
+@partial(jax.jit, static_argnums=0)
+def _made(parts: tuple[_Part, ...]) -> State:
+    """The state, by one program: a program for each of its arrays takes longer to start."""
+    made = []
+    for part in parts:
+        tree, leaves = part.numbers
+        numbers = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
+        made.append(with_numbers(empty(**dict(part.shape)), *numbers))
+    return tuple(made)
 
 
 def _capacities(config: DecoderConfig, policy: Policy, layer: int, slots: Slots) -> tuple[int, ...]:
@@ -123,19 +147,20 @@ def _part(
     batch: int,
     dtype: DTypeLike,
     slot_multiple: int,
-) -> KVState:
+) -> _Part:
     """The part of the state for some heads of some layers."""
     every = len(which) == config.num_kv_heads
     entries = config.num_kv_heads if policy.scope == "pool" else 1
     group = config.num_heads // config.num_kv_heads
     heads = policy.heads(group * len(which), len(which))
     slots = -(-policy.slots(capacity * entries, entries) // slot_multiple) * slot_multiple
-    bare = empty(
+    shape = dict(
         layers=layers, batch=batch, heads=heads, sets=policy.sets(heads), capacity=capacity * entries,
-        slots=slots, head_dim=config.head_dim, dtype=dtype,
+        slots=slots, head_dim=config.head_dim, dtype=dtype_name(dtype),
         which=() if every else which, pooled=policy.scope == "pool",
     )  # fmt: skip
-    return with_numbers(bare, *policy_numbers(config, policy, which, capacity, batch))
+    leaves, tree = jax.tree.flatten(policy_numbers(config, policy, which, capacity, batch))
+    return _Part(tuple(shape.items()), (tree, tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)))
 
 
 def policy_numbers(

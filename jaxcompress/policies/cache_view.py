@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.kv_state import Memory, Stats
 from jaxcompress.state.placement import Placement, Rotate
 from jaxcompress.state.shapes import Positions, SlotPositions, Weights
@@ -30,6 +34,7 @@ class LayerContext(NamedTuple):
       out: [K, G, D, E], the output projection of each query head; None where there is no model around.
       heads: H and K of the layer, or of the part of it that has these slots.
       which: the indices of the state's heads in the layer.
+      traits: what the layer's attention does beyond scaled products and a softmax.
     """
 
     rotate: Rotate
@@ -37,6 +42,7 @@ class LayerContext(NamedTuple):
     out: Float[Array, "K G D E"] | None
     heads: tuple[int, int]
     which: tuple[int, ...]
+    traits: AttentionTraits = PLAIN
 
     @property
     def group(self) -> int:
@@ -113,16 +119,26 @@ class Observation(NamedTuple):
     def per_set(self, scope: Scope) -> Float[Array, "B P T N"]:
         """Probabilities averaged over the heads that share a set."""
         if scope == "layer":
-            return self.weights.mean((1, 2))[:, None]
-        if scope == "pool":  # only the queries of a key's own head have given it any
-            return self.weights.sum(2) / self.group
-        return self.weights.mean(2)
+            return _added(_added(self.weights, 2), 1)[:, None] / (self.weights.shape[1] * self.weights.shape[2])
+        # In a pool only the queries of a key's own head have given it any.
+        return _added(self.weights, 2) / (self.group if scope == "pool" else self.weights.shape[2])
+
+    def total(self, scope: Scope) -> Float[Array, "B P N"]:
+        """`per_set`, summed over the queries in one pass."""
+        per_head = self.weights.sum((2, 3)) / (self.group if scope == "pool" else self.weights.shape[2])
+        return per_head.mean(1, keepdims=True) if scope == "layer" else per_head
 
     def last(self, per_query: Float[Array, "B P T N"]) -> tuple[Float[Array, "B P N"], Array]:
         """The row of the newest query, and whether there is one: [B, P, N] and [B, 1, 1] bool."""
         newest = self.queries.argmax(-1)
         row = jnp.take_along_axis(per_query, newest[:, None, None, None], axis=2)[:, :, 0]
         return row, (self.queries.max(-1) >= 0)[:, None, None]
+
+
+def _added(x: Array, axis: int) -> Array:
+    """The sum over a short axis, slice by slice: one elementwise pass. XLA's reduction over heads takes three times as
+    long as attention itself on a CPU."""
+    return reduce(add, (jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])))
 
 
 class IncomingTokens(NamedTuple):

@@ -41,6 +41,10 @@ class critical(wrapper):
     def init(self, incoming: CacheView) -> Stats:
         return self.policy.init(incoming), _written(incoming)
 
+    @property
+    def watches(self) -> int | None:
+        return self.policy.watches
+
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         return self.policy.observe(stats[0], seen), stats[1]
 

@@ -13,6 +13,7 @@ from jaxcompress.policies.geometry import for_set
 from jaxcompress.policies.policy import Policy, policy
 from jaxcompress.policies.protect import protected
 from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.placement import rotation_factors
 from jaxcompress.state.shapes import SlotScores
 
 
@@ -36,8 +37,9 @@ class ExpectedAttention(Policy):
 
     Queries so far have mean m and covariance C before RoPE; R is the mean of the rotations to the next positions. Then
     score[n] = (softmax_n(k.Rm / sqrt(d) + k^T R C R^T k / 2d) + epsilon) |v_n|, averaged over the query heads of a kv
-    head. The first `sinks` tokens are protected, and their queries are not counted. Keys must stand at absolute
-    positions. A selection multiplies every key by the covariance: combine with `every` for decoding.
+    head. A soft cap of the model's scores does not enter. The first `sinks` tokens are protected, and their queries are
+    not counted. Keys must stand at absolute positions. A selection multiplies every key by the covariance: combine with
+    `every` for decoding.
 
     Raises:
       ValueError: fewer than 1 future position; where keys are re-indexed, when it is used.
@@ -93,8 +95,8 @@ class ExpectedAttention(Policy):
             )
         heads, d = moments.mean.shape[1:]
         basis = jnp.eye(d)
-        size = context.rotate(basis, jnp.zeros(d))[0, 0]  # 1, or the temperature that YaRN puts into its rotations
-        ahead = context.rotate(basis, jnp.arange(self.future, dtype=jnp.float32)[:, None]).mean(0) / size
+        ahead = context.rotate(basis, jnp.arange(self.future, dtype=jnp.float32)[:, None]).mean(0)
+        ahead = ahead / rotation_factors(context.rotate, d)  # which turning to the next positions multiplies by
         start = (held.positions.max((1, 2)) + 1).astype(jnp.float32)
 
         def turn(x: Array) -> Array:

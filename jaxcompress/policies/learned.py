@@ -14,6 +14,7 @@ from jaxcompress.policies.geometry import for_set
 from jaxcompress.policies.policy import Policy, leaf, policy
 from jaxcompress.policies.protect import protected
 from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.placement import unrotated
 from jaxcompress.state.shapes import SlotScores
 
 LIKE_TOVA = (0.0, 1.0, 0.0, 0.0)
@@ -115,7 +116,7 @@ class Retention(Policy):
     def observe(self, stats: Looked, seen: Observation) -> Stats:
         received = seen.per_set(self.scope)
         row, present = seen.last(received)
-        return stats._replace(last=jnp.where(present, row, stats.last), total=stats.total + received.sum(2))
+        return stats._replace(last=jnp.where(present, row, stats.last), total=stats.total + seen.total(self.scope))
 
     def score(self, stats: Looked, held: CacheView) -> SlotScores:
         return foreseen(stats, held.newest - held.positions)
@@ -135,9 +136,7 @@ def _entering(head: ForgetHead, incoming: CacheView) -> Float[Array, "B K N R"]:
     which = context.which if owner is None else tuple(range(context.heads[1]))
     _check_used(head, which, keys.shape[-1])
     if context.placement == "absolute":
-        d = keys.shape[-1]
-        size = context.rotate(jnp.eye(d), jnp.zeros(d))[0, 0]  # 1, or the temperature that YaRN puts into its rotations
-        keys = context.rotate(keys, -incoming.positions) / size**2
+        keys = unrotated(context.rotate, keys, incoming.positions)
     mine = jax.tree.map(lambda x: x[incoming.layer], head)
     if which != tuple(range(head.inner.shape[1])):
         mine = jax.tree.map(lambda x: x[jnp.array(which)], mine)

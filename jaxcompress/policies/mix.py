@@ -60,6 +60,11 @@ class _several(Policy):
     schedule = property(lambda self: self.parts[0].schedule)  # type: ignore[assignment]
     needs = property(lambda self: max(one.needs for one in self.parts))  # type: ignore[assignment]
 
+    @property
+    def watches(self) -> int | None:
+        each = [one.watches for one in self.parts]
+        return None if None in each else max(n for n in each if n is not None)
+
     def each(self, stats: Sequence[Stats], held: CacheView) -> list[SlotScores]:
         """Of each part."""
         memories = held.memory or ((),) * len(self.parts)

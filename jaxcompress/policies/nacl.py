@@ -47,6 +47,10 @@ class NACL(Policy):
     def needs(self) -> int:  # type: ignore[override]
         return self.sinks + self.recent + 1
 
+    @property
+    def watches(self) -> int | None:
+        return self.proxies
+
     def init(self, incoming: CacheView) -> Ring:
         return empty_ring(incoming, self.proxies)
 

@@ -26,7 +26,7 @@ class ObservedAttention(Policy):
         return jnp.zeros_like(incoming.positions, jnp.float32)
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:
-        return stats + seen.per_set(self.scope).sum(2)
+        return stats + seen.total(self.scope)
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return stats / (held.newest - held.positions + 1)

@@ -66,8 +66,10 @@ class Policy(Named):
                 raise ValueError(f"{trait} of policy {self.name} must be one of {', '.join(known)}, not {given!r}")
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """A class that computes other numbers than its base does not follow its base's rule."""
+        """A class that computes other numbers than its base does not follow its base's rule, nor watch as it does."""
         super().__init_subclass__(**options)
+        if "observe" in vars(cls) and "watches" not in vars(cls):
+            cls.watches = None  # type: ignore[assignment]
         if "rule" not in vars(cls) and not _COMPUTED.isdisjoint(vars(cls)):
             cls.rule = Policy.rule
 
@@ -84,6 +86,15 @@ class Policy(Named):
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         """The numbers after a block of queries. A fold: one definition serves prompts, chunks and single steps."""
         return stats
+
+    @property
+    def watches(self) -> int | None:
+        """The number of newest queries that `observe` needs to see; None: all of them.
+
+        A block of more queries shows it only these, which costs less. A class that overrides `observe` watches all
+        queries unless it says otherwise.
+        """
+        return 0
 
     def memory(self, held: CacheView) -> Memory:
         """Fresh numbers per row, [B, ...] each; only shapes and layer of the candidates count."""

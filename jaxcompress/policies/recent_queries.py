@@ -46,6 +46,10 @@ class RecentQueries(Policy):
     def needs(self) -> int:  # type: ignore[override]
         return self.window + 1
 
+    @property
+    def watches(self) -> int | None:
+        return self.window
+
     def init(self, incoming: CacheView) -> Ring:
         return empty_ring(incoming, self.window)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcompress.state.attention_traits import AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 
 
@@ -18,7 +19,7 @@ class Summary(NamedTuple):
       values: [B, K, M, D].
       bias: [B, K, 1 or G, M] float32, added to the scores: the logarithm of how many tokens each stands for, -inf for
         none.
-      norm: norm * |q|^2 is subtracted from the scores.
+      norm: norm * |q|^2 is subtracted from the scores of random features, which no soft cap changes; 0 for keys.
     """
 
     keys: Float[Array, "B K M D"]
@@ -26,8 +27,10 @@ class Summary(NamedTuple):
     bias: Float[Array, "B K #G M"]
     norm: float = 0.0
 
-    def scores(self, q: Float[Array, "B T K G D"]) -> Float[Array, "B K G T M"]:
-        scores = scores_of("btkgd,bkmd->bkgtm", q, self.keys) + self.bias[:, :, :, None]
+    def scores(self, q: Float[Array, "B T K G D"], traits: AttentionTraits) -> Float[Array, "B K G T M"]:
+        scores = scores_of("btkgd,bkmd->bkgtm", q, self.keys)
         if self.norm:
             scores -= self.norm * jnp.square(q.astype(jnp.float32)).sum(-1).transpose(0, 2, 3, 1)[..., None]
-        return scores
+        else:
+            scores = traits.capped(scores)
+        return scores + self.bias[:, :, :, None]

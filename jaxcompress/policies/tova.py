@@ -30,6 +30,8 @@ class TOVA(Policy):
     def init(self, incoming: CacheView) -> Stats:
         return jnp.zeros_like(incoming.positions, jnp.float32)
 
+    watches = 1  # type: ignore[assignment]
+
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         row, present = seen.last(seen.per_set(self.scope))
         return jnp.where(present, row, stats)

@@ -53,6 +53,7 @@ class wrapper(Policy):
     needs = _of_inner()  # type: ignore[assignment]
     gates = _of_inner()  # type: ignore[assignment]
     reduction = _of_inner()  # type: ignore[assignment]
+    watches = _of_inner()  # type: ignore[assignment]
 
     @property
     def name(self) -> str:

@@ -26,6 +26,7 @@ from jaxcompress.recurrence.chunk_step import chunk_steps
 from jaxcompress.recurrence.decode_step import decode_step
 from jaxcompress.recurrence.step import Step, StepResult, StepSpec, TokenBlock, enter
 from jaxcompress.recurrence.stream import stream
+from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.placement import Placement, Rotate
 from jaxcompress.state.shapes import AttentionOut, Keys, Positions, Queries, Values
@@ -62,12 +63,13 @@ def advance(
     placement: Placement | None = None,
     window: Int[Array, ""] | int | None = None,
     project: Float[Array, "K G D E"] | None = None,
+    traits: AttentionTraits = PLAIN,
     backend: Backend = "auto",
     recurrence: Step | None = None,
 ) -> Advanced:
     """Advances one layer of a state over a block of T tokens.
 
-    It has fourteen parameters, because callers with arrays but no model pass every property of the layer by name.
+    It has fifteen parameters, because callers with arrays but no model pass every property of the layer by name.
 
     Args:
       q, k, v: queries, keys and values of the incoming tokens, not rotated.
@@ -79,6 +81,7 @@ def advance(
       rotate, placement: position embedding, and the positions that it uses (None: the policy's placement).
       window: width of a sliding-window layer; tokens that no later query can see free their slot.
       project: the layer's output projection, for policies that weigh values by it.
+      traits: what the layer's attention does beyond scaled products and a softmax.
       backend: `auto`, `jnp`, or a kernel backend by name (see `jaxcompress.pallas_kernels.types`). For `read`, pass
         `recurrence=on(backend)`.
       recurrence: another implementation with the same result (see `jaxcompress.recurrence.exact_gradient`).
@@ -88,7 +91,7 @@ def advance(
     """
     b, t, h, d = q.shape
     heads = state.heads or tuple(range(state.kv_heads))
-    context = LayerContext(rotate, placement or policy.placement, project, (h, k.shape[2]), heads)
+    context = LayerContext(rotate, placement or policy.placement, project, (h, k.shape[2]), heads, traits)
     spec = StepSpec(policy, context, chunk, window, backend)
     block, state = enter(q, k, v, positions, state, layer, spec)
     done = (recurrence or step_for(t, chunk))(block, state, layer, spec)

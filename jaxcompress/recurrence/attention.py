@@ -1,7 +1,4 @@
-"""Attention over the slots of a state: of one token, and of a block of tokens.
-
-All attention to slots goes through this module, which alone calls the kernels for it.
-"""
+"""Attention of one token over the slots of a state, and the calls of all kernels."""
 
 from __future__ import annotations
 
@@ -20,31 +17,30 @@ from jaxcompress.pallas_kernels.types import Backend, Chosen, Here, KernelCall, 
 from jaxcompress.policies.summary import Summary
 from jaxcompress.recurrence.quantised import code_scores, code_sum
 from jaxcompress.recurrence.softmax import softmax_beside
+from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.eviction_rule import EvictionRule
-from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.precision import weighted
-from jaxcompress.state.shapes import Positions, SlotPositions, Weights
+from jaxcompress.state.shapes import Positions, SlotPositions
 from jaxcompress.state.slots import write_slots
 from jaxcompress.state.storage import Stored
 
 
 class Extra(NamedTuple):
-    """Terms that a policy adds to attention over slots.
+    """What attention over slots has beyond products and a softmax.
 
     Attributes:
-      bias: [B, K or 1, S] float32, added to the scores of the slots, or None.
-      summary: extra entries that queries see beside the slots, or None.
+      bias: [B, K or 1, S] float32, added by the policy to the scores of the slots, or None.
+      summary: extra entries of the policy that queries see beside the slots, or None.
+      traits: those of the layer.
     """
 
     bias: Float[Array, "B K S"] | None = None
     summary: Summary | None = None
+    traits: AttentionTraits = PLAIN
 
 
 NOTHING = Extra()
-
-QUERY_BLOCK = 128
-"""Number of queries that attend to slots and chunk at once. It bounds the memory of a one-shot prompt."""
 
 
 def slot_attention(
@@ -61,14 +57,14 @@ def slot_attention(
       keys, values: [B, K, S, D], as the state stores them.
       visible: the slots that a query sees; the others get probability zero.
       present: rows that have a query; the others (padding) give zeros.
-      extra: the terms that the policy adds.
+      extra: what the policy adds, and the traits of the layer.
     """
     plain = isinstance(keys, jax.Array)
-    scores = scores_of("bkgd,bksd->bkgs", q, keys) if plain else code_scores(q, keys)
+    scores = extra.traits.capped(scores_of("bkgd,bksd->bkgs", q, keys) if plain else code_scores(q, keys))
     if extra.bias is not None:
         scores += extra.bias[:, :, None]
     present = present[:, None, None, None]
-    others = None if extra.summary is None else extra.summary.scores(q[:, None])[:, :, :, 0]
+    others = None if extra.summary is None else extra.summary.scores(q[:, None], extra.traits)[:, :, :, 0]
     weights, shares = softmax_beside(scores, visible, present, others)
     out = weighted("bkgs,bksd->bkgd", weights, values) if isinstance(values, jax.Array) else code_sum(weights, values)
     if extra.summary is not None and shares is not None:
@@ -123,73 +119,6 @@ def _kernel_step(chosen: Chosen, q, new, stored, layer, index, visible, present)
 
     reference = partial(slot_step, backend=Here("jnp"))
     return _differentiable(run, reference)(q, new, stored, jnp.asarray(layer), index, visible, present)
-
-
-class BlockKeys(NamedTuple):
-    """Keys and values that a block of queries attends to: those in the slots, and the block's own.
-
-    Attributes:
-      keys, values: [B, K, N, D] float32, so that gradients of many queries are summed in float32; codes if quantised.
-      key_scale, value_scale: [B, K, N], the factors of the codes; None if not quantised.
-      dtypes: the dtypes in which keys and values are stored.
-    """
-
-    keys: Float[Array, "B K N D"]
-    values: Float[Array, "B K N D"]
-    key_scale: Float[Array, "B K N"] | None
-    value_scale: Float[Array, "B K N"] | None
-    dtypes: tuple[Any, Any]
-
-
-def chunk_attention(
-    q: Float[Array, "B T K G D"],
-    at: Positions,
-    given: BlockKeys,
-    stats: Stats,
-    visible: Callable[[Positions], Bool[Array, "#B #K #G T N"]],
-    extra: Callable[[Stats], Extra],
-    observe: Callable[[Stats, Weights, Positions, Array], Stats],
-) -> tuple[Stats, Float[Array, "B T K G D"]]:
-    """Attention of a block of queries over the slots and the block's own tokens.
-
-    Queries are taken in blocks of `QUERY_BLOCK`, so that no array of all queries by all keys exists.
-
-    Args:
-      at: positions of the queries, -1 for padding.
-      stats: the policy's statistics of all N tokens; each block of queries updates them.
-      visible: positions of queries -> the tokens that each query sees.
-      extra: stats -> the terms that the policy adds.
-      observe: stats, probabilities, positions and visible tokens of some queries -> stats.
-
-    Returns:
-      The stats after all queries, and the output.
-    """
-
-    def attend(stats: Stats, queries: tuple[Array, Array]) -> tuple[Stats, Array]:
-        q, at = queries
-        seen, present, more = visible(at), (at >= 0)[:, None, None, :, None], extra(stats)
-        scores = scores_of("btkgd,bknd->bkgtn", q, given.keys, given.dtypes[0])
-        if given.key_scale is not None:
-            scores *= given.key_scale[:, :, None, None]
-        if more.bias is not None:
-            scores += more.bias[:, :, None, None]
-        others = None if more.summary is None else more.summary.scores(q)
-        weights, shares = softmax_beside(scores, seen, present, others)
-        scaled = weights if given.value_scale is None else weights * given.value_scale[:, :, None, None]
-        out = weighted("bkgtn,bknd->btkgd", scaled, given.values, given.dtypes[1])
-        if more.summary is not None and shares is not None:
-            out += weighted("bkgtm,bkmd->btkgd", shares, more.summary.values)
-        return observe(stats, weights, at, seen), out.astype(q.dtype)
-
-    t = at.shape[1]
-    if t <= QUERY_BLOCK:
-        return attend(stats, (q, at))
-    n = -(-t // QUERY_BLOCK)
-    pad = [(0, 0), (0, n * QUERY_BLOCK - t)]
-    cut = lambda x: x.reshape(x.shape[0], n, QUERY_BLOCK, *x.shape[2:]).swapaxes(0, 1)
-    blocks = cut(jnp.pad(q, [*pad, *[(0, 0)] * (q.ndim - 2)])), cut(jnp.pad(at, pad, constant_values=-1))
-    stats, out = jax.lax.scan(attend, stats, blocks)
-    return stats, out.swapaxes(0, 1).reshape(out.shape[1], -1, *out.shape[3:])[:, :t]
 
 
 def slot_step_by_rule(
@@ -288,7 +217,7 @@ def _beyond_kernels(index: Array, visible: Array, extra: Extra) -> str | None:
         return "the policy adds to attention scores or shows stand-ins"
     if index.shape[-1] > 1 or visible.shape[2] > 1:
         return "heads share a pool of slots"
-    return None
+    return extra.traits.beyond_kernels
 
 
 def _only(new: Any) -> Any:

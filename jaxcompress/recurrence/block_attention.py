@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.recurrence.softmax import MASKED
+from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.precision import weighted, wide
 from jaxcompress.state.shapes import AttentionOut, Keys, Positions, Queries, Values
@@ -27,6 +28,7 @@ def causal_attention(
     *,
     window: Int[Array, ""] | None = None,
     streaming: tuple[int, int] | None = None,
+    traits: AttentionTraits = PLAIN,
 ) -> AttentionOut:
     """Every query attends to the tokens at its own and earlier positions, at most `window` of them.
 
@@ -38,7 +40,7 @@ def causal_attention(
     and its weights are recomputed for the gradient. This costs about half the work of a T x T product, and memory grows
     with T, not T squared.
     """
-    return _causal(q, k, v, positions, window, streaming, None, 0)
+    return _causal(q, k, v, positions, window, streaming, None, 0, traits)
 
 
 def forgetful_attention(
@@ -50,6 +52,7 @@ def forgetful_attention(
     *,
     delay: int,
     window: Int[Array, ""] | None = None,
+    traits: AttentionTraits = PLAIN,
 ) -> AttentionOut:
     """Causal attention that forgets softly: once a key is `delay` positions old, its bias is added to its scores.
 
@@ -59,13 +62,15 @@ def forgetful_attention(
     Args:
       bias: one number per key, at most 0: the logarithm of the key's remaining weight.
     """
-    return _causal(q, k, v, positions, window, None, bias, delay)
+    return _causal(q, k, v, positions, window, None, bias, delay, traits)
 
 
 def _causal(
     q: Queries, k: Keys, v: Values, positions: Positions,
     window: Int[Array, ""] | None, streaming: tuple[int, int] | None, bias: Float[Array, "B K T"] | None, delay: int,
+    traits: AttentionTraits,
 ) -> AttentionOut:  # fmt: skip
+    """Both of the above. It has nine parameters, since each of them has some that the other lacks."""
     b, t, h, d = q.shape
     kv = k.shape[2]
     n = -(-t // QUERIES)
@@ -88,7 +93,7 @@ def _causal(
             if streaming is not None:
                 seen &= (key < streaming[0]) | (key > query - streaming[1])
             late = () if bias is None else (bias[:, :, : key.shape[-1]], (key <= query - delay)[:, None])
-            return _attend_block(stored, q, keys, values, seen[:, None], *late)
+            return _attend_block(stored, traits, q, keys, values, seen[:, None], *late)
 
         blocks = q[start : start + many], at[start : start + many]
         outs.append(attend((blocks[0][0], blocks[1][0]))[None] if many == 1 else jax.lax.map(attend, blocks))
@@ -105,12 +110,15 @@ def lifetime_attention(
     *,
     alive: int,
     block: int = 128,
+    traits: AttentionTraits = PLAIN,
 ) -> Float[Array, "B T K G D"]:
     """Every query attends to the tokens that live at its position: `born <= position < dies`.
 
     The last T of the N keys belong to the queries; the keys before them are older than any query. Queries are taken in
     blocks. Each block gathers the tokens that live when it begins, at most `alive`, and attends to them and to its own
     tokens. The work is T x (alive + block) for any T. A block's weights are recomputed for the gradient.
+
+    There are nine parameters: the arrays, and what bounds and changes the attention.
 
     Args:
       positions: [B, T], growing along T, -1 for padding.
@@ -144,7 +152,7 @@ def lifetime_attention(
                      for x in (born, dies))  # fmt: skip
         here = at[:, None, :, None]
         seen = (from_[:, :, None] >= 0) & (from_[:, :, None] <= here) & (here < to[:, :, None])
-        return _attend_block(stored, q.transpose(0, 2, 3, 1, 4), both(keys), both(values), seen)
+        return _attend_block(stored, traits, q.transpose(0, 2, 3, 1, 4), both(keys), both(values), seen)
 
     cut = lambda x: x.reshape(b, n, block, *x.shape[2:]).swapaxes(0, 1)
     out = jax.lax.map(attend, (cut(q), cut(positions), jnp.arange(n) * block))  # [n, B, K, G, block, D]
@@ -197,6 +205,7 @@ def _whole(
 @partial(jax.checkpoint, static_argnums=0)
 def _attend_block(
     stored: tuple[Any, Any],
+    traits: AttentionTraits,
     q: Float[Array, "B K G T D"],
     k: Float[Array, "B K N D"],
     v: Float[Array, "B K N D"],
@@ -212,7 +221,7 @@ def _attend_block(
     """
     b, kv, g, t, d = q.shape
     # The query heads of a group are rows of one product: larger products, and K and V are never repeated.
-    scores = scores_of("bkqd,bknd->bkqn", q.reshape(b, kv, g * t, d), k, stored[0])
+    scores = traits.capped(scores_of("bkqd,bknd->bkqn", q.reshape(b, kv, g * t, d), k, stored[0]))
     added = jnp.where(seen, 0.0, MASKED)
     if bias is not None:
         assert late is not None

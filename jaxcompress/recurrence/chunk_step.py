@@ -14,14 +14,13 @@ from jaxcompress.pallas_kernels.dispatch import choose_kernel
 from jaxcompress.policies.cache_view import Observation
 from jaxcompress.policies.checks import checked_scores, checked_stats
 from jaxcompress.policies.reductions.reduced import slot_bias
-from jaxcompress.recurrence.attention import BlockKeys, Extra, block_attention, call_of, chunk_attention
+from jaxcompress.recurrence.attention import Extra, block_attention, call_of
+from jaxcompress.recurrence.chunk_attention import Watch, chunk_attention
 from jaxcompress.recurrence.following import rule_of, why_no_rule
 from jaxcompress.recurrence.layer import (
     absorbed,
     by_owner,
     cache_view,
-    entries_of,
-    entries_per_token,
     evicted_at,
     extra_of,
     remembered,
@@ -30,14 +29,10 @@ from jaxcompress.recurrence.layer import (
     spare_slots,
     within_window,
 )
-from jaxcompress.recurrence.reindexing import rotated
+from jaxcompress.recurrence.side_by_side import joined, keys_met, settle, stay_in_block
 from jaxcompress.recurrence.step import StepResult, StepSpec, TokenBlock, cut_block, join_chunks, settled
 from jaxcompress.state.kv_state import KVState, Stats
-from jaxcompress.state.placement import place
-from jaxcompress.state.precision import wide
 from jaxcompress.state.select import keep_top, unranked
-from jaxcompress.state.slots import write_slots
-from jaxcompress.state.storage import load_vectors, split
 
 
 @settled
@@ -66,15 +61,20 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
         state = replace(state, positions=within_window(state.positions[0], oldest, spec.window)[None])
         state, freed_before = _make_room(state, spec, positions >= 0)
     state = remembered(state, 0, policy, block.bare)
-    whole = _joined(block, state, spec)
+    whole = joined(block, state, spec)
     held, slots = whole["positions"], state.positions.shape[-1]
     replaced = None if block.replaces is None else replaced_by_next(held, block, state.seen)
-    q, given = _keys(block, state, whole, spec)
+    q, given = keys_met(block, state, whole, spec)
     folded = _fold_by_rule(block, state, spec, whole, q)
     if folded is None:
-        summary, see = extra_of(state, 0, spec).summary, partial(_visible, whole=whole, replaced=replaced, spec=spec)
-        extra = lambda stats: Extra(slot_bias(policy, stats), summary)
-        folded = chunk_attention(q, positions, given, whole["stats"], see, extra, partial(_observe, spec=spec))
+        summary = extra_of(state, 0, spec).summary
+        watch = Watch(
+            partial(_visible, whole=whole, replaced=replaced, spec=spec),
+            lambda stats: Extra(slot_bias(policy, stats), summary, spec.context.traits),
+            partial(_observe, spec=spec),
+            policy.watches,
+        )
+        folded = chunk_attention(q, positions, given, whole["stats"], watch)
     stats, out = folded
     lived = within_window(held, jnp.where(newest >= 0, newest, state.seen - 1), spec.window)
     alive = lived if replaced is None else jnp.where(replaced, -1, lived)
@@ -86,7 +86,7 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
         lost = kept.sum(-1) > slots - spare_slots(state, spec)
         out = jnp.where(lost[:, None, :, None, None], jnp.nan, out)
     freed = jnp.where((lived >= 0) & ~kept, lived, -1)
-    after = _settle(everything, kept, slots)
+    after = settle(everything, kept, slots)
     if policy.reduction:
         index = jax.lax.top_k(freed, freed.shape[-1] - min(state.capacity, freed.shape[-1] - 1))[1]
         evicted = evicted_at(everything, 0, index, jnp.take_along_axis(freed, index, axis=-1))
@@ -101,45 +101,15 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
     return StepResult(out, after, freed[None], died[None])
 
 
-def _stay(state: KVState, spec: StepSpec) -> int:
-    """The number of tokens of a set that stay, out of slots and block."""
-    schedule = spec.policy.schedule
-    return schedule.keep * entries_per_token(state, spec) if schedule.when == "once" else state.capacity
-
-
-def _joined(block: TokenBlock, state: KVState, spec: StepSpec) -> dict[str, Any]:
-    """The fields that have a slot axis, with the block's tokens after the slots: [B, K or P, S + T, ...]."""
-    entries = entries_of(block, state)
-    fresh = spec.policy.init(cache_view(state, 0, spec, _stay(state, spec), entries))
-    fresh = jax.tree.map(lambda x: jnp.broadcast_to(x, (*entries.positions.shape, *x.shape[3:])), fresh)
-    old = state.slotted()
-    new = dict(keys=entries.keys, values=entries.values, positions=entries.positions, owner=entries.owner, stats=fresh)
-    join = lambda x, y: jnp.concatenate([x[0], y], axis=2)
-    return {name: jax.tree.map(join, old[name], new[name]) for name in old}
-
-
-def _keys(block: TokenBlock, state: KVState, whole: dict[str, Any], spec: StepSpec) -> tuple[Array, BlockKeys]:
-    """Queries [B, T, K, G, D], and the keys and values that they attend to."""
-    context, q = spec.context, block.grouped(state)
-    keys, key_scale = split(whole["keys"])
-    values, value_scale = split(whole["values"])
-    if context.placement != "absolute":
-        places = place(whole["positions"], context.placement)
-        keys, key_scale = rotated(load_vectors(whole["keys"]), places, places.shape[-1], context), None
-        own = places[..., -block.positions.shape[1] :].swapaxes(1, 2)  # [B, T, P]
-        q = rotated(q, own[..., None], places.shape[-1], context)
-    return q, BlockKeys(wide(keys), wide(values), key_scale, value_scale, (keys.dtype, values.dtype))
-
-
-def _visible(at: Array, whole: dict[str, Any], replaced: Array | None, spec: StepSpec) -> Array:
-    """[B, P or K, 1 or G, T, N]: the tokens that queries at these positions see."""
-    held = whole["positions"]
+def _visible(at: Array, columns: slice, whole: dict[str, Any], replaced: Array | None, spec: StepSpec) -> Array:
+    """[B, P or K, 1 or G, T, N]: the tokens out of these columns that queries at these positions see."""
+    held, owner, replaced = jax.tree.map(lambda x: x[:, :, columns], (whole["positions"], whole["owner"], replaced))
     visible = held[:, :, None] <= at[:, None, :, None]
     if spec.window is not None:
         visible &= held[:, :, None] > at[:, None, :, None] - spec.window
     if replaced is not None:  # by the next token, which no longer sees them
         visible &= (held[:, :, None] == at[:, None, :, None]) | ~replaced[:, :, None]
-    return visible[:, :, None] & seen_by(held, whole["owner"], spec.context.heads[0], spec.context.group)[:, :, :, None]
+    return visible[:, :, None] & seen_by(held, owner, spec.context.heads[0], spec.context.group)[:, :, :, None]
 
 
 def _select(everything: KVState, spec: StepSpec) -> tuple[Array, Array]:
@@ -147,7 +117,7 @@ def _select(everything: KVState, spec: StepSpec) -> tuple[Array, Array]:
     alive, policy = everything.positions[0], spec.policy
     if not policy.evicts:
         return alive >= 0, jnp.zeros(alive.shape[0], bool)
-    stay = _stay(everything, spec)
+    stay = stay_in_block(everything, spec)
     stats = jax.tree.map(lambda x: x[0], everything.stats)
     scores = checked_scores(policy, stats, cache_view(everything, 0, spec, stay))
     most = jnp.full(everything.seen.shape, stay)
@@ -187,18 +157,3 @@ def _observe(stats: Stats, weights: Array, at: Array, visible: Array, spec: Step
     """The stats after some queries."""
     counts = visible.sum(-1, dtype=jnp.float32).mean(2)
     return checked_stats(spec.policy, stats, Observation(weights, at, counts, spec.context.group))
-
-
-def _settle(everything: KVState, kept: Array, slots: int) -> KVState:
-    """Slots and block, some of them kept -> slots. Kept slots stay put, kept block tokens fill free slots in order."""
-    stays, comes = kept[..., :slots], kept[..., slots:]
-    free_first = jnp.argsort(stays, axis=-1, stable=True)
-    nth = jnp.minimum(jnp.cumsum(comes, axis=-1) - 1, slots - 1)
-    to = jnp.where(comes, jnp.take_along_axis(free_first, jnp.maximum(nth, 0), axis=-1), slots)  # [B, P, T]
-
-    def move(x: Array) -> Array:
-        """[1, B, K or P, slots + T, ...] -> [1, B, K or P, slots, ...]"""
-        return write_slots(x[:, :, :, :slots], x[0, :, :, slots:], 0, to)
-
-    marked = replace(everything, positions=jnp.where(kept, everything.positions[0], -1)[None])
-    return replace(everything, **jax.tree.map(move, marked.slotted()))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.recurrence.softmax import MASKED, masked_softmax
+from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.shapes import Keys, Positions, Queries
 
@@ -20,12 +21,14 @@ class AttentionInputs(NamedTuple):
       keys: [B, T, K, D], likewise.
       bias: [B, T] float32, the term added to the scores of each key; `MASKED` for a key that no query sees.
       positions: [B, T], positions of the tokens if attention is causal, -1 for padding; None if it is not (encoders).
+      traits: what the layer's attention does beyond scaled products and a softmax.
     """
 
     queries: Queries
     keys: Keys
     bias: Float[Array, "B T"]
     positions: Positions | None = None
+    traits: AttentionTraits = PLAIN
 
     def rows(self, index: Int[Array, "B R"]) -> Float[Array, "B H R T"]:
         """The attention probabilities of some queries, float32; zero for padded queries.
@@ -36,7 +39,7 @@ class AttentionInputs(NamedTuple):
         b, t, h, d = self.queries.shape
         kv = self.keys.shape[2]
         q = jnp.take_along_axis(self.queries, index[..., None, None], axis=1).reshape(b, -1, kv, h // kv, d)
-        scores = scores_of("brkgd,btkd->bkgrt", q, self.keys)
+        scores = self.traits.capped(scores_of("brkgd,btkd->bkgrt", q, self.keys))
         scores += self.bias[:, None, None, None]
         visible = (self.bias > MASKED / 2)[:, None, None, None]
         present = jnp.ones((b, 1, 1, index.shape[1], 1), bool)

@@ -16,6 +16,7 @@ from jaxcompress.recurrence.decode_step import decode_step
 from jaxcompress.recurrence.following import rule_numbers, rule_of, why_no_rule, with_rule_numbers
 from jaxcompress.recurrence.layer import with_stored
 from jaxcompress.recurrence.step import StepResult, StepSpec, TokenBlock, cut_block, join_chunks, settled
+from jaxcompress.recurrence.stream_block import BLOCK, reads_blocks, stream_block
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import KVState
 
@@ -29,6 +30,9 @@ def stream(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec:
     if kernel is not None and rule is not None:
         return _stream_by_rule(kernel, block, state, layer, spec, rule)
 
+    if reads_blocks(state, spec):
+        return _stream_in_blocks(block, state, layer, spec)
+
     def step(one: KVState, token: TokenBlock) -> tuple[KVState, Any]:
         done = decode_step(token, one, 0, spec)
         seen = jnp.maximum(
@@ -38,6 +42,19 @@ def stream(block: TokenBlock, state: KVState, layer: Int[Array, ""] | int, spec:
 
     one, (out, freed, died) = jax.lax.scan(step, state.take(layer), cut_block(block, 1))
     return StepResult(join_chunks(out, block), state.put(layer, one), freed, died)
+
+
+def _stream_in_blocks(block: TokenBlock, state: KVState, layer: Any, spec: StepSpec) -> StepResult:
+    """All tokens in blocks whose products are done at once."""
+
+    def step(one: KVState, some: TokenBlock) -> tuple[KVState, Any]:
+        done = stream_block(some, one, spec)
+        return done.state, (done.out, done.freed, done.died)
+
+    tokens = block.positions.shape[1]
+    one, (out, freed, died) = jax.lax.scan(step, state.take(layer), cut_block(block, min(tokens, BLOCK)))
+    each = lambda x: x.reshape(-1, *x.shape[2:])[:tokens]  # without the padding of the last block
+    return StepResult(join_chunks(out, block), state.put(layer, one), each(freed), each(died))
 
 
 def _stream_by_rule(

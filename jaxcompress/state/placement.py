@@ -24,7 +24,19 @@ Both re-indexings cache keys un-rotated and rotate them at every step.
 
 
 Rotate = Callable[[Float[Array, "... D"], Real[Array, "..."]], Float[Array, "... D"]]
-"""(vectors, positions) -> vectors: the model's position embedding."""
+"""(vectors, positions) -> vectors: the layer's position embedding."""
+
+
+def rotation_factors(rotate: Rotate, width: int) -> Float[Array, " D"]:
+    """What rotating multiplies the length of each channel by: the factor that some models put on cos and sin (YaRN) for
+    the channels that they rotate, 1 for the others."""
+    return rotate(jnp.ones(width), jnp.zeros(()))
+
+
+def unrotated(rotate: Rotate, x: Float[Array, "... D"], positions: Real[Array, "..."]) -> Float[Array, "... D"]:
+    """Vectors as they were before they were rotated to these positions."""
+    # Rotating back multiplies by the factors once more.
+    return rotate(x, -positions) / jnp.square(rotation_factors(rotate, x.shape[-1]))
 
 
 MOST_COMPARED = 1024

@@ -71,9 +71,15 @@ def worst(scores: SlotScores, positions: SlotPositions, spare: int = 0) -> Int[A
     return jnp.where(candidate == candidate.min(-1, keepdims=True), youth, -1).argmax(-1)
 
 
+def last_position(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P"]:
+    """The position of the last token of each set by `best_first`, -1 in a set without tokens."""
+    candidate = jnp.where(positions >= 0, _comparable(scores, jnp), jnp.inf)
+    return jnp.where(candidate == candidate.min(-1, keepdims=True), positions, -1).max(-1)
+
+
 def unranked(scores: SlotScores, positions: SlotPositions) -> Bool[Array, "B P"]:
     """Marks the sets whose scores are all NaN, so that they do not decide what stays."""
-    return (jnp.isnan(scores) | (positions < 0)).all(-1) & (positions >= 0).any(-1)
+    return ~((positions >= 0) & ~jnp.isnan(scores)).any(-1) & (positions >= 0).any(-1)
 
 
 def _comparable(scores: Any, xp: ModuleType) -> Any:

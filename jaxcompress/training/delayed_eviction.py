@@ -20,7 +20,7 @@ from jaxcompress.policies.forget_head import KEEP_EVERYTHING, ForgetHead, token_
 from jaxcompress.recurrence.block_attention import forgetful_attention
 from jaxcompress.state.shapes import Hidden, Tokens, Valid
 from jaxcompress.training.distillation import divergence
-from jaxcompress.training.forget_heads import check_network, check_temperature, network, placed, positions_of
+from jaxcompress.training.forget_heads import check_network, check_temperature, network, positions_of
 from jaxcompress.training.loss import token_losses
 
 with extra("train"):
@@ -116,9 +116,10 @@ def read_with_soft_eviction(
         logits = token_numbers(mine, k.swapaxes(1, 2), v.swapaxes(1, 2))[..., 0]
         if key is not None:
             logits += jax.random.logistic(key, logits.shape)
-        q, k, window_here = placed(model, q, k, positions, index)
+        here = layer.attention.constants(model.config, index)
+        q, k = here.placed(q, k, positions)
         bias = jax.nn.log_sigmoid(logits / temperature)
-        out = forgetful_attention(q, k, v, positions, bias, delay=window, window=window_here)
+        out = forgetful_attention(q, k, v, positions, bias, delay=window, window=here.window, traits=here.traits)
         kept = (kept_share(logits, temperature) * there).sum() / jnp.maximum(there.sum(), 1)
         return out, carry, kept
 

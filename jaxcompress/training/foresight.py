@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.recurrence.softmax import MASKED
+from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.shapes import Keys, Positions, Queries
 
@@ -25,6 +26,7 @@ def foresight_loss(
     strong: float = 0.1,
     floor: float = 1 / 512,
     among: int | None = None,
+    traits: AttentionTraits = PLAIN,
 ) -> Float[Array, ""]:
     """How far, in nats, attention falls short of `floor` on tokens that are needed later.
 
@@ -37,11 +39,12 @@ def foresight_loss(
       sample: ascending indices along T of the sampled queries; far fewer than T, so that no T x T array exists.
       among: raises the target where `floor` is too low, to the attention that the `among`-th most attended token gets
         from a query, so that a token that is needed later survives in a state of `among` slots.
+      traits: what the layer's attention does beyond scaled products and a softmax.
     """
     b, _, h, d = q.shape
     at = jnp.take_along_axis(positions, sample, axis=1)
     q = jnp.take_along_axis(q, sample[:, :, None, None], axis=1).reshape(b, sample.shape[1], k.shape[2], -1, d)
-    scores = scores_of("brkgd,btkd->bkgrt", q, k)
+    scores = traits.capped(scores_of("brkgd,btkd->bkgrt", q, k))
     earlier = (positions[:, None] <= at[:, :, None]) & (positions[:, None] >= 0)
     weights = jax.nn.softmax(jnp.where(earlier[:, None, None], scores, MASKED), axis=-1)
     strongest = jax.lax.stop_gradient(weights.max((1, 2)))  # [B, R, T]

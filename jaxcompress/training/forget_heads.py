@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from jaxcompress.models.config import DecoderConfig
-from jaxcompress.models.decoder import Decoder
-from jaxcompress.models.rope import rotate
 from jaxcompress.policies.forget_head import ForgetHead, check_head, init_forget_head
-from jaxcompress.state.shapes import Keys, Positions, Queries, Tokens, Valid
+from jaxcompress.state.shapes import Positions, Tokens, Valid
 
 
 def network(config: DecoderConfig, key: Array, hidden: int, start: tuple[float, ...]) -> ForgetHead:
@@ -31,14 +27,6 @@ def check_temperature(temperature: float | int | Array) -> None:
     """Raises ValueError if a temperature is known (not traced) and not positive."""
     if isinstance(temperature, int | float) and temperature <= 0:
         raise ValueError(f"a temperature is positive, not {temperature}")
-
-
-def placed(
-    model: Decoder, q: Queries, k: Keys, positions: Positions, index: Int[Array, ""] | int
-) -> tuple[Queries, Keys, Any]:
-    """Queries and keys rotated, and the layer's window."""
-    at, rope, windows = positions[..., None], model.config.rope, model.config.windows
-    return rotate(q, at, rope), rotate(k, at, rope), None if windows is None else windows[index]
 
 
 def positions_of(tokens: Tokens, valid: Valid | None) -> Positions:

@@ -43,13 +43,15 @@ def init_lora(model: Decoder, key: Array, *, rank: int = 8, to: tuple[str, ...] 
       to: names of projections from `EVERY`.
 
     Raises:
-      ValueError: a rank below 1, or an unknown projection.
+      ValueError: a rank below 1, an unknown projection, or one that the model's MLP does not have.
     """
     if rank < 1:
         raise ValueError(f"the rank of an adapter is at least 1, not {rank}")
     unknown = [name for name in to if name not in EVERY]
     if unknown:
         raise ValueError(f"unknown projections {', '.join(unknown)}; known: {', '.join(EVERY)}")
+    if absent := [name for name in to if name not in PROJECTIONS and not hasattr(model.layers.mlp, name)]:
+        raise ValueError(f"the MLP of this model has no {', '.join(absent)}: it is {model.config.mlp}")
     adapters = {}
     for name, one in zip(to, jax.random.split(key, len(to)), strict=True):
         layers, n, m = kernel_of(model, name).shape

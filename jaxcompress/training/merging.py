@@ -19,7 +19,7 @@ from jaxcompress.policies.gates import APART, gate_numbers, means, running_sums
 from jaxcompress.recurrence.block_attention import forgetful_attention
 from jaxcompress.state.shapes import Tokens, Valid
 from jaxcompress.training.delayed_eviction import SoftRead, kept_share, prediction_and_share
-from jaxcompress.training.forget_heads import check_network, check_temperature, network, placed, positions_of
+from jaxcompress.training.forget_heads import check_network, check_temperature, network, positions_of
 
 
 def init_gates(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
@@ -66,8 +66,9 @@ def read_merging(
         # The weight that a token keeps after the next one was read. Padding continues no run.
         left = jnp.where(there[..., None], jax.nn.log_sigmoid(-logits / temperature), 0.0)
         bias = _of_the_next(left, there).swapaxes(1, 2)
-        q, k, window = placed(model, q, k, positions, index)
-        out = forgetful_attention(q, k, v, positions, bias, delay=1, window=window)
+        here = layer.attention.constants(model.config, index)
+        q, k = here.placed(q, k, positions)
+        out = forgetful_attention(q, k, v, positions, bias, delay=1, window=here.window, traits=here.traits)
         begins = jnp.where((positions == 0)[..., None], 1e3, -logits)  # no token precedes the first
         apart = kept_share(begins.swapaxes(1, 2), temperature)
         return out, carry, (apart * there).sum() / jnp.maximum(there.sum(), 1)

@@ -19,9 +19,10 @@ from jaxcompress.policies.forget_head import ForgetHead, token_numbers
 from jaxcompress.policies.learned import LIKE_TOVA, Looked, foreseen
 from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.softmax import MASKED, masked_softmax
+from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.shapes import Keys, Positions, Queries, Tokens, Valid
-from jaxcompress.training.forget_heads import check_network, network, placed, positions_of
+from jaxcompress.training.forget_heads import check_network, network, positions_of
 
 
 def init_retention(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
@@ -60,9 +61,11 @@ def retention_loss(
     def attend(q, k, v, positions, layer, index, carry, xs):
         numbers = token_numbers(xs, k.swapaxes(1, 2), v.swapaxes(1, 2))
         numbers = numbers.mean(1, keepdims=True) if scope == "layer" else numbers
-        q, k, window = placed(model, q, k, positions, index)
-        apart = future_attention_loss(numbers, q, k, positions, block=block, horizon=horizon, window=window)
-        return causal_attention(q, k, v, positions, window=window), carry, apart
+        here = layer.attention.constants(model.config, index)
+        q, k = here.placed(q, k, positions)
+        kind = dict(window=here.window, traits=here.traits)
+        apart = future_attention_loss(numbers, q, k, positions, block=block, horizon=horizon, **kind)
+        return causal_attention(q, k, v, positions, **kind), carry, apart
 
     return model.run_layers(model.embed(tokens), positions_of(tokens, valid), attend, xs=head)[2].mean()
 
@@ -76,6 +79,7 @@ def future_attention_loss(
     block: int = 64,
     horizon: float | int | None = 128,
     window: Int[Array, ""] | None = None,
+    traits: AttentionTraits = PLAIN,
 ) -> Float[Array, ""]:
     """Cross-entropy between future attention and the softmax of scores, in nats.
 
@@ -96,6 +100,7 @@ def future_attention_loss(
         their distance.
       horizon: in tokens; None weighs all future queries alike. A short horizon favours tokens that are needed soon.
       window: width of a sliding-window layer.
+      traits: what the layer's attention does beyond scaled products and a softmax.
 
     Raises:
       ValueError: a block below 1 token, a text within one block, or a horizon that is not positive.
@@ -118,7 +123,7 @@ def future_attention_loss(
     fade = lambda ahead: jnp.exp(-ahead / horizon) if horizon else jnp.ones(ahead.shape)
 
     def attention(q: Array, at: Array) -> Float[Array, "B P block T"]:
-        scores = scores_of("btkgd,bnkd->bkgtn", q, k)
+        scores = traits.capped(scores_of("btkgd,bnkd->bkgtn", q, k))
         visible = (key <= at[:, :, None]) & (key >= 0)
         if window is not None:
             visible &= key > at[:, :, None] - window

@@ -41,18 +41,51 @@ def test_logits_are_those_of_pytorch(name: str) -> None:
     np.testing.assert_allclose(load(PARITY / name).model(jnp.asarray(tokens)), logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama3_gqa", "llama_linear", "llama_yarn", "mistral_sliding", "qwen2_mixed"])
-def test_fixtures_depend_on_what_they_are_there_for(name: str) -> None:
+PLAIN_ROPE: dict[str, Any] = dict(rope=RopeConfig(theta=100.0), layer_ropes=())
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        *[
+            (name, PLAIN_ROPE | dict(sliding=()))
+            for name in ("llama3_gqa", "llama_linear", "llama_yarn", "mistral_sliding", "qwen2_mixed")
+        ],
+        ("neox", dict(parallel=False)),
+        ("neox_serial", dict(activation="silu")),
+        ("gemma2", dict(softcap=None)),
+        ("gemma2", dict(logit_softcap=None)),
+        ("gemma2", dict(query_pre_attn_scalar=None)),
+        ("gemma2", dict(sliding=())),
+        ("gemma3", dict(layer_ropes=())),
+        ("phi3_long", dict(sliding=())),
+        ("phi3_long", PLAIN_ROPE | dict(rope=RopeConfig(theta=100.0, partial=0.75))),
+        ("smollm3", dict(layer_ropes=())),
+        ("smollm3", dict(sliding=())),
+    ],
+    ids=str,
+)
+def test_fixtures_depend_on_what_they_are_there_for(name: str, without: dict[str, Any]) -> None:
     tokens, logits = io(name)
     model = load(PARITY / name).model
-    model.config = replace(model.config, rope=RopeConfig(theta=model.config.rope.theta), sliding=())
-    assert np.abs(model(jnp.asarray(tokens)) - logits).max() > 0.1
+    model.config = replace(model.config, **without)
+    assert np.abs(model(jnp.asarray(tokens)) - logits).max() > 0.05
+
+
+def test_longrope_chooses_its_factors_by_the_context() -> None:
+    """transformers looks at the length of each text; here one choice serves all, since cached keys stay as they are."""
+    tokens, logits = io("phi3_short")  # read by transformers within its original context of 32 tokens
+    short = load(PARITY / "phi3_short").model
+    assert (short.config.rope.context, short.config.rope.original_context) == (32, 32)
+    short.config = replace(short.config, rope=replace(short.config.rope, context=33))
+    assert np.abs(short(jnp.asarray(tokens)) - logits).max() > 0.05
 
 
 @pytest.mark.parametrize("answer", json.loads((PARITY / "rope.json").read_text()))
 def test_rope_frequencies_are_those_of_transformers(answer: dict[str, Any]) -> None:
     config = decoder_config(answer["config"])
-    frequencies, factor = config.rope.frequencies(config.head_dim)
+    rope = replace(config.rope, context=answer["length"]) if "length" in answer else config.rope
+    frequencies, factor = rope.frequencies(config.head_dim)
     np.testing.assert_allclose(frequencies, answer["frequencies"], rtol=1e-6)
     assert factor == pytest.approx(answer["factor"], rel=1e-12)
 
@@ -112,13 +145,20 @@ def test_sliding_layers() -> None:
     ("entries", "words"),
     [
         (dict(architectures=["GPT2LMHeadModel"]), ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
-        (dict(rope_scaling=dict(type="dynamic", factor=2.0)), ["dynamic", "default, linear, llama3, yarn"]),
-        (dict(rope_parameters=dict(rope_type="longrope")), ["longrope", "default, linear, llama3, yarn"]),
+        (dict(rope_scaling=dict(type="axial")), ["axial", "default, linear, dynamic, llama3, yarn, longrope"]),
+        (dict(rope_parameters=dict(rope_type="longrope")), ["longrope", "short_factor, long_factor"]),
+        (dict(rope_parameters=dict(rope_type="longrope", short_factor=[1], long_factor=[1, 2])), ["1 numbers for 4"]),
+        (dict(rope_parameters=dict(rope_type="longrope", short_factor=[0], long_factor=1)), ["short_factor", "0"]),
+        (dict(rope_scaling=dict(type="dynamic")), ["dynamic", "factor"]),
         (dict(rope_parameters=dict(rope_type="linear")), ["linear", "factor"]),
         (dict(rope_parameters=dict(rope_type="llama3", factor=2.0)), ["low_freq_factor", "high_freq_factor"]),
         (dict(rope_parameters=dict(full_attention=dict(rope_theta=1.0))), ["by layer type", "full_attention"]),
         (dict(partial_rotary_factor=0.5), ["partial_rotary_factor", "0.5"]),
-        (dict(hidden_act="gelu"), ["gelu", "silu"]),
+        (dict(hidden_act="relu"), ["relu", "silu", "gelu_pytorch_tanh"]),
+        (dict(architectures=["Gemma2ForCausalLM"], use_bidirectional_attention=True), ["use_bidirectional_attention"]),
+        (dict(architectures=["SmolLM3ForCausalLM"], no_rope_layers=[1]), ["no_rope_layers", "1 entries for 4 layers"]),
+        (dict(architectures=["SmolLM3ForCausalLM"], no_rope_layers=[2] * 4), ["no_rope_layers", "0 (no RoPE)"]),
+        (dict(architectures=["GPTNeoXForCausalLM"], rotary_pct=0.1), ["rotates no even number", "8 channels"]),
         (dict(vocab_size=None, hidden_size=None), ["vocab_size, hidden_size"]),
         (dict(quantization_config=dict(quant_method="gptq")), ["quantised"]),
     ],

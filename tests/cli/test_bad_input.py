@@ -12,7 +12,6 @@ from test_cli import Ran, folder, run  # noqa: F401  fixtures
 
 from jaxcompress.cli import main
 from jaxcompress.cli.info import Info
-from jaxcompress.evaluation.perplexity import Perplexity
 
 # ruff: noqa: F811  pytest's fixtures
 
@@ -90,6 +89,13 @@ def test_files(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comman
         ((*GENERATE, "--policy", ""), "unknown policy ''"),
         ((*GENERATE, "--policy", "tova/every99999999999999999999"), ""),
         (("generate", "--file", "x", "--mode", "oneshot"), "use --mode streaming or chunked"),
+        ((*GENERATE, "--seed", 1), "--seed does nothing at --temperature 0"),
+        ((*GENERATE, "--policy", "full", "--placement", "slot"), "--placement does nothing for full"),
+        (("perplexity", "--policies", "full", "--placement", "slot"), "--placement does nothing for full"),
+        (("compare", "--policies", "full", "--placement", "compact"), "--placement does nothing for full"),
+        (("compare", "--policies", "full", "--fractions", 4), "--fractions does nothing for full"),
+        (("trace", "--out", "x", "--prompt", "a", "--policy", "full", "--placement", "slot"), "does nothing"),
+        (("retention", "--out", "x", "--policy", "full", "--placement", "slot"), "--placement does nothing for full"),
         (("perplexity", "--context", 1), "--context must be 0"),
         (("perplexity", "--context", -5), "--context must be 0"),
         (("perplexity", "--rows", 0), "--rows must be at least 1"),
@@ -99,6 +105,7 @@ def test_files(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comman
         (("perplexity", "--out", "."), "is a folder"),
         (("perplexity", "--out", "no/where.json"), "there is no folder no"),
         (("perplexity", "--context", 16, "--policies", "full", "--slots", 4), "--slots does nothing for full"),
+        (("perplexity", "--context", 16, "--policies", "tova/once4", "--slots", 4), "the name says what is kept"),
         (("perplexity", "--context", 16, "--policies", "window+4", "--slots", 2), "too few: window+4 needs 5"),
         (("compare", "--context", 0), "--context must be at least 2"),
         (("compare", "--fractions", 0), "--fractions must be at least 1"),
@@ -107,6 +114,7 @@ def test_files(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comman
         (("retention", "--out", "no/where.html"), "there is no folder no"),
         (("train", "--data", "t", "--out", "r", "--policy", "full", "--slots", 4), "--slots does nothing with"),
         (("train", "--data", "t", "--out", "r", "--ratio", 4), "--ratio does nothing with --policy tova"),
+        (("train", "--data", "t", "--out", "r", "--policy", "dms", "--bptt-segments", 4), "which learns from plain"),
         (("train", "--data", "t", "--out", "r", "--split", "test"), "--split does nothing with files"),
         (("train", "--data", "t", "--out", "r", "--learning-rate", "nan"), "--learning-rate must be a number"),
     ],
@@ -174,27 +182,31 @@ def test_standard_streams_that_are_closed(monkeypatch: pytest.MonkeyPatch, run: 
     refused(run("perplexity", "--file", "-"), "standard input is closed")
 
 
-def test_what_is_left_out_and_beyond_what_the_model_knows_is_told(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("perplexity", "--policies", "window", "tova", "--context", 0),
+        ("trace", "--policy", "window", "--prompt-tokens", 8, "--out", "out"),
+        ("retention", "--policy", "window", "--compare", "tova", "--out", "out"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_positions_that_the_model_does_not_know_are_told_once(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[Any, ...]
 ) -> None:
-    def no_trace(*arguments: Any, **how: Any) -> None:
-        raise ValueError("enough")
+    monkeypatch.chdir(tmp_path)
+    Path("t").write_text("a " * 70)
+    ran = run(*command, "--slots", 4, "--file", "t")
+    assert (ran.code, ran.err.count("\n")) == (0, 1), ran.err
+    assert "the model was trained for 128" in ran.err
 
-    monkeypatch.setattr(
-        sys.modules["jaxcompress.evaluation.sweep"], "perplexity", lambda *arguments, **how: Perplexity(2.0, 10, 1.0, 1)
-    )
-    monkeypatch.setattr("jaxcompress.evaluation.tracing.trace", no_trace)
-    (tmp_path / "t").write_text("a b c d " * 60)
-    beyond = "the model was made for 128; --placement slot or compact keeps distances short\n"
-    window = ("--slots", 4, "--file", tmp_path / "t")
-    sweep = ("perplexity", *window, "--policies", "window", "tova")
-    told = run(*sweep, "--context", 16, "--rows", 2).err
-    assert "tokens are read, in 2 of " in told
-    assert "positions reach" not in told
-    assert run(*sweep, "--context", 0).err.count(beyond) == 1
-    assert run(*sweep, "--context", 0, "--placement", "slot").err == ""
-    for command in (("trace", "--prompt-tokens", 8), ("retention", "--compare", "h2o")):
-        how = (*command, *window, "--out", tmp_path / "out", "--policy", "window")
-        assert run(*how, "--limit", 130).err.count(f"positions reach 130, {beyond}") == 1
-        assert run(*how, "--limit", 12).err.endswith("jaxcompress: enough\n")
-        assert "positions reach" not in run(*how, "--limit", 12).err
+
+def test_perplexity_tells_what_it_leaves_out(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("a b c d " * 20)
+    how = ("perplexity", "--policies", "window", "--slots", 4, "--file", tmp_path / "t", "--context", 16, "--rows", 2)
+    ran = run(*how)
+    assert "tokens are read, in 2 of " in ran.err
+    table = run(*how, "--json").json
+    (row,) = table["table"]
+    assert row["tokens"] + row["left_out"] == table["of"] > table["read"]
+    assert ran.endswith(f"\n30 of the text's {table['of']} tokens are predicted, {row['left_out']} left out\n")

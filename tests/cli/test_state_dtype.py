@@ -120,8 +120,8 @@ def test_compare(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     """It gets there; what it does with it is tested where it is computed."""
     given = []
 
-    def compare(*arguments: Any, dtype: Any) -> list[Compared]:
-        given.append(dtype)
+    def compare(*arguments: Any, placement: Any, dtype: Any) -> list[Compared]:
+        given.append((placement, dtype))
         return []
 
     monkeypatch.setattr("jaxcompress.evaluation.compare.compare", compare)
@@ -137,7 +137,9 @@ def test_compare(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
         "tova",
         "--state-dtype",
         "int4",
+        "--placement",
+        "slot",
         model=None,
     )
-    assert given == ["int4"]
+    assert given == [("slot", "int4")]
     assert Compare().state_dtype is None

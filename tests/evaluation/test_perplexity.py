@@ -137,13 +137,15 @@ def test_what_is_left_out_is_told(model: Decoder) -> None:
 def test_a_capacity_that_nothing_depends_on_is_no_result(model: Decoder) -> None:
     """A policy that selects once keeps what it keeps: it has one capacity in each mode, or none."""
     policy, how = once(TOVA(), 4), dict[str, Any](mode="oneshot", prompt=10)
-    (row,) = sweep(model, TEXT, [policy], [4 + TOTAL - 1 - 10], **how)
-    assert row.slots == 18
+    (row,) = sweep(model, TEXT, [policy], [4], **how)
+    assert row.slots == 4 + TOTAL - 1 - 10 == 18
     for slots in (17, 19, TOTAL):
         with pytest.raises(ValueError, match="give 18 slots"):
-            list(sweep(model, TEXT, [policy], [slots], **how))
+            perplexity(model, TEXT, policy, slots, **how)
     with pytest.raises(ValueError, match="needs mode oneshot"):
         perplexity(model, TEXT, policy, 18)
+    with pytest.raises(ValueError, match="needs mode oneshot"):
+        sweep(model, TEXT, [policy], [18])
 
 
 def test_texts_of_many_lengths_share_programs(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

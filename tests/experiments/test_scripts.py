@@ -29,6 +29,7 @@ SLOW = {
     "train_vision_demo",
     "slot_sharing",
     "speed_decode",
+    "speed_peers",
 }  # interpreted kernels; two large gradients to compile
 
 

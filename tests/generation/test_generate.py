@@ -157,7 +157,7 @@ def test_the_loop_ends_with_the_last_row(model: Decoder) -> None:
 
     settings = Counting(stop_token_ids=(stop,))
     state = begun(model, PROMPTS[:1], TOVA())
-    out, state = decode(model, state, 10_000, settings)
+    out, state = decode(model, state, 2_000, settings)
     jax.effects_barrier()
     length = int((ended[0] >= 0).sum())
     assert len(calls) == length
@@ -196,7 +196,7 @@ def test_reading_on_goes_on_after_a_stop_token(model: Decoder) -> None:
 def test_bursts_end_with_the_last_row(model: Decoder) -> None:
     _, stop, ended = _greedy_stop(model)
     bursts = list(generate(
-        model, PROMPTS[:1], TOVA(), SLOTS, max_new_tokens=4000, stream_every=4,
+        model, PROMPTS[:1], TOVA(), SLOTS, max_new_tokens=2000, stream_every=4,
         config=GenerationConfig(stop_token_ids=(stop,)), segment=SEGMENT
     ))  # fmt: skip
     assert len(bursts) <= 3

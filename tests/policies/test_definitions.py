@@ -20,7 +20,7 @@ from jaxcompress.policies import Policy
 from jaxcompress.policies.cache_view import IncomingTokens, Observation
 from jaxcompress.policies.draws import per_token
 from jaxcompress.policies.names import get_policy
-from jaxcompress.recurrence import attention
+from jaxcompress.recurrence import chunk_attention
 from jaxcompress.recurrence.advance import advance
 
 from . import reference
@@ -199,7 +199,7 @@ def test_then() -> None:
 def test_queries_in_several_blocks(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of more queries than attend at once: what is observed is a fold."""
     want, kept = ours(policy, 4, 2, 16)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(chunk_attention, "QUERY_BLOCK", 7)
     got, also = ours(policy, 4, 2, 16)
     same(got, want)
     assert also == kept

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.models.rope import RopeConfig, Rotary, rotate
+from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.state import placement
 
 
@@ -19,9 +19,9 @@ def test_ranks_by_comparison_are_those_of_a_sort(monkeypatch: pytest.MonkeyPatch
     assert sorted(np.asarray(compared)[0, 0].tolist()) == list(range(17))
 
 
-@pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig(kind="yarn", factor=4.0, original_context=64)])
+@pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig(kind="yarn", factor=4.0, original_context=64, partial=0.5)])
 def test_rotation_by_rank_is_rotation_by_position(rope: RopeConfig) -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 9, 8)).astype(np.float32)
     ranks = jnp.asarray(np.random.default_rng(1).integers(0, 9, (2, 1, 9)))
-    by_rank = Rotary(rope).by_rank(jnp.asarray(x), ranks, 9)
+    by_rank = rope.rotary(8).by_rank(jnp.asarray(x), ranks, 9)
     np.testing.assert_allclose(by_rank, rotate(jnp.asarray(x), ranks, rope), atol=1e-6)

@@ -144,6 +144,8 @@ class TrainFlags(
             idle["window"] = f"with --policy {self.policy}; it is for dms"
         if kind not in ("dms", "dmc"):
             idle["ratio"] = f"with --policy {self.policy}; it is for dms and dmc"
+        if kind in ("dms", "dmc", "retention") and not self.distill:
+            idle["bptt_segments"] = f"with --policy {self.policy}, which learns from plain attention"
         if Path(self.data).expanduser().exists():
             idle["split"] = f"with files; {self.data} is no dataset of the hub"
         return idle

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxcompress.cli.runtime import open_weights, warn_of_positions, write_json
+from jaxcompress.cli.runtime import open_weights, write_json
 from jaxcompress.cli.train.arguments import TrainFlags
 from jaxcompress.cli.train.data import packed_rows
 from jaxcompress.cli.train.record import recorded_settings, unchanged
@@ -17,7 +17,6 @@ from jaxcompress.cli.train.task import Task, task_of
 
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
-    from jaxcompress.policies import Policy
     from jaxcompress.training.checkpointing import Checkpoints
     from jaxcompress.training.data import PackedRows
     from jaxcompress.training.trainer import TrainState
@@ -49,6 +48,7 @@ class Train(TrainFlags):
         loaded = open_weights(self.model, "float32")
         from jaxcompress.checkpoints import config_dtype
         from jaxcompress.generation.text import Tokenizer
+        from jaxcompress.models.checks import warn_of_positions
         from jaxcompress.pallas_kernels.devices import device
         from jaxcompress.policies.names import get_policy
         from jaxcompress.training.checkpointing import Checkpoints
@@ -63,7 +63,8 @@ class Train(TrainFlags):
         flops = self._flops(loaded)
         with Checkpoints(self.out / "checkpoints", keep=self.keep) as checkpoints:
             run = _Run(self, task, rows, dtype, checkpoints)
-            self._warn(loaded, policy)
+            # What is learned reads its rows with plain attention.
+            warn_of_positions(loaded.config, policy or get_policy("full"), self.placement, self.length)
             task = task._replace(params=None)  # the state has its own copy
             del loaded
             run.train(flops)
@@ -72,11 +73,6 @@ class Train(TrainFlags):
             save_trained(self, task, run.state.params, self.out / "model", stored, tokenizer.folder)
             write_json(run.record | dict(saved=self.steps), self.out / "run.json")
         print(f"saved in {self.out / 'model'}")
-
-    def _warn(self, loaded: Loaded, policy: Policy | None) -> None:
-        """Tells if rows are longer than the model was trained for."""
-        places = self.placement or ("absolute" if policy is None else policy.placement)
-        warn_of_positions(loaded.model, [places], self.length)
 
     def _flops(self, loaded: Loaded) -> float:
         """Operations per token of a step."""

@@ -73,7 +73,7 @@ class reduced(wrapper):
         return self.policy.init(incoming._replace(memory=incoming.memory[0])), mine
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:
-        mass = seen.per_set("pool" if self.scope == "pool" else "kv_head").sum(2)
+        mass = seen.total("pool" if self.scope == "pool" else "kv_head")
         mine = PerHead(self).pack(self.reduction.observe(PerHead(self).numbers(stats[1]), mass))
         return self.policy.observe(stats[0], seen), mine
 

@@ -14,8 +14,9 @@ from jaxcompress.policies.cache_view import Absorbed, CacheView, Evicted, LayerC
 from jaxcompress.policies.reduction import Reduction
 from jaxcompress.policies.summary import Summary
 from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.placement import unrotated
 from jaxcompress.state.values import value
-from jaxcompress.state.vectors import norm, unit
+from jaxcompress.state.vectors import unit
 
 
 class MeanSlots(NamedTuple):
@@ -61,9 +62,7 @@ class mean_slots(Reduction):
 
     def absorb(self, numbers: Stats, held: CacheView, gone: Evicted) -> Absorbed:
         context, there = held.context, gone.positions >= 0
-        # Rotating multiplies by the factor that some models put on cos and sin (YaRN): once in the cache, once here.
-        factor = norm(context.rotate(jnp.ones(gone.keys.shape[-1]), jnp.zeros(()))) / gone.keys.shape[-1] ** 0.5
-        bare = context.rotate(gone.keys, -gone.positions) / jnp.square(factor)
+        bare = unrotated(context.rotate, gone.keys, gone.positions)
 
         def join(old: MeanSlots, token: Any) -> Any:
             key, value, position, there = token  # [B, K, D], [B, K]
@@ -113,8 +112,8 @@ class low_rank(Reduction):
 
     A / Z is attention over the slots, and phi(q) . phi(k) is exp(q . k / sqrt D) on average over w. Each feature is a
     stand-in with score log(phi_i(q) z_i) and value H_i / z_i: attention over the slots and r more. The estimate is
-    unbiased before the division. Its variance grows as exp(|q + k|^2 / sqrt D), so a few features say little at the
-    norms of trained models.
+    unbiased before the division, and of scores without a soft cap. Its variance grows as exp(|q + k|^2 / sqrt D), so a
+    few features say little at the norms of trained models.
 
     Costs r * (D + 1) + 1 float32 numbers per row and kv head.
     """
