@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from jaxcompress.checkpoints import Loaded, load, load_embedded, save
     from jaxcompress.evaluation import perplexity, trace
-    from jaxcompress.generation import GenerationConfig, Tokenizer, generate
+    from jaxcompress.generation import Chat, GenerationConfig, Tokenizer, generate, load_state, save_state
     from jaxcompress.models import init_state, read
     from jaxcompress.policies import Policy, get_policy
     from jaxcompress.recurrence import advance
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "GenerationConfig", "KVState", "Loaded", "Policy", "State", "Tokenizer", "advance", "budgets", "checkpoints",
-    "embedded", "evaluation", "generate", "generation", "get_policy", "init_state", "load", "load_embedded", "models",
-    "perplexity", "policies", "prompt", "read", "save", "trace", "training", "vision",
+    "Chat", "GenerationConfig", "KVState", "Loaded", "Policy", "State", "Tokenizer", "advance", "budgets",
+    "checkpoints", "embedded", "evaluation", "generate", "generation", "get_policy", "init_state", "load",
+    "load_embedded", "load_state", "models", "perplexity", "policies", "prompt", "read", "save", "save_state", "trace",
+    "training", "vision",
 ]  # fmt: skip
 
 _ROOMS = (
@@ -47,7 +48,7 @@ _INNER_ROOMS = ("inputs", "pallas_kernels", "recurrence", "state")
 _ROOM_OF = {
     **dict.fromkeys(("Loaded", "load", "load_embedded", "save"), "checkpoints"),
     **dict.fromkeys(("perplexity", "trace"), "evaluation"),
-    **dict.fromkeys(("GenerationConfig", "Tokenizer", "generate"), "generation"),
+    **dict.fromkeys(("Chat", "GenerationConfig", "Tokenizer", "generate", "load_state", "save_state"), "generation"),
     **dict.fromkeys(("init_state", "read"), "models"),
     **dict.fromkeys(("Policy", "get_policy"), "policies"),
     "advance": "recurrence",

@@ -18,8 +18,9 @@ ROOMS = {
     "vision",
 }  # fmt: skip
 NAMES = {
-    "GenerationConfig", "KVState", "Loaded", "Policy", "State", "Tokenizer", "advance", "generate", "get_policy",
-    "init_state", "load", "load_embedded", "perplexity", "read", "save", "trace",
+    "Chat", "GenerationConfig", "KVState", "Loaded", "Policy", "State", "Tokenizer", "advance", "generate",
+    "get_policy", "init_state", "load", "load_embedded", "load_state", "perplexity", "read", "save", "save_state",
+    "trace",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxcompress.cli.arguments import check_numbers, check_text
+from jaxcompress.cli.chat import Chat
 from jaxcompress.cli.compare import Compare
 from jaxcompress.cli.compress_prompt import CompressPrompt
 from jaxcompress.cli.demo import Demo
@@ -32,6 +33,7 @@ Example: jaxcompress generate --prompt 'def main(' --policy tova --slots 128"""
 
 COMMANDS = {
     "demo": Demo,
+    "chat": Chat,
     "compare": Compare,
     "compress-prompt": CompressPrompt,
     "generate": Generate,

@@ -1,91 +1,106 @@
-"""A file of any length as a user's message: what a tokenizer's chat template writes before and after it."""
+"""jaxcompress chat"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxcompress.cli.conversation import Conversation
+from jaxcompress.cli.flags import (
+    ModeFlags,
+    PlacementFlag,
+    PolicyFlags,
+    SamplingFlags,
+    StateDtypeFlag,
+    TemplateFlags,
+    WeightFlags,
+)
+from jaxcompress.cli.runtime import chosen_policy, open_weights, tell
+from jaxcompress.inputs.text import decoded, standard_input
 
 if TYPE_CHECKING:
-    from jaxcompress.generation.text import Tokenizer
+    from jaxcompress.generation.generate import ReadOptions
 
-_MARK = "jaxcompress7c1e"
-_PROBE = f'{_MARK}<b>&amp; "it\'s" {{{{ x }}}}\\\n\n  {_MARK}'
-"""What a template that escapes, cuts or rewrites a message would not leave as it is."""
+DEFAULT = "smollm2"
 
 
-class Frame(NamedTuple):
-    """What stands around a content.
+@dataclass(frozen=True, kw_only=True)
+class Chat(
+    TemplateFlags, StateDtypeFlag, PlacementFlag, ModeFlags, SamplingFlags, PolicyFlags, WeightFlags,
+):  # fmt: skip
+    """Talks with a chat model in a state of fixed size: the conversation may be of any length.
 
-    Attributes:
-      before, after: text of the template.
-      trims_start, trims_end: whether the template takes white space off that end of the content.
+    Lines that begin with a slash are commands; /help lists them. Ctrl-C stops an answer, Ctrl-D ends. Where standard
+    input is no terminal, each line is a message, and the answers are printed one after another.
+
+    Example: jaxcompress chat --policy tova --slots 512 --system 'Answer in one sentence.'
     """
 
-    before: str
-    after: str
-    trims_start: bool
-    trims_end: bool
+    model: str | None = None
+    """Folder in Hugging Face's format, a name on its hub, a GGUF file, or smollm2, which is taken if not given. The
+    model needs a chat template."""
+    slots: tuple[int, ...] = (512,)
+    """Capacity of each layer: one number for all layers, or one per layer."""
+    max_new_tokens: int = 512
+    """Tokens of an answer, at most."""
+
+    def run(self) -> None:
+        self.check_sampling()
+        self.check_placement(self.policy)
+        chunk, arguments = self.chunk_tokens(), self.template_arguments()
+        loaded = open_weights(DEFAULT if self.model is None else self.model, self.dtype)
+        from jaxcompress import generation
+
+        options: ReadOptions = {"mode": self.mode, "chunk": chunk}
+        if self.placement is not None:
+            options["placement"] = self.placement
+        if self.state_dtype is not None:
+            options["dtype"] = self.state_dtype
+        chat = generation.Chat(
+            loaded, chosen_policy(self.policy, loaded.folder), self.capacity, system=self.system, arguments=arguments,
+            max_new_tokens=self.max_new_tokens, config=self.sampling(), seed=self.seed, **options,
+        )  # fmt: skip
+        conversation = Conversation(chat)
+        if sys.stdin is not None and sys.stdin.isatty():
+            _talk(conversation)
+        else:
+            for line in _lines():
+                conversation.take(line)
+                if conversation.ended:
+                    break
 
 
-def messages(content: str, system: str | None) -> list[dict[str, str]]:
-    """A user's message, after a system message if there is one."""
-    begun = [] if system is None else [dict(role="system", content=system)]
-    return [*begun, dict(role="user", content=content)]
-
-
-def joined(content: str, question: str | None) -> str:
-    """A content and a question about it, as one message."""
-    return content if question is None else f"{content}\n\n{question}"
-
-
-def frame(tokenizer: Tokenizer, system: str | None, question: str | None) -> Frame:
-    """What the chat template writes around a content, and a question about it.
-
-    Raises:
-      ValueError: there is no template, it refuses the messages, or it changes what it is given.
-    """
-    written = lambda content: tokenizer.apply_chat_template(messages(joined(content, question), system))
-    whole = written(_PROBE)
-    before, probe, after = whole.partition(_PROBE)
-    if not probe or _PROBE in after or before + _MARK + after != written(_MARK):
-        raise ValueError(
-            f"the chat template of {tokenizer.folder} changes the content of a message, so that a file cannot be read "
-            "piece by piece; leave --chat out"
-        )
-    spaced = written(f"\n {_PROBE}\n ")
-    trims = not spaced.startswith(f"{before}\n ")
-    return Frame(before, after, trims, trims and question is None)
-
-
-def framed(around: Frame, pieces: Iterable[str]) -> Iterator[str]:
-    """The text of the whole conversation, piece by piece.
-
-    Raises:
-      ValueError: the content is empty.
-    """
-    yield around.before
-    begun, space = False, ""
-    for piece in pieces:
-        if around.trims_start and not begun:
-            piece = piece.lstrip()
-        if not piece:
+def _talk(conversation: Conversation) -> None:
+    """Takes lines from a terminal, until Ctrl-D or /quit. What goes wrong is told, and the next line taken."""
+    with suppress(ImportError):  # not everywhere
+        import readline  # noqa: F401  editing of lines
+    tell(f"{conversation.described()}; /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
+    while not conversation.ended:
+        try:
+            line = input(f"{conversation.prompt()} > ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
             continue
-        begun = True
-        piece = space + piece
-        kept = piece.rstrip() if around.trims_end else piece
-        space = piece[len(kept) :]
-        yield kept
-    if not begun:
-        raise ValueError("the file is empty; there is nothing to read")
-    yield around.after
+        try:
+            conversation.take(line)
+        except KeyboardInterrupt:  # what was written so far stays in the state
+            print()
+            tell("stopped; the answer counts as far as it was written")
+        except (ValueError, OSError, FloatingPointError) as error:
+            tell(str(error))
 
 
-class Pieces:
-    """Pieces of text as something to read from, for `jaxcompress.generation.encode_stream`."""
-
-    def __init__(self, pieces: Iterable[str]):
-        self._pieces = filter(None, pieces)
-
-    def read(self, size: int, /) -> str:
-        """The next piece, whatever its size; "" at the end."""
-        return next(self._pieces, "")
+def _lines() -> Iterator[str]:
+    """The lines of standard input, each as soon as it is complete."""
+    rest = ""
+    for text in decoded(iter(standard_input().readline, b""), "standard input"):
+        *lines, rest = (rest + text).split("\n")
+        yield from (line.rstrip("\r") for line in lines)
+    if rest:
+        yield rest

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from jaxcompress.inputs.text import named, read_text
+from jaxcompress.inputs.text import named, parse_json, read_text
+
+if TYPE_CHECKING:
+    from jaxcompress.generation import GenerationConfig
 
 StateDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4"]
 """`jaxcompress.state.storage.DTYPES`, for the parser, which imports no array library."""
@@ -132,6 +135,23 @@ class TextFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TemplateFlags:
+    """What the chat template is given."""
+
+    system: str | None = None
+    """System message before the user's."""
+    template_args: str | None = None
+    """Arguments of the chat template, as a JSON object: {"enable_thinking": false}."""
+
+    def template_arguments(self) -> dict[str, Any]:
+        """--template-args as an object. Raises ValueError if it is none."""
+        given = {} if self.template_args is None else parse_json(self.template_args, "--template-args")
+        if not isinstance(given, dict):
+            raise ValueError(f'--template-args must be a JSON object like {{"name": true}}, not {self.template_args}')
+        return given
+
+
+@dataclass(frozen=True, kw_only=True)
 class LimitFlag:
     """How much of a text."""
 
@@ -145,6 +165,42 @@ class SeedFlag:
 
     seed: int = 0
     """Seed of all random numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(SeedFlag):
+    """How tokens are written."""
+
+    max_new_tokens: int = 128
+    """Tokens to write, at most."""
+    temperature: float = 0.0
+    """0: always the most likely token."""
+    top_k: int | None = None
+    """Draw from so many of the most likely tokens."""
+    top_p: float | None = None
+    """Draw from the most likely tokens that together have this probability."""
+    min_p: float | None = None
+    """Draw from tokens at least this times as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that were read or written before become less likely."""
+
+    def check_sampling(self) -> None:
+        """Raises ValueError for what can be known to be wrong before anything is loaded."""
+        at_least(1, max_new_tokens=self.max_new_tokens)
+        if self.temperature == 0:
+            for name, none in (("top_k", None), ("top_p", None), ("min_p", None), ("seed", 0)):
+                if getattr(self, name) != none:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} does nothing at --temperature 0, which takes the best token"
+                    )
+
+    def sampling(self, stop_token_ids: tuple[int, ...] = ()) -> GenerationConfig:
+        """The flags as the library takes them."""
+        from jaxcompress.generation import GenerationConfig
+
+        return GenerationConfig(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, stop_token_ids
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

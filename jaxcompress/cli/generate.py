@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from jaxcompress.cli.chat import Pieces, frame, framed, joined, messages
+from jaxcompress.cli.file_message import Pieces, frame, framed, joined, written
 from jaxcompress.cli.flags import (
     JsonFlag,
     ModeFlags,
     PlacementFlag,
     PolicyFlags,
-    SeedFlag,
+    SamplingFlags,
     StateDtypeFlag,
+    TemplateFlags,
     WeightFlags,
-    at_least,
 )
 from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, write_json
 from jaxcompress.inputs.text import decoded, named, read_text, standard_input, unescaped
@@ -38,7 +38,7 @@ _BLOCK = 1 << 16  # bytes of a file that are read at once
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(
-    JsonFlag, StateDtypeFlag, PlacementFlag, ModeFlags, SeedFlag, PolicyFlags, WeightFlags,
+    JsonFlag, StateDtypeFlag, PlacementFlag, ModeFlags, TemplateFlags, SamplingFlags, PolicyFlags, WeightFlags,
 ):  # fmt: skip
     """Reads a prompt of any length through a fixed number of slots, and writes on.
 
@@ -56,24 +56,10 @@ class Generate(
     """Read this UTF-8 file; - is standard input. In mode streaming or chunked."""
     chat: bool = False
     """Read the text as a user's message, in the chat template of the tokenizer."""
-    system: str | None = None
-    """System message before the user's, with --chat."""
     shorten: float | None = None
     """Share of the prompt's tokens that stay, in (0, 1], counted by the model's tokenizer without the begin token: the
     embedded prompt compressor drops words, as `compress-prompt --rate` does, and the model reads what is left. The
     ratios of both compressions are told on standard error. A file is then read whole."""
-    max_new_tokens: int = 128
-    """Tokens to write, at most."""
-    temperature: float = 0.0
-    """0: always the most likely token."""
-    top_k: int | None = None
-    """Draw from so many of the most likely tokens."""
-    top_p: float | None = None
-    """Draw from the most likely tokens that together have this probability."""
-    min_p: float | None = None
-    """Draw from tokens at least this times as likely as the most likely one."""
-    repetition_penalty: float = 1.0
-    """Above 1: tokens that were read or written before become less likely."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """End at this text, of which nothing is printed; may be given several times. It may be the name of a special token
     (<|eot_id|>). \\n is a line feed, \\r a carriage return, \\t a tab, \\\\ a backslash."""
@@ -83,16 +69,14 @@ class Generate(
     def run(self) -> None:
         self._check()
         model, tokenizer = open_model(self.model, self.dtype)
-        from jaxcompress.generation import GenerationConfig, TextUntil, decode_stream
+        from jaxcompress.generation import TextUntil, decode_stream
 
         if wrong := [token for token in self.stop_id if not 0 <= token < model.config.vocab_size]:
             raise ValueError(f"--stop-id {wrong[0]} is outside the vocabulary; give 0 to {model.config.vocab_size - 1}")
         until = partial(
             TextUntil, tokenizer, [unescaped(text) for text in self.stop], (*tokenizer.eos_ids, *self.stop_id)
         )
-        config = GenerationConfig(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, until().ids
-        )
+        config = self.sampling(until().ids)
         state, prompts = self._read(model, tokenizer)
         rows = [_Row(until(after=ids)) for ids in prompts]
         live = len(rows) == 1 and not self.json
@@ -125,7 +109,7 @@ class Generate(
 
     def _check(self) -> None:
         """What can be known before anything is loaded."""
-        at_least(1, max_new_tokens=self.max_new_tokens)
+        self.check_sampling()
         if self.shorten is not None and not 0 < self.shorten <= 1:
             raise ValueError(f"--shorten must be in (0, 1], the share of tokens that stays, not {self.shorten}")
         self.chunk_tokens()
@@ -136,16 +120,12 @@ class Generate(
             raise ValueError("give --prompt or --file, not both; with --chat, --prompt is a question about the file")
         if self.file is not None and len(self.prompt) > 1:
             raise ValueError(f"--file takes one --prompt, not {len(self.prompt)}")
-        if self.system is not None and not self.chat:
-            raise ValueError("--system is for --chat")
+        for flag in ("system", "template_args"):
+            if getattr(self, flag) is not None and not self.chat:
+                raise ValueError(f"--{flag.replace('_', '-')} is for --chat")
+        self.template_arguments()
         if self.mode == "oneshot" and self.file is not None and self.shorten is None:
             raise ValueError("--file is read in segments; use --mode streaming or chunked")
-        if self.temperature == 0:
-            for name, none in (("top_k", None), ("top_p", None), ("min_p", None), ("seed", 0)):
-                if getattr(self, name) != none:
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} does nothing at --temperature 0, which takes the best token"
-                    )
 
     def _read(self, model: Decoder, tokenizer: Tokenizer) -> tuple[DecodeState, list[np.ndarray]]:
         """The state that has read all prompts, and by row the last token ids read."""
@@ -171,7 +151,8 @@ class Generate(
         if not self.chat:
             return tokenizer.encode(text)
         content = joined(text, self.prompt[0] if self.prompt and self.file is not None else None)
-        return tokenizer.encode(tokenizer.apply_chat_template(messages(content, self.system)), add_bos=False)
+        text = written(tokenizer, content, self.system, self.template_arguments())
+        return tokenizer.encode(text, add_bos=False)
 
     def _shortened(self, tokenizer: Tokenizer) -> list[Compressed]:
         """What the prompt compressor keeps of each text."""
@@ -199,7 +180,7 @@ class Generate(
 
         assert self.file is not None
         question = self.prompt[0] if self.prompt else None
-        around = frame(tokenizer, self.system, question) if self.chat else None
+        around = frame(tokenizer, self.system, question, self.template_arguments()) if self.chat else None
         last = tokenizer.encode("", add_bos=False)
 
         def remembered(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

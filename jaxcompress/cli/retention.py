@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jaxcompress.models.decoder import Decoder
+    from jaxcompress.models.init_state import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,8 @@ class Retention(
             policy=self.policy, slots=self.capacity, text=name, tokens=total, of=every, model=self.model or "embedded",
             layers=layers, sets=sets, mode=self.mode, prompt=None if self.mode == "streaming" else prompt,
         )  # fmt: skip
-        title = f"What {self.policy} keeps in {_words(self.capacity)} slots"
-        self.out.write_text(page(deaths[0], texts, title=title, about=_told(about), kinds=kinds), encoding="utf-8")
+        title = f"What {self.policy} keeps in {slots_told(self.capacity)} slots"
+        self.out.write_text(page(deaths[0], texts, title=title, about=about_told(about), kinds=kinds), encoding="utf-8")
         if self.figure is not None:
             from jaxcompress.evaluation.figures import lifetimes
 
@@ -78,7 +79,7 @@ class Retention(
         same = overlap(*deaths) if self.compare is not None else None
         if self.json:
             return write_json(dict(about, kinds=[_row(row) for row in table], overlap=_overlap(self.compare, same)))
-        print(f"{self.policy}, {_words(self.capacity)} slots, {total:,} of {every:,} tokens of {name}; ", end="")
+        print(f"{self.policy}, {slots_told(self.capacity)} slots, {total:,} of {every:,} tokens of {name}; ", end="")
         print(f"{layers} layers, {sets} set{'s' * (sets > 1)} of slots in each\n")
         _print_kinds(table)
         if same is not None:
@@ -122,17 +123,18 @@ def _held_out() -> tuple[str, str]:
     return document.name, document.text
 
 
-def _words(slots: int | tuple[int, ...]) -> str:
+def slots_told(slots: Slots) -> str:
+    """Capacities as a person writes them."""
     return str(slots) if isinstance(slots, int) else ", ".join(map(str, slots))
 
 
-def _told(about: dict[str, Any]) -> dict[str, str]:
+def about_told(about: dict[str, Any]) -> dict[str, str]:
     """What the page says at its top."""
     sets = "one per layer" if about["sets"] == 1 else f"{about['sets']} per layer"
     prompt = "" if about["prompt"] is None else f", the first {about['prompt']:,} tokens"
     return {
         "policy": about["policy"],
-        "slots": _words(about["slots"]),
+        "slots": slots_told(about["slots"]),
         "slot sets": sets,
         "model": f"{about['model']}, {about['layers']} layers",
         "text": about["text"],

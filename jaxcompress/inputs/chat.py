@@ -13,7 +13,11 @@ from typing import Any
 
 
 def render(
-    template: str, messages: Sequence[Mapping[str, Any]], named: Mapping[str, str], add_generation_prompt: bool
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    named: Mapping[str, str],
+    add_generation_prompt: bool,
+    arguments: Mapping[str, Any] | None = None,
 ) -> str:
     """Renders a conversation as text.
 
@@ -22,6 +26,7 @@ def render(
       messages: e.g. `[{"role": "user", "content": "Hello"}]`; entries that are None are left out.
       named: special tokens by name ("bos_token", ...); templates refer to them by these names.
       add_generation_prompt: whether to end with the text that opens the model's turn.
+      arguments: further names that the template may use, such as `enable_thinking` or `tools`.
 
     Raises:
       ValueError: there are no messages, the template is invalid, or the template refuses the messages.
@@ -31,9 +36,8 @@ def render(
         raise ValueError(f"a conversation is a list of one or more messages like {example}, not {messages!r:.200}")
     said = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return _compiled(template).render(
-            **named, messages=said, tools=None, documents=None, add_generation_prompt=add_generation_prompt
-        )
+        given = {"tools": None, "documents": None, **named, **(arguments or {})}
+        return _compiled(template).render(given, messages=said, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program and may raise any exception
         raise ValueError(f"the chat template refuses this conversation: {error or type(error).__name__}") from error
 

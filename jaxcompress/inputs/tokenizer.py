@@ -128,12 +128,15 @@ class Tokenizer:
         """The ids of special tokens, by name."""
         return {added.content: token for token, added in self._fast.get_added_tokens_decoder().items() if added.special}
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **arguments: Any
+    ) -> str:
         """Renders a conversation as a prompt with the model's own chat template.
 
         Args:
           messages: e.g. `[{"role": "user", "content": "Hello"}]`.
           add_generation_prompt: whether to end with the text that opens the model's turn.
+          arguments: further arguments of this template, such as `enable_thinking=False` or `tools=[...]`.
 
         Returns:
           Text for `encode(text, add_bos=False)`.
@@ -150,7 +153,7 @@ class Tokenizer:
         if "default" not in self._templates:
             names = ", ".join(sorted(self._templates))
             raise ValueError(f"{self.folder} has several chat templates and none of them is the default: {names}")
-        return render(self._templates["default"], messages, self._named, add_generation_prompt)
+        return render(self._templates["default"], messages, self._named, add_generation_prompt, arguments)
 
     @property
     def has_chat_template(self) -> bool:

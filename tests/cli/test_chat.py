@@ -1,114 +1,214 @@
-"""A file and a question about it in a chat template: what is read is what the template writes of the whole text."""
+"""jaxcompress chat: through a pipe and through a terminal."""
 
 from __future__ import annotations
 
 import io
-import shutil
+import os
+import pty
+import select
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from test_cli import GREEDY, TEXT, folder, model, run, tokenizer  # noqa: F401  fixtures
+from test_cli import run  # noqa: F401  fixture
+from tiny_chat import TEMPLATE, chat_folder
 
-from jaxcompress.cli.chat import Pieces, frame, framed, joined, messages
-from jaxcompress.generation import Tokenizer, encode_stream, generate
-from jaxcompress.models.decoder import Decoder
+import jaxcompress as jc
+from jaxcompress.checkpoints import Loaded, load
+from jaxcompress.cli.conversation import COMMANDS, retention_page
+from jaxcompress.generation import Chat
 from jaxcompress.policies import TOVA
 
 # ruff: noqa: F811  pytest's fixtures
 
-PLAIN = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
-)
-TRIMMING = PLAIN.replace("m.content", "m.content | trim")
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_folder(tmp_path_factory.mktemp("chat"))
 
 
-@pytest.fixture(params=[PLAIN, TRIMMING], ids=["plain", "trimming"])
-def chatty(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Path:
-    """The tiny model with a chat template."""
-    return _with_template(folder, tmp_path, request.param)
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Loaded:
+    return load(folder)
 
 
-def _with_template(folder: Path, tmp_path: Path, template: str) -> Path:
-    shutil.copytree(folder, tmp_path / "chatty")
-    (tmp_path / "chatty" / "chat_template.jinja").write_text(template)
-    return tmp_path / "chatty"
+@pytest.fixture
+def say(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the program with these lines on standard input."""
+
+    def say(*lines: str, model: Path | None = folder, flags: tuple[str, ...] = ("--slots", "8")) -> Any:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+        return run("chat", "--policy", "tova", "--max-new-tokens", 6, *flags, model=model)
+
+    return say
 
 
-def cut(text: str, size: int) -> Iterator[str]:
-    return (text[at : at + size] for at in range(0, len(text), size))
+def test_a_line_is_a_message(say: Any, loaded: Loaded) -> None:
+    ran = say("Who are you?", "", "Grüße 😀", " /etc is a folder", "/quit", "never")
+    chat = Chat(loaded, TOVA(), 8, max_new_tokens=6)
+    answers = [chat.send(message) for message in ("Who are you?", "Grüße 😀", " /etc is a folder")]
+    assert (ran.code, str(ran)) == (0, "".join(f"{answer}\n" for answer in answers))
+    assert ran.err == "jaxcompress: an empty line is no message; write one, or /help\n"
 
 
-@pytest.mark.parametrize("size", [1, 7, 1000])
-@pytest.mark.parametrize("question", [None, "Who remembers? "])
-@pytest.mark.parametrize("system", [None, "Be brief."])
-def test_a_frame_makes_what_the_template_makes(
-    chatty: Path, system: str | None, question: str | None, size: int
-) -> None:
-    tokenizer = Tokenizer(chatty)
-    content = f" \n\n {TEXT} \n x {{{{ y }}}}  \n\n "
-    whole = tokenizer.apply_chat_template(messages(joined(content, question), system))
-    around = frame(tokenizer, system, question)
-    assert "".join(framed(around, cut(content, size))) == whole
-    ids = np.concatenate(list(encode_stream(Pieces(framed(around, cut(content, size))), tokenizer, add_bos=False)))
-    assert ids.tolist() == tokenizer.encode(whole, add_bos=False).tolist()
+def test_flags_reach_the_chat(say: Any, loaded: Loaded, tmp_path: Path) -> None:
+    flags = ("--slots", "6", "7", "--state-dtype", "int8", "--placement", "slot", "--mode", "chunked", "--chunk", "4",
+             "--system", "S", "--template-args", '{"x": 1}', "--temperature", "0.7", "--seed", "3")  # fmt: skip
+    ran = say("Who are you?", f"/save {tmp_path / 'file'}", flags=flags)
+    assert (ran.code, "saved in" in ran.err) == (0, True)
+    chat = Chat.load(tmp_path / "file", loaded)
+    assert (chat.slots, chat.arguments, chat.messages[0]["content"]) == ([6, 7], {"x": 1}, "S")
+    assert chat.options == dict(mode="chunked", chunk=4, dtype="int8", placement="slot")
+    assert (chat.config.temperature, f"{chat.messages[-1]['content']}\n") == (0.7, str(ran))
 
 
-def test_generate_asks_about_a_file(
-    run: Any, chatty: Path, model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = Tokenizer(chatty)
-    (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
-    how = ("--chat", "--system", "Be brief.", "--prompt", "Who?", *GREEDY, "--json")
-    (told,) = run("generate", "--file", tmp_path / "book.txt", *how, model=chatty).json
-    text = tokenizer.apply_chat_template(messages(joined(TEXT, "Who?"), "Be brief."))
-    ids = tokenizer.encode(text, add_bos=False)
-    (tokens,) = np.concatenate(list(generate(model, [ids], TOVA(), 6, max_new_tokens=10, stream_every=8)), axis=1)
-    assert told["text"] == tokenizer.decode(tokens)
-    assert told["prompt"] == "Who?"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
-    assert run("generate", "--file", "-", *how, model=chatty).json == [told]
+def test_a_conversation_is_saved_loaded_and_forgotten(say: Any, loaded: Loaded, tmp_path: Path) -> None:
+    file, chat = tmp_path / "file", Chat(loaded, TOVA(), 8, max_new_tokens=6)
+    who, and_i = chat.send("Who are you?"), chat.send("And I?")
+    assert say("Who are you?", f"/save {file}", "And I?", "/forget", "Who are you?") == f"{who}\n{and_i}\n{who}\n"
+    later = say(f"/load {file}", "And I?", flags=("--slots", "9"))
+    assert later == f"{and_i}\n"
+    assert "tiny, tova, 8 slots" in later.err
 
 
-def test_a_system_message_goes_before_prompts(run: Any, chatty: Path, model: Decoder) -> None:
-    tokenizer = Tokenizer(chatty)
-    told = run(
-        "generate", "--chat", "--system", "S", "--prompt", "a", "--prompt", "bc", *GREEDY, "--json", model=chatty
-    )
-    texts = [tokenizer.apply_chat_template(messages(prompt, "S")) for prompt in ("a", "bc")]
-    ids = [tokenizer.encode(text, add_bos=False) for text in texts]
-    tokens = np.concatenate(list(generate(model, ids, TOVA(), 6, max_new_tokens=10, stream_every=8)), axis=1)
-    assert [row["text"] for row in told.json] == [tokenizer.decode(row) for row in tokens]
+def test_another_policy_reads_again_or_forgets(say: Any, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    window, chat = jc.get_policy("window+2"), Chat(loaded, TOVA(), 8, max_new_tokens=6)
+    who, tokens = chat.send("Who are you?"), len(chat.tokens)
+    ran = say("Who are you?", "/policy window+2 7", "And I?")
+    assert ran == f"{who}\n{chat.reread(window, 7).send('And I?')}\n"
+    assert "tiny, window+2, 7 slots" in ran.err
+    assert f"read {tokens} tokens again" in ran.err
+    monkeypatch.setattr("jaxcompress.cli.conversation.REREAD", 10)
+    ran = say("Who are you?", "/policy window+2 7", "Who are you?")
+    assert ran == f"{who}\n{chat.fresh(window, 7).send('Who are you?')}\n"
+    assert f"forgot {tokens} tokens: up to 10 are read again" in ran.err
+
+
+def test_the_page_shows_what_the_state_holds(say: Any, loaded: Loaded, tmp_path: Path) -> None:
+    chat = Chat(loaded, TOVA(), 8, max_new_tokens=6)
+    chat.send("Who are you?"), chat.send("And I?")
+    death, _ = retention_page(chat)
+    seen = death[:, 0] == death.shape[-1]  # by the last token, after which one more was evicted
+    for layer, positions in zip(seen, np.asarray(chat.state.kv[0].positions)[:, 0, 0], strict=True):
+        held = {int(position) for position in positions if position >= 0}
+        assert len(held) == 8
+        assert held < set(np.flatnonzero(layer).tolist())
+        assert layer.sum() == 9
+    page = tmp_path / "page.html"
+    ran = say("Who are you?", "And I?", f"/retention {page}")
+    assert f"of {len(chat.tokens)} tokens, {seen.mean():.0%} are held" in ran.err
+    assert "a conversation of 4 messages" in page.read_text()
+
+
+def test_help_lists_the_commands(say: Any) -> None:
+    assert [line.split()[0] for line in say("/help").splitlines()] == [f"/{name}" for name in COMMANDS]
 
 
 @pytest.mark.parametrize(
-    "change", ["m.content | upper", "m.content | e", "m.content[:9]", "m.content | replace('b', '')"]
-)
-def test_a_template_that_changes_the_content(run: Any, folder: Path, tmp_path: Path, change: str) -> None:
-    changing = _with_template(folder, tmp_path, PLAIN.replace("m.content", change))
-    (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
-    ran = run("generate", "--chat", "--file", tmp_path / "book.txt", model=changing)
-    assert (ran.code, ran.err.count("\n")) == (2, 1)
-    assert "changes the content of a message" in ran.err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("line", "says"),
     [
-        (("--prompt", "a", "--system", "S"), "--system is for --chat"),
-        (("--chat", "--system", "S"), "give --prompt or --file"),
-        (("--chat", "--file", "b", "--prompt", "a", "--prompt", "c"), "--file takes one --prompt, not 2"),
-        (("--file", "b", "--prompt", "a"), "with --chat, --prompt is a question about the file"),
-        (("--chat", "--file", "nowhere"), "nowhere"),
-        (("--chat", "--file", "{empty}", "--prompt", "a"), "is empty"),
+        ("/nothing", "there is no command /nothing"),
+        ("/", "there is no command /;"),
+        ("/save", "write /save FILE"),
+        ("/save a b", "write /save FILE"),
+        ("/save nowhere/file", "there is no folder nowhere"),
+        ("/load nowhere", "there is no file nowhere"),
+        ("/load {model}/model.safetensors", "is no state that was saved: it has other arrays in it"),
+        ("/policy tofa", "unknown policy 'tofa'"),
+        ("/policy tova many", "the number of slots must be a whole number, not 'many'"),
+        ("/policy tova 0", "at least 1 slot"),
+        ("/retention", "nothing was said yet"),
+        ("/quit now", "write /quit"),
     ],
 )
-def test_what_is_wrong(run: Any, folder: Path, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
-    chatty = _with_template(folder, tmp_path, PLAIN)
-    (tmp_path / "empty").write_text("")
-    ran = run("generate", *(argument.format(empty=tmp_path / "empty") for argument in arguments), model=chatty)
+def test_a_wrong_command_is_one_line(say: Any, folder: Path, line: str, says: str) -> None:
+    ran = say(line.format(model=folder))
     assert (ran.code, ran.err.count("\n")) == (2, 1), ran.err
     assert says in ran.err
+
+
+def test_models_that_cannot_chat(say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = say("a", model=chat_folder(tmp_path, template=None))
+    assert (bare.code, bare.err.count("\n"), "has no chat template" in bare.err) == (2, 1, True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    none = say("a", model=None)
+    assert (none.code, none.err.count("\n"), "real_model.py --fetch" in none.err) == (2, 1, True)
+
+
+def test_a_file_of_another_model(say: Any, tmp_path: Path) -> None:
+    other = load(chat_folder(tmp_path, TEMPLATE))
+    doubled = jax.tree.map(lambda x: x * 2, other.model)
+    changed = Loaded(doubled, other.config, other.settings, other.folder, other.tokenizer_type)
+    Chat(changed, TOVA(), 8).save(tmp_path / "file")
+    ran = say(f"/load {tmp_path / 'file'}")
+    assert (ran.code, "a model of the same shape with other weights" in ran.err) == (2, True)
+
+
+class Terminal:
+    """The program on a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        ours, theirs = pty.openpty()
+        become = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from jaxcompress.cli import main; "
+        self.program = subprocess.Popen(
+            [sys.executable, "-c", f"{become}sys.exit(main(sys.argv[1:]))", *arguments],
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env={**os.environ, "TERM": "dumb"},
+        )  # fmt: skip
+        os.close(theirs)
+        self.file, self.seen = ours, ""
+
+    def type(self, keys: str) -> None:
+        os.write(self.file, keys.encode())
+
+    def wait_for(self, text: str, seconds: float = 120) -> str:
+        """Waits for a text; returns what was printed up to it, since the last one."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < end, f"no {text!r} in {self.seen!r}"
+            if select.select([self.file], [], [], 0.2)[0]:
+                self.seen += os.read(self.file, 65536).decode(errors="replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+
+def test_a_terminal(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
+    terminal = Terminal(
+        "chat", "--model", str(folder), "--policy", "tova", "--slots", "8", "--max-new-tokens", "1000000"
+    )
+    try:
+        assert "/help lists the commands" in terminal.wait_for("[0/8 slots, ")
+        terminal.wait_for(" > ")
+        time.sleep(1)  # until it reads
+        terminal.type("\x03")  # at the prompt it does nothing
+        terminal.wait_for(" > ")
+        for message in ("Who are you?", "And I?"):
+            terminal.type(f"{message}\n")
+            terminal.wait_for(message)
+            time.sleep(0.5)
+            terminal.type("\x03")
+            terminal.wait_for("the answer counts as far as it was written")
+            terminal.wait_for("[8/8 slots, ")
+            terminal.wait_for(" > ")
+        terminal.type("/nothing\n")
+        terminal.wait_for("there is no command /nothing")
+        terminal.type(f"/save {tmp_path / 'file'}\n")
+        terminal.wait_for("saved in")
+        terminal.wait_for(" > ")
+        terminal.type("\x04")
+        assert terminal.program.wait(timeout=60) == 0
+    finally:
+        if terminal.program.poll() is None:
+            os.kill(terminal.program.pid, signal.SIGKILL)
+        terminal.program.wait()
+        os.close(terminal.file)
+    chat = Chat.load(tmp_path / "file", loaded)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    text = loaded.tokenizer.decode(chat.tokens, skip_special=False)
+    assert text.count("<|im_end|>\n<|im_start|>user\nAnd I?<|im_end|>\n<|im_start|>assistant\n") == 1
+    assert next(chat.stream("Still there?"))

@@ -1,0 +1,49 @@
+"""The fingerprint of a model's weights, by which files know the model that they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxcompress.models.decoder import Decoder
+
+MOST_NUMBERS = 2**16
+"""Numbers of one array that count; of a larger array so many, evenly spread."""
+
+
+def fingerprint(model: Decoder) -> str:
+    """64 hexadecimal digits that stand for the names and shapes of all weights, and for their numbers.
+
+    It costs milliseconds, whatever the size of the model: up to `MOST_NUMBERS` numbers of each array count, spread over
+    all its rows and columns. Training changes some of them; an edit of a few numbers in a large array may not.
+    Numbers are rounded to bfloat16, so a float32 checkpoint that is loaded as bfloat16 keeps its fingerprint.
+    """
+    weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+    numbers = _picked(weights, {name: _places(x.shape) for name, x in weights.items()})
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{name} {tuple(weights[name].shape)}\n".encode() + np.asarray(numbers[name]).tobytes())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _picked(weights: Mapping[str, Array], places: Mapping[str, tuple[Any, ...]]) -> dict[str, Array]:
+    """The bits of the chosen numbers, as bfloat16."""
+    bits = lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return {name: bits(x[places[name]]) for name, x in weights.items()}
+
+
+def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Indices of the numbers that count, by axis. The step shares no factor with the shape, so no axis is skipped."""
+    size = math.prod(shape)
+    step = -(-size // MOST_NUMBERS)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return tuple(axis.astype(np.int32) for axis in np.unravel_index(np.arange(0, size, step), shape))

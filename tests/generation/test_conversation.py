@@ -1,0 +1,195 @@
+"""A conversation in one state: what is read, what is kept when an answer is cut off, and that nothing grows."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_chat import END, TEMPLATE, Letters, chat_folder
+
+from jaxcompress.checkpoints import Loaded, load
+from jaxcompress.generation import Chat, GenerationConfig
+from jaxcompress.generation.generate import _decode_loop, _read_segment
+from jaxcompress.policies import TOVA, Full
+
+SLOTS = 8
+LETTERS = Letters(temperature=1.0)
+MESSAGES = ("Who are you?", "  Grüße, 你好 😀!  ", "What did I say a moment ago, and what did you answer?")
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return load(chat_folder(tmp_path_factory.mktemp("chat")))
+
+
+def with_template(loaded: Loaded, folder: Path, template: str) -> Loaded:
+    """The same model with another template."""
+    shutil.copytree(loaded.folder, folder / "other")
+    (folder / "other" / "chat_template.jinja").write_text(template)
+    return replace(loaded, folder=folder / "other")
+
+
+def chat_of(loaded: Loaded, **given: Any) -> Chat:
+    return Chat(loaded, TOVA(), SLOTS, **{"max_new_tokens": 12, "config": LETTERS, **given})
+
+
+def all_text(chat: Chat) -> str:
+    return chat.loaded.tokenizer.decode(chat.tokens, skip_special=False)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_what_was_read_is_what_the_template_writes(loaded: Loaded, system: str | None) -> None:
+    chat = chat_of(loaded, system=system)
+    answers = [chat.send(message) for message in MESSAGES]
+    said = [] if system is None else [("system", system)]
+    for message, answer in zip(MESSAGES, answers, strict=True):
+        said += [("user", message), ("assistant", answer)]
+    assert [(m["role"], m["content"]) for m in chat.messages] == said
+    tokenizer = loaded.tokenizer
+    whole = tokenizer.encode(tokenizer.apply_chat_template(chat.messages[:-1]), add_bos=False)
+    assert chat.tokens[: len(whole)].tolist() == whole.tolist()
+    lengths = {len(answer) for answer in answers}
+    assert max(lengths) <= 12
+    assert any(length < 12 for length in lengths), "no answer ended by itself: the test shows less than it should"
+    assert int(chat.state.kv[0].seen[0]) == len(chat.tokens)
+
+
+def test_arguments_go_to_the_template(loaded: Loaded, tmp_path: Path) -> None:
+    template = TEMPLATE + "{% if tools %}{{ tools[0].name }}{% endif %}{% if quiet is defined %}-{{ quiet }}{% endif %}"
+    chat = chat_of(with_template(loaded, tmp_path, template), arguments=dict(tools=[dict(name="look")], quiet=True))
+    chat.send("a")
+    assert "<|im_start|>assistant\nlook-True" in all_text(chat)
+    with pytest.raises(ValueError, match="add_generation_prompt cannot be an argument"):
+        chat_of(loaded, arguments=dict(add_generation_prompt=False))
+
+
+def test_a_template_that_forgets_thinking_changes_nothing_that_was_read(loaded: Loaded, tmp_path: Path) -> None:
+    forgets = TEMPLATE.replace("m.content }}", "m.content.split('</think>')[-1] if not loop.last else m.content }}")
+    chat = chat_of(with_template(loaded, tmp_path, forgets + "{% if think %}<think></think>{% endif %}"),
+                   arguments=dict(think=True))  # fmt: skip
+    first, _ = chat.send("a"), chat.send("b")
+    assert f"assistant\n<think></think>{first}<|im_end|>\n<|im_start|>user\nb<|im_end|>" in all_text(chat)
+
+
+@pytest.mark.parametrize("change", ["m.content | upper", "m.content * 2", "'' if m.role == 'assistant' else m.content"])
+def test_a_template_that_changes_answers_is_refused(loaded: Loaded, tmp_path: Path, change: str) -> None:
+    other = with_template(loaded, tmp_path, TEMPLATE.replace("m.content", change))
+    with pytest.raises(ValueError, match="leaves out, changes or repeats the model's last answer"):
+        chat_of(other)
+
+
+def test_a_template_that_refuses_a_turn(loaded: Loaded, tmp_path: Path) -> None:
+    refuses = "{% if messages | length > 3 %}{{ raise_exception('three are enough') }}{% endif %}" + TEMPLATE
+    chat = chat_of(with_template(loaded, tmp_path, refuses))
+    chat.send("a"), chat.send("b")
+    before = chat.tokens.tolist()
+    with pytest.raises(ValueError, match="refuses this conversation: three are enough"):
+        chat.stream("c")
+    assert chat.tokens.tolist() == before
+    with pytest.raises(ValueError, match="refuses"):
+        chat_of(with_template(loaded, tmp_path / "2", "{{ raise_exception('no') }}"))
+
+
+@pytest.mark.usefixtures("as_users_call_it")
+def test_what_is_wrong(loaded: Loaded, tmp_path: Path) -> None:
+    chat = chat_of(loaded)
+    for empty in ("", " \n", None):
+        with pytest.raises(ValueError, match="a message is a text that is not empty"):
+            chat.stream(empty)  # type: ignore[arg-type]
+    plain: Any = loaded.model
+    with pytest.raises(ValueError, match="as jaxcompress.load gives them, not Decoder"):
+        Chat(plain, TOVA(), SLOTS)
+    with pytest.raises(TypeError, match="no argument 'temperature'"):
+        chat_of(loaded, temperature=1)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match="has no chat template"):
+        chat_of(load(chat_folder(tmp_path / "bare", template=None)))
+
+
+def test_full_has_no_room_for_another_turn(loaded: Loaded) -> None:
+    chat = Chat(loaded, Full(), 64, max_new_tokens=8, config=GenerationConfig())
+    chat.send("a")
+    with pytest.raises(ValueError, match="do not fit into the 64 slots"):
+        chat.send("a" * 64)
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"]
+
+
+def test_an_answer_that_is_left_counts_as_far_as_it_was_written(loaded: Loaded) -> None:
+    chat = chat_of(loaded, max_new_tokens=100, seed=3)
+    pieces = chat.stream("a")
+    first = next(pieces)
+    late = chat.stream("b")  # begun before it is asked for: nothing is read yet
+    assert list(pieces) == [], "an answer ends where the next message begins"
+    assert chat.messages[-1]["content"] == first
+    assert END not in chat.tokens[-1:], "the answer ended by itself: take another seed"
+    next(late)
+    assert f"{first}<|im_end|>\n<|im_start|>user\nb<|im_end|>" in all_text(chat)
+    late.close()  # type: ignore[attr-defined]
+    stale, other = chat.stream("c"), chat.stream("d")
+    list(other)
+    with pytest.raises(ValueError, match="another message was sent"):
+        next(stale)
+
+
+def test_an_interrupt_waits_for_the_step(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, step = chat_of(loaded, max_new_tokens=100, seed=3), Chat._step
+
+    def interrupted(self: Chat, *given: Any) -> str:
+        signal.raise_signal(signal.SIGINT)  # between donating a state and keeping the next one
+        return step(self, *given)
+
+    monkeypatch.setattr(Chat, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.send("a")
+    monkeypatch.undo()
+    written = chat.messages[-1]["content"]
+    assert (chat.messages[-1]["role"], len(written)) == ("assistant", 8)
+    chat.send("b")
+    assert f"assistant\n{written}<|im_end|>\n<|im_start|>user\nb" in all_text(chat)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_policy_reads_the_conversation_anew(loaded: Loaded) -> None:
+    chat = chat_of(loaded)
+    chat.send("Who are you?")
+    same, wider = chat.reread(), chat.reread(slots=16)
+    for one in (same, wider):
+        assert (one.messages, one.tokens.tolist()) == (chat.messages, chat.tokens.tolist())
+    assert np.array_equal(same.state.kv[0].positions, chat.state.kv[0].positions)
+    assert (wider.held, chat.held) == (16, SLOTS)
+    assert same.send("And?") == chat.send("And?")
+    assert chat.fresh().messages == []
+
+
+def test_three_hundred_turns(loaded: Loaded) -> None:
+    """C15: no new length of a turn compiles anything, and nothing grows on the device."""
+    chat = chat_of(loaded, max_new_tokens=4, config=GenerationConfig())
+    lowered: list[str] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("jaxpr_to_mlir_module_duration"):
+            lowered.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda: 1)()
+        assert lowered, "the event has another name now: nothing would be counted"
+        for n in range(3):
+            chat.send("a" * (1 + 40 * n))
+        lowered.clear()
+        sizes, arrays = (_read_segment._cache_size(), _decode_loop._cache_size()), len(jax.live_arrays())
+        size = chat.nbytes
+        for n in range(297):
+            chat.send("a" * (1 + n * 7 % 90))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not lowered
+    assert (_read_segment._cache_size(), _decode_loop._cache_size()) == sizes
+    assert (len(jax.live_arrays()), chat.nbytes) == (arrays, size)
+    assert len(chat.messages) == 600
