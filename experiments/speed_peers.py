@@ -106,7 +106,9 @@ class Torch:
     def __init__(self, side: str, folder: str, rows: np.ndarray) -> None:
         import torch  # type: ignore[import-not-found]
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         self.torch = torch
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.rows, self.press = torch.from_numpy(rows.astype(np.int64)), None

@@ -349,7 +349,7 @@ class TestWrong:
 
     def test_no_command(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([]) == 2
-        assert capsys.readouterr().err.startswith("jaxcompress: give a command: demo, compare, ")
+        assert capsys.readouterr().err.startswith("jaxcompress: give a command: demo, chat, compare, ")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
