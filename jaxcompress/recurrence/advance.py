@@ -26,6 +26,7 @@ from jaxcompress.recurrence.chunk_step import chunk_steps
 from jaxcompress.recurrence.decode_step import decode_step
 from jaxcompress.recurrence.step import Step, StepResult, StepSpec, TokenBlock, enter
 from jaxcompress.recurrence.stream import stream
+from jaxcompress.recurrence.traits import PLAIN, AttentionTraits
 from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.placement import Placement, Rotate
 from jaxcompress.state.shapes import AttentionOut, Keys, Positions, Queries, Values
@@ -61,13 +62,14 @@ def advance(
     rotate: Rotate = lambda x, positions: x,
     placement: Placement | None = None,
     window: Int[Array, ""] | int | None = None,
+    traits: AttentionTraits = PLAIN,
     project: Float[Array, "K G D E"] | None = None,
     backend: Backend = "auto",
     recurrence: Step | None = None,
 ) -> Advanced:
     """Advances one layer of a state over a block of T tokens.
 
-    It has fourteen parameters, because callers with arrays but no model pass every property of the layer by name.
+    It has fifteen parameters, because callers with arrays but no model pass every property of the layer by name.
 
     Args:
       q, k, v: queries, keys and values of the incoming tokens, not rotated.
@@ -78,6 +80,7 @@ def advance(
       chunk: tokens between two selections (see above). T is padded up to a multiple of it.
       rotate, placement: position embedding, and the positions that it uses (None: the policy's placement).
       window: width of a sliding-window layer; tokens that no later query can see free their slot.
+      traits: what the layer's attention has beyond queries, keys and values, such as sinks.
       project: the layer's output projection, for policies that weigh values by it.
       backend: `auto`, `jnp`, or a kernel backend by name (see `jaxcompress.pallas_kernels.types`). For `read`, pass
         `recurrence=on(backend)`.
@@ -89,7 +92,7 @@ def advance(
     b, t, h, d = q.shape
     heads = state.heads or tuple(range(state.kv_heads))
     context = LayerContext(rotate, placement or policy.placement, project, (h, k.shape[2]), heads)
-    spec = StepSpec(policy, context, chunk, window, backend)
+    spec = StepSpec(policy, context, chunk, window, traits, backend)
     block, state = enter(q, k, v, positions, state, layer, spec)
     done = (recurrence or step_for(t, chunk))(block, state, layer, spec)
     return Advanced(done.out.reshape(b, t, h, d).astype(block.q.dtype), done.state, done.freed, done.died)

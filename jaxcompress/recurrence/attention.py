@@ -20,6 +20,7 @@ from jaxcompress.pallas_kernels.types import Backend, Chosen, Here, KernelCall, 
 from jaxcompress.policies.summary import Summary
 from jaxcompress.recurrence.quantised import code_scores, code_sum
 from jaxcompress.recurrence.softmax import softmax_beside
+from jaxcompress.recurrence.traits import PLAIN, AttentionTraits
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.precision import scores as scores_of
@@ -30,15 +31,17 @@ from jaxcompress.state.storage import Stored
 
 
 class Extra(NamedTuple):
-    """Terms that a policy adds to attention over slots.
+    """What attention over slots has beyond queries, keys and values.
 
     Attributes:
-      bias: [B, K or 1, S] float32, added to the scores of the slots, or None.
-      summary: extra entries that queries see beside the slots, or None.
+      bias: [B, K or 1, S] float32, added by the policy to the scores of the slots, or None.
+      summary: extra entries that the policy shows to queries beside the slots, or None.
+      traits: the constants of the layer.
     """
 
     bias: Float[Array, "B K S"] | None = None
     summary: Summary | None = None
+    traits: AttentionTraits = PLAIN
 
 
 NOTHING = Extra()
@@ -61,7 +64,7 @@ def slot_attention(
       keys, values: [B, K, S, D], as the state stores them.
       visible: the slots that a query sees; the others get probability zero.
       present: rows that have a query; the others (padding) give zeros.
-      extra: the terms that the policy adds.
+      extra: what policy and layer add.
     """
     plain = isinstance(keys, jax.Array)
     scores = scores_of("bkgd,bksd->bkgs", q, keys) if plain else code_scores(q, keys)
@@ -69,7 +72,9 @@ def slot_attention(
         scores += extra.bias[:, :, None]
     present = present[:, None, None, None]
     others = None if extra.summary is None else extra.summary.scores(q[:, None])[:, :, :, 0]
-    weights, shares = softmax_beside(scores, visible, present, others)
+    sinks = extra.traits.grouped_sinks(q.shape[1])
+    sink = None if sinks is None else sinks[..., None]
+    weights, shares = softmax_beside(scores, visible, present, others, sink)
     out = weighted("bkgs,bksd->bkgd", weights, values) if isinstance(values, jax.Array) else code_sum(weights, values)
     if extra.summary is not None and shares is not None:
         out += weighted("bkgm,bkmd->bkgd", shares, extra.summary.values)
@@ -158,7 +163,7 @@ def chunk_attention(
       at: positions of the queries, -1 for padding.
       stats: the policy's statistics of all N tokens; each block of queries updates them.
       visible: positions of queries -> the tokens that each query sees.
-      extra: stats -> the terms that the policy adds.
+      extra: stats -> what policy and layer add.
       observe: stats, probabilities, positions and visible tokens of some queries -> stats.
 
     Returns:
@@ -174,7 +179,9 @@ def chunk_attention(
         if more.bias is not None:
             scores += more.bias[:, :, None, None]
         others = None if more.summary is None else more.summary.scores(q)
-        weights, shares = softmax_beside(scores, seen, present, others)
+        sinks = more.traits.grouped_sinks(q.shape[2])
+        sink = None if sinks is None else sinks[..., None, None]
+        weights, shares = softmax_beside(scores, seen, present, others, sink)
         scaled = weights if given.value_scale is None else weights * given.value_scale[:, :, None, None]
         out = weighted("bkgtn,bknd->btkgd", scaled, given.values, given.dtypes[1])
         if more.summary is not None and shares is not None:
@@ -286,6 +293,8 @@ def _beyond_kernels(index: Array, visible: Array, extra: Extra) -> str | None:
     """The reason why no kernel can do this decoding step; None if a kernel may."""
     if extra.bias is not None or extra.summary is not None:
         return "the policy adds to attention scores or shows stand-ins"
+    if extra.traits.beyond_kernels:
+        return extra.traits.beyond_kernels
     if index.shape[-1] > 1 or visible.shape[2] > 1:
         return "heads share a pool of slots"
     return None

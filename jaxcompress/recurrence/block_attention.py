@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.recurrence.softmax import MASKED
+from jaxcompress.recurrence.softmax import MASKED, parts_of_softmax
+from jaxcompress.recurrence.traits import PLAIN, AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.precision import weighted, wide
 from jaxcompress.state.shapes import AttentionOut, Keys, Positions, Queries, Values
@@ -27,6 +28,7 @@ def causal_attention(
     *,
     window: Int[Array, ""] | None = None,
     streaming: tuple[int, int] | None = None,
+    traits: AttentionTraits = PLAIN,
 ) -> AttentionOut:
     """Every query attends to the tokens at its own and earlier positions, at most `window` of them.
 
@@ -38,7 +40,7 @@ def causal_attention(
     and its weights are recomputed for the gradient. This costs about half the work of a T x T product, and memory grows
     with T, not T squared.
     """
-    return _causal(q, k, v, positions, window, streaming, None, 0)
+    return _causal(q, k, v, positions, window, streaming, None, 0, traits)
 
 
 def forgetful_attention(
@@ -50,6 +52,7 @@ def forgetful_attention(
     *,
     delay: int,
     window: Int[Array, ""] | None = None,
+    traits: AttentionTraits = PLAIN,
 ) -> AttentionOut:
     """Causal attention that forgets softly: once a key is `delay` positions old, its bias is added to its scores.
 
@@ -59,13 +62,15 @@ def forgetful_attention(
     Args:
       bias: one number per key, at most 0: the logarithm of the key's remaining weight.
     """
-    return _causal(q, k, v, positions, window, None, bias, delay)
+    return _causal(q, k, v, positions, window, None, bias, delay, traits)
 
 
 def _causal(
     q: Queries, k: Keys, v: Values, positions: Positions,
     window: Int[Array, ""] | None, streaming: tuple[int, int] | None, bias: Float[Array, "B K T"] | None, delay: int,
+    traits: AttentionTraits,
 ) -> AttentionOut:  # fmt: skip
+    """Nine parameters: those of both functions above."""
     b, t, h, d = q.shape
     kv = k.shape[2]
     n = -(-t // QUERIES)
@@ -88,7 +93,7 @@ def _causal(
             if streaming is not None:
                 seen &= (key < streaming[0]) | (key > query - streaming[1])
             late = () if bias is None else (bias[:, :, : key.shape[-1]], (key <= query - delay)[:, None])
-            return _attend_block(stored, q, keys, values, seen[:, None], *late)
+            return _attend_block(stored, q, keys, values, seen[:, None], traits, *late)
 
         blocks = q[start : start + many], at[start : start + many]
         outs.append(attend((blocks[0][0], blocks[1][0]))[None] if many == 1 else jax.lax.map(attend, blocks))
@@ -105,12 +110,15 @@ def lifetime_attention(
     *,
     alive: int,
     block: int = 128,
+    traits: AttentionTraits = PLAIN,
 ) -> Float[Array, "B T K G D"]:
     """Every query attends to the tokens that live at its position: `born <= position < dies`.
 
     The last T of the N keys belong to the queries; the keys before them are older than any query. Queries are taken in
     blocks. Each block gathers the tokens that live when it begins, at most `alive`, and attends to them and to its own
     tokens. The work is T x (alive + block) for any T. A block's weights are recomputed for the gradient.
+
+    It has nine parameters: the arrays of one layer, and the bounds of a block.
 
     Args:
       positions: [B, T], growing along T, -1 for padding.
@@ -144,7 +152,7 @@ def lifetime_attention(
                      for x in (born, dies))  # fmt: skip
         here = at[:, None, :, None]
         seen = (from_[:, :, None] >= 0) & (from_[:, :, None] <= here) & (here < to[:, :, None])
-        return _attend_block(stored, q.transpose(0, 2, 3, 1, 4), both(keys), both(values), seen)
+        return _attend_block(stored, q.transpose(0, 2, 3, 1, 4), both(keys), both(values), seen, traits)
 
     cut = lambda x: x.reshape(b, n, block, *x.shape[2:]).swapaxes(0, 1)
     out = jax.lax.map(attend, (cut(q), cut(positions), jnp.arange(n) * block))  # [n, B, K, G, block, D]
@@ -189,9 +197,9 @@ def _whole(
     q: Float[Array, "N R D"], k: Float[Array, "N T D"], v: Float[Array, "N T D"], bias: Float[Array, "N 1 T"]
 ) -> Float[Array, "N R D"]:
     scores = scores_of("nrd,ntd->nrt", q, k) + bias
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    weights, total = parts_of_softmax(scores)
     out = weighted("nrt,ntd->nrd", weights, v)
-    return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
+    return (out / total).astype(q.dtype)
 
 
 @partial(jax.checkpoint, static_argnums=0)
@@ -201,6 +209,7 @@ def _attend_block(
     k: Float[Array, "B K N D"],
     v: Float[Array, "B K N D"],
     seen: Bool[Array, "*batch #K T N"],
+    traits: AttentionTraits,
     bias: Float[Array, "B K N"] | None = None,
     late: Bool[Array, "B 1 T N"] | None = None,
 ) -> Float[Array, "B K G T D"]:
@@ -218,6 +227,8 @@ def _attend_block(
         assert late is not None
         added += jnp.where(late, bias[:, :, None], 0.0)
     scores += jnp.tile(added, (1, 1, g, 1))
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    sinks = traits.grouped_sinks(kv)
+    sink = None if sinks is None else jnp.repeat(sinks, t, axis=1)[None, :, :, None]
+    weights, total = parts_of_softmax(scores, sink)
     out = weighted("bkqn,bknd->bkqd", weights, v, stored[1])
-    return (out / weights.sum(-1, keepdims=True)).astype(q.dtype).reshape(b, kv, g, t, d)
+    return (out / total).astype(q.dtype).reshape(b, kv, g, t, d)

@@ -14,7 +14,7 @@ from jaxcompress.pallas_kernels.dispatch import choose_kernel
 from jaxcompress.policies.cache_view import Observation
 from jaxcompress.policies.checks import checked_scores, checked_stats
 from jaxcompress.policies.reductions.reduced import slot_bias
-from jaxcompress.recurrence.attention import BlockKeys, Extra, block_attention, call_of, chunk_attention
+from jaxcompress.recurrence.attention import BlockKeys, block_attention, call_of, chunk_attention
 from jaxcompress.recurrence.following import rule_of, why_no_rule
 from jaxcompress.recurrence.layer import (
     absorbed,
@@ -72,8 +72,8 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
     q, given = _keys(block, state, whole, spec)
     folded = _fold_by_rule(block, state, spec, whole, q)
     if folded is None:
-        summary, see = extra_of(state, 0, spec).summary, partial(_visible, whole=whole, replaced=replaced, spec=spec)
-        extra = lambda stats: Extra(slot_bias(policy, stats), summary)
+        more, see = extra_of(state, 0, spec), partial(_visible, whole=whole, replaced=replaced, spec=spec)
+        extra = lambda stats: more._replace(bias=slot_bias(policy, stats))
         folded = chunk_attention(q, positions, given, whole["stats"], see, extra, partial(_observe, spec=spec))
     stats, out = folded
     lived = within_window(held, jnp.where(newest >= 0, newest, state.seen - 1), spec.window)

@@ -19,6 +19,7 @@ from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import death_times, steps
 from jaxcompress.recurrence.block_attention import lifetime_attention
 from jaxcompress.recurrence.step import StepResult, StepSpec, TokenBlock
+from jaxcompress.recurrence.traits import AttentionTraits
 from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import Positions
@@ -58,7 +59,7 @@ def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] |
         raise ValueError(f"no gradient passes through keys stored as {one.keys.dtype}; train in a plain dtype")
     still = jax.lax.stop_gradient
     context = spec.context._replace(out=None if spec.context.out is None else still(spec.context.out))
-    done = steps(still(block), still(one), 0, spec._replace(context=context))
+    done = steps(still(block), still(one), 0, spec._replace(context=context, traits=still(spec.traits)))
 
     positions = block.positions
     k, v = cast(tuple[Array, Array], (block.k, block.v))
@@ -77,7 +78,7 @@ def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] |
     q = block.q.reshape(b, t, kv, -1, block.q.shape[-1])
     out: Any = _given(
         alive, q, jnp.concatenate([wide(one.keys), keys], axis=2), jnp.concatenate([wide(one.values), values], axis=2),
-        done.out.reshape(q.shape), (positions, born, dies),
+        spec.traits, done.out.reshape(q.shape), (positions, born, dies),
     )  # fmt: skip
 
     # Slots never move: a slot holds its old token or a token of this block.
@@ -117,19 +118,21 @@ def _column(held: Int[Array, "B P S"], positions: Positions) -> Int[Array, "B P 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _given(alive: int, q: Array, keys: Array, values: Array, out: Array, lives: Any) -> Array:
+def _given(alive: int, q: Array, keys: Array, values: Array, traits: AttentionTraits, out: Array, lives: Any) -> Array:
     """Returns `out`, the result of `lifetime_attention`, with the gradient of that function."""
     return out
 
 
-def _forward(alive: int, q: Array, keys: Array, values: Array, out: Array, lives: Any) -> tuple[Array, Any]:
-    return out, (q, keys, values, lives)
+def _forward(
+    alive: int, q: Array, keys: Array, values: Array, traits: AttentionTraits, out: Array, lives: Any
+) -> tuple[Array, Any]:
+    return out, (q, keys, values, traits, lives)
 
 
 def _backward(alive: int, saved: Any, cotangent: Array) -> tuple[Any, ...]:
-    q, keys, values, lives = saved
-    attend = lambda q, keys, values: lifetime_attention(q, keys, values, *lives, alive=alive)
-    _, pull = jax.vjp(attend, q, keys, values)
+    *inputs, lives = saved
+    attend = lambda q, keys, values, traits: lifetime_attention(q, keys, values, *lives, alive=alive, traits=traits)
+    _, pull = jax.vjp(attend, *inputs)
     return *pull(cotangent), jnp.zeros_like(cotangent), None
 
 

@@ -22,12 +22,15 @@ def rule_of(state: KVState, spec: StepSpec) -> EvictionRule | None:
     """The eviction rule that a kernel may apply itself, if kernels support everything else in the call; else None."""
     policy = spec.policy
     plain = policy.schedule == Schedule() and policy.scope != "pool" and not policy.gates and not policy.reduction
-    rule = policy.rule(state.capacity) if plain and spec.context.placement == "absolute" else None
+    plain &= spec.context.placement == "absolute" and not spec.traits.beyond_kernels
+    rule = policy.rule(state.capacity) if plain else None
     return rule and rule._replace(spare=spare_slots(state, spec))
 
 
 def why_no_rule(rule: EvictionRule | None, spec: StepSpec) -> str | None:
     """The reason why a kernel for more than one token cannot apply the rule; None if it can."""
+    if spec.traits.beyond_kernels:
+        return spec.traits.beyond_kernels
     return None if rule else f"policy {spec.policy.name}, or where it places tokens, follows no rule that kernels know"
 
 

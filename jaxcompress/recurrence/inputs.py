@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.recurrence.softmax import MASKED, masked_softmax
+from jaxcompress.recurrence.traits import PLAIN, AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.shapes import Keys, Positions, Queries
 
@@ -20,12 +21,14 @@ class AttentionInputs(NamedTuple):
       keys: [B, T, K, D], likewise.
       bias: [B, T] float32, the term added to the scores of each key; `MASKED` for a key that no query sees.
       positions: [B, T], positions of the tokens if attention is causal, -1 for padding; None if it is not (encoders).
+      traits: the constants of the layer.
     """
 
     queries: Queries
     keys: Keys
     bias: Float[Array, "B T"]
     positions: Positions | None = None
+    traits: AttentionTraits = PLAIN
 
     def rows(self, index: Int[Array, "B R"]) -> Float[Array, "B H R T"]:
         """The attention probabilities of some queries, float32; zero for padded queries.
@@ -44,4 +47,6 @@ class AttentionInputs(NamedTuple):
             at = jnp.take_along_axis(self.positions, index, axis=1)[:, None, None, :, None]
             key = self.positions[:, None, None, None]
             visible, present = visible & (key >= 0) & (key <= at), at >= 0
-        return masked_softmax(scores, visible, present).reshape(b, h, -1, t)
+        sinks = self.traits.grouped_sinks(kv)
+        sink = None if sinks is None else sinks[..., None, None]
+        return masked_softmax(scores, visible, present, sink).reshape(b, h, -1, t)

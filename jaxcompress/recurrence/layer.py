@@ -89,9 +89,9 @@ def replaced_by_next(held: SlotPositions, block: TokenBlock, seen: Int[Array, " 
 
 
 def extra_of(state: KVState, layer: Any, spec: StepSpec) -> Extra:
-    """The terms that a policy adds to attention: a bias on the slots, and summaries of evicted tokens."""
+    """What policy and layer add to attention: a bias on the slots, summaries of evicted tokens, the layer's traits."""
     policy, at = spec.policy, lambda x: jax.tree.map(lambda y: y[layer], x)
-    return Extra(slot_bias(policy, at(state.stats)), stand_ins(policy, at(state.memory), spec.context))
+    return Extra(slot_bias(policy, at(state.stats)), stand_ins(policy, at(state.memory), spec.context), spec.traits)
 
 
 def with_stored(state: KVState, stored: tuple[Stored, Stored]) -> KVState:

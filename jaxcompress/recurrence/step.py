@@ -16,6 +16,7 @@ from jaxcompress.pallas_kernels.types import Backend
 from jaxcompress.policies.cache_view import IncomingTokens, LayerContext
 from jaxcompress.policies.gates import join_tokens
 from jaxcompress.policies.policy import Policy
+from jaxcompress.recurrence.traits import PLAIN, AttentionTraits
 from jaxcompress.state.kv_state import KVState
 from jaxcompress.state.shapes import Keys, Positions, Queries, Values
 from jaxcompress.state.slots import with_layer
@@ -30,6 +31,7 @@ class StepSpec(NamedTuple):
       context: the properties of the layer that the policy may use.
       chunk: tokens between two selections.
       window: width of a sliding-window layer, None for a full one.
+      traits: what the layer's attention has beyond queries, keys and values.
       backend: the implementation.
     """
 
@@ -37,6 +39,7 @@ class StepSpec(NamedTuple):
     context: LayerContext
     chunk: int = 1
     window: Int[Array, ""] | int | None = None
+    traits: AttentionTraits = PLAIN
     backend: Backend = "auto"
 
 
