@@ -20,6 +20,7 @@ from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate
 from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.softmax import masked_softmax
+from jaxcompress.recurrence.traits import AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.shapes import Hidden, Keys, Positions, Queries, Tokens, Valid, Values
 
@@ -60,13 +61,14 @@ def attention_spread(model: Decoder, tokens: Tokens, valid: Valid | None = None)
 def _spread(model: Decoder, tokens: Tokens, positions: Positions) -> Float[Array, "L K"]:
     def attend(q, k, v, positions, layer, index, carry, xs):
         q, k, window = _placed(model, q, k, positions, index)
-        return causal_attention(q, k, v, positions, window=window), carry, _spread_of(q, k, positions, window)
+        out = causal_attention(q, k, v, positions, window=window, traits=layer.attention.traits(model.config))
+        return out, carry, _spread_of(q, k, positions, window)
 
     return model.run_layers(model.embed(tokens), positions, attend)[2]
 
 
 def _spread_of(q: Queries, k: Keys, positions: Positions, window: Any) -> Float[Array, " K"]:
-    """Mean spread in one layer; q and k are rotated."""
+    """Mean spread in one layer; q and k are rotated. It is over tokens: what a sink takes does not count."""
     b, t, _, d = q.shape
     q = q.reshape(b, t, k.shape[2], -1, d)
     n = -(-t // QUERY_BLOCK)
@@ -183,7 +185,8 @@ def _hidden(model: Decoder, tokens: Tokens) -> Hidden:
 
     def attend(q, k, v, positions, layer, index, carry, xs):
         q, k, window = _placed(model, q, k, positions, index)
-        return causal_attention(q, k, v, positions, window=window), carry, None
+        out = causal_attention(q, k, v, positions, window=window, traits=layer.attention.traits(model.config))
+        return out, carry, None
 
     return model.norm(model.run_layers(model.embed(tokens), _positions(tokens, None), attend)[0])
 
@@ -203,15 +206,15 @@ def _slope(
     positions = _positions(tokens, None)
 
     @jax.checkpoint
-    def mixed(q: Queries, k: Keys, v: Values, gate: Float[Array, " K"], window: Any) -> Array:
-        full = causal_attention(q, k, v, positions, window=window)
-        near = causal_attention(q, k, v, positions, window=window, streaming=streaming)
+    def mixed(q: Queries, k: Keys, v: Values, gate: Float[Array, " K"], window: Any, traits: AttentionTraits) -> Array:
+        full = causal_attention(q, k, v, positions, window=window, traits=traits)
+        near = causal_attention(q, k, v, positions, window=window, streaming=streaming, traits=traits)
         gate = jnp.repeat(gate, q.shape[2] // k.shape[2])[:, None]  # float32, in which its gradient is added up
         return (gate * full + (1 - gate) * near).astype(q.dtype)
 
     def attend(q, k, v, positions, layer, index, carry, xs):
         q, k, window = _placed(model, q, k, positions, index)
-        return mixed(q, k, v, xs, window), carry, None
+        return mixed(q, k, v, xs, window, layer.attention.traits(model.config)), carry, None
 
     def loss(gates: Array) -> tuple[Array, Array]:
         hidden = model.norm(model.run_layers(model.embed(tokens), positions, attend, xs=gates)[0])

@@ -1,4 +1,5 @@
-"""One decoder for the Llama, Mistral and Qwen families (GQA, RoPE, gated MLP), as a Flax NNX module used as a pytree.
+"""One decoder for the Llama, Mistral, Qwen and GPT-OSS families (GQA, RoPE, gated MLP or experts), as a Flax NNX module
+used as a pytree.
 
 The module holds weights, stacked over layers. It does not decide where keys and values are stored: its layers are
 scanned with an `Attend` function, which does. Plain causal attention is one such function (training, teacher forcing);
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxcompress.inputs.token_ids import check_read
 from jaxcompress.models.checks import check_state
 from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.experts import Experts
 from jaxcompress.models.lookup import look_up
 from jaxcompress.models.rope import Rotary, rotate
 from jaxcompress.policies.cache_view import LayerContext
@@ -27,6 +29,7 @@ from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import step_for
 from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.step import Step, StepSpec, enter
+from jaxcompress.recurrence.traits import PLAIN, AttentionTraits
 from jaxcompress.state.kv_state import KVState, State, runs
 from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import AttentionOut, Hidden, Keys, Logits, Positions, Queries, Tokens, Valid, Values
@@ -55,7 +58,7 @@ class Attend(Protocol):
 
 
 class Attention(nnx.Module):
-    """Query, key, value and output projections of attention."""
+    """Query, key, value and output projections of attention, and its sinks."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, d = config.hidden_size, config.head_dim
@@ -70,6 +73,12 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm = nnx.RMSNorm(d, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
             self.key_norm = nnx.RMSNorm(d, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
+        if config.sinks:
+            self.sinks = nnx.Param(small(rngs.params(), (config.num_heads,), dtype))
+
+    def traits(self, config: DecoderConfig) -> AttentionTraits:
+        """The constants of this layer's attention."""
+        return AttentionTraits(self.sinks[...]) if config.sinks else PLAIN
 
     def project(self, x: Hidden, config: DecoderConfig) -> tuple[Queries, Keys, Values]:
         heads = lambda y: y.reshape(*y.shape[:-1], -1, config.head_dim)
@@ -95,13 +104,17 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention and MLP, or experts in its place."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         norm = lambda: nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
         self.attention_norm, self.mlp_norm = norm(), norm()
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        if config.experts is None:
+            self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        else:
+            size = config.hidden_size, config.intermediate_size
+            self.mlp = Experts(config.experts, *size, init=_initializers(config), dtype=dtype, rngs=rngs)
 
 
 class Decoder(nnx.Module):
@@ -186,7 +199,8 @@ class Decoder(nnx.Module):
             at = positions[..., None]
             q, k = rotate(q, at, self.config.rope), rotate(k, at, self.config.rope)
             window = None if windows is None else windows[index]
-            return causal_attention(q, k, v, positions, window=window), carry, xs
+            traits = layer.attention.traits(self.config)
+            return causal_attention(q, k, v, positions, window=window, traits=traits), carry, xs
 
         return self.run_layers(x, positions, attend)[0]
 
@@ -316,7 +330,10 @@ def _step_spec(
         which,
     )
     window = None if config.windows is None else config.windows[index]
-    return StepSpec(policy, context, chunk, window)
+    traits = layer.attention.traits(config)
+    if part.heads and traits.sinks is not None:
+        traits = AttentionTraits(traits.sinks.reshape(config.num_kv_heads, -1)[part.heads,].reshape(-1))
+    return StepSpec(policy, context, chunk, window, traits)
 
 
 def heads_of(x: Array, part: KVState, config: DecoderConfig) -> Array:

@@ -16,6 +16,7 @@ from jaxcompress.models.decoder import Attend, Decoder, attend_slots, by_parts, 
 from jaxcompress.models.rope import rotate
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.inputs import AttentionInputs
+from jaxcompress.recurrence.traits import PLAIN, AttentionTraits
 from jaxcompress.state.kv_state import State, runs
 from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import Hidden, Positions
@@ -119,7 +120,9 @@ def _with_attention(attend: Attend, config: DecoderConfig) -> Attend:
     def attend_and_keep(q, k, v, positions, layer, index, carry, xs):
         out, parts, gone = attend(q, k, v, positions, layer, index, carry[0], xs)
         at = positions[..., None]
-        attention = carry[1]._replace(queries=rotate(q, at, config.rope), keys=rotate(k, at, config.rope))
+        attention = carry[1]._replace(
+            queries=rotate(q, at, config.rope), keys=rotate(k, at, config.rope), traits=layer.attention.traits(config)
+        )
         return out, (parts, attention), gone
 
     return attend_and_keep
@@ -129,4 +132,5 @@ def _no_attention(block: HiddenBlock, config: DecoderConfig) -> AttentionInputs:
     b, t = block.positions.shape
     heads = lambda n: jnp.zeros((b, t, n, config.head_dim), block.hidden.dtype)
     bias = jnp.zeros((b, t), jnp.float32)
-    return AttentionInputs(heads(config.num_heads), heads(config.num_kv_heads), bias, block.positions)
+    traits = AttentionTraits(jnp.zeros(config.num_heads, block.hidden.dtype)) if config.sinks else PLAIN
+    return AttentionInputs(heads(config.num_heads), heads(config.num_kv_heads), bias, block.positions, traits)

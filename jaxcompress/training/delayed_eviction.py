@@ -118,7 +118,8 @@ def read_with_soft_eviction(
             logits += jax.random.logistic(key, logits.shape)
         q, k, window_here = placed(model, q, k, positions, index)
         bias = jax.nn.log_sigmoid(logits / temperature)
-        out = forgetful_attention(q, k, v, positions, bias, delay=window, window=window_here)
+        traits = layer.attention.traits(model.config)
+        out = forgetful_attention(q, k, v, positions, bias, delay=window, window=window_here, traits=traits)
         kept = (kept_share(logits, temperature) * there).sum() / jnp.maximum(there.sum(), 1)
         return out, carry, kept
 

@@ -43,7 +43,7 @@ def init_lora(model: Decoder, key: Array, *, rank: int = 8, to: tuple[str, ...] 
       to: names of projections from `EVERY`.
 
     Raises:
-      ValueError: a rank below 1, or an unknown projection.
+      ValueError: a rank below 1, an unknown projection, or one of experts.
     """
     if rank < 1:
         raise ValueError(f"the rank of an adapter is at least 1, not {rank}")
@@ -90,6 +90,12 @@ def add_lora(model: Decoder, adapters: dict[str, Adapter], *, alpha: float = ALP
 
 
 def kernel_of(model: Decoder, name: str) -> Float[Array, "L N M"]:
-    """The stacked matrices of one kind, given by a name from `EVERY`."""
+    """The stacked matrices of one kind, given by a name from `EVERY`.
+
+    Raises:
+      ValueError: they are those of experts.
+    """
+    if name not in PROJECTIONS and model.config.experts is not None:
+        raise ValueError(f"{name!r} has a matrix for each expert; adapt the projections {', '.join(PROJECTIONS)}")
     part = model.layers.attention if name in PROJECTIONS else model.layers.mlp
     return getattr(part, name).kernel[...]

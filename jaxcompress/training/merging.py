@@ -67,7 +67,8 @@ def read_merging(
         left = jnp.where(there[..., None], jax.nn.log_sigmoid(-logits / temperature), 0.0)
         bias = _of_the_next(left, there).swapaxes(1, 2)
         q, k, window = placed(model, q, k, positions, index)
-        out = forgetful_attention(q, k, v, positions, bias, delay=1, window=window)
+        traits = layer.attention.traits(model.config)
+        out = forgetful_attention(q, k, v, positions, bias, delay=1, window=window, traits=traits)
         begins = jnp.where((positions == 0)[..., None], 1e3, -logits)  # no token precedes the first
         apart = kept_share(begins.swapaxes(1, 2), temperature)
         return out, carry, (apart * there).sum() / jnp.maximum(there.sum(), 1)

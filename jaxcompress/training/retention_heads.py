@@ -19,6 +19,7 @@ from jaxcompress.policies.forget_head import ForgetHead, token_numbers
 from jaxcompress.policies.learned import LIKE_TOVA, Looked, foreseen
 from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.softmax import MASKED, masked_softmax
+from jaxcompress.recurrence.traits import PLAIN, AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.shapes import Keys, Positions, Queries, Tokens, Valid
 from jaxcompress.training.forget_heads import check_network, network, placed, positions_of
@@ -61,8 +62,11 @@ def retention_loss(
         numbers = token_numbers(xs, k.swapaxes(1, 2), v.swapaxes(1, 2))
         numbers = numbers.mean(1, keepdims=True) if scope == "layer" else numbers
         q, k, window = placed(model, q, k, positions, index)
-        apart = future_attention_loss(numbers, q, k, positions, block=block, horizon=horizon, window=window)
-        return causal_attention(q, k, v, positions, window=window), carry, apart
+        traits = layer.attention.traits(model.config)
+        apart = future_attention_loss(
+            numbers, q, k, positions, block=block, horizon=horizon, window=window, traits=traits
+        )
+        return causal_attention(q, k, v, positions, window=window, traits=traits), carry, apart
 
     return model.run_layers(model.embed(tokens), positions_of(tokens, valid), attend, xs=head)[2].mean()
 
@@ -76,6 +80,7 @@ def future_attention_loss(
     block: int = 64,
     horizon: float | int | None = 128,
     window: Int[Array, ""] | None = None,
+    traits: AttentionTraits = PLAIN,
 ) -> Float[Array, ""]:
     """Cross-entropy between future attention and the softmax of scores, in nats.
 
@@ -96,6 +101,7 @@ def future_attention_loss(
         their distance.
       horizon: in tokens; None weighs all future queries alike. A short horizon favours tokens that are needed soon.
       window: width of a sliding-window layer.
+      traits: the constants of the layer.
 
     Raises:
       ValueError: a block below 1 token, a text within one block, or a horizon that is not positive.
@@ -105,7 +111,8 @@ def future_attention_loss(
         raise ValueError(f"a horizon is a positive number of tokens, not {horizon}")
     if not 1 <= block < t:
         raise ValueError(f"blocks of {block} tokens in texts of {t}: at least 1, and something has to come after one")
-    q, k, still = jax.lax.stop_gradient((q, k, numbers))
+    q, k, still, sinks = jax.lax.stop_gradient((q, k, numbers, traits.grouped_sinks(k.shape[2])))
+    sink = None if sinks is None else sinks[..., None, None]
     sets = numbers.shape[1]
     n = -(-t // block)
     pad = [(0, 0), (0, n * block - t)]
@@ -122,7 +129,7 @@ def future_attention_loss(
         visible = (key <= at[:, :, None]) & (key >= 0)
         if window is not None:
             visible &= key > at[:, :, None] - window
-        weights = masked_softmax(scores, visible[:, None, None], (at >= 0)[:, None, None, :, None]).mean(2)
+        weights = masked_softmax(scores, visible[:, None, None], (at >= 0)[:, None, None, :, None], sink).mean(2)
         return weights.mean(1, keepdims=True) if sets == 1 else weights
 
     def add(total: Array, inputs: Any) -> tuple[Array, None]:

@@ -12,6 +12,9 @@ import pytest
 from flax import nnx
 from tiny import random_tokens, tiny_decoder
 
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.experts import ExpertsConfig
 from jaxcompress.training.foresight import foresight_loss
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.optimizer import muon_for_decoder, warmup_stable_decay
@@ -151,6 +154,21 @@ class TestMuon:
     def test_one_step_lowers_the_loss(self, gradients: tuple[Any, Any, Any, Any]) -> None:
         weights, _, update, loss = gradients
         assert loss(optax.apply_updates(weights, update)) < loss(weights)
+
+    def test_the_matrix_of_each_expert_is_orthogonalised(self) -> None:
+        experts = ExpertsConfig(3, 2, bias=True)
+        config = DecoderConfig(7, 8, 6, 2, 2, 1, 4, experts=experts, sinks=True)
+        abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        weights = nnx.to_pure_dict(nnx.split(abstract, nnx.Param)[1])
+        draw = np.random.default_rng(0).standard_normal
+        random = jax.tree.map(lambda x: jnp.asarray(draw(x.shape), x.dtype), weights)
+        update = self.update(random, random)["layers"]
+        assert update["mlp"]["gate"].shape == (2, 3, 8, 6)
+        for matrix in np.asarray(update["mlp"]["gate"]).reshape(-1, 8, 6):
+            values = np.linalg.svd(matrix, compute_uv=False)
+            assert values.min() > 0.4 * values.max()
+        for plain in (update["mlp"]["gate_bias"], update["attention"]["sinks"]):  # Adam's first step
+            np.testing.assert_allclose(np.abs(plain), np.abs(plain).mean(), rtol=0.3)
 
     def test_matrices_are_orthogonalised_and_nothing_else(self, gradients: tuple[Any, Any, Any, Any]) -> None:
         _, gradient, update, _ = gradients
