@@ -1,13 +1,13 @@
 """Tiny random models and their logits by PyTorch, for the tests of `jaxcompress.checkpoints`.
 
-Needs an environment of its own with `torch==2.13.0 transformers==5.23.0 safetensors numpy`:
+Needs an environment of its own with `torch==2.13.0 transformers==5.24.0 safetensors numpy`:
 
     python experiments/make_parity_fixtures.py --out tests/fixtures/parity
 
 Each folder is a Hugging Face checkpoint with io.npz: `tokens` [B, T] and `logits` [B, T, V], computed in float32 with
-"eager" attention. Biases and norms, which PyTorch initialises to 0 and 1, are random too. Most weights are stored as
-bfloat16, whose values float32 holds exactly, and read as float32: half the size. rope.json has the RoPE frequencies of
-many configs.
+"eager" attention and experts. Biases and norms, which PyTorch initialises to 0 and 1, are random too. Most weights are
+stored as bfloat16, whose values float32 holds exactly, and read as float32: half the size. rope.json has the RoPE
+frequencies of many configs, mxfp4.npz the numbers that MXFP4 weights of GPT-OSS stand for.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ from command import Command, arguments, need
 
 need("torch", install='pip install -e ".[parity]"')
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 ROWS, LENGTH, VOCABULARY = 2, 48, 97
@@ -49,6 +53,13 @@ YARN = dict(
 )
 
 
+MIXTURE: dict[str, Any] = SHAPE | dict(
+    hidden_size=16, intermediate_size=12, moe_intermediate_size=8, num_experts_per_tok=2, vocab_size=29
+)
+SHORT = 24
+"""Tokens of the rows for mixtures of experts, whose vocabulary is small too: they have many more weights."""
+
+
 @dataclass(frozen=True)
 class Arguments(Command):
     """Writes all folders anew."""
@@ -59,6 +70,10 @@ class Arguments(Command):
 
 
 QUICK = Arguments(quick=True, out=Path("runs/quick/parity"), models=("llama2_mha", "qwen3"))
+
+
+def _without(entries: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if name != key}
 
 
 def configs() -> dict[str, PreTrainedConfig]:
@@ -79,6 +94,25 @@ def configs() -> dict[str, PreTrainedConfig]:
         ),
         "qwen3": Qwen3Config(**SHAPE, head_dim=16),
         "qwen3_biases": Qwen3Config(**SHAPE | dict(num_hidden_layers=1), head_dim=12, attention_bias=True),
+        "mixtral": MixtralConfig(**_without(MIXTURE, "moe_intermediate_size"), num_local_experts=4, sliding_window=7),
+        "qwen3_moe": Qwen3MoeConfig(**MIXTURE, num_experts=5, head_dim=6, norm_topk_prob=False),
+        "qwen3_moe_normalised": Qwen3MoeConfig(
+            **MIXTURE | dict(num_hidden_layers=1),
+            num_experts=4,
+            head_dim=6,
+            norm_topk_prob=True,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=9,
+        ),
+        "gpt_oss": GptOssConfig(
+            **_without(MIXTURE, "moe_intermediate_size") | dict(num_hidden_layers=3),
+            num_local_experts=4,
+            head_dim=6,
+            sliding_window=7,
+            swiglu_limit=1.5,
+            rope_parameters=dict(YARN, truncate=False),
+        ),
     }
 
 
@@ -108,8 +142,10 @@ def rope_cases() -> list[dict[str, Any]]:
 
 def randomise(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             parameter.data.normal_(0.0, 0.3)
+        elif name.endswith(("router.weight", "mlp.gate.weight")):
+            parameter.data.normal_()
         elif "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
         parameter.data = parameter.data.bfloat16().float()
@@ -117,16 +153,18 @@ def randomise(model: torch.nn.Module) -> None:
 
 def write_model(name: str, config: PreTrainedConfig, folder: Path) -> None:
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    eager = dict(attn_implementation="eager", experts_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, **eager).float().eval()
     randomise(model)
-    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH))
+    length = SHORT if hasattr(config, "num_local_experts") else LENGTH
+    tokens = torch.randint(config.vocab_size, (ROWS, length))
     with torch.no_grad():
         logits = model(tokens).logits
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if name != "llama2_mha":
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        tensors = {k: v.bfloat16() for k, v in model.state_dict().items() if k not in tied}
+        tensors = {k: v.bfloat16() for k, v in load_file(folder / "model.safetensors").items() if k not in tied}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     np.savez_compressed(folder / "io.npz", tokens=tokens.numpy().astype(np.int32), logits=logits.numpy())
@@ -143,11 +181,21 @@ def rope_answer(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def write_mxfp4(file: Path) -> None:
+    """Random blocks and scales of 2 experts with 3 outputs and 64 inputs, and what transformers makes of them."""
+    torch.manual_seed(0)
+    blocks = torch.randint(256, (2, 3, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(120, 131, (2, 3, 2), dtype=torch.uint8)
+    plain = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    np.savez_compressed(file, blocks=blocks.numpy(), scales=scales.numpy(), plain=plain.numpy())
+
+
 def main(args: Arguments) -> None:
     for name, config in configs().items():
         if not args.models or name in args.models:
             shutil.rmtree(args.out / name, ignore_errors=True)
             write_model(name, config, args.out / name)
+    write_mxfp4(args.out / "mxfp4.npz")
     answers = [rope_answer(case) for case in rope_cases()]
     (args.out / "rope.json").write_text("[\n" + ",\n".join(map(json.dumps, answers)) + "\n]\n")
 

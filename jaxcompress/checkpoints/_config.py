@@ -21,6 +21,17 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
+from jaxcompress.checkpoints._experts_config import (
+    COUNT,
+    DEFAULTS,
+    GPT_OSS,
+    MIXTRAL,
+    QWEN3_MOE,
+    architecture_of_experts,
+    entries_of_experts,
+    experts_in,
+    lacking_experts,
+)
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.rope import RopeConfig
 
@@ -55,7 +66,11 @@ _FAMILIES = {
     ),
     "Qwen2ForCausalLM": _Family("qwen2", _QWEN),
     "Qwen3ForCausalLM": _Family("qwen3", {**_QWEN, "head_dim": 128}),
+    MIXTRAL: _Family("mixtral", DEFAULTS[MIXTRAL]),
+    QWEN3_MOE: _Family("qwen3_moe", DEFAULTS[QWEN3_MOE]),
+    GPT_OSS: _Family("gpt_oss", DEFAULTS[GPT_OSS]),
 }
+_WITH_BIASES = ("LlamaForCausalLM", "Qwen3ForCausalLM", QWEN3_MOE, GPT_OSS)
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_REQUIRED = {
     "default": (),
@@ -68,7 +83,7 @@ _ROPE_REQUIRED = {
 INTERPRETED = frozenset(
     {
         "architectures", "model_type", "dtype", "torch_dtype", "rope_scaling", "rope_parameters",
-        "original_max_position_embeddings", "partial_rotary_factor", "quantization_config",
+        "original_max_position_embeddings", "partial_rotary_factor", "quantization_config", *COUNT,
         *_REQUIRED, *_ALL, *(key for family in _FAMILIES.values() for key in family.defaults),
     }
 )  # fmt: skip
@@ -86,19 +101,23 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     architecture = _architecture(raw)
     if missing := [key for key in _REQUIRED if raw.get(key) is None]:
         raise ValueError(f"the config of this {architecture} lacks {', '.join(missing)}")
-    if raw.get("quantization_config"):
-        raise ValueError("the checkpoint is quantised (quantization_config); only plain float weights are read")
+    quantised = object_in(raw, "quantization_config")
+    if quantised and not (architecture == GPT_OSS and quantised.get("quant_method") == "mxfp4"):
+        raise ValueError(
+            "the checkpoint is quantised (quantization_config); only plain float weights are read, and the MXFP4 of "
+            "GPT-OSS"
+        )
     c = {**_ALL, **_FAMILIES[architecture].defaults, **said(raw, "num_key_value_heads", "sliding_window")}
     if text(c, "hidden_act") not in ("silu", "swish"):
         raise ValueError(f"unknown hidden_act {c['hidden_act']!r}; known: 'silu'")
-    biased = flag(c, "attention_bias") and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    biased = flag(c, "attention_bias") and architecture in _WITH_BIASES
     hidden, heads = whole(c, "hidden_size"), whole(c, "num_attention_heads")
     if c["head_dim"] is None and hidden % heads:
         raise ValueError(f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) without head_dim")
     return DecoderConfig(
         vocab_size=whole(c, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=whole(c, "intermediate_size"),
+        intermediate_size=whole(c, "moe_intermediate_size" if architecture == QWEN3_MOE else "intermediate_size"),
         num_layers=whole(c, "num_hidden_layers", most=MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=heads if c["num_key_value_heads"] is None else whole(c, "num_key_value_heads"),
@@ -108,7 +127,9 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=biased or architecture == "Qwen2ForCausalLM",
         out_bias=biased,
         mlp_bias=flag(c, "mlp_bias") and architecture == "LlamaForCausalLM",
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        experts=experts_in(architecture, c),
+        sinks=architecture == GPT_OSS,
+        qk_norm=architecture in ("Qwen3ForCausalLM", QWEN3_MOE),
         tied=flag(c, "tie_word_embeddings"),
         sliding=_sliding(architecture, c),
         max_position=whole(c, "max_position_embeddings"),
@@ -118,15 +139,18 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
 def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of this decoder, for transformers 5: the inverse of `decoder_config`.
 
-    The architecture follows from the config: Qwen3 with `qk_norm`, Qwen2 with biases on query, key and value only,
-    Mistral if every layer has a sliding window, else Llama.
+    The architecture follows from the config. With experts or sinks it is GPT-OSS, Qwen3-MoE or Mixtral (see
+    `architecture_of_experts`); else Qwen3 with `qk_norm`, Qwen2 with biases on query, key and value only, Mistral if
+    every layer has a sliding window, else Llama.
 
     Raises:
       ValueError: that architecture lacks a feature of the decoder.
     """
     windows = sorted({w for w in config.sliding if w})
     every_slides = bool(windows) and all(config.sliding)
-    if config.qk_norm:
+    if (of_experts := architecture_of_experts(config)) is not None:
+        architecture = of_experts
+    elif config.qk_norm:
         architecture = "Qwen3ForCausalLM"
     elif config.qkv_bias and not config.out_bias:
         architecture = "Qwen2ForCausalLM"
@@ -138,6 +162,17 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
         "MistralForCausalLM": {"sliding_window": windows[0] if windows else None},
         "Qwen2ForCausalLM": _qwen_layers(config, windows),
         "Qwen3ForCausalLM": {"attention_bias": config.qkv_bias, **_qwen_layers(config, windows)},
+        MIXTRAL: {"sliding_window": windows[0] if windows else None},
+        QWEN3_MOE: {
+            "attention_bias": config.qkv_bias,
+            "use_sliding_window": bool(windows),
+            "sliding_window": windows[0] if windows else None,
+        },
+        GPT_OSS: {
+            "attention_bias": config.qkv_bias,
+            "sliding_window": windows[0] if windows else None,
+            "layer_types": _layer_types(config),
+        },
     }
     return {
         "architectures": [architecture],
@@ -155,6 +190,7 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position,
         "rope_parameters": _rope_parameters(config.rope),
         **family[architecture],
+        **entries_of_experts(architecture, config),
     }
 
 
@@ -256,11 +292,16 @@ def _sliding(architecture: str, c: Mapping[str, Any]) -> tuple[int | None, ...]:
     if architecture == "LlamaForCausalLM":
         return ()
     window = None if c["sliding_window"] is None else whole(c, "sliding_window")
-    if architecture == "MistralForCausalLM":
+    if architecture in ("MistralForCausalLM", MIXTRAL):
         return () if window is None else (window,) * layers
-    window = window if flag(c, "use_sliding_window") else None
+    if architecture != GPT_OSS:
+        window = window if flag(c, "use_sliding_window") else None
+    if architecture == QWEN3_MOE:
+        return () if window is None else (window,) * layers
     types = c["layer_types"]
-    if types is None:
+    if types is None and architecture == GPT_OSS:
+        slides = [layer % 2 == 0 for layer in range(layers)]
+    elif types is None:
         first = whole(c, "max_window_layers", least=0)
         slides = [window is not None and layer >= first for layer in range(layers)]
     else:
@@ -276,13 +317,18 @@ def _sliding(architecture: str, c: Mapping[str, Any]) -> tuple[int | None, ...]:
     return tuple(window if s else None for s in slides) if any(slides) else ()
 
 
+def _layer_types(config: DecoderConfig) -> list[str]:
+    slides = config.sliding or (None,) * config.num_layers
+    return ["sliding_attention" if window else "full_attention" for window in slides]
+
+
 def _qwen_layers(config: DecoderConfig, windows: list[int]) -> dict[str, Any]:
     slides = [bool(w) for w in config.sliding] or [False] * config.num_layers
     return {
         "use_sliding_window": bool(windows),
         "sliding_window": windows[0] if windows else None,
         "max_window_layers": slides.index(True) if windows else config.num_layers,
-        "layer_types": ["sliding_attention" if s else "full_attention" for s in slides],
+        "layer_types": _layer_types(config),
     }
 
 
@@ -298,6 +344,7 @@ def _refuse_what_is_lacking(architecture: str, config: DecoderConfig, windows: l
         "biases in the MLP": config.mlp_bias and not llama,
         f"hidden_size ({config.hidden_size}) that is not a multiple of num_heads ({config.num_heads})": llama
         and config.hidden_size % config.num_heads != 0,
+        **lacking_experts(architecture, config),
     }
     if reasons := [reason for reason, applies in lacking.items() if applies]:
         raise ValueError(

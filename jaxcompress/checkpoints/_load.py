@@ -25,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 from jaxcompress.checkpoints._config import decoder_config
 from jaxcompress.checkpoints._dtype import STORED, weights_dtype
 from jaxcompress.checkpoints._entries import config_of, shown
+from jaxcompress.checkpoints._experts import apart, weights_of
 from jaxcompress.checkpoints._gguf import GGUF, ROPE_FACTORS, read_gguf
 from jaxcompress.checkpoints._known import known_model
 from jaxcompress.checkpoints._loaded import Loaded, Model
-from jaxcompress.checkpoints._weights import Weight, named_weights, weights_of
+from jaxcompress.checkpoints._weights import Weight, named_weights
 from jaxcompress.inputs.gguf import SUFFIX, is_gguf
 from jaxcompress.inputs.json import read_object
 from jaxcompress.inputs.tokenizer import Tokenizer
@@ -66,11 +67,14 @@ class NotFinite(FloatingPointError, ValueError):
 def load(
     source: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
 ) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
-    """Reads a Llama, Mistral, Qwen2 or Qwen3 checkpoint: a Hugging Face folder or a GGUF file.
+    """Reads a Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE or GPT-OSS checkpoint: a Hugging Face folder or, of the
+    first four, a GGUF file.
 
     Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. If config.json ties the output
     projection to the embedding, but the files hold a different projection, that projection is used and the model is
     not tied.
+
+    The experts of a mixture may be separate or fused in the files; the MXFP4 weights of GPT-OSS become plain numbers.
 
     Args:
       source: a folder with config.json and safetensors (model.safetensors, or several files with
@@ -113,7 +117,7 @@ def load(
         # Older checkpoints hold the RoPE frequencies, which follow from the config.
         surplus = Surplus(lambda name: name.endswith("rotary_emb.inv_freq"))
         make = lambda: Decoder(config, dtype=target, rngs=nnx.Rngs(0))
-        sizes = sizes_of(config)
+        sizes, tensors = sizes_of(config), apart(tensors, config)
         model = fill(folder, tensors, make, weights_of, sizes=sizes, surplus=surplus, dtype=target, sharding=sharding)
     return Loaded(model, config, settings, folder, Tokenizer)
 
@@ -171,9 +175,10 @@ def _equal(a: Any, b: Any, dtype: np.dtype) -> bool:
 def sizes_of(config: DecoderConfig) -> dict[str, int]:
     """The smallest number of elements in a decoder's arrays, by the config entries that determine it."""
     hidden = config.hidden_size
+    width = config.intermediate_size * (config.experts.count if config.experts else 1)
     return {
         "vocab_size": config.vocab_size * hidden,
-        "intermediate_size": config.num_layers * config.intermediate_size * hidden,
+        "intermediate_size": config.num_layers * width * hidden,
         "num_attention_heads and head_dim": config.num_layers * config.num_heads * config.head_dim * hidden,
     }
 
@@ -365,9 +370,10 @@ def _read(
 ) -> np.ndarray:
     """Reads the part `index` of a weight. It is filled tensor by tensor, so little more than the part is in memory."""
     out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, weight.array.shape, strict=True)], dtype)
-    blocks, names, inner = [out], weight.tensors, index
-    if weight.stacked:
-        blocks, names, inner = list(out), weight.tensors[index[0]], index[1:]
+    depth = weight.stacked
+    blocks = out.reshape(-1, *out.shape[depth:])
+    names = np.ravel(np.array(weight.tensors, object).reshape(weight.array.shape[:depth])[index[:depth]])
+    inner = index[depth:]
     inner = (0,) * weight.leading + (inner[::-1] if weight.transposed else inner)
     for block, name in zip(blocks, names, strict=True):
         part = tensors[name][inner]

@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 
 from jaxcompress.checkpoints._carried import config_like, files_beside
 from jaxcompress.checkpoints._config import INTERPRETED, decoder_config, hugging_face_config
+from jaxcompress.checkpoints._experts import joined, weights_of
 from jaxcompress.checkpoints._gguf_folder import as_folder
-from jaxcompress.checkpoints._weights import Weight, weights_of
+from jaxcompress.checkpoints._weights import Weight
 from jaxcompress.models.decoder import Decoder
 
 
@@ -54,7 +55,7 @@ def save(
     weights, _ = weights_of(model)
     with as_folder(tokenizer_from) as source:
         config = config_like(source, hugging_face_config(model.config), decoder_config, INTERPRETED)
-        return write_folder(folder, config, weights, tokenizer_from=source, shard_bytes=shard_bytes)
+        return write_folder(folder, config, joined(weights), tokenizer_from=source, shard_bytes=shard_bytes)
 
 
 def write_folder(
@@ -130,7 +131,7 @@ def _write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> Non
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        tensors = {tensor: _on_host(weight, layer) for tensor, (weight, layer) in shard.items()}
+        tensors = {tensor: _on_host(weight, nth) for tensor, (weight, nth) in shard.items()}
         save_file(tensors, folder / name, metadata={"format": "pt"})
         # safetensors makes its files readable by the owner only. Our other files follow the umask, so copy their mode.
         (folder / name).chmod((folder / "config.json").stat().st_mode)
@@ -141,20 +142,21 @@ def _write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> Non
 
 
 def _shards(weights: list[Weight], shard_bytes: int) -> list[dict[str, tuple[Weight, int]]]:
-    """For each file, a dict from tensor name to weight and layer."""
+    """For each file, a dict from tensor name to weight and the number of the tensor in it."""
     shards: list[dict[str, tuple[Weight, int]]] = [{}]
     filled = 0
     for weight in weights:
         size = weight.array.nbytes // len(weight.tensors)
-        for layer, tensor in enumerate(weight.tensors):
+        for nth, tensor in enumerate(weight.tensors):
             if shards[-1] and filled + size > shard_bytes:
                 shards.append({})
                 filled = 0
-            shards[-1][tensor] = (weight, layer)
+            shards[-1][tensor] = (weight, nth)
             filled += size
     return shards
 
 
-def _on_host(weight: Weight, layer: int) -> np.ndarray:
-    array = np.asarray(weight.array[layer] if weight.stacked else weight.array)
+def _on_host(weight: Weight, nth: int) -> np.ndarray:
+    index = np.unravel_index(nth, weight.array.shape[: weight.stacked])
+    array = np.asarray(weight.array[index] if weight.stacked else weight.array)
     return np.ascontiguousarray(array.T if weight.transposed else array).reshape(weight.tensor_shape)

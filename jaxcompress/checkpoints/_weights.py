@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxcompress.models.decoder import Decoder
-
 
 class Names(NamedTuple):
     """The tensor names of a family of checkpoints.
@@ -18,12 +16,15 @@ class Names(NamedTuple):
       modules: names of linear layers and norms in the checkpoint, by their path in the module ("layers.mlp.up").
       layer: the prefix of names within a layer, with a placeholder for the layer number.
       leading: the number of leading axes of length 1 in the tensor, by array in `single`.
+      arrays: names within a layer of arrays outside linear layers and norms, by their path in the module. A name with a
+        placeholder for the expert is that of a tensor [out, in] for each expert.
     """
 
     single: Mapping[str, str]
     modules: Mapping[str, str]
     layer: str
     leading: Mapping[str, int] = {}
+    arrays: Mapping[str, str] = {}
 
 
 DECODER = Names(
@@ -52,8 +53,9 @@ class Weight(NamedTuple):
     Attributes:
       name: the dotted path of the array in the module, e.g. "layers.attention.query.kernel".
       array: the array, or its shape and dtype.
-      tensors: its tensor names in a checkpoint: one per layer if the array is stacked, else one.
-      stacked: whether the first axis is the layer.
+      tensors: its tensor names in a checkpoint.
+      stacked: the number of first axes along which the array is made of several tensors: 1 for one per layer, 2 for one
+        per layer and expert, 0 for one tensor.
       transposed: whether the tensor is [out, in] and the array is [in, out].
       leading: the number of axes of length 1 that a tensor has before the axes of the array.
     """
@@ -61,24 +63,20 @@ class Weight(NamedTuple):
     name: str
     array: Any
     tensors: tuple[str, ...]
-    stacked: bool
+    stacked: int
     transposed: bool
     leading: int = 0
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape of one tensor in the checkpoint."""
-        shape = self.array.shape[1:] if self.stacked else self.array.shape
+        shape = self.array.shape[self.stacked :]
         return (1,) * self.leading + (shape[::-1] if self.transposed else shape)
 
 
-def weights_of(model: Decoder) -> tuple[list[Weight], Any]:
-    """The arrays of a decoder (real or abstract) with their tensor names, and the tree that restores the module."""
-    return named_weights(model, DECODER)
-
-
 def named_weights(model: Any, names: Names) -> tuple[list[Weight], Any]:
-    """Like `weights_of`, for any module with `config.num_layers` layers, given its tensor names."""
+    """The arrays of a module (real or abstract) with `config.num_layers` layers, with their tensor names, and the tree
+    that restores the module."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(model)
     return [weight_named(dotted(path), leaf, model.config.num_layers, names) for path, leaf in leaves], tree
 
@@ -91,11 +89,15 @@ def weight_named(name: str, array: jax.Array | jax.ShapeDtypeStruct, layers: int
     """The `Weight` of an array, from its path in a module with `layers` layers."""
     if name in names.single:
         tensors = (names.single[name],)
-        return Weight(
-            name, array, tensors, stacked=False, transposed=name == "head", leading=names.leading.get(name, 0)
-        )
+        return Weight(name, array, tensors, stacked=0, transposed=name == "head", leading=names.leading.get(name, 0))
+    if name in names.arrays:
+        inside = names.layer + names.arrays[name]
+        by_expert = "{expert}" in inside
+        experts = range(array.shape[1] if by_expert else 1)
+        tensors = tuple(inside.format(layer=layer, expert=expert) for layer in range(layers) for expert in experts)
+        return Weight(name, array, tensors, stacked=1 + by_expert, transposed=by_expert)
     module, leaf = name.rsplit(".", 1)
     tensor = f"{names.modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
     stacked = module.startswith("layers.")
     tensors = tuple(names.layer.format(layer=layer) + tensor for layer in range(layers)) if stacked else (tensor,)
-    return Weight(name, array, tensors, stacked=stacked, transposed=leaf == "kernel")
+    return Weight(name, array, tensors, stacked=int(stacked), transposed=leaf == "kernel")

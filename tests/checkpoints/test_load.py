@@ -41,7 +41,9 @@ def test_logits_are_those_of_pytorch(name: str) -> None:
     np.testing.assert_allclose(load(PARITY / name).model(jnp.asarray(tokens)), logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama3_gqa", "llama_linear", "llama_yarn", "mistral_sliding", "qwen2_mixed"])
+@pytest.mark.parametrize(
+    "name", ["llama3_gqa", "llama_linear", "llama_yarn", "mistral_sliding", "qwen2_mixed", "mixtral", "gpt_oss"]
+)
 def test_fixtures_depend_on_what_they_are_there_for(name: str) -> None:
     tokens, logits = io(name)
     model = load(PARITY / name).model
