@@ -5,9 +5,9 @@ Needs an environment of its own with `torch==2.13.0 transformers==5.24.0 safeten
     python experiments/make_parity_fixtures.py --out tests/fixtures/parity
 
 Each folder is a Hugging Face checkpoint with io.npz: `tokens` [B, T] and `logits` [B, T, V], computed in float32 with
-"eager" attention. Biases and norms, which PyTorch initialises to 0 and 1, are random too. Most weights are stored as
-bfloat16, whose values float32 holds exactly, and read as float32: half the size. rope.json has the RoPE frequencies of
-many configs.
+"eager" attention and experts. Biases and norms, which PyTorch initialises to 0 and 1, are random too. Most weights are
+stored as bfloat16, whose values float32 holds exactly, and read as float32: half the size. rope.json has the RoPE
+frequencies of many configs, mxfp4.npz the numbers that MXFP4 weights of GPT-OSS stand for.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ from transformers import (  # noqa: E402
     Gemma2Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 ROWS, LENGTH, VOCABULARY = 2, 48, 97
@@ -56,6 +60,8 @@ LLAMA3 = dict(
 YARN = dict(
     rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=0.5
 )
+MIXTURE = SHAPE | dict(vocab_size=29, hidden_size=16, intermediate_size=12, num_experts_per_tok=2)
+"""Of mixtures of experts, which have many more weights; the rows are as short."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ def configs() -> dict[str, PreTrainedConfig]:
         "qwen3": Qwen3Config(**SHAPE, head_dim=16),
         "qwen3_biases": Qwen3Config(**SHAPE | dict(num_hidden_layers=1), head_dim=12, attention_bias=True),
         **later_configs(),
+        **mixture_configs(),
     }
 
 
@@ -123,6 +130,22 @@ def later_configs() -> dict[str, PreTrainedConfig]:
         "llama_dynamic": LlamaConfig(
             **SMALL | dict(num_hidden_layers=1),
             rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=3.0),
+        ),
+    }  # fmt: skip
+
+
+def mixture_configs() -> dict[str, PreTrainedConfig]:
+    qwen3 = MIXTURE | dict(moe_intermediate_size=8, head_dim=6)
+    return {
+        "mixtral": MixtralConfig(**MIXTURE, num_local_experts=4, sliding_window=7),
+        "qwen3_moe": Qwen3MoeConfig(**qwen3, num_experts=5, norm_topk_prob=False),
+        "qwen3_moe_normalised": Qwen3MoeConfig(
+            **qwen3 | dict(num_hidden_layers=1), num_experts=4, norm_topk_prob=True, attention_bias=True,
+            use_sliding_window=True, sliding_window=9,
+        ),
+        "gpt_oss": GptOssConfig(
+            **MIXTURE | dict(num_hidden_layers=3), num_local_experts=4, head_dim=6, sliding_window=7,
+            swiglu_limit=1.5, rope_parameters=dict(YARN, truncate=False),
         ),
     }  # fmt: skip
 
@@ -162,8 +185,10 @@ def rope_cases() -> list[dict[str, Any]]:
 
 def randomise(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             parameter.data.normal_(0.0, 0.3)
+        elif name.endswith(("router.weight", "mlp.gate.weight")):
+            parameter.data.normal_()
         elif "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
         parameter.data = parameter.data.bfloat16().float()
@@ -171,7 +196,8 @@ def randomise(model: torch.nn.Module) -> None:
 
 def write_model(name: str, config: PreTrainedConfig, folder: Path) -> None:
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    eager = dict(attn_implementation="eager", experts_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, **eager).float().eval()
     randomise(model)
     length = LENGTH if config.vocab_size == VOCABULARY else SMALL_LENGTH
     tokens = torch.randint(config.vocab_size, (ROWS, length))
@@ -202,11 +228,21 @@ def rope_answer(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def write_mxfp4(file: Path) -> None:
+    """Random blocks and scales of 2 experts with 3 outputs and 64 inputs, and what transformers makes of them."""
+    torch.manual_seed(0)
+    blocks = torch.randint(256, (2, 3, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(120, 131, (2, 3, 2), dtype=torch.uint8)
+    plain = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    np.savez_compressed(file, blocks=blocks.numpy(), scales=scales.numpy(), plain=plain.numpy())
+
+
 def main(args: Arguments) -> None:
     for name, config in configs().items():
         if not args.models or name in args.models:
             shutil.rmtree(args.out / name, ignore_errors=True)
             write_model(name, config, args.out / name)
+    write_mxfp4(args.out / "mxfp4.npz")
     answers = [rope_answer(case) for case in rope_cases()]
     (args.out / "rope.json").write_text("[\n" + ",\n".join(map(json.dumps, answers)) + "\n]\n")
 

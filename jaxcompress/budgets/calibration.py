@@ -68,7 +68,7 @@ def _spread(model: Decoder, tokens: Tokens, positions: Positions) -> Float[Array
 
 
 def _spread_of(q: Queries, k: Keys, positions: Positions, here: LayerConstants) -> Float[Array, " K"]:
-    """Mean spread in one layer; q and k are rotated."""
+    """Mean spread in one layer; q and k are rotated. It is over tokens: what a sink takes does not count."""
     b, t, _, d = q.shape
     q = q.reshape(b, t, k.shape[2], -1, d)
     n = -(-t // QUERY_BLOCK)

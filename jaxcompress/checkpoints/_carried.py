@@ -62,6 +62,7 @@ def config_like(
       ValueError: the folder's config.json cannot be read.
     """
     theirs = {} if source is None else read_object_if_there(Path(source).expanduser() / "config.json")
+    theirs.pop("quantization_config", None)  # saved weights are plain numbers
     if _NESTED in ours:
         inner = theirs.get(_NESTED)
         tokens = {key: theirs.get(key) for key in _SPECIAL} | (inner if isinstance(inner, dict) else {})

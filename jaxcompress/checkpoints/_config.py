@@ -15,12 +15,13 @@ from jaxcompress.checkpoints._entries import (
     architecture_in,
     flag,
     number,
+    object_in,
     said,
     shown,
     text,
     whole,
 )
-from jaxcompress.checkpoints._families import FAMILIES, nearest_architecture
+from jaxcompress.checkpoints._families import FAMILIES, Family, nearest_architecture
 from jaxcompress.checkpoints._rope_config import ROPE_ENTRIES, rope_parameters
 from jaxcompress.models.activations import Activation
 from jaxcompress.models.config import DecoderConfig
@@ -65,8 +66,7 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     family = FAMILIES[architecture]
     if missing := [key for key in _REQUIRED if raw.get(key) is None]:
         raise ValueError(f"the config of this {architecture} lacks {', '.join(missing)}")
-    if raw.get("quantization_config"):
-        raise ValueError("the checkpoint is quantised (quantization_config); only plain float weights are read")
+    _refuse_quantised(raw, family)
     c = {**_ALL, **family.defaults, **said(raw, *_NULLABLE)}
     act = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
     if text(c, act) not in _ACTIVATIONS:
@@ -132,6 +132,16 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
     return written
 
 
+def _refuse_quantised(raw: Mapping[str, Any], family: Family) -> None:
+    given = object_in(raw, "quantization_config")
+    if given and given.get("quant_method") not in family.quantised:
+        methods = f", or those of {', '.join(family.quantised)}" if family.quantised else ""
+        raise ValueError(
+            f"the checkpoint is quantised (quantization_config, quant_method {shown(given.get('quant_method'))}); in "
+            f"this family only plain float weights are read{methods}"
+        )
+
+
 def _layers(c: Mapping[str, Any]) -> int:
     return whole(c, "num_hidden_layers", most=MOST_LAYERS)
 
@@ -171,7 +181,7 @@ def _refuse_what_is_lacking(architecture: str, config: DecoderConfig, windows: l
         "sliding windows in some layers only": bool(windows)
         and (of("Llama") or of("Phi3") and not all(config.sliding)),
         "biases on query, key and value without one on the output": qkv and not out and not of("Qwen2"),
-        "biases on query, key, value and output": qkv and out and of("Mistral", "Phi3"),
+        "biases on query, key, value and output": qkv and out and of("Mistral", "Phi3", "Mixtral"),
         "bias on the output without those on query, key and value": out and not qkv,
         "biases in the MLP": config.mlp_bias and not of("Llama", "SmolLM3", "GPTNeoX"),
         f"hidden_size ({config.hidden_size}) that is not a multiple of num_heads ({heads})": config.hidden_size % heads

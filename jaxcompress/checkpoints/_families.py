@@ -6,6 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxcompress.checkpoints._entries import flag, number, whole
+from jaxcompress.checkpoints._experts import dequantised, mixtral_experts_apart, qwen3_experts_apart
+from jaxcompress.checkpoints._experts_config import (
+    gpt_oss_experts,
+    gpt_oss_experts_entries,
+    mixtral_experts,
+    mixtral_experts_entries,
+    qwen3_experts,
+    qwen3_experts_entries,
+)
 from jaxcompress.checkpoints._layer_types import (
     Ropes,
     Sliding,
@@ -17,13 +26,14 @@ from jaxcompress.checkpoints._layer_types import (
     no_window,
     one_rope,
     one_window,
+    one_window_if_used,
     phi3_rope,
     qwen_windows,
     smollm3_ropes,
     smollm3_windows,
 )
 from jaxcompress.checkpoints._rope_config import rope_parameters
-from jaxcompress.checkpoints._weights import DECODER, GEMMA, NEOX, OLMO2, PHI3, Names
+from jaxcompress.checkpoints._weights import DECODER, GEMMA, GPT_OSS, MIXTRAL, NEOX, OLMO2, PHI3, QWEN3_MOE, Names
 from jaxcompress.models.config import DecoderConfig
 
 Entries = Mapping[str, Any]
@@ -41,6 +51,9 @@ class Family(NamedTuple):
       ropes: (entries, width of heads, windows) -> RoPE, and that of each layer if they differ.
       names: the tensor names.
       lacks: entries of other families that this one does not have.
+      quantised: the quantisation methods whose weights are read.
+      unpacked: (tensors of the files, by the names that `Names.ours` gives; config) -> the tensors by `names`, if the
+        files may hold them in another form.
     """
 
     model_type: str
@@ -51,6 +64,8 @@ class Family(NamedTuple):
     ropes: Callable[[Entries, int, Sliding], Ropes] = one_rope
     names: Names = DECODER
     lacks: tuple[str, ...] = ()
+    quantised: tuple[str, ...] = ()
+    unpacked: Callable[[Entries, DecoderConfig], dict[str, Any]] = lambda tensors, config: dict(tensors)
 
 
 def _biases(c: Entries) -> dict[str, Any]:
@@ -214,12 +229,57 @@ FAMILIES = {
         },
         _all_biases, _smollm3_entries, smollm3_windows, smollm3_ropes,
     ),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        {
+            "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": None, "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6, "num_local_experts": 8, "num_experts": None, "num_experts_per_tok": 2,
+        },
+        mixtral_experts,
+        lambda config: {**_window_entries(config), **mixtral_experts_entries(config)},
+        one_window, names=MIXTRAL, unpacked=mixtral_experts_apart,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        {
+            "max_position_embeddings": 32768, "num_key_value_heads": 4, "use_sliding_window": False,
+            "sliding_window": 4096, "num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None,
+        },
+        lambda c: {**_biases(c), "qk_norm": True, **qwen3_experts(c)},
+        lambda config: {
+            **_bias_entries(config), **_window_entries(config), "use_sliding_window": any(config.sliding),
+            **qwen3_experts_entries(config),
+        },
+        one_window_if_used, names=QWEN3_MOE, unpacked=qwen3_experts_apart,
+    ),
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        {
+            "max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128,
+            "layer_types": None, "attention_bias": True, "rms_norm_eps": 1e-5, "rope_theta": 150000.0,
+            "num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 4, "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        lambda c: {**_biases(c), "sinks": True, **gpt_oss_experts(c)},
+        lambda config: {**_bias_entries(config), **layer_types(config), **gpt_oss_experts_entries(config)},
+        gemma_windows(2), names=GPT_OSS, quantised=("mxfp4",), unpacked=dequantised,
+    ),
 }  # fmt: skip
 """By the name in `architectures`."""
 
 
 def nearest_architecture(config: DecoderConfig) -> str:
     """The architecture that has the features of a decoder, if one has; else the one that has most of them."""
+    experts = config.experts
+    if config.sinks or (experts and (experts.clamped or experts.bias)):
+        return "GptOssForCausalLM"
+    if experts:
+        return "Qwen3MoeForCausalLM" if config.qk_norm else "MixtralForCausalLM"
     if config.norm == "layer":
         return "GPTNeoXForCausalLM"
     if config.norm == "offset_rms":

@@ -27,6 +27,12 @@ def one_window(c: Mapping[str, Any], layers: int) -> Sliding:
     return () if c["sliding_window"] is None else (whole(c, "sliding_window"),) * layers
 
 
+def one_window_if_used(c: Mapping[str, Any], layers: int) -> Sliding:
+    """`sliding_window` in every layer, if `use_sliding_window` (Qwen3-MoE)."""
+    window = _used_window(c)
+    return () if window is None else (window,) * layers
+
+
 def qwen_windows(c: Mapping[str, Any], layers: int) -> Sliding:
     """From layer `max_window_layers` on, if `use_sliding_window`, unless `layer_types` says which."""
     window = _used_window(c)

@@ -29,7 +29,7 @@ from jaxcompress.checkpoints._families import FAMILIES
 from jaxcompress.checkpoints._gguf import GGUF, ROPE_FACTORS, read_gguf
 from jaxcompress.checkpoints._known import known_model
 from jaxcompress.checkpoints._loaded import Loaded, Model
-from jaxcompress.checkpoints._weights import Weight, named_weights
+from jaxcompress.checkpoints._weights import Part, Weight, named_weights
 from jaxcompress.inputs.gguf import SUFFIX, is_gguf
 from jaxcompress.inputs.json import read_object
 from jaxcompress.inputs.tokenizer import Tokenizer
@@ -71,12 +71,14 @@ def load(
 ) -> Loaded[Decoder, DecoderConfig, Tokenizer]:
     """Reads the checkpoint of a decoder: a Hugging Face folder or a GGUF file.
 
-    Families: Llama, Mistral, Qwen2, Qwen3, GPT-NeoX (Pythia), Gemma 2, Gemma 3 (text), Phi-3 (Phi-4), OLMo 2 and
-    SmolLM3; as GGUF, those of `jaxcompress.checkpoints._gguf_config.ARCHITECTURES`.
+    Families: Llama, Mistral, Qwen2, Qwen3, GPT-NeoX (Pythia), Gemma 2, Gemma 3 (text), Phi-3 (Phi-4), OLMo 2, SmolLM3,
+    Mixtral, Qwen3-MoE and GPT-OSS; as GGUF, those of `jaxcompress.checkpoints._gguf_config.ARCHITECTURES`.
 
     Linear weights [out, in] become kernels [L, in, out], stacked over the L layers. If config.json ties the output
     projection to the embedding, but the files hold a different projection, that projection is used and the model is
     not tied.
+
+    The experts of a mixture may be separate or fused in the files; the MXFP4 weights of GPT-OSS become plain numbers.
 
     Args:
       source: a folder with config.json and safetensors (model.safetensors, or several files with
@@ -114,8 +116,9 @@ def load(
     settings = read_object(folder / "config.json")
     with config_of(folder / "config.json"):
         config = decoder_config(settings)
-    names = FAMILIES[architecture_of(settings)].names
-    with opened(folder, lambda name: names.aliases.get(name, name)) as tensors:
+    family = FAMILIES[architecture_of(settings)]
+    names = family.names
+    with opened(folder, names.ours) as tensors:
         target = weights_dtype(dtype, settings, tensors, folder)
         config, tensors = with_own_head(config, tensors, names.single["embedding"], names.single["head"], target)
         # Older checkpoints hold the RoPE frequencies and causal masks, which follow from the config.
@@ -123,7 +126,7 @@ def load(
         surplus = Surplus(lambda name: name.endswith(derived))
         make = lambda: Decoder(config, dtype=target, rngs=nnx.Rngs(0))
         named = lambda model: named_weights(model, names)
-        sizes = sizes_of(config)
+        sizes, tensors = sizes_of(config), family.unpacked(tensors, config)
         model = fill(folder, tensors, make, named, sizes=sizes, surplus=surplus, dtype=target, sharding=sharding)
     return Loaded(model, config, settings, folder, Tokenizer)
 
@@ -181,9 +184,10 @@ def _equal(a: Any, b: Any, dtype: np.dtype) -> bool:
 def sizes_of(config: DecoderConfig) -> dict[str, int]:
     """The smallest number of elements in a decoder's arrays, by the config entries that determine it."""
     hidden = config.hidden_size
+    width = config.intermediate_size * (config.experts.count if config.experts else 1)
     return {
         "vocab_size": config.vocab_size * hidden,
-        "intermediate_size": config.num_layers * config.intermediate_size * hidden,
+        "intermediate_size": config.num_layers * width * hidden,
         "num_attention_heads and head_dim": config.num_layers * config.num_heads * config.head_dim * hidden,
     }
 
@@ -375,14 +379,13 @@ def _read(
 ) -> np.ndarray:
     """Reads the part `index` of a weight. It is filled tensor by tensor, so little more than the part is in memory."""
     out = _aligned([len(range(*s.indices(n))) for s, n in zip(index, weight.array.shape, strict=True)], dtype)
-    blocks, names, inner = [out], weight.tensors, index
-    if weight.stacked:
-        blocks, names, inner = list(out), weight.tensors[index[0]], index[1:]
+    depth = weight.stacked
+    blocks = out.reshape(-1, *out.shape[depth:])
+    names = np.ravel(np.array(weight.tensors, object).reshape(weight.array.shape[:depth])[index[:depth]])
+    inner = index[depth:]
     inner = (0,) * weight.leading + (inner[::-1] if weight.transposed else inner)
     for block, name in zip(blocks, names, strict=True):
-        part = (
-            tensors[name][inner] if weight.part is None else _rows(tensors[name], weight.part.rows[inner[0]], inner[1:])
-        )
+        part = tensors[name][inner] if weight.part is None else _rows(tensors[name], inner, weight.part)
         with np.errstate(over="ignore"):
             block[...] = part.T if weight.transposed else part
         if not np.isfinite(block).all():
@@ -390,10 +393,15 @@ def _read(
     return out
 
 
-def _rows(tensor: Any, rows: np.ndarray, rest: tuple[Any, ...]) -> np.ndarray:
-    """Some rows of a tensor. Those that follow each other are read at once."""
-    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-    return np.concatenate([tensor[(slice(int(run[0]), int(run[-1]) + 1), *rest)] for run in runs])
+def _rows(tensor: Any, index: tuple[Any, ...], part: Part) -> np.ndarray:
+    """Some rows of a tensor, out of those of a part. Rows that follow each other, or every other row, are one read."""
+    axis, where, read = part.axis, list(index), []
+    rows = part.rows[index[axis]]
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) > 2) + 1):
+        where[axis] = slice(int(run[0]), int(run[-1]) + 1)
+        whole = tensor[tuple(where)]
+        read.append(whole if whole.shape[axis] == len(run) else np.take(whole, run - run[0], axis))
+    return np.concatenate(read, axis)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -142,15 +142,15 @@ def _write_weights(weights: list[Weight], folder: Path, shard_bytes: int) -> Non
 
 
 Pieces = list[tuple[Weight, int]]
-"""The weights, and their layer, that one tensor holds."""
+"""The weights that one tensor holds, and its number among the tensors of each."""
 
 
 def _shards(weights: list[Weight], shard_bytes: int) -> list[dict[str, Pieces]]:
     """For each file, a dict from tensor name to what the tensor holds."""
     whole: dict[str, Pieces] = {}
     for weight in weights:
-        for layer, tensor in enumerate(weight.tensors):
-            whole.setdefault(tensor, []).append((weight, layer))
+        for nth, tensor in enumerate(weight.tensors):
+            whole.setdefault(tensor, []).append((weight, nth))
     shards: list[dict[str, Pieces]] = [{}]
     filled = 0
     for tensor, pieces in whole.items():
@@ -169,13 +169,16 @@ def _on_host(pieces: Pieces) -> np.ndarray:
         return _piece(*pieces[0])
     first = pieces[0][0]
     joined = np.empty(first.tensor_shape, first.array.dtype)
-    for weight, layer in pieces:
+    for weight, nth in pieces:
         assert weight.part is not None
-        joined[weight.part.rows] = _piece(weight, layer)
+        np.moveaxis(joined, weight.part.axis, 0)[weight.part.rows] = np.moveaxis(
+            _piece(weight, nth), weight.part.axis, 0
+        )
     return joined
 
 
-def _piece(weight: Weight, layer: int) -> np.ndarray:
-    array = np.asarray(weight.array[layer] if weight.stacked else weight.array)
+def _piece(weight: Weight, nth: int) -> np.ndarray:
+    index = np.unravel_index(nth, weight.array.shape[: weight.stacked])
+    array = np.asarray(weight.array[index] if weight.stacked else weight.array)
     array = np.ascontiguousarray(array.T if weight.transposed else array)
     return array if weight.part is not None else array.reshape(weight.tensor_shape)

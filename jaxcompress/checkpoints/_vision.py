@@ -149,7 +149,7 @@ def _processor_files(processor: Mapping[str, Any] | None, source: str | Path | N
 
 
 def llava_weights(model: Llava) -> tuple[list[Weight], Any]:
-    """The arrays of a LLaVA model (real or abstract), in the form that `weights_of` returns for a decoder."""
+    """The arrays of a LLaVA model (real or abstract), in the form that `named_weights` returns."""
     config = model.config
 
     def named(name: str, array: Any) -> Weight:

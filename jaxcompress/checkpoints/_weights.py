@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -17,17 +17,26 @@ class Names(NamedTuple):
       modules: names of linear layers and norms in the checkpoint, by their path in the module ("layers.mlp.up").
       layer: the prefix of names within a layer, with a placeholder for the layer number.
       leading: the number of leading axes of length 1 in the tensor, by array in `single`.
-      by_head: where several modules share a tensor (query, key and value; gate and up): whether its rows are in order
-        of the heads, each with the rows of all modules, not in order of the modules, as they are listed.
-      aliases: other names of tensors, in other versions of the format -> the names here.
+      shared: where several arrays share a tensor (query, key and value; gate and up), what follows in turn in its rows:
+        each array as a whole, in the order in which they are listed, a head of each, or a channel of each.
+      aliases: parts of names in other versions of the format -> those here.
+      arrays: names within a layer of arrays outside linear layers and norms, by their path in the module. A name with a
+        placeholder for the expert is that of a tensor [out, in] for each expert.
     """
 
     single: Mapping[str, str]
     modules: Mapping[str, str]
     layer: str
     leading: Mapping[str, int] = {}
-    by_head: bool = False
+    shared: Literal["array", "head", "channel"] = "array"
     aliases: Mapping[str, str] = {}
+    arrays: Mapping[str, str] = {}
+
+    def ours(self, name: str) -> str:
+        """The name here of a tensor in the files."""
+        for other, mine in self.aliases.items():
+            name = name.replace(other, mine)
+        return name
 
 
 DECODER = Names(
@@ -84,8 +93,36 @@ NEOX = Names(
         "layers.mlp.down": "mlp.dense_4h_to_h",
     },
     "gpt_neox.layers.{layer}.",
-    by_head=True,
+    shared="head",
     aliases={"lm_head.weight": "embed_out.weight"},
+)
+MIXTRAL = DECODER._replace(
+    modules={**DECODER.modules, "layers.mlp.router": "block_sparse_moe.gate"},
+    aliases={".mlp.": ".block_sparse_moe."},
+    arrays={
+        "layers.mlp.gate": "block_sparse_moe.experts.{expert}.w1.weight",
+        "layers.mlp.up": "block_sparse_moe.experts.{expert}.w3.weight",
+        "layers.mlp.down": "block_sparse_moe.experts.{expert}.w2.weight",
+    },
+)
+QWEN3_MOE = DECODER._replace(
+    modules={**DECODER.modules, "layers.mlp.router": "mlp.gate"},
+    arrays={
+        "layers.mlp.gate": "mlp.experts.{expert}.gate_proj.weight",
+        "layers.mlp.up": "mlp.experts.{expert}.up_proj.weight",
+        "layers.mlp.down": "mlp.experts.{expert}.down_proj.weight",
+    },
+)
+GPT_OSS = DECODER._replace(
+    modules={**DECODER.modules, "layers.mlp.router": "mlp.router"},
+    shared="channel",
+    arrays={
+        "layers.attention.sinks": "self_attn.sinks",
+        **dict.fromkeys(["layers.mlp.gate", "layers.mlp.up"], "mlp.experts.gate_up_proj"),
+        "layers.mlp.down": "mlp.experts.down_proj",
+        **dict.fromkeys(["layers.mlp.gate_bias", "layers.mlp.up_bias"], "mlp.experts.gate_up_proj_bias"),
+        "layers.mlp.down_bias": "mlp.experts.down_proj_bias",
+    },
 )
 
 
@@ -93,12 +130,14 @@ class Part(NamedTuple):
     """The part of a tensor that an array holds, where several arrays share the tensor.
 
     Attributes:
-      rows: the rows of the tensor, in the order of the array's outputs.
+      rows: the rows of the tensor, ascending, in the order of the array's outputs.
       of: how many rows the tensor has.
+      axis: the tensor's axis of rows: 0 of [out, in], -1 of [..., in, out].
     """
 
     rows: np.ndarray
     of: int
+    axis: int
 
 
 class Weight(NamedTuple):
@@ -107,8 +146,9 @@ class Weight(NamedTuple):
     Attributes:
       name: the dotted path of the array in the module, e.g. "layers.attention.query.kernel".
       array: the array, or its shape and dtype.
-      tensors: its tensor names in a checkpoint: one per layer if the array is stacked, else one.
-      stacked: whether the first axis is the layer.
+      tensors: its tensor names in a checkpoint.
+      stacked: the number of first axes along which the array is made of several tensors: 1 for one per layer, 2 for one
+        per layer and expert, 0 for one tensor.
       transposed: whether the tensor is [out, in] and the array is [in, out].
       leading: the number of axes of length 1 that a tensor has before the axes of the array.
       part: the part of each tensor; None for all of it.
@@ -117,7 +157,7 @@ class Weight(NamedTuple):
     name: str
     array: Any
     tensors: tuple[str, ...]
-    stacked: bool
+    stacked: int
     transposed: bool
     leading: int = 0
     part: Part | None = None
@@ -125,9 +165,11 @@ class Weight(NamedTuple):
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape of one tensor in the checkpoint."""
-        shape = self.array.shape[1:] if self.stacked else self.array.shape
-        shape = (1,) * self.leading + (shape[::-1] if self.transposed else shape)
-        return shape if self.part is None else (self.part.of, *shape[1:])
+        shape = self.array.shape[self.stacked :]
+        shape = [1] * self.leading + list(shape[::-1] if self.transposed else shape)
+        if self.part is not None:
+            shape[self.part.axis] = self.part.of
+        return tuple(shape)
 
 
 def named_weights(model: Any, names: Names) -> tuple[list[Weight], Any]:
@@ -143,20 +185,20 @@ def named_weights(model: Any, names: Names) -> tuple[list[Weight], Any]:
 
 def _with_parts(weights: list[Weight], names: Names, heads: int) -> list[Weight]:
     """The same weights, with the rows of the tensors that several of them share."""
-    order = list(names.modules)
+    order = [*names.modules, *names.arrays]
+    path = lambda weight: weight.name if weight.name in names.arrays else weight.name.rsplit(".", 1)[0]
     sharing: dict[str, list[int]] = {}
     for index, weight in enumerate(weights):
         sharing.setdefault(weight.tensors[0], []).append(index)
     weights = list(weights)
     for group in filter(lambda group: len(group) > 1, sharing.values()):
-        group.sort(key=lambda index: order.index(weights[index].name.rsplit(".", 1)[0]))
-        sizes = [weights[index].array.shape[-1] for index in group]
-        if names.by_head:
-            rows = list(np.arange(sum(sizes)).reshape(heads, len(group), -1).swapaxes(0, 1).reshape(len(group), -1))
-        else:
-            rows = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+        group.sort(key=lambda index: order.index(path(weights[index])))
+        sizes = np.array([weights[index].array.shape[-1] for index in group])
+        turns = {"array": 1, "head": heads, "channel": sizes[0]}[names.shared]
+        rows = np.split(np.arange(sizes.sum()).reshape(turns, -1), np.cumsum(sizes // turns)[:-1], axis=1)
         for index, mine in zip(group, rows, strict=True):
-            weights[index] = weights[index]._replace(part=Part(mine, sum(sizes)))
+            axis = 0 if weights[index].transposed else -1
+            weights[index] = weights[index]._replace(part=Part(mine.reshape(-1), int(sizes.sum()), axis))
     return weights
 
 
@@ -168,11 +210,15 @@ def weight_named(name: str, array: jax.Array | jax.ShapeDtypeStruct, layers: int
     """The `Weight` of an array, from its path in a module with `layers` layers."""
     if name in names.single:
         tensors = (names.single[name],)
-        return Weight(
-            name, array, tensors, stacked=False, transposed=name == "head", leading=names.leading.get(name, 0)
-        )
+        return Weight(name, array, tensors, stacked=0, transposed=name == "head", leading=names.leading.get(name, 0))
+    if name in names.arrays:
+        inside = names.layer + names.arrays[name]
+        by_expert = "{expert}" in inside
+        experts = range(array.shape[1] if by_expert else 1)
+        tensors = tuple(inside.format(layer=layer, expert=expert) for layer in range(layers) for expert in experts)
+        return Weight(name, array, tensors, stacked=1 + by_expert, transposed=by_expert)
     module, leaf = name.rsplit(".", 1)
     tensor = f"{names.modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
     stacked = module.startswith("layers.")
     tensors = tuple(names.layer.format(layer=layer) + tensor for layer in range(layers)) if stacked else (tensor,)
-    return Weight(name, array, tensors, stacked=stacked, transposed=leaf == "kernel")
+    return Weight(name, array, tensors, stacked=int(stacked), transposed=leaf == "kernel")

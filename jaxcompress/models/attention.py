@@ -37,7 +37,7 @@ class LayerConstants(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Query, key, value and output projections of attention."""
+    """Query, key, value and output projections of attention, and its sinks."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, d = config.hidden_size, config.head_dim
@@ -55,6 +55,8 @@ class Attention(nnx.Module):
                 epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs,
             )  # fmt: skip
             self.query_norm, self.key_norm = norm(config.num_heads), norm(config.num_kv_heads)
+        if config.sinks:
+            self.sinks = nnx.Param(small(rngs.params(), (config.num_heads,), dtype))
 
     def project(self, x: Hidden, config: DecoderConfig) -> tuple[Queries, Keys, Values]:
         """Queries, keys and values before RoPE. Scores of the queries are divided by the square root of D."""
@@ -70,7 +72,8 @@ class Attention(nnx.Module):
     def constants(self, config: DecoderConfig, index: Int[Array, ""] | int) -> LayerConstants:
         """Those of this layer, whose number is `index`."""
         window = None if config.windows is None else config.windows[index]
-        return LayerConstants(config.rotary(index), window, AttentionTraits(config.softcap))
+        traits = AttentionTraits(config.softcap, self.sinks[...] if config.sinks else None)
+        return LayerConstants(config.rotary(index), window, traits)
 
     def project_out(self, out: Float[Array, "B T *heads"]) -> Hidden:
         """From the outputs of all heads, [B, T, H, D] or [B, T, K, G, D]."""

@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxcompress.models.activations import Activation
+from jaxcompress.models.experts_config import ExpertsConfig
 from jaxcompress.models.norms import NormKind
 from jaxcompress.models.rope import RopeConfig, Rotary
 
-MLPKind = Literal["gated", "plain"]
+MLPKind = Literal["gated", "plain", "experts"]
 """Feed-forward networks (see `jaxcompress.models.mlp`)."""
 
 
@@ -22,6 +23,7 @@ class DecoderConfig:
     """Shape of a decoder. Hashable, so that it can be a static argument under jit.
 
     Attributes:
+      intermediate_size: width of the MLP, or of each expert.
       rope: position embedding of all layers, unless `layer_ropes` says otherwise.
       norm: kind of all normalisations (see `jaxcompress.models.norms`).
       norms_at: whether attention and MLP have a norm before them, after them (OLMo 2), or both (Gemma).
@@ -31,10 +33,12 @@ class DecoderConfig:
       qk_norm: norm of queries and keys before RoPE (Qwen3).
       qk_norm_over: what that norm spans: each head, or the whole projection (OLMo 2).
       mlp: kind of feed-forward network.
+      experts: the experts of each layer, if `mlp` is "experts" (Mixtral, Qwen3-MoE, GPT-OSS); else None.
       activation: that of the MLP.
       tied: the output projection is the embedding, transposed.
       scaled_embedding: embeddings are multiplied by the square root of E, rounded to their dtype (Gemma).
       query_pre_attn_scalar: attention scores are divided by the square root of this number; None: of D.
+      sinks: each query head has a learned logit in its softmax that stands for no token (GPT-OSS).
       softcap: soft cap of attention scores (see `jaxcompress.state.attention_traits`); None: no cap.
       logit_softcap: the same for the scores of next tokens.
       sliding: one entry per layer; the window of a sliding-window layer (a query sees itself and window - 1
@@ -64,9 +68,11 @@ class DecoderConfig:
     parallel: bool = False
     qk_norm_over: Literal["head", "projection"] = "head"
     mlp: MLPKind = "gated"
+    experts: ExpertsConfig | None = None
     activation: Activation = "silu"
     scaled_embedding: bool = False
     query_pre_attn_scalar: float | None = None
+    sinks: bool = False
     softcap: float | None = None
     logit_softcap: float | None = None
     layer_ropes: tuple[RopeConfig | None, ...] = ()
@@ -85,6 +91,11 @@ class DecoderConfig:
             raise ValueError(f"layer_ropes rotate {sorted(widths)} channels; all layers with RoPE must rotate as many")
         if not all(2 <= width <= self.head_dim and width % 2 == 0 for width in widths):
             raise ValueError(f"RoPE rotates {widths.pop()} of {self.head_dim} channels; give an even number of them")
+        if (self.mlp == "experts") != (self.experts is not None):
+            given = f"mlp={self.mlp!r}, experts={self.experts}"
+            raise ValueError(f"mlp='experts' and experts=ExpertsConfig(...) are given together, not {given}")
+        if self.experts and self.mlp_bias:
+            raise ValueError("mlp_bias is that of a plain or gated MLP; biases of experts are set in ExpertsConfig")
         if self.parallel and self.norms_at != "before":
             raise ValueError(f"parallel attention and MLP have norms before them, not norms_at={self.norms_at!r}")
 

@@ -291,7 +291,7 @@ def _step_spec(
         project,
         (group * len(heads), len(heads)),
         which,
-        here.traits,
+        here.traits.of_heads(which, config.num_kv_heads) if part.heads else here.traits,
     )
     return StepSpec(policy, context, chunk, here.window)
 

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from jaxcompress.models.activations import ACTIVATIONS
 from jaxcompress.models.config import DecoderConfig, MLPKind
+from jaxcompress.models.experts import Experts
 from jaxcompress.models.initializers import initializers
 from jaxcompress.state.shapes import Hidden
 
@@ -43,5 +44,9 @@ class PlainMLP(nnx.Module):
         return self.down(ACTIVATIONS[config.activation](self.up(x)))
 
 
-MLPS: Mapping[MLPKind, Callable[..., GatedMLP | PlainMLP]] = {"gated": GatedMLP, "plain": PlainMLP}
+MLPS: Mapping[MLPKind, Callable[..., GatedMLP | PlainMLP | Experts]] = {
+    "gated": GatedMLP,
+    "plain": PlainMLP,
+    "experts": Experts,
+}
 """(config, dtype, rngs) -> the network of this kind."""

@@ -120,7 +120,7 @@ def _with_attention(attend: Attend, config: DecoderConfig) -> Attend:
         out, parts, gone = attend(q, k, v, positions, layer, index, carry[0], xs)
         here = layer.attention.constants(config, index)
         q, k = here.placed(q, k, positions)
-        attention = carry[1]._replace(queries=q, keys=k)
+        attention = carry[1]._replace(queries=q, keys=k, traits=here.traits)
         return out, (parts, attention), gone
 
     return attend_and_keep
@@ -130,5 +130,6 @@ def _no_attention(block: HiddenBlock, config: DecoderConfig) -> AttentionInputs:
     b, t = block.positions.shape
     heads = lambda n: jnp.zeros((b, t, n, config.head_dim), block.hidden.dtype)
     bias = jnp.zeros((b, t), jnp.float32)
-    traits = AttentionTraits(config.softcap)
+    sinks = jnp.zeros(config.num_heads, block.hidden.dtype) if config.sinks else None
+    traits = AttentionTraits(config.softcap, sinks)
     return AttentionInputs(heads(config.num_heads), heads(config.num_kv_heads), bias, block.positions, traits)

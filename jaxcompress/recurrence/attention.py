@@ -65,7 +65,7 @@ def slot_attention(
         scores += extra.bias[:, :, None]
     present = present[:, None, None, None]
     others = None if extra.summary is None else extra.summary.scores(q[:, None], extra.traits)[:, :, :, 0]
-    weights, shares = softmax_beside(scores, visible, present, others)
+    weights, shares = softmax_beside(scores, visible, present, others, extra.traits.sinks_beside(scores))
     out = weighted("bkgs,bksd->bkgd", weights, values) if isinstance(values, jax.Array) else code_sum(weights, values)
     if extra.summary is not None and shares is not None:
         out += weighted("bkgm,bkmd->bkgd", shares, extra.summary.values)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.recurrence.softmax import MASKED
+from jaxcompress.recurrence.softmax import MASKED, exponentials
 from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.precision import weighted, wide
@@ -197,9 +197,9 @@ def _whole(
     q: Float[Array, "N R D"], k: Float[Array, "N T D"], v: Float[Array, "N T D"], bias: Float[Array, "N 1 T"]
 ) -> Float[Array, "N R D"]:
     scores = scores_of("nrd,ntd->nrt", q, k) + bias
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    out = weighted("nrt,ntd->nrd", weights, v)
-    return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
+    parts = exponentials(scores)
+    out = weighted("nrt,ntd->nrd", parts.visible, v)
+    return (out / parts.total).astype(q.dtype)
 
 
 @partial(jax.checkpoint, static_argnums=0)
@@ -227,6 +227,7 @@ def _attend_block(
         assert late is not None
         added += jnp.where(late, bias[:, :, None], 0.0)
     scores += jnp.tile(added, (1, 1, g, 1))
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    out = weighted("bkqn,bknd->bkqd", weights, v, stored[1])
-    return (out / weights.sum(-1, keepdims=True)).astype(q.dtype).reshape(b, kv, g, t, d)
+    scores = scores.reshape(b, kv, g, t, -1)
+    parts = exponentials(scores, sink=traits.sinks_beside(scores))
+    out = weighted("bkqn,bknd->bkqd", parts.visible.reshape(b, kv, g * t, -1), v, stored[1])
+    return (out.reshape(b, kv, g, t, d) / parts.total).astype(q.dtype)

@@ -165,7 +165,7 @@ def _exponentials(
     if extra.bias is not None:
         scores += extra.bias[:, :, None, None, columns]
     others = None if extra.summary is None else extra.summary.scores(q.transpose(0, 3, 1, 2, 4), extra.traits)
-    return exponentials(scores, seen, others)
+    return exponentials(scores, seen, others, extra.traits.sinks_beside(scores))
 
 
 def chunk_scores(q: Float[Array, "B K G T D"], keys: ChunkKeys) -> Float[Array, "B K G T N"]:

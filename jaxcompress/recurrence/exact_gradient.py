@@ -58,7 +58,8 @@ def parallel_gradient(block: TokenBlock, state: KVState, layer: Int[Array, ""] |
     if isinstance(one.keys, Quantised) or isinstance(one.values, Quantised):
         raise ValueError(f"no gradient passes through keys stored as {one.keys.dtype}; train in a plain dtype")
     still = jax.lax.stop_gradient
-    context = spec.context._replace(out=None if spec.context.out is None else still(spec.context.out))
+    context = spec.context
+    context = context._replace(out=None if context.out is None else still(context.out), traits=still(context.traits))
     done = steps(still(block), still(one), 0, spec._replace(context=context))
 
     positions = block.positions
@@ -130,10 +131,10 @@ def _forward(
 
 
 def _backward(alive: int, saved: Any, cotangent: Array) -> tuple[Any, ...]:
-    q, keys, values, traits, lives = saved
-    attend = lambda q, keys, values: lifetime_attention(q, keys, values, *lives, alive=alive, traits=traits)
-    _, pull = jax.vjp(attend, q, keys, values)
-    return *pull(cotangent), None, jnp.zeros_like(cotangent), None
+    *inputs, lives = saved
+    attend = lambda q, keys, values, traits: lifetime_attention(q, keys, values, *lives, alive=alive, traits=traits)
+    _, pull = jax.vjp(attend, *inputs)
+    return *pull(cotangent), jnp.zeros_like(cotangent), None
 
 
 _given.defvjp(_forward, _backward)

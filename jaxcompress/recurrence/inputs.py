@@ -47,4 +47,4 @@ class AttentionInputs(NamedTuple):
             at = jnp.take_along_axis(self.positions, index, axis=1)[:, None, None, :, None]
             key = self.positions[:, None, None, None]
             visible, present = visible & (key >= 0) & (key <= at), at >= 0
-        return masked_softmax(scores, visible, present).reshape(b, h, -1, t)
+        return masked_softmax(scores, visible, present, self.traits.sinks_beside(scores)).reshape(b, h, -1, t)

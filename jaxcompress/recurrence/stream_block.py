@@ -64,7 +64,8 @@ def stream_block(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResul
     policy, slots = spec.policy, state.positions.shape[-1]
     whole = joined(block, state, spec)
     q, given = keys_met(block, state, whole, spec)
-    scores = spec.context.traits.capped(chunk_scores(q.transpose(0, 2, 3, 1, 4), given))
+    traits = spec.context.traits
+    scores = traits.capped(chunk_scores(q.transpose(0, 2, 3, 1, 4), given))
     scores = jnp.moveaxis(scores, 3, 0)  # [T, B, K, G, N]
     columns = jnp.arange(slots + block.positions.shape[1])
     everything = replace(state, **jax.tree.map(lambda x: x[None], whole))
@@ -77,7 +78,7 @@ def stream_block(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResul
         comes = present if policy.forgets else present & ((held >= 0).sum(-1) < most)
         held = jnp.where((columns == slots + nth) & comes[..., None], position[:, None, None], held)
         count = (held >= 0).sum(-1)
-        parts = exponentials(scores, (held >= 0)[:, :, None])
+        parts = exponentials(scores, (held >= 0)[:, :, None], sink=traits.sinks_beside(scores))
         weights = parts.visible * (present[:, :, None, None] / parts.total)
         seen = Observation(
             weights[:, :, :, None], position[:, None], count[..., None].astype(jnp.float32), spec.context.group

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.recurrence.softmax import MASKED
+from jaxcompress.recurrence.softmax import masked_softmax
 from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.shapes import Keys, Positions, Queries
@@ -46,7 +46,8 @@ def foresight_loss(
     q = jnp.take_along_axis(q, sample[:, :, None, None], axis=1).reshape(b, sample.shape[1], k.shape[2], -1, d)
     scores = traits.capped(scores_of("brkgd,btkd->bkgrt", q, k))
     earlier = (positions[:, None] <= at[:, :, None]) & (positions[:, None] >= 0)
-    weights = jax.nn.softmax(jnp.where(earlier[:, None, None], scores, MASKED), axis=-1)
+    present = (at >= 0)[:, None, None, :, None]
+    weights = masked_softmax(scores, earlier[:, None, None], present, traits.sinks_beside(scores))
     strongest = jax.lax.stop_gradient(weights.max((1, 2)))  # [B, R, T]
     later = jnp.pad(jax.lax.cummax(strongest, axis=1, reverse=True)[:, 1:], ((0, 0), (0, 1), (0, 0)))
     needed = (later > strong) & earlier

@@ -43,15 +43,13 @@ def init_lora(model: Decoder, key: Array, *, rank: int = 8, to: tuple[str, ...] 
       to: names of projections from `EVERY`.
 
     Raises:
-      ValueError: a rank below 1, an unknown projection, or one that the model's MLP does not have.
+      ValueError: a rank below 1, an unknown projection, or one without a matrix (see `kernel_of`).
     """
     if rank < 1:
         raise ValueError(f"the rank of an adapter is at least 1, not {rank}")
     unknown = [name for name in to if name not in EVERY]
     if unknown:
         raise ValueError(f"unknown projections {', '.join(unknown)}; known: {', '.join(EVERY)}")
-    if absent := [name for name in to if name not in PROJECTIONS and not hasattr(model.layers.mlp, name)]:
-        raise ValueError(f"the MLP of this model has no {', '.join(absent)}: it is {model.config.mlp}")
     adapters = {}
     for name, one in zip(to, jax.random.split(key, len(to)), strict=True):
         layers, n, m = kernel_of(model, name).shape
@@ -92,6 +90,14 @@ def add_lora(model: Decoder, adapters: dict[str, Adapter], *, alpha: float = ALP
 
 
 def kernel_of(model: Decoder, name: str) -> Float[Array, "L N M"]:
-    """The stacked matrices of one kind, given by a name from `EVERY`."""
+    """The stacked matrices of one kind, given by a name from `EVERY`.
+
+    Raises:
+      ValueError: the MLP of the model has none, or one for each expert.
+    """
     part = model.layers.attention if name in PROJECTIONS else model.layers.mlp
+    if name not in PROJECTIONS and model.config.mlp == "experts":
+        raise ValueError(f"{name!r} has a matrix for each expert; adapt the projections {', '.join(PROJECTIONS)}")
+    if not hasattr(part, name):
+        raise ValueError(f"the MLP of this model has no {name}: it is {model.config.mlp}")
     return getattr(part, name).kernel[...]

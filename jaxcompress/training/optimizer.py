@@ -32,14 +32,16 @@ def muon_for_decoder(
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the layers' matrices, Adam for embeddings and norms, clipped by global norm.
 
-    The matrices of all layers are stacked, [L, in, out]; each is orthogonalised on its own, and its update is scaled
-    to the root mean square of Adam's (Liu et al. 2025), so that one learning rate serves both.
+    The matrices of all layers are stacked, [L, in, out], or [L, X, in, out] of experts; each is orthogonalised on its
+    own, and its update is scaled to the root mean square of Adam's (Liu et al. 2025), so that one learning rate serves
+    both.
     """
 
     def matrices(params: Any) -> Any:
         def spec(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
-            stacked = "layers" in jax.tree_util.keystr(path) and leaf.ndim == 3
-            return MuonDimensionNumbers(reduction_axis=1, output_axis=2) if stacked else None
+            name = jax.tree_util.keystr(path)
+            stacked = "layers" in name and "bias" not in name and leaf.ndim in (3, 4)
+            return MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1) if stacked else None
 
         return jax.tree_util.tree_map_with_path(spec, params)
 
@@ -58,10 +60,10 @@ def muon_for_decoder(
 def adamw_for_decoder(
     schedule: optax.Schedule, *, clip: float = 1.0, weight_decay: float = 0.01
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019), clipped by global norm. Norms and biases have no weight decay."""
+    """AdamW (Loshchilov & Hutter 2019), clipped by global norm. Norms, biases and sinks have no weight decay."""
 
     def decays(params: Any) -> Any:
-        matrix = lambda path, leaf: not any(part in jax.tree_util.keystr(path) for part in ("scale", "bias"))
+        matrix = lambda path, leaf: not any(part in jax.tree_util.keystr(path) for part in ("scale", "bias", "sinks"))
         return jax.tree_util.tree_map_with_path(matrix, params)
 
     return optax.chain(

@@ -110,7 +110,7 @@ def future_attention_loss(
         raise ValueError(f"a horizon is a positive number of tokens, not {horizon}")
     if not 1 <= block < t:
         raise ValueError(f"blocks of {block} tokens in texts of {t}: at least 1, and something has to come after one")
-    q, k, still = jax.lax.stop_gradient((q, k, numbers))
+    q, k, still, traits = jax.lax.stop_gradient((q, k, numbers, traits))
     sets = numbers.shape[1]
     n = -(-t // block)
     pad = [(0, 0), (0, n * block - t)]
@@ -127,7 +127,8 @@ def future_attention_loss(
         visible = (key <= at[:, :, None]) & (key >= 0)
         if window is not None:
             visible &= key > at[:, :, None] - window
-        weights = masked_softmax(scores, visible[:, None, None], (at >= 0)[:, None, None, :, None]).mean(2)
+        present = (at >= 0)[:, None, None, :, None]
+        weights = masked_softmax(scores, visible[:, None, None], present, traits.sinks_beside(scores)).mean(2)
         return weights.mean(1, keepdims=True) if sets == 1 else weights
 
     def add(total: Array, inputs: Any) -> tuple[Array, None]:

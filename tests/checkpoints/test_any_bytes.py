@@ -37,6 +37,8 @@ READERS: dict[str, tuple[Callable[[Any], Any], Callable[[Path], Any], Path]] = {
     "qwen2": (decoder_config, load, FIXTURES / "parity" / "qwen2_mixed"),
     "llama": (decoder_config, load, FIXTURES / "parity" / "llama3_gqa"),
     "mistral": (decoder_config, load, FIXTURES / "parity" / "mistral_sliding"),
+    "mixtral": (decoder_config, load, FIXTURES / "parity" / "mixtral"),
+    "gpt_oss": (decoder_config, load, FIXTURES / "parity" / "gpt_oss"),
     "yarn": (decoder_config, load, FIXTURES / "parity" / "llama_yarn_mscale"),
     "bert": (encoder_config, load_encoder, FIXTURES / "prompt" / "bert"),
     "xlm-roberta": (encoder_config, load_encoder, FIXTURES / "prompt" / "xlm-roberta"),

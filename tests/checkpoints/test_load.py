@@ -62,6 +62,9 @@ PLAIN_ROPE: dict[str, Any] = dict(rope=RopeConfig(theta=100.0), layer_ropes=())
         ("phi3_long", PLAIN_ROPE | dict(rope=RopeConfig(theta=100.0, partial=0.75))),
         ("smollm3", dict(layer_ropes=())),
         ("smollm3", dict(sliding=())),
+        ("mixtral", dict(sliding=())),
+        ("gpt_oss", dict(sinks=False)),
+        ("gpt_oss", PLAIN_ROPE | dict(sliding=())),
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ import pytest
 
 from jaxcompress.checkpoints import load
 from jaxcompress.models.decoder import Decoder, read
+from jaxcompress.models.experts_config import ExpertsConfig
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig
 from jaxcompress.policies import TOVA, Full, Policy
@@ -134,6 +135,9 @@ def test_turning_back_gives_what_was_turned(attention_factor: float) -> None:
         (dict(layer_ropes=(RopeConfig(partial=0.5), None)), "must rotate as many"),
         (dict(rope=RopeConfig(partial=0.4)), "rotates 3 of 8 channels"),
         (dict(parallel=True, norms_at="both"), "norms before them"),
+        (dict(mlp="experts"), "given together, not mlp='experts', experts=None"),
+        (dict(experts=ExpertsConfig(3, 2)), "given together, not mlp='gated'"),
+        (dict(mlp="experts", experts=ExpertsConfig(3, 2), mlp_bias=True), "biases of experts are set in ExpertsConfig"),
     ],
 )
 def test_shapes_that_make_no_sense(changes: dict[str, Any], message: str) -> None:

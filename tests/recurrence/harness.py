@@ -18,11 +18,14 @@ from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.policies import Policy
 from jaxcompress.recurrence.advance import advance, death_times
+from jaxcompress.state.attention_traits import AttentionTraits
 from jaxcompress.state.kv_state import KVState
 
 from .reference import THETA, History, Rule, recurrence
 
 B, T, H, K, D, C = 3, 16, 4, 2, 8, 6
+SINKS = np.array([1.0, -0.5, 3.0, 0.2], np.float32)
+"""A logit for each query head."""
 FAST_COMPILE = {"xla_backend_optimization_level": 0}  # of many small functions; halves the time of a first run
 ROPE = partial(rotate, rope=RopeConfig(theta=THETA))
 
@@ -84,6 +87,11 @@ class Case(NamedTuple):
     window: int | None = None
     capacity: int = C
     kv_heads: int = K
+    sinks: str = ""  # or "sinks": every query head has one
+
+    @property
+    def traits(self) -> AttentionTraits:
+        return AttentionTraits(sinks=jnp.asarray(SINKS)) if self.sinks else AttentionTraits()
 
     @property
     def rule(self) -> Rule:
@@ -172,6 +180,7 @@ def _run(case: Case, q: Any, k: Any, v: Any, positions: Any, state: KVState) -> 
         done = advance(
             q, k, v, positions, state, 0, RULES[case.policy][0],
             chunk=chunk, rotate=ROPE, placement=case.placement, window=case.window,
+            traits=case.traits,
         )  # fmt: skip
         return done.state, (done.out, done.state, done.freed, done.died)
 
@@ -231,7 +240,7 @@ def ragged(draw: Any, kv_heads: int = K) -> Data:
 def expected(case: Case, data: Data, b: int) -> History:
     """What the reference gives for one row."""
     pieces = case.pieces(data.valid[b])
-    return recurrence(*data.row(b), case.rule, case.bound, pieces, case.placement, case.window)
+    return recurrence(*data.row(b), case.rule, case.bound, pieces, case.placement, case.window, case.traits.sinks)
 
 
 _deaths = jax.jit(death_times, static_argnames="total", compiler_options=FAST_COMPILE)

@@ -78,9 +78,10 @@ def keep(stats: dict[int, float], rule: Rule, n: int) -> dict[int, float]:
 
 def recurrence(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, rule: Rule, capacity: int, pieces: list[list[int]],
-    placement: str = "absolute", window: int | None = None,
+    placement: str = "absolute", window: int | None = None, sinks: np.ndarray | None = None,
 ) -> History:  # fmt: skip
     """q [n, H, D], k and v [n, K, D] of one sequence, not rotated; `pieces` cut range(n) into what comes at once."""
+    shares = lambda scores, h: softmax(scores) if sinks is None else softmax(np.append(scores, sinks[h]))[:-1]
     n, heads, d = q.shape
     group = heads // k.shape[1]
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
@@ -109,7 +110,7 @@ def recurrence(
                 mass = np.zeros(len(visible))
                 for h in members[s]:
                     keys = rope(k[visible, h // group], where)
-                    weights = softmax(keys @ rope(q[i, h], at[i]) / np.sqrt(d))
+                    weights = shares(keys @ rope(q[i, h], at[i]) / np.sqrt(d), h)
                     result.out[i, h] = weights @ v[visible, h // group]
                     mass += weights / len(members[s])
                 if rule.kind == "tova":

@@ -22,9 +22,10 @@ from jaxcompress.policies.reductions.summarise import mean_slots
 from jaxcompress.recurrence.advance import Step, advance
 from jaxcompress.recurrence.block_attention import lifetime_attention
 from jaxcompress.recurrence.exact_gradient import FOREVER, parallel_gradient
+from jaxcompress.state.attention_traits import AttentionTraits
 from jaxcompress.training.recurrent import exact_gradient, rematerialised
 
-from .harness import FAST_COMPILE, ROPE, RULES, B, C, Case, D, H, K, T, data, deaths, fresh, run
+from .harness import FAST_COMPILE, ROPE, RULES, SINKS, B, C, Case, D, H, K, T, data, deaths, fresh, run
 
 by_death_times, by_scan = (partial(advance, recurrence=step) for step in (parallel_gradient, rematerialised))
 MASKED = sorted(
@@ -110,6 +111,26 @@ def test_gradient_of_death_times(name: str, chunk: int) -> None:
 def test_sliding_windows(window: int) -> None:
     state, policy = (lambda: fresh(Case("tova"))), policies.TOVA()
     compare(*(of_both(form, state, policy, window=window) for form in (by_death_times, by_scan)))
+
+
+@pytest.mark.parametrize(("name", "chunk", "window"), [("tova", 1, 5), ("h2o", 5, None)])
+def test_sinks_have_a_gradient(name: str, chunk: int, window: int | None) -> None:
+    first, _ = blocks()
+    by, present = jnp.asarray(data(2).q), jnp.asarray(first.valid)[:, :, None, None]
+
+    def loss(form: Any, sinks: Any, q: Any, k: Any, v: Any) -> jax.Array:
+        done = form(
+            q, k, v, jnp.asarray(first.positions), fresh(Case(name)), 0, RULES[name][0],
+            rotate=ROPE, chunk=chunk, window=window, traits=AttentionTraits(sinks=sinks),
+        )  # fmt: skip
+        return (jnp.where(present, done.out, 0) * by).sum()
+
+    grad = lambda form: jax.jit(jax.grad(partial(loss, form), range(4)), compiler_options=FAST_COMPILE)
+    inputs = tuple(map(jnp.asarray, (SINKS, first.q, first.k, first.v)))
+    for a, b in zip(*(grad(form)(*inputs) for form in (by_death_times, by_scan)), strict=True):
+        assert np.isfinite(a).all()
+        assert np.abs(a).min() > 1e-3 or a.ndim > 1
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("heads", "name"), [(1, "tova"), (H, "h2o-kv_head")])

@@ -27,6 +27,11 @@ CASES = [
     # Sliding-window layers: room for the whole window, and less than that.
     *(Case(name, mode, window=6) for name in ("tova", "full", "streaming-before") for mode in ("steps", "chunked")),
     *(Case("h2o-layer", "streaming", window=8), Case("streaming-before", "chunked", "slot", window=8)),
+    # Sinks: policies observe what is left for the tokens.
+    Case("tova", "steps", sinks="sinks"),
+    Case("h2o", "chunked", sinks="sinks"),
+    Case("h2o-kv_head", "streaming", "compact", sinks="sinks"),
+    Case("tova", "one-shot", window=6, sinks="sinks"),
     # Query heads per kv head; 2 is everywhere else.
     *(Case("tova", kv_heads=1), Case("tova", kv_heads=4), Case("h2o-kv_head", kv_heads=1)),
 ]

@@ -17,7 +17,7 @@ from jaxcompress.recurrence import stream
 from jaxcompress.recurrence.advance import Advanced, advance
 from jaxcompress.state.attention_traits import AttentionTraits
 
-from .harness import FAST_COMPILE, ROPE, B, C, D, H, K
+from .harness import FAST_COMPILE, ROPE, SINKS, B, C, D, H, K
 
 T = 23
 rng = np.random.default_rng(0)
@@ -32,7 +32,7 @@ def read(policy: Policy, slots: int, window: int | None, dtype: str, multiple: i
     (state,) = init_state(config, policy, slots, batch=B, dtype=dtype, slot_multiple=multiple)
 
     def run(*arrays: Any) -> Advanced:
-        traits = AttentionTraits(softcap=3.0)
+        traits = AttentionTraits(3.0, jnp.asarray(SINKS))
         first = advance(*arrays[:4], state, 0, policy, rotate=ROPE, window=window, traits=traits)
         kept = first.state
         again = jnp.where(arrays[3] >= 0, arrays[3] + T, -1)  # a second segment, into a state that is full

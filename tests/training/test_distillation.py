@@ -15,6 +15,7 @@ from tiny import random_tokens, tiny_decoder
 
 from jaxcompress.checkpoints import load, save
 from jaxcompress.models.decoder import Decoder, read
+from jaxcompress.models.experts_config import ExpertsConfig
 from jaxcompress.models.init_state import init_state
 from jaxcompress.policies.names import get_policy
 from jaxcompress.training.data import Batch
@@ -184,6 +185,11 @@ def other(**changes: Any) -> Decoder:
         (lambda: run(tiny_decoder(), jit=False, segment=T + 1), "does not fit into texts of 16"),
         (lambda: init_lora(tiny_decoder(), jax.random.key(0), rank=0), "at least 1, not 0"),
         (lambda: init_lora(tiny_decoder(), jax.random.key(0), to=("query", "norm")), "unknown projections norm"),
+        (lambda: init_lora(other(mlp="plain"), jax.random.key(0), to=("gate",)), "has no gate: it is plain"),
+        (
+            lambda: init_lora(other(mlp="experts", experts=ExpertsConfig(3, 2)), jax.random.key(0), to=("up",)),
+            "'up' has a matrix for each expert; adapt the projections query",
+        ),
     ],
 )
 def test_errors_say_what_was_given(make: Any, says: str) -> None:

@@ -12,6 +12,10 @@ import pytest
 from flax import nnx
 from tiny import random_tokens, tiny_decoder
 
+from jaxcompress.models.config import DecoderConfig
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.experts_config import ExpertsConfig
+from jaxcompress.state.attention_traits import AttentionTraits
 from jaxcompress.training.foresight import foresight_loss
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.optimizer import muon_for_decoder, warmup_stable_decay
@@ -68,6 +72,16 @@ def test_foresight_is_its_definition(seed: int, among: int | None) -> None:
     result = foresight(*map(jnp.asarray, (q, k, positions, sample)), strong=0.1, floor=floor, among=among)
     assert expected > 0
     assert float(result) == pytest.approx(expected, rel=1e-4)
+
+
+def test_foresight_counts_what_a_sink_takes() -> None:
+    """A sink that takes as much as all tokens together halves their attention."""
+    q, k = jnp.zeros((1, T, 2, D)), jnp.zeros((1, T, 1, D))
+    last = everything()[0], jnp.array([[T - 2, T - 1]])
+    halved = AttentionTraits(sinks=jnp.full(2, np.log(T - 1.0), jnp.float32))
+    how: Any = dict(strong=1 / (2 * T), floor=1.0)
+    more = foresight(q, k, *last, traits=halved, **how) - foresight(q, k, *last, **how)
+    assert float(more) == pytest.approx(np.log(2), rel=1e-4)
 
 
 def everything() -> tuple[jax.Array, jax.Array]:
@@ -151,6 +165,21 @@ class TestMuon:
     def test_one_step_lowers_the_loss(self, gradients: tuple[Any, Any, Any, Any]) -> None:
         weights, _, update, loss = gradients
         assert loss(optax.apply_updates(weights, update)) < loss(weights)
+
+    def test_the_matrix_of_each_expert_is_orthogonalised(self) -> None:
+        experts = ExpertsConfig(3, 2, bias=True)
+        config = DecoderConfig(7, 8, 6, 2, 2, 1, 4, mlp="experts", experts=experts, sinks=True)
+        abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        weights = nnx.to_pure_dict(nnx.split(abstract, nnx.Param)[1])
+        draw = np.random.default_rng(0).standard_normal
+        random = jax.tree.map(lambda x: jnp.asarray(draw(x.shape), x.dtype), weights)
+        update = self.update(random, random)["layers"]
+        assert update["mlp"]["gate"].shape == (2, 3, 8, 6)
+        for matrix in np.asarray(update["mlp"]["gate"]).reshape(-1, 8, 6):
+            values = np.linalg.svd(matrix, compute_uv=False)
+            assert values.min() > 0.4 * values.max()
+        for plain in (update["mlp"]["gate_bias"], update["attention"]["sinks"]):  # Adam's first step
+            np.testing.assert_allclose(np.abs(plain), np.abs(plain).mean(), rtol=0.3)
 
     def test_matrices_are_orthogonalised_and_nothing_else(self, gradients: tuple[Any, Any, Any, Any]) -> None:
         _, gradient, update, _ = gradients
