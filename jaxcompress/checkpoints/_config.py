@@ -68,7 +68,7 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError(f"the config of this {architecture} lacks {', '.join(missing)}")
     _refuse_quantised(raw, family)
     c = {**_ALL, **family.defaults, **said(raw, *_NULLABLE)}
-    act = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
+    act = family.activation_entry
     if text(c, act) not in _ACTIVATIONS:
         raise ValueError(f"unknown {act} {c[act]!r}; known: {', '.join(map(repr, _ACTIVATIONS))}")
     hidden, heads, layers = whole(c, "hidden_size"), whole(c, "num_attention_heads"), _layers(c)
@@ -109,7 +109,7 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
     windows = sorted({w for w in config.sliding if w})
     _refuse_what_is_lacking(architecture, config, windows)
     family = FAMILIES[architecture]
-    act = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
+    act = family.activation_entry
     written = {
         "architectures": [architecture],
         "model_type": family.model_type,

@@ -67,6 +67,11 @@ class Family(NamedTuple):
     quantised: tuple[str, ...] = ()
     unpacked: Callable[[Entries, DecoderConfig], dict[str, Any]] = lambda tensors, config: dict(tensors)
 
+    @property
+    def activation_entry(self) -> str:
+        """The entry that names the activation."""
+        return "hidden_activation" if "hidden_activation" in self.defaults else "hidden_act"
+
 
 def _biases(c: Entries) -> dict[str, Any]:
     biased = flag(c, "attention_bias")

@@ -31,6 +31,13 @@ GROUP = 8
 _CONTEXT = 16  # tokens before a text that decide how it is encoded; a few suffice
 
 
+def _check_loaded(loaded: Any) -> None:
+    if not isinstance(loaded, Loaded):
+        raise ValueError(
+            f"a chat needs a model with its tokenizer, as jaxcompress.load gives them, not {described(loaded)}"
+        )
+
+
 class Chat:
     """A conversation with a chat model, of any length, in a state of fixed size.
 
@@ -81,10 +88,7 @@ class Chat:
           ValueError: there is no chat template, or it refuses the system message, or does not write answers as they
             are; other cases as for `init_decode_state`.
         """
-        if not isinstance(loaded, Loaded):
-            raise ValueError(
-                f"a chat needs a model with its tokenizer, as jaxcompress.load gives them, not {described(loaded)}"
-            )
+        _check_loaded(loaded)
         check_decoder(loaded.model)
         if unknown := sorted(set(options) - set(ReadOptions.__annotations__)):
             raise TypeError(f"Chat has no argument {unknown[0]!r}; options: {', '.join(ReadOptions.__annotations__)}")
@@ -209,10 +213,7 @@ class Chat:
         said = record.facts.get("conversation")
         if said is None:
             raise ValueError(f"{path} is a state without a conversation; read it with jaxcompress.load_state")
-        if not isinstance(loaded, Loaded):
-            raise ValueError(
-                f"a chat needs a model with its tokenizer, as jaxcompress.load gives, not {described(loaded)}"
-            )
+        _check_loaded(loaded)
         state = state_of(record, path, loaded.model, policy)
         try:
             given = {**said["config"], "stop_token_ids": tuple(said["config"]["stop_token_ids"])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from flax import nnx
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from jaxcompress.models.activations import ACTIVATIONS
@@ -20,9 +21,7 @@ class GatedMLP(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, f = config.hidden_size, config.intermediate_size
         small, out = initializers(config)
-        linear = lambda n, m, init: nnx.Linear(
-            n, m, use_bias=config.mlp_bias, kernel_init=init, param_dtype=dtype, rngs=rngs
-        )
+        linear = _linear(config, dtype, rngs)
         self.gate, self.up, self.down = linear(e, f, small), linear(e, f, small), linear(f, e, out)
 
     def __call__(self, x: Hidden, config: DecoderConfig) -> Hidden:
@@ -35,13 +34,16 @@ class PlainMLP(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, f = config.hidden_size, config.intermediate_size
         small, out = initializers(config)
-        linear = lambda n, m, init: nnx.Linear(
-            n, m, use_bias=config.mlp_bias, kernel_init=init, param_dtype=dtype, rngs=rngs
-        )
+        linear = _linear(config, dtype, rngs)
         self.up, self.down = linear(e, f, small), linear(f, e, out)
 
     def __call__(self, x: Hidden, config: DecoderConfig) -> Hidden:
         return self.down(ACTIVATIONS[config.activation](self.up(x)))
+
+
+def _linear(config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[[int, int, Initializer], nnx.Linear]:
+    """(inputs, outputs, initializer of the kernel) -> a projection, with a bias if the config says so."""
+    return lambda n, m, init: nnx.Linear(n, m, use_bias=config.mlp_bias, kernel_init=init, param_dtype=dtype, rngs=rngs)
 
 
 MLPS: Mapping[MLPKind, Callable[..., GatedMLP | PlainMLP | Experts]] = {
