@@ -49,7 +49,7 @@ def save(
       FileNotFoundError: `tokenizer_from` is not a folder or has no tokenizer.
       ValueError: no Hugging Face architecture has this model's combination of features; weights have several dtypes.
 
-    Example:
+    Examples:
       >>> save(model, "trained", tokenizer_from=loaded.folder)  # doctest: +SKIP
     """
     with as_folder(tokenizer_from) as source:
