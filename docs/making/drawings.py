@@ -69,8 +69,10 @@ def state_over_time(colours: Palette) -> str:
     for slot in range(rows):
         y = top + row * slot
         parts.append(word(left - 8, y + 17, f"slot {slot + 1}", colours.ink, "end", 'opacity=".7"'))
-        parts.append(line(left, y + row / 2, right, y + row / 2, colours.faint))
-        for token, (first, last) in stays([after[slot] for after in held]).items():
+        holds = [after[slot] for after in held]
+        free = "".join(f"M{left + step * at} {y + row / 2:g}h{step}" for at, token in enumerate(holds) if token < 0)
+        parts.append(f'<path d="{free}" stroke="{colours.faint}" fill="none"/>')
+        for token, (first, last) in stays(holds).items():
             x, width = left + step * first, step * (last - first + 1)
             parts.append(box(x + 1, y + 3, width - 2, row - 6, colours.accent, 0.28, 'rx="4"'))
             parts.append(box(x + 1, y + 3, 4, row - 6, colours.warm, 1, 'rx="2"'))
@@ -80,7 +82,7 @@ def state_over_time(colours: Palette) -> str:
     parts.append(word(left + 88, bottom + 18, "written", colours.ink))
     parts.append(box(left + 150, bottom + 8, 26, 12, colours.accent, 0.28, 'rx="3"'))
     parts.append(word(left + 182, bottom + 18, "held; its key and value never move", colours.ink))
-    parts.append(word(right, bottom + 18, "the gap: forgotten", colours.ink, "end"))
+    parts.append(word(right, bottom + 18, "a line: the slot is free", colours.ink, "end"))
     title = f"A state of {rows - 1} slots, and one for the token that comes, while a model reads {len(tokens)} tokens"
     return svg(right + 24, bottom + 30, title, parts)
 
@@ -141,7 +143,6 @@ def three_ways(colours: Palette) -> str:
         y = top + cell * PROMPT - 0.5
         parts.append(line(x, y, x + side, y, colours.ink, 'stroke-dasharray="3 3" opacity=".6"'))
         parts.append(word(x + side, y - 5, "prompt", colours.ink, "end", 'font-size="11" opacity=".75"'))
-        parts.append(word(x + side, y - 18, "", colours.ink))
     return svg(3 * side + 2 * gap, top + side + 4, "The tokens that each query sees, in three modes", parts)
 
 
@@ -180,7 +181,7 @@ def lifetimes(deaths: Sequence[Sequence[int]], colours: Palette) -> str:
     Args:
       deaths: [quantiles, tokens], each at most the number of tokens.
     """
-    tokens, cell, left, top = len(deaths[0]), 3, 44, 22
+    tokens, cell, left, top = len(deaths[0]), 3, 50, 22
     side = cell * tokens
     parts = [
         word(left, 14, "token →", colours.ink, more='opacity=".75"'),

@@ -60,7 +60,7 @@ def _settings(thing: Any) -> list[str]:
         return []
     rows = [
         f"| `{field.name}` | {'learned weights' if field.default is dataclasses.MISSING else f'`{field.default!r}`'} "
-        f"| `{str(field.type).replace('|', chr(92) + '|')}` |"
+        f"| `{str(field.type).replace(' | ', ' or ')}` |"
         for field in dataclasses.fields(thing)
         if not (field.metadata.get("leaf") and field.default is not dataclasses.MISSING)
     ]
@@ -90,7 +90,7 @@ def _kept(title: str) -> list[str]:
     parts = [
         "## What it keeps",
         f"The embedded model reads {count} tokens of a text that it has not seen, one after the other, in "
-        f"{data['slots']} slots. A token is the darker the longer it was held, as a mean over layers and heads.",
+        f"{data['slots']} slots. The stronger its colour, the longer a token was held (mean over layers and heads).",
     ]
     for row in rows:
         parts += [f"### `{row['policy']}`"] if len(rows) > 1 else [f"Policy `{row['policy']}`:"]
@@ -138,7 +138,7 @@ def index() -> str:
         row = next((row for row in measured.get(one.title, []) if row["ratio"]), None)
         figures = (f"{row['ratio']:.2f}", f"{row['kib'] / tova['kib']:.2f}") if row else ("", "")
         name = spellings(one.thing)[-1] if one.thing in POLICIES else "learned"
-        what = (inspect.getdoc(one.thing) or "").split("\n\n")[0].split(". ")[0].replace("\n", " ").rstrip(".")
+        what = (inspect.getdoc(one.thing) or "").split("\n\n")[0].replace("\n", " ").rstrip(".")
         where = one.page.removeprefix("policies/")
         scope = getattr(one.thing, "scope", "kv_head")
         lines.append(f"| [{one.title}]({where}) | `{name}` | {what} | `{scope}` | {' | '.join(figures)} |")

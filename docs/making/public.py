@@ -43,6 +43,12 @@ def _ours(value: Any) -> bool:
     return not isinstance(value, ModuleType) and here.startswith("jaxcompress")
 
 
+def exported(path: str) -> str:
+    """The public path of a name that is listed by the module of the same name: `generation.generate.generate`."""
+    room, *rest = path.split(".")
+    return f"{room}.{rest[-1]}" if len(rest) == 2 and rest[0] == rest[1] else path
+
+
 def has_docstring(value: Any) -> bool:
     """Values that are no functions or classes are explained on the page that lists them."""
     return bool(inspect.getdoc(value)) or not (inspect.isfunction(value) or inspect.isclass(value))
@@ -60,6 +66,10 @@ def _places() -> dict[str, str]:
         for name in offered:
             found.setdefault(name, set()).add(f"jaxcompress.{room}.{name}")
             found.setdefault(f"{room}.{name}", set()).add(f"jaxcompress.{room}.{name}")
+    for page in (Path(__file__).parents[1] / "api").glob("*.md"):
+        for path in DIRECTIVE.findall(page.read_text(encoding="utf-8")):
+            if (short := exported(path)) != path:
+                found[short] = found[short.rpartition(".")[2]] = {f"jaxcompress.{path}"}
     return {name: paths.copy().pop() for name, paths in found.items() if len(paths) == 1 and len(name) > 4}
 
 
@@ -75,7 +85,7 @@ def problems(pages: Iterable[str]) -> list[str]:
       pages: the Markdown of every page of the site.
     """
     texts = list(pages)
-    listed = Counter(path for text in texts for path in DIRECTIVE.findall(text))
+    listed = Counter(exported(path) for text in texts for path in DIRECTIVE.findall(text))
     wrong = [f"the reference has {path} {count} times" for path, count in listed.items() if count > 1]
     wanted = {f"{room}.{name}" for room, offered in names().items() for name in offered}
     wrong += [f"the reference lacks {path}" for path in sorted(wanted - set(listed))]
