@@ -125,7 +125,8 @@ def _cost(one: One) -> list[str]:
         "## What it costs",
         f"A decoding step over {drawings.data()['timed_slots']} slots, divided by plain attention over a ring of as "
         "many; and the bytes of the state, divided by TOVA's. Two CPU cores, batch 1, 6 layers of random weights; "
-        "repeated runs differ by about 0.15. More in [results](../results/policies.md#what-a-step-costs).",
+        "the machine had other work, and repeated runs differ by 0.1 to 0.3. More in "
+        "[results](../results/policies.md#what-a-step-costs).",
         "\n".join(["| | step / attention | state / TOVA's |", "|---|---|---|", *lines]),
     ]
 
