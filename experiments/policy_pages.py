@@ -9,7 +9,7 @@ cut down to a few quantiles. Costs are those of `speed_policies.py`, on a model 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,7 @@ QUICK = Arguments(
 def main(args: Arguments) -> None:
     loaded = jc.load_embedded()
     ids = loaded.tokenizer.encode(held_out(args.text)[0].text)[args.start :][: args.tokens]
-    timed = Speed(**vars(args.speed) | dict(policies=tuple(name for name in args.policies if name != "learned")))
+    timed = replace(args.speed, policies=tuple(name for name in args.policies if name != "learned"))
     speed = {row["policy"]: row for row in measured(timed)}
     shown = []
     for name in args.policies:

@@ -10,8 +10,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import by_policy  # noqa: E402
 import drawings  # noqa: E402  beside this file
-import policy_pages  # noqa: E402
 import public  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 
@@ -24,15 +24,15 @@ CODE = re.compile(r"(?<!<b>)<code>(?=jc\.|jaxcompress\.|\w*[A-Z_])(?:jc\.|jaxcom
 def on_config(config: Any) -> Any:
     for entry in config.nav:
         if entry.get("Policies"):
-            entry["Policies"] = ["policies/index.md", *({one.title: one.page} for one in policy_pages.pages())]
+            entry["Policies"] = ["policies/index.md", *({one.title: one.page} for one in by_policy.pages())]
         if entry.get("API"):
             entry["API"] = ["api/index.md", *({title: f"api/{name}.md"} for name, title in public.PAGES.items())]
     return config
 
 
 def on_files(files: Files, config: Any) -> Files:
-    made = {one.page: policy_pages.page(one) for one in policy_pages.pages()}
-    made["policies/index.md"] = policy_pages.index()
+    made = {one.page: by_policy.page(one) for one in by_policy.pages()}
+    made["policies/index.md"] = by_policy.index()
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     texts = [file.content_string for file in files.documentation_pages()]
@@ -42,7 +42,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return DRAWING.sub(lambda found: policy_pages.drawing(drawings.DRAWINGS[found[1]](drawings.PAGE)), markdown)
+    return DRAWING.sub(lambda found: by_policy.drawing(drawings.DRAWINGS[found[1]](drawings.PAGE)), markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -13,7 +13,7 @@ import yaml
 from pages import DOCS, PAGES, ROOT, text
 
 import drawings  # isort: skip  in docs/making, which `pages` adds to the path
-import policy_pages  # isort: skip
+import by_policy  # isort: skip
 import public  # isort: skip
 
 SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def test_the_readme_is_short() -> None:
 
 def test_every_public_name_is_in_the_reference_once_and_explained() -> None:
     texts = [text(page) for page in PAGES if page.is_relative_to(DOCS)]
-    made = [policy_pages.page(one) for one in policy_pages.pages()]
+    made = [by_policy.page(one) for one in by_policy.pages()]
     assert not public.problems([*texts, *made])
 
 
@@ -80,7 +80,7 @@ def test_what_policies_keep_fits_into_the_slots() -> None:
     data = drawings.data()
     total, slots = len(data["tokens"]), data["slots"]
     shown = {row["of"] for row in data["policies"]}
-    assert shown >= {one.title for one in policy_pages.pages()} - {"Full", "DMS", "dmc"}
+    assert shown >= {one.title for one in by_policy.pages()} - {"Full", "DMS", "dmc"}
     for row in data["policies"]:
         deaths = row["deaths"]
         assert all(at < death <= total for quantile in deaths for at, death in enumerate(quantile)), row["policy"]
@@ -90,7 +90,7 @@ def test_what_policies_keep_fits_into_the_slots() -> None:
 
 
 def test_the_page_of_a_policy_shows_its_text_and_its_cost() -> None:
-    page = policy_pages.page(next(one for one in policy_pages.pages() if one.title == "TOVA"))
+    page = by_policy.page(next(one for one in by_policy.pages() if one.title == "TOVA"))
     plain = re.sub(r"<[^>]+>", "", page)
     assert "::: jaxcompress.policies.TOVA" in page
     assert "".join(drawings.data()["tokens"])[-40:].split()[-1] in html.unescape(plain)
