@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 SITE := $(VENV)/.site
 
-.PHONY: demo test docs lint types unit slow real aot aot-gpu clean
+.PHONY: demo test docs site lint types unit slow real aot aot-gpu clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ test: lint types unit
 # ends it.
 docs: $(SITE)
 	@$(BIN)/python -m pytest -n 2 tests/docs
+	@$(MAKE) --no-print-directory site
+
+# The same without the snippets, which are also among the tests of `make test`.
+site: $(SITE)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo "site/index.html"
 

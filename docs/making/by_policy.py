@@ -64,7 +64,7 @@ def _settings(thing: Any) -> list[str]:
         for field in dataclasses.fields(thing)
         if not (field.metadata.get("leaf") and field.default is not dataclasses.MISSING)
     ]
-    return ["## Settings", "\n".join(["| | default | |", "|---|---|---|", *rows])] if rows else []
+    return ["## Settings", "\n".join(["| setting | default | type |", "|---|---|---|", *rows])] if rows else []
 
 
 @cache
