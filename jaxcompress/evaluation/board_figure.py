@@ -29,15 +29,17 @@ def draw(given: Sequence[Point], path: Path) -> None:
         raise ValueError("there are no rows to draw")
     policies = list(dict.fromkeys(point.policy for point in given))
     with mpl.rc_context(STYLE):
-        drawing = Figure(figsize=(11, 4.2 * len(comparisons)), layout="constrained")
+        drawing = Figure(figsize=(13, 4.2 * len(comparisons)), layout="constrained")
         for row, mine in zip(drawing.subplots(len(comparisons), 2, squeeze=False), comparisons.values(), strict=True):
             _panel(row[0], mine, policies, lambda point: point.state_bytes / 2**20, memory)
-            row[0].set(xlabel="state of one row of text, MiB (measured)", xscale="log")
+            row[0].set_xscale("log", base=2)
+            row[0].xaxis.set_major_formatter(lambda x, _: f"{x:,.3g}")
+            row[0].set_xlabel("state of one row of text, MiB (measured)")
             _panel(row[1], mine, policies, lambda point: point.tokens_per_second, slowness)
             row[1].set(xlabel="tokens per second")
             one = mine[0]
             row[0].set_title(f"{one.experiment}, {one.task}, context {one.context:,}\n{one.settings}", fontsize=9)
-            row[1].legend(fontsize=8)
+            row[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
             for axes in row:
                 axes.set_ylabel(one.metric + (" (lower is better)" if one.lower_is_better else ""))
         drawing.savefig(path, dpi=150)
@@ -56,7 +58,8 @@ def _panel(
             axes.errorbar(
                 [x for x, _ in shown], [point.value for _, point in shown],
                 yerr=[point.spread or 0 for _, point in shown], label=policy, linestyle="none", capsize=2,
-                color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], markersize=6,
+                color=COLOURS[number % len(COLOURS)], markersize=6,
+                marker=MARKERS[(number + number // len(MARKERS)) % len(MARKERS)],
             )  # fmt: skip
     best = [(x, point.value) for point in front(mine, cost) if (x := at(point)) is not None]
     axes.plot([x for x, _ in best], [y for _, y in best], color="0.4", linestyle="--", linewidth=1.2, zorder=0)
