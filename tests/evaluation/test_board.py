@@ -74,7 +74,8 @@ def test_what_nothing_beats() -> None:
     assert [point.policy for point in front(given, memory)] == ["knorm", "full"]
     losses = points([row(policy, value, fraction=fraction, lower=True) for policy, value, fraction in named])
     assert [point.policy for point in front(losses, memory)] == ["knorm", "h2o"]
-    quick = points([row("a", 90, speed=5), row("b", 80, speed=9), row("c", 70, speed=7), row("d", 99, speed=None)])
+    speeds = [("a", 90, 5.0), ("b", 80, 9.0), ("c", 70, 7.0), ("d", 99, None)]
+    quick = points([row(policy, value, speed=speed) for policy, value, speed in speeds])
     assert [point.policy for point in front(quick, slowness)] == ["b", "a"]
     equal = points([row("a", 50), row("b", 50)])
     assert len(front(equal, memory)) == 1
