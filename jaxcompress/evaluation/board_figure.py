@@ -32,7 +32,8 @@ def draw(given: Sequence[Point], path: Path) -> None:
         drawing = Figure(figsize=(13, 4.2 * len(comparisons)), layout="constrained")
         for row, mine in zip(drawing.subplots(len(comparisons), 2, squeeze=False), comparisons.values(), strict=True):
             _panel(row[0], mine, policies, lambda point: point.state_bytes / 2**20, memory)
-            row[0].set_xscale("log", base=2)
+            if max(map(memory, mine)) >= 4 * min(map(memory, mine)):
+                row[0].set_xscale("log", base=2)
             row[0].xaxis.set_major_formatter(lambda x, _: f"{x:,.3g}")
             row[0].set_xlabel("state of one row of text, MiB (measured)")
             _panel(row[1], mine, policies, lambda point: point.tokens_per_second, slowness)

@@ -53,8 +53,6 @@ class Scored(NamedTuple):
 class HarnessModel(TemplateLM):
     """A decoder in a state of fixed size, as lm-evaluation-harness takes models.
 
-    It has twelve parameters, which are the keys of --model_args.
-
     Args:
       pretrained: what `jaxcompress.load` takes: a folder, a name on the hub, a GGUF file, `smollm2`.
       policy: an expression that `jaxcompress.get_policy` reads, or `learned`.
@@ -80,6 +78,7 @@ class HarnessModel(TemplateLM):
         batch_size: int | str = 4, max_length: int | None = None, max_gen_toks: int = 256,
         device: str | None = None, max_batch_size: int | None = None,
     ) -> None:  # fmt: skip
+        """It has thirteen parameters, which are the keys of --model_args."""
         super().__init__()
         if device not in (None, jax.default_backend()):
             raise ValueError(f"device={device}: JAX has chosen {jax.default_backend()}; set JAX_PLATFORMS for another")

@@ -19,11 +19,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_sweep_and_its_board(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One cell cannot be measured: the others are, and the next run tries only that one."""
     out = tmp_path / "rows.jsonl"
-    ruler = ["ruler", "--model", model, "--tasks", "vt", "--lengths", "1200", "--fractions", "4", "--samples", "1",
+    ruler = ["ruler", "--model", model, "--tasks", "vt", "--lengths", "1700", "--fractions", "4", "--samples", "1",
              "--question", "unknown", "--policies", "full", "tova/once64", "--out", str(out)]  # fmt: skip
     assert main(ruler) == 4
     told = capsys.readouterr()
-    assert "vt, tova/once64, 236 slots, seed 0: once(tova/once64)" in told.err
+    assert "vt, tova/once64, 361 slots, seed 0: once(tova/once64)" in told.err
     assert "1 of 2 cells failed" in told.err
     before = out.read_bytes()
     assert json.loads(before)["policy"] == "full"
