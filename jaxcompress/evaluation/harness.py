@@ -92,8 +92,9 @@ class HarnessModel(TemplateLM):
         if slots is None and self.policy.evicts:
             raise ValueError(f"policy {policy} evicts: give slots, such as slots=256")
         self.slots = slots
-        self.mode = cast(Mode, mode) if self.policy.evicts else "oneshot"
-        self.chunk, self.placement, self.state_dtype = chunk, placement, state_dtype
+        self.mode: Mode = cast(Mode, mode) if self.policy.evicts else "oneshot"
+        self.chunk, self.state_dtype = chunk, state_dtype
+        self.placement: Placement | None = placement
         self.batch_size = int(batch_size)
         self.max_length = self.loaded.config.max_position if max_length is None else max_length
         self.max_gen_toks = max_gen_toks
@@ -141,7 +142,7 @@ class HarnessModel(TemplateLM):
         windows: list[tuple[int, tuple[Any, list[int], list[int]]]] = []
         for number, request in enumerate(requests):
             found = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                token_list=self.tok_encode(_arguments(request)[0]), prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length, context_len=1,
             )  # fmt: skip
             windows += [(number, (None, *make_disjoint_window(window))) for window in found]
@@ -150,7 +151,7 @@ class HarnessModel(TemplateLM):
         for (number, _), (score, _) in zip(windows, scores, strict=True):
             sums[number] += score
         for request, score in zip(requests, sums, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, score)
+            self.cache_hook.add_partial("loglikelihood_rolling", _arguments(request), score)
         return sums
 
     def _loglikelihood_tokens(
@@ -228,15 +229,15 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes until a stop string, the end of the text or the limit of tokens."""
         results: dict[int, str] = {}
-        for numbers in _grouped(range(len(requests)), lambda number: repr(requests[number].args[1])).values():
-            given = normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)
-            rows = {number: self.tok_encode(requests[number].args[0]) for number in numbers}
+        for numbers in _grouped(range(len(requests)), lambda number: repr(_arguments(requests[number])[1])).values():
+            given = normalize_gen_kwargs(_arguments(requests[numbers[0]])[1], self.max_gen_toks)
+            rows = {number: self.tok_encode(_arguments(requests[number])[0]) for number in numbers}
             order = sorted(numbers, key=lambda number: -len(rows[number]))
             for batch in _batches(order, self.batch_size):
                 written = self._generated([rows[number] for number in batch], dict(given))
                 results.update(zip(batch, written, strict=True))
         for number, request in enumerate(requests):
-            self.cache_hook.add_partial("generate_until", request.args, results[number])
+            self.cache_hook.add_partial("generate_until", _arguments(request), results[number])
         return [results[number] for number in range(len(requests))]
 
     def _generated(self, contexts: Sequence[list[int]], given: dict[str, Any]) -> list[str]:
@@ -257,6 +258,11 @@ class HarnessModel(TemplateLM):
             if all(one.stopped for one in until):
                 break
         return [text + one.finish() for text, one in zip(written, until, strict=True)]
+
+
+def _arguments(request: Instance) -> tuple[Any, ...]:
+    """What a request asks about; the harness types it by kind."""
+    return cast(Any, request).args
 
 
 def _config(given: dict[str, Any], stops: tuple[int, ...]) -> GenerationConfig:
