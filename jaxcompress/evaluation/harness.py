@@ -188,7 +188,7 @@ class HarnessModel(TemplateLM):
 
     def _read(self, contexts: Sequence[tuple[int, ...]], room: int) -> DecodeState:
         """The state after contexts [B], with room for so many tokens if nothing is evicted."""
-        slots = self.slots if self.policy.evicts else padded(room, SEGMENT)
+        slots = self.slots if self.slots is not None and self.policy.evicts else padded(room, SEGMENT)
         rows = [np.array(context, np.int32) for context in contexts]
         rows += rows[-1:] * (self.batch_size - len(rows))
         state = init_decode_state(
