@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -66,7 +65,7 @@ class HarnessModel(TemplateLM):
       max_length: tokens that are read at most, context and continuation together; earlier ones are left out, as the
         harness does. What the model was trained for if not given.
       max_gen_toks: tokens to write, if a task does not say.
-      device, max_batch_size: not used, but the harness gives them; JAX chooses the device.
+      device, max_batch_size: not used; the harness always gives them (cuda:0 by default). JAX chooses the device.
 
     Raises:
       ValueError: slots are missing, or an argument has no meaning.
@@ -80,8 +79,6 @@ class HarnessModel(TemplateLM):
     ) -> None:  # fmt: skip
         """It has thirteen parameters, which are the keys of --model_args."""
         super().__init__()
-        if device not in (None, jax.default_backend()):
-            raise ValueError(f"device={device}: JAX has chosen {jax.default_backend()}; set JAX_PLATFORMS for another")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         if mode not in MODES:
