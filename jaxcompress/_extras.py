@@ -34,6 +34,7 @@ EXTRAS = {
     "int8": Extra("holding weights in int8", ("qwix",)),
     "data": Extra("reading a dataset of the Hugging Face hub", ("datasets",)),
     "tensorboard": Extra("logging for TensorBoard", ("tensorboardX",)),
+    "lm-eval": Extra("evaluating with lm-evaluation-harness", ("lm_eval",)),
     "teacher": Extra("asking a teacher at an endpoint", ("openai",)),
 }
 

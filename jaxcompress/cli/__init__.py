@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxcompress.cli.arguments import check_numbers, check_text
+from jaxcompress.cli.board import Board
 from jaxcompress.cli.chat import Chat
 from jaxcompress.cli.compare import Compare
 from jaxcompress.cli.compress_prompt import CompressPrompt
@@ -19,7 +20,8 @@ from jaxcompress.cli.info import Info
 from jaxcompress.cli.parser import parsed
 from jaxcompress.cli.perplexity import Perplexity
 from jaxcompress.cli.retention import Retention
-from jaxcompress.cli.runtime import told_warnings
+from jaxcompress.cli.ruler import Ruler
+from jaxcompress.cli.runtime import Incomplete, told_warnings
 from jaxcompress.cli.trace import Trace
 from jaxcompress.cli.train import Train, train_defaults
 from jaxcompress.cli.vision_demo import VisionDemo
@@ -27,7 +29,8 @@ from jaxcompress.cli.vision_demo import VisionDemo
 DESCRIPTION = """Transformers that live in a fixed amount of memory.
 
 Exit codes: 0 done; 1 numbers went wrong (non-finite weights or logits); 2 bad input, or more than fits into memory;
-3 a fault of jaxcompress itself (set JAXCOMPRESS_TRACEBACK=1 to see where); 130 interrupted.
+3 a fault of jaxcompress itself (set JAXCOMPRESS_TRACEBACK=1 to see where); 4 some cells of a sweep failed, the others
+are done; 130 interrupted.
 
 Example: jaxcompress generate --prompt 'def main(' --policy tova --slots 128"""
 
@@ -40,6 +43,8 @@ COMMANDS = {
     "perplexity": Perplexity,
     "trace": Trace,
     "retention": Retention,
+    "ruler": Ruler,
+    "board": Board,
     "train": Train,
     "info": Info,
     "vision-demo": VisionDemo,
@@ -95,6 +100,8 @@ def _judged(error: Exception) -> tuple[int, str]:
     said = str(error) or type(error).__name__
     if os.environ.get("JAXCOMPRESS_TRACEBACK"):
         traceback.print_exception(error)
+    if isinstance(error, Incomplete):
+        return 4, said
     if isinstance(error, FloatingPointError):
         return 1, said
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:  # the latter is XLA's, by whatever name

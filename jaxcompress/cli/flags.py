@@ -212,6 +212,15 @@ class TableFlag:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowsFlag:
+    """Where figures go."""
+
+    out: Path | None = None
+    """Add a row for each figure to this file (JSON Lines), which `jaxcompress board` reads. Nothing in it changes; what
+    is there already is not measured again."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FigureFlag:
     """A picture of the results."""
 

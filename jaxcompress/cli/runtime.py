@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from jaxcompress.inputs.position_warning import PositionWarning
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
     from jaxcompress.evaluation.recall import Wording
+    from jaxcompress.evaluation.results import Cell, Figure, Row
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
     from jaxcompress.policies import Policy
@@ -105,6 +106,43 @@ def chosen_policy(name: str, folder: Path) -> Policy:
     if saved is None:
         raise ValueError(f"the model in {folder} was saved without a policy of its own; name another one")
     return get_policy(name, learned=saved.make())
+
+
+class Incomplete(Exception):
+    """Some cells of a sweep could not be measured."""
+
+
+def swept(
+    cells: Iterable[Cell],
+    measure: Callable[[Cell], Iterable[Figure]],
+    path: Path | None,
+    shown: Callable[[Sequence[Row]], None],
+) -> None:
+    """Measures the cells that a file of rows lacks, and adds theirs.
+
+    Raises:
+      Incomplete: some failed, each of which was told; the others are done.
+      ValueError: the file has a line that is no row.
+    """
+    from jaxcompress.evaluation.provenance import provenance
+    from jaxcompress.evaluation.results import run_cells
+
+    made, others = provenance(), set()
+
+    def show(rows: Sequence[Row]) -> None:
+        others.update(row.made.code for row in rows)
+        shown(rows)
+
+    where = lambda cell: f"{cell.task}, {cell.policy}, {cell.slots} slots, seed {cell.seed}"
+    failed = lambda cell, error: tell(f"{where(cell)}: {str(error) or type(error).__name__}")
+    done = run_cells(cells, measure, made, path, shown=show, failed=failed)
+    if done.found:
+        tell(f"{done.found} cells were in {path} already, {done.measured} were measured")
+    if older := sorted(others - {made.code}):
+        tell(f"rows of other versions of the code are among them: {', '.join(older)}; this one is {made.code}")
+    if done.failed:
+        total = done.measured + done.found + len(done.failed)
+        raise Incomplete(f"{len(done.failed)} of {total} cells failed; the same command tries them again")
 
 
 def tell(line: str) -> None:

@@ -23,9 +23,9 @@ with extra("plots"):
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 # Okabe and Ito's palette; colour-blind readers can distinguish its colours too.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
-_MARKERS = "osD^vPX*"
-_STYLE: dict[Any, Any] = {
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vPX*"
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -48,7 +48,7 @@ def against_slots(panels: Mapping[str, Sequence[Point]], path: Path, title: str 
 
     Values above three times the full cache's value are outside the picture and appear in the legend.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
         for axes, (label, points) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
@@ -70,7 +70,7 @@ def _lines(axes: Axes, points: Sequence[Point]) -> None:
         axes.plot(
             [point.slots for point in inside], [point.value for point in inside],
             label=name if outside is None else f"{name} (up to {outside:,.0f})",
-            color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)], markersize=5,
+            color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=5,
         )  # fmt: skip
     if full:
         label = f"full ({full[0].slots})"
@@ -99,7 +99,7 @@ def comparison(
     """
     names = list(dict.fromkeys(point.policy for points in panels.values() for point in points))
     slots = sorted({p.slots for points in panels.values() for p in points if p.policy != "full"}, reverse=True)
-    style: dict[Any, Any] = _STYLE | {"axes.grid": False, "font.size": 9}
+    style: dict[Any, Any] = STYLE | {"axes.grid": False, "font.size": 9}
     with mpl.rc_context(style):
         size = 2.6 + 0.75 * max(len(slots), 1) * len(panels), max(1.4 + 0.27 * len(names), 2.4)
         figure = Figure(figsize=size, layout="constrained")
@@ -140,7 +140,7 @@ def death_times(trace: Trace, path: Path, title: str = "", row: int = 0) -> None
     """
     death = trace.death[:, row]
     layers, _, total = death.shape
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(min(3.2 * layers, 14), 5.8), layout="constrained")
         panels = figure.subplots(2, layers, squeeze=False, height_ratios=(2.2, 1), sharey="row")
         for layer in range(layers):
@@ -149,7 +149,7 @@ def death_times(trace: Trace, path: Path, title: str = "", row: int = 0) -> None
             above.set(title=f"layer {layer}", xlabel="position")
             above.grid(visible=False)
             remembered = survival(death[layer])
-            below.plot(remembered.age, remembered.share, color=_COLOURS[0])
+            below.plot(remembered.age, remembered.share, color=COLOURS[0])
             below.set(xscale="log", ylim=(0, 1), xlabel="steps since the token came")
         panels[0, 0].set_ylabel("step")
         panels[1, 0].set_ylabel("share still held")
@@ -174,7 +174,7 @@ def lifetimes(death: np.ndarray, path: Path, title: str = "", kinds: np.ndarray 
     """
     layers, sets, _ = (death := check_layers(death)).shape
     widths = [4.6, *[min(2.6 + 0.25 * sets, 5.6)] * (sets > 1), *[4.6] * (kinds is not None)]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(sum(widths), min(max(3.6, 1.6 + 0.22 * layers), 9)), layout="constrained")
         panels = iter(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
         _by_age(next(panels), death)
@@ -232,7 +232,7 @@ def _by_kind(axes: Axes, death: np.ndarray, kinds: np.ndarray) -> None:
             curve = survival(death, tokens)
             axes.plot(
                 curve.age, curve.share, label=f"{kind} ({tokens.sum():,})",
-                color=_COLOURS[i], marker=_MARKERS[i], markersize=5, markevery=marked.tolist(),
+                color=COLOURS[i], marker=MARKERS[i], markersize=5, markevery=marked.tolist(),
             )  # fmt: skip
     axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="steps since the token came", title="by kind")
     axes.set_ylabel("share still held")

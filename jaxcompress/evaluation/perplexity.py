@@ -207,7 +207,7 @@ def predictions(
         valid = np.pad(np.ones((len(tokens), end - start), bool), fill)
         inputs = (model, jnp.asarray(piece), jnp.asarray(target), jnp.asarray(valid), state)
         # The program is compiled before the clock starts; JAX caches it for these shapes.
-        program = _predict.lower(*inputs, policy=policy, chunk=by, placement=placement).compile()
+        program = predict_block.lower(*inputs, policy=policy, chunk=by, placement=placement).compile()
         begun = time.perf_counter()
         losses, right, state = program(*inputs, policy=policy)
         losses = np.asarray(losses, np.float64)[:, : end - start]
@@ -216,7 +216,7 @@ def predictions(
 
 
 @partial(jax.jit, static_argnames=("chunk", "placement"), donate_argnames="state")
-def _predict(
+def predict_block(
     model: Decoder,
     tokens: Array,
     targets: Array,
@@ -227,6 +227,10 @@ def _predict(
     chunk: int,
     placement: Placement | None,
 ) -> tuple[Array, Array, State]:
+    """Reads one block [B, T] into a state: the loss of each target, whether it was the best token, and the state.
+
+    Predictions at tokens that are not valid mean nothing. Callers must check the arguments; the state is donated.
+    """
     done = read(model, tokens, state, policy, valid=valid, chunk=chunk, placement=placement)
     logits = model.logits(done.hidden)
     return token_losses(logits, targets), logits.argmax(-1) == targets, done.state

@@ -156,6 +156,11 @@ class Tokenizer:
         return render(self._templates["default"], messages, self._named, add_generation_prompt, arguments)
 
     @property
+    def chat_template(self) -> str | None:
+        """The template that `apply_chat_template` applies, in Jinja; None if there is none."""
+        return self._templates.get("default")
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` has a template to apply."""
         return "default" in self._templates
