@@ -31,6 +31,7 @@ SLOW = {
     "slot_sharing",
     "speed_decode",
     "speed_peers",
+    "tova_perplexity",
 }  # interpreted kernels; two large gradients to compile
 
 

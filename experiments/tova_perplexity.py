@@ -1,0 +1,199 @@
+"""Perplexity of books against the size of the multi-state, for many policies (TOVA paper, section 5.1, figure 3).
+
+    python experiments/tova_perplexity.py --model smollm2 --texts books/ --out rows.jsonl
+    python experiments/tova_perplexity.py --out rows.jsonl --table table.md      # only draws what the file holds
+
+Rows of `context` tokens, evenly spread over each book, are read token by token, as in decoding. A cell is one book,
+policy and size. It is kept as soon as it is measured, so a sweep that was stopped goes on with the same command.
+
+The paper reads PG-19 (`--pg19 test`, by name from the Hugging Face hub) with Llama-2-7B at 4,096 tokens. The table has
+the perplexity over all books, and in brackets the ratio to the full cache, with its standard error over books.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from command import OfModel, arguments, stop
+
+import jaxcompress as jc
+from jaxcompress._extras import extra
+from jaxcompress.cli.runtime import Incomplete, swept
+from jaxcompress.embedded.corpus import held_out
+from jaxcompress.evaluation import perplexity, rows_of_text
+from jaxcompress.evaluation.results import Cell, Figure, Row, read_rows
+from jaxcompress.models.fingerprint import fingerprint
+
+EXPERIMENT, METRIC = "tova_perplexity", "nats per token"
+DATASET = "emozilla/pg19"
+"""PG-19 as Parquet files on the hub; `deepmind/pg19` needs a script."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(OfModel):
+    """Adds a row to the file for each book, policy and size, and prints the table."""
+
+    texts: tuple[Path, ...] = ()
+    """Books: UTF-8 files, or folders with .txt files. Documents that the embedded model has not seen, if not given."""
+    pg19: str | None = None
+    """A split of PG-19 in place of --texts, such as `test`; needs `pip install "jaxcompress[data]"` and the hub."""
+    policies: tuple[str, ...] = ("full", "window", "window+4", "tova", "h2o", "snapkv+32/every32", "random")
+    slots: tuple[int, ...] = (128, 256, 512)
+    context: int = 2048
+    rows: int = 4
+    """Rows of each book."""
+    dtype: str = "float32"
+    """Of the weights."""
+    out: Path | None = None
+    """The file of rows (JSON Lines), which only grows."""
+    table: Path | None = None
+    """Writes the table here (Markdown), instead of measuring, from the rows in --out."""
+
+
+QUICK = Arguments(quick=True, policies=("full", "window", "tova"), slots=(16,), context=64, rows=2)
+
+
+def books(args: Arguments) -> Iterator[tuple[str, str]]:
+    """Names and texts."""
+    if args.pg19 is not None:
+        with extra("data"):
+            from datasets import load_dataset
+        try:
+            dataset = load_dataset(DATASET, split=args.pg19)
+        except Exception as error:  # whatever the hub's client raises
+            stop(f"PG-19 was looked for as {DATASET} on the Hugging Face hub: {error}; give local files with --texts")
+        yield from ((book["short_book_title"], book["text"]) for book in dataset)
+        return
+    if not args.texts:
+        yield from ((document.name, document.text) for document in held_out()[: 2 if args.quick else None])
+    for path in args.texts:
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
+        if not files:
+            stop(f"there is no text in {path.absolute()}: --texts takes UTF-8 files, or folders with .txt files")
+        yield from ((file.stem, file.read_text("utf-8")) for file in files)
+
+
+def measure(args: Arguments) -> None:
+    if args.out is None and not args.quick:
+        stop("--out is missing: the file that keeps what was measured, so that a sweep that is stopped goes on")
+    loaded = jc.load_embedded() if args.model is None else jc.load(args.model, dtype=args.dtype)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    texts = dict(books(args))
+    cut = {}
+
+    def tokens_of(book: str) -> np.ndarray:
+        if book not in cut:
+            ids = tokenizer.encode(texts[book], add_bos=False)
+            cut[book] = rows_of_text(np.asarray(ids), args.context, args.rows, tokenizer.bos_id)
+        return cut[book]
+
+    policies = {name: jc.get_policy(name) for name in args.policies}
+    of_model = fingerprint(model)
+    cells = (
+        Cell(
+            experiment=EXPERIMENT,
+            task=book,
+            model=args.model or "embedded",
+            model_hash=of_model,
+            policy=name,
+            slots=slots,
+            context=args.context,
+            dtype=args.dtype,
+            settings=dict(rows=args.rows, mode="streaming"),
+        )  # fmt: skip
+        for book in texts
+        for name, policy in policies.items()
+        for slots in (args.slots if policy.evicts else (args.context,))
+    )
+
+    def figures(cell: Cell) -> list[Figure]:
+        rows = tokens_of(cell.task)
+        found = perplexity(model, rows, policies[cell.policy], cell.slots)
+        jax.clear_caches()  # programs of other sizes would only fill memory
+        return [
+            Figure(
+                metric=METRIC,
+                value=found.nats,
+                lower_is_better=True,
+                tokens=found.tokens,
+                samples=len(rows),
+                state_bytes=found.state_bytes // len(rows),
+                tokens_per_second=found.tokens_per_second,
+            )  # fmt: skip
+        ]
+
+    done: list[Row] = []
+
+    def show(rows: Sequence[Row]) -> None:
+        done.extend(rows)
+        for row in rows:
+            cell = row.cell
+            print(f"{cell.task:40.40} {cell.policy:20} {cell.slots:6} {math.exp(row.figure.value):9.3f}", flush=True)
+
+    try:
+        swept(cells, figures, args.out, show)
+    finally:
+        print("\n".join(table(done)))
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Markdown: a line for each policy, a column for each size. Books that a cell lacks are left out of all cells."""
+    rows = [row for row in rows if row.cell.experiment == EXPERIMENT]
+    losses: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        losses.setdefault((row.cell.policy, int(np.max(row.cell.slots))), {})[row.cell.task] = row
+    if not losses:
+        return ["no rows"]
+    shared = sorted(set.intersection(*(set(found) for found in losses.values())))
+    if not shared:
+        return ["no book was measured in all cells yet"]
+    sizes = sorted({slots for _, slots in losses})
+    whole = next((found for (policy, _), found in losses.items() if policy == "full"), None)
+
+    def entry(policy: str, slots: int) -> str:
+        found = losses.get((policy, slots))
+        if found is None:
+            return ""
+        tokens = [found[book].figure.tokens for book in shared]
+        nats = np.average([found[book].figure.value for book in shared], weights=tokens)
+        if whole is None or policy == "full" or len(shared) < 2:
+            return f"{math.exp(nats):.2f}"
+        over = [math.exp(found[book].figure.value - whole[book].figure.value) for book in shared]
+        error = statistics.stdev(over) / len(over) ** 0.5
+        return f"{math.exp(nats):.2f} ({statistics.mean(over):.3f} ± {error:.3f})"
+
+    names = dict.fromkeys(policy for policy, _ in losses)
+    tokens = sum(next(iter(losses.values()))[book].figure.tokens for book in shared)
+    first = rows[0].cell
+    return [
+        f"{first.model}, {first.dtype}, rows of {first.context:,} tokens, {tokens:,} predictions, {len(shared)} books. "
+        "In brackets: the ratio to the full cache, mean and standard error over books.",
+        "",
+        "| policy | " + " | ".join(f"{slots:,} slots" for slots in sizes) + " |",
+        "|---|" + "---|" * len(sizes),
+        *(f"| `{name}` | " + " | ".join(entry(name, slots) for slots in sizes) + " |" for name in names),
+    ]
+
+
+def main(args: Arguments) -> None:
+    if args.table is None:
+        try:
+            measure(args)
+        except Incomplete as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(4) from None
+        return
+    if args.out is None:
+        stop("--table draws the rows of a file: give it as --out")
+    args.table.write_text("\n".join(table(read_rows(args.out))) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(arguments(QUICK))
