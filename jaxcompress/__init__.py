@@ -36,8 +36,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Chat", "GenerationConfig", "KVState", "Loaded", "Policy", "State", "Tokenizer", "advance", "budgets",
     "checkpoints", "embedded", "evaluation", "generate", "generation", "get_policy", "init_state", "load",
-    "load_embedded", "load_state", "models", "perplexity", "policies", "prompt", "read", "save", "save_state", "serving",
-    "trace", "training", "vision",
+    "load_embedded", "load_state", "models", "perplexity", "policies", "prompt", "read", "save", "save_state",
+    "serving", "trace", "training", "vision",
 ]  # fmt: skip
 
 _ROOMS = (

@@ -33,6 +33,7 @@ EXTRAS = {
     "gguf": Extra("reading GGUF files", ("gguf",)),
     "data": Extra("reading a dataset of the Hugging Face hub", ("datasets",)),
     "tensorboard": Extra("logging for TensorBoard", ("tensorboardX",)),
+    "serve": Extra("the server", ("starlette", "uvicorn", "prometheus_client")),
     "teacher": Extra("asking a teacher at an endpoint", ("openai",)),
 }
 

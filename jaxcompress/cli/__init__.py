@@ -20,6 +20,7 @@ from jaxcompress.cli.parser import parsed
 from jaxcompress.cli.perplexity import Perplexity
 from jaxcompress.cli.retention import Retention
 from jaxcompress.cli.runtime import told_warnings
+from jaxcompress.cli.serve import Serve
 from jaxcompress.cli.trace import Trace
 from jaxcompress.cli.train import Train, train_defaults
 from jaxcompress.cli.vision_demo import VisionDemo
@@ -40,6 +41,7 @@ COMMANDS = {
     "perplexity": Perplexity,
     "trace": Trace,
     "retention": Retention,
+    "serve": Serve,
     "train": Train,
     "info": Info,
     "vision-demo": VisionDemo,

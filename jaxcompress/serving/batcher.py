@@ -100,7 +100,7 @@ class Batcher:
                 ticket, row, deque(self.pool.spec.calls(len(ticket.prompt), known)), keep, ticket.request.max_new_tokens
             )
             (self.reading if running.calls else self.writing).append(running)
-            self.pool.admit(row, ticket.request.seed, row_state)
+            self.pool.admit(row, ticket.keys, row_state)
             ticket.known_tokens, ticket.times.admitted = known, time.monotonic()
             self.counts.requests += 1
             self.counts.prompt_tokens += len(ticket.prompt)

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -159,39 +160,21 @@ class Engine:
             self._lock.notify_all()
         return ticket
 
-    async def stream(self, request: Request, pool: str | None = None) -> AsyncIterator[Piece]:
-        """The pieces of an answer, for asyncio. If the loop over them is left, the request is cancelled.
-
-        Raises: as `submit`, and as `Ticket.__next__`.
-        """
+    def stream(self, request: Request, pool: str | None = None) -> AsyncPieces:
+        """The pieces of an answer, for asyncio. Raises as `submit`."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
-        ticket = self.submit(request, pool, deliver=lambda piece: _call_soon(loop, pieces, piece))
-        ended = False
-        try:
-            while not ended:
-                piece = await pieces.get()
-                ended = piece.ended is not None
-                if piece.error is not None:
-                    raise piece.error
-                yield piece
-        finally:
-            if not ended:
-                ticket.cancel()
+
+        def deliver(piece: Piece) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        return AsyncPieces(self.submit(request, pool, deliver=deliver), pieces)
 
     async def answer(self, request: Request, pool: str | None = None) -> Answer:
-        """A whole answer, for asyncio. If the task is cancelled, so is the request."""
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
-        ticket = self.submit(request, pool, deliver=lambda piece: _call_soon(loop, pieces, piece))
-        found: list[Piece] = []
-        try:
-            while not found or found[-1].ended is None:
-                found.append(await pieces.get())
-        except asyncio.CancelledError:
-            ticket.cancel()
-            raise
-        if (error := found[-1].error) is not None:
-            raise error
-        return answer_of(ticket, found)
+        """A whole answer, for asyncio. If the task is cancelled, so is the request. Raises as `submit` and as
+        `Ticket.__next__`."""
+        async with self.stream(request, pool) as pieces:
+            return answer_of(pieces.ticket, [piece async for piece in pieces])
 
     def stats(self) -> dict[str, PoolStats]:
         """What each pool does now; approximate, since it goes on meanwhile."""
@@ -280,6 +263,29 @@ class Engine:
             batcher.fail(error)
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Piece], piece: Piece) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+class AsyncPieces(AsyncIterator[Piece]):
+    """The pieces of an answer, as `Ticket` gives them to threads. Leaving the `async with` block cancels the request.
+
+    Attributes:
+      ticket: the request.
+    """
+
+    def __init__(self, ticket: Ticket, pieces: asyncio.Queue[Piece]) -> None:
+        self.ticket, self._pieces, self._over = ticket, pieces, False
+
+    async def __anext__(self) -> Piece:
+        """The next piece. Raises as `Ticket.__next__`."""
+        if self._over:
+            raise StopAsyncIteration
+        piece = await self._pieces.get()
+        self._over = piece.ended is not None
+        if piece.error is not None:
+            raise piece.error
+        return piece
+
+    async def __aenter__(self) -> AsyncPieces:
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        if not self._over:
+            self.ticket.cancel()

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from jaxcompress.checkpoints._written import policy_digest
 from jaxcompress.generation.decode_state import DecodeArrays, DecodeState, init_decode_state
-from jaxcompress.generation.sampling import row_keys
+from jaxcompress.generation.sampling import RowKeys, row_keys
 from jaxcompress.inputs.scalars import whole
 from jaxcompress.models.checks import check_fits, check_mode, warn_of_positions
 from jaxcompress.models.decoder import Decoder
@@ -63,8 +63,8 @@ class PoolSpec:
         if self.policy.oneshot_only:
             raise ValueError(
                 f"a state of policy {self.policy.name} cannot be a row of a pool: the policy selects once, from a "
-                "whole prompt, and a pool reads prompts in pieces between the tokens of other rows; give it to generate "
-                "with mode oneshot, or take a policy that selects as it reads"
+                "whole prompt, and a pool reads prompts in pieces between the tokens of other rows; give it to "
+                "generate with mode oneshot, or take a policy that selects as it reads"
             )
         if self.mode == "oneshot":
             raise ValueError(
@@ -107,13 +107,13 @@ class Pool:
 
     Attributes:
       spec: what it is made of.
-      widths: numbers of rows that a call of `write` computes, ascending; the last is all rows.
+      widths: numbers of rows that a call of `write` computes: 1, 4, 16, ... and all rows. Few, since each is a program.
       sampling: the settings of the rows; a row with no token left is idle.
     """
 
     def __init__(self, spec: PoolSpec) -> None:
         self.spec = spec
-        self.widths = tuple(sorted({*(1 << n for n in range(spec.rows.bit_length())), spec.rows}))
+        self.widths = tuple(sorted({*(4**n for n in range(16) if 4**n < spec.rows), spec.rows}))
         self.sampling = idle_rows(spec.rows, spec.model.config.vocab_size)
         self._one = spec.fresh()
         self._arrays = spec.fresh(spec.rows).arrays
@@ -123,10 +123,14 @@ class Pool:
         """Bytes of all rows."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._arrays) if hasattr(leaf, "nbytes"))
 
-    def admit(self, row: int, seed: int, known: DecodeArrays | None = None) -> None:
-        """Makes a row fresh, or what is known of a prefix."""
+    def admit(self, row: int, keys: RowKeys, known: DecodeArrays | None = None) -> None:
+        """Makes a row fresh, or what is known of a prefix.
+
+        Args:
+          keys: [1], of the row.
+        """
         one = self._one.arrays if known is None else known
-        self._arrays = put_row(self._arrays, np.int32(row), one, row_keys([seed]))
+        self._arrays = put_row(self._arrays, np.int32(row), one, keys)
 
     def read(self, row: int, tokens: np.ndarray, call: ReadCall) -> bool:
         """Reads the tokens of a call into a row; returns whether its logits are finite."""
@@ -180,7 +184,7 @@ class Pool:
 
     def warm_up(self) -> None:
         """Compiles every program of the pool. It must be idle."""
-        self.admit(0, 0)
+        self.admit(0, row_keys([0]))
         jax.block_until_ready(self.take(0).logits)
         longest = self.spec.segment
         seen: set[tuple[int, int]] = set()
@@ -191,4 +195,4 @@ class Pool:
                 self.read(0, np.zeros(tokens, np.int32), call)
         for width in self.widths:
             self.write(list(range(width)))  # every row is idle
-        self.admit(0, 0)
+        self.admit(0, row_keys([0]))

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from jaxcompress.generation.config import GREEDY, GenerationConfig
+from jaxcompress.generation.sampling import row_keys
 
 Reason = Literal["stop", "length", "cancelled", "deadline", "closed", "failed"]
 """Why an answer ended: a stop token; `max_new_tokens`; `Ticket.cancel`; no time left; the engine closed; an error."""
@@ -111,14 +112,18 @@ class EngineClosed(RuntimeError):
 class Ticket(Iterator[Piece]):
     """A request that an engine took. Iterate over it for the pieces of the answer, or ask for the whole `answer`.
 
+    Raises OverflowError for a seed of more than 64 bits.
+
     Attributes:
       request: as given; `prompt` is an array.
+      keys: [1], from the seed.
       times: when what happened.
       known_tokens: tokens of the prompt that a prefix saved from being read.
     """
 
     def __init__(self, request: Request, prompt: np.ndarray, deliver: Callable[[Piece], None] | None = None) -> None:
         self.request, self.prompt, self.times = request, prompt, Times()
+        self.keys = row_keys([request.seed])
         self.known_tokens = 0
         self.cancelled = False
         self._pieces: SimpleQueue[Piece] = SimpleQueue()

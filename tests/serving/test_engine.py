@@ -280,9 +280,9 @@ def test_asyncio(engine: Engine) -> None:
 
     async def use() -> tuple[Answer, list[Piece], list[Answer]]:
         pieces = [piece async for piece in engine.stream(request)]
-        async for _ in (left := engine.stream(Request(prompt(9), 60_000))):
-            break
-        await left.aclose()
+        async with engine.stream(Request(prompt(9), 60_000)) as left:
+            await anext(left)
+        assert left.ticket.cancelled
         stopped = asyncio.create_task(engine.answer(Request(prompt(9), 60_000)))
         await asyncio.sleep(0.05)
         stopped.cancel()
