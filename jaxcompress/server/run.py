@@ -30,8 +30,8 @@ def bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         found.close()
         if error.errno == errno.EADDRINUSE:
-            raise OSError(error.errno, f"port {port} of {host} is in use; give another with --port") from None
-        raise OSError(error.errno, f"the server cannot listen at {host}, port {port}: {error.strerror}") from None
+            raise OSError(f"port {port} of {host} is in use; give another with --port") from None
+        raise OSError(f"the server cannot listen at {host}, port {port}: {error.strerror}") from None
     return found
 
 
