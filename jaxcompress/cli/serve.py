@@ -78,7 +78,7 @@ class Serve(StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, WeightFlags):
         engine = Engine(served.pools, limits=limits, prefixes=prefixes)
         settings = Settings(
             api_key=self.api_key or os.environ.get(KEY) or None, hosts=self._hosts(), concurrency=self.max_waiting,
-            prompt_tokens=self.max_prompt_tokens, max_tokens=self.max_tokens, seconds=self.seconds,
+            max_tokens=self.max_tokens, seconds=self.seconds,
         )  # fmt: skip
         run_server(served, engine, settings, listening)
 

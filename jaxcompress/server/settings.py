@@ -25,7 +25,6 @@ class Settings:
       body_bytes: of a request.
       body_seconds: until a request has to be there.
       concurrency: requests at a time, those that wait for a row included; one more is refused with status 429.
-      prompt_tokens: of a prompt.
       max_tokens: of an answer, and the number if a request names none.
       choices: `n` of a request, at most.
       seconds: until an answer has to be there.
@@ -37,7 +36,6 @@ class Settings:
     body_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
     concurrency: int = 256
-    prompt_tokens: int = 2**18
     max_tokens: int = 1024
     choices: int = 8
     seconds: float = 600.0

@@ -18,7 +18,7 @@ from jaxcompress.serving.waiting import WaitingLine
 LOG = logging.getLogger("jaxcompress.serving")
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A request in a row.
 
@@ -89,17 +89,18 @@ class Batcher:
     def admit(self) -> None:
         """Gives free rows to requests that wait."""
         while self._free and len(self.waiting):
-            ticket = self.waiting.next()
-            known, row_state, keep = 0, None, {}
+            ticket, row = self.waiting.next(), self._free.pop()
+            running = Running(ticket, row, deque(), {}, ticket.request.max_new_tokens)
+            self.reading.append(running)  # at once, so that a failure from here on is its end too
+            known, row_state = 0, None
             if self._prefixes is not None:
                 found = marks(self._digest, ticket.prompt, self.pool.spec.segment)
                 known, row_state = self._prefixes.longest(found, self.pool)
-                keep = self._prefixes.worth_keeping(found, known)
-            row = self._free.pop()
-            running = Running(
-                ticket, row, deque(self.pool.spec.calls(len(ticket.prompt), known)), keep, ticket.request.max_new_tokens
-            )
-            (self.reading if running.calls else self.writing).append(running)
+                running.keep = self._prefixes.worth_keeping(found, known)
+            running.calls.extend(self.pool.spec.calls(len(ticket.prompt), known))
+            if not running.calls:  # all of it is known
+                self.reading.pop()
+                self.writing.append(running)
             self.pool.admit(row, ticket.keys, row_state)
             ticket.known_tokens, ticket.times.admitted = known, time.monotonic()
             self.counts.requests += 1

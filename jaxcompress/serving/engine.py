@@ -224,7 +224,22 @@ class Engine:
             self._lock.notify_all()
 
     def _run(self) -> None:
-        """The loop of the thread: it ends when the engine is closed and nothing is left to do."""
+        """The thread. Whatever ends it, no request waits for ever."""
+        try:
+            self._loop()
+        except BaseException:
+            LOG.exception("the engine has ended")
+        finally:
+            with self._lock:
+                self._accepts = False
+                for name, ticket in self._arrived:
+                    self._batchers[name].waiting.add(ticket)
+                self._arrived.clear()
+            for batcher in self._batchers.values():
+                batcher.close("closed")
+
+    def _loop(self) -> None:
+        """It ends when the engine is closed and nothing is left to do."""
         while True:
             with self._lock:
                 busy = lambda: any(one.busy for one in self._batchers.values())

@@ -114,7 +114,7 @@ class Pool:
     def __init__(self, spec: PoolSpec) -> None:
         self.spec = spec
         self.widths = tuple(sorted({*(4**n for n in range(16) if 4**n < spec.rows), spec.rows}))
-        self.sampling = idle_rows(spec.rows, spec.model.config.vocab_size)
+        self.sampling = idle_rows(spec.rows)
         self._one = spec.fresh()
         self._arrays = spec.fresh(spec.rows).arrays
 
@@ -180,7 +180,7 @@ class Pool:
     def reset(self) -> None:
         """New arrays, after a call that failed and took the old ones with it."""
         self._arrays = self.spec.fresh(self.spec.rows).arrays
-        self.sampling = idle_rows(self.spec.rows, self.spec.model.config.vocab_size)
+        self.sampling = idle_rows(self.spec.rows)
 
     def warm_up(self) -> None:
         """Compiles every program of the pool. It must be idle."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import numpy as np
 
 from jaxcompress.generation.config import GREEDY, GenerationConfig
 from jaxcompress.generation.sampling import row_keys
+
+LOG = logging.getLogger("jaxcompress.serving")
 
 Reason = Literal["stop", "length", "cancelled", "deadline", "closed", "failed"]
 """Why an answer ended: a stop token; `max_new_tokens`; `Ticket.cancel`; no time left; the engine closed; an error."""
@@ -144,7 +147,11 @@ class Ticket(Iterator[Piece]):
             self.times.first = now
         if piece.ended is not None:
             self.times.ended = now
-        self._deliver(piece)
+        try:
+            self._deliver(piece)
+        except Exception:  # of the one who asked: no other request is to end for it
+            LOG.exception("a request is cancelled: its pieces cannot be delivered")
+            self.cancelled = True
 
     def cancel(self) -> None:
         """Ends the answer soon; tokens that are being written may still come. Any thread may call it, at any time."""

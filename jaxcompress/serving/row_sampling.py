@@ -29,6 +29,9 @@ from jaxcompress.inputs.described import described
 STOPS = 16
 """Stop tokens of a request, at most."""
 
+EVERY = int(np.iinfo(np.int32).max)
+"""The top-k of a row that draws from all tokens."""
+
 TOP = 20
 """The number of most likely tokens of which log-probabilities are given."""
 
@@ -39,7 +42,7 @@ class RowSampling(NamedTuple):
     Attributes:
       greedy: [B], rows that take the best token.
       temperature, penalty: [B, 1] float32, as `divisor` gives them.
-      top_k: [B, 1] int32, the size of the vocabulary for all tokens.
+      top_k: [B, 1] int32, `EVERY` for all tokens.
       rest: [B, 1] float32, 1 - top_p; -1 for all tokens.
       min_p: [B, 1] float32, 0 for all tokens.
       stop: [B, STOPS] int32, -1 for none.
@@ -58,22 +61,21 @@ class RowSampling(NamedTuple):
     logprobs: Bool[np.ndarray | Array, " B"]
 
 
-def idle_rows(rows: int, vocabulary: int) -> RowSampling:
+def idle_rows(rows: int) -> RowSampling:
     """The settings of rows that write nothing."""
     return RowSampling(
         np.ones(rows, bool), np.ones((rows, 1), np.float32), np.ones((rows, 1), np.float32),
-        np.full((rows, 1), vocabulary, np.int32), np.full((rows, 1), -1, np.float32), np.zeros((rows, 1), np.float32),
+        np.full((rows, 1), EVERY, np.int32), np.full((rows, 1), -1, np.float32), np.zeros((rows, 1), np.float32),
         np.full((rows, STOPS), -1, np.int32), np.zeros(rows, np.int32), np.zeros(rows, bool),
     )  # fmt: skip
 
 
 def set_row(rows: RowSampling, row: int, config: GenerationConfig, *, left: int, logprobs: bool) -> None:
     """Writes the settings of one row."""
-    vocabulary = int(rows.top_k.max())
     rows.greedy[row] = config.greedy
     rows.temperature[row] = 1 if config.greedy else divisor(config.temperature)
     rows.penalty[row] = divisor(config.repetition_penalty)
-    rows.top_k[row] = vocabulary if config.top_k is None else min(config.top_k, vocabulary)
+    rows.top_k[row] = EVERY if config.top_k is None else min(config.top_k, EVERY)
     rows.rest[row] = 1 - config.top_p if config.top_p is not None and config.top_p < 1 else -1
     rows.min_p[row] = config.min_p or 0
     rows.stop[row] = [*config.stop_token_ids, *[-1] * (STOPS - len(config.stop_token_ids))]
@@ -108,7 +110,7 @@ def _warped(logits: NextLogits, rows: RowSampling) -> NextLogits:
 
 def _keep_top_k(logits: NextLogits, k: Int[Array, "B 1"] | np.ndarray) -> NextLogits:
     """`jaxcompress.generation.sampling.keep_top_k` with a k for each row."""
-    kth = jnp.take_along_axis(jnp.sort(logits, axis=-1), logits.shape[-1] - k, axis=-1)
+    kth = jnp.take_along_axis(jnp.sort(logits, axis=-1), jnp.maximum(logits.shape[-1] - k, 0), axis=-1)
     return jnp.where(logits < kth, -jnp.inf, logits)
 
 

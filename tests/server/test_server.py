@@ -27,7 +27,7 @@ LONG = dict(prompt="abc", max_tokens=20_000, temperature=0)
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
-    settings = Settings(stop_seconds=5.0, max_tokens=20_000, prompt_tokens=500, body_bytes=100_000)
+    settings = Settings(stop_seconds=5.0, max_tokens=20_000, body_bytes=100_000)
     with serving(tiny_served(tmp_path_factory.mktemp("model")), settings, prompt_tokens=500) as here:
         yield here
 

@@ -175,6 +175,15 @@ def test_a_call_that_fails_ends_its_requests_and_the_pool_goes_on(
     assert engine.submit(request).answer().tokens.tolist() == alone(request, engine.pools["tova"])
 
 
+def test_a_fault_of_the_one_who_asks_is_theirs(engine: Engine) -> None:
+    def refuses(_: Piece) -> None:
+        raise KeyError("no such thing")
+
+    engine.submit(Request(prompt(9), 60_000), deliver=refuses)
+    request = Request(prompt(9), 5)
+    assert engine.submit(request).answer().tokens.tolist() == alone(request, engine.pools["tova"])
+
+
 def test_a_long_prompt_delays_the_others_by_one_piece(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, done = engine._batchers["tova"].pool, []
     read, write = pool.read, pool.write
@@ -224,6 +233,20 @@ def test_requests_are_answered_before_the_end() -> None:
     engine.close()
     assert [ticket.answer().reason for ticket in tickets] == ["length"] * 3
     assert not engine.alive
+
+
+def test_nobody_waits_for_an_engine_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine({"one": spec(rows=1)})
+    tickets = [engine.submit(Request(prompt(4), 3)) for _ in range(2)]
+
+    def ends() -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(engine, "_step", ends)
+    engine.start()
+    assert [ticket.answer().reason for ticket in tickets] == ["closed"] * 2
+    with pytest.raises(EngineClosed):
+        engine.submit(Request(prompt(4), 3))
 
 
 def test_clients_take_turns() -> None:
