@@ -14,6 +14,8 @@ from jaxcompress.cli.flags import ModeFlags, PlacementFlag, PolicyFlags, StateDt
 from jaxcompress.cli.runtime import chosen_policy, open_weights
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from jaxcompress.checkpoints import Loaded
     from jaxcompress.serving import PoolSpec
 
@@ -65,10 +67,15 @@ class Serve(StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, WeightFlags):
         at_least(0, port=self.port, prefix_mb=self.prefix_mb, prefix_disk_mb=self.prefix_disk_mb)
         if self.seconds <= 0:
             raise ValueError(f"--seconds must be above 0, not {self.seconds:g}")
-        from jaxcompress.server import Served, Settings, bound, run_server
+        from jaxcompress.server import bound
+
+        with bound(self.host, self.port) as listening:  # before the model is loaded: a port in use is told at once
+            self._serve(listening)
+
+    def _serve(self, listening: socket) -> None:
+        from jaxcompress.server import Served, Settings, run_server
         from jaxcompress.serving import Engine, EngineLimits, PrefixLimits
 
-        listening = bound(self.host, self.port)  # before the model is loaded, so that a port in use is told at once
         name = "embedded" if self.model is None else Path(self.model).name
         loaded = open_weights(self.model, self.dtype)
         served = Served(name, loaded, self._pools(name, loaded), int(time.time()))
