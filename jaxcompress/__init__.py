@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         models,
         policies,
         prompt,
+        serving,
         training,
         vision,
     )
@@ -35,13 +36,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Chat", "GenerationConfig", "KVState", "Loaded", "Policy", "State", "Tokenizer", "advance", "budgets",
     "checkpoints", "embedded", "evaluation", "generate", "generation", "get_policy", "init_state", "load",
-    "load_embedded", "load_state", "models", "perplexity", "policies", "prompt", "read", "save", "save_state", "trace",
-    "training", "vision",
+    "load_embedded", "load_state", "models", "perplexity", "policies", "prompt", "read", "save", "save_state",
+    "serving", "trace", "training", "vision",
 ]  # fmt: skip
 
 _ROOMS = (
-    "budgets", "checkpoints", "embedded", "evaluation", "generation", "models", "policies", "prompt", "training",
-    "vision",
+    "budgets", "checkpoints", "embedded", "evaluation", "generation", "models", "policies", "prompt", "serving",
+    "training", "vision",
 )  # fmt: skip
 _INNER_ROOMS = ("inputs", "pallas_kernels", "recurrence", "state")
 """Rooms for those who change the library: there as well, but not listed by `dir`."""

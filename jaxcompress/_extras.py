@@ -35,6 +35,7 @@ EXTRAS = {
     "data": Extra("reading a dataset of the Hugging Face hub", ("datasets",)),
     "tensorboard": Extra("logging for TensorBoard", ("tensorboardX",)),
     "lm-eval": Extra("evaluating with lm-evaluation-harness", ("lm_eval",)),
+    "serve": Extra("the server", ("starlette", "uvicorn", "prometheus_client")),
     "teacher": Extra("asking a teacher at an endpoint", ("openai",)),
 }
 

@@ -22,7 +22,8 @@ HIDING = """
 import sys
 import flax.nnx
 
-HIDDEN = {"optax", "orbax", "grain", "tqdm", "PIL", "matplotlib", "tyro", "datasets", "tensorboardX", "torch"}
+HIDDEN = {"optax", "orbax", "grain", "tqdm", "PIL", "matplotlib", "tyro", "datasets", "tensorboardX", "torch",
+          "starlette", "uvicorn", "prometheus_client"}
 hidden = lambda name: name.partition(".")[0] in HIDDEN
 
 class Hide:
@@ -55,6 +56,7 @@ FIRST_NEEDED = {
               "jaxcompress.training.data", "jaxcompress.prompt.learning", "jaxcompress.budgets.calibration"),
     "vision": ("jaxcompress.generation.pictures",),
     "plots": ("jaxcompress.evaluation.figures", "jaxcompress.evaluation.dropped"),
+    "serve": ("jaxcompress.server.app", "jaxcompress.server.metrics", "jaxcompress.server.run"),
 }  # fmt: skip
 
 

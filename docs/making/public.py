@@ -15,7 +15,7 @@ from typing import Any
 import jaxcompress
 
 ROOMS = (
-    "models", "policies", "generation", "evaluation", "training", "checkpoints", "budgets", "prompt", "vision",
+    "models", "policies", "generation", "serving", "evaluation", "training", "checkpoints", "budgets", "prompt", "vision",
     "embedded",
 )  # fmt: skip
 PAGES = {**{room: room for room in ROOMS}, "inner": "state, recurrence"}

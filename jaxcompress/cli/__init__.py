@@ -22,6 +22,7 @@ from jaxcompress.cli.perplexity import Perplexity
 from jaxcompress.cli.retention import Retention
 from jaxcompress.cli.ruler import Ruler
 from jaxcompress.cli.runtime import Incomplete, told_warnings
+from jaxcompress.cli.serve import Serve
 from jaxcompress.cli.trace import Trace
 from jaxcompress.cli.train import Train, train_defaults
 from jaxcompress.cli.vision_demo import VisionDemo
@@ -45,6 +46,7 @@ COMMANDS = {
     "retention": Retention,
     "ruler": Ruler,
     "board": Board,
+    "serve": Serve,
     "train": Train,
     "info": Info,
     "vision-demo": VisionDemo,

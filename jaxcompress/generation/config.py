@@ -13,6 +13,7 @@ from jaxcompress.generation.sampling import (
     NextLogits,
     NextTokens,
     RowKeys,
+    divisor,
     draw,
     greedy,
     heat,
@@ -140,11 +141,11 @@ class GenerationConfig:
                 raise ValueError(
                     "a repetition penalty needs `appeared`: jnp.zeros((B, V), bool), kept up by remember()"
                 )
-            logits = penalise_repetition(logits, appeared, self.repetition_penalty)
+            logits = penalise_repetition(logits, appeared, divisor(self.repetition_penalty))
         if self.greedy:
             return logits
         if self.temperature != 1:
-            logits = heat(logits, self.temperature)
+            logits = heat(logits, divisor(self.temperature))
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None and self.top_p < 1:

@@ -18,6 +18,7 @@ NextLogits = Float[Array, "B V"]
 NextTokens = Int[Array, "B"]
 Appeared = Bool[Array, "B V"]  # the tokens that a row's prompt and output contain
 RowKeys = Key[Array, "B"]
+Setting = float | Float[Array, "B 1"]  # one for all rows, or one for each
 
 _LEAST, _MOST = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
 
@@ -49,21 +50,19 @@ def draw(keys: RowKeys, logits: NextLogits) -> NextTokens:
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def heat(logits: NextLogits, temperature: float) -> NextLogits:
-    """Logits divided by a temperature above 0; if the best quotient overflows float32, the best logit is subtracted
-    first."""
-    temperature = _divisor(temperature)
+def heat(logits: NextLogits, temperature: Setting) -> NextLogits:
+    """Logits divided by a temperature above 0 (as `divisor` gives it); if the best quotient overflows float32, the best
+    logit is subtracted first."""
     best = logits.max(-1, keepdims=True)
     return jnp.where(jnp.isfinite(best / temperature), logits / temperature, (logits - best) / temperature)
 
 
-def penalise_repetition(logits: NextLogits, appeared: Appeared, penalty: float) -> NextLogits:
-    """Makes tokens that appeared less likely: positive logits are divided by the penalty, negative ones multiplied by
-    it.
+def penalise_repetition(logits: NextLogits, appeared: Appeared, penalty: Setting) -> NextLogits:
+    """Makes tokens that appeared less likely: positive logits are divided by the penalty (as `divisor` gives it),
+    negative ones multiplied by it.
 
     Keskar et al. 2019, "CTRL", with Hugging Face's rule for negative logits. Finite logits stay finite.
     """
-    penalty = _divisor(penalty)
     moved = jnp.where(logits < 0, logits * penalty, logits / penalty)
     return jnp.where(appeared, jnp.where(jnp.isinf(logits), logits, jnp.clip(moved, -_MOST, _MOST)), logits)
 
@@ -80,20 +79,26 @@ def keep_top_p(logits: NextLogits, p: float) -> NextLogits:
     Among tokens that tie at the edge of the nucleus, those with the higher index stay, as with Hugging Face (whose sort
     leaves the choice undefined in large vocabularies).
     """
+    return leave_out(logits, 1 - p)
+
+
+def leave_out(logits: NextLogits, most: Setting) -> NextLogits:
+    """Removes the least likely tokens, as many as together have at most this probability; the best stays. See
+    `keep_top_p`."""
     ascending = jnp.argsort(logits, axis=-1, stable=True)
     ordered = jnp.take_along_axis(logits, ascending, axis=-1)
-    removed = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) <= 1 - p
+    removed = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) <= most
     removed = removed.at[..., -1].set(False)
     removed = jnp.put_along_axis(jnp.zeros_like(removed), ascending, removed, axis=-1, inplace=False)
     return jnp.where(removed, -jnp.inf, logits)
 
 
-def keep_min_p(logits: NextLogits, min_p: float) -> NextLogits:
+def keep_min_p(logits: NextLogits, min_p: Setting) -> NextLogits:
     """Keeps the tokens with at least min_p times the probability of the best (Nguyen et al. 2024)."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     return jnp.where(probabilities < min_p * probabilities.max(axis=-1, keepdims=True), -jnp.inf, logits)
 
 
-def _divisor(number: float) -> float:
+def divisor(number: float) -> float:
     """The nearest divisor that a device represents in full precision together with its reciprocal."""
     return min(max(float(number), _LEAST), 1 / _LEAST)

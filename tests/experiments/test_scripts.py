@@ -24,6 +24,7 @@ NEEDS = {  # a module that the tests do not install, and the command that does
     "make_parity_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_sampling_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_vision_fixtures": ("torch", 'pip install -e ".[parity]"'),
+    "soak_server": ("uvicorn", 'pip install "jaxcompress[serve]"'),
 }
 SLOW = {
     "speed_kernels",
@@ -32,7 +33,8 @@ SLOW = {
     "speed_decode",
     "speed_peers",
     "tova_perplexity",
-}  # interpreted kernels; two large gradients to compile
+    "soak_server",
+}  # interpreted kernels; two large gradients to compile; two servers to start
 
 
 class Ran(NamedTuple):

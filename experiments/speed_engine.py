@@ -1,0 +1,190 @@
+"""What continuous batching gains and costs, measured in one run.
+
+  python experiments/speed_engine.py --model smollm2
+
+rate       tokens a second with so many requests at once / with one after another, by `generate`
+first      time to the first token of short requests while a long prompt is being read, 50th and 99th percentile
+admission  milliseconds to write a fresh row, and a prefix's row
+prefix     a prompt whose prefix is known / the same prompt read again
+memory     bytes of all rows
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from command import OfModel, arguments
+
+import jaxcompress as jc
+from jaxcompress.generation import generate
+from jaxcompress.generation.sampling import row_keys
+from jaxcompress.serving import Engine, PoolSpec, PrefixLimits, Request
+from jaxcompress.serving.pool import Pool
+
+
+@dataclass(frozen=True)
+class Arguments(OfModel):
+    """Prints the results as JSON lines."""
+
+    policy: str = "tova"
+    slots: int = 256
+    rows: int = 32
+    concurrent: tuple[int, ...] = (1, 8, 32)
+    requests: int = 32
+    """Requests of `rate`."""
+    prompts: tuple[int, int] = (1000, 4000)
+    """Shortest and longest prompt of `rate`, in tokens."""
+    written: int = 256
+    """Tokens of each answer."""
+    long: int = 30_000
+    """Tokens of the long prompt of `first`."""
+    shorts: int = 50
+    """Short requests that come while it is read."""
+    segment: int = 128
+    group: int = 8
+    parts: tuple[str, ...] = ("rate", "first", "admission", "prefix")
+    out: Path | None = None
+    """Also write the results here (JSON)."""
+
+
+QUICK = Arguments(
+    quick=True, slots=16, rows=4, concurrent=(1, 4), requests=4, prompts=(20, 60), written=8, long=600, shorts=4,
+    segment=32,
+)  # fmt: skip
+
+
+def timed(run: Any) -> tuple[float, Any]:
+    begun = time.perf_counter()
+    found = jax.block_until_ready(run())
+    return time.perf_counter() - begun, found
+
+
+def prompts_of(args: Arguments, vocabulary: int) -> list[np.ndarray]:
+    draw = np.random.default_rng(0)
+    lengths = np.linspace(*args.prompts, args.requests).astype(int)
+    return [draw.integers(0, vocabulary, length).astype(np.int32) for length in lengths]
+
+
+def measure_rate(engine: Engine, spec: PoolSpec, prompts: list[np.ndarray], args: Arguments) -> list[dict[str, Any]]:
+    def alone() -> None:
+        for prompt in prompts:
+            for _ in generate(
+                spec.model, [prompt], spec.policy, spec.slots, max_new_tokens=args.written, segment=args.segment
+            ):
+                pass
+
+    def together(most: int) -> None:
+        waiting, running = list(prompts), []
+        while waiting or running:
+            while waiting and len(running) < most:
+                running.append(engine.submit(Request(waiting.pop(), args.written)))
+            running.pop(0).answer()
+
+    generate_once = prompts[0]
+    list(generate(spec.model, [generate_once], spec.policy, spec.slots, max_new_tokens=args.written))
+    total = len(prompts) * args.written
+    base, _ = timed(alone)
+    rows = [dict(part="rate", what="one after another by generate", tokens_s=total / base, ratio=1.0)]
+    for most in args.concurrent:
+        seconds, _ = timed(lambda most=most: together(most))
+        rows.append(dict(part="rate", what=f"{most} at once", tokens_s=total / seconds, ratio=base / seconds))
+    return rows
+
+
+def measure_first(engine: Engine, prompts: list[np.ndarray], args: Arguments) -> list[dict[str, Any]]:
+    long = np.resize(np.concatenate(prompts), args.long)
+    quiet, busy = [], []
+    short = lambda: Request(prompts[0][: args.segment], 4)
+    for times in (quiet, busy):
+        reading = engine.submit(Request(long, 1)) if times is busy else None
+        for _ in range(args.shorts):
+            ticket = engine.submit(short())
+            ticket.answer()
+            assert ticket.times.first is not None
+            times.append(ticket.times.first - ticket.times.submitted)
+        if reading is not None:
+            during = reading.times.first is None
+            reading.cancel()
+            reading.answer()
+            if not during:
+                print("the long prompt was read before all short requests were sent", flush=True)
+    rows = []
+    for name, times in (("nothing else", quiet), (f"beside a prompt of {args.long:,} tokens", busy)):
+        p50, p99 = np.percentile(times, (50, 99))
+        rows.append(dict(part="first", what=name, p50_ms=1e3 * p50, p99_ms=1e3 * p99))
+    return rows
+
+
+def measure_admission(spec: PoolSpec) -> list[dict[str, Any]]:
+    pool, keys = Pool(spec), row_keys([0])
+    pool.warm_up()
+    known = jax.device_get(pool.take(0)._replace(keys=None))._replace(keys=keys)  # type: ignore[arg-type]
+
+    def admit(row: Any) -> float:
+        seconds = []
+        for n in range(21):
+            begun = time.perf_counter()
+            pool.admit(n % spec.rows, keys, row)
+            jax.block_until_ready(pool._arrays)
+            seconds.append(time.perf_counter() - begun)
+        return 1e3 * statistics.median(seconds[1:])
+
+    fresh, prefix = admit(None), admit(known)
+    one = pool.nbytes / spec.rows
+    return [dict(part="admission", fresh_ms=fresh, prefix_ms=prefix, row_mib=one / 2**20, pool_mib=pool.nbytes / 2**20)]
+
+
+def measure_prefix(spec: PoolSpec, prompts: list[np.ndarray], args: Arguments) -> list[dict[str, Any]]:
+    prompt = prompts[-1]
+    with Engine({"one": spec}, prefixes=PrefixLimits()) as engine:
+        engine.submit(Request(prompts[0], 1)).answer()
+        first = engine.submit(Request(prompt, 1))
+        again, _ = timed(lambda: first.answer())
+        second = engine.submit(Request(prompt, 1))
+        known, answer = timed(lambda: second.answer())
+    return [
+        dict(
+            part="prefix",
+            tokens=len(prompt),
+            known=answer.known_tokens,
+            read_s=again,
+            known_s=known,
+            ratio=again / known,
+        )
+    ]
+
+
+def main(args: Arguments) -> None:
+    loaded = args.load()
+    spec = PoolSpec(
+        loaded.model, jc.get_policy(args.policy), args.slots, args.rows, segment=args.segment, group=args.group
+    )
+    prompts, rows = prompts_of(args, loaded.model.config.vocab_size), []
+    engine = Engine({"one": spec})
+    begun = time.perf_counter()
+    with engine:
+        print(json.dumps(dict(part="start", seconds=round(time.perf_counter() - begun, 1))), flush=True)
+        for part in args.parts:
+            found = {
+                "rate": lambda: measure_rate(engine, spec, prompts, args),
+                "first": lambda: measure_first(engine, prompts, args),
+                "admission": lambda: measure_admission(spec),
+                "prefix": lambda: measure_prefix(spec, prompts, args),
+            }[part]()
+            rows += found
+            for row in found:
+                shown = {name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()}
+                print(json.dumps(shown), flush=True)
+    if args.out is not None:
+        args.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main(arguments(QUICK))

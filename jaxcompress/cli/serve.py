@@ -1,0 +1,114 @@
+"""jaxcompress serve"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxcompress.cli.flags import ModeFlags, PlacementFlag, PolicyFlags, StateDtypeFlag, WeightFlags, at_least
+from jaxcompress.cli.runtime import chosen_policy, open_weights
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from jaxcompress.checkpoints import Loaded
+    from jaxcompress.serving import PoolSpec
+
+KEY = "JAXCOMPRESS_API_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, WeightFlags):
+    """Answers over HTTP as OpenAI's API does, many requests at a time, each in a state of fixed size.
+
+    Example: jaxcompress serve --model smollm2 --policy tova --slots 512 --port 8000
+    """
+
+    slots: tuple[int, ...] = (512,)
+    """Capacity of each layer: one number for all layers, or one per layer."""
+    rows: int = 8
+    """Requests at a time; more wait."""
+    more_pools: tuple[str, ...] = ()
+    """Further pools of rows, each POLICY:SLOTS such as h2o:256. A request names one as its model: NAME/POLICY:SLOTS."""
+    segment: int = 128
+    """Tokens of a prompt that are read before the other requests go on."""
+    host: str = "127.0.0.1"
+    """Address to listen at: this machine only, unless you say otherwise."""
+    port: int = 8000
+    """Port to listen at."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names under which clients may call the server; any if --host is not a loopback address and none are given."""
+    api_key: str | None = None
+    """Key that clients have to send. The environment variable JAXCOMPRESS_API_KEY gives it too, and does not show in
+    the list of processes."""
+    max_tokens: int = 1024
+    """Tokens of an answer, at most."""
+    max_prompt_tokens: int = 262_144
+    """Tokens of a prompt, at most."""
+    max_waiting: int = 256
+    """Requests that may wait or be answered; one more is refused."""
+    seconds: float = 600.0
+    """Time for an answer."""
+    prefixes: Path | None = None
+    """Folder in which states of prompts are kept, so that they outlive the server; in memory only if not given."""
+    prefix_mb: int = 1024
+    """Megabytes of states of prompts in memory; 0 keeps none."""
+    prefix_disk_mb: int = 8192
+    """Megabytes of states of prompts in the folder."""
+
+    def run(self) -> None:
+        self.check_placement(self.policy)
+        at_least(1, rows=self.rows, segment=self.segment, max_tokens=self.max_tokens, max_waiting=self.max_waiting)
+        at_least(0, port=self.port, prefix_mb=self.prefix_mb, prefix_disk_mb=self.prefix_disk_mb)
+        if self.seconds <= 0:
+            raise ValueError(f"--seconds must be above 0, not {self.seconds:g}")
+        from jaxcompress.server import bound
+
+        with bound(self.host, self.port) as listening:  # before the model is loaded: a port in use is told at once
+            self._serve(listening)
+
+    def _serve(self, listening: socket) -> None:
+        from jaxcompress.server import Served, Settings, run_server
+        from jaxcompress.serving import Engine, EngineLimits, PrefixLimits
+
+        name = "embedded" if self.model is None else Path(self.model).name
+        loaded = open_weights(self.model, self.dtype)
+        served = Served(name, loaded, self._pools(name, loaded), int(time.time()))
+        keeps = self.prefix_mb > 0 or self.prefixes is not None
+        prefixes = PrefixLimits(2**20 * self.prefix_mb, self.prefixes, 2**20 * self.prefix_disk_mb) if keeps else None
+        limits = EngineLimits(self.max_waiting, self.max_prompt_tokens, self.max_tokens)
+        engine = Engine(served.pools, limits=limits, prefixes=prefixes)
+        settings = Settings(
+            api_key=self.api_key or os.environ.get(KEY) or None, hosts=self._hosts(), concurrency=self.max_waiting,
+            max_tokens=self.max_tokens, seconds=self.seconds,
+        )  # fmt: skip
+        run_server(served, engine, settings, listening)
+
+    def _hosts(self) -> tuple[str, ...]:
+        loopback = self.host == "localhost"
+        with suppress(ValueError):
+            loopback = loopback or ipaddress.ip_address(self.host).is_loopback
+        return self.allowed_hosts or (("localhost", self.host, "127.0.0.1", "[::1]") if loopback else ("*",))
+
+    def _pools(self, name: str, loaded: Loaded[Any, Any, Any]) -> dict[str, PoolSpec]:
+        from jaxcompress.serving import PoolSpec
+
+        def pool(policy: str, slots: Any) -> PoolSpec:
+            return PoolSpec(
+                loaded.model, chosen_policy(policy, loaded.folder), slots, self.rows, self.placement, self.state_dtype,
+                self.mode, self.chunk_tokens(), self.segment,
+            )  # fmt: skip
+
+        shown = "-".join(map(str, self.slots))
+        found = {f"{name}/{self.policy}:{shown}": pool(self.policy, self.capacity)}
+        for text in self.more_pools:
+            policy, _, slots = text.rpartition(":")
+            if not policy or not slots.isdecimal() or not int(slots):
+                raise ValueError(f"--more-pools takes POLICY:SLOTS such as h2o:256, not {text!r}")
+            found[f"{name}/{text}"] = pool(policy, int(slots))
+        return found

@@ -1,0 +1,77 @@
+"""What a server serves, and within which limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from jaxcompress.checkpoints._loaded import Loaded
+from jaxcompress.generation.turns import closing_token
+from jaxcompress.inputs.tokenizer import Tokenizer
+from jaxcompress.serving.pool import PoolSpec
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The limits of a server.
+
+    Attributes:
+      api_key: clients have to send it (`Authorization: Bearer ...`); None: all may ask.
+      hosts: names by which clients may call the server, `*` for any. A server on a loopback address takes only names of
+        this machine, so that no web page can reach it under a name of its own.
+      body_bytes: of a request.
+      body_seconds: until a request has to be there.
+      concurrency: requests at a time, those that wait for a row included; one more is refused with status 429.
+      max_tokens: of an answer, and the number if a request names none.
+      choices: `n` of a request, at most.
+      seconds: until an answer has to be there.
+      stop_seconds: that answers may still take after the server was told to end.
+    """
+
+    api_key: str | None = None
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    body_bytes: int = 4 * 2**20
+    body_seconds: float = 30.0
+    concurrency: int = 256
+    max_tokens: int = 1024
+    choices: int = 8
+    seconds: float = 600.0
+    stop_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model with its pools.
+
+    Attributes:
+      name: of the model; stands for its first pool too.
+      loaded: the model and its tokenizer.
+      pools: by name.
+    """
+
+    name: str
+    loaded: Loaded[Any, Any, Tokenizer]
+    pools: Mapping[str, PoolSpec]
+    created: int = field(default=0)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.loaded.tokenizer
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, and the one with which the chat template ends an answer."""
+        closing = None
+        if self.tokenizer.has_chat_template:
+            with suppress(ValueError):  # the template writes no answers: the end tokens have to do
+                closing = closing_token(self.tokenizer, None, {})
+        return tuple(dict.fromkeys([*self.tokenizer.eos_ids, *(() if closing is None else (closing,))]))
+
+    def pool(self, model: str) -> str | None:
+        """The pool that a request means by its `model`; None if there is none."""
+        if model == self.name:
+            return next(iter(self.pools))
+        return model if model in self.pools else None

@@ -1,0 +1,120 @@
+"""States of prefixes on disk, each a file as `jaxcompress.save_state` writes it, within a limit of bytes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+from queue import Full, Queue
+from typing import Any
+
+from jaxcompress.generation.decode_state import DecodeState
+from jaxcompress.generation.state_file import Record, read_record, record_of, state_of, write_record
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.policies.policy import Policy
+
+LOG = logging.getLogger("jaxcompress.serving")
+
+SUFFIX = ".state"
+
+UNWRITTEN = 8
+"""States that may wait to be written; one more is not written."""
+
+
+class PrefixFiles:
+    """The files of a folder. They are written by a thread of their own, so that no row waits for the disk.
+
+    A file appears complete or not at all. One that cannot be read is deleted, and counts as absent. Once a file cannot
+    be written (the disk is full), no other is written; those that are there are still read.
+
+    Attributes:
+      writes: whether files are written.
+    """
+
+    def __init__(self, folder: str | Path, most_bytes: int) -> None:
+        """Raises OSError if the folder cannot be made or read."""
+        self.folder, self._most = Path(folder).expanduser(), most_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob(f".*{SUFFIX}.part"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
+        self._lock = threading.Lock()
+        found = [(path.stat().st_mtime, path.stem, path.stat().st_size) for path in self.folder.glob(f"*{SUFFIX}")]
+        self._sizes = {name: size for _, name, size in sorted(found)}  # the one used longest ago comes first
+        self.writes = True
+        self._queue: Queue[tuple[str, Record] | None] = Queue(UNWRITTEN)
+        self._thread = threading.Thread(target=self._write_all, name="prefix files", daemon=True)
+        self._thread.start()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        with self._lock:
+            return sum(self._sizes.values())
+
+    def read(self, name: str, model: Decoder, policy: Policy) -> DecodeState | None:
+        """The state of this name; None if there is none that can be read."""
+        with self._lock:
+            if name not in self._sizes:
+                return None
+        path = self._path(name)
+        try:
+            state = state_of(read_record(path), path, model, policy)
+        except (OSError, ValueError, FloatingPointError) as error:
+            LOG.warning("a prefix file is left out and deleted: %s", error)
+            self._delete(name)
+            return None
+        with self._lock:
+            if name in self._sizes:
+                self._sizes[name] = self._sizes.pop(name)
+        with suppress(OSError):
+            os.utime(path)
+        return state
+
+    def write(self, name: str, state: DecodeState, model: Decoder) -> None:
+        """Has a state written soon; not if there is one of this name, or too many wait."""
+        with self._lock:
+            if not self.writes or name in self._sizes:
+                return
+        with suppress(Full):
+            self._queue.put_nowait((name, record_of(state, model)))
+
+    def close(self) -> None:
+        """Waits until what was given is written."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def _write_all(self) -> None:
+        while (given := self._queue.get()) is not None:
+            name, record = given
+            if not self.writes:
+                continue
+            try:
+                write_record(self._path(name), record)
+                size = self._path(name).stat().st_size
+            except OSError as error:
+                self.writes = False
+                LOG.warning("prefix files are no longer written: %s", error)
+                continue
+            with self._lock:
+                self._sizes[name] = size
+            self._make_room()
+
+    def _make_room(self) -> None:
+        while True:
+            with self._lock:
+                if sum(self._sizes.values()) <= self._most or not self._sizes:
+                    return
+                oldest = next(iter(self._sizes))
+            self._delete(oldest)
+
+    def _delete(self, name: str) -> None:
+        with self._lock:
+            self._sizes.pop(name, None)
+        with suppress(OSError):
+            self._path(name).unlink()
+
+    def _path(self, name: str) -> Any:
+        return self.folder / f"{name}{SUFFIX}"

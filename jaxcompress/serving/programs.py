@@ -1,0 +1,140 @@
+"""The compiled programs of a pool: write a row, take a row, read into a row, write tokens with some rows.
+
+Their shapes are those of the pool. What arrives, and when, are values, so that nothing is compiled after `warm_up`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxcompress.generation.decode_state import DecodeArrays, first_broken
+from jaxcompress.generation.sampling import remember
+from jaxcompress.models.decoder import Decoder, last_hidden, read
+from jaxcompress.policies.policy import Policy
+from jaxcompress.serving.row_sampling import TOP, Likely, RowSampling, likely, no_likely, sample_rows
+from jaxcompress.state.kv_state import KVState
+from jaxcompress.state.placement import Placement
+
+
+def _by_row(per_layer: Callable[..., Any], per_row: Callable[..., Any], *given: DecodeArrays) -> DecodeArrays:
+    """Applies a function to all arrays [L, B, ...], and one to all arrays [B, ...]."""
+
+    def part(*parts: KVState) -> KVState:
+        layered = jax.tree.map(per_layer, *(one.layered() for one in parts))
+        return replace(parts[0], seen=per_row(*(one.seen for one in parts)), **layered)
+
+    kv = tuple(part(*parts) for parts in zip(*(one.kv for one in given), strict=True))
+    return DecodeArrays(kv, *(per_row(*arrays) for arrays in zip(*(one[1:] for one in given), strict=True)))
+
+
+def rows_of(pool: DecodeArrays, index: Int[Array, " W"] | None) -> DecodeArrays:
+    """The rows at these indices; None: all of them."""
+    return pool if index is None else _by_row(lambda x: x[:, index], lambda x: x[index], pool)
+
+
+def with_rows(pool: DecodeArrays, index: Int[Array, " W"] | None, rows: DecodeArrays) -> DecodeArrays:
+    """The pool with rows replaced. No index comes twice."""
+    if index is None:
+        return rows
+    put = lambda x, y: x.at[index].set(y, unique_indices=True)
+    return _by_row(lambda x, y: x.at[:, index].set(y, unique_indices=True), put, pool, rows)
+
+
+@partial(jax.jit, donate_argnames="pool")
+def put_row(pool: DecodeArrays, row: Int[Array, ""] | int, one: DecodeArrays, keys: Array) -> DecodeArrays:
+    """Admission: one row becomes this state of a batch of one, with a random key of its own."""
+    return with_rows(pool, jnp.asarray(row)[None], one._replace(keys=keys))
+
+
+@jax.jit
+def take_row(pool: DecodeArrays, row: Int[Array, ""] | int) -> DecodeArrays:
+    """A copy of one row, as a state of a batch of one."""
+    return rows_of(pool, jnp.asarray(row)[None])
+
+
+@partial(jax.jit, static_argnames=("chunk", "placement"), donate_argnames="pool")
+def read_row(
+    model: Decoder,
+    pool: DecodeArrays,
+    row: Int[Array, ""] | int,
+    tokens: Int[Array, "1 T"],
+    valid: Bool[Array, "1 T"],
+    policy: Policy,
+    *,
+    chunk: int,
+    placement: Placement | None,
+) -> tuple[DecodeArrays, Int[Array, " 1"]]:
+    """Reads tokens into one row, as `prefill` does; returns the pool, and `broken` of the row."""
+    index = jnp.asarray(row)[None]
+    now = rows_of(pool, index)
+    after = read(model, tokens, now.kv, policy, valid=valid, chunk=chunk, placement=placement)
+    logits = model.logits(last_hidden(after, valid))[:, 0]
+    logits = jnp.where(valid.any(axis=1)[:, None], logits, now.logits)
+    broken = first_broken(now.broken, logits, after.state)
+    appeared = remember(now.appeared, tokens, valid)
+    return with_rows(pool, index, DecodeArrays(after.state, logits, appeared, now.keys, now.done, broken)), broken
+
+
+class Written(NamedTuple):
+    """What some rows wrote in one call.
+
+    Attributes:
+      tokens: [W, N] int32, -1 after a row's last token.
+      broken: [W] int32, as `DecodeState.broken`.
+      likely: arrays [W, N, ...]; zeros where no row reports log-probabilities.
+    """
+
+    tokens: Int[Array, "W N"]
+    broken: Int[Array, " W"]
+    likely: Likely
+
+
+@partial(jax.jit, static_argnames=("group", "placement"), donate_argnames="pool")
+def write_tokens(
+    model: Decoder,
+    pool: DecodeArrays,
+    index: Int[Array, " W"] | None,
+    rows: RowSampling,
+    policy: Policy,
+    *,
+    group: int,
+    placement: Placement | None,
+) -> tuple[DecodeArrays, Written]:
+    """Writes up to `group` tokens with some rows, as `decode` does; ends early when every row has stopped.
+
+    Args:
+      index: the rows, all different; None: all rows of the pool, which are then changed in place.
+      rows: their settings. A row with no token left stays as it is.
+    """
+    started = rows_of(pool, index)
+    width, vocabulary = started.logits.shape
+    rows = RowSampling(*map(jnp.asarray, rows))
+
+    def body(loop: Any) -> Any:
+        step, left, now, out = loop
+        done = left <= 0
+        keys = jax.vmap(jax.random.fold_in)(now.keys, now.kv[0].seen)
+        token = sample_rows(keys, now.logits, now.appeared, rows)
+        told = jax.tree.map(lambda x, y: x.at[:, step].set(y), out.likely, likely(now.logits, token, rows.logprobs))
+        tokens = out.tokens.at[:, step].set(jnp.where(done, -1, token))
+        after = read(model, token[:, None], now.kv, policy, valid=~done[:, None], placement=placement)
+        logits = jnp.where(done[:, None], now.logits, model.logits(after.hidden)[:, 0])
+        appeared = remember(now.appeared, token[:, None], ~done[:, None])
+        broken = first_broken(now.broken, logits, after.state)
+        left = jnp.where((token[:, None] == rows.stop).any(axis=1), 0, left - 1)
+        now = DecodeArrays(after.state, logits, appeared, now.keys, now.done, broken)
+        return step + 1, left, now, out._replace(tokens=tokens, likely=told)
+
+    out = Written(
+        jnp.full((width, group), -1, jnp.int32), started.broken, no_likely((width, group), min(TOP, vocabulary))
+    )
+    going = lambda loop: (loop[0] < group) & (loop[1] > 0).any()
+    _, _, now, out = jax.lax.while_loop(going, body, (jnp.int32(0), rows.left, started, out))
+    return with_rows(pool, index, now), out._replace(broken=now.broken + 0)

@@ -1,0 +1,50 @@
+"""What `jaxcompress serve` refuses before it serves."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from jaxcompress.cli import command_of, main
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--rows 0", "--rows must be at least 1, not 0"),
+        ("--seconds 0", "--seconds must be above 0, not 0"),
+        ("--port 0 --more-pools h2o", "--more-pools takes POLICY:SLOTS such as h2o:256, not 'h2o'"),
+        ("--port 0 --more-pools no:5", "unknown policy 'no'"),
+        ("--port 0 --mode oneshot", "a pool reads prompts in pieces between the tokens of other rows"),
+        ("--port 0 --policy tova/once4", "cannot be a row of a pool"),
+        ("--host 192.0.2.1", "the server cannot listen at 192.0.2.1, port 8000"),
+    ],
+)
+def test_what_cannot_be_served(flags: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *flags.split()]) == 2
+    told = capsys.readouterr().err
+    assert why in told
+    assert told.count("\n") == 1
+
+
+def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    assert f"port {port} of 127.0.0.1 is in use; give another with --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "hosts"),
+    [
+        ("", ("localhost", "127.0.0.1", "127.0.0.1", "[::1]")),
+        ("--host 0.0.0.0", ("*",)),
+        ("--host 0.0.0.0 --allowed-hosts a.example b.example", ("a.example", "b.example")),
+    ],
+)
+def test_names_by_which_the_server_may_be_called(flags: str, hosts: tuple[str, ...]) -> None:
+    assert command_of(["serve", *flags.split()])._hosts() == hosts
