@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,7 +67,7 @@ def books(args: Arguments) -> Iterator[tuple[str, str]]:
         with extra("data"):
             from datasets import load_dataset
         try:
-            dataset = load_dataset(DATASET, split=args.pg19)
+            dataset: Any = load_dataset(DATASET, split=args.pg19)
         except Exception as error:  # whatever the hub's client raises
             stop(f"PG-19 was looked for as {DATASET} on the Hugging Face hub: {error}; give local files with --texts")
         yield from ((book["short_book_title"], book["text"]) for book in dataset)

@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -332,7 +332,8 @@ def tensors_of(folder: Path, renamed: Callable[[str], str] = lambda name: name) 
     return tensors
 
 
-class _Tensor(NamedTuple):
+@dataclass(frozen=True)
+class _Tensor:
     """A tensor in a safetensors file, with the interface of safetensors' slices; indexing reads.
 
     The file is mapped into memory during each read only: otherwise all of its pages would count as memory in use until
