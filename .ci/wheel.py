@@ -8,6 +8,7 @@ to it, so that `all` has nothing left to install in the end.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -115,14 +116,15 @@ def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         venv.create(Path(place) / "venv", with_pip=True)
         python = Path(place) / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
         def install(extra: str = "", *more: str) -> str:
             what = f"jaxcompress{extra} @ {wheel.as_uri()}"
             command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *more, what]
-            return subprocess.run(command, check=True, cwd=place, stdout=subprocess.PIPE, text=True).stdout
+            return subprocess.run(command, check=True, cwd=place, env=alone, stdout=subprocess.PIPE, text=True).stdout
 
         def run(code: str) -> None:
-            subprocess.run([str(python), "-c", code.replace("TESTS", repr(TESTS))], check=True, cwd=place)
+            subprocess.run([str(python), "-c", code.replace("TESTS", repr(TESTS))], check=True, cwd=place, env=alone)
 
         install()
         run(BASE)

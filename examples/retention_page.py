@@ -28,7 +28,8 @@ def main(
     ids = loaded.tokenizer.encode(text)[:tokens]
 
     # When each token was evicted, [layers, sets of slots, tokens].
-    death = jc.trace(loaded.model, ids[None], jc.get_policy(policy), slots, prompt=len(ids)).death[:, 0]
+    trace = jc.trace(loaded.model, ids[None], jc.get_policy(policy), slots, prompt=len(ids), mode="streaming")
+    death = trace.death[:, 0]
 
     texts = token_texts(loaded.tokenizer, ids)
     kinds = token_kinds(texts)

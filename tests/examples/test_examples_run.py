@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ LESS: dict[str, dict[str, Any]] = {
     "retention_page": dict(slots=32, tokens=256, out=Path("page.html")),
     "shorten_prompt": dict(slots=32, characters=600, max_new_tokens=8),
 }
-SAYS = {
-    "ask_long_file": "What is an assignment?",
+SAYS = {  # patterns
+    "ask_long_file": r"What is an assignment\?",
     "chat": "seven letters",  # what it was told one message before
     "distill": "/distilled",
     "new_policy": "Fading/protect-recent16",
-    "retention_page": "rare words",
+    "retention_page": r"\nall +\d\d%",
     "shorten_prompt": "in all; recovered",
 }
 
@@ -38,5 +39,5 @@ def test_an_example_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(FOLDER / f"{name}.py"))["main"](**LESS[name])
-    assert SAYS[name] in capsys.readouterr().out
+    assert re.search(SAYS[name], capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} <= {"distilled", "page.html"}
