@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 @pytest.mark.parametrize(
     ("jax", "flax"),
-    [("0.10.2", "0.12.8"), ("0.10.2", "0.12.12"), ("0.11.2", "0.12.12"), ("0.12.0", "0.13.0"), ("1.0.0", "1.0.0")],
+    [("0.8.0", "0.12.0"), ("0.10.2", "0.12.6"), ("0.11.2", "0.12.12"), ("0.12.0", "0.13.0"), ("1.0.0", "1.0.0")],
 )
 def test_pairs_that_fit(jax: str, flax: str) -> None:
     _versions.check(jax, flax)
@@ -37,12 +37,12 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize("package", ["jax", "flax"])
 def test_the_oldest_allowed_are_the_oldest_that_can_be_installed(package: str) -> None:
-    (bound,) = [one.partition(">=")[2] for one in PROJECT["dependencies"] if one.startswith(f"{package}>=")]
-    _versions.check(**{package: bound})
-    major, minor, patch = map(int, bound.split("."))
+    bounds = dict(one.split(">=") for one in PROJECT["dependencies"] if one.startswith(("jax>", "flax>")))
+    _versions.check(**bounds)
+    major, minor, patch = map(int, bounds[package].split("."))
     below = f"{major}.{minor}.{patch - 1}" if patch else f"{major}.{minor - 1}.99"
-    with pytest.raises(ImportError, match=f"needs {package} {re.escape(bound)} or later"):
-        _versions.check(**{package: below})
+    with pytest.raises(ImportError, match=f"needs {package} {re.escape(bounds[package])} or later"):
+        _versions.check(**bounds | {package: below})
 
 
 def test_what_is_installed_fits() -> None:
@@ -53,10 +53,11 @@ def test_what_is_installed_fits() -> None:
     ("jax", "flax", "says"),
     [
         ("0.11.2", "0.12.8", r"jax 0\.11 needs flax 0\.12\.10.*Run: pip install -U flax"),
-        ("0.10.1", "0.12.8", r"needs jax 0\.10\.2 or later.*Run: pip install -U jax flax"),
-        ("0.4.38", "0.10.2", r"needs jax 0\.10\.2 or later.*Run: pip install -U jax flax"),
-        ("0.10.2", "0.12.7", r"needs flax 0\.12\.8 or later.*Run: pip install -U flax"),
-        ("0.10.2", "0.9.0", r"needs flax 0\.12\.8 or later.*Run: pip install -U flax"),
+        ("0.10.2", "0.12.0", r"jax 0\.9 needs flax 0\.12\.6.*Run: pip install -U flax"),
+        ("0.7.2", "0.12.8", r"needs jax 0\.8\.0 or later.*Run: pip install -U jax flax"),
+        ("0.4.38", "0.10.2", r"needs jax 0\.8\.0 or later.*Run: pip install -U jax flax"),
+        ("0.10.2", "0.11.2", r"needs flax 0\.12\.0 or later.*Run: pip install -U flax"),
+        ("0.10.2", "0.9.0", r"needs flax 0\.12\.0 or later.*Run: pip install -U flax"),
     ],
 )
 def test_pairs_that_do_not_fit_say_what_to_install(jax: str, flax: str, says: str) -> None:
