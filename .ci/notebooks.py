@@ -24,7 +24,11 @@ def executed(notebook: Any) -> Any:
     """The notebook after all its cells were run."""
     with tempfile.TemporaryDirectory() as place:
         return NotebookClient(
-            notebook, timeout=300, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": place}}
+            notebook,
+            timeout=1200,
+            kernel_name="python3",
+            coalesce_streams=True,
+            resources={"metadata": {"path": place}},
         ).execute()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-PAIRS = (("0.11", "0.12.10"), ("0.9", "0.12.6"))
+PAIRS = (("0.11", "0.12.10"), ("0.9", "0.12.5"))
 """From which version of jax on flax has to be how new, the newest first: older ones import what jax took away."""
 
 
