@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import resource
 import subprocess
 import sys
 import zipfile
@@ -28,7 +27,7 @@ from time import perf_counter
 
 import jax
 import numpy as np
-from command import OfModel, arguments, stop
+from command import OfModel, arguments, peak_memory, stop
 
 from jaxcompress import cli
 from jaxcompress.checkpoints import KNOWN_MODELS, KnownModel
@@ -131,10 +130,9 @@ def recall(args: Check, given: list[str]) -> tuple[str, bool]:
 
 
 def loading(args: Check, text: Path) -> Iterator[tuple[str, bool]]:
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    before, started = peak(), perf_counter()
+    before, started = peak_memory(), perf_counter()
     loaded = args.load()
-    took, grown = perf_counter() - started, peak() - before
+    took, grown = perf_counter() - started, peak_memory() - before
     arrays = sum(array.nbytes for array in jax.tree.leaves(loaded.model))
     weighs = loaded.folder.stat().st_size if loaded.folder.is_file() else 0
     size = f"{arrays / 2**20:.0f} MiB of arrays, {grown / 2**20:.0f} MiB more memory at the peak"

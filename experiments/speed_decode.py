@@ -14,7 +14,6 @@ blocks above the diagonal and is faster on a CPU, is reported beside it.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from command import Command, arguments
+from command import Command, arguments, peak_memory
 from flax import nnx
 
 import jaxcompress as jc
@@ -141,7 +140,6 @@ def measure_step(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
 def measure_flat(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
     tova, block = jc.get_policy("tova"), 500
     state = jc.init_state(model.config, tova, args.slots)
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds, memory, at = {}, {}, 0
     jax.block_until_ready(decode(model, state, tova, block))
     early, late = range(1000, 6000), range(args.long - 5000, args.long)
@@ -151,12 +149,12 @@ def measure_flat(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
         for name, part in (("early", early), ("late", late)):
             if at in part:
                 seconds.setdefault(name, []).append((time.perf_counter() - begun) / block)
-                memory[name] = peak()
+                memory[name] = peak_memory()
         at += block
     early_s, late_s = (statistics.median(seconds[name]) for name in ("early", "late"))
     return [
         dict(part="flat", what="seconds per token", ratio=late_s / early_s, us=1e6 * late_s, at=args.long),
-        dict(part="flat", what="peak memory", ratio=memory["late"] / memory["early"], mib=memory["late"] / 1024),
+        dict(part="flat", what="peak memory", ratio=memory["late"] / memory["early"], mib=memory["late"] / 2**20),
     ]
 
 

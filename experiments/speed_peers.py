@@ -3,13 +3,14 @@
     pip install "torch==2.13.0" transformers kvpress
     python experiments/speed_peers.py --model smollm2
 
-Each side runs in a process of its own, with the same float32 weights and the same random tokens. All sides of a cell
-are loaded and warmed up first. Then they take turns, so that a slow moment of the machine meets all of them. A figure
-is the median over the turns. Peak memory is that of the side's process, weights included.
+Each side runs in a process of its own, with the same weights, float32 if not said otherwise, and the same random
+tokens. All sides of a cell are loaded and warmed up first. Then they take turns, so that a slow moment of the machine
+meets all of them. A figure is the median over the turns. Peak memory is that of the side's process, weights included.
 
   full        this library, everything kept, the prompt read one-shot
   streaming   this library, TOVA, 1/8 of the context, the prompt read token by token, exactly as decoding does
-  one-shot    this library, TOVA (or another policy), 1/8 of the context, the prompt read with one selection
+  oneshot     this library, TOVA (or another policy), 1/8 of the context, the prompt read with one selection
+  int8:...    the same as any of these, with weights in int8
   torch       transformers with its own cache, everything kept
   kvpress     transformers with kvpress's TOVA, 1/8 of the context, one selection after the prompt
 
@@ -19,7 +20,6 @@ Sides whose packages are not installed are left out, and said to be.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,7 +34,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from command import OfModel, arguments
+from command import OfModel, arguments, peak_memory
 
 import jaxcompress as jc
 from jaxcompress.checkpoints import save
@@ -51,6 +51,8 @@ SIDES = {
     "oneshot": (),
     "oneshot:snapkv+32": (),
     "oneshot:h2o": (),
+    "int8:streaming": ("qwix",),
+    "int8:oneshot": ("qwix",),
 }
 """The modules that each side needs beyond the library's own."""
 
@@ -76,15 +78,18 @@ class Arguments(OfModel):
     """Used by the script itself: the model's folder."""
 
 
-QUICK = Arguments(quick=True, contexts=(64,), batches=(2,), steps=4, turns=1, sides=("full", "streaming", "oneshot"))
+QUICK = Arguments(
+    quick=True, contexts=(64,), batches=(2,), steps=4, turns=1, sides=("full", "streaming", "int8:oneshot")
+)
 
 
 class Library:
     """This library as a side."""
 
     def __init__(self, side: str, folder: str, rows: np.ndarray) -> None:
-        kind, _, policy = side.partition(":")
-        self.model = jc.load(folder, dtype="float32").model
+        int8 = side.startswith("int8:")
+        kind, _, policy = side.removeprefix("int8:").partition(":")
+        self.model = jc.load(folder, dtype="int8" if int8 else "float32").model
         self.policy = jc.get_policy("full" if kind == "full" else policy or "tova")
         self.mode: Mode = "streaming" if kind == "streaming" else "oneshot"
         self.rows, self.slots = rows, max(rows.shape[1] // KEPT, 1)
@@ -147,9 +152,7 @@ def work(args: Arguments) -> None:
         side.prefill(args.steps)
         middle = perf_counter()
         side.decode(args.steps)
-        scale = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-        print(json.dumps([middle - begun, perf_counter() - middle, peak]), flush=True)
+        print(json.dumps([middle - begun, perf_counter() - middle, peak_memory()]), flush=True)
 
 
 def cell(args: Arguments, folder: str, context: int, batch: int) -> Iterator[dict[str, Any]]:

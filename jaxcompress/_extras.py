@@ -31,6 +31,7 @@ EXTRAS = {
     "plots": Extra("drawing figures", ("matplotlib",)),
     "cli": Extra("the command line", ("tyro", "tqdm")),
     "gguf": Extra("reading GGUF files", ("gguf",)),
+    "int8": Extra("holding weights in int8", ("qwix",)),
     "data": Extra("reading a dataset of the Hugging Face hub", ("datasets",)),
     "tensorboard": Extra("logging for TensorBoard", ("tensorboardX",)),
     "teacher": Extra("asking a teacher at an endpoint", ("openai",)),

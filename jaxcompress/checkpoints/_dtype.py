@@ -20,7 +20,13 @@ _ALIASES = {
     "bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "float": "float32", "fp32": "float32",
     "f32": "float32", "double": "float64", "fp64": "float64", "f64": "float64",
 }  # fmt: skip
-_KNOWN = "float32 (fp32, float), bfloat16 (bf16), float16 (fp16, half), or auto for the one that is fast here"
+_KNOWN = "float32 (fp32, float), bfloat16 (bf16), float16 (fp16, half), auto for the float that is fast here"
+
+
+def held_in_int8(asked: DTypeLike | None) -> bool:
+    """Whether int8 is asked for: matrices in int8, computed with in a floating-point dtype."""
+    name = asked.strip().lower() if isinstance(asked, str) else asked
+    return name in ("int8", jnp.int8, np.dtype(np.int8))
 
 
 def weights_dtype(

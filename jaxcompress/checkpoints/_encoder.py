@@ -22,7 +22,7 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
-from jaxcompress.checkpoints._load import Shardings, Surplus, fill, find, opened
+from jaxcompress.checkpoints._load import Shardings, Surplus, Target, fill, find, tensors_of
 from jaxcompress.checkpoints._loaded import Loaded
 from jaxcompress.checkpoints._save import write_folder
 from jaxcompress.checkpoints._weights import Names, named_weights
@@ -79,13 +79,13 @@ def load_encoder(
         "num_labels": config.num_labels * config.hidden_size,
     }
     weights_of = lambda encoder: named_weights(encoder, names)
-    with opened(folder) as tensors:
-        target = weights_dtype(dtype, settings, tensors, folder)
-        model = fill(
-            folder, tensors, lambda: Encoder(config, dtype=target, rngs=nnx.Rngs(0)), weights_of, sizes=sizes,
-            surplus=Surplus(lambda name: name.endswith("embeddings.position_ids"), lambda name: ".pooler." in name),
-            dtype=target, sharding=sharding,
-        )  # fmt: skip
+    tensors = tensors_of(folder)
+    target = weights_dtype(dtype, settings, tensors, folder)
+    model = fill(
+        folder, tensors, lambda: Encoder(config, dtype=target, rngs=nnx.Rngs(0)), weights_of, sizes=sizes,
+        surplus=Surplus(lambda name: name.endswith("embeddings.position_ids"), lambda name: ".pooler." in name),
+        into=Target(target, sharding),
+    )  # fmt: skip
     return Loaded(model, config, settings, folder, EncoderTokenizer)
 
 

@@ -20,6 +20,7 @@ from jaxcompress.checkpoints._families import FAMILIES
 from jaxcompress.checkpoints._gguf_folder import as_folder
 from jaxcompress.checkpoints._weights import Weight, named_weights
 from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.int8 import check_float
 
 
 def save(
@@ -47,11 +48,13 @@ def save(
     Raises:
       FileExistsError: the folder is not empty.
       FileNotFoundError: `tokenizer_from` is not a folder or has no tokenizer.
-      ValueError: no Hugging Face architecture has this model's combination of features; weights have several dtypes.
+      ValueError: no Hugging Face architecture has this model's combination of features; weights have several dtypes
+        or are held in int8.
 
     Example:
       >>> save(model, "trained", tokenizer_from=loaded.folder)  # doctest: +SKIP
     """
+    check_float(model, "saved")
     with as_folder(tokenizer_from) as source:
         config = config_like(source, hugging_face_config(model.config), decoder_config, INTERPRETED)
         weights, _ = named_weights(model, FAMILIES[architecture_of(config)].names)

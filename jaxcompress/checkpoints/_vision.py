@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxcompress.checkpoints._carried import config_like
 from jaxcompress.checkpoints._dtype import weights_dtype
 from jaxcompress.checkpoints._entries import config_of
-from jaxcompress.checkpoints._load import Shardings, Surplus, fill, find, opened, sizes_of, with_own_head
+from jaxcompress.checkpoints._load import Shardings, Surplus, Target, fill, find, sizes_of, tensors_of, with_own_head
 from jaxcompress.checkpoints._loaded import Loaded
 from jaxcompress.checkpoints._processor import PROCESSOR_FILES
 from jaxcompress.checkpoints._save import write_folder
@@ -52,16 +52,16 @@ def load_tower(
     renamed = lambda name: inside + name if bare.match(name) else name
     names = _clip_names if inside == "vision_model." else _vit_names(kind, config)
     beside = _TEXT_PARTS if settings.get("model_type") in WITH_TEXT else re.compile(r"(?!)")
-    with opened(folder, renamed) as tensors:
-        target = weights_dtype(dtype, settings, tensors, folder)
-        model = fill(
-            folder, tensors, lambda: VisionTower(config, dtype=target, rngs=nnx.Rngs(0)),
-            lambda tower: named_weights(tower, names), sizes=_sizes_of_tower(config),
-            surplus=Surplus(
-                lambda name: name.endswith("embeddings.position_ids") or bool(beside.match(name)), _unused
-            ),
-            dtype=target, sharding=sharding,
-        )  # fmt: skip
+    tensors = tensors_of(folder, renamed)
+    target = weights_dtype(dtype, settings, tensors, folder)
+    model = fill(
+        folder, tensors, lambda: VisionTower(config, dtype=target, rngs=nnx.Rngs(0)),
+        lambda tower: named_weights(tower, names), sizes=_sizes_of_tower(config),
+        surplus=Surplus(
+            lambda name: name.endswith("embeddings.position_ids") or bool(beside.match(name)), _unused
+        ),
+        into=Target(target, sharding),
+    )  # fmt: skip
     return Loaded(model, config, settings, folder, Tokenizer)
 
 
@@ -91,17 +91,17 @@ def load_llava(
     settings = read_object(folder / "config.json")
     with config_of(folder / "config.json"):
         config = llava_config(settings)
-    with opened(folder, _older_name) as tensors:
-        target = weights_dtype(dtype, settings, tensors, folder)
-        names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-        decoder, tensors = with_own_head(config.decoder, tensors, *names, target)
-        config = replace(config, decoder=decoder)
-        model = fill(
-            folder, tensors, lambda: Llava(config, dtype=target, rngs=nnx.Rngs(0)), llava_weights,
-            sizes=_sizes_of_tower(config.tower) | sizes_of(config.decoder),
-            surplus=Surplus(lambda name: name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))),
-            dtype=target, sharding=sharding,
-        )  # fmt: skip
+    tensors = tensors_of(folder, _older_name)
+    target = weights_dtype(dtype, settings, tensors, folder)
+    names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+    decoder, tensors = with_own_head(config.decoder, tensors, *names, target)
+    config = replace(config, decoder=decoder)
+    model = fill(
+        folder, tensors, lambda: Llava(config, dtype=target, rngs=nnx.Rngs(0)), llava_weights,
+        sizes=_sizes_of_tower(config.tower) | sizes_of(config.decoder),
+        surplus=Surplus(lambda name: name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))),
+        into=Target(target, sharding),
+    )  # fmt: skip
     return Loaded(model, config, settings, folder, Tokenizer)
 
 

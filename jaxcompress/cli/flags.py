@@ -40,7 +40,7 @@ class WeightFlags(ModelFlag):
 
     dtype: str = "auto"
     """Type of the weights, for example bfloat16. `auto` is the checkpoint's own, but float32 on a CPU, where narrower
-    types are slower."""
+    floats are slower. int8 rounds them: a quarter of the memory, and on a CPU decoding is up to twice as fast."""
 
 
 @dataclass(frozen=True, kw_only=True)

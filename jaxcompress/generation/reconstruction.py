@@ -28,6 +28,7 @@ from jaxcompress.generation.generate import prefill
 from jaxcompress.inputs.token_ids import prompt_ids, token_ids
 from jaxcompress.models.decoder import Decoder, read
 from jaxcompress.models.init_state import Slots, init_state
+from jaxcompress.models.int8 import as_float
 from jaxcompress.policies.cache_view import CacheView, LayerContext, Observation
 from jaxcompress.policies.policy import Policy, Schedule, policy
 from jaxcompress.state.kv_state import KVState, State, Stats
@@ -371,7 +372,7 @@ def _filled(
     keys, values, held = pick(keys), pick(values), jnp.where(pick(kept), pick(held), -1)
     owner = None if owner is None else jnp.where(held >= 0, pick(owner), 0)
     group = config.num_heads // config.num_kv_heads
-    out = model.layers.attention.out.kernel[...].reshape(
+    out = as_float(model.layers.attention.out.kernel[...]).reshape(
         config.num_layers, -1, group, config.head_dim, config.hidden_size
     )
     nothing = jnp.zeros_like(new.seen)

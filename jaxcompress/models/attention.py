@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.initializers import initializers
+from jaxcompress.models.int8 import Linear
 from jaxcompress.models.norms import NORMS
 from jaxcompress.models.rope import Rotary
 from jaxcompress.state.attention_traits import AttentionTraits
@@ -42,9 +43,7 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         e, d = config.hidden_size, config.head_dim
         small, out = initializers(config)
-        linear = lambda n, m, bias, init: nnx.Linear(
-            n, m, use_bias=bias, kernel_init=init, param_dtype=dtype, rngs=rngs
-        )
+        linear = lambda n, m, bias, init: Linear(n, m, use_bias=bias, kernel_init=init, param_dtype=dtype, rngs=rngs)
         self.query = linear(e, config.num_heads * d, config.qkv_bias, small)
         self.key = linear(e, config.num_kv_heads * d, config.qkv_bias, small)
         self.value = linear(e, config.num_kv_heads * d, config.qkv_bias, small)

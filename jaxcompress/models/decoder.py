@@ -22,6 +22,7 @@ from jaxcompress.models.attention import Attention
 from jaxcompress.models.checks import check_state
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.initializers import initializers
+from jaxcompress.models.int8 import as_float, is_int8, part_of, product, scores_of_all
 from jaxcompress.models.lookup import look_up
 from jaxcompress.models.mlp import MLPS
 from jaxcompress.models.norms import NORMS
@@ -108,7 +109,8 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Tokens) -> Hidden:
         """[B, T, E]. Ids are not checked: an id outside the vocabulary gives another token's embedding, or NaN."""
-        x = look_up(self.embedding[...], tokens)
+        table = self.embedding[...]
+        x = as_float(part_of(table, tokens)) if is_int8(table) else look_up(table, tokens)
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scaled_embedding else x
 
     def run_layers(
@@ -142,8 +144,11 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Hidden) -> Logits:
         """Scores of the next token, float32."""
-        head = self.embedding[...].T if self.config.tied else self.head[...]
-        logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+        head = self.embedding[...] if self.config.tied else self.head[...]
+        if is_int8(head):
+            logits = scores_of_all(x, head, axis=0 if self.config.tied else 1)
+        else:
+            logits = product(x, head.T if self.config.tied else head, jnp.float32)
         return soft_capped(logits, self.config.logit_softcap)
 
     def __call__(self, tokens: Tokens, positions: Positions | None = None) -> Logits:
@@ -279,7 +284,8 @@ def _step_spec(
 ) -> StepSpec:
     """The constants while tokens are read into some heads of a layer."""
     heads = part.heads or tuple(range(config.num_kv_heads))
-    project = layer.attention.out.kernel[...].reshape(config.num_kv_heads, -1, config.head_dim, config.hidden_size)
+    out = as_float(layer.attention.out.kernel[...])
+    project = out.reshape(config.num_kv_heads, -1, config.head_dim, config.hidden_size)
     if part.heads:
         project = project[part.heads,]
     group = config.num_heads // config.num_kv_heads

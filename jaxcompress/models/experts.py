@@ -24,6 +24,7 @@ from jaxcompress.models.activations import ACTIVATIONS
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.experts_config import ClampedGate, ExpertsConfig
 from jaxcompress.models.initializers import initializers
+from jaxcompress.models.int8 import Int8Matrix, Linear, part_of, product
 from jaxcompress.state.shapes import Hidden
 
 MOST_ROWS = 128
@@ -33,9 +34,9 @@ MOST_ROWS = 128
 class ExpertWeights(NamedTuple):
     """The weights of one layer's experts. Biases are None if there are none."""
 
-    gate: Float[Array, "X E F"]
-    up: Float[Array, "X E F"]
-    down: Float[Array, "X F E"]
+    gate: Float[Array, "X E F"] | Int8Matrix
+    up: Float[Array, "X E F"] | Int8Matrix
+    down: Float[Array, "X F E"] | Int8Matrix
     gate_bias: Float[Array, "X F"] | None = None
     up_bias: Float[Array, "X F"] | None = None
     down_bias: Float[Array, "X E"] | None = None
@@ -55,7 +56,7 @@ class Experts(nnx.Module):
         experts, e, f = experts_of(config), config.hidden_size, config.intermediate_size
         small, out = initializers(config)
         x = experts.count
-        self.router = nnx.Linear(e, x, use_bias=experts.bias, kernel_init=small, param_dtype=dtype, rngs=rngs)
+        self.router = Linear(e, x, use_bias=experts.bias, kernel_init=small, param_dtype=dtype, rngs=rngs)
         self.gate = nnx.Param(small(rngs.params(), (x, e, f), dtype))
         self.up = nnx.Param(small(rngs.params(), (x, e, f), dtype))
         self.down = nnx.Param(out(rngs.params(), (x, f, e), dtype))
@@ -113,7 +114,7 @@ def run_experts(
     gated: Gate,
 ) -> Float[Array, "N E"]:
     """The sum of the chosen experts' outputs for each token, weighted by `shares`."""
-    blocks = group(experts, weights.gate.shape[0])
+    blocks = group(experts, jax.tree.leaves(weights.gate)[0].shape[0])
     rows = blocks.rows(x)
     times = lambda x, w: blocked_product(x, w, blocks.expert)
     biased = lambda y, bias: y if bias is None else y + bias[blocks.expert][:, None]
@@ -171,19 +172,19 @@ def block_height(size: int, count: int) -> int:
 
 @jax.custom_vjp
 def blocked_product(
-    x: Float[Array, "n m E"], weights: Float[Array, "X E F"], expert: Int[Array, " n"]
+    x: Float[Array, "n m E"], weights: Float[Array, "X E F"] | Int8Matrix, expert: Int[Array, " n"]
 ) -> Float[Array, "n m F"]:
     """Each block times the weights of its expert, float32.
 
     The gradient of the weights is added up in place: the one that JAX derives for a loop would write an array of the
     size of all weights for each block.
     """
-    times = lambda block: _times(block[0], weights[block[1]])
+    times = lambda block: _times(block[0], part_of(weights, block[1]))
     return jax.lax.map(times, (x, expert))
 
 
-def _times(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+def _times(a: Array, b: Array | Int8Matrix) -> Array:
+    return product(a, b, jnp.float32)
 
 
 def _forward(x: Array, weights: Array, expert: Array) -> tuple[Array, tuple[Array, Array, Array]]:

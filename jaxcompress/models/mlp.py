@@ -12,6 +12,7 @@ from jaxcompress.models.activations import ACTIVATIONS
 from jaxcompress.models.config import DecoderConfig, MLPKind
 from jaxcompress.models.experts import Experts
 from jaxcompress.models.initializers import initializers
+from jaxcompress.models.int8 import Linear
 from jaxcompress.state.shapes import Hidden
 
 
@@ -41,9 +42,9 @@ class PlainMLP(nnx.Module):
         return self.down(ACTIVATIONS[config.activation](self.up(x)))
 
 
-def _linear(config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[[int, int, Initializer], nnx.Linear]:
+def _linear(config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[[int, int, Initializer], Linear]:
     """(inputs, outputs, initializer of the kernel) -> a projection, with a bias if the config says so."""
-    return lambda n, m, init: nnx.Linear(n, m, use_bias=config.mlp_bias, kernel_init=init, param_dtype=dtype, rngs=rngs)
+    return lambda n, m, init: Linear(n, m, use_bias=config.mlp_bias, kernel_init=init, param_dtype=dtype, rngs=rngs)
 
 
 MLPS: Mapping[MLPKind, Callable[..., GatedMLP | PlainMLP | Experts]] = {

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.int8 import check_float
 
 PROJECTIONS = ("query", "key", "value", "out")
 """The projections of attention, which the paper adapts (section 4.2)."""
@@ -93,11 +94,13 @@ def kernel_of(model: Decoder, name: str) -> Float[Array, "L N M"]:
     """The stacked matrices of one kind, given by a name from `EVERY`.
 
     Raises:
-      ValueError: the MLP of the model has none, or one for each expert.
+      ValueError: the MLP of the model has none, or one for each expert; the weights are held in int8.
     """
     part = model.layers.attention if name in PROJECTIONS else model.layers.mlp
     if name not in PROJECTIONS and model.config.mlp == "experts":
         raise ValueError(f"{name!r} has a matrix for each expert; adapt the projections {', '.join(PROJECTIONS)}")
     if not hasattr(part, name):
         raise ValueError(f"the MLP of this model has no {name}: it is {model.config.mlp}")
-    return getattr(part, name).kernel[...]
+    kernel = getattr(part, name).kernel[...]
+    check_float(kernel, "adapted")
+    return kernel

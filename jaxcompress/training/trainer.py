@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxcompress._extras import extra
+from jaxcompress.models.int8 import check_float
 from jaxcompress.training.checkpointing import Checkpoints
 from jaxcompress.training.compiled import Compiled
 from jaxcompress.training.data import Batch
@@ -75,7 +76,12 @@ class Resumable(Protocol):
 
 
 def init_train_state(params: Any, optimizer: optax.GradientTransformation, *, seed: int = 0) -> TrainState:
-    """The state before the first step. Weights are copied and converted to float32."""
+    """The state before the first step. Weights are copied and converted to float32.
+
+    Raises:
+      ValueError: weights are held in int8.
+    """
+    check_float(params, "trained")
     params = jax.tree.map(jnp.copy, _cast(params, jnp.float32))
     key = jax.random.key_data(jax.random.key(seed))
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
