@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+SITE := $(VENV)/.site
 TESTERS := "pytest>=9" "pytest-xdist>=3.6" "hypothesis>=6.150" "beartype>=0.20" "zstandard>=0.23"
 
-.PHONY: demo test lint types unit slow notebooks oldest newest wheel real aot aot-gpu clean
+.PHONY: demo test docs lint types unit slow notebooks oldest newest wheel real aot aot-gpu clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +18,17 @@ demo: $(READY)
 	@$(BIN)/jaxcompress demo
 
 test: lint types unit
+
+# The site, into site/: open site/index.html. A broken link, a public name without documentation or a snippet that fails
+# ends it.
+docs: $(SITE)
+	@$(BIN)/python -m pytest -n 2 tests/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "site/index.html"
+
+$(SITE): $(READY)
+	@$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	@touch $@
 
 lint: $(READY)
 	@$(BIN)/ruff check .

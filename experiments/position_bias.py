@@ -1,6 +1,6 @@
 """Which places attention favours whatever they show: kept tokens by place, over pictures and shuffled orders.
 
-    python experiments/position_bias.py --out docs/position_bias.png
+    python experiments/position_bias.py --out docs/images/position_bias.png
     python experiments/position_bias.py --tower DEIT_FOLDER --photos FOLDER --out deit.png
 
 Above, the embedded vision-language model on held-out drawings. Below, the same pictures with their patches in a random
@@ -34,7 +34,7 @@ from jaxcompress.vision.uniformity import end_bias, gap, heat, position_bias
 class Arguments(Command):
     """Draws heat maps of kept tokens by place; prints how far they are from even."""
 
-    out: Path = Path("docs/position_bias.png")
+    out: Path = Path("docs/images/position_bias.png")
     kept: int = 36
     """Visual tokens kept."""
     pictures: int = 192

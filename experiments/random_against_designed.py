@@ -1,6 +1,6 @@
 """Random against designed scores: right answers about drawings over visual tokens kept.
 
-    python experiments/random_against_designed.py --out docs/random_against_designed.png
+    python experiments/random_against_designed.py --out docs/images/random_against_designed.png
 
 The first claim of the position paper (Liu et al. 2025, section 4): a method that chooses tokens has to beat random
 choice and an even spread. The script measures the embedded vision-language model on held-out pictures. Random is the
@@ -27,7 +27,7 @@ from jaxcompress.vision.encoders import random_score, top_patches
 class Arguments(Command):
     """Draws accuracy over tokens kept, and over FLOPs."""
 
-    out: Path = Path("docs/random_against_designed.png")
+    out: Path = Path("docs/images/random_against_designed.png")
     tokens: tuple[int, ...] = (64, 36, 16, 9)
     methods: tuple[str, ...] = ("grid", "pool", "fastervlm", "visionzip", "fastv", "mustdrop")
     pictures: int = 48

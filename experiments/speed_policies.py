@@ -10,8 +10,10 @@ and at every 16th.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from command import Command, arguments
@@ -49,9 +51,9 @@ class Arguments(Command):
 QUICK = Arguments(quick=True, policies=("tova", "h2o"), slots=16, width=64, steps=24, repeats=1)
 
 
-def main(args: Arguments) -> None:
-    model, table = decoder_of_width(args.width), []
-    print(f"{jax.devices()[0].device_kind}, {args.slots} slots, batch {args.batch}, width {args.width}")
+def measured(args: Arguments) -> Iterator[dict[str, Any]]:
+    """One row per policy: its name, the ratio to plain attention, microseconds of a step, KiB of the state per row."""
+    model = decoder_of_width(args.width)
     for name in args.policies:
         policy = get_policy(name)
         if policy.needs > args.slots:
@@ -65,8 +67,15 @@ def main(args: Arguments) -> None:
         )
         ratio = seconds["policy"] / seconds["plain"]
         kib = sum(part.nbytes for part in state) / args.batch / 1024
-        table.append(dict(policy=name, ratio=ratio, us=1e6 * seconds["policy"] / args.steps, kib=kib))
-        print(f"{name:34}{ratio:7.2f}{table[-1]['us']:9.0f} us/step{kib:9,.0f} KiB", flush=True)
+        yield dict(policy=name, ratio=ratio, us=1e6 * seconds["policy"] / args.steps, kib=kib)
+
+
+def main(args: Arguments) -> None:
+    print(f"{jax.devices()[0].device_kind}, {args.slots} slots, batch {args.batch}, width {args.width}")
+    table = []
+    for row in measured(args):
+        table.append(row)
+        print(f"{row['policy']:34}{row['ratio']:7.2f}{row['us']:9.0f} us/step{row['kib']:9,.0f} KiB", flush=True)
     if args.out is not None:
         args.out.write_text(json.dumps(dict(vars(args), out=str(args.out), table=table), indent=2) + "\n")
 

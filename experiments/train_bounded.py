@@ -5,7 +5,7 @@
 
 Every method starts from the model that `train_embedded.py` makes and sees the same rows in the same order: documents
 with recall tasks woven into them, as in that script, and nothing held out. The model that ships was trained with
-`distilled-retention` on longer rows (docs/embedded_model.md).
+`distilled-retention` on longer rows (docs/results/embedded-model.md).
 
   untrained        the model as it is given
   full             trained with the full cache

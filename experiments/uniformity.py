@@ -1,6 +1,6 @@
 """Uniformity in space and time: how evenly methods keep tokens, and how many answers are right.
 
-    python experiments/uniformity.py --out docs/uniformity.png
+    python experiments/uniformity.py --out docs/images/uniformity.png
 
 Left, every method at every budget: the mean distance from a patch to the nearest kept one, and right answers. Right, a
 video of a drawing whose ground grows lighter and whose things all appear in its middle frame: how a budget for the
@@ -31,7 +31,7 @@ from jaxcompress.vision.uniformity import gap, spatial_evenness, temporal_evenne
 class Arguments(Command):
     """Draws uniformity in space against accuracy, and shares of a budget over the frames of a video."""
 
-    out: Path = Path("docs/uniformity.png")
+    out: Path = Path("docs/images/uniformity.png")
     tokens: tuple[int, ...] = (36, 16)
     methods: tuple[str, ...] = ("random", "grid", "fastervlm", "visionzip", "fastv", "mustdrop")
     pictures: int = 48

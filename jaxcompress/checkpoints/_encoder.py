@@ -62,7 +62,7 @@ def load_encoder(
     Raises:
       FileNotFoundError, ValueError: as `load`.
 
-    Example:
+    Examples:
       >>> name = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
       >>> encoder = load_encoder(name).model  # doctest: +SKIP
     """

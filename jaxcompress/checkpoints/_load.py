@@ -125,7 +125,7 @@ def load(
         or not floating-point (the message names all of them); weights are not finite; a file is neither safetensors nor
         GGUF.
 
-    Example:
+    Examples:
       >>> from jax.sharding import NamedSharding, PartitionSpec
       >>> model = load("Qwen/Qwen3-0.6B", dtype="bfloat16").model  # doctest: +SKIP
       >>> model = load("SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32").model  # doctest: +SKIP

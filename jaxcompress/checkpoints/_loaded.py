@@ -36,7 +36,7 @@ class Loaded(Generic[Model, Config, TokenizerOf]):
       folder: the folder of the files; for GGUF, the file itself.
       tokenizer_type: the class that reads the tokenizer.
 
-    Example:
+    Examples:
       >>> loaded = load_embedded()  # doctest: +SKIP
       >>> tokens = loaded.tokenizer.encode("def main(")[None]  # doctest: +SKIP
       >>> read(loaded.model, tokens, state, loaded.policy)  # doctest: +SKIP

@@ -51,7 +51,7 @@ def save(
       ValueError: no Hugging Face architecture has this model's combination of features; weights have several dtypes
         or are held in int8.
 
-    Example:
+    Examples:
       >>> save(model, "trained", tokenizer_from=loaded.folder)  # doctest: +SKIP
     """
     check_float(model, "saved")

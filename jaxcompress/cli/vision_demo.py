@@ -32,7 +32,7 @@ class VisionDemo(JsonFlag):
     methods: tuple[str, ...] = (
         "random", "grid", "pool", "tome", "fastervlm", "visionzip", "fastv", "sparsevlm+", "dart", "mustdrop",
     )  # fmt: skip
-    """Methods that choose patches; see docs/vision.md."""
+    """Methods that choose patches; see docs/guides/pictures.md."""
     tokens: tuple[int, ...] = (36, 16)
     """Visual tokens left after the last layer, of 144."""
     pictures: int = 48

@@ -85,7 +85,7 @@ def generate(
       ValueError: as for `init_decode_state`, `prefill` and `decode`.
       FloatingPointError: logits are not finite.
 
-    Example:
+    Examples:
       >>> for tokens in generate(model, [prompt], TOVA(), slots=128, max_new_tokens=200, stream_every=8):
       ...     print(tokenizer.decode(tokens[0][tokens[0] >= 0]), end="", flush=True)
     """

@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs, through Pallas' Mosaic GPU. See docs/kernels.md for what was proven of them.
+"""Kernels for NVIDIA GPUs, through Pallas' Mosaic GPU. See docs/results/kernels-gpu.md for what was proven of them.
 
 step, step_evict   `gpu_step`      one token: keys and values are read once, a row of each is written
 segment            `gpu_segment`   many tokens, one after the other, with the slots in shared memory all along

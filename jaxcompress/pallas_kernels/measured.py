@@ -1,6 +1,6 @@
 """Where kernels were measured to be faster than XLA's own code: `auto` follows this table.
 
-A row is added with the table it comes from (`experiments/speed_kernels.py`, docs/kernels.md), and only after the kernel
+A row is added with the table it comes from (`experiments/speed_kernels.py`, docs/results), and only after the kernel
 was right on that device. Nothing has been measured on an accelerator yet, so that `auto` is jnp everywhere.
 """
 

@@ -1,4 +1,4 @@
-"""Kernels for TPUs (Mosaic), written for v5e and v6e. See docs/kernels.md for what was proven of them.
+"""Kernels for TPUs (Mosaic), written for v5e and v6e. See docs/results/kernels-tpu.md for what was proven of them.
 
 Each reads keys and values once, in tiles that the pipeline brings into VMEM, and is one launch per layer:
 

@@ -35,11 +35,12 @@ class Moments(NamedTuple):
 class ExpectedAttention(Policy):
     """Keeps the tokens that Gaussian queries at the next `future` positions are expected to attend to.
 
-    Queries so far have mean m and covariance C before RoPE; R is the mean of the rotations to the next positions. Then
-    score[n] = (softmax_n(k.Rm / sqrt(d) + k^T R C R^T k / 2d) + epsilon) |v_n|, averaged over the query heads of a kv
-    head. A soft cap of the model's scores does not enter. The first `sinks` tokens are protected, and their queries are
-    not counted. Keys must stand at absolute positions. A selection multiplies every key by the covariance: combine with
-    `every` for decoding.
+        score[n] = (softmax_n(k.Rm / sqrt(d) + k^T R C R^T k / 2d) + epsilon) |v_n|
+
+    Queries so far have mean m and covariance C before RoPE; R is the mean of the rotations to the next positions. The
+    softmax is averaged over the query heads of a kv head. A soft cap of the model's scores does not enter. The first
+    `sinks` tokens are protected, and their queries are not counted. Keys must stand at absolute positions. A selection
+    multiplies every key by the covariance: combine with `every` for decoding.
 
     Raises:
       ValueError: fewer than 1 future position; where keys are re-indexed, when it is used.

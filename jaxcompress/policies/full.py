@@ -10,7 +10,7 @@ from jaxcompress.policies.schedule import Schedule
 class Full(Policy):
     """Keeps every token: an ordinary KV cache of fixed allocation.
 
-    Reading more tokens than the capacity is an error (see `jaxcompress.models.bounded.read`).
+    Reading more tokens than the capacity is an error (see `jaxcompress.models.read`).
     """
 
     label = "full"

@@ -19,8 +19,10 @@ from jaxcompress.state.vectors import unit
 class KNorm(Policy):
     """Keeps the keys of smallest norm (Devoto et al. 2024, "A Simple and Effective L2 Norm-Based Strategy").
 
-    score[n] = -|k_n|, measured once, when the token enters. RoPE does not change it: repeated tokens tie in layer 0.
-    The authors leave the first two layers alone (`per_layer`).
+        score[n] = -|k_n|
+
+    Measured once, when the token enters. RoPE does not change it: repeated tokens tie in layer 0. The authors leave the
+    first two layers alone (`per_layer`).
     """
 
     label = "knorm"
@@ -38,8 +40,9 @@ class KNorm(Policy):
 class KeyDiff(Policy):
     """Keeps keys that point away from the mean direction (Park et al. 2025, "KeyDiff").
 
-    score[n] = -cos(k_n, mean of k/|k| over the tokens held). Every selection reads all keys once more: combine with
-    `every` for decoding.
+        score[n] = -cos(k_n, mean of k / |k| over the tokens held)
+
+    Every selection reads all keys once more: combine with `every` for decoding.
     """
 
     label = "keydiff"
@@ -58,11 +61,12 @@ class KeyDiff(Policy):
 class LagKV(Policy):
     """Keeps tokens whose channels spread widely within the range of the chunk after theirs (Liang et al. 2025).
 
-    The tokens after the first `sinks` are cut into chunks of `lag` by age. x = (k - min) / (max - min) per channel,
-    with the range of the next chunk. The score is the standard deviation of x over channels, softmaxed over the chunk,
-    and averaged over keys and values. With `cross=False` ranks within a chunk are compared, so that every chunk gives
-    equally many; else the scores themselves. The sinks and the last `lag` to 2 lag - 1 tokens are protected. A
-    selection costs a sort and a pass over keys and values.
+        x = (k - min) / (max - min), per channel, with the range of the next chunk
+        score[n] = mean over keys and values of (softmax over the chunk of (std over channels of x))
+
+    The tokens after the first `sinks` are cut into chunks of `lag` by age. With `cross=False` ranks within a chunk are
+    compared, so that every chunk gives equally many; else the scores themselves. The sinks and the last `lag` to
+    `2 * lag - 1` tokens are protected. A selection costs a sort and a pass over keys and values.
 
     Raises:
       ValueError: a lag below 2 tokens, or a pool, in which tokens of different heads have no common order.
@@ -116,8 +120,10 @@ class LagKV(Policy):
 class CUR(Policy):
     """Keeps tokens of large keys and values, relative to their surroundings (Sengupta et al. 2025, "CurDKV").
 
-    score[n] = |k|^2 |v|^2, each as a share of its sum over windows of `local` tokens by age: cheap leverage scores of a
-    CUR decomposition. The first `sinks` tokens are protected. A selection costs a sort and a pass over keys and values.
+        score[n] = share(|k_n|^2) * share(|v_n|^2)
+
+    A share is that of the sum over windows of `local` tokens by age: cheap leverage scores of a CUR decomposition. The
+    first `sinks` tokens are protected. A selection costs a sort and a pass over keys and values.
 
     Raises:
       ValueError: a window below 1 token, or a pool, in which tokens of different heads have no common order.

@@ -16,9 +16,11 @@ from jaxcompress.state.shapes import SlotScores
 class H2O(Policy):
     """Keeps the most recent tokens and, of the others, those that received most attention so far.
 
-    score[n] = sum, over all queries so far, of the attention probability that they gave token n; +inf for the
-    `recent` newest tokens. A token's own query counts. In a one-shot prompt, early tokens are seen by more queries and
-    collect more.
+        score[n] = sum over queries q so far of p(q -> n)
+        score[n] = +inf for the `recent` newest tokens
+
+    p is the attention probability. A token's own query counts. In a one-shot prompt, early tokens are seen by more
+    queries and collect more.
 
     Attributes:
       recent: how many of the newest tokens are protected: a number of tokens (int), or a share of what stays

@@ -26,6 +26,9 @@ EPSILON = 1e-8  # below it, attention is none
 class DMS(Policy):
     """Keeps the tokens of highest logit among those that are older than `window` tokens; newer ones are protected.
 
+        score[n] = logit that a network gave n's key and value
+        score[n] = +inf for the `window` newest tokens
+
     Dynamic memory sparsification (Łańcucki et al. 2025, "Inference-Time Hyper-Scaling with KV Cache Compression"). A
     token's fate is decided when it enters and carried out `window` tokens later, so that its neighbours can still use
     it. Two differences from the paper: logits rank the tokens of a fixed number of slots instead of being cut at zero,

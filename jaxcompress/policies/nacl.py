@@ -20,11 +20,12 @@ from jaxcompress.state.shapes import SlotScores
 class NACL(Policy):
     """Keeps first and newest tokens, the best by attention from the last queries, and a random draw of the rest.
 
-    Proxy tokens are the last `proxies` queries. score[n] = the sum of the probabilities that they gave token n. `sinks`
-    first and `recent` newest tokens are protected. Of the slots that are left, the share `chance` is drawn without
-    replacement with probabilities softmax(score), as the top of score + Gumbel noise; the others go to the highest
-    scores. The paper's code draws 0.07 / 0.19 of them. There proxies also see tokens after them; here attention is
-    causal.
+        score[n] = sum over the last `proxies` queries q of p(q -> n)
+        score[n] = +inf for the `sinks` first and the `recent` newest tokens
+
+    p is the attention probability. Of the slots that are left, the share `chance` is drawn without replacement with
+    probabilities softmax(score), as the top of score + Gumbel noise; the others go to the highest scores. The paper's
+    code draws 0.07 / 0.19 of them. There proxies also see tokens after them; here attention is causal.
 
     Raises:
       ValueError: fewer than 1 proxy, negative counts, or a share outside 0..1.

@@ -14,8 +14,10 @@ from jaxcompress.state.shapes import SlotScores
 class ObservedAttention(Policy):
     """Keeps the tokens that received most attention per query that could see them.
 
-    score[n] = sum of the probabilities given to token n / number of queries since it came, its own included. Unlike in
-    `H2O`, nothing is protected, and old tokens gain nothing from having met more queries.
+        score[n] = sum over queries q since n came of p(q -> n) / number of these queries
+
+    p is the attention probability; a token's own query counts. Unlike in `H2O`, nothing is protected, and old tokens
+    gain nothing from having met more queries.
     """
 
     label = "observed_attention"

@@ -13,8 +13,10 @@ from jaxcompress.state.shapes import SlotScores
 class Random(Policy):
     """Keeps a uniformly random subset of all tokens so far (reservoir sampling, Vitter 1985).
 
-    score[n] = a uniform number that depends on seed, layer, head and position only: the same subset results however
-    the sequence is cut into chunks, and rows of a batch do not depend on one another.
+        score[n] = a uniform number, drawn from seed, layer, head and position
+
+    It depends on nothing else: the same subset results however the sequence is cut into chunks, and rows of a batch do
+    not depend on one another.
     """
 
     label = "random"

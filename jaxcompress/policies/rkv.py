@@ -24,10 +24,12 @@ _ROWS = 256  # keys compared with all others at once
 class RKV(RecentQueries):
     """Keeps what is important and not redundant; made for long generations, in which models repeat themselves.
 
-    score[n] = mix * importance - (1 - mix) * redundancy; +inf for the last `window` tokens. Importance is the mean
-    probability from the last `window` queries within the prefix, max-pooled over `kernel` tokens. Redundancy is the
-    mean cosine of k_n with the other keys held, softmaxed. For each key, the newest key more similar than `threshold`
-    is spared, so that of repeated tokens the last stays.
+        score[n] = mix * importance[n] - (1 - mix) * redundancy[n]
+        score[n] = +inf for the last `window` tokens
+
+    Importance is the mean probability from the last `window` queries within the prefix, max-pooled over `kernel`
+    tokens. Redundancy is the mean cosine of k_n with the other keys held, softmaxed. For each key, the newest key more
+    similar than `threshold` is spared, so that of repeated tokens the last stays.
 
     The authors compare all keys of a head with each other once per 128 new tokens: combine with `every`. `sketch`
     compares random projections of the keys to so many channels instead (Johnson and Lindenstrauss 1984); cosines err by

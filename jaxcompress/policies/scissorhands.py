@@ -22,10 +22,12 @@ Bits = UInt16[Array, "B P N words"]
 class Scissorhands(Policy):
     """Keeps the `recent` newest tokens and, of the others, those that were pivotal most often of late.
 
-    score[n] = how many of the last `history` queries gave token n at least the even share 1/t, where t is how many keys
-    they saw (algorithm 2 of the paper counts the complement); +inf for the newest. If heads share a set, their mean
-    probability is compared. The history costs one bit per slot and query. The paper drops half of the budget at once:
-    `every(Scissorhands(), capacity // 2)`.
+        score[n] = number of the last `history` queries q with p(q -> n) >= 1 / t(q)
+        score[n] = +inf for the `recent` newest tokens
+
+    p is the attention probability, t(q) the number of keys that q saw (algorithm 2 of the paper counts the complement).
+    If heads share a set, their mean probability is compared. The history costs one bit per slot and query. The paper
+    drops half of the budget at once: `every(Scissorhands(), capacity // 2)`.
 
     Raises:
       ValueError: a history below 1 or a negative number of recent tokens.

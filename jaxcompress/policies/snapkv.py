@@ -14,9 +14,12 @@ from jaxcompress.state.shapes import SlotScores
 class SnapKV(RecentQueries):
     """Keeps the last `window` tokens and, of the others, those to which their queries attend most.
 
-    score[n] = mean, over the last `window` queries, of the probability that they gave token n, pooled over `kernel`
-    neighbours of the prefix; +inf for the window. The last queries are the same in every mode. At the end of a one-shot
-    prompt this is the published method; while streaming, every step looks at its last `window` queries.
+        score[n] = pool over `kernel` neighbours of n of (mean over the last `window` queries q of p(q -> n))
+        score[n] = +inf for the last `window` tokens
+
+    p is the attention probability; neighbours are those of the prefix. The last queries are the same in every mode. At
+    the end of a one-shot prompt this is the published method; while streaming, every step looks at its last `window`
+    queries.
 
     The authors' code sums over queries and keeps a set per query head, which takes H / K times the memory
     (scope="query_head", pool="max" or "avg"). kvpress averages within the group, as here. pool="max" pools after

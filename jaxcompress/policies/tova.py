@@ -15,8 +15,10 @@ from jaxcompress.state.shapes import SlotScores
 class TOVA(Policy):
     """Keeps the tokens to which the newest query attends most (section 4).
 
-    score[n] = mean over heads of the attention probability that the newest query gave token n. Nothing is
-    protected: neither the first tokens nor the newest one, which may be dropped at once.
+        score[n] = mean over heads of p(newest query -> n)
+
+    p is the attention probability. Nothing is protected: neither the first tokens nor the newest one, which may be
+    dropped at once.
 
     Attributes:
       scope: "layer" is the published method: the mean goes over all query heads of the layer, which share one set.

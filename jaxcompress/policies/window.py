@@ -19,9 +19,12 @@ from jaxcompress.state.shapes import SlotScores
 class Window(Policy):
     """Keeps the first `sinks` tokens of the sequence and the most recent ones (Window, Window+i).
 
-    score = +inf if position < sinks, else -age. Positions stay absolute, as in the static masks of Oren et al. 2024,
-    section 3; compare `StreamingLLM`. All heads keep the same tokens. scope="kv_head" is for capacities that differ
-    between heads, such as the streaming heads of DuoAttention (see `jaxcompress.budgets.allocate`).
+        score[n] = -age
+        score[n] = +inf for the `sinks` first tokens
+
+    Positions stay absolute, as in the static masks of Oren et al. 2024, section 3; compare `StreamingLLM`. All heads
+    keep the same tokens. scope="kv_head" is for capacities that differ between heads, such as the streaming heads of
+    DuoAttention (see `jaxcompress.budgets.allocate`).
 
     Raises:
       ValueError: a negative number of sinks.
@@ -49,6 +52,9 @@ class Window(Policy):
 @policy
 class StreamingLLM(Policy):
     """Attention sinks and a rolling window (Xiao et al. 2024), at positions re-indexed by rank (`placement="slot"`).
+
+        score[n] = -age
+        score[n] = +inf for the `sinks` first tokens
 
     evict="after": a query sees capacity + 1 keys (the paper's perplexity evaluation, `eval_long_ppl.py`).
     evict="before": room is made first, a query sees at most capacity keys (the chat demo, `evict_for_space`).

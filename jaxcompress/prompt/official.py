@@ -84,7 +84,7 @@ class OfficialCompressor:
     Raises:
       ValueError: a byte-level tokenizer (RoBERTa's), for which there is no published algorithm.
 
-    Example:
+    Examples:
       >>> official = OfficialCompressor(encoder, tokenizer, count)  # doctest: +SKIP
       >>> official.compress(text, rate=0.33, force_tokens=["\\n", "?"]).output["compressed_prompt"]  # doctest: +SKIP
     """

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import PAGES, ROOT, name
 
 from jaxcompress.cli import command_of, main
 from jaxcompress.embedded.corpus import held_out
 
-ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 PROGRAM = re.compile(r"^(?:jaxcompress [a-z-]+|make [a-z-]+|(?:python )?experiments/\w+\.py)\b")
@@ -58,7 +57,7 @@ def commands(page: Path) -> list[list[str]]:
     return ours(in_blocks(text) + in_sentences(text))
 
 
-EVERY = [(page.stem, words) for page in PAGES for words in commands(page)]
+EVERY = [(name(page), words) for page in PAGES for words in commands(page)]
 
 
 @pytest.mark.parametrize("words", [words for _, words in EVERY], ids=[f"{page}: {' '.join(w)}" for page, w in EVERY])
@@ -88,7 +87,7 @@ def test_no_block_is_left_out() -> None:
     """Only blocks that say their language are read."""
     for page in PAGES:
         fences = re.findall(r"^```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-        assert set(fences[::2]) <= {"sh", "python"}, page
+        assert set(fences[::2]) <= {"sh", "python", "bibtex"}, page
 
 
 # The README's commands as they stand, followed by sizes for seconds. Those of compare, train and vision-demo run in
@@ -109,8 +108,8 @@ def test_readme_commands_run(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = held_out("topics/assignment")[0].text[:400]
-    for name in ("book.txt", "minutes.txt", "great-expectations.txt"):
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    for file in ("book.txt", "minutes.txt", "great-expectations.txt"):
+        (tmp_path / file).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     words = [word for word in words if word not in ("--model", "smollm2")]  # a model that tests do not fetch
     with open("book.txt", encoding="utf-8") as book:

@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import DOCS, PAGES, ROOT, name, text
 
-ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(page.read_text())]
+WITH_PYTHON = [page for page in PAGES if page.is_relative_to(DOCS) and BLOCK.search(text(page))]
 
 
 @pytest.mark.usefixtures("as_users_call_it")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text, names = page.read_text(encoding="utf-8"), dict[str, Any](__name__=page.stem)
-    for block in BLOCK.finditer(text):
-        above = text[: block.start(1)].count("\n")  # so that an error names the line of the page
+    shown, names = text(page), dict[str, Any](__name__=page.stem)
+    for block in BLOCK.finditer(shown):
+        above = shown[: block.start(1)].count("\n")  # so that an error names the line of the page
         exec(compile("\n" * above + block[1], str(page), "exec"), names)
+
+
+def test_the_readme_has_no_python_of_its_own() -> None:
+    """What it shows is part of a page that runs above."""
+    blocks = BLOCK.findall(text(ROOT / "README.md"))
+    assert blocks
+    assert set(blocks) <= {block for page in WITH_PYTHON for block in BLOCK.findall(text(page))}
