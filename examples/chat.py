@@ -17,9 +17,9 @@ import tyro
 
 import jaxcompress as jc
 
-MESSAGES = ("note: green garden -> seven letters", "recall: green garden ->", "note: old paper -> small house")
-
-# The embedded model was not made for talking and has no template. It has learnt to answer such lines.
+# The embedded model was not made for talking and has no chat template. What it has learnt is to note pairs of words and
+# to recall them later; it goes on after a note with whatever comes to it.
+MESSAGES = ("note: current module -> default path", "note: return value -> empty string", "recall: current module ->")
 TEMPLATE = "{% for m in messages %}{{ '\n# ' if m.role == 'user' else '' }}{{ m.content }}{% endfor %}"
 
 
@@ -33,7 +33,7 @@ def embedded_model(folder: Path) -> jc.Loaded:
 def main(
     messages: tuple[str, ...] = MESSAGES,
     model: str | None = None,
-    slots: int = 128,
+    slots: int = 32,
     max_new_tokens: int = 4,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,8 @@
 """Shortens a prompt before it is read: words are dropped first, then the state drops tokens. Both ratios are told.
 
 python examples/shorten_prompt.py --file minutes.txt --question "When do they meet again?" --model smollm2
+
+The embedded model writes only what looks like Python or its documentation; a sensible answer takes another model.
 """
 
 from __future__ import annotations

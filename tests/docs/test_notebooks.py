@@ -11,7 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pages  # noqa: F401  adds docs/making to the path
 import pytest
+
+import notebook_pages  # isort: skip  in docs/making
 
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -43,3 +46,14 @@ def test_links_of_a_notebook_lead_somewhere(path: Path) -> None:
     for cell in cells(path, "markdown"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", "".join(cell["source"])):
             assert (FOLDER / target).exists(), target
+
+
+def test_the_site_shows_every_notebook_with_its_pictures() -> None:
+    made = notebook_pages.pages()
+    assert {Path(one.path).stem for one in made} == {path.stem for path in NOTEBOOKS}
+    for one in made:
+        assert one.text.startswith("# ")
+        assert one.pictures
+        for path, content in one.pictures.items():
+            assert f"]({Path(path).name})" in one.text
+            assert content.startswith(b"\x89PNG")

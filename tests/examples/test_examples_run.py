@@ -20,7 +20,7 @@ LESS: dict[str, dict[str, Any]] = {
 }
 SAYS = {  # patterns
     "ask_long_file": r"What is an assignment\?",
-    "chat": "seven letters",  # what it was told one message before
+    "chat": r"> recall: current module ->\n default path",  # what it was told two messages before
     "distill": "/distilled",
     "new_policy": "Fading/protect-recent16",
     "retention_page": r"\nall +\d\d%",
