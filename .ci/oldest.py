@@ -1,4 +1,4 @@
-"""Prints the lower bounds of pyproject.toml as constraints of pip: `jax==0.10.2`, one a line."""
+"""Prints the lower bounds of pyproject.toml as constraints of pip: `jax==0.8.1`, one a line."""
 
 from __future__ import annotations
 

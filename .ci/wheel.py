@@ -71,6 +71,12 @@ from checkpoints.gguf_files import KINDS, write
 write(Path("model.gguf"), "llama3_gqa", KINDS.Q8_0)
 print(jc.load("model.gguf"))
 """,
+    "int8": """
+import jaxcompress as jc
+loaded = jc.load(jc.embedded.decoder_folder(), dtype="int8")
+prompt = loaded.tokenizer.encode("def main(")
+print(jc.generate(loaded.model, [prompt], jc.get_policy("tova"), 16, max_new_tokens=5))
+""",
     "data": """
 import os
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-PAIRS = (("0.11", "0.12.10"), ("0.9", "0.12.5"))
-"""From which version of jax on flax has to be how new, the newest first: older ones import what jax took away."""
-
 
 def check(jax: str | None = None, flax: str | None = None) -> None:
     """Raises ImportError, with what to install, if the versions given (by default those installed) do not fit.
@@ -18,13 +15,12 @@ def check(jax: str | None = None, flax: str | None = None) -> None:
     except PackageNotFoundError as missing:
         raise ImportError(f"jaxcompress needs {missing.name}. Run: pip install -U jax flax") from missing
     here = f"here are jax {jax} and flax {flax}"
-    if _number(jax) < (0, 8, 0):
-        raise ImportError(f"jaxcompress needs jax 0.8.0 or later; {here}. Run: pip install -U jax flax")
-    if _number(flax) < (0, 12, 0):
-        raise ImportError(f"jaxcompress needs flax 0.12.0 or later; {here}. Run: pip install -U flax")
-    for newer, least in PAIRS:
-        if _number(jax) >= _number(newer) and _number(flax) < _number(least):
-            raise ImportError(f"jax {newer} needs flax {least} or later; {here}. Run: pip install -U flax")
+    if _number(jax) < (0, 8, 1):
+        raise ImportError(f"jaxcompress needs jax 0.8.1 or later; {here}. Run: pip install -U jax flax")
+    if _number(flax) < (0, 12, 6):
+        raise ImportError(f"jaxcompress needs flax 0.12.6 or later; {here}. Run: pip install -U flax")
+    if _number(jax) >= (0, 11) and _number(flax) < (0, 12, 10):
+        raise ImportError(f"jax 0.11 needs flax 0.12.10 or later; {here}. Run: pip install -U flax")
 
 
 def _number(text: str) -> tuple[int, ...]:
