@@ -75,7 +75,8 @@ print(jc.load("model.gguf"))
 import jaxcompress as jc
 loaded = jc.load(jc.embedded.decoder_folder(), dtype="int8")
 prompt = loaded.tokenizer.encode("def main(")
-print(jc.generate(loaded.model, [prompt], jc.get_policy("tova"), 16, max_new_tokens=5))
+(tokens,) = jc.generate(loaded.model, [prompt], jc.get_policy("tova"), 16, max_new_tokens=5)
+print(tokens)
 """,
     "data": """
 import os
