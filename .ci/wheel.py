@@ -127,7 +127,7 @@ def main(folder: Path) -> None:
 
         def install(extra: str = "", *more: str) -> str:
             what = f"jaxcompress{extra} @ {wheel.as_uri()}"
-            command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *more, what]
+            command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-compile", *more, what]
             return subprocess.run(command, check=True, cwd=place, env=alone, stdout=subprocess.PIPE, text=True).stdout
 
         def run(code: str) -> None:
