@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jaxcompress.recurrence import advance
     from jaxcompress.state import KVState, State
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Chat", "GenerationConfig", "KVState", "Loaded", "Policy", "State", "Tokenizer", "advance", "budgets",
     "checkpoints", "embedded", "evaluation", "generate", "generation", "get_policy", "init_state", "load",

@@ -15,10 +15,10 @@ def check(jax: str | None = None, flax: str | None = None) -> None:
     except PackageNotFoundError as missing:
         raise ImportError(f"jaxcompress needs {missing.name}. Run: pip install -U jax flax") from missing
     here = f"here are jax {jax} and flax {flax}"
-    if _number(jax) < (0, 10, 2):
-        raise ImportError(f"jaxcompress needs jax 0.10.2 or later; {here}. Run: pip install -U jax flax")
-    if _number(flax) < (0, 12, 8):
-        raise ImportError(f"jaxcompress needs flax 0.12.8 or later; {here}. Run: pip install -U flax")
+    if _number(jax) < (0, 8, 1):
+        raise ImportError(f"jaxcompress needs jax 0.8.1 or later; {here}. Run: pip install -U jax flax")
+    if _number(flax) < (0, 12, 6):
+        raise ImportError(f"jaxcompress needs flax 0.12.6 or later; {here}. Run: pip install -U flax")
     if _number(jax) >= (0, 11) and _number(flax) < (0, 12, 10):
         raise ImportError(f"jax 0.11 needs flax 0.12.10 or later; {here}. Run: pip install -U flax")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "jaxcompress"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxcompress"
 
 ROOMS = (
     "inputs", "state", "pallas_kernels", "policies", "recurrence", "models", "budgets", "vision", "checkpoints",
@@ -21,6 +22,9 @@ LAZY = ("cli", "training/__init__.py", "__init__.py", "__main__.py")
 """Where imports stand inside functions, so that the command line starts quickly."""
 
 LINES, BODY, PARAMETERS = 500, 60, 8
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+"""What people copy: a page of text each, and nothing of the package that is not for everyone."""
 
 
 def modules() -> list[str]:
@@ -110,3 +114,12 @@ def test_files_and_functions_are_small(module: str) -> None:
         if long > BODY and not re.search(r"\d+ lines\b", said):
             too_large.append(f"{function.name} has {long} lines")
     assert not too_large, f"{module}: {'; '.join(too_large)}"
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_are_short_and_use_what_is_public(example: str) -> None:
+    text = (ROOT / "examples" / example).read_text(encoding="utf-8")
+    assert text.count("\n") <= BODY, f"{example} has {text.count(chr(10))} lines"
+    for node in ast.walk(ast.parse(text)):
+        for name in imported(node):
+            assert not any(part.startswith("_") for part in name.split(".")), f"{example} imports {name}"

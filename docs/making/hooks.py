@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import by_policy  # noqa: E402
 import drawings  # noqa: E402  beside this file
+import notebook_pages  # noqa: E402
 import public  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 
@@ -27,14 +28,18 @@ def on_config(config: Any) -> Any:
             entry["Policies"] = ["policies/index.md", *({one.title: one.page} for one in by_policy.pages())]
         if entry.get("API"):
             entry["API"] = ["api/index.md", *({title: f"api/{name}.md"} for name, title in public.PAGES.items())]
+        if entry.get("Notebooks"):
+            entry["Notebooks"] = [one.path for one in notebook_pages.pages()]
     return config
 
 
 def on_files(files: Files, config: Any) -> Files:
-    made = {one.page: by_policy.page(one) for one in by_policy.pages()}
+    made: dict[str, str | bytes] = {one.page: by_policy.page(one) for one in by_policy.pages()}
     made["policies/index.md"] = by_policy.index()
-    for name, text in made.items():
-        files.append(File.generated(config, name, content=text))
+    for one in notebook_pages.pages():
+        made |= {one.path: one.text, **one.pictures}
+    for name, content in made.items():
+        files.append(File.generated(config, name, content=content))
     texts = [file.content_string for file in files.documentation_pages()]
     for problem in public.problems(texts):
         log.warning(problem)
