@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -436,12 +438,17 @@ def _read(
     names = np.ravel(np.array(weight.tensors, object).reshape(weight.array.shape[:depth])[index[:depth]])
     inner = index[depth:]
     inner = (0,) * weight.leading + (inner[::-1] if weight.transposed else inner)
-    for block, name in zip(blocks, names, strict=True):
+
+    def fill_block(block: np.ndarray, name: str) -> None:
         part = tensors[name][inner] if weight.part is None else _rows(tensors[name], inner, weight.part)
         with np.errstate(over="ignore"):
             block[...] = part.T if weight.transposed else part
         if not np.isfinite(block).all():
             not_finite.add(name)
+
+    # NumPy lets other threads run while it copies and converts. Each thread holds one tensor.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        deque(pool.map(fill_block, blocks, names), maxlen=0)
     return out
 
 
