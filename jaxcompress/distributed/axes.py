@@ -78,7 +78,8 @@ def state_axes(part: KVState) -> KVState:
     by_head = (None, _B, _K if part.kv_heads > 1 else None)
     by_set: Any = (None, _B, own)
     return replace(
-        part, keys=named(by_head, part.keys), values=named(by_head, part.values), positions=named(by_set, part.positions),
+        part, keys=named(by_head, part.keys), values=named(by_head, part.values),
+        positions=named(by_set, part.positions),
         owner=named((None, _B), part.owner), stats=named(by_set, part.stats), memory=named((None, _B), part.memory),
         seen=(_B,), layer=(None,),
     )  # fmt: skip

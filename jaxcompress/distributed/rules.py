@@ -160,6 +160,15 @@ class ShardingRules:
         """The arrays of a pytree, put where they belong."""
         return jax.device_put(tree, self.shardings(tree))
 
+    def constrain(self, tree: Tree) -> Tree:
+        """The same inside a jitted function: the compiler puts the arrays there."""
+        return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
     def __str__(self) -> str:
         rules = (f"{field.name} over {', '.join(self._over(field.name))}" for field in fields(self)[1:])  # type: ignore[arg-type]
         return f"{dict(self.mesh.shape)}: {'; '.join(rules)}"
+
+
+def placed(tree: Tree, sharding: ShardingRules | None) -> Tree:
+    """`sharding.constrain(tree)`; the tree itself without rules."""
+    return tree if sharding is None else sharding.constrain(tree)

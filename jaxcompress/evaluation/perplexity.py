@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from jaxcompress.distributed.processes import on_host
 from jaxcompress.distributed.rules import ShardingRules
 from jaxcompress.inputs.token_ids import token_rows
 from jaxcompress.models.checks import check_fits, check_mode, warn_of_positions
@@ -93,8 +94,8 @@ def perplexity(
 
     Raises:
       ValueError: `tokens` are no token ids (see `jaxcompress.inputs.token_ids`) or fewer than
-        2, the mesh does not divide rows or heads, the prompt does not fit, a `full` state is too small, there are more slots than a policy that selects once
-        can use, skip is negative or leaves nothing to count, or `text` is shorter than the predicted part.
+        2, the mesh does not divide rows or heads, the prompt does not fit, a `full` state is too small, there are more
+        slots than a policy that selects once can use, skip is negative or leaves nothing to count, or `text` is shorter than the predicted part.
       FloatingPointError: losses are not finite; the message names the first place.
 
     Warns:
@@ -223,9 +224,9 @@ def predictions(
         program = predict_block.lower(*inputs, policy=policy, chunk=by, placement=placement).compile()
         begun = time.perf_counter()
         losses, right, state = program(*inputs, policy=policy)
-        losses = np.asarray(losses, np.float64)[:, : end - start]
+        losses = on_host(losses).astype(np.float64)[:, : end - start]
         seconds = time.perf_counter() - begun
-        yield Predictions(start, losses, np.asarray(right)[:, : end - start], seconds, state)
+        yield Predictions(start, losses, on_host(right)[:, : end - start], seconds, state)
 
 
 @partial(jax.jit, static_argnames=("chunk", "placement"), donate_argnames="state")

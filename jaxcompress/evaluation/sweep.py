@@ -9,8 +9,8 @@ from typing import NamedTuple, TypedDict, Unpack
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxcompress.evaluation.perplexity import once_slots, perplexity
 from jaxcompress.distributed.rules import ShardingRules
+from jaxcompress.evaluation.perplexity import once_slots, perplexity
 from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.token_ids import token_rows
 from jaxcompress.models.checks import check_mode

@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxcompress.distributed.processes import on_host
 from jaxcompress.distributed.rules import ShardingRules
 from jaxcompress.generation.sampling import row_keys
 from jaxcompress.inputs.described import described
@@ -231,7 +232,7 @@ def raise_if_broken(state: DecodeState) -> None:
 
 
 def raise_if_any(broken: Array) -> None:
-    positions = np.asarray(broken)
+    positions = on_host(broken)
     if (positions >= 0).any():
         row = int((positions >= 0).argmax())
         raise FloatingPointError(f"non-finite logits, first in row {row} by position {positions[row]}")

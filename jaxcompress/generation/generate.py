@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from jaxcompress.distributed.processes import on_host
 from jaxcompress.distributed.rules import ShardingRules
 from jaxcompress.generation.config import GREEDY, GenerationConfig, check_config
 from jaxcompress.generation.decode_state import (
@@ -383,7 +384,7 @@ class DecodeStream(Iterator[Int[np.ndarray, "B stream_every"]]):
             self._pending.append((tokens, n))
             self._left -= n
         tokens, n = self._pending.popleft()
-        group = np.asarray(tokens)[:, :n]
+        group = on_host(tokens)[:, :n]
         if np.isin(group[:, -1], [-1, *self._config.stop_token_ids]).all():
             self._left = 0
             self._pending.clear()
