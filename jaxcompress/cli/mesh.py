@@ -57,12 +57,23 @@ class ProcessFlags(MeshFlag):
                     "--coordinator, --processes and --process-id are for --mesh: give one over all devices"
                 )
             return None
+        import jax
+
         from jaxcompress.distributed import join
 
         join(*told)
-        if not is_first():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
+        if jax.process_count() > 1:
+            _print_only_ours(first=is_first())
         return super().rules()
+
+
+def _print_only_ours(*, first: bool) -> None:
+    """From now on standard output has what the first process prints. What libraries of C++ print there (Gloo tells whom
+    it is connected to) goes to standard error."""
+    sys.stdout.flush()
+    ours = os.dup(1) if first else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(ours, "w", encoding="utf-8")
 
 
 def is_first() -> bool:

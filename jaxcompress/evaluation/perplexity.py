@@ -93,9 +93,10 @@ def perplexity(
       progress: called with the number of tokens read, per segment.
 
     Raises:
-      ValueError: `tokens` are no token ids (see `jaxcompress.inputs.token_ids`) or fewer than
-        2, the mesh does not divide rows or heads, the prompt does not fit, a `full` state is too small, there are more
-        slots than a policy that selects once can use, skip is negative or leaves nothing to count, or `text` is shorter than the predicted part.
+      ValueError: `tokens` are no token ids (see `jaxcompress.inputs.token_ids`) or fewer than 2, the mesh does not
+        divide rows or heads, the prompt does not fit, a `full` state is too small, there are more slots than a policy
+        that selects once can use, skip is negative or leaves nothing to count, or `text` is shorter than the predicted
+        part.
       FloatingPointError: losses are not finite; the message names the first place.
 
     Warns:

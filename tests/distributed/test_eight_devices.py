@@ -23,7 +23,10 @@ OTHERS = (
 
 
 def results(cases: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "", "JAX_PLATFORMS": "cpu"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"] or ""),
+        "JAX_PLATFORMS": "cpu",
+    }
     package = {"PYTHONPATH": str(PROGRAM.parents[2])}
     command = [sys.executable, str(PROGRAM), *cases]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | cache | package, timeout=900)
