@@ -21,10 +21,11 @@ def mesh_sizes(text: str) -> dict[MeshAxis, int]:
     Raises:
       ValueError: an axis is unknown or named twice, or a size is no whole number of 1 or more.
     """
+    known: dict[str, MeshAxis] = {axis: axis for axis in AXES}
     sizes: dict[MeshAxis, int] = {}
     for part in text.split(","):
         name, _, size = (word.strip() for word in part.partition("="))
-        axis = next((axis for axis in AXES if axis == name), None)
+        axis = known.get(name)
         if axis is None or axis in sizes or not size.isdecimal() or int(size) < 1:
             raise ValueError(
                 f"a mesh is written data=2,tensor=4, each axis ({', '.join(AXES)}) once and with a size of 1 or more; "

@@ -98,11 +98,11 @@ def exchanges(policy: Policy) -> dict[str, Any]:
         RULES.put(MODEL), state.arrays, 4, policy, buffer=8, config=GenerationConfig(), placement=None
     )
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    results = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", lowered.compile().as_text())
+    results = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", str(lowered.compile().as_text()))
     shapes = [
         [int(n) for n in dims.split(",") if n] for text in results for dims in re.findall(r"\w\[([\d,]*)\]", text)
     ]
-    return dict(shapes=shapes, slots=state.kv[0].keys.shape[3], width=WIDTH)
+    return dict(shapes=shapes, slots=state.kv[0].positions.shape[3], width=WIDTH)
 
 
 def main() -> None:
