@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxcompress import (
         budgets,
         checkpoints,
+        distributed,
         embedded,
         evaluation,
         generation,
@@ -35,14 +36,14 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = [
     "Chat", "GenerationConfig", "KVState", "Loaded", "Policy", "State", "Tokenizer", "advance", "budgets",
-    "checkpoints", "embedded", "evaluation", "generate", "generation", "get_policy", "init_state", "load",
-    "load_embedded", "load_state", "models", "perplexity", "policies", "prompt", "read", "save", "save_state",
+    "checkpoints", "distributed", "embedded", "evaluation", "generate", "generation", "get_policy", "init_state",
+    "load", "load_embedded", "load_state", "models", "perplexity", "policies", "prompt", "read", "save", "save_state",
     "serving", "trace", "training", "vision",
 ]  # fmt: skip
 
 _ROOMS = (
-    "budgets", "checkpoints", "embedded", "evaluation", "generation", "models", "policies", "prompt", "serving",
-    "training", "vision",
+    "budgets", "checkpoints", "distributed", "embedded", "evaluation", "generation", "models", "policies", "prompt",
+    "serving", "training", "vision",
 )  # fmt: skip
 _INNER_ROOMS = ("inputs", "pallas_kernels", "recurrence", "state")
 """Rooms for those who change the library: there as well, but not listed by `dir`."""

@@ -14,8 +14,8 @@ import jaxcompress as jc
 from jaxcompress import budgets, training
 
 ROOMS = {
-    "budgets", "checkpoints", "embedded", "evaluation", "generation", "models", "policies", "prompt", "serving",
-    "training", "vision",
+    "budgets", "checkpoints", "distributed", "embedded", "evaluation", "generation", "models", "policies", "prompt",
+    "serving", "training", "vision",
 }  # fmt: skip
 NAMES = {
     "Chat", "GenerationConfig", "KVState", "Loaded", "Policy", "State", "Tokenizer", "advance", "generate",

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxcompress"
 
 ROOMS = (
-    "inputs", "state", "pallas_kernels", "policies", "recurrence", "models", "budgets", "vision", "checkpoints",
-    "generation", "serving", "training", "prompt", "evaluation", "server", "cli",
+    "inputs", "state", "pallas_kernels", "policies", "recurrence", "models", "distributed", "budgets", "vision",
+    "checkpoints", "generation", "serving", "training", "prompt", "evaluation", "server", "cli",
 )  # fmt: skip
 """Each room imports only itself and the rooms before it. `embedded` holds data and paths: every room may use it."""
 

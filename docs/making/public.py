@@ -15,8 +15,8 @@ from typing import Any
 import jaxcompress
 
 ROOMS = (
-    "models", "policies", "generation", "serving", "evaluation", "training", "checkpoints", "budgets", "prompt",
-    "vision", "embedded",
+    "models", "policies", "generation", "serving", "evaluation", "training", "distributed", "checkpoints", "budgets",
+    "prompt", "vision", "embedded",
 )  # fmt: skip
 PAGES = {**{room: room for room in ROOMS}, "inner": "state, recurrence"}
 """Pages of the reference and their titles, in the order in which they are listed."""

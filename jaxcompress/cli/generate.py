@@ -22,12 +22,14 @@ from jaxcompress.cli.flags import (
     TemplateFlags,
     WeightFlags,
 )
+from jaxcompress.cli.mesh import ProcessFlags
 from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, write_json
 from jaxcompress.inputs.text import decoded, named, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from jaxcompress.distributed import ShardingRules
     from jaxcompress.generation import DecodeState, TextUntil
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
@@ -38,7 +40,8 @@ _BLOCK = 1 << 16  # bytes of a file that are read at once
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(
-    JsonFlag, StateDtypeFlag, PlacementFlag, ModeFlags, TemplateFlags, SamplingFlags, PolicyFlags, WeightFlags,
+    JsonFlag, ProcessFlags, StateDtypeFlag, PlacementFlag, ModeFlags, TemplateFlags, SamplingFlags, PolicyFlags,
+    WeightFlags,
 ):  # fmt: skip
     """Reads a prompt of any length through a fixed number of slots, and writes on.
 
@@ -68,7 +71,8 @@ class Generate(
 
     def run(self) -> None:
         self._check()
-        model, tokenizer = open_model(self.model, self.dtype)
+        rules = self.rules()
+        model, tokenizer = open_model(self.model, self.dtype, rules)
         from jaxcompress.generation import TextUntil, decode_stream
 
         if wrong := [token for token in self.stop_id if not 0 <= token < model.config.vocab_size]:
@@ -77,7 +81,7 @@ class Generate(
             TextUntil, tokenizer, [unescaped(text) for text in self.stop], (*tokenizer.eos_ids, *self.stop_id)
         )
         config = self.sampling(until().ids)
-        state, prompts = self._read(model, tokenizer)
+        state, prompts = self._read(model, tokenizer, rules)
         rows = [_Row(until(after=ids)) for ids in prompts]
         live = len(rows) == 1 and not self.json
         for tokens in decode_stream(model, state, self.max_new_tokens, config, stream_every=8):
@@ -127,14 +131,16 @@ class Generate(
         if self.mode == "oneshot" and self.file is not None and self.shorten is None:
             raise ValueError("--file is read in segments; use --mode streaming or chunked")
 
-    def _read(self, model: Decoder, tokenizer: Tokenizer) -> tuple[DecodeState, list[np.ndarray]]:
+    def _read(
+        self, model: Decoder, tokenizer: Tokenizer, rules: ShardingRules | None
+    ) -> tuple[DecodeState, list[np.ndarray]]:
         """The state that has read all prompts, and by row the last token ids read."""
         from jaxcompress.generation import init_decode_state, prefill
 
         rows = 1 if self.file is not None else len(self.prompt)
         state = init_decode_state(
             model, chosen_policy(self.policy, tokenizer.folder), self.capacity,
-            batch=rows, seeds=self.seed, dtype=self.state_dtype, placement=self.placement,
+            batch=rows, seeds=self.seed, dtype=self.state_dtype, placement=self.placement, sharding=rules,
         )  # fmt: skip
         if self.shorten is None and self.file is not None:
             state, last = self._read_file(model, tokenizer, state)

@@ -18,6 +18,7 @@ from jaxcompress.cli.flags import (
     WeightFlags,
     at_least,
 )
+from jaxcompress.cli.mesh import ProcessFlags, is_first
 from jaxcompress.cli.runtime import (
     check_writable,
     chosen_policy,
@@ -32,6 +33,7 @@ from jaxcompress.cli.runtime import (
 if TYPE_CHECKING:
     import numpy as np
 
+    from jaxcompress.distributed import ShardingRules
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.policies import Policy
 
@@ -41,7 +43,16 @@ _ROWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(
-    JsonFlag, FigureFlag, TableFlag, StateDtypeFlag, PlacementFlag, ModeFlags, PromptTokensFlag, WeightFlags, TextFlags
+    JsonFlag,
+    FigureFlag,
+    TableFlag,
+    ProcessFlags,
+    StateDtypeFlag,
+    PlacementFlag,
+    ModeFlags,
+    PromptTokensFlag,
+    WeightFlags,
+    TextFlags,
 ):
     """Perplexity of a long text for several policies and capacities.
 
@@ -65,7 +76,8 @@ class Perplexity(
 
     def run(self) -> None:
         self._check()
-        model, tokenizer = open_model(self.model, self.dtype)
+        rules = self.rules()
+        model, tokenizer = open_model(self.model, self.dtype, rules)
         name, text = self.text() or held_out_text()
         tokens, about = self._rows(tokenizer, name, text)
         policies = [chosen_policy(policy, tokenizer.folder) for policy in self.policies]
@@ -83,11 +95,11 @@ class Perplexity(
         runs = sum(1 if not policy.forgets else len(slots) for policy in policies)
         try:
             with progress(runs * tokens.size, "reading") as bar:
-                self._sweep(model, tokens, policies, slots, about, done, bar)
+                self._sweep(model, tokens, policies, slots, about, done, bar, rules)
         finally:
             if self.json:
                 write_json(dict(about, table=[row._asdict() for row in done]))
-        if self.figure is not None:
+        if self.figure is not None and is_first():
             from jaxcompress.evaluation.figures import perplexity_against_slots
 
             perplexity_against_slots(done, self.figure, title=name)
@@ -139,7 +151,7 @@ class Perplexity(
 
     def _sweep(
         self, model: Any, tokens: np.ndarray, policies: list[Policy], slots: tuple[int, ...], about: dict[str, Any],
-        done: list[Any], bar: Callable[[int], None],
+        done: list[Any], bar: Callable[[int], None], rules: ShardingRules | None,
     ) -> None:  # fmt: skip
         """Measures, and adds each row to `done`, to the file and to what is printed."""
         from jaxcompress.evaluation.sweep import sweep
@@ -147,11 +159,11 @@ class Perplexity(
         prompt = tokens.shape[1] // 2 if self.prompt_tokens is None else self.prompt_tokens
         reading: dict[str, Any] = dict(
             mode=self.mode, chunk=self.chunk_tokens(), prompt=prompt if self.mode == "oneshot" else None,
-            placement=self.placement, dtype=self.state_dtype, text=about["of"],
+            placement=self.placement, dtype=self.state_dtype, sharding=rules, text=about["of"],
         )  # fmt: skip
         for row in sweep(model, tokens, policies, slots, progress=bar, **reading):
             done.append(row)
-            if self.out is not None:
+            if self.out is not None and is_first():
                 write_json(dict(about, table=[one._asdict() for one in done]), self.out)
             if not self.json:
                 print(

@@ -15,6 +15,7 @@ from jaxcompress.inputs.position_warning import PositionWarning
 
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
+    from jaxcompress.distributed import ShardingRules
     from jaxcompress.evaluation.recall import Wording
     from jaxcompress.evaluation.results import Cell, Figure, Row
     from jaxcompress.generation.text import Tokenizer
@@ -72,22 +73,29 @@ def _sizes(folder: Path) -> list[tuple[float, int, str]]:
     return found
 
 
-def open_weights(model: str | None, dtype: str = "auto") -> Loaded:
-    """What `jaxcompress.load` takes, or the embedded model if None."""
+def open_weights(model: str | None, dtype: str = "auto", rules: ShardingRules | None = None) -> Loaded:
+    """What `jaxcompress.load` takes, or the embedded model if None; spread by rules.
+
+    Raises:
+      ValueError: the mesh does not divide the model's heads or widths; other cases as for `jaxcompress.load`.
+    """
     prepare()
     from jaxcompress import embedded
     from jaxcompress.checkpoints import config_dtype, load
 
-    loaded = load(embedded.decoder_folder() if model is None else model, dtype=dtype)
+    where = None if rules is None else rules.weight
+    loaded = load(embedded.decoder_folder() if model is None else model, dtype=dtype, sharding=where)
+    if rules is not None:
+        rules.check(loaded.config)
     own, taken = config_dtype(loaded.settings), loaded.model.embedding[...].dtype
     if model is not None and dtype == "auto" and own not in (None, taken):
         tell(f"weights in {taken}, which is faster on this device than the checkpoint's {own}; --dtype takes another")
     return loaded
 
 
-def open_model(model: str | None, dtype: str = "auto") -> tuple[Decoder, Tokenizer]:
+def open_model(model: str | None, dtype: str = "auto", rules: ShardingRules | None = None) -> tuple[Decoder, Tokenizer]:
     """The same with its tokenizer."""
-    loaded = open_weights(model, dtype)
+    loaded = open_weights(model, dtype, rules)
     return loaded.model, loaded.tokenizer
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from jaxcompress.distributed.processes import on_host
+from jaxcompress.distributed.rules import ShardingRules
 from jaxcompress.inputs.token_ids import token_rows
 from jaxcompress.models.checks import check_fits, check_mode, warn_of_positions
 from jaxcompress.models.decoder import Decoder, read
@@ -62,6 +64,7 @@ def perplexity(
     segment: int = 512,
     placement: Placement | None = None,
     dtype: DTypeLike | None = None,
+    sharding: ShardingRules | None = None,
     text: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Perplexity:
@@ -70,7 +73,7 @@ def perplexity(
     Rows are independent texts. They are read in segments, so memory does not grow with T. The state is made here and
     donated from segment to segment; the model is not consumed.
 
-    It has thirteen parameters, which set how to read and which tokens to count. All but the first four are keywords
+    It has fourteen parameters, which set how to read and which tokens to count. All but the first four are keywords
     with a default.
 
     Args:
@@ -85,13 +88,15 @@ def perplexity(
       segment: tokens per call; rounded to a whole number of chunks. It changes memory and speed, not the result.
       placement: the positions that RoPE uses; by default the policy's placement.
       dtype: the dtype of keys and values, one of `jaxcompress.state.storage.DTYPES`; by default the model's.
+      sharding: where the state goes, each device making its own part; the model must be there too.
       text: the number of tokens of the text that the rows were cut from, for `left_out`; B * T by default.
       progress: called with the number of tokens read, per segment.
 
     Raises:
-      ValueError: `tokens` are no token ids (see `jaxcompress.inputs.token_ids`) or fewer than
-        2, the prompt does not fit, a `full` state is too small, there are more slots than a policy that selects once
-        can use, skip is negative or leaves nothing to count, or `text` is shorter than the predicted part.
+      ValueError: `tokens` are no token ids (see `jaxcompress.inputs.token_ids`) or fewer than 2, the mesh does not
+        divide rows or heads, the prompt does not fit, a `full` state is too small, there are more slots than a policy
+        that selects once can use, skip is negative or leaves nothing to count, or `text` is shorter than the predicted
+        part.
       FloatingPointError: losses are not finite; the message names the first place.
 
     Warns:
@@ -103,7 +108,7 @@ def perplexity(
     if total < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, {total} given")
     check_mode(policy, mode)
-    state = init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
+    state = _fresh(model, policy, slots, batch, dtype, sharding)
     check_fits(model.config, policy, state, total - 1, prompt=prompt)
     check_used(policy, state, total - 1, prompt)
     nbytes = sum(run.nbytes for run in state)
@@ -133,6 +138,16 @@ def perplexity(
         seconds += part.seconds
         progress(part.losses.size)
     return Perplexity(total_loss / counted, counted, batch * (total - 1) / seconds, nbytes, of - counted)
+
+
+def _fresh(
+    model: Decoder, policy: Policy, slots: Slots, batch: int, dtype: DTypeLike | None, sharding: ShardingRules | None
+) -> State:
+    make = lambda: init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
+    if sharding is None:
+        return make()
+    sharding.check(model.config, batch=batch)
+    return sharding.init(make)
 
 
 def check_used(policy: Policy, state: State, tokens: int, prompt: int | None) -> None:
@@ -210,9 +225,9 @@ def predictions(
         program = predict_block.lower(*inputs, policy=policy, chunk=by, placement=placement).compile()
         begun = time.perf_counter()
         losses, right, state = program(*inputs, policy=policy)
-        losses = np.asarray(losses, np.float64)[:, : end - start]
+        losses = on_host(losses).astype(np.float64)[:, : end - start]
         seconds = time.perf_counter() - begun
-        yield Predictions(start, losses, np.asarray(right)[:, : end - start], seconds, state)
+        yield Predictions(start, losses, on_host(right)[:, : end - start], seconds, state)
 
 
 @partial(jax.jit, static_argnames=("chunk", "placement"), donate_argnames="state")

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypedDict, Unpack
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxcompress.distributed.rules import ShardingRules
 from jaxcompress.evaluation.perplexity import once_slots, perplexity
 from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.token_ids import token_rows
@@ -50,6 +51,7 @@ class ReadOptions(TypedDict, total=False):
     segment: int
     placement: Placement | None
     dtype: DTypeLike | None
+    sharding: ShardingRules | None
     text: int | None
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxcompress.distributed.processes import on_host
+from jaxcompress.distributed.rules import ShardingRules
 from jaxcompress.generation.sampling import row_keys
 from jaxcompress.inputs.described import described
 from jaxcompress.inputs.scalars import whole
@@ -92,6 +94,7 @@ def init_decode_state(
     seeds: Sequence[int] | int = 0,
     dtype: DTypeLike | None = None,
     placement: Placement | None = None,
+    sharding: ShardingRules | None = None,
 ) -> DecodeState:
     """The state of B sequences before any token is read.
 
@@ -101,10 +104,12 @@ def init_decode_state(
       dtype: of keys and values, one of `jaxcompress.state.storage.DTYPES`; the model's by default. `int8`,
         `float8_e4m3fn` and `int4` store each vector as small codes with its own scale.
       placement: the positions that RoPE uses; by default those of the policy's publication.
+      sharding: where the arrays go, each device making its own part; the model must be there too.
 
     Raises:
       ValueError: `model` is no decoder, `policy` is no policy, the placement is unknown, or the number of seeds is not
-        the number of rows; other cases as for `jaxcompress.init_state`.
+        the number of rows; the mesh does not divide the batch or the heads; other cases as for
+        `jaxcompress.init_state`.
     """
     check_decoder(model)
     check_policy(policy)
@@ -114,14 +119,21 @@ def init_decode_state(
     rows = list(seeds) if several else [check_seed(seeds) + row for row in range(batch)]
     if len(rows) != batch:
         raise ValueError(f"{len(rows)} seeds were given for a batch of {batch}")
-    vocabulary = model.config.vocab_size
-    return DecodeState(
-        kv=init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype),
-        **_unread(batch, vocabulary),
-        keys=row_keys([check_seed(seed) for seed in rows]),
-        policy=policy,
-        placement=placement,
-    )
+    checked = [check_seed(seed) for seed in rows]
+
+    def make() -> DecodeState:
+        return DecodeState(
+            kv=init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype),
+            **_unread(batch, model.config.vocab_size),
+            keys=row_keys(checked),
+            policy=policy,
+            placement=placement,
+        )
+
+    if sharding is None:
+        return make()
+    sharding.check(model.config, batch=batch)
+    return sharding.init(make)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -220,7 +232,7 @@ def raise_if_broken(state: DecodeState) -> None:
 
 
 def raise_if_any(broken: Array) -> None:
-    positions = np.asarray(broken)
+    positions = on_host(broken)
     if (positions >= 0).any():
         row = int((positions >= 0).argmax())
         raise FloatingPointError(f"non-finite logits, first in row {row} by position {positions[row]}")

@@ -14,6 +14,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from jaxcompress.distributed.processes import on_host
+from jaxcompress.distributed.rules import ShardingRules
 from jaxcompress.generation.config import GREEDY, GenerationConfig, check_config
 from jaxcompress.generation.decode_state import (
     DecodeArrays,
@@ -54,6 +56,7 @@ class ReadOptions(TypedDict, total=False):
     segment: int
     placement: Placement | None
     dtype: DTypeLike
+    sharding: ShardingRules | None
 
 
 def generate(
@@ -78,7 +81,8 @@ def generate(
       config: the sampling method and the stop tokens.
       seeds: one per row, or one from which the seeds of all rows are derived.
       stream_every: tokens per yield, all by default. The next group is computed while one is consumed.
-      options: `mode`, `chunk`, `segment` (see `prefill`); `placement`, `dtype` (see `init_decode_state`).
+      options: `mode`, `chunk`, `segment` (see `prefill`); `placement`, `dtype`, `sharding` (see
+        `init_decode_state`).
 
     Raises:
       TypeError: an argument has an unknown name.
@@ -101,7 +105,7 @@ def generate(
     calls(mode, longest, chunk=options.get("chunk", 1), segment=options.get("segment", 1))
     state = init_decode_state(
         model, policy, slots, batch=len(rows), seeds=seeds,
-        dtype=options.get("dtype"), placement=options.get("placement"),
+        dtype=options.get("dtype"), placement=options.get("placement"), sharding=options.get("sharding"),
     )  # fmt: skip
     check_room(model, state, longest + max_new_tokens, prompt=longest)
 
@@ -380,7 +384,7 @@ class DecodeStream(Iterator[Int[np.ndarray, "B stream_every"]]):
             self._pending.append((tokens, n))
             self._left -= n
         tokens, n = self._pending.popleft()
-        group = np.asarray(tokens)[:, :n]
+        group = on_host(tokens)[:, :n]
         if np.isin(group[:, -1], [-1, *self._config.stop_token_ids]).all():
             self._left = 0
             self._pending.clear()

@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxcompress._extras import extra
+from jaxcompress.distributed.rules import ShardingRules, placed
 from jaxcompress.models.int8 import check_float
 from jaxcompress.training.checkpointing import Checkpoints
 from jaxcompress.training.compiled import Compiled
@@ -93,6 +94,7 @@ def make_step(
     *,
     accumulate: int = 1,
     compute_dtype: DTypeLike | None = None,
+    sharding: ShardingRules | None = None,
 ) -> Compiled:
     """The compiled training step. It donates its input state: use the state that it returns.
 
@@ -105,6 +107,9 @@ def make_step(
         except for rounding.
       compute_dtype: weights are cast to it before the objective sees them. Gradients are cast to float32 before they
         are summed or given to the optimizer. None: no cast.
+      sharding: where rows, weights and the optimizer's state go and stay; give it a state that is there:
+        `sharding.init(lambda: init_train_state(params, optimizer))`, or `init_train_state` of placed params for weights
+        that are too large for one device.
     """
 
     def part(params: Any, batch: Any, state: TrainState, index: Any, total: jax.Array) -> tuple[Metrics, Any]:
@@ -114,6 +119,7 @@ def make_step(
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) * share, done)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        batch = placed(batch, sharding)
         params = _cast(state.params, compute_dtype)
         tokens = jnp.maximum(batch.weights.sum(), 1e-9)
         if accumulate == 1:
@@ -130,7 +136,8 @@ def make_step(
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         new: Any = optax.apply_updates(state.params, updates)
         metrics |= dict(tokens=tokens, gradient_norm=optax.tree.norm(gradient), parameter_norm=optax.tree.norm(new))
-        return replace(state, params=new, optimizer=optimizer_state, step=state.step + 1), metrics
+        after = replace(state, params=new, optimizer=optimizer_state, step=state.step + 1)
+        return placed(after, sharding), metrics
 
     return Compiled(step, donate=True)
 
@@ -224,15 +231,19 @@ def fit(
 
 
 def make_measure(
-    objective: Objective, *, compute_dtype: DTypeLike | None = None, seed: int = 0
+    objective: Objective,
+    *,
+    compute_dtype: DTypeLike | None = None,
+    seed: int = 0,
+    sharding: ShardingRules | None = None,
 ) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
     """A function of weights and batches of one shape: the mean metrics, weighted by token. Nothing is trained.
 
-    Without batches, or if no token counts, there are no metrics.
+    Without batches, or if no token counts, there are no metrics. With `sharding`, rows of a batch are spread so.
     """
 
     def metrics_of(params: Any, batch: Any, key: jax.Array) -> Metrics:
-        return objective(_cast(params, compute_dtype), batch, jnp.zeros((), jnp.int32), key)[0]
+        return objective(_cast(params, compute_dtype), placed(batch, sharding), jnp.zeros((), jnp.int32), key)[0]
 
     compiled = Compiled(metrics_of)  # the unused gradient is not computed
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxcompress.cli.flags import ModeFlags, ModelFlag, PlacementFlag, PolicyFlags, SeedFlag, at_least
+from jaxcompress.cli.mesh import MeshFlag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class SourceFlags:
 
     resume: bool = False
     """Continue from the last checkpoint in --out; with --data, begin if there is no run yet. Settings that no flag
-    gives are those of the run. Only --steps, --save-every, --keep and --tensorboard may change."""
+    gives are those of the run. Only --steps, --save-every, --keep, --tensorboard and --mesh may change."""
     config: Path | None = None
     """TOML file with settings, named as the flags: `learning_rate = 1e-4`."""
 
@@ -66,7 +67,7 @@ class OptimizerFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags(
-    SourceFlags, SeedFlag, OptimizerFlags, RowFlags, PlacementFlag, ModeFlags, PolicyFlags, ModelFlag,
+    SourceFlags, SeedFlag, OptimizerFlags, RowFlags, MeshFlag, PlacementFlag, ModeFlags, PolicyFlags, ModelFlag,
 ):  # fmt: skip
     """What `train` is told."""
 

@@ -17,6 +17,7 @@ from jaxcompress.cli.train.task import Task, task_of
 
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
+    from jaxcompress.distributed import ShardingRules
     from jaxcompress.training.checkpointing import Checkpoints
     from jaxcompress.training.data import PackedRows
     from jaxcompress.training.trainer import TrainState
@@ -45,7 +46,10 @@ class Train(TrainFlags):
 
     def run(self) -> None:
         self.check()
-        loaded = open_weights(self.model, "float32")
+        rules = self.rules()
+        loaded = open_weights(self.model, "float32", rules)
+        if rules is not None:
+            rules.check(loaded.config, batch=self.rows // self.accumulate)
         from jaxcompress.checkpoints import config_dtype
         from jaxcompress.generation.text import Tokenizer
         from jaxcompress.models.checks import warn_of_positions
@@ -62,7 +66,7 @@ class Train(TrainFlags):
         stored = config_dtype(loaded.settings) or "float32"
         flops = self._flops(loaded)
         with Checkpoints(self.out / "checkpoints", keep=self.keep) as checkpoints:
-            run = _Run(self, task, rows, dtype, checkpoints)
+            run = _Run(self, task, rows, dtype, checkpoints, rules)
             # What is learned reads its rows with plain attention.
             warn_of_positions(loaded.config, policy or get_policy("full"), self.placement, self.length)
             task = task._replace(params=None)  # the state has its own copy
@@ -90,7 +94,10 @@ class _Run:
       record: what run.json says.
     """
 
-    def __init__(self, how: Train, task: Task, rows: PackedRows, dtype: str, checkpoints: Checkpoints):
+    def __init__(
+        self, how: Train, task: Task, rows: PackedRows, dtype: str, checkpoints: Checkpoints,
+        rules: ShardingRules | None,
+    ):  # fmt: skip
         import jax
 
         from jaxcompress.training.data import batches, split
@@ -100,15 +107,17 @@ class _Run:
         self._parts = split(rows, batch=how.rows, held_out=how.held_out, held_out_batch=how.rows // how.accumulate)
         self._data = batches(rows, batch=how.rows, seed=how.seed, train=self._parts.train)
         self._schedule, optimizer = _optimizer(how, both=task.learned is not None and how.distill)
-        self._step = make_step(task.objective, optimizer, accumulate=how.accumulate, compute_dtype=dtype)
-        self._measure = make_measure(task.measured, compute_dtype=dtype)
+        self._step = make_step(
+            task.objective, optimizer, accumulate=how.accumulate, compute_dtype=dtype, sharding=rules
+        )
+        self._measure = make_measure(task.measured, compute_dtype=dtype, sharding=rules)
         facts = dict(tokens=len(rows.stream.tokens), checksum=rows.stream.checksum)
         begin = partial(init_train_state, task.params, optimizer, seed=how.seed)
         file, self._done = how.out / "run.json", checkpoints.latest or 0
         self.record: dict[str, Any]
         self.state: TrainState
         if self._done:
-            self.state, where = checkpoints.restore(jax.eval_shape(begin))
+            self.state, where = checkpoints.restore(jax.eval_shape(begin) if rules is None else rules.abstract(begin))
             self.record = unchanged(how, file, facts, self._done)
             self._data.set_state(where)
             print(f"continuing from step {self._done}", flush=True)
@@ -116,7 +125,7 @@ class _Run:
             if how.resume:
                 print(f"there is no {'checkpoint' if file.exists() else 'run'} in {how.out} yet: it begins")
             self.record = dict(data=facts, held_out=self._measure(task.params, self._parts.held_out))
-            self.state = begin()
+            self.state = begin() if rules is None else rules.put(begin())
         self.record |= dict(settings=recorded_settings(how))
         write_json(self.record, file)
         print(f"{facts['tokens']:,} tokens, {self._parts.train:,} rows to train on; see {how.out / 'metrics.jsonl'}")

@@ -11,7 +11,7 @@ from jaxcompress.cli.train.arguments import TrainFlags
 from jaxcompress.inputs.text import parse_json, read_text
 
 _PER_CALL = ("out", "resume", "config")
-_FREE = ("steps", "save_every", "keep", "tensorboard")  # may change while a run lasts
+_FREE = ("steps", "save_every", "keep", "tensorboard", "mesh")  # may change while a run lasts
 
 
 def recorded_settings(how: TrainFlags) -> dict[str, Any]:

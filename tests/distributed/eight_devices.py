@@ -1,0 +1,116 @@
+"""One case on eight virtual devices, set against one device: python eight_devices.py CASE ... prints JSON lines.
+
+A program of its own, since the tests have two devices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["XLA_FLAGS"] = " ".join([
+    "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",
+])  # fmt: skip
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import numpy as np
+import optax
+from tiny import random_tokens, tiny_decoder
+
+from jaxcompress.distributed import ShardingRules, make_mesh
+from jaxcompress.generation import GenerationConfig, decode, init_decode_state, prefill
+from jaxcompress.generation.generate import _decode_loop
+from jaxcompress.policies import Policy, get_policy
+from jaxcompress.policies.learned import Retention
+from jaxcompress.training.data import Batch
+from jaxcompress.training.objectives import bounded
+from jaxcompress.training.retention_heads import init_retention
+from jaxcompress.training.trainer import init_train_state, make_step
+
+jax.config.update("jax_platforms", "cpu")
+SLOTS, ROWS, WIDTH = 12, 4, 8
+MODEL = tiny_decoder()
+RULES = ShardingRules(make_mesh("data=2,fsdp=2,tensor=2"))
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "layer": lambda: get_policy("tova"),
+    "head": lambda: get_policy("tova-kv_head"),
+    "h2o": lambda: get_policy("h2o"),
+    "snapkv": lambda: get_policy("snapkv+4"),
+    "retention": lambda: Retention(init_retention(MODEL.config, jax.random.key(0))),
+}
+
+
+def moved(tree: Any, before: Any) -> list[str]:
+    """The arrays that are no longer where they were."""
+    stays = jax.tree.map(lambda x, where: x.sharding.is_equivalent_to(where, x.ndim), tree, before)
+    return [jax.tree_util.keystr(path) for path, same in jax.tree_util.tree_leaves_with_path(stays) if not same]
+
+
+def where(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def generates(policy: Policy, dtype: str) -> dict[str, Any]:
+    """The tokens of both, and what left its place."""
+    prompts = [random_tokens(n, seed=n) for n in (30, 21, 9, 17)]
+    how: Any = dict(mode="oneshot") if policy.oneshot_only else dict(mode="streaming", segment=32)
+    told: dict[str, Any] = {}
+    for name, model, rules in (("one", MODEL, None), ("eight", RULES.put(MODEL), RULES)):
+        state = init_decode_state(model, policy, SLOTS, batch=ROWS, dtype=dtype, sharding=rules)
+        began = where(state.arrays)
+        state = prefill(model, prompts, state, **how)
+        tokens, state = decode(model, state, 8, GenerationConfig(temperature=1.0))
+        told |= {name: np.asarray(tokens).tolist(), f"moved_{name}": moved(state.arrays, began)}
+    return told
+
+
+def trains(policy: Policy) -> dict[str, Any]:
+    """The losses and the largest difference of weights after two steps, whose size is that of the gradient."""
+    weights = np.ones((ROWS, 24), np.float32)
+    weights[0, 15:] = 0
+    batch = Batch(random_tokens(ROWS, 25, seed=3), weights)
+    optimizer = optax.sgd(1.0, momentum=0.9)
+    begin = lambda: init_train_state(MODEL, optimizer)
+    ends, told = [], {}
+    for name, state, rules in (("one", begin(), None), ("eight", RULES.init(begin), RULES)):
+        began, losses = where(state), []
+        step = make_step(bounded(policy, SLOTS, segment=12, bptt_segments=2), optimizer, sharding=rules)
+        for _ in range(2):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        ends.append(state)
+        told |= {name: losses, f"moved_{name}": moved(state, began)}
+    apart = jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), *ends)
+    return told | dict(apart=max(jax.tree.leaves(apart)))
+
+
+def exchanges(policy: Policy) -> dict[str, Any]:
+    """The shapes that devices exchange while tokens are written, and the number of slots."""
+    state = init_decode_state(MODEL, policy, SLOTS, batch=8, sharding=RULES)
+    lowered = _decode_loop.lower(
+        RULES.put(MODEL), state.arrays, 4, policy, buffer=8, config=GenerationConfig(), placement=None
+    )
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    results = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", str(lowered.compile().as_text()))
+    shapes = [
+        [int(n) for n in dims.split(",") if n] for text in results for dims in re.findall(r"\w\[([\d,]*)\]", text)
+    ]
+    return dict(shapes=shapes, slots=state.kv[0].positions.shape[3], width=WIDTH)
+
+
+def main() -> None:
+    for case in sys.argv[1:]:
+        kind, name, *dtype = case.split("-")
+        run = {"generate": lambda p, d="float32": generates(p, d), "train": trains, "exchange": exchanges}[kind]
+        print(json.dumps({"case": case, **run(POLICIES[name](), *dtype)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
