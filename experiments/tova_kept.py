@@ -163,7 +163,7 @@ def plan(args: Arguments) -> Plan:
         stored = model.embedding[...].dtype
         state = jax.eval_shape(lambda: jc.init_state(model.config, policy, cell.slots, dtype=stored))
         jax.clear_caches()  # programs of other sizes would only fill memory
-        return figures_of(death, text, cell.slots, args.after, sum(part.nbytes for part in state))
+        return figures_of(death, text, int(np.max(cell.slots)), args.after, sum(part.nbytes for part in state))
 
     return cells, figures
 
