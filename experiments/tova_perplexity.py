@@ -14,79 +14,40 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from command import OfModel, arguments, stop
+from command import arguments
+from paper_tables import OfBooks, Plan, markdown, of_experiment, run
 
 import jaxcompress as jc
-from jaxcompress._extras import extra
-from jaxcompress.cli.runtime import Incomplete, swept
-from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import perplexity, rows_of_text
-from jaxcompress.evaluation.results import Cell, Figure, Row, read_rows
+from jaxcompress.evaluation.results import Cell, Figure, Row
 from jaxcompress.models.fingerprint import fingerprint
 
 EXPERIMENT, METRIC = "tova_perplexity", "nats per token"
-DATASET = "emozilla/pg19"
-"""PG-19 as Parquet files on the hub; `deepmind/pg19` needs a script."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(OfModel):
+class Arguments(OfBooks):
     """Adds a row to the file for each book, policy and size, and prints the table."""
 
-    texts: tuple[Path, ...] = ()
-    """Books: UTF-8 files, or folders with .txt files. Documents that the embedded model has not seen, if not given."""
-    pg19: str | None = None
-    """A split of PG-19 in place of --texts, such as `test`; needs `pip install "jaxcompress[data]"` and the hub."""
     policies: tuple[str, ...] = ("full", "window", "window+4", "tova", "h2o", "snapkv+32/every32", "random")
     slots: tuple[int, ...] = (128, 256, 512)
     context: int = 2048
     rows: int = 4
     """Rows of each book."""
-    dtype: str = "float32"
-    """Of the weights."""
-    out: Path | None = None
-    """The file of rows (JSON Lines), which only grows."""
-    table: Path | None = None
-    """Writes the table here (Markdown), instead of measuring, from the rows in --out."""
 
 
 QUICK = Arguments(quick=True, policies=("full", "window", "tova"), slots=(16,), context=64, rows=2)
 
 
-def books(args: Arguments) -> Iterator[tuple[str, str]]:
-    """Names and texts."""
-    if args.pg19 is not None:
-        with extra("data"):
-            from datasets import load_dataset
-        try:
-            dataset: Any = load_dataset(DATASET, split=args.pg19)
-        except Exception as error:  # whatever the hub's client raises
-            stop(f"PG-19 was looked for as {DATASET} on the Hugging Face hub: {error}; give local files with --texts")
-        yield from ((book["short_book_title"], book["text"]) for book in dataset)
-        return
-    if not args.texts:
-        yield from ((document.name, document.text) for document in held_out()[: 2 if args.quick else None])
-    for path in args.texts:
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
-        if not files:
-            stop(f"there is no text in {path.absolute()}: --texts takes UTF-8 files, or folders with .txt files")
-        yield from ((file.stem, file.read_text("utf-8")) for file in files)
-
-
-def measure(args: Arguments) -> None:
-    if args.out is None and not args.quick:
-        stop("--out is missing: the file that keeps what was measured, so that a sweep that is stopped goes on")
-    loaded = jc.load_embedded() if args.model is None else jc.load(args.model, dtype=args.dtype)
+def plan(args: Arguments) -> Plan:
+    loaded = args.load()
     model, tokenizer = loaded.model, loaded.tokenizer
-    texts = dict(books(args))
+    texts = dict(args.books())
     cut = {}
 
     def tokens_of(book: str) -> np.ndarray:
@@ -101,7 +62,7 @@ def measure(args: Arguments) -> None:
         Cell(
             experiment=EXPERIMENT,
             task=book,
-            model=args.model or "embedded",
+            model=args.named,
             model_hash=of_model,
             policy=name,
             slots=slots,
@@ -130,23 +91,17 @@ def measure(args: Arguments) -> None:
             )  # fmt: skip
         ]
 
-    done: list[Row] = []
+    return cells, figures
 
-    def show(rows: Sequence[Row]) -> None:
-        done.extend(rows)
-        for row in rows:
-            cell = row.cell
-            print(f"{cell.task:40.40} {cell.policy:20} {cell.slots:6} {math.exp(row.figure.value):9.3f}", flush=True)
 
-    try:
-        swept(cells, figures, args.out, show)
-    finally:
-        print("\n".join(table(done)))
+def line(row: Row) -> str:
+    cell = row.cell
+    return f"{cell.task:40.40} {cell.policy:20} {cell.slots:6} {math.exp(row.figure.value):9.3f}"
 
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Markdown: a line for each policy, a column for each size. Books that a cell lacks are left out of all cells."""
-    rows = [row for row in rows if row.cell.experiment == EXPERIMENT]
+    rows = of_experiment(rows, EXPERIMENT)
     losses: dict[tuple[str, int], dict[str, Row]] = {}
     for row in rows:
         losses.setdefault((row.cell.policy, int(np.max(row.cell.slots))), {})[row.cell.task] = row
@@ -177,24 +132,13 @@ def table(rows: Sequence[Row]) -> list[str]:
         f"{first.model}, {first.dtype}, rows of {first.context:,} tokens, {tokens:,} predictions, {len(shared)} books. "
         "In brackets: the ratio to the full cache, mean and standard error over books.",
         "",
-        "| policy | " + " | ".join(f"{slots:,} slots" for slots in sizes) + " |",
-        "|---|" + "---|" * len(sizes),
-        *(f"| `{name}` | " + " | ".join(entry(name, slots) for slots in sizes) + " |" for name in names),
+        *markdown(
+            ["policy", *(f"{slots:,} slots" for slots in sizes)],
+            ([f"`{name}`", *(entry(name, slots) for slots in sizes)] for name in names),
+        ),
     ]
 
 
-def main(args: Arguments) -> None:
-    if args.table is None:
-        try:
-            measure(args)
-        except Incomplete as error:
-            print(error, file=sys.stderr)
-            raise SystemExit(4) from None
-        return
-    if args.out is None:
-        stop("--table draws the rows of a file: give it as --out")
-    args.table.write_text("\n".join(table(read_rows(args.out))) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main(arguments(QUICK))
+    args = arguments(QUICK)
+    run(args, lambda: plan(args), table, line)

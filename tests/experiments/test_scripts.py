@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "experiments"
-PARTS = {"command", "sentences", "vision_parity_models"}  # imported by scripts, no programs
+PARTS = {"command", "paper_tables", "sentences", "vision_parity_models"}  # imported by scripts, no programs
 SCRIPTS = sorted({path.stem for path in FOLDER.glob("*.py")} - PARTS)
 NEEDS = {  # a module that the tests do not install, and the command that does
     "aot_gpu": ("nvidia", "make aot-gpu"),
@@ -24,6 +24,7 @@ NEEDS = {  # a module that the tests do not install, and the command that does
     "make_parity_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_sampling_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_vision_fixtures": ("torch", 'pip install -e ".[parity]"'),
+    "tova_documents": ("rouge_score", 'pip install "jaxcompress[lm-eval]"'),
     "soak_server": ("uvicorn", 'pip install "jaxcompress[serve]"'),
 }
 SLOW = {
@@ -32,6 +33,8 @@ SLOW = {
     "slot_sharing",
     "speed_decode",
     "speed_peers",
+    "tova_documents",
+    "tova_kept",
     "tova_perplexity",
     "soak_server",
 }  # interpreted kernels; two large gradients to compile; two servers to start

@@ -1,0 +1,148 @@
+"""What the scripts share that measure a paper's table cell by cell and write it as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command import OfModel, stop
+
+import jaxcompress as jc
+from jaxcompress._extras import extra
+from jaxcompress.cli.runtime import Incomplete, swept
+from jaxcompress.embedded.corpus import held_out
+from jaxcompress.evaluation.results import Cell, Figure, Row, read_rows
+
+if TYPE_CHECKING:
+    from jaxcompress.checkpoints import Loaded
+
+PG19 = "emozilla/pg19"
+"""PG-19 as Parquet files on the hub; `deepmind/pg19` needs a script."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfTable(OfModel):
+    """The flags of a table."""
+
+    dtype: str = "float32"
+    """Of the weights."""
+    out: Path | None = None
+    """The file of rows (JSON Lines), which only grows."""
+    table: Path | None = None
+    """Writes the table here (Markdown), instead of measuring, from the rows in --out."""
+
+    def load(self) -> Loaded:
+        """The model and its tokenizer."""
+        return jc.load_embedded() if self.model is None else jc.load(self.model, dtype=self.dtype)
+
+    @property
+    def named(self) -> str:
+        """The model, as rows name it."""
+        return self.model or "embedded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfBooks(OfTable):
+    """The flags of a table that is measured on books."""
+
+    texts: tuple[Path, ...] = ()
+    """Books: UTF-8 files, or folders with .txt files. Documents that the embedded model has not seen, if not given."""
+    pg19: str | None = None
+    """A split of PG-19 in place of --texts, such as `test`; needs `pip install "jaxcompress[data]"` and the hub."""
+
+    def books(self) -> Iterator[tuple[str, str]]:
+        """Names and texts."""
+        if self.pg19 is not None:
+            rows = of_hub(PG19, "PG-19", "--texts", split=self.pg19)
+            yield from ((book["short_book_title"], book["text"]) for book in rows)
+            return
+        if not self.texts:
+            yield from ((document.name, document.text) for document in held_out()[: 2 if self.quick else None])
+        for path in self.texts:
+            files = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
+            if not files:
+                stop(f"there is no text in {path.absolute()}: --texts takes UTF-8 files, or folders with .txt files")
+            yield from ((file.stem, file.read_text("utf-8")) for file in files)
+
+
+def of_hub(name: str, what: str, flag: str, **given: Any) -> Any:
+    """A dataset of the Hugging Face hub. Ends the program with one line if it cannot be had.
+
+    Args:
+      what: the dataset, as people call it.
+      flag: takes local files in its place.
+      given: keywords of `datasets.load_dataset`.
+    """
+    with extra("data"):
+        from datasets import load_dataset
+    try:
+        return load_dataset(name, **given)
+    except Exception as error:  # whatever the hub's client raises
+        stop(f"{what} was looked for as {name} on the Hugging Face hub: {error}; give local files with {flag}")
+
+
+Plan = tuple[Iterable[Cell], Callable[[Cell], Iterable[Figure]]]
+"""The cells of a table, and what measures one."""
+
+
+def run(
+    args: OfTable,
+    plan: Callable[[], Plan],
+    table: Callable[[Sequence[Row]], list[str]],
+    line: Callable[[Row], str],
+) -> None:
+    """Measures the cells that --out lacks and prints the table; with --table only writes what --out holds.
+
+    Args:
+      plan: called when something is to be measured.
+      table: rows -> lines of Markdown.
+      line: a row -> what is printed when it is there.
+    """
+    if args.table is not None:
+        if args.out is None:
+            stop("--table draws the rows of a file: give it as --out")
+        args.table.write_text("\n".join(table(read_rows(args.out))) + "\n", encoding="utf-8")
+        return
+    if args.out is None and not args.quick:
+        stop("--out is missing: the file that keeps what was measured, so that a sweep that is stopped goes on")
+    cells, figures = plan()
+    done: list[Row] = []
+
+    def show(rows: Sequence[Row]) -> None:
+        done.extend(rows)
+        for row in rows:
+            print(line(row), flush=True)
+
+    try:
+        swept(cells, figures, args.out, show)
+    except Incomplete as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(4) from None
+    finally:
+        print("\n".join(table(done)))
+
+
+def of_experiment(rows: Sequence[Row], experiment: str) -> list[Row]:
+    """The rows of one table; of rows that measure the same figure of a cell twice, the newer one."""
+    found = {(row.cell.key, row.figure.metric): row for row in rows if row.cell.experiment == experiment}
+    return list(found.values())
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    line = lambda entries: "| " + " | ".join(entries) + " |"
+    return [line(head), "|---" * len(head) + "|", *map(line, rows)]
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and standard error, such as `1.20 ± 0.03`; only the mean if there is one value; empty if there is none."""
+    if not values:
+        return ""
+    mean = format(statistics.mean(values), form)
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:{form}}"
