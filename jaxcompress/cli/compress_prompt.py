@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,7 +103,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
         elif self.messages is not None:
             before, after = self._of_messages(compressor)
         else:
-            texts = list(self.prompt) or [read_text(path) for path in self._files]
+            texts = list(self.prompt) or ["".join(_without_nul([read_text(path)], named(path))) for path in self._files]
             began = perf_counter()
             before, after = self._official(compressor, texts) if self.official else self._of_texts(compressor, texts)
         if self.report:
@@ -300,7 +300,17 @@ class CompressPrompt(JsonFlag, WeightFlags):
         yield from self.prompt
         for path in () if self.prompt else self._files:
             with nullcontext(standard_input()) if str(path) == "-" else path.open("rb") as file:
-                yield from decoded(iter(partial(file.read, 1 << 16), b""), named(path))
+                yield from _without_nul(decoded(iter(partial(file.read, 1 << 16), b""), named(path)), named(path))
+
+
+def _without_nul(pieces: Iterable[str], what: str) -> Iterator[str]:
+    """The pieces. Raises ValueError at the first NUL, which text files do not have."""
+    for piece in pieces:
+        if "\0" in piece:
+            raise ValueError(
+                f"{what} has NUL characters, so it is binary; give a text, or take them out: tr -d '\\000'"
+            )
+        yield piece
 
 
 def _coloured(kept: Kept) -> Iterator[str]:

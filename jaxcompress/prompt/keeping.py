@@ -160,8 +160,8 @@ def keep(
         np.isposinf(one.scores) | stays | forced_words(one.text, one.spans, force)
         for one, stays in zip(texts, whole, strict=True)
     ]
-    parts = zip(texts, prices, forced, whole, present.tolist(), strict=True)
-    priced = [PricedText(one, *price, *marks) for one, price, *marks in parts]
+    parts = zip(texts, prices, zip(forced, whole, strict=True), present.tolist(), strict=True)
+    priced = [PricedText(one, *price, *marks, here) for one, price, marks, here in parts]
     fitter = Fitter(Selection(priced, scope, drop_consecutive), counter, [one for one in force if one.isspace()])
     return _compressed(fitter, rates, tokens)
 

@@ -132,6 +132,13 @@ def test_protected_by_default(run: Any) -> None:
     assert set(get_args(Protect)) == {*KINDS, *(f"no-{kind}" for kind in KINDS), "none"}
 
 
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_binary_files_are_refused(run: Any, flags: list[str]) -> None:
+    code, out, err = run(*flags, text="ELF\0\1")
+    assert (code, out.strip()) == (2, "")
+    assert "standard input has NUL characters, so it is binary" in err
+
+
 def test_messages_and_report(run: Any) -> None:
     request = {"model": "m", "tools": [{"name": TEXT}], "messages": [{"role": "tool", "content": TEXT}]}
     flags = ["--rate", 0.5, "--messages", "-", "--report", "--price", 3, "--reader-speed", 1]
