@@ -127,7 +127,7 @@ def test_protected_by_default(run: Any) -> None:
         (["--protect", "no-paths", "no-numbers"], ["negations"]),
         (["--protect", "none"], []),
     ):
-        expected = compressor.compress(text, rate=0.5, protect=kinds).text
+        expected = compressor.compress(text, rate=0.5, protect=kinds).text  # pyright: ignore[reportArgumentType]
         assert run("--rate", 0.5, *flags, text=text)[1] == expected + "\n"
     assert set(get_args(Protect)) == {*KINDS, *(f"no-{kind}" for kind in KINDS), "none"}
 

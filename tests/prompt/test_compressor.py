@@ -128,7 +128,8 @@ def test_forced_words_stay_and_count(compressor: Compressor) -> None:
 def test_too_much_is_forced(compressor: Compressor) -> None:
     (document,) = compressor.compress(TEXT, force=[".", ","], protect=["numbers"]).documents
     needed = compressor.tokenizer.count(join(TEXT, document.scored.spans, document.forced))
-    for budget in (dict(tokens=3), dict(rate=0.03)):
+    budgets: list[dict[str, Any]] = [dict(tokens=3), dict(rate=0.03)]
+    for budget in budgets:
         with pytest.raises(BudgetTooSmall, match=rf"needs {needed} of \d+ tokens, more than the 3 asked for") as caught:
             compressor.compress(TEXT, force=[".", ","], protect=["numbers"], **budget)
         assert caught.value.needed == needed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,8 @@ def test_the_earlier_word_stays_on_a_tie() -> None:
 def test_protected_words_stay_or_it_is_said() -> None:
     infinite = float("inf")
     assert keep(scored("a b c d", [0, infinite, 1, infinite]), WORDS, tokens=2).text == "b d"
-    for budget in (dict(tokens=1), dict(rate=0.25)):
+    budgets: list[dict[str, Any]] = [dict(tokens=1), dict(rate=0.25)]
+    for budget in budgets:
         with pytest.raises(BudgetTooSmall, match="needs 2 of 4 tokens, more than the 1 asked for"):
             keep(scored("a b c d", [0, infinite, 1, infinite]), WORDS, **budget)
 
