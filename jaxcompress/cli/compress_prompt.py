@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -18,6 +19,12 @@ from jaxcompress.inputs.text import decoded, named, parse_json, read_text, stand
 if TYPE_CHECKING:
     from jaxcompress.prompt import Compressed, Compressor, Kept, TokenizerCounter
 
+Protect = Literal[
+    "code", "quotes", "urls", "paths", "identifiers", "numbers", "negations", "no-code", "no-quotes", "no-urls",
+    "no-paths", "no-identifiers", "no-numbers", "no-negations", "none",
+]  # fmt: skip
+"""`jaxcompress.prompt.KINDS`, for the parser, which imports no array library."""
+
 _KEPT, _DROPPED, _PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -26,10 +33,12 @@ class CompressPrompt(JsonFlag, WeightFlags):
     """Drops the words of a text that a token classifier scores lowest (LLMLingua-2).
 
     Reads --file, --prompt or standard input. Writes the shorter text to standard output, and the number of tokens saved
-    to standard error. Exactly the asked number of tokens stays. `generate --shorten` keeps the same words at the same
-    rate and reader. --json prints text, tokens, words, labels and scores. --model is an encoder that classifies tokens.
+    to standard error. Exactly the asked number of tokens stays. Code, quotations, URLs, paths, identifiers, numbers and
+    negations stay whole, and count; --protect none lets them go, and then `generate --shorten` keeps the same words at
+    the same rate and reader. --json prints text, tokens, words, labels and scores. --model is an encoder that
+    classifies tokens.
 
-    Example: jaxcompress compress-prompt --file minutes.txt --rate 0.33 --force . '\\n' --digits > shorter.txt
+    Example: jaxcompress compress-prompt --file minutes.txt --rate 0.33 --force . '\\n' > shorter.txt
     """
 
     file: tuple[Path, ...] = ()
@@ -48,10 +57,11 @@ class CompressPrompt(JsonFlag, WeightFlags):
     force: tuple[str, ...] = ()
     """Words, signs or white space that stay. \\n is a line feed (or whatever ends a line in the text), \\r a carriage
     return, \\t a tab, \\\\ a backslash."""
-    digits: bool = False
-    """Keep words with a digit."""
+    protect: tuple[Protect, ...] = ()
+    """Kinds of things that stay whole: those named (numbers urls), or all but those named (no-quotes), or none; all if
+    not given. --budget official knows numbers only: none if not given."""
     drop_consecutive: bool = False
-    """Keep only the first of equal forced words in a row."""
+    """Keep only the first of equal words of --force in a row."""
     word: Literal["mean", "first"] = "mean"
     """A word's score: the mean of its subwords' probabilities, or that of the first subword."""
     contexts: int | None = None
@@ -62,12 +72,22 @@ class CompressPrompt(JsonFlag, WeightFlags):
     """The text has tags: <llmlingua, rate=0.3>...</llmlingua>, <llmlingua, compress=False>...</llmlingua>."""
     json_text: bool = False
     """The text is JSON: its strings are compressed, the rest stays."""
+    messages: Path | None = None
+    """Read a JSON list of chat messages as OpenAI has them, or an object with a field `messages`, and write the same
+    with shorter texts; - is standard input."""
+    roles: tuple[str, ...] = ()
+    """Whose messages are shortened: user, assistant, tool, function; user and tool if not given."""
     stream: bool = False
     """Read and write piece by piece, in constant memory."""
     show: bool = False
     """Print the whole text instead, kept words in colour."""
     report: bool = False
-    """Also tell how many of the content words and numbers are left, and which are lost."""
+    """Also tell how many of the content words and numbers are left, and which are lost; the seconds that it took; and
+    what --price and --reader-speed ask."""
+    price: float | None = None
+    """Of a million prompt tokens of the reader, in any currency: tell what one reading saves."""
+    reader_speed: float | None = None
+    """Prompt tokens that the reader takes in per second: tell from which length of a prompt on compression pays."""
 
     def run(self) -> None:
         self._check()
@@ -75,12 +95,21 @@ class CompressPrompt(JsonFlag, WeightFlags):
         from jaxcompress.prompt import Compressor
 
         count = self._count()  # a wrong folder is told before the classifier is loaded
+        began = perf_counter()
         compressor = Compressor.load(self.model, dtype=self.dtype, count=count, word=self.word)
+        loading, began = perf_counter() - began, perf_counter()
         if self.stream:
-            return self._streamed(compressor)
-        texts = list(self.prompt) or [read_text(path) for path in self._files]
-        if self.budget == "official":
-            return self._official(compressor, texts)
+            before, after = self._streamed(compressor)
+        elif self.messages is not None:
+            before, after = self._of_messages(compressor)
+        else:
+            texts = list(self.prompt) or ["".join(_without_nul([read_text(path)], named(path))) for path in self._files]
+            began = perf_counter()
+            before, after = self._official(compressor, texts) if self.official else self._of_texts(compressor, texts)
+        if self.report:
+            self._paid(before, after, perf_counter() - began, loading)
+
+    def _of_texts(self, compressor: Compressor, texts: list[str]) -> tuple[int, int]:
         result, text = self._compressed(compressor, texts)
         if self.json:
             write_json(
@@ -97,7 +126,37 @@ class CompressPrompt(JsonFlag, WeightFlags):
         _report(result.tokens_before, result.tokens_after)
         if self.report:
             _recovered(texts, text)
-        return None
+        return result.tokens_before, result.tokens_after
+
+    def _of_messages(self, compressor: Compressor) -> tuple[int, int]:
+        from jaxcompress.prompt.messages import SHORTENED, compress_messages
+
+        assert self.messages is not None
+        value = parse_json(read_text(self.messages), named(self.messages))
+        whole = isinstance(value, dict) and "messages" in value
+        found = value["messages"] if whole else value
+        shorter, result = compress_messages(
+            compressor, found, roles=self.roles or SHORTENED, rate=self.rate, tokens=self.tokens, **self._options()
+        )
+        print(json.dumps({**value, "messages": shorter} if whole else shorter, ensure_ascii=False, allow_nan=False))
+        _report(result.tokens_before, result.tokens_after)
+        if self.report:
+            _recovered([one.scored.text for one in result.documents], result.text)
+        return result.tokens_before, result.tokens_after
+
+    def _paid(self, before: int, after: int, seconds: float, loading: float) -> None:
+        from jaxcompress.prompt import Payoff
+
+        paid = Payoff(before, after, seconds, loading)
+        tell(f"{seconds:.2f} s to compress ({paid.speed:,.0f} tokens/s), {loading:.2f} s to load before")
+        if self.price is not None:
+            tell(f"one reading costs {paid.cost_saved(self.price):.6g} less at {self.price:g} per million tokens")
+        if self.reader_speed is not None:
+            length, loaded = paid.pays_from(self.reader_speed), f"a reader of {self.reader_speed:g} tokens/s"
+            if length is None:
+                tell(f"does not pay for {loaded}, at any length; it would below {paid.fastest_reader:,.0f} tokens/s")
+            else:
+                tell(f"pays for {loaded} from {length:,} tokens on, with loading; without, at any length")
 
     @property
     def _files(self) -> tuple[Path, ...]:
@@ -105,34 +164,63 @@ class CompressPrompt(JsonFlag, WeightFlags):
 
     def _check(self) -> None:
         """What can be known before anything is loaded."""
+        self._check_inputs()
+        self._check_budget()
+        self._check_modes()
+
+    def _check_inputs(self) -> None:
         if self.file and self.prompt:
             raise ValueError("give --file or --prompt, not both")
+        if self.messages is not None and (self.file or self.prompt):
+            raise ValueError("--messages is read instead of --file and --prompt; give one of them")
+        if self.roles and self.messages is None:
+            raise ValueError("--roles is for --messages; give them")
+        from_roles = [role for role in self.roles if role not in ("user", "assistant", "tool", "function")]
+        if from_roles:
+            raise ValueError(
+                f"--roles: {from_roles[0]} is none of user, assistant, tool, function; others stay as they are"
+            )
+        contexts = len(self.file) + len(self.prompt)
+        if (self.structured or self.json_text) and contexts > 1:
+            raise ValueError(f"--{'structured' if self.structured else 'json-text'} takes one text, not {contexts}")
+
+    def _check_budget(self) -> None:
         if self.rate is not None and self.tokens is not None:
             raise ValueError("give --rate or --tokens, not both")
         at_least(1, tokens=self.tokens, contexts=self.contexts)
         if self.rate is not None and not 0 < self.rate <= 1:
             raise ValueError(f"--rate must be in (0, 1], the share of tokens that stays, not {self.rate}")
-        modes = dict(structured=self.structured, json_text=self.json_text, stream=self.stream, official=self.official)
+        for name, value in (("--price", self.price), ("--reader-speed", self.reader_speed)):
+            if value is not None and not self.report:
+                raise ValueError(f"{name} is for --report; give it too")
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be above 0, not {value}")
+        ways = {kind if kind == "none" else kind.startswith("no-") for kind in self.protect}
+        if len(ways) > 1:
+            raise ValueError("--protect takes kinds that stay, or kinds that need not (no-...), or none; not a mixture")
+        if self.official and self.protect not in ((), ("none",), ("numbers",)):
+            raise ValueError("--budget official knows --protect numbers only")
+
+    def _check_modes(self) -> None:
+        modes = dict(
+            structured=self.structured, json_text=self.json_text, messages=self.messages is not None,
+            stream=self.stream, official=self.official,
+        )  # fmt: skip
         given = [name.replace("_", "-") for name, on in modes.items() if on]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; choose one")
-        if given and given != ["official"] and self.tokens is not None:
+        if given and given[0] not in ("official", "messages") and self.tokens is not None:
             raise ValueError(f"--{given[0]} takes --rate, not --tokens")
-        contexts = len(self.file) + len(self.prompt)
-        if given in (["structured"], ["json-text"]) and contexts > 1:
-            raise ValueError(f"--{given[0]} takes one text, not {contexts}")
         if given and self.contexts is not None:
             raise ValueError(f"--contexts does not go with {given[0]}")
-        if given in (["stream"], ["official"]) and (self.show or self.json):
+        if given and given[0] in ("stream", "official", "messages") and (self.show or self.json):
             raise ValueError(f"--show and --json do not go with {given[0]}")
         if self.show and self.json:
             raise ValueError("give --show or --json, not both")
         if self.official and self.scope != "document":
             raise ValueError("--scope does not go with official, which knows chunks only")
-        if self.drop_consecutive and not (self.force or self.digits):
-            raise ValueError("--drop-consecutive is for words that --force or --digits keep; give one of them")
-        if self.stream and self.report:
-            raise ValueError("--report compares whole texts; it does not go with stream")
+        if self.drop_consecutive and not (self.force or (self.official and self.protect)):
+            raise ValueError("--drop-consecutive is for words that --force keeps; give it too")
 
     @property
     def official(self) -> bool:
@@ -150,9 +238,17 @@ class CompressPrompt(JsonFlag, WeightFlags):
             raise FileNotFoundError(f"--reader: there is no folder {folder}; give a model's folder, or embedded")
         return TokenizerCounter(Tokenizer(folder))
 
+    def _kinds(self) -> list[str]:
+        from jaxcompress.prompt import KINDS
+
+        off = [kind.removeprefix("no-") for kind in self.protect if kind.startswith("no-")]
+        if not self.protect or off:
+            return [kind for kind in KINDS if kind not in off]
+        return [kind for kind in KINDS if kind in self.protect]
+
     def _options(self) -> dict[str, Any]:
         force = [unescaped(string) for string in self.force]
-        return dict(scope=self.scope, force=force, digits=self.digits, drop_consecutive=self.drop_consecutive)
+        return dict(scope=self.scope, force=force, protect=self._kinds(), drop_consecutive=self.drop_consecutive)
 
     def _compressed(self, compressor: Compressor, texts: list[str]) -> tuple[Compressed, str]:
         from jaxcompress.prompt import Contexts, compress_json, compress_structured
@@ -169,13 +265,14 @@ class CompressPrompt(JsonFlag, WeightFlags):
             result = compressor.compress(texts, rate=self.rate, tokens=self.tokens, filter=filter, **options)
         return result, result.text
 
-    def _official(self, compressor: Compressor, texts: list[str]) -> None:
+    def _official(self, compressor: Compressor, texts: list[str]) -> tuple[int, int]:
         rate = 0.5 if self.rate is None else self.rate
         options = self._options()
         try:
             output = compressor.official.compress(
                 texts, rate, target_token=-1 if self.tokens is None else self.tokens, token_to_word=self.word,
-                force_tokens=options["force"], force_reserve_digit=self.digits, drop_consecutive=self.drop_consecutive,
+                force_tokens=options["force"], force_reserve_digit="numbers" in self.protect,
+                drop_consecutive=self.drop_consecutive,
             ).output  # fmt: skip
         except (IndexError, ZeroDivisionError, AssertionError) as error:
             raise ValueError(f"the published code fails for this text and these options: {error}") from error
@@ -183,8 +280,9 @@ class CompressPrompt(JsonFlag, WeightFlags):
         _report(output["origin_tokens"], output["compressed_tokens"])
         if self.report:
             _recovered(texts, output["compressed_prompt"])
+        return output["origin_tokens"], output["compressed_tokens"]
 
-    def _streamed(self, compressor: Compressor) -> None:
+    def _streamed(self, compressor: Compressor) -> tuple[int, int]:
         from jaxcompress.prompt import compress_stream
 
         before = after = 0
@@ -194,6 +292,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
             before, after = before + result.tokens_before, after + result.tokens_after
         print()
         _report(before, after)
+        return before, after
 
     def _pieces(self) -> Iterator[str]:
         from contextlib import nullcontext
@@ -201,7 +300,17 @@ class CompressPrompt(JsonFlag, WeightFlags):
         yield from self.prompt
         for path in () if self.prompt else self._files:
             with nullcontext(standard_input()) if str(path) == "-" else path.open("rb") as file:
-                yield from decoded(iter(partial(file.read, 1 << 16), b""), named(path))
+                yield from _without_nul(decoded(iter(partial(file.read, 1 << 16), b""), named(path)), named(path))
+
+
+def _without_nul(pieces: Iterable[str], what: str) -> Iterator[str]:
+    """The pieces. Raises ValueError at the first NUL, which text files do not have."""
+    for piece in pieces:
+        if "\0" in piece:
+            raise ValueError(
+                f"{what} has NUL characters, so it is binary; give a text, or take them out: tr -d '\\000'"
+            )
+        yield piece
 
 
 def _coloured(kept: Kept) -> Iterator[str]:

@@ -4,8 +4,11 @@ from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.prompt.compressor import Compressor
 from jaxcompress.prompt.contexts import Contexts
 from jaxcompress.prompt.counting import WORDS, Counter, TokenizerCounter
-from jaxcompress.prompt.keeping import Compressed, Kept, keep
+from jaxcompress.prompt.keeping import BudgetTooSmall, Compressed, Kept, keep
+from jaxcompress.prompt.kinds import KINDS, Kind, protected_spans
+from jaxcompress.prompt.messages import compress_messages
 from jaxcompress.prompt.official import OfficialCompressor
+from jaxcompress.prompt.payoff import Payoff
 from jaxcompress.prompt.reading import read_shortened
 from jaxcompress.prompt.recovery import recovery
 from jaxcompress.prompt.streaming import compress_stream
@@ -14,7 +17,8 @@ from jaxcompress.prompt.word_scores import ScoredWords, Scorer, mixed
 from jaxcompress.prompt.words import segment
 
 __all__ = [
-    "WORDS", "Compressed", "Compressor", "Contexts", "Counter", "EncoderTokenizer", "KeyRule", "Kept",
-    "OfficialCompressor", "ScoredWords", "Scorer", "Segment", "TokenizerCounter", "compress_json", "compress_stream",
-    "compress_structured", "keep", "mixed", "read_shortened", "recovery", "segment",
+    "KINDS", "WORDS", "BudgetTooSmall", "Compressed", "Compressor", "Contexts", "Counter", "EncoderTokenizer",
+    "Kept", "KeyRule", "Kind", "OfficialCompressor", "Payoff", "ScoredWords", "Scorer", "Segment",
+    "TokenizerCounter", "compress_json", "compress_messages", "compress_stream", "compress_structured", "keep",
+    "mixed", "protected_spans", "read_shortened", "recovery", "segment",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Prompt compression by a token classifier (LLMLingua-2, Pan et al. 2024), with budgets that are met.
 
     compressor = Compressor.load("folder or hub id")
-    shorter = compressor.compress(text, rate=0.5, force=[".", "\\n"], digits=True)
+    shorter = compressor.compress(text, rate=0.5, force=[".", "\\n"], protect=["numbers"])
     shorter.text, shorter.tokens_before, shorter.tokens_after
 
 score: an encoder gives each subword the probability that it stays; a word's score is the mean over its subwords. keep:
@@ -28,8 +28,9 @@ from jaxcompress.inputs.text import clean
 from jaxcompress.models.encoder import Encoder
 from jaxcompress.prompt.chunks import chunks
 from jaxcompress.prompt.contexts import Contexts
-from jaxcompress.prompt.counting import Count, SubwordCounter
+from jaxcompress.prompt.counting import Count, Counter, SubwordCounter, counter_of
 from jaxcompress.prompt.keeping import Compressed, checked_budget, checked_force, keep
+from jaxcompress.prompt.kinds import Kind, checked_kinds
 from jaxcompress.prompt.official import OfficialCompressor
 from jaxcompress.prompt.scoring import score
 from jaxcompress.prompt.selection import BudgetScope
@@ -81,6 +82,11 @@ class Compressor:
         """Counts the tokens of a text: `count`, or the encoder's subwords."""
         return self.tokenizer.count if self.count is None else self.count
 
+    @property
+    def counter(self) -> Counter:
+        """The same for `keep`."""
+        return SubwordCounter(self.tokenizer) if self.count is None else counter_of(self.count)
+
     @cached_property
     def official(self) -> OfficialCompressor:
         """The published algorithm with the same encoder and count, for comparing with published numbers."""
@@ -94,7 +100,7 @@ class Compressor:
         tokens: Number | None = None,
         scope: BudgetScope = "document",
         force: Sequence[str] = (),
-        digits: bool = False,
+        protect: Sequence[Kind] = (),
         drop_consecutive: bool = False,
         filter: Contexts | None = None,
     ) -> Compressed:
@@ -112,7 +118,7 @@ class Compressor:
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a context is a string; give one or a list of them")
         checked_budget(len(texts), rate, tokens)  # before anything is computed
-        options: dict[str, Any] = dict(scope=scope, force=checked_force(scope, force), digits=digits)
+        options: dict[str, Any] = dict(scope=scope, force=checked_force(scope, force), protect=checked_kinds(protect))
         scored, encoded = self._scored(texts)
         count = SubwordCounter(self.tokenizer, encoded) if self.count is None else self.count
         return keep(

@@ -40,11 +40,15 @@ class Fitter:
     breaks: Sequence[str]
     _memo: dict[tuple[int, bytes], str] = field(default_factory=dict)
 
+    def forced(self, which: range) -> Fitted:
+        """Of some texts, the words that have to stay, and how many tokens they come out as."""
+        return self._measured([self.selection.forced[n] for n in which], which)
+
     def fit(self, total: int, which: range) -> Fitted:
         """Of some texts, words that come out as `total` tokens, or as the largest number below it that was found.
 
         Args:
-          total: at least what the forced words of these texts cost.
+          total: at least the tokens of what is forced of these texts (`forced`).
         """
         texts = [self.selection.texts[n] for n in which]
         least, most = sum(self.selection.least[n] for n in which), sum(one.most for one in texts)
@@ -56,7 +60,7 @@ class Fitter:
                 sum(one.tokens for one, some in zip(texts, with_words, strict=True) if some),
             )
         tried: dict[int, Fitted] = {}
-        budget = min(total, most)
+        budget = max(min(total, most), least)
         for _ in range(_CORRECTIONS):
             if budget in tried:
                 break
@@ -66,9 +70,7 @@ class Fitter:
                 break
             budget = min(max(budget + missing, least), most)
         within = [one for one in tried.values() if one.tokens <= total]
-        if not within:
-            return min(tried.values(), key=lambda one: one.tokens)
-        best = max(within, key=lambda one: one.tokens)
+        best = max(within, key=lambda one: one.tokens) if within else self.forced(which)
         return best if best.tokens == total else self._filled(best, total, which)
 
     def _filled(self, fitted: Fitted, total: int, which: range) -> Fitted:

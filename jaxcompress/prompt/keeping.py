@@ -1,6 +1,6 @@
 """keep: the words of scored texts that stay, within a budget of tokens that is met.
 
-    kept = keep(scored, TokenizerCounter(tokenizer), rate=0.5, force=[".", "\\n"], digits=True)
+    kept = keep(scored, TokenizerCounter(tokenizer), rate=0.5, force=[".", "\\n"], protect=["numbers"])
     kept.text, kept.tokens_before, kept.tokens_after
 
 The rule is that of `jaxcompress.state.select`: higher scores stay, on a tie the earlier word.
@@ -8,6 +8,7 @@ The rule is that of `jaxcompress.state.select`: higher scores stay, on a tie the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
@@ -16,14 +17,34 @@ import numpy as np
 from jaxtyping import Bool
 
 from jaxcompress.inputs.scalars import Number, share, whole
-from jaxcompress.prompt import protect
 from jaxcompress.prompt.contexts import Contexts, contexts_that_stay
 from jaxcompress.prompt.counting import Count, counter_of
 from jaxcompress.prompt.fitting import Fitter
 from jaxcompress.prompt.joining import joined
+from jaxcompress.prompt.kinds import Kind, checked_kinds
+from jaxcompress.prompt.protect import checked, protected
+from jaxcompress.prompt.protect import forced as forced_words
 from jaxcompress.prompt.selection import BudgetScope, PricedText, Selection
 from jaxcompress.prompt.word_scores import ScoredWords, Scores
 from jaxcompress.prompt.words import Costs
+
+
+class BudgetTooSmall(ValueError):
+    """What is forced and protected has more tokens than may stay.
+
+    Attributes:
+      needed: tokens of what is forced and protected.
+      asked: tokens that may stay.
+      of: tokens of the text.
+    """
+
+    def __init__(self, needed: int, asked: int, of: int, where: str = ""):
+        self.needed, self.asked, self.of = needed, asked, of
+        rate = math.ceil(needed / max(of, needed) * 1000) / 1000
+        super().__init__(
+            f"what is forced and protected{where} needs {needed:,} of {of:,} tokens, more than the {asked:,} asked "
+            f"for; ask for at least {needed:,} tokens (a rate of {rate:g}), or force and protect less"
+        )
 
 
 class Kept(NamedTuple):
@@ -52,6 +73,7 @@ class Compressed:
       documents: one for each text.
       tokens_before, tokens_after: as the reader counts them.
       asked: the number of tokens asked for.
+      forced: tokens of what is forced and protected, alone.
     """
 
     text: str
@@ -59,6 +81,7 @@ class Compressed:
     tokens_before: int
     tokens_after: int
     asked: int
+    forced: int
 
     @property
     def ratio(self) -> float:
@@ -92,7 +115,7 @@ def keep(
     tokens: Number | None = None,
     scope: BudgetScope = "document",
     force: Sequence[str] = (),
-    digits: bool = False,
+    protect: Sequence[Kind] = (),
     drop_consecutive: bool = False,
     filter: Contexts | None = None,
 ) -> Compressed:
@@ -108,32 +131,37 @@ def keep(
       count: tokens of a text for its reader, the model that will read it: `TokenizerCounter(tokenizer)` or any function
         of a text; `WORDS` counts words.
       rate: the share of the reader's tokens that stays, in (0, 1]; 0.5 if neither this nor `tokens` is given. At least
-        one token stays of a text that has any, and everything that is forced. With one rate for each text, each text
-        meets its own.
+        one token stays of a text that has any. With one rate for each text, each text meets its own.
       tokens: that stay of all texts together, at least 1.
       scope: where words compete: over all texts ("corpus", which keeps more of what is dense), or within every
-        "document" or "chunk" for a proportional part of the tokens (as long as what is forced fits into it).
+        "document" or "chunk" for a proportional part of the tokens, or for what is forced there if that is more.
       force: strings that stay wherever they stand as whole words ("." or "New York"), or white space that stays as it
         is where something around it is dropped ("\\n": ends of lines, as the text has them). They count. Strings that
         do not occur do nothing.
-      digits: words with a digit stay, and count.
-      drop_consecutive: of equal forced words that would follow one another, the first stays.
+      protect: kinds of things that stay whole wherever a text has them, and count: any of `KINDS` (see
+        `jaxcompress.prompt.kinds`). All words of one stay, with what stands between them.
+      drop_consecutive: of equal words of `force` that would follow one another, the first stays.
       filter: drops whole texts first; the tokens that stay are still the same share of all tokens.
 
     Raises:
-      ValueError: a rate outside (0, 1], tokens below 1, both of them, or an unknown scope; forced words alone have more
-        than `tokens`; a filter that does not say exactly one thing.
-      TypeError: `force` is no list of strings.
+      ValueError: a rate outside (0, 1], tokens below 1, both of them, or an unknown scope or kind; a filter that does
+        not say exactly one thing.
+      BudgetTooSmall: what is forced and protected has more tokens than may stay.
+      TypeError: `force` or `protect` is no list of strings.
     """
     texts = [scored] if isinstance(scored, ScoredWords) else list(scored)
     rates, tokens = checked_budget(len(texts), rate, tokens)
-    force = checked_force(scope, force)
+    force, kinds = checked_force(scope, force), checked_kinds(protect)
     counter = counter_of(count)
     prices = [counter.price(one.text, one.spans) for one in texts]
     present = contexts_that_stay(texts, [tokens for _, tokens in prices], filter)
-    forced = [np.isposinf(one.scores) | protect.forced(one.text, one.spans, force, digits) for one in texts]
-    parts = zip(texts, prices, forced, present.tolist(), strict=True)
-    priced = [PricedText(one, *price, marked, here) for one, price, marked, here in parts]
+    whole = [protected(one.text, one.spans, kinds) for one in texts]
+    forced = [
+        np.isposinf(one.scores) | stays | forced_words(one.text, one.spans, force)
+        for one, stays in zip(texts, whole, strict=True)
+    ]
+    parts = zip(texts, prices, zip(forced, whole, strict=True), present.tolist(), strict=True)
+    priced = [PricedText(one, *price, *marks, here) for one, price, marks, here in parts]
     fitter = Fitter(Selection(priced, scope, drop_consecutive), counter, [one for one in force if one.isspace()])
     return _compressed(fitter, rates, tokens)
 
@@ -142,7 +170,7 @@ def checked_force(scope: str, force: Sequence[str]) -> tuple[str, ...]:
     """The forced strings. Raises ValueError and TypeError for a scope or strings that `keep` does not take."""
     if scope not in get_args(BudgetScope):
         raise ValueError(f"unknown scope {scope!r}; known: {', '.join(map(repr, get_args(BudgetScope)))}")
-    return protect.checked(force)
+    return checked(force)
 
 
 def checked_budget(
@@ -164,25 +192,30 @@ def checked_budget(
 
 def _compressed(fitter: Fitter, rates: list[float] | None, tokens: int | None) -> Compressed:
     """Meets one budget for all texts, or each text's own if their rates differ."""
-    priced, least = fitter.selection.texts, fitter.selection.least
-    if tokens is not None and sum(least) > tokens:
-        raise ValueError(
-            f"what is forced has {sum(least)} tokens, more than the {tokens} asked for; ask for more or force less"
-        )
+    priced = fitter.selection.texts
     before = sum(one.tokens for one in priced)
     if rates is None or len(set(rates)) <= 1:
-        asked = tokens if tokens is not None else tokens_at(rates[0] if rates else 1.0, before)
-        goals = [(max(asked, sum(least)), range(len(priced)))]
+        goals = [(tokens if tokens is not None else tokens_at(rates[0] if rates else 1.0, before), range(len(priced)))]
     else:
-        own = [max(tokens_at(r, one.tokens), more) for r, one, more in zip(rates, priced, least, strict=True)]
+        own = [tokens_at(rate, one.tokens) for rate, one in zip(rates, priced, strict=True)]
         goals = [(asked, range(n, n + 1)) for n, asked in enumerate(own)]
+    forced = sum(_forced_tokens(fitter, *goal) for goal in goals)
     found = [fitter.fit(*goal) for goal in goals]
     left = [pair for one in found for pair in zip(one.masks, one.texts, strict=True)]
     documents = tuple(
         Kept(one.scored, one.costs, one.forced, *pair) for one, pair in zip(priced, left, strict=True)
     )  # fmt: skip
     after, asked = sum(one.tokens for one in found), sum(asked for asked, _ in goals)
-    return Compressed(joined([text for _, text in left]), documents, before, after, asked)
+    return Compressed(joined([text for _, text in left]), documents, before, after, asked, forced)
+
+
+def _forced_tokens(fitter: Fitter, asked: int, which: range) -> int:
+    """Tokens of what is forced of some texts. Raises BudgetTooSmall if they are more than asked for."""
+    needed, texts = fitter.forced(which).tokens, fitter.selection.texts
+    if needed > asked:
+        where = f" of context {which[0]}" if len(which) < len(texts) else ""
+        raise BudgetTooSmall(needed, asked, sum(texts[n].tokens for n in which), where)
+    return needed
 
 
 def tokens_at(rate: float, tokens: int) -> int:

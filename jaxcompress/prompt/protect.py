@@ -1,13 +1,13 @@
-"""Forced words: those of given strings and those with digits; and repeats of them, which may go."""
+"""Words that have to stay: those of given strings, which may go as repeats; and those of protected kinds."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool
 
+from jaxcompress.prompt.kinds import Kind, protected_spans
 from jaxcompress.prompt.words import Spans
 
 
@@ -20,8 +20,8 @@ def checked(force: Sequence[str]) -> tuple[str, ...]:
     return tuple(force)
 
 
-def forced(text: str, spans: Spans, force: Sequence[str], digits: bool) -> Bool[np.ndarray, " W"]:
-    """Marks words where a string of `force` stands as whole words and, with `digits`, words with a digit."""
+def forced(text: str, spans: Spans, force: Sequence[str]) -> Bool[np.ndarray, " W"]:
+    """Marks words where a string of `force` stands as whole words."""
     marked = np.zeros(len(spans), bool)
     for string in force:
         string = string.strip()
@@ -32,18 +32,30 @@ def forced(text: str, spans: Spans, force: Sequence[str], digits: bool) -> Bool[
             if first < last and spans[first, 0] == at and spans[last - 1, 1] == at + len(string):
                 marked[first:last] = True
             at = text.find(string, at + 1)
-    if digits:
-        places = np.array([match.start() for match in re.finditer(r"\d", text)], np.int64)
-        marked[np.searchsorted(spans[:, 0], places, side="right") - 1] = True
     return marked
 
 
+def protected(text: str, spans: Spans, kinds: Sequence[Kind]) -> Bool[np.ndarray, " W"]:
+    """Marks every word of which a character belongs to one of these kinds (`protected_spans`)."""
+    if not kinds or not len(spans):
+        return np.zeros(len(spans), bool)
+    found = protected_spans(text, kinds)
+    change = np.zeros(len(spans) + 1, np.int64)
+    np.add.at(change, np.searchsorted(spans[:, 1], found[:, 0], side="right"), 1)
+    np.add.at(change, np.searchsorted(spans[:, 0], found[:, 1], side="left"), -1)
+    return np.cumsum(change)[:-1] > 0
+
+
 def repeats(
-    text: str, spans: Spans, kept: Bool[np.ndarray, " W"], marked: Bool[np.ndarray, " W"]
+    text: str,
+    spans: Spans,
+    kept: Bool[np.ndarray, " W"],
+    marked: Bool[np.ndarray, " W"],
+    whole: Bool[np.ndarray, " W"],
 ) -> Bool[np.ndarray, " W"]:
-    """Marks kept forced words that follow an equal forced word, among the kept words."""
+    """Marks kept forced words that follow an equal forced word, among the kept words; not those of protected kinds."""
     found, at = np.zeros(len(spans), bool), np.flatnonzero(kept)
     for before, here in zip(at[:-1].tolist(), at[1:].tolist(), strict=True):
-        if marked[here] and marked[before]:
+        if marked[here] and marked[before] and not whole[here]:
             found[here] = text[slice(*spans[before])] == text[slice(*spans[here])]
     return found

@@ -26,6 +26,7 @@ class PricedText(NamedTuple):
       costs: [W], tokens of each word.
       tokens: of the whole text.
       forced: [W], words that have to stay.
+      whole: [W], those of them that stay as repeats too.
       present: False if the whole text is dropped.
     """
 
@@ -33,6 +34,7 @@ class PricedText(NamedTuple):
     costs: Costs
     tokens: int
     forced: Mask
+    whole: Mask
     present: bool
 
     @property
@@ -42,12 +44,13 @@ class PricedText(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """Words in a row, of one text or several: scores (+inf: forced), costs, whether they may stay, and where they
-    stand: which text, and start and end there."""
+    """Words in a row, of one text or several: scores (+inf: forced), costs, whether they may stay, whether they stay as
+    repeats, and where they stand: which text, and start and end there."""
 
     scores: Scores
     costs: Costs
     allowed: Mask
+    whole: Mask
     places: Int[np.ndarray, "W 3"]
 
     def part(self, inside: Int[np.ndarray, " N"]) -> _Row:
@@ -69,9 +72,14 @@ class Selection:
     _memo: dict[tuple[int, int], Mask] = field(default_factory=dict)
 
     @cached_property
+    def forced(self) -> list[Mask]:
+        """Marks the words of each text that stay whatever the number of tokens."""
+        return [self._forced(one) for one in self.texts]
+
+    @cached_property
     def least(self) -> list[int]:
-        """What the forced words of each text cost."""
-        return [self._forced_cost(one) for one in self.texts]
+        """What they cost."""
+        return [int(one.costs[stays].sum()) for one, stays in zip(self.texts, self.forced, strict=True)]
 
     def words(self, total: int, which: range) -> list[Mask]:
         """Marks the words of some texts whose costs add up to `total`, or to the largest number below that any do."""
@@ -84,18 +92,11 @@ class Selection:
 
     def follows_itself(self, n: int, mask: Mask) -> bool:
         """Whether a forced word of text n would follow an equal one, and must not."""
-        one = self.texts[n]
-        return self.drop_consecutive and bool(
-            protect.repeats(one.scored.text, one.scored.spans, mask, one.forced).any()
-        )
+        return self.drop_consecutive and bool(_repeats(self.texts[n], mask).any())
 
-    def _forced_cost(self, one: PricedText) -> int:
-        if not one.present:
-            return 0
-        stays = one.forced.copy()
-        if self.drop_consecutive:
-            stays &= ~protect.repeats(one.scored.text, one.scored.spans, stays, one.forced)
-        return int(one.costs[stays].sum())
+    def _forced(self, one: PricedText) -> Mask:
+        stays = one.forced & one.present
+        return stays & ~_repeats(one, stays) if self.drop_consecutive else stays
 
     def _of_one(self, n: int, total: int) -> Mask:
         if (n, total) not in self._memo:
@@ -125,6 +126,7 @@ class Selection:
             np.concatenate([np.zeros(0, np.float32), *scores]).astype(np.float32),
             np.concatenate([np.zeros(0, np.int64), *(one.costs for _, one in parts)]),
             np.concatenate([np.zeros(0, bool), *(np.full(len(one.costs), one.present) for _, one in parts)]),
+            np.concatenate([np.zeros(0, bool), *(one.whole for _, one in parts)]),
             np.concatenate([np.zeros((0, 3), np.int64), *places]),
         )
 
@@ -150,10 +152,16 @@ class Selection:
         forced = kept & np.isposinf(row.scores)
         at = np.flatnonzero(kept)
         for before, here in zip(at[:-1].tolist(), at[1:].tolist(), strict=True):
-            same = forced[before] and forced[here] and row.places[before, 0] == row.places[here, 0]
+            same = (
+                forced[before] and forced[here] and not row.whole[here] and row.places[before, 0] == row.places[here, 0]
+            )
             found[here] = same and self._spelled(row, before) == self._spelled(row, here)
         return found
 
     def _spelled(self, row: _Row, word: int) -> str:
         n, start, end = row.places[word].tolist()
         return self.texts[n].scored.text[start:end]
+
+
+def _repeats(one: PricedText, kept: Mask) -> Mask:
+    return protect.repeats(one.scored.text, one.scored.spans, kept, one.forced, one.whole)

@@ -84,7 +84,7 @@ def compress_structured(
     Args:
       prompt: a text with tags, or parts.
       rate: the share of the reader's tokens that stays, of parts without one of their own.
-      options: as for `Compressor.compress`: scope, force, digits, drop_consecutive.
+      options: as for `Compressor.compress`: scope, force, protect, drop_consecutive.
     """
     parts = parse(clean(prompt)) if isinstance(prompt, str) else [p._replace(text=clean(p.text)) for p in prompt]
     rates = [rate if part.rate is None else part.rate for part in parts]

@@ -6,14 +6,15 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from jaxcompress.cli import main
+from jaxcompress.cli.compress_prompt import Protect
 from jaxcompress.embedded import decoder_folder
 from jaxcompress.inputs.tokenizer import Tokenizer
-from jaxcompress.prompt import Compressor
+from jaxcompress.prompt import KINDS, Compressor
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "prompt" / "bert"
 TEXT = "The harbor was quiet that night in 2021. Ships, ships, and more ships lay at anchor;\nnobody spoke. 会議は。"
@@ -34,8 +35,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_from_standard_input(run: Any) -> None:
     compressor = Compressor.load(FOLDER)
-    code, out, err = run("--tokens", 12, "--force", ".", "\\n", "--digits")
-    expected = compressor.compress(TEXT, tokens=12, force=[".", "\n"], digits=True)
+    code, out, err = run("--tokens", 12, "--force", ".", "\\n", "--protect", "numbers")
+    expected = compressor.compress(TEXT, tokens=12, force=[".", "\n"], protect=["numbers"])
     assert (code, out) == (0, expected.text + "\n")
     assert f"{expected.tokens_before} tokens to 12, ratio {expected.ratio:.2f}, {expected.saved} saved" in err
 
@@ -56,17 +57,22 @@ def test_shown_in_colour(run: Any) -> None:
     assert code == 0
     assert re.sub(r"\x1b\[[\d;]*m", "", out).rstrip("\n") == TEXT
     kept = re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", out)
-    (document,) = Compressor.load(FOLDER).compress(TEXT).documents
+    (document,) = Compressor.load(FOLDER).compress(TEXT, protect=KINDS).documents
     assert kept == [word for word, label in zip(document.scored.words, document.labels, strict=True) if label]
 
 
 def test_other_ways(run: Any) -> None:
     compressor = Compressor.load(FOLDER)
     assert run("--budget", "official")[1] == compressor.official.compress(TEXT).output["compressed_prompt"] + "\n"
-    assert run("--stream")[1] == compressor.compress(TEXT).text + "\n"
+    assert run("--stream")[1] == compressor.compress(TEXT, protect=KINDS).text + "\n"
     tagged = f"<llmlingua, compress=False>Keep this.</llmlingua><llmlingua, rate=0.2>{TEXT}</llmlingua>"
-    assert run("--structured", text=tagged)[1] == "Keep this." + compressor.compress(TEXT, rate=0.2).text + "\n"
-    assert json.loads(run("--json-text", text=json.dumps({"a": TEXT}))[1]) == {"a": compressor.compress(TEXT).text}
+    assert (
+        run("--structured", text=tagged)[1]
+        == "Keep this." + compressor.compress(TEXT, rate=0.2, protect=KINDS).text + "\n"
+    )
+    assert json.loads(run("--json-text", text=json.dumps({"a": TEXT}))[1]) == {
+        "a": compressor.compress(TEXT, protect=KINDS).text
+    }
     assert run(text="")[:2] == (0, "\n")
 
 
@@ -83,6 +89,15 @@ def test_other_ways(run: Any) -> None:
         (["--json-text"], "the text is not JSON"),
         (["--file", "no-such-file"], "no-such-file"),
         (["--budget", "official", "--json"], "do not go with official"),
+        (["--budget", "official", "--protect", "urls"], "official knows --protect numbers only"),
+        (["--protect", "no-urls", "numbers"], "not a mixture"),
+        (["--rate", 0.05, "--force", ".", ","], "asked for; ask for at least"),
+        (["--messages", "-", "--prompt", "a"], "give one of them"),
+        (["--messages", "-"], "standard input is not JSON"),
+        (["--roles", "user"], "--roles is for --messages"),
+        (["--messages", "-", "--roles", "system"], "system is none of user, assistant"),
+        (["--price", 3], "--price is for --report"),
+        (["--report", "--reader-speed", 0], "--reader-speed must be above 0"),
     ],
 )
 def test_refused(run: Any, arguments: list[Any], message: str) -> None:
@@ -102,3 +117,40 @@ def test_tokens_of_the_reader(run: Any) -> None:
 def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress-prompt", "--model", "/no/such/folder"]) == 2
     assert "there is no folder /no/such/folder" in capsys.readouterr().err
+
+
+def test_protected_by_default(run: Any) -> None:
+    compressor = Compressor.load(FOLDER)
+    text = "The ships lay there. " * 4 + "Do not open /etc/hosts in 2021."
+    for flags, kinds in (
+        ([], KINDS),
+        (["--protect", "no-paths", "no-numbers"], ["negations"]),
+        (["--protect", "none"], []),
+    ):
+        expected = compressor.compress(text, rate=0.5, protect=kinds).text  # pyright: ignore[reportArgumentType]
+        assert run("--rate", 0.5, *flags, text=text)[1] == expected + "\n"
+    assert set(get_args(Protect)) == {*KINDS, *(f"no-{kind}" for kind in KINDS), "none"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_binary_files_are_refused(run: Any, flags: list[str]) -> None:
+    code, out, err = run(*flags, text="ELF\0\1")
+    assert (code, out.strip()) == (2, "")
+    assert "standard input has NUL characters, so it is binary" in err
+
+
+def test_messages_and_report(run: Any) -> None:
+    request = {"model": "m", "tools": [{"name": TEXT}], "messages": [{"role": "tool", "content": TEXT}]}
+    flags = ["--rate", 0.5, "--messages", "-", "--report", "--price", 3, "--reader-speed", 1]
+    code, out, err = run(*flags, text=json.dumps(request))
+    shorter = json.loads(out)
+    assert code == 0
+    assert {**shorter, "messages": request["messages"]} == request
+    assert 0 < len(shorter["messages"][0]["content"]) < len(TEXT)
+    assert json.loads(run(*flags[:4], text=json.dumps(request["messages"]))[1]) == shorter["messages"]
+    for told in (
+        r"[\d.]+ s to compress \([\d,]+ tokens/s\)",
+        r"less at 3 per million tokens",
+        "pay.* for a reader of 1 tok",
+    ):
+        assert re.search(told, err), told

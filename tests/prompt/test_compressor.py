@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcompress.prompt import (
+    BudgetTooSmall,
     Compressed,
     Compressor,
     Contexts,
@@ -113,7 +114,7 @@ def test_a_context_does_not_depend_on_its_company(compressor: Compressor) -> Non
 
 
 def test_forced_words_stay_and_count(compressor: Compressor) -> None:
-    result = compressor.compress(TEXT, tokens=40, force=[".", "I think", "\n", "no such words"], digits=True)
+    result = compressor.compress(TEXT, tokens=40, force=[".", "I think", "\n", "no such words"], protect=["numbers"])
     (document,) = result.documents
     assert result.tokens_after == 40
     forced = [word for word, must in zip(document.scored.words, document.forced, strict=True) if must]
@@ -125,10 +126,17 @@ def test_forced_words_stay_and_count(compressor: Compressor) -> None:
 
 
 def test_too_much_is_forced(compressor: Compressor) -> None:
-    with pytest.raises(ValueError, match=r"forced has \d+ tokens, more than the 3 asked for"):
-        compressor.compress(TEXT, tokens=3, force=[".", ","], digits=True)
-    result = compressor.compress(TEXT, rate=0.01, force=[".", ","], digits=True)  # a rate gives way
-    assert result.documents[0].labels.tolist() == result.documents[0].forced.tolist()
+    (document,) = compressor.compress(TEXT, force=[".", ","], protect=["numbers"]).documents
+    needed = compressor.tokenizer.count(join(TEXT, document.scored.spans, document.forced))
+    budgets: list[dict[str, Any]] = [dict(tokens=3), dict(rate=0.03)]
+    for budget in budgets:
+        with pytest.raises(BudgetTooSmall, match=rf"needs {needed} of \d+ tokens, more than the 3 asked for") as caught:
+            compressor.compress(TEXT, force=[".", ","], protect=["numbers"], **budget)
+        assert caught.value.needed == needed
+    result = compressor.compress(TEXT, tokens=needed, force=[".", ","], protect=["numbers"])
+    assert result.documents[0].labels.tolist() == document.forced.tolist()
+    with pytest.raises(BudgetTooSmall, match="protected of context 1 needs"):
+        compressor.compress([OTHER, TEXT], rate=[0.5, 0.03], protect=["numbers"])
 
 
 def test_repeats_of_forced_words(compressor: Compressor) -> None:
@@ -273,7 +281,9 @@ WAYS: dict[str, Any] = {
     "rate": lambda c, text: c.compress(text, rate=0.4).text,
     "all": lambda c, text: c.compress(text, rate=1).text,
     "corpus": lambda c, text: c.compress([text, "", text], tokens=1, scope="corpus", filter=Contexts(count=2)).text,
-    "chunk": lambda c, text: c.compress(text, scope="chunk", force=["x", " "], digits=True, drop_consecutive=True).text,
+    "chunk": lambda c, text: (
+        c.compress(text, scope="chunk", force=["x", " "], protect=["numbers"], drop_consecutive=True).text
+    ),
     "another count": lambda c, text: replace(c, count=len).compress(text).text,
     "stream": lambda c, text: "".join(part.text for part in compress_stream(c, [text, "", text], window=5)),
     "parts": lambda c, text: compress_structured(c, [Segment(text, 0.3), Segment(text, 1)]).text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from jaxcompress.prompt.baselines import (
     tf_idf,
 )
 from jaxcompress.prompt.counting import WORDS
-from jaxcompress.prompt.keeping import keep
+from jaxcompress.prompt.keeping import BudgetTooSmall, keep
 from jaxcompress.prompt.word_scores import ScoredWords, Scorer, mixed, ranks
 from jaxcompress.prompt.words import segment
 
@@ -45,9 +46,10 @@ def test_the_earlier_word_stays_on_a_tie() -> None:
 def test_protected_words_stay_or_it_is_said() -> None:
     infinite = float("inf")
     assert keep(scored("a b c d", [0, infinite, 1, infinite]), WORDS, tokens=2).text == "b d"
-    assert keep(scored("a b c d", [0, infinite, 1, infinite]), WORDS, rate=0.25).text == "b d"  # a rate gives way
-    with pytest.raises(ValueError, match="forced has 2 tokens, more than the 1 asked for"):
-        keep(scored("a b c d", [0, infinite, 1, infinite]), WORDS, tokens=1)
+    budgets: list[dict[str, Any]] = [dict(tokens=1), dict(rate=0.25)]
+    for budget in budgets:
+        with pytest.raises(BudgetTooSmall, match="needs 2 of 4 tokens, more than the 1 asked for"):
+            keep(scored("a b c d", [0, infinite, 1, infinite]), WORDS, **budget)
 
 
 class Priced:

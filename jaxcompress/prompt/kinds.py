@@ -1,0 +1,179 @@
+"""What of a text must not be broken: code, quotations, URLs, paths, identifiers, numbers and negations.
+
+    protected_spans("Do not run rm -rf /tmp/x at 9:45", ("paths", "negations"))  # [[3, 6], [14, 20]]
+
+Each kind is found by rules, in time proportional to the text's length, whatever the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import regex
+from jaxtyping import Int
+
+Kind = Literal["code", "quotes", "urls", "paths", "identifiers", "numbers", "negations"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+LONGEST = 200
+"""Characters between quotation marks or single backticks: what is longer is a passage, not a name or a value."""
+
+_Span = tuple[int, int]
+# Letters, digits and marks of scripts with spaces between words; a name may follow a Han character directly.
+_LETTER = r"[[\p{L}\p{M}\p{N}_]--[\p{Han}\p{Hiragana}\p{Katakana}]]"
+
+
+def _pattern(text: str, flags: int = 0) -> regex.Pattern[str]:
+    return regex.compile(text.replace("LETTER", _LETTER), regex.VERBOSE | regex.VERSION1 | flags)
+
+
+_FENCE = regex.compile(r"^ {0,3}(?:(?P<mark>`{3,})(?P<rest>[^`\n]*+)|(?P<mark>~{3,})(?P<rest>[^\n]*+))$", regex.M)
+_INLINE = regex.compile(r"(?<!`)`(?!`)[^`\n]++`(?!`)")
+_QUOTES = _pattern(
+    r"""
+    (?<!\\) " (?: [^"\\\n] | \\[^\n] )*+ "
+    | (?<![\p{L}\p{N}\\]) ' (?: [^'\\\n] | \\[^\n] | '(?=\p{L}) ){0,200}+ ' (?![\p{L}\p{N}])
+    | “ [^“”\n]*+ ” | „ [^„“”\n]*+ [“”] | « [^«»\n]*+ » | 「 [^「」\n]*+ 」 | 『 [^『』\n]*+ 』
+    | ‘ (?: [^‘’\n] | ’(?=\p{L}) ){0,200}+ ’
+    """
+)
+_URLS = _pattern(
+    r"""
+    (?: (?<![A-Za-z0-9+.\-]) [A-Za-z] [A-Za-z0-9+.\-]{0,20}+ :// | (?<!LETTER) www\. )
+    [[\x21-\x7e\p{L}\p{N}\p{M}]--[<>"'`\\{}|\p{Han}\p{Hiragana}\p{Katakana}]]++
+    | (?<![A-Za-z0-9._%+\-]) [A-Za-z0-9._%+\-]{1,64}+ @ (?: [A-Za-z0-9\-]++ \. )++ [A-Za-z]{2,}+
+    """
+)
+_PATHS = _pattern(
+    r"""
+    (?<![\w.@%+=~\-/\\<:]) (?: ~[\w\-]*+ | \.\.? )?+ (?: / [\w.@%+=~\-]++ )++ /?+ (?: :\d++ ){0,2}+
+    | (?<![\w.@%+=~\-/\\<:]) [\w.@%+=~\-]++ / (?: [\w.@%+=~\-]++ / )++ [\w.@%+=~\-]*+ (?: :\d++ ){0,2}+
+    | (?<![\w.@%+=~\-/\\<:]) [\w.@%+=~\-]++ / [\w.@%+=~\-]+ \. [A-Za-z]\w{0,7}+ (?: :\d++ ){0,2}+
+    | (?<!LETTER) [A-Za-z] :[\\/] [^\s<>"'`|?*:,;]++
+    | (?<![\w\\]) \\\\ [\w.$\-]++ (?: \\ [\w.$\-]++ )++
+    """
+)
+_IDENTIFIERS = _pattern(
+    r"""
+    (?<![\p{L}\p{N}_\-]) --? [A-Za-z] (?: [\w\-]*+ )                                      # --rate -v
+    | (?<! LETTER ) [$@\#] (?: \{ [\w.:\-]{1,64}+ \} | [A-Za-z_] \w*+ )                   # $HOME ${x} @name #tag
+    | (?<! LETTER ) (?:
+        LETTER{2,}+ (?: (?: \. | :: | -> ) LETTER{2,}+ )++ (?: \( \) )?+                   # os.path.join a::b
+        | (?: __ LETTER++ | LETTER* [\p{L}\p{N}] _++ [\p{L}\p{N}] LETTER*+ ) (?: \( \) )?+  # snake_case __init__
+        | LETTER* (?: \p{Ll}\p{Lu} | \p{Lu}{2}\p{Ll} ) LETTER*+ (?: \( \) )?+             # camelCase HTTPServer
+        | (?= LETTER* \p{N} ) (?= [\p{N}_]*+ \p{L} ) LETTER++ (?: - LETTER++ )*+            # 3f-e29b
+        | \p{Lu}[\p{Lu}_]*+ (?: - (?= LETTER* \p{N} ) LETTER++ )++                         # ABC-1234
+        | [A-Za-z_] \w*+ \( \)                                                            # run()
+    )
+    """
+)
+_NUMBERS = _pattern(
+    r"""
+    (?: (?<![\p{L}\p{N}_)\]]) [+\-−±] )?+ [\p{Sc}\#]?+ (?<! LETTER ) LETTER* \p{N} LETTER*+
+    (?: (?: [.,:/\-'’–] | e[+\-] ) LETTER* \p{N} LETTER*+ )*+
+    (?: [%‰] | ° [CF]?+ | \p{Sc} )?+
+    """
+)
+_SAYS_NO = frozenset(
+    regex.findall(
+        r"\w+",
+        """
+        no not never none nothing nobody nowhere neither nor without cannot unless except isnt arent wasnt werent dont
+        doesnt didnt hasnt havent cant wont wouldnt shouldnt
+        nicht nichts nie niemals niemand ohne weder kein keine keinen keinem keiner keines
+        ne pas jamais rien aucun aucune sans ni non
+        nunca jamás nada nadie ningún ninguno ninguna ningunos ningunas tampoco sin nessun nessuno nessuna niente senza
+        não nenhum nenhuma nem sem niet niets geen nooit bez nigdy
+        не нет ни никогда ничего никто без нельзя""",
+    )
+)
+_WORDS = _pattern("LETTER++ (?: ['’] LETTER++ )*+")
+_EAST_ASIAN_NO = _pattern(
+    r"""
+    [不没沒無无未非勿] | (?<! \p{Hiragana} ) \p{Hiragana}* (?: ない | なかった | ません | なく ) \p{Hiragana}*+
+    | (?<! \p{Hangul} ) \p{Hangul}* [않못없] \p{Hangul}*+
+    | (?<! \p{Hangul} ) (?: 안 (?! \p{Hangul} ) | 아니 \p{Hangul}*+ )
+    """
+)
+
+
+def protected_spans(text: str, kinds: Sequence[Kind]) -> Int[np.ndarray, "N 2"]:
+    """Start and end of everything of these kinds, in characters [N, 2]; spans may overlap.
+
+      code         fenced by lines of ``` or ~~~ (an open fence ends with the text, as in CommonMark), or in backticks
+      quotes       in quotation marks, on one line
+      urls         scheme://..., www...., e-mail addresses
+      paths        /a/b ~/a ./a a/b/c a/b.py C:\\a \\\\host\\a, with :line:column
+      identifiers  snake_case camelCase a.b.c a::b run() $HOME @name --flag ABC-1234 3f2e-77
+      numbers      every word with a digit, with its sign, currency, %, and what joins it to the next (9:45, 1.2.3)
+      negations    of English, German, French, Spanish, Italian, Portuguese, Dutch, Russian, Polish, Chinese, Japanese
+                   and Korean, where a word or a sign alone says so
+
+    Raises:
+      ValueError: an unknown kind.
+      TypeError: a string instead of a sequence of kinds.
+    """
+    found = [span for kind in checked_kinds(kinds) for span in _FINDERS[kind](text)]
+    return np.array(sorted(found), np.int64).reshape(-1, 2)
+
+
+def checked_kinds(kinds: Sequence[str]) -> tuple[Kind, ...]:
+    """The kinds, each once. Raises TypeError and ValueError as `protected_spans`."""
+    if isinstance(kinds, str):
+        raise TypeError(f"protect is a list of kinds, such as ['numbers', 'urls'], not {kinds!r}")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"unknown kind {unknown[0]!r} to protect; known: {', '.join(KINDS)}")
+    return tuple(kind for kind in KINDS if kind in kinds)
+
+
+def _matches(pattern: regex.Pattern[str]) -> Callable[[str], Iterable[_Span]]:
+    return lambda text: (match.span() for match in pattern.finditer(text))
+
+
+def _code(text: str) -> Iterator[_Span]:
+    opened: regex.Match[str] | None = None
+    for line in _FENCE.finditer(text):
+        if opened is None:
+            opened = line
+        elif line["mark"].startswith(opened["mark"]) and not line["rest"].strip():
+            yield opened.start("mark"), line.end("mark")
+            opened = None
+    if opened is not None:
+        yield opened.start("mark"), len(text.rstrip())
+    yield from _short(_INLINE, text)
+
+
+def _short(pattern: regex.Pattern[str], text: str) -> Iterator[_Span]:
+    return (match.span() for match in pattern.finditer(text) if match.end() - match.start() <= LONGEST + 2)
+
+
+def _urls(text: str) -> Iterator[_Span]:
+    """Without the punctuation of the sentence, and without brackets that close more than the URL opens."""
+    for match in _URLS.finditer(text):
+        found, end = match[0], len(match[0])
+        more = {close: found.count(close) - found.count(opens) for opens, close in ("()", "[]")}
+        while end and (found[end - 1] in ".,;:!?*_" or more.get(found[end - 1], 0) > 0):
+            end -= 1
+            if found[end] in more:
+                more[found[end]] -= 1
+        yield match.start(), match.start() + end
+
+
+def _paths(text: str) -> Iterator[_Span]:
+    return ((match.start(), match.start() + len(match[0].rstrip("."))) for match in _PATHS.finditer(text))
+
+
+def _negations(text: str) -> Iterator[_Span]:
+    for match in _WORDS.finditer(text):
+        word = match[0].lower().replace("’", "'")
+        if word in _SAYS_NO or word.endswith("n't") or word.startswith("n'"):
+            yield match.span()
+    if not text.isascii():
+        yield from _matches(_EAST_ASIAN_NO)(text)
+
+
+_FINDERS: dict[Kind, Callable[[str], Iterable[_Span]]] = {
+    "code": _code, "quotes": lambda text: _short(_QUOTES, text), "urls": _urls, "paths": _paths,
+    "identifiers": _matches(_IDENTIFIERS), "numbers": _matches(_NUMBERS), "negations": _negations,
+}  # fmt: skip

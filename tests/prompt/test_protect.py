@@ -1,0 +1,162 @@
+"""What is protected stays whole, whatever the text and the budget, or it is said that the budget is too small."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxcompress.prompt import (
+    KINDS,
+    BudgetTooSmall,
+    Compressor,
+    Kind,
+    compress_json,
+    compress_stream,
+    protected_spans,
+)
+from jaxcompress.prompt.kinds import LONGEST, checked_kinds
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
+
+
+@pytest.fixture(scope="module", params=["bert", "xlm-roberta"])
+def compressor(request: pytest.FixtureRequest) -> Compressor:
+    return Compressor.load(FIXTURES / request.param)
+
+
+@pytest.fixture(scope="module")
+def bert() -> Compressor:
+    return Compressor.load(FIXTURES / "bert")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "found"),
+    [
+        ("code", "a `x y` b ``z``\n```py\nx = 1\n\ny\n```\nc", ["`x y`", "```py\nx = 1\n\ny\n```"]),
+        ("code", "~~~\na\n```\n~~~ b\n~~~~\nc\n```\nopen ", ["~~~\na\n```\n~~~ b\n~~~~", "```\nopen"]),
+        ("quotes", r'"a \" b" it' + "'s dogs' 'don't do' “x y” «a» 「会議」 \"open",
+         [r'"a \" b"', "'don't do'", "“x y”", "«a»", "「会議」"]),
+        ("quotes", f'"{"a" * (LONGEST + 1)}" "b"', ['"b"']),
+        ("urls", "(https://a.b/c_(d)), http://x.y/z. 访问https://a.b/c了解 me@x.org, www.a.com; ssh://h:22/x?a=[2]",
+         ["https://a.b/c_(d)", "http://x.y/z", "https://a.b/c", "me@x.org", "www.a.com", "ssh://h:22/x?a=[2]"]),
+        ("paths", r"/etc/hosts. and/or src/a.py:12:3 a/b/c ~/x ../z C:\a\b.txt \\host\share km/h </div> 1/2",
+         ["/etc/hosts", "src/a.py:12:3", "a/b/c", "~/x", "../z", r"C:\a\b.txt", r"\\host\share"]),
+        ("identifiers", "foo_bar fooBar HTTPServer _really_ __init__ os.path.join std::vec run() $HOME --rate -v X-ray",
+         ["foo_bar", "fooBar", "HTTPServer", "__init__", "os.path.join", "std::vec", "run()", "$HOME", "--rate", "-v"]),
+        ("identifiers", "ABC-1234 well-known 550e8400-e29b-41d4 e.g. A380 调用fooBar函数",
+         ["ABC-1234", "550e8400-e29b-41d4", "A380", "fooBar"]),
+        ("numbers", "$4,200 -3.5e-7 50% 2026-11-28T23:28Z v1.2.3 3/4 0x7f 5°C 192.168.0.1:8080 3시에 x-1 12€ 二",
+         ["$4,200", "-3.5e-7", "50%", "2026-11-28T23:28Z", "v1.2.3", "3/4", "0x7f", "5°C", "192.168.0.1:8080", "3시에",
+          "1", "12€"]),
+        ("negations", "No, I don't; cannot, isn’t NOT knot n'est 不是 ありません 않습니다 안 가 keine не",
+         ["No", "don't", "cannot", "isn’t", "NOT", "n'est", "不", "ありません", "않습니다", "안", "keine", "не"]),
+    ],
+)  # fmt: skip
+def test_what_is_found(kind: Kind, text: str, found: list[str]) -> None:
+    assert [text[start:end] for start, end in protected_spans(text, [kind]).tolist()] == found
+
+
+@pytest.mark.parametrize(
+    "part", ['"', "'a ", '\\"', "```json\n", "a/", "/", "a.", "-", "A-", "1-", "a@", "ab1", "な", ")"]
+)
+def test_time_grows_with_the_text_only(part: str) -> None:
+    """A rule that tried every place anew would take minutes here."""
+    assert protected_spans("https://a" + part * (100_000 // len(part)), KINDS).shape[1] == 2
+
+
+def test_unknown_kinds() -> None:
+    with pytest.raises(ValueError, match="unknown kind 'names' to protect; known: code, quotes"):
+        checked_kinds(["names"])
+    with pytest.raises(TypeError, match="protect is a list of kinds"):
+        checked_kinds("urls")
+
+
+PIECES = st.sampled_from(
+    ["the ", "budget ", ", ", "\n", "$4,200 ", ". ", "don't ", "not ", "https://a.b/c?d=1 ", "/etc/hosts ",
+     "foo_bar ",      '"as it is" ', "\n```\nx = 1\n```\n", "`a b` ", "会議は", "不是", "한국어 ",
+     "않습니다 ", "nicht ", "не ", "Straße ",
+     "e\u0301", '"', "'", "`", "12", "-", "🙂", "unbelievably long "]
+)  # fmt: skip
+TEXTS = st.lists(PIECES, min_size=1, max_size=30).map("".join)
+
+
+@given(TEXTS, st.floats(0.02, 1), st.lists(st.sampled_from(KINDS), unique=True))
+def test_whatever_the_text(bert: Compressor, text: str, rate: float, kinds: list[Kind]) -> None:
+    spans = protected_spans(text, kinds).tolist()
+    try:
+        result = bert.compress(text, rate=rate, protect=kinds)
+    except BudgetTooSmall as error:
+        result = bert.compress(text, tokens=error.needed, protect=kinds)
+        assert result.tokens_after == error.needed == result.forced > error.asked  # noqa: PT017
+    else:
+        assert bert.tokenizer.count(result.text) == result.tokens_after <= result.asked
+    at = 0
+    for start, end in spans:  # in their order
+        at = result.text.find(text[start:end], at)
+        assert at >= 0, text[start:end]
+
+
+@given(TEXTS, st.integers(1, 40))
+def test_of_any_reader(bert: Compressor, text: str, tokens: int) -> None:
+    """Tokens of what comes out need not be those of its words; the budget is met all the same."""
+    counted = replace(bert, count=lambda text: len(text.encode()) // 3)
+    try:
+        result = counted.compress(text, tokens=tokens, protect=KINDS)
+    except BudgetTooSmall as error:
+        assert error.needed > tokens  # noqa: PT017
+    else:
+        assert result.tokens_after <= tokens
+        assert all(text[start:end] in result.text for start, end in protected_spans(text, KINDS).tolist())
+
+
+def test_several_together_equal_one_by_one(compressor: Compressor) -> None:
+    texts = [
+        "Do not pay $4,200 for the second phase, said Maria.",
+        "会議は3時に始まります。不是今天, but later on.",
+        "",
+    ]
+    together = compressor.compress(texts, rate=[0.7, 0.8, 0.6], protect=KINDS)
+    for text, rate, document in zip(texts, [0.7, 0.8, 0.6], together.documents, strict=True):
+        assert document.text == compressor.compress(text, rate=rate, protect=KINDS).text
+
+
+def test_beyond_what_the_encoder_reads_at_once(compressor: Compressor) -> None:
+    """A quotation lies across each place where the text may be cut into chunks."""
+    quoted = '"the ships. and the harbor! were quiet"'
+    text = " ".join(f"{quoted} while the others spoke of nothing else {n}" for n in range(60))
+    (document,) = compressor.compress(text, rate=0.9, protect=KINDS, scope="chunk").documents
+    assert document.scored.chunks is not None
+    assert document.scored.chunks.max() > 0
+    assert document.text.count(quoted) == 60
+
+
+def test_repeats_go_only_if_they_are_not_protected(bert: Compressor) -> None:
+    text = "1 1 1 go go go on and on"
+    result = bert.compress(text, rate=0.5, force=["go"], protect=["numbers"], drop_consecutive=True)
+    assert result.text.startswith("1 1 1 go")
+    assert result.text.count("go") == 1
+
+
+@given(st.lists(PIECES, min_size=20, max_size=80).map("".join), st.integers(1, 50))
+def test_a_window_does_not_end_inside(bert: Compressor, text: str, size: int) -> None:
+    pieces, kinds = [text[n : n + size] for n in range(0, len(text), size)], KINDS[2:]
+    shorter = "".join(part.text for part in compress_stream(bert, pieces, rate=1, window=80, protect=kinds))
+    assert shorter == text.strip()
+    parts = []
+    try:
+        for part in compress_stream(bert, pieces, rate=0.6, window=80, protect=kinds):
+            parts.append(part.text)
+    except ValueError as error:
+        assert "more than the" in str(error)  # noqa: PT017
+    for start, end in protected_spans(text, kinds).tolist():
+        assert text[start:end] in "".join(parts)
+
+
+def test_strings_of_json(bert: Compressor) -> None:
+    value = {"note": "He did not pay $4,200 and never will, they said.", "n": 7}
+    shorter, _ = compress_json(bert, value, rate=0.7, protect=["numbers", "negations"])
+    assert all(part in shorter["note"] for part in ("not", "$4,200", "never"))
