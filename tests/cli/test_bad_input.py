@@ -82,7 +82,7 @@ def test_files(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comman
         ((*GENERATE, "--stop", ""), "not empty"),
         ((*GENERATE, "--stop-id", 300_000), "--stop-id 300000 is outside the vocabulary"),
         ((*GENERATE, "--stop-id", -1), "--stop-id -1 is outside"),
-        ((*GENERATE, "--dtype", "int8"), "must be a floating-point type"),
+        ((*GENERATE, "--dtype", "int16"), "must be a floating-point type"),
         ((*GENERATE, "--dtype", "bf15"), "must be a floating-point type, not 'bf15'; known: float32"),
         ((*GENERATE, "--dtype", ""), "must be a floating-point type, not ''"),
         ((*GENERATE, "--shorten", 0), "--shorten must be in (0, 1]"),
