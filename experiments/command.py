@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import tyro
@@ -66,18 +64,6 @@ def need(*modules: str, install: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         stop(f"this script needs {' and '.join(missing)}, not installed here: {install}")
-
-
-def peak_memory() -> int:
-    """The most memory that this process has had, in bytes.
-
-    Linux also says it in `getrusage`, but there a process that was started by another begins with the other's peak.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def stop(why: str) -> NoReturn:

@@ -6,6 +6,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,11 @@ from jaxcompress._extras import extra
 from jaxcompress.cli.runtime import Incomplete, swept
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation.results import Cell, Figure, Row, read_rows
+from jaxcompress.models.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
+    from jaxcompress.models.decoder import Decoder
 
 PG19 = "emozilla/pg19"
 """PG-19 as Parquet files on the hub; `deepmind/pg19` needs a script."""
@@ -39,10 +42,12 @@ class OfTable(OfModel):
         """The model and its tokenizer."""
         return jc.load_embedded() if self.model is None else jc.load(self.model, dtype=self.dtype)
 
-    @property
-    def named(self) -> str:
-        """The model, as rows name it."""
-        return self.model or "embedded"
+    def cells_of(self, experiment: str, model: Decoder, context: int) -> Callable[..., Cell]:
+        """`Cell` for a table of this model: what is left to give is task, policy, slots and settings."""
+        return partial(
+            Cell, experiment=experiment, model=self.model or "embedded", model_hash=fingerprint(model), context=context,
+            dtype=self.dtype,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

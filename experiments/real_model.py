@@ -27,10 +27,11 @@ from time import perf_counter
 
 import jax
 import numpy as np
-from command import OfModel, arguments, peak_memory, stop
+from command import OfModel, arguments, stop
 
 from jaxcompress import cli
 from jaxcompress.checkpoints import KNOWN_MODELS, KnownModel
+from jaxcompress.cli.runtime import peak_memory
 from jaxcompress.embedded.corpus import held_out
 
 SLOTS_PER_CONTEXT = 8

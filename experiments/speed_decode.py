@@ -26,10 +26,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from command import Command, arguments, peak_memory
+from command import Command, arguments
 from flax import nnx
 
 import jaxcompress as jc
+from jaxcompress.cli.runtime import peak_memory
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.rope import rotate

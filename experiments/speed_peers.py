@@ -34,10 +34,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from command import OfModel, arguments, peak_memory
+from command import OfModel, arguments
 
 import jaxcompress as jc
 from jaxcompress.checkpoints import save
+from jaxcompress.cli.runtime import peak_memory
 from jaxcompress.generation import decode, init_decode_state, prefill
 from jaxcompress.models.modes import Mode
 

@@ -38,7 +38,6 @@ from jaxcompress.evaluation.perplexity import predictions
 from jaxcompress.evaluation.results import Cell, Figure, Row
 from jaxcompress.generation import DecodeState, GenerationConfig, decode, init_decode_state, prefill
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.models.fingerprint import fingerprint
 from jaxcompress.models.modes import calls
 
 EXPERIMENT, LOSS = "tova_documents", "nats per token of the references"
@@ -258,19 +257,14 @@ def plan(args: Arguments) -> Plan:
     loaded = args.load()
     model, tokenizer = loaded.model, loaded.tokenizer
     policies = {name: jc.get_policy(name) for name in args.policies}
-    of_model = fingerprint(model)
+    make_cell = args.cells_of(EXPERIMENT, model, args.context)
     cells = (
-        Cell(
-            experiment=EXPERIMENT,
+        make_cell(
             task=document,
-            model=args.named,
-            model_hash=of_model,
             policy=name,
             slots=slots,
-            context=args.context,
-            dtype=args.dtype,
             settings=dict(answer=args.answer, questions=args.questions, mode="streaming"),
-        )  # fmt: skip
+        )
         for name, policy in policies.items()
         for slots in (args.slots if policy.evicts else (args.context,))
         for document in found

@@ -27,7 +27,6 @@ import jaxcompress as jc
 from jaxcompress.cli.runtime import held_out_text
 from jaxcompress.evaluation.perplexity import predictions
 from jaxcompress.evaluation.results import Cell, Figure, Row
-from jaxcompress.models.fingerprint import fingerprint
 from jaxcompress.models.modes import calls
 from jaxcompress.state.placement import Placement
 
@@ -61,19 +60,14 @@ def plan(args: Arguments) -> Plan:
     model, tokenizer = loaded.model, loaded.tokenizer
     books = dict(args.books())
     policies = {name: jc.get_policy(name) for name in args.policies}
-    of_model, stored = fingerprint(model), model.embedding[...].dtype
+    make_cell, stored = args.cells_of(EXPERIMENT, model, args.length), model.embedding[...].dtype
     cells = (
-        Cell(
-            experiment=EXPERIMENT,
+        make_cell(
             task=book,
-            model=args.named,
-            model_hash=of_model,
             policy=name,
             slots=args.slots if policy.evicts else args.length,
-            context=args.length,
-            dtype=args.dtype,
             settings=dict(placement=placement, block=args.block, trained=model.config.max_position, mode="streaming"),
-        )  # fmt: skip
+        )
         for book in books
         for name, policy in policies.items()
         for placement in args.placements

@@ -31,7 +31,6 @@ import jaxcompress as jc
 from jaxcompress.evaluation import ages, held, rows_of_text, survival_by_kind, token_kinds, token_texts, trace
 from jaxcompress.evaluation.lifetimes import KINDS
 from jaxcompress.evaluation.results import Cell, Figure, Row
-from jaxcompress.models.fingerprint import fingerprint
 
 EXPERIMENT, STEPS = "tova_kept", 64
 RECENT, FIRST, AGE = "recent, % of the tokens held", "first token, % of steps held", "mean age, tokens"
@@ -137,19 +136,11 @@ def plan(args: Arguments) -> Plan:
     model, tokenizer = loaded.model, loaded.tokenizer
     books, read_books = dict(args.books()), {}
     policies = {name: jc.get_policy(name) for name in args.policies}
-    of_model = fingerprint(model)
+    make_cell = args.cells_of(EXPERIMENT, model, args.context)
     cells = (
-        Cell(
-            experiment=EXPERIMENT,
-            task=book,
-            model=args.named,
-            model_hash=of_model,
-            policy=name,
-            slots=slots,
-            context=args.context,
-            dtype=args.dtype,
-            settings=dict(rows=args.rows, after=list(args.after), mode="streaming"),
-        )  # fmt: skip
+        make_cell(
+            task=book, policy=name, slots=slots, settings=dict(rows=args.rows, after=list(args.after), mode="streaming")
+        )
         for book in books
         for name in policies
         for slots in args.slots

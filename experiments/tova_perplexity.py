@@ -25,7 +25,6 @@ from paper_tables import OfBooks, Plan, markdown, of_experiment, run
 import jaxcompress as jc
 from jaxcompress.evaluation import perplexity, rows_of_text
 from jaxcompress.evaluation.results import Cell, Figure, Row
-from jaxcompress.models.fingerprint import fingerprint
 
 EXPERIMENT, METRIC = "tova_perplexity", "nats per token"
 
@@ -57,19 +56,9 @@ def plan(args: Arguments) -> Plan:
         return cut[book]
 
     policies = {name: jc.get_policy(name) for name in args.policies}
-    of_model = fingerprint(model)
+    make_cell = args.cells_of(EXPERIMENT, model, args.context)
     cells = (
-        Cell(
-            experiment=EXPERIMENT,
-            task=book,
-            model=args.named,
-            model_hash=of_model,
-            policy=name,
-            slots=slots,
-            context=args.context,
-            dtype=args.dtype,
-            settings=dict(rows=args.rows, mode="streaming"),
-        )  # fmt: skip
+        make_cell(task=book, policy=name, slots=slots, settings=dict(rows=args.rows, mode="streaming"))
         for book in texts
         for name, policy in policies.items()
         for slots in (args.slots if policy.evicts else (args.context,))

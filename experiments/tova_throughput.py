@@ -29,7 +29,6 @@ import jaxcompress as jc
 from jaxcompress.evaluation.provenance import device
 from jaxcompress.evaluation.results import Cell, Figure, Row
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.models.fingerprint import fingerprint
 from jaxcompress.models.modes import calls
 
 EXPERIMENT, MEMORY = "tova_throughput", "memory"
@@ -111,12 +110,12 @@ def speeds(model: Decoder, policy: jc.Policy, slots: int, batch: int, args: Argu
 def plan(args: Arguments) -> Plan:
     model = args.load().model
     policies = {name: jc.get_policy(name) for name in ("full", args.policy)}
-    of_model, limit = fingerprint(model), int(args.memory * 2**30)
+    limit = int(args.memory * 2**30)
     sizes = [("full", args.context), *((args.policy, slots) for slots in args.slots)]
-    made = lambda task, name, slots, settings: Cell(
-        experiment=EXPERIMENT, task=task, model=args.named, model_hash=of_model, policy=name, slots=slots,
-        context=args.context, dtype=args.dtype, settings=settings | dict(memory=args.memory),
-    )  # fmt: skip
+    make_cell = args.cells_of(EXPERIMENT, model, args.context)
+    made = lambda task, name, slots, settings: make_cell(
+        task=task, policy=name, slots=slots, settings=settings | dict(memory=args.memory)
+    )
     measured = dict(steps=args.steps, repeats=args.repeats, device=device())
     cells = [made(MEMORY, name, slots, {}) for name, slots in sizes]
     cells += [

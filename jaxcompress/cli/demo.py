@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxcompress.cli.flags import JsonFlag, at_least
-from jaxcompress.cli.runtime import open_model, write_json
+from jaxcompress.cli.runtime import open_model, peak_memory, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,6 @@ def _long_text(tokenizer, tokens: int):
 
 
 def _long_read(model, tokenizer, how: Demo, say) -> dict:
-    import resource
     import time
 
     import numpy as np
@@ -75,7 +73,6 @@ def _long_read(model, tokenizer, how: Demo, say) -> dict:
     nbytes = sum(run.nbytes for run in now.kv)
     say(f"Reading {len(ids):,} tokens of text it has never seen ({', '.join(names)})")
     say(f"through {how.slots} slots per layer: {nbytes / 1024:.0f} KiB of state, whatever the length.\n")
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     marks, begun, last, first = [], 0.0, 0, 0
     with bar(len(ids), "reading") as advance:
         for count, reached in prefill_stream(model, [ids], now, segment=segment):
@@ -84,10 +81,10 @@ def _long_read(model, tokenizer, how: Demo, say) -> dict:
             if not begun:
                 begun, first = time.perf_counter(), count  # the first segment compiles
             if count >= 8192 * len(marks):
-                marks.append((count, peak()))
-                say(f"  {count:7,} tokens read   peak memory {peak() / 2**20:,.0f} MiB")
+                marks.append((count, peak_memory()))
+                say(f"  {count:7,} tokens read   peak memory {peak_memory() / 2**20:,.0f} MiB")
     speed = (len(ids) - first) / (time.perf_counter() - begun)
-    say(f"  {len(ids):7,} tokens read   peak memory {peak() / 2**20:,.0f} MiB   {speed:,.0f} tokens/s\n")
+    say(f"  {len(ids):7,} tokens read   peak memory {peak_memory() / 2**20:,.0f} MiB   {speed:,.0f} tokens/s\n")
     say("It goes on writing:")
     stream, text = TextStream(tokenizer, after=ids[-64:]), ""
     config = GenerationConfig(temperature=0.7, top_p=0.9)

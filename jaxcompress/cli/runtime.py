@@ -116,6 +116,20 @@ def chosen_policy(name: str, folder: Path) -> Policy:
     return get_policy(name, learned=saved.make())
 
 
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes.
+
+    Linux also says it in `getrusage`, but there a process that was started by another begins with the other's peak.
+    """
+    import resource  # absent on Windows
+
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Incomplete(Exception):
     """Some cells of a sweep could not be measured."""
 

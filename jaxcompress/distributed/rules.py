@@ -169,6 +169,18 @@ class ShardingRules:
         return f"{dict(self.mesh.shape)}: {'; '.join(rules)}"
 
 
+def made(make: Callable[[], Tree], config: DecoderConfig, batch: int, sharding: ShardingRules | None) -> Tree:
+    """What `make` returns for `batch` rows of a model; with rules each device makes its own part.
+
+    Raises:
+      ValueError: the mesh does not divide rows or heads.
+    """
+    if sharding is None:
+        return make()
+    sharding.check(config, batch=batch)
+    return sharding.init(make)
+
+
 def placed(tree: Tree, sharding: ShardingRules | None) -> Tree:
     """`sharding.constrain(tree)`; the tree itself without rules."""
     return tree if sharding is None else sharding.constrain(tree)

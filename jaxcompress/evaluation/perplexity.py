@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from jaxcompress.distributed.processes import on_host
-from jaxcompress.distributed.rules import ShardingRules
+from jaxcompress.distributed.rules import ShardingRules, made
 from jaxcompress.inputs.token_ids import token_rows
 from jaxcompress.models.checks import check_fits, check_mode, warn_of_positions
 from jaxcompress.models.decoder import Decoder, read
@@ -108,7 +108,8 @@ def perplexity(
     if total < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, {total} given")
     check_mode(policy, mode)
-    state = _fresh(model, policy, slots, batch, dtype, sharding)
+    fresh = lambda: init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
+    state = made(fresh, model.config, batch, sharding)
     check_fits(model.config, policy, state, total - 1, prompt=prompt)
     check_used(policy, state, total - 1, prompt)
     nbytes = sum(run.nbytes for run in state)
@@ -138,16 +139,6 @@ def perplexity(
         seconds += part.seconds
         progress(part.losses.size)
     return Perplexity(total_loss / counted, counted, batch * (total - 1) / seconds, nbytes, of - counted)
-
-
-def _fresh(
-    model: Decoder, policy: Policy, slots: Slots, batch: int, dtype: DTypeLike | None, sharding: ShardingRules | None
-) -> State:
-    make = lambda: init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
-    if sharding is None:
-        return make()
-    sharding.check(model.config, batch=batch)
-    return sharding.init(make)
 
 
 def check_used(policy: Policy, state: State, tokens: int, prompt: int | None) -> None:

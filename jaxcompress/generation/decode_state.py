@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxcompress.distributed.processes import on_host
-from jaxcompress.distributed.rules import ShardingRules
+from jaxcompress.distributed.rules import ShardingRules, made
 from jaxcompress.generation.sampling import row_keys
 from jaxcompress.inputs.described import described
 from jaxcompress.inputs.scalars import whole
@@ -130,10 +130,7 @@ def init_decode_state(
             placement=placement,
         )
 
-    if sharding is None:
-        return make()
-    sharding.check(model.config, batch=batch)
-    return sharding.init(make)
+    return made(make, model.config, batch, sharding)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
