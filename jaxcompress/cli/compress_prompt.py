@@ -82,8 +82,8 @@ class CompressPrompt(JsonFlag, WeightFlags):
     show: bool = False
     """Print the whole text instead, kept words in colour."""
     report: bool = False
-    """Also tell how many of the content words and numbers are left, and which are lost; the seconds that it took; and
-    what --price and --reader-speed ask."""
+    """Also tell how many of the content words and numbers are left, and which are lost (not with --stream, which does
+    not hold the text); the seconds that it took; and what --price and --reader-speed ask."""
     price: float | None = None
     """Of a million prompt tokens of the reader, in any currency: tell what one reading saves."""
     reader_speed: float | None = None
