@@ -59,15 +59,18 @@ def plan(args: Arguments) -> Plan:
     make_cell = args.cells_of(EXPERIMENT, model, args.context)
     cells = (
         make_cell(task=book, policy=name, slots=slots, settings=dict(rows=args.rows, mode="streaming"))
-        for book in texts
         for name, policy in policies.items()
         for slots in (args.slots if policy.evicts else (args.context,))
+        for book in texts
     )
+    compiled = None
 
     def figures(cell: Cell) -> list[Figure]:
+        nonlocal compiled
+        if compiled != (compiled := (cell.policy, cell.slots)):
+            jax.clear_caches()  # programs of other sizes would only fill memory
         rows = tokens_of(cell.task)
         found = perplexity(model, rows, policies[cell.policy], cell.slots)
-        jax.clear_caches()  # programs of other sizes would only fill memory
         return [
             Figure(
                 metric=METRIC,
