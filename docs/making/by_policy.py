@@ -76,6 +76,10 @@ def _shown() -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
+NOT_TRAINED = """No picture: what it keeps is learned, and no model ships with such weights. After
+`jaxcompress train --policy ...`, `jaxcompress retention --policy learned` draws it for your model and text."""
+
+
 def drawing(svg: str) -> str:
     """An SVG in a page: as wide as the page, but no wider than it was drawn, nor so narrow that words shrink."""
     width = int(svg.partition(' width="')[2].partition('"')[0])
@@ -84,13 +88,14 @@ def drawing(svg: str) -> str:
 
 def _kept(title: str) -> list[str]:
     rows, data = _shown().get(title, []), drawings.data()
-    if not rows:
-        return []
+    if all(row["deaths"] is None for row in rows):
+        return ["## What it keeps", NOT_TRAINED]
     count = len(data["tokens"])
+    slots = "with as many slots" if title == "Full" else f"in {data['slots']} slots"
     parts = [
         "## What it keeps",
-        f"The embedded model reads {count} tokens of a text that it has not seen, one after the other, in "
-        f"{data['slots']} slots. The stronger its colour, the longer a token was held (mean over layers and heads).",
+        f"The embedded model reads {count} tokens of a text that it has not seen, one after the other, {slots}. The "
+        "stronger its colour, the longer a token was held (mean over layers and heads).",
     ]
     for row in rows:
         parts += [f"### `{row['policy']}`"] if len(rows) > 1 else [f"Policy `{row['policy']}`:"]
@@ -125,7 +130,7 @@ def _cost(one: One) -> list[str]:
         "## What it costs",
         f"A decoding step over {drawings.data()['timed_slots']} slots, divided by plain attention over a ring of as "
         "many; and the bytes of the state, divided by TOVA's. Two CPU cores, batch 1, 6 layers of random weights; "
-        "the machine had other work, and repeated runs differ by 0.1 to 0.3. More in "
+        "repeated runs differ by about 0.1. More in "
         "[results](../results/policies.md#what-a-step-costs).",
         "\n".join(["| | step / attention | state / TOVA's |", "|---|---|---|", *lines]),
     ]
