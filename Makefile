@@ -48,8 +48,8 @@ slow: $(READY)
 	@$(BIN)/python -m pytest -n 2 -m slow
 
 # A part of the tests: what jax, flax and transformers changed lately is in their way. Two minutes on two cores.
-ENDS := tests/test_versions.py tests/checkpoints/test_load.py tests/generation/test_generate.py \
-	tests/generation/test_state_file.py tests/training/test_checkpointing.py
+ENDS := tests/test_versions.py tests/checkpoints/test_load.py tests/checkpoints/test_save.py \
+	tests/generation/test_generate.py tests/generation/test_state_file.py tests/training/test_checkpointing.py
 ENDS_EXTRAS := train,vision,plots,cli,gguf
 
 # Every requirement at its lower bound.

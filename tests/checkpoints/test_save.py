@@ -49,6 +49,10 @@ def test_round_trip(tmp_path: Path, name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers_reads_the_config(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers")
+    wrote = json.loads((PARITY / name / "config.json").read_text())["transformers_version"]
+    as_numbers = lambda version: [int(part) for part in version.split(".")[:2]]
+    if as_numbers(transformers.__version__) < as_numbers(wrote):
+        pytest.skip(f"the fixture was written by transformers {wrote}: older ones misread some of its fields")
     save(load(PARITY / name).model, tmp_path / "saved")
     ours = transformers.AutoConfig.from_pretrained(tmp_path / "saved").to_dict()
     theirs = transformers.AutoConfig.from_pretrained(PARITY / name).to_dict()
