@@ -2,7 +2,8 @@
 
   python experiments/speed_engine.py --model smollm2
 
-rate       tokens a second with so many requests at once / with one after another, by `generate`
+rate       tokens a second with so many requests at once / with one after another, by `generate`; and by transformers
+           in batches with a full cache, where torch and transformers are installed
 first      time to the first token of short requests while a long prompt is being read, 50th and 99th percentile
 admission  milliseconds to write a fresh row, and a prefix's row
 prefix     a prompt whose prefix is known / the same prompt read again
@@ -13,9 +14,13 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -95,7 +100,41 @@ def measure_rate(engine: Engine, spec: PoolSpec, prompts: list[np.ndarray], args
     for most in args.concurrent:
         seconds, _ = timed(lambda most=most: together(most))
         rows.append(dict(part="rate", what=f"{most} at once", tokens_s=total / seconds, ratio=base / seconds))
+    if find_spec("torch") is None:
+        print("transformers is left out: torch is not installed", file=sys.stderr)
+        return rows
+    peer = peer_of(spec.model)
+    for most in args.concurrent:
+        seconds, _ = timed(
+            lambda most=most: [peer(prompts[at : at + most], args.written) for at in range(0, len(prompts), most)]
+        )
+        what = f"transformers, batches of {most}"
+        rows.append(dict(part="rate", what=what, tokens_s=total / seconds, ratio=base / seconds))
     return rows
+
+
+def peer_of(model: jc.Decoder) -> Callable[[list[np.ndarray], int], None]:
+    """transformers' `generate` on the same weights: (prompts, tokens to write) -> nothing."""
+    import torch  # type: ignore[import-not-found]
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with TemporaryDirectory() as folder:
+        theirs = AutoModelForCausalLM.from_pretrained(jc.save(model, folder), dtype=torch.float32).eval()
+
+    def write(prompts: list[np.ndarray], tokens: int) -> None:
+        longest = max(map(len, prompts))
+        rows = torch.tensor(
+            np.stack([np.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]).astype(np.int64)
+        )
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with torch.no_grad():
+            theirs.generate(
+                rows, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+            )
+
+    return write
 
 
 def measure_first(engine: Engine, prompts: list[np.ndarray], args: Arguments) -> list[dict[str, Any]]:
