@@ -152,8 +152,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     names = sorted(lines, key=lambda key: -key[1])
     return [
         f"Embedded vision-language model, {first.samples:,} questions. Right answers with their standard error; that "
-        "of `random` is over draws. Gap, evenness and biases are of the patches that the last layer holds when the answer "
-        "is written; the position bias of `random`, which draws anew for each picture, is what chance gives.",
+        "of `random` is over draws. Gap, evenness and biases are of the patches that the last layer holds when the "
+        "answer is written; the position bias of `random`, which draws anew for each picture, is what chance gives.",
         "",
         *markdown(
             ["method", "tokens left", RIGHT, WORD, LEFT, FLOPS, KIB, *SPACE.values()],
