@@ -74,7 +74,7 @@ METHODS = {
     "PyramidKVPress": Method("snapkv+64", lambda k, r: k.PyramidKVPress(r)),
     "KnormPress": Method("knorm", lambda k, r: k.KnormPress(r)),
     "KeyDiffPress": Method("keydiff", lambda k, r: k.KeyDiffPress(r)),
-    "LagKVPress": Method("lagkv+128", lambda k, r: k.LagKVPress(r)),
+    "LagKVPress(lag 64)": Method("lagkv+64", lambda k, r: k.LagKVPress(r, lag_size=64)),
     "CURPress": Method("cur", lambda k, r: k.CURPress(r)),
     "StreamingLLMPress": Method("window+4", lambda k, r: k.StreamingLLMPress(r)),
     "ExpectedAttentionPress": Method("expected_attention", lambda k, r: k.ExpectedAttentionPress(r)),
@@ -410,7 +410,7 @@ def figures_of(task: Task, reads: dict[str, Read], seconds: dict[str, float], pe
     both, each = (ours.kept & theirs.kept).sum(-1), np.maximum(ours.kept.sum(-1), theirs.kept.sum(-1))
     share, away = 100 * both / each, edge(ours.kept, theirs.kept, theirs.scores)
     facts: dict[str, Any] = dict(tokens=task.counted, samples=1)
-    sides = {side: dict(state_bytes=int(reads[side].state_bytes)) for side in SIDES}
+    sides: dict[str, dict[str, Any]] = {side: dict(state_bytes=int(reads[side].state_bytes)) for side in SIDES}
     kept = dict(
         least=float(share.min()), heads=int(share.size), equal=int((share == 100).sum()), edge=away,
         ours=int(ours.kept.sum()), theirs=int(theirs.kept.sum()),

@@ -79,7 +79,7 @@ class Arguments(OfBooks):
 
     compressors: tuple[str, ...] = (*MADE, "embedded+numbers", "embedded+chunks")
     """Names, folders or hub ids, each with ablations after a plus."""
-    ratios: tuple[float, ...] = (2, 3, 4, 5)
+    ratios: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0)
     """How many times shorter."""
     contexts: int = 16
     """Contexts of each task."""
@@ -94,7 +94,7 @@ class Arguments(OfBooks):
 
 
 QUICK = Arguments(
-    quick=True, compressors=("embedded+numbers", "llmlingua", "random"), ratios=(2,), contexts=1, words=40, after=16,
+    quick=True, compressors=("embedded+numbers", "llmlingua", "random"), ratios=(2.0,), contexts=1, words=40, after=16,
     seeds=1,
 )  # fmt: skip
 

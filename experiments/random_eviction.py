@@ -26,7 +26,7 @@ import random
 import re
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ from jaxcompress.generation import GenerationConfig, decode, init_decode_state, 
 from jaxcompress.generation.turns import ROLE_OF_MODEL, closing_token, of_user, turn_text, without_stop
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.modes import FEWEST, calls
+from jaxcompress.policies import Random
 
 EXPERIMENT, LOSS, RIGHT = "random_eviction", "nats per token of the trace", "right answers, %"
 CONTEXT = 16  # tokens before a turn that decide how it is encoded; a few suffice
@@ -172,8 +173,7 @@ def read_losses(model: Any, tokens: np.ndarray, policy: jc.Policy, slots: int) -
 
 def seeded(name: str, seed: int) -> jc.Policy:
     """The policy of a name; that of `random` is drawn with the seed."""
-    policy = jc.get_policy(name)
-    return replace(policy, seed=seed) if name == "random" else policy
+    return Random(seed) if name == "random" else jc.get_policy(name)
 
 
 def plan(args: Arguments) -> Plan:

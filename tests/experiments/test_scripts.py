@@ -29,6 +29,7 @@ NEEDS = {  # a module that the tests do not install, and the command that does
     "soak_server": ("uvicorn", 'pip install "jaxcompress[serve]"'),
 }
 SLOW = {
+    "prompt_tables",
     "random_eviction",
     "speed_kernels",
     "train_vision_demo",
