@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command import OfModel, stop
+from command import Command, OfModel, stop
 
 import jaxcompress as jc
 from jaxcompress._extras import extra
@@ -28,15 +28,21 @@ PG19 = "emozilla/pg19"
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfTable(OfModel):
-    """The flags of a table."""
+class OfRows(Command):
+    """Where the rows of a table are, and where it goes."""
 
-    dtype: str = "float32"
-    """Of the weights."""
     out: Path | None = None
     """The file of rows (JSON Lines), which only grows."""
     table: Path | None = None
     """Writes the table here (Markdown), instead of measuring, from the rows in --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfTable(OfRows, OfModel):
+    """The flags of a table about a language model."""
+
+    dtype: str = "float32"
+    """Of the weights."""
 
     def load(self) -> Loaded:
         """The model and its tokenizer."""
@@ -95,7 +101,7 @@ Plan = tuple[Iterable[Cell], Callable[[Cell], Iterable[Figure]]]
 
 
 def run(
-    args: OfTable,
+    args: OfRows,
     plan: Callable[[], Plan],
     table: Callable[[Sequence[Row]], list[str]],
     line: Callable[[Row], str],

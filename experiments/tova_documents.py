@@ -42,6 +42,7 @@ from jaxcompress.models.modes import calls
 
 EXPERIMENT, LOSS = "tova_documents", "nats per token of the references"
 QASPER = "allenai/qasper"
+"""Its name on the hub."""
 CONVERTED = "refs/convert/parquet"
 """The hub's own copy of a dataset as Parquet files; the dataset itself needs a script."""
 
@@ -55,8 +56,8 @@ class Arguments(OfTable):
     split: Literal["train", "dev", "test"] = "dev"
     """Of SQuALITY."""
     qasper: str | None = None
-    """A split of QASPER in place of SQuALITY, such as `validation`; needs `pip install "jaxcompress[data]"` and the
-    hub."""
+    """QASPER in place of SQuALITY: its own file, such as qasper-dev-v0.3.json, or a split such as `validation`, which
+    needs `pip install "jaxcompress[data]"` and the hub."""
     documents: int | None = None
     """Documents, from the first on; all if not given."""
     questions: int | None = None
@@ -114,19 +115,34 @@ def squality(folder: Path, split: str) -> Iterator[Document]:
         yield Document(f"squality {story['metadata']['passage_id']}", instruction, story["document"], tuple(asked))
 
 
-def qasper(split: str) -> Iterator[Document]:
-    for paper in of_hub(QASPER, "QASPER", "--squality", split=split, revision=CONVERTED):
+def qasper(given: str) -> Iterator[Document]:
+    instruction = (
+        "You are given a scientific article and a question. Answer the question as concisely as you can, using a "
+        'single phrase or sentence. If the article does not answer it, write "unanswerable".'
+    )
+    hub = lambda: of_hub(QASPER, "QASPER", "--qasper qasper-dev-v0.3.json", split=given, revision=CONVERTED)
+    for paper in released(Path(given)) if Path(given).suffix == ".json" else hub():
         sections = zip(paper["full_text"]["section_name"], paper["full_text"]["paragraphs"], strict=True)
         text = "\n\n".join("\n".join([name or "", *paragraphs]) for name, paragraphs in sections)
         asked = (
             Question("questions", question, tuple(map(reference, answers["answer"])))
             for question, answers in zip(paper["qas"]["question"], paper["qas"]["answers"], strict=True)
         )
-        instruction = (
-            "You are given a scientific article and a question. Answer the question as concisely as you can, using a "
-            'single phrase or sentence. If the article does not answer it, write "unanswerable".'
-        )
         yield Document(f"qasper {paper['id']}", instruction, f"{paper['title']}\n\n{text}", tuple(asked))
+
+
+def released(path: Path) -> Iterator[dict[str, Any]]:
+    """The papers of a file of QASPER's release (allenai.org/data/qasper), with columns as the hub has them."""
+    if not path.is_file():
+        stop(f"QASPER was looked for as {path.absolute()}: give its released file, or a split of the hub's copy")
+    for name, paper in json.loads(path.read_text("utf-8")).items():
+        column = lambda rows, key: [row[key] for row in rows]
+        answers = [dict(answer=column(one["answers"], "answer")) for one in paper["qas"]]
+        yield dict(
+            id=name, title=paper["title"],
+            full_text={key: column(paper["full_text"], key) for key in ("section_name", "paragraphs")},
+            qas=dict(question=column(paper["qas"], "question"), answers=answers),
+        )  # fmt: skip
 
 
 def reference(answer: dict[str, Any]) -> str:

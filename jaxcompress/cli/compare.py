@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jaxcompress.cli.flags import (
     FigureFlag,
     PlacementFlag,
+    RowsFlag,
     StateDtypeFlag,
-    TableFlag,
     TextFlags,
     WeightFlags,
     at_least,
@@ -20,10 +21,11 @@ from jaxcompress.cli.runtime import (
     chosen_policy,
     held_out_text,
     open_model,
+    short_hash,
+    swept,
     tell,
     too_small,
     words_of,
-    write_json,
 )
 
 POLICIES = (
@@ -40,16 +42,17 @@ _FRACTIONS = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(FigureFlag, TableFlag, StateDtypeFlag, PlacementFlag, WeightFlags, TextFlags):
+class Compare(FigureFlag, RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags, TextFlags):
     """Compares policies: loss, recall, bytes and speed at fractions of the context, with their spread over seeds.
 
     Facts and questions about them are woven into the text. It is read token by token (nats, recall), or the context is
     compressed in one shot, while the question is not yet known (before) or known (after). If the tokenizer has too few
     whole words for facts, only the loss is measured. "asked" are the bytes of so many slots of keys and values, "KiB"
     what the state of one text takes, the policy's own numbers included. Without --file and --prompt it reads documents
-    that the embedded model was not trained on.
+    that the embedded model was not trained on. A sweep that was stopped goes on with the same command and --out; one
+    that cannot be measured is told, and the others go on (exit code 4).
 
-    Example: jaxcompress compare --policies full window+4 tova snapkv+16/every16 --fractions 4 8 --out table.json
+    Example: jaxcompress compare --policies full window+4 tova snapkv+16/every16 --fractions 4 8 --out rows.jsonl
     """
 
     policies: tuple[str, ...] = POLICIES
@@ -64,8 +67,6 @@ class Compare(FigureFlag, TableFlag, StateDtypeFlag, PlacementFlag, WeightFlags,
     """Rows per seed."""
 
     def run(self) -> None:
-        import jax
-
         at_least(1, fractions=self.fractions, seeds=self.seeds, rows=self.rows)
         if self.context < max(2, *self.fractions):
             raise ValueError(
@@ -76,30 +77,67 @@ class Compare(FigureFlag, TableFlag, StateDtypeFlag, PlacementFlag, WeightFlags,
             raise ValueError("--fractions does nothing for full, which gets the whole context; leave it out")
         check_writable(self.out, self.figure)
         model, tokenizer = open_model(self.model, self.dtype)
-        policies = [chosen_policy(name, tokenizer.folder) for name in self.policies]
+        policies = {name: chosen_policy(name, tokenizer.folder) for name in self.policies}
         from jaxcompress.evaluation.compare import compare
 
         name, text = self.text() or held_out_text()
         tasks = self._exams(tokenizer, text)
         slots = [self.context // fraction for fraction in self.fractions]
-        too_small(policies, slots)
-        about = dict(
-            model=self.model or "embedded", text=name, context=self.context,
-            seeds=self.seeds, rows=self.rows, questions=len(tasks.single), placement=self.placement,
-            state_dtype=self.state_dtype,
-        )  # fmt: skip
+        too_small(list(policies.values()), slots)
+        how: dict[str, Any] = dict(placement=self.placement, dtype=self.state_dtype)
+        compare(model, tasks, list(policies.values()), slots, **how)  # checks what all lines share
         print(f"{'policy':34}{'slots':>6}{'nats':>15}{'recall':>12}{'before':>12}{'after':>12}{'asked':>8}{'KiB':>7}"
               f"{'held':>6}{'tok/s':>8}")  # fmt: skip
-        done = []
-        for row in compare(model, tasks, policies, slots, placement=self.placement, dtype=self.state_dtype):
-            if done and done[-1]["policy"] != row.policy:
+        done: list[Any] = []
+        try:
+            self._sweep(model, tasks, policies, slots, name, done)
+        finally:
+            if self.figure is not None and done:
+                _draw(done, self.figure, name)
+
+    def _sweep(
+        self, model: Any, tasks: Any, policies: dict[str, Any], slots: list[int], name: str, done: list[Any]
+    ) -> None:
+        """Measures, and adds each line to `done`, to the file and to what is printed."""
+        import jax
+
+        from jaxcompress.evaluation.compare import Compared, capacities, compared
+        from jaxcompress.evaluation.results import Cell
+        from jaxcompress.models.fingerprint import fingerprint
+
+        weights = model.embedding[...].dtype.name
+        made: dict[str, Any] = dict(
+            experiment="compare", task=name, model=self.model or "embedded", model_hash=fingerprint(model),
+            context=self.context,
+            dtype=weights if self.state_dtype in (None, weights) else f"{weights}/{self.state_dtype}",
+            settings=dict(
+                seeds=self.seeds, rows=self.rows, questions=len(tasks.single), placement=self.placement,
+                tokens=short_hash(b"".join(row.tokens.tobytes() for row in tasks.whole)),
+            ),
+        )  # fmt: skip
+        cells = (
+            Cell(policy=name, slots=capacity, **made)
+            for name, policy in policies.items()
+            for capacity in capacities(tasks, policy, slots)
+        )
+        before: list[str] = []
+
+        def measure(cell: Cell) -> list[Any]:
+            if before and before[-1] != cell.policy:
                 jax.clear_caches()  # hundreds of compiled programs at once are more than a process may map
+            before[:] = [cell.policy]
+            assert isinstance(cell.slots, int)
+            row = compared(
+                model, tasks, policies[cell.policy], cell.slots, placement=self.placement, dtype=self.state_dtype
+            )
+            return _figures(row, tasks)
+
+        def show(rows: Sequence[Any]) -> None:
+            row = Compared(**rows[0].figure.details)
             done.append(asdict(row))
-            if self.out is not None:
-                write_json(dict(about, table=done), self.out)
             print(_line(row), flush=True)
-        if self.figure is not None:
-            _draw(done, self.figure, name)
+
+        swept(cells, measure, self.out, show)
 
     def _exams(self, tokenizer: Any, text: str) -> Any:
         """The texts to read, with facts where the tokenizer has words for them."""
@@ -117,6 +155,29 @@ class Compare(FigureFlag, TableFlag, StateDtypeFlag, PlacementFlag, WeightFlags,
         if missing:
             tell(missing)
         return tasks
+
+
+def _figures(row: Any, tasks: Any) -> list[Any]:
+    """What a line says, as figures; the first has the whole line as its details."""
+    from jaxcompress.evaluation.results import Figure
+
+    read, asked = sum(len(one.tokens) for one in tasks.whole), len(tasks.single)
+    facts: dict[str, Any] = dict(state_bytes=row.state_bytes, tokens_per_second=row.tokens_per_second)
+    found = [
+        ("nats per token", 1, row.nats, row.nats_spread, read, len(tasks.whole)),
+        ("recall %", 100, row.recall, row.recall_spread, read, len(tasks.whole)),
+        ("recall, asked after compression %", 100, row.before, row.before_spread, asked * tasks.prompt, asked),
+        ("recall, asked before %", 100, row.after, row.after_spread, asked * tasks.prompt, asked),
+    ]
+    # A line has the standard deviation over seeds; a figure that of the mean.
+    error = lambda spread: spread / (tasks.seeds - 1) ** 0.5 if tasks.seeds > 1 else None
+    figures = [
+        Figure(metric=metric, value=scale * value, spread=error(scale * spread), lower_is_better=scale == 1,
+               tokens=tokens, samples=samples, **facts)
+        for metric, scale, value, spread, tokens, samples in found
+        if value is not None
+    ]  # fmt: skip
+    return [replace(figures[0], details=asdict(row)), *figures[1:]]
 
 
 def _line(row: Any) -> str:

@@ -204,14 +204,6 @@ class SamplingFlags(SeedFlag):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableFlag:
-    """Where a table goes."""
-
-    out: Path | None = None
-    """Write the table to this file too (JSON), after every row."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RowsFlag:
     """Where figures go."""
 

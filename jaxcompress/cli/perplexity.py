@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,8 @@ from jaxcompress.cli.flags import (
     ModeFlags,
     PlacementFlag,
     PromptTokensFlag,
+    RowsFlag,
     StateDtypeFlag,
-    TableFlag,
     TextFlags,
     WeightFlags,
     at_least,
@@ -25,6 +25,8 @@ from jaxcompress.cli.runtime import (
     held_out_text,
     open_model,
     progress,
+    short_hash,
+    swept,
     tell,
     too_small,
     write_json,
@@ -45,7 +47,7 @@ _ROWS = 8
 class Perplexity(
     JsonFlag,
     FigureFlag,
-    TableFlag,
+    RowsFlag,
     ProcessFlags,
     StateDtypeFlag,
     PlacementFlag,
@@ -59,9 +61,10 @@ class Perplexity(
     The text is cut into rows of --context tokens, which are read side by side; with --context 0 it is one row. In mode
     oneshot only the tokens after the prompt are measured. The last line tells how many tokens of the text the table
     leaves out. Without --file and --prompt it reads documents that the embedded model was not trained on. An
-    interrupted run leaves the JSON of the rows that were finished.
+    interrupted run prints the JSON of the rows that were finished, and goes on with the same command and --out. One
+    that cannot be measured is told, and the others go on (exit code 4).
 
-    Example: jaxcompress perplexity --file book.txt --policies full window tova --slots 64 128 256 --out table.json
+    Example: jaxcompress perplexity --file book.txt --policies full window tova --slots 64 128 256 --out rows.jsonl
     """
 
     policies: tuple[str, ...] = ("full", "window", "window+4", "h2o", "tova", "random")
@@ -80,8 +83,8 @@ class Perplexity(
         model, tokenizer = open_model(self.model, self.dtype, rules)
         name, text = self.text() or held_out_text()
         tokens, about = self._rows(tokenizer, name, text)
-        policies = [chosen_policy(policy, tokenizer.folder) for policy in self.policies]
-        slots = self._capacities(policies)
+        policies = {name: chosen_policy(name, tokenizer.folder) for name in self.policies}
+        slots = self._capacities(list(policies.values()))
         if about["read"] < about["of"]:
             each = about["read"] // len(tokens)
             tell(
@@ -92,7 +95,7 @@ class Perplexity(
         done: list[Any] = []
         if not self.json:
             print(f"{'policy':24}{'slots':>8}{'perplexity':>12}{'nats':>8}{'tokens/s':>11}{'state KiB':>11}")
-        runs = sum(1 if not policy.forgets else len(slots) for policy in policies)
+        runs = sum(1 if not policy.forgets else len(slots) for policy in policies.values())
         try:
             with progress(runs * tokens.size, "reading") as bar:
                 self._sweep(model, tokens, policies, slots, about, done, bar, rules)
@@ -150,24 +153,53 @@ class Perplexity(
         return slots
 
     def _sweep(
-        self, model: Any, tokens: np.ndarray, policies: list[Policy], slots: tuple[int, ...], about: dict[str, Any],
-        done: list[Any], bar: Callable[[int], None], rules: ShardingRules | None,
+        self, model: Any, tokens: np.ndarray, policies: dict[str, Policy], slots: tuple[int, ...],
+        about: dict[str, Any], done: list[Any], bar: Callable[[int], None], rules: ShardingRules | None,
     ) -> None:  # fmt: skip
-        """Measures, and adds each row to `done`, to the file and to what is printed."""
-        from jaxcompress.evaluation.sweep import sweep
+        """Measures, and adds each line to `done`, to the file and to what is printed."""
+        from jaxcompress.evaluation.results import Cell, Figure
+        from jaxcompress.evaluation.sweep import Row, capacities, measured, sweep
+        from jaxcompress.models.fingerprint import fingerprint
 
-        prompt = tokens.shape[1] // 2 if self.prompt_tokens is None else self.prompt_tokens
+        total = tokens.shape[1]
+        prompt = None if self.mode != "oneshot" else self.prompt_tokens or total // 2
         reading: dict[str, Any] = dict(
-            mode=self.mode, chunk=self.chunk_tokens(), prompt=prompt if self.mode == "oneshot" else None,
+            mode=self.mode, chunk=self.chunk_tokens(), prompt=prompt,
             placement=self.placement, dtype=self.state_dtype, sharding=rules, text=about["of"],
         )  # fmt: skip
-        for row in sweep(model, tokens, policies, slots, progress=bar, **reading):
+        sweep(model, tokens, list(policies.values()), slots, **reading)  # checks what all lines share
+        weights = model.embedding[...].dtype.name
+        made: dict[str, Any] = dict(
+            experiment="perplexity", task=about["text"], model=about["model"], model_hash=fingerprint(model),
+            context=total, dtype=weights if about["state_dtype"] == weights else f"{weights}/{about['state_dtype']}",
+            settings=dict(
+                mode=self.mode, chunk=reading["chunk"] if self.mode == "chunked" else None, prompt=prompt,
+                placement=self.placement, rows=len(tokens), tokens=short_hash(tokens.tobytes()),
+            ),
+        )  # fmt: skip
+        cells = (
+            Cell(policy=name, slots=capacity, **made)
+            for name, policy in policies.items()
+            for capacity in capacities(policy, slots, total, prompt)
+        )
+
+        def measure(cell: Cell) -> list[Figure]:
+            assert isinstance(cell.slots, int)
+            row = measured(model, tokens, policies[cell.policy], cell.slots, progress=bar, **reading)
+            return [Figure(
+                metric="nats per token", value=row.nats, lower_is_better=True, tokens=row.tokens, samples=len(tokens),
+                state_bytes=row.state_bytes // len(tokens), tokens_per_second=row.tokens_per_second,
+                details=row._asdict(),
+            )]  # fmt: skip
+
+        def show(rows: Sequence[Any]) -> None:
+            row = Row(**rows[0].figure.details)
             done.append(row)
-            if self.out is not None and is_first():
-                write_json(dict(about, table=[one._asdict() for one in done]), self.out)
             if not self.json:
                 print(
                     f"{row.policy:24}{row.slots:8}{row.perplexity:12.3f}{row.nats:8.3f}"
                     f"{row.tokens_per_second:11,.0f}{row.state_bytes / 1024:11,.0f}",
                     flush=True,
                 )
+
+        swept(cells, measure, self.out, show)

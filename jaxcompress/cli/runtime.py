@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -128,6 +129,11 @@ def peak_memory() -> int:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def short_hash(data: bytes) -> str:
+    """Stands for what was read, in the settings of a cell."""
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 class Incomplete(Exception):

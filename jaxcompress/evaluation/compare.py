@@ -142,20 +142,31 @@ def compare(
     for policy in policies:
         check_policy(policy)
     dtype_name(dtype or model.embedding[...].dtype)
-    context = len(tasks.whole[0].tokens)
 
     def run() -> Iterator[Compared]:
         for policy in policies:
-            for capacity in [context] if not policy.evicts else sorted(slots, reverse=True):
-                if capacity >= policy.needs and (tasks.single or not policy.oneshot_only):
-                    yield _compared(model, tasks, policy, capacity, placement, dtype)
+            for capacity in capacities(tasks, policy, slots):
+                yield compared(model, tasks, policy, capacity, placement=placement, dtype=dtype)
 
     return run()
 
 
-def _compared(
-    model: Decoder, tasks: Exams, policy: Policy, slots: int, placement: Placement | None, dtype: DTypeLike | None
+def capacities(tasks: Exams, policy: Policy, slots: Sequence[int]) -> list[int]:
+    """The capacities at which `compare` measures a policy, of those that are asked for; the largest first."""
+    tried = sorted(slots, reverse=True) if policy.evicts else [len(tasks.whole[0].tokens)]
+    return [slots for slots in tried if slots >= policy.needs and (tasks.single or not policy.oneshot_only)]
+
+
+def compared(
+    model: Decoder,
+    tasks: Exams,
+    policy: Policy,
+    slots: int,
+    *,
+    placement: Placement | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Compared:
+    """One line of the table; arguments and errors are those of `compare`."""
     answered = partial(answers, model, policy=policy, slots=slots, placement=placement, dtype=dtype)
     whole = None if policy.oneshot_only else answered(tasks.whole)
     line = len(tasks.single[0].tokens) - tasks.prompt if tasks.single else 0

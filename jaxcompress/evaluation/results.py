@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxcompress.evaluation.provenance import Provenance
 from jaxcompress.inputs.text import parse_json
 
@@ -183,6 +185,8 @@ def run_cells(
     A cell that is in the file is left as it is. A cell that fails is told and left out, so that a later run tries it
     again; the others go on.
 
+    Where several processes measure together, all must see the file, and the first writes it.
+
     Args:
       measure: gives the figures of a cell.
       path: the file of rows; None: nothing is kept.
@@ -209,7 +213,7 @@ def run_cells(
                 continue
             measured += 1
             there[cell.key] = rows
-            if path is not None:
+            if path is not None and jax.process_index() == 0:
                 append(path, rows)
         shown(rows)
     return Swept(measured, found, wrong)

@@ -107,12 +107,30 @@ def sweep(
 
     def run() -> Iterator[Row]:
         for policy in policies:
-            for capacity in _own(policy, tokens.shape[1], options.get("prompt")) or sorted(slots):
-                if capacity >= policy.needs:
-                    result = perplexity(model, tokens, policy, capacity, progress=progress, **options)
-                    yield Row(policy.name, capacity, mode, result.nats, result.perplexity, *result[1:])
+            for capacity in capacities(policy, slots, tokens.shape[1], options.get("prompt")):
+                yield measured(model, tokens, policy, capacity, progress=progress, **options)
 
     return run()
+
+
+def measured(
+    model: Decoder,
+    tokens: np.ndarray,
+    policy: Policy,
+    slots: int,
+    *,
+    progress: Callable[[int], None] = lambda tokens: None,
+    **options: Unpack[ReadOptions],
+) -> Row:
+    """One line of the table; arguments and errors are those of `perplexity`."""
+    result = perplexity(model, tokens, policy, slots, progress=progress, **options)
+    mode = options.get("mode", "streaming")
+    return Row(policy.name, slots, mode, result.nats, result.perplexity, *result[1:])
+
+
+def capacities(policy: Policy, slots: Sequence[int], total: int, prompt: int | None = None) -> list[int]:
+    """The capacities at which `sweep` measures a policy in rows of `total` tokens, of those that are asked for."""
+    return [capacity for capacity in _own(policy, total, prompt) or sorted(slots) if capacity >= policy.needs]
 
 
 def _own(policy: Policy, total: int, prompt: int | None) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +12,7 @@ from test_cli import SENTENCE, TEXT, folder, model, run, text, tokenizer  # noqa
 from jaxcompress.cli.compare import Compare
 from jaxcompress.cli.flags import StateDtype
 from jaxcompress.evaluation.compare import Compared
+from jaxcompress.evaluation.results import read_rows
 from jaxcompress.evaluation.tracing import trace
 from jaxcompress.generation import Tokenizer, generate
 from jaxcompress.models.decoder import Decoder
@@ -65,8 +65,8 @@ def test_generate(run: Any, model: Decoder, tokenizer: Tokenizer) -> None:
 def test_perplexity_reports_the_bytes_of_codes_and_scales(run: Any, text: Path, tmp_path: Path, model: Decoder) -> None:
     how = ("--file", text, "--context", 16, "--rows", 2, "--policies", "window", "--slots", 4, "--json")
     told = {name: run("perplexity", *how, "--state-dtype", name).json for name in ("int8", "int4")}
-    told["float32"] = run("perplexity", *how, "--out", tmp_path / "table.json").json  # as the weights
-    assert json.loads((tmp_path / "table.json").read_text()) == told["float32"]
+    told["float32"] = run("perplexity", *how, "--out", tmp_path / "rows.jsonl").json  # as the weights
+    assert [row.figure.details for row in read_rows(tmp_path / "rows.jsonl")] == told["float32"]["table"]
     config = model.config
     numbers = 2 * config.num_layers * 2 * config.num_kv_heads * 5  # vectors: K and V, layers, rows, heads, slots
     rest = 4 * (config.num_layers * 2 * 5 + 2 + config.num_layers)  # positions, seen, layer
@@ -116,30 +116,23 @@ def test_retention(run: Any, text: Path, tmp_path: Path) -> None:
     assert run("retention", *how, "--state-dtype", "int8").json["tokens"] == 24
 
 
-def test_compare(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
-    """It gets there; what it does with it is tested where it is computed."""
-    given = []
+def test_compare(monkeypatch: pytest.MonkeyPatch, run: Any, tmp_path: Path) -> None:
+    """It gets there, and into the rows; what it does with it is tested where it is computed."""
+    given, out = [], tmp_path / "rows.jsonl"
 
-    def compare(*arguments: Any, placement: Any, dtype: Any) -> list[Compared]:
+    def compared(*arguments: Any, placement: Any, dtype: Any) -> Compared:
         given.append((placement, dtype))
-        return []
+        return Compared("tova", arguments[3], 3.0, 0.1, 0.5, 0.2, None, None, None, None, 64, 96, 1.0, 10.0)
 
-    monkeypatch.setattr("jaxcompress.evaluation.compare.compare", compare)
-    run(
-        "compare",
-        "--context",
-        512,
-        "--rows",
-        1,
-        "--seeds",
-        1,
-        "--policies",
-        "tova",
-        "--state-dtype",
-        "int4",
-        "--placement",
-        "slot",
-        model=None,
-    )
-    assert given == [("slot", "int4")]
+    monkeypatch.setattr("jaxcompress.evaluation.compare.compared", compared)
+    how = ("--context", 512, "--rows", 1, "--seeds", 2, "--policies", "tova", "--fractions", 4, 8, "--out", out)
+    for _ in range(2):
+        ran = run("compare", *how, "--state-dtype", "int4", "--placement", "slot", model=None)
+        assert ran.count("3.000 ±0.100") == 2
+    assert given == [("slot", "int4")] * 2  # the second run found its lines in the file
+    rows = [row for row in read_rows(out) if row.cell.slots == 64]
+    assert [(row.figure.metric, row.figure.value, row.figure.spread) for row in rows] == [
+        ("nats per token", 3.0, 0.1), ("recall %", 50.0, 20.0),
+    ]  # fmt: skip
+    assert {row.cell.dtype for row in rows} == {"float32/int4"}
     assert Compare().state_dtype is None

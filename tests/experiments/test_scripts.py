@@ -19,6 +19,7 @@ SCRIPTS = sorted({path.stem for path in FOLDER.glob("*.py")} - PARTS)
 NEEDS = {  # a module that the tests do not install, and the command that does
     "aot_gpu": ("nvidia", "make aot-gpu"),
     "aot_kernels": ("libtpu", "make aot"),
+    "kvpress_parity": ("torch", 'pip install "torch==2.13.0" transformers "kvpress==0.5.5"'),
     "lm_eval_parity": ("torch", 'pip install -e ".[parity,lm-eval]"'),
     "make_gguf_fixtures": ("sentencepiece", "pip install sentencepiece"),
     "make_parity_fixtures": ("torch", 'pip install -e ".[parity]"'),
@@ -28,6 +29,8 @@ NEEDS = {  # a module that the tests do not install, and the command that does
     "soak_server": ("uvicorn", 'pip install "jaxcompress[serve]"'),
 }
 SLOW = {
+    "prompt_tables",
+    "random_eviction",
     "speed_kernels",
     "train_vision_demo",
     "slot_sharing",
