@@ -7,6 +7,7 @@ from jaxcompress.checkpoints._embedded import load_embedded as load_embedded
 from jaxcompress.checkpoints._embedded import load_embedded_vision as load_embedded_vision
 from jaxcompress.checkpoints._encoder import encoder_config as encoder_config
 from jaxcompress.checkpoints._encoder import hugging_face_encoder_config as hugging_face_encoder_config
+from jaxcompress.checkpoints._encoder import load_backbone as load_backbone
 from jaxcompress.checkpoints._encoder import load_encoder as load_encoder
 from jaxcompress.checkpoints._encoder import save_encoder as save_encoder
 from jaxcompress.checkpoints._known import KNOWN_MODELS as KNOWN_MODELS

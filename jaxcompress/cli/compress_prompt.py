@@ -52,6 +52,14 @@ class CompressPrompt(JsonFlag, WeightFlags):
     """Share of the reader's tokens that stay, in (0, 1]; 0.5 if neither this nor --tokens is given."""
     tokens: int | None = None
     """Number of the reader's tokens that stay, of all contexts together."""
+    question: str | None = None
+    """What the text is read for: keep the sentences that answer it. --model has to be an encoder that reads a question
+    (an OpenProvence checkpoint)."""
+    threshold: float | None = None
+    """Keep what scores above it, with no number of tokens to meet. With --question and neither --rate nor --tokens:
+    0.1 if not given."""
+    unit: Literal["word", "sentence"] | None = None
+    """What is kept or dropped as a whole; a sentence with --question, else a word, if not given."""
     scope: Literal["chunk", "document", "corpus"] = "document"
     """Which words compete for the number of tokens: those of a chunk, of a context, or of all contexts."""
     force: tuple[str, ...] = ()
@@ -59,7 +67,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
     return, \\t a tab, \\\\ a backslash."""
     protect: tuple[Protect, ...] = ()
     """Kinds of things that stay whole: those named (numbers urls), or all but those named (no-quotes), or none; all if
-    not given. --budget official knows numbers only: none if not given."""
+    not given. --budget official knows numbers only, and sentences need none: none if not given."""
     drop_consecutive: bool = False
     """Keep only the first of equal words of --force in a row."""
     word: Literal["mean", "first"] = "mean"
@@ -96,7 +104,9 @@ class CompressPrompt(JsonFlag, WeightFlags):
 
         count = self._count()  # a wrong folder is told before the classifier is loaded
         began = perf_counter()
-        compressor = Compressor.load(self.model, dtype=self.dtype, count=count, word=self.word)
+        compressor = Compressor.load(self.model, dtype=self.dtype, count=count, word=self.word, unit=self._unit)
+        if self.question is not None:
+            compressor = compressor.asking(self.question)
         loading, began = perf_counter() - began, perf_counter()
         if self.stream:
             before, after = self._streamed(compressor)
@@ -166,6 +176,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
         """What can be known before anything is loaded."""
         self._check_inputs()
         self._check_budget()
+        self._check_threshold()
         self._check_modes()
 
     def _check_inputs(self) -> None:
@@ -201,6 +212,16 @@ class CompressPrompt(JsonFlag, WeightFlags):
         if self.official and self.protect not in ((), ("none",), ("numbers",)):
             raise ValueError("--budget official knows --protect numbers only")
 
+    def _check_threshold(self) -> None:
+        if self.threshold is None:
+            return
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"--threshold must be in [0, 1), a probability, not {self.threshold}")
+        if self.rate is not None or self.tokens is not None:
+            raise ValueError("--threshold keeps as much as scores above it; give it, or --rate or --tokens")
+        if self.contexts is not None or self.scope != "document" or self.drop_consecutive:
+            raise ValueError("--threshold does not go with --contexts, --scope and --drop-consecutive")
+
     def _check_modes(self) -> None:
         modes = dict(
             structured=self.structured, json_text=self.json_text, messages=self.messages is not None,
@@ -211,6 +232,8 @@ class CompressPrompt(JsonFlag, WeightFlags):
             raise ValueError(f"{' and '.join(given)} exclude each other; choose one")
         if given and given[0] not in ("official", "messages") and self.tokens is not None:
             raise ValueError(f"--{given[0]} takes --rate, not --tokens")
+        if given and (self.threshold is not None or (given[0] == "official" and self._unit == "sentence")):
+            raise ValueError(f"--threshold and --unit sentence do not go with {given[0]}")
         if given and self.contexts is not None:
             raise ValueError(f"--contexts does not go with {given[0]}")
         if given and given[0] in ("stream", "official", "messages") and (self.show or self.json):
@@ -221,6 +244,19 @@ class CompressPrompt(JsonFlag, WeightFlags):
             raise ValueError("--scope does not go with official, which knows chunks only")
         if self.drop_consecutive and not (self.force or (self.official and self.protect)):
             raise ValueError("--drop-consecutive is for words that --force keeps; give it too")
+
+    @property
+    def _unit(self) -> Literal["word", "sentence"]:
+        return self.unit or ("word" if self.question is None else "sentence")
+
+    @property
+    def _threshold(self) -> float | None:
+        """The probability above which words or sentences stay; None if a number of tokens is to be met."""
+        plain = not (self.structured or self.json_text or self.stream or self.messages is not None)
+        no_budget = self.rate is None and self.tokens is None
+        if self.threshold is None and self.question is not None and plain and no_budget:
+            return 0.1  # `jaxcompress.prompt.compressor.THRESHOLD`
+        return self.threshold
 
     @property
     def official(self) -> bool:
@@ -242,7 +278,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
         from jaxcompress.prompt import KINDS
 
         off = [kind.removeprefix("no-") for kind in self.protect if kind.startswith("no-")]
-        if not self.protect or off:
+        if (not self.protect and self._unit == "word") or off:
             return [kind for kind in KINDS if kind not in off]
         return [kind for kind in KINDS if kind in self.protect]
 
@@ -260,6 +296,9 @@ class CompressPrompt(JsonFlag, WeightFlags):
         elif self.json_text:
             value, result = compress_json(compressor, parse_json(texts[0], "the text"), rate=rate, **options)
             return result, json.dumps(value, ensure_ascii=False, allow_nan=False)
+        elif self._threshold is not None:
+            chosen = dict(force=options["force"], protect=options["protect"])
+            result = compressor.prune(texts, threshold=self._threshold, **chosen)
         else:
             filter = None if self.contexts is None else Contexts(count=self.contexts)
             result = compressor.compress(texts, rate=self.rate, tokens=self.tokens, filter=filter, **options)

@@ -4,7 +4,7 @@ from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.prompt.compressor import Compressor
 from jaxcompress.prompt.contexts import Contexts
 from jaxcompress.prompt.counting import WORDS, Counter, TokenizerCounter
-from jaxcompress.prompt.keeping import BudgetTooSmall, Compressed, Kept, keep
+from jaxcompress.prompt.keeping import BudgetTooSmall, Compressed, Kept, keep, keep_above
 from jaxcompress.prompt.kinds import KINDS, Kind, protected_spans
 from jaxcompress.prompt.messages import compress_messages
 from jaxcompress.prompt.official import OfficialCompressor
@@ -20,5 +20,5 @@ __all__ = [
     "KINDS", "WORDS", "BudgetTooSmall", "Compressed", "Compressor", "Contexts", "Counter", "EncoderTokenizer",
     "Kept", "KeyRule", "Kind", "OfficialCompressor", "Payoff", "ScoredWords", "Scorer", "Segment",
     "TokenizerCounter", "compress_json", "compress_messages", "compress_stream", "compress_structured", "keep",
-    "mixed", "protected_spans", "read_shortened", "recovery", "segment",
+    "keep_above", "mixed", "protected_spans", "read_shortened", "recovery", "segment",
 ]  # fmt: skip

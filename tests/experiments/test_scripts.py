@@ -21,6 +21,7 @@ NEEDS = {  # a module that the tests do not install, and the command that does
     "aot_kernels": ("libtpu", "make aot"),
     "lm_eval_parity": ("torch", 'pip install -e ".[parity,lm-eval]"'),
     "make_gguf_fixtures": ("sentencepiece", "pip install sentencepiece"),
+    "make_modernbert_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_parity_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_sampling_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_vision_fixtures": ("torch", 'pip install -e ".[parity]"'),
