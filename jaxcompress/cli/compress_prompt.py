@@ -17,7 +17,7 @@ from jaxcompress.cli.runtime import prepare, tell, write_json
 from jaxcompress.inputs.text import decoded, named, parse_json, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
-    from jaxcompress.prompt import Compressed, Compressor, Kept, TokenizerCounter
+    from jaxcompress.prompt import Compressed, Compressor, Kept, Kind, TokenizerCounter
 
 Protect = Literal[
     "code", "quotes", "urls", "paths", "identifiers", "numbers", "negations", "no-code", "no-quotes", "no-urls",
@@ -102,7 +102,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
         prepare()
         from jaxcompress.prompt import Compressor
 
-        count = self._count()  # a wrong folder is told before the classifier is loaded
+        count = reader_counter(self.reader)  # a wrong folder is told before the classifier is loaded
         began = perf_counter()
         compressor = Compressor.load(self.model, dtype=self.dtype, count=count, word=self.word, unit=self._unit)
         if self.question is not None:
@@ -206,9 +206,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
                 raise ValueError(f"{name} is for --report; give it too")
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be above 0, not {value}")
-        ways = {kind if kind == "none" else kind.startswith("no-") for kind in self.protect}
-        if len(ways) > 1:
-            raise ValueError("--protect takes kinds that stay, or kinds that need not (no-...), or none; not a mixture")
+        check_kinds(self.protect)
         if self.official and self.protect not in ((), ("none",), ("numbers",)):
             raise ValueError("--budget official knows --protect numbers only")
 
@@ -262,25 +260,8 @@ class CompressPrompt(JsonFlag, WeightFlags):
     def official(self) -> bool:
         return self.budget == "official"
 
-    def _count(self) -> TokenizerCounter | None:
-        from jaxcompress import embedded
-        from jaxcompress.inputs.tokenizer import Tokenizer
-        from jaxcompress.prompt import TokenizerCounter
-
-        if self.reader is None:
-            return None
-        folder = embedded.decoder_folder() if self.reader == "embedded" else Path(self.reader).expanduser()
-        if not folder.is_dir():
-            raise FileNotFoundError(f"--reader: there is no folder {folder}; give a model's folder, or embedded")
-        return TokenizerCounter(Tokenizer(folder))
-
-    def _kinds(self) -> list[str]:
-        from jaxcompress.prompt import KINDS
-
-        off = [kind.removeprefix("no-") for kind in self.protect if kind.startswith("no-")]
-        if (not self.protect and self._unit == "word") or off:
-            return [kind for kind in KINDS if kind not in off]
-        return [kind for kind in KINDS if kind in self.protect]
+    def _kinds(self) -> list[Kind]:
+        return [] if not self.protect and self._unit == "sentence" else kinds_named(self.protect)
 
     def _options(self) -> dict[str, Any]:
         force = [unescaped(string) for string in self.force]
@@ -340,6 +321,38 @@ class CompressPrompt(JsonFlag, WeightFlags):
         for path in () if self.prompt else self._files:
             with nullcontext(standard_input()) if str(path) == "-" else path.open("rb") as file:
                 yield from _without_nul(decoded(iter(partial(file.read, 1 << 16), b""), named(path)), named(path))
+
+
+def reader_counter(reader: str | None) -> TokenizerCounter | None:
+    """What counts tokens for a value of --reader; None for the classifier's own tokens.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+    """
+    from jaxcompress import embedded
+    from jaxcompress.inputs.tokenizer import Tokenizer
+    from jaxcompress.prompt import TokenizerCounter
+
+    if reader is None:
+        return None
+    folder = embedded.decoder_folder() if reader == "embedded" else Path(reader).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--reader: there is no folder {folder}; give a model's folder, or embedded")
+    return TokenizerCounter(Tokenizer(folder))
+
+
+def check_kinds(named: tuple[Protect, ...]) -> None:
+    """Raises ValueError for a --protect that names kinds in several ways."""
+    if len({kind if kind == "none" else kind.startswith("no-") for kind in named}) > 1:
+        raise ValueError("--protect takes kinds that stay, or kinds that need not (no-...), or none; not a mixture")
+
+
+def kinds_named(named: tuple[Protect, ...]) -> list[Kind]:
+    """The kinds that a value of --protect names: all if it is empty."""
+    from jaxcompress.prompt import KINDS
+
+    off = [kind.removeprefix("no-") for kind in named if kind.startswith("no-")]
+    return [kind for kind in KINDS if kind not in off and (not named or off or kind in named)]
 
 
 def _without_nul(pieces: Iterable[str], what: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -161,6 +161,21 @@ def keep(
     priced = [PricedText(one, *price, *marks, here) for one, price, marks, here in parts]
     fitter = Fitter(Selection(priced, scope, drop_consecutive), counter, [one for one in force if one.isspace()])
     return _compressed(fitter, rates, tokens)
+
+
+def keep_with_forced(scored: ScoredWords | Sequence[ScoredWords], count: Count, **options: Any) -> Compressed:
+    """As `keep`, but where what is forced and protected has more tokens than may stay, that stays and nothing else.
+
+    `Compressed.asked` is the number that was asked for.
+
+    Args:
+      options: as for `keep`.
+    """
+    try:
+        return keep(scored, count, **options)
+    except BudgetTooSmall as error:
+        budget = dict(rate=None, tokens=error.needed)
+        return replace(keep(scored, count, **{**options, **budget}), asked=error.asked)
 
 
 def keep_above(
