@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,7 @@ import tyro
 
 from jaxcompress.cli.compress_prompt import Protect, check_kinds, kinds_named, reader_counter
 from jaxcompress.cli.flags import JsonFlag, WeightFlags, at_least
-from jaxcompress.cli.runtime import prepare, tell, write_json
+from jaxcompress.cli.runtime import prepare, progress, tell, write_json
 from jaxcompress.inputs.text import unescaped
 
 if TYPE_CHECKING:
@@ -67,13 +65,13 @@ class CompressCorpus(JsonFlag, WeightFlags):
             tuple(kinds_named(self.protect)), self.labels, self.rows,
         )  # fmt: skip
         load = partial(_load, self.model, self.dtype, self.reader)
-        with _progress() as progress:
+        with progress(None, "compressing", "record") as advance:
             if self.workers:
                 from jaxcompress.prompt.ray import compress_corpus_on_ray
 
-                report = compress_corpus_on_ray(load, job, workers=self.workers, progress=progress)
+                report = compress_corpus_on_ray(load, job, workers=self.workers, progress=advance)
             else:
-                report = compress_corpus(load(), job, progress=progress)
+                report = compress_corpus(load(), job, progress=advance)
         if self.json:
             write_json(report._asdict())
         tell(
@@ -88,14 +86,3 @@ def _load(model: Any, dtype: Any, reader: str | None) -> Compressor:
     from jaxcompress.prompt import Compressor
 
     return Compressor.load(model, dtype=dtype, count=reader_counter(reader))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int], Any]]:
-    """Counts records on standard error where that is a terminal."""
-    import sys
-
-    from tqdm import tqdm
-
-    with tqdm(unit="record", disable=not sys.stderr.isatty()) as bar:
-        yield bar.update

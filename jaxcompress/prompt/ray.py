@@ -20,6 +20,7 @@ from jaxcompress.prompt.corpus import CorpusJob, CorpusReport, PartReport, begin
 from jaxcompress.prompt.corpus_files import Part
 
 with extra("ray"):
+    import ray  # pyright: ignore[reportMissingImports]
     import ray.data  # pyright: ignore[reportMissingImports]
 
 
@@ -39,7 +40,8 @@ def compress_corpus_on_ray(
     job: CorpusJob,
     *,
     workers: int = 2,
-    options: dict[str, Any] | None = None,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
     progress: Callable[[int], None] = lambda records: None,
 ) -> CorpusReport:
     """Makes the parts that are missing, on the Ray cluster that this process is connected to, or a local one.
@@ -47,21 +49,23 @@ def compress_corpus_on_ray(
     Args:
       load: makes the compressor; called here and once in each actor.
       workers: actors.
-      options: of Ray for each actor, such as dict(num_cpus=4) or dict(num_gpus=1).
+      num_cpus, num_gpus: of each actor; Ray's defaults if None.
       progress: as for `compress_corpus`.
 
     Raises:
       FileNotFoundError, ValueError, OSError: as `compress_corpus`; errors in an actor come as Ray's.
     """
     workers = whole(workers, "workers", least=1)
+    if not ray.is_initialized():
+        ray.init()
     parts, missing = begin(load(), job)
     progress(sum(part.records for part in parts) - sum(part.records for part in missing))
     if not missing:
         return total(len(parts), [])
     rows = ray.data.from_items([part._asdict() for part in missing], override_num_blocks=len(missing))
     done = rows.map(
-        _Worker, fn_constructor_args=(load, job), concurrency=min(workers, len(missing)), max_restarts=-1,
-        max_task_retries=-1, **(options or {}),
+        _Worker, fn_constructor_args=(load, job), compute=ray.data.ActorPoolStrategy(size=min(workers, len(missing))),
+        num_cpus=num_cpus, num_gpus=num_gpus,
     )  # fmt: skip
     made = []
     for row in done.iter_rows():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from functools import partial
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,32 +162,46 @@ def test_on_the_command_line(
     assert "there is no file" in capsys.readouterr().err
 
 
-class Fatal:
-    """Loads a compressor; the first actor that shortens a part dies of it."""
+ON_RAY = """
+import os
+import signal
+import sys
+from pathlib import Path
 
-    def __init__(self, mark: Path):
-        self.mark, self.starter = mark, os.getpid()
+import ray
 
-    def __call__(self) -> Compressor:
-        if os.getpid() != self.starter and not self.mark.exists():
-            self.mark.write_text("dead")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return Compressor.load(FOLDER)
+from jaxcompress.prompt import Compressor
+from jaxcompress.prompt.corpus import CorpusJob
+from jaxcompress.prompt.ray import compress_corpus_on_ray
+
+FOLDER, SOURCE, TARGET, MARK = map(Path, sys.argv[1:])
+STARTER = os.getpid()
+
+
+def load():
+    if os.getpid() != STARTER and not MARK.exists():  # the first actor dies
+        MARK.write_text("dead")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Compressor.load(FOLDER)
+
+
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+report = compress_corpus_on_ray(load, CorpusJob(SOURCE, TARGET, rows=3), workers=2)
+ray.shutdown()
+print(tuple(report))
+"""
 
 
 def test_on_ray(compressor: Compressor, tmp_path: Path) -> None:
     """Two workers, of which one is killed, make what one process makes."""
-    ray = pytest.importorskip("ray", reason='pip install "jaxcompress[ray]"')
-    pytest.importorskip("ray.data")
-    from jaxcompress.prompt.ray import compress_corpus_on_ray
-
+    pytest.importorskip("ray", reason='pip install "jaxcompress[ray]"')
     source = jsonl(tmp_path / "given.jsonl", records(12))
+    script, mark = tmp_path / "on_ray.py", tmp_path / "mark"
+    script.write_text(ON_RAY)
     whole, spread = (CorpusJob(source, tmp_path / name, rows=3) for name in ("whole", "spread"))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        report = compress_corpus_on_ray(partial(Fatal(tmp_path / "mark")), spread, workers=2)
-    finally:
-        ray.shutdown()
-    assert (tmp_path / "mark").exists()
-    assert report == compress_corpus(compressor, whole)
+    command = [sys.executable, str(script), *map(str, (FOLDER, source, spread.target, mark))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert mark.exists()
+    assert done.stdout.strip().splitlines()[-1] == str(tuple(compress_corpus(compressor, whole)))
     assert written(spread.target) == written(whole.target)
