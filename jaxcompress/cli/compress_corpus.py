@@ -67,7 +67,7 @@ class CompressCorpus(JsonFlag, WeightFlags):
         load = partial(_load, self.model, self.dtype, self.reader)
         with progress(None, "compressing", "record") as advance:
             if self.workers:
-                from jaxcompress.prompt.ray import compress_corpus_on_ray
+                from jaxcompress.prompt.on_ray import compress_corpus_on_ray
 
                 report = compress_corpus_on_ray(load, job, workers=self.workers, progress=advance)
             else:

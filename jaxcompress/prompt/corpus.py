@@ -5,7 +5,7 @@
 
 Each record stays as it is and gets the shorter text beside its own. A part is done when its file is there, so neither
 `kill -9` nor a lost machine costs more than the parts that were being made. Parts are the same wherever they are made:
-`jaxcompress.prompt.ray` makes them on several machines.
+`jaxcompress.prompt.on_ray` makes them on several machines.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ import ray
 
 from jaxcompress.prompt import Compressor
 from jaxcompress.prompt.corpus import CorpusJob
-from jaxcompress.prompt.ray import compress_corpus_on_ray
+from jaxcompress.prompt.on_ray import compress_corpus_on_ray
 
 FOLDER, SOURCE, TARGET, MARK = map(Path, sys.argv[1:])
 STARTER = os.getpid()

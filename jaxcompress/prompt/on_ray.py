@@ -20,8 +20,7 @@ from jaxcompress.prompt.corpus import CorpusJob, CorpusReport, PartReport, begin
 from jaxcompress.prompt.corpus_files import Part
 
 with extra("ray"):
-    import ray  # pyright: ignore[reportMissingImports]
-    import ray.data  # pyright: ignore[reportMissingImports]
+    from ray import data, init, is_initialized  # pyright: ignore[reportMissingImports]
 
 
 class _Worker:
@@ -56,15 +55,15 @@ def compress_corpus_on_ray(
       FileNotFoundError, ValueError, OSError: as `compress_corpus`; errors in an actor come as Ray's.
     """
     workers = whole(workers, "workers", least=1)
-    if not ray.is_initialized():
-        ray.init()
+    if not is_initialized():
+        init()
     parts, missing = begin(load(), job)
     progress(sum(part.records for part in parts) - sum(part.records for part in missing))
     if not missing:
         return total(len(parts), [])
-    rows = ray.data.from_items([part._asdict() for part in missing], override_num_blocks=len(missing))
+    rows = data.from_items([part._asdict() for part in missing], override_num_blocks=len(missing))
     done = rows.map(
-        _Worker, fn_constructor_args=(load, job), compute=ray.data.ActorPoolStrategy(size=min(workers, len(missing))),
+        _Worker, fn_constructor_args=(load, job), compute=data.ActorPoolStrategy(size=min(workers, len(missing))),
         num_cpus=num_cpus, num_gpus=num_gpus,
     )  # fmt: skip
     made = []
