@@ -9,7 +9,7 @@ from jaxcompress.prompt.kinds import KINDS, Kind, protected_spans
 from jaxcompress.prompt.messages import compress_messages
 from jaxcompress.prompt.official import OfficialCompressor
 from jaxcompress.prompt.payoff import Payoff
-from jaxcompress.prompt.reading import read_shortened
+from jaxcompress.prompt.reading import read_shortened, read_shortened_with_picture
 from jaxcompress.prompt.recovery import recovery
 from jaxcompress.prompt.streaming import compress_stream
 from jaxcompress.prompt.structured import KeyRule, Segment, compress_json, compress_structured
@@ -20,5 +20,6 @@ __all__ = [
     "KINDS", "WORDS", "BudgetTooSmall", "Compressed", "Compressor", "Contexts", "Counter", "EncoderTokenizer",
     "Kept", "KeyRule", "Kind", "OfficialCompressor", "Payoff", "ScoredWords", "Scorer", "Segment",
     "TokenizerCounter", "compress_json", "compress_messages", "compress_stream", "compress_structured", "keep",
-    "keep_above", "mixed", "protected_spans", "read_shortened", "recovery", "segment",
+    "keep_above", "mixed", "protected_spans", "read_shortened",
+    "read_shortened_with_picture", "recovery", "segment",
 ]  # fmt: skip
