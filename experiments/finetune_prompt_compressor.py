@@ -28,7 +28,7 @@ from prompt_continuation import best_words, f1
 from sentences import write_sentences
 from train_prompt_compressor import prose, read_people
 
-from jaxcompress.checkpoints import Loaded, load_backbone, save_encoder
+from jaxcompress.checkpoints import Loaded, load_backbone, save_encoder, store_in_int8
 from jaxcompress.embedded import compressor_folder
 from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.models.encoder import Encoder
@@ -41,7 +41,8 @@ from jaxcompress.training.optimizer import warmup_stable_decay
 
 @dataclass(frozen=True)
 class Arguments(Command):
-    """Trains; writes checkpoints, a log, the model's folder and its agreement with people under `out`."""
+    """Trains; writes checkpoints, a log, the model's folder, the same in int8, and their agreement with people under
+    `out`."""
 
     base: Path | None = None
     """Folder of a BERT or RoBERTa checkpoint; required, except with `--quick`, which takes the shipped classifier."""
@@ -158,11 +159,18 @@ def main(args: Arguments) -> None:
     folder = args.out / "model"
     if not folder.exists():
         save_encoder(state.params, folder, tokenizer_from=tokenizer.folder)
-    compressor = Compressor(state.params, tokenizer)
+    small = args.out / "int8"
+    if not small.exists():
+        store_in_int8(folder, small)
+    print(f"{small}: {sum(file.stat().st_size for file in small.iterdir()) / 1e6:.1f} MB", flush=True)
     held, _ = label(held_out, variation=100.0, gap=100.0)
     half = len(held) // 2
-    found = dict(validation=agreement(compressor, held[:half]), test=agreement(compressor, held[half:]))
-    print(f"F1 of kept words: {found}", flush=True)
+    found = {}
+    for stored in (folder, small):
+        compressor = Compressor.load(stored)
+        parts = dict(validation=held[:half], test=held[half:])
+        found[stored.name] = {part: agreement(compressor, examples) for part, examples in parts.items()}
+        print(f"F1 of kept words, {stored.name}: {found[stored.name]}", flush=True)
     (args.out / "agreement.json").write_text(json.dumps(found) + "\n")
 
 

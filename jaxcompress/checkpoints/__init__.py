@@ -18,6 +18,7 @@ from jaxcompress.checkpoints._policy import SavedPolicy as SavedPolicy
 from jaxcompress.checkpoints._policy import load_policy as load_policy
 from jaxcompress.checkpoints._policy import save_policy as save_policy
 from jaxcompress.checkpoints._save import save as save
+from jaxcompress.checkpoints._stored_int8 import store_in_int8 as store_in_int8
 from jaxcompress.checkpoints._vision import load_llava as load_llava
 from jaxcompress.checkpoints._vision import load_tower as load_tower
 from jaxcompress.checkpoints._vision import save_llava as save_llava

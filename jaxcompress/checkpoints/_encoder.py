@@ -29,6 +29,7 @@ from jaxcompress.checkpoints._load import Shardings, Surplus, Target, fill, find
 from jaxcompress.checkpoints._loaded import Loaded
 from jaxcompress.checkpoints._modernbert import MODEL_TYPE, PROVENCE, load_modernbert
 from jaxcompress.checkpoints._save import write_folder
+from jaxcompress.checkpoints._stored_int8 import with_scales
 from jaxcompress.checkpoints._weights import Names, named_weights
 from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.inputs.json import read_object
@@ -62,7 +63,8 @@ def load_encoder(
     """Reads a checkpoint that classifies tokens.
 
     BERT and XLM-RoBERTa (such as those of LLMLingua-2) give an `Encoder`; ModernBERT gives a `ModernBertClassifier`, an
-    OpenProvence checkpoint a `Provence`, and one of Kompress a `Kompress`.
+    OpenProvence checkpoint a `Provence`, and one of Kompress a `Kompress`. Matrices may be stored in int8
+    (`store_in_int8`).
 
     Args:
       source, dtype, sharding: as for `load`.
@@ -81,7 +83,7 @@ def load_encoder(
     with config_of(folder / "config.json"):
         config, names = encoder_config(settings), _names(_PREFIX[_kind(settings)])
     surplus = Surplus(lambda name: name.endswith(_POSITION_IDS), lambda name: ".pooler." in name)
-    return _filled(folder, tensors_of(folder), settings, config, names, surplus, dtype, sharding)
+    return _filled(folder, with_scales(tensors_of(folder)), settings, config, names, surplus, dtype, sharding)
 
 
 def load_backbone(

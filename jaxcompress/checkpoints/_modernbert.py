@@ -31,6 +31,7 @@ from jaxcompress.checkpoints._entries import (
 from jaxcompress.checkpoints._experts import View
 from jaxcompress.checkpoints._load import Shardings, Surplus, Target, fill, tensors_of
 from jaxcompress.checkpoints._loaded import Loaded
+from jaxcompress.checkpoints._stored_int8 import with_scales
 from jaxcompress.checkpoints._weights import Names, named_weights
 from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.models.modernbert import Kompress, ModernBert, ModernBertClassifier, ModernBertConfig, Provence
@@ -98,7 +99,7 @@ def load_modernbert(
     Raises:
       FileNotFoundError, ValueError: as `load`.
     """
-    tensors = tensors_of(folder)
+    tensors = with_scales(tensors_of(folder))
     with config_of(folder / "config.json"):
         kind, config = _kind(settings, tensors), modernbert_config(settings)
     names = _names(kind)

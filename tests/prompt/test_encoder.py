@@ -19,6 +19,7 @@ from jaxcompress.checkpoints import (
     load_backbone,
     load_encoder,
     save_encoder,
+    store_in_int8,
 )
 from jaxcompress.models.encoder import Encoder, EncoderConfig
 from jaxcompress.prompt.scoring import LENGTHS, TOKENS, _batches, _of_leaves, score
@@ -129,6 +130,28 @@ def test_a_checkpoint_of_another_task_is_a_backbone(tmp_path: Path, name: str, e
     assert not np.asarray(loaded.model(tokens, valid)).any()
     again = load_encoder(save_encoder(loaded.model, tmp_path / "saved", tokenizer_from=folder)).model
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, loaded.model))
+
+
+def test_stored_in_int8(tmp_path: Path, name: str, encoder: Encoder) -> None:
+    """A quarter of the size, and each number within half a step of its row."""
+    folder = store_in_int8(FOLDERS[name], tmp_path / "small")
+    small, large = (one / "model.safetensors" for one in (folder, FOLDERS[name]))
+    assert small.stat().st_size < 0.4 * large.stat().st_size
+    loaded = load_encoder(folder)
+    assert loaded.tokenizer.count("a few words") == load_encoder(FOLDERS[name]).tokenizer.count("a few words")
+    for one, other in zip(jax.tree.leaves(loaded.model), jax.tree.leaves(encoder), strict=True):
+        assert np.abs(one - other).max() <= np.abs(other).max() / 127 / 2 + 1e-6
+    again = load_encoder(store_in_int8(folder, tmp_path / "again")).model
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.allclose(a, b, atol=1e-6)), again, loaded.model))
+    row = np.random.default_rng(2).integers(5, 2000, 40).astype(np.int32)
+    assert np.abs(score(loaded.model, [row])[0] - score(encoder, [row])[0]).max() < 0.05
+    with pytest.raises(FileExistsError, match="not empty"):
+        store_in_int8(FOLDERS[name], folder)
+    tensors = load_file(small)
+    scale = next(tensor for tensor in tensors if tensor.endswith("_scale"))
+    save_file(tensors | {scale: tensors[scale][:1]}, small)
+    with pytest.raises(ValueError, match="needs one number for each row"):
+        load_encoder(folder)
 
 
 def test_what_is_no_backbone(tmp_path: Path) -> None:
