@@ -113,7 +113,7 @@ def load_backbone(
     settings = {**settings, **labels, "architectures": [_ARCHITECTURES.get(kind, "RobertaForTokenClassification")]}
     with config_of(folder / "config.json"):
         config = encoder_config(settings)
-    tensors = tensors_of(folder)
+    tensors = with_scales(tensors_of(folder))
     # A checkpoint of the encoder alone has names without the prefix.
     prefix = _PREFIX[kind] if any(name.startswith(f"{_PREFIX[kind]}.") for name in tensors) else ""
     names = _names(prefix)

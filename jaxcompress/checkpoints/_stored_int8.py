@@ -58,6 +58,8 @@ def store_in_int8(source: str | Path, folder: str | Path) -> Path:
         if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
     save_file(written, folder / _WEIGHTS, metadata={"format": "pt"})
+    # safetensors makes its files readable by the owner only; the others follow the umask.
+    (folder / _WEIGHTS).chmod((folder / "config.json").stat().st_mode)
     return folder
 
 
