@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -33,7 +33,7 @@ from jaxcompress.checkpoints import save_encoder
 from jaxcompress.embedded import compressor_folder
 from jaxcompress.embedded.corpus import documents
 from jaxcompress.models.encoder import Encoder, EncoderConfig
-from jaxcompress.prompt import Compressor, OfficialCompressor
+from jaxcompress.prompt import Compressor
 
 _TOKENS = re.compile(r"\w{1,4}|\W")
 
@@ -74,7 +74,7 @@ def main(args: Arguments) -> None:
 def compare(folder: Path, theirs: Any, prompts: list[str], args: Arguments) -> None:
     """The package, its algorithm here, and the default here, in turn over the same prompts."""
     compressor = Compressor.load(folder, dtype=args.dtype)
-    ours = OfficialCompressor(compressor.encoder, compressor.tokenizer, _count)
+    ours = replace(compressor, count=_count).official
     package = {} if theirs is None else dict(package=lambda: theirs.compress_prompt_llmlingua2(prompts, rate=args.rate))
     runs: dict[str, Callable[[], Any]] = package | {
         "official": lambda: ours.compress(prompts, rate=args.rate),

@@ -37,7 +37,15 @@ EXTRAS = {
     "lm-eval": Extra("evaluating with lm-evaluation-harness", ("lm_eval",)),
     "serve": Extra("the server", ("starlette", "uvicorn", "prometheus_client")),
     "teacher": Extra("asking a teacher at an endpoint", ("openai",)),
+    "parquet": Extra("reading and writing Parquet", ("pyarrow",)),
+    "langchain": Extra("the document compressor of LangChain", ("langchain_core",)),
+    "llama-index": Extra("the node postprocessor of LlamaIndex", ("llama_index",)),
+    "ray": Extra("compressing a corpus on several machines", ("ray",)),
 }
+
+
+FRAMEWORKS = frozenset({"langchain", "llama-index", "ray"})
+"""Extras that the extra `all` does not have: who wants one has its framework already, and it is large."""
 
 
 class MissingExtra(ImportError):

@@ -7,6 +7,7 @@ from jaxcompress.checkpoints._embedded import load_embedded as load_embedded
 from jaxcompress.checkpoints._embedded import load_embedded_vision as load_embedded_vision
 from jaxcompress.checkpoints._encoder import encoder_config as encoder_config
 from jaxcompress.checkpoints._encoder import hugging_face_encoder_config as hugging_face_encoder_config
+from jaxcompress.checkpoints._encoder import load_backbone as load_backbone
 from jaxcompress.checkpoints._encoder import load_encoder as load_encoder
 from jaxcompress.checkpoints._encoder import save_encoder as save_encoder
 from jaxcompress.checkpoints._known import KNOWN_MODELS as KNOWN_MODELS
@@ -17,6 +18,7 @@ from jaxcompress.checkpoints._policy import SavedPolicy as SavedPolicy
 from jaxcompress.checkpoints._policy import load_policy as load_policy
 from jaxcompress.checkpoints._policy import save_policy as save_policy
 from jaxcompress.checkpoints._save import save as save
+from jaxcompress.checkpoints._stored_int8 import store_in_int8 as store_in_int8
 from jaxcompress.checkpoints._vision import load_llava as load_llava
 from jaxcompress.checkpoints._vision import load_tower as load_tower
 from jaxcompress.checkpoints._vision import save_llava as save_llava

@@ -1,4 +1,5 @@
-"""Loads and saves encoders that classify tokens: BERT and XLM-RoBERTa as `...ForTokenClassification`."""
+"""Loads and saves encoders that classify tokens: BERT and XLM-RoBERTa as `...ForTokenClassification`, and loads those
+of `jaxcompress.checkpoints._modernbert`."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -22,9 +24,12 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
+from jaxcompress.checkpoints._experts import View
 from jaxcompress.checkpoints._load import Shardings, Surplus, Target, fill, find, tensors_of
 from jaxcompress.checkpoints._loaded import Loaded
+from jaxcompress.checkpoints._modernbert import MODEL_TYPE, PROVENCE, load_modernbert
 from jaxcompress.checkpoints._save import write_folder
+from jaxcompress.checkpoints._stored_int8 import with_scales
 from jaxcompress.checkpoints._weights import Names, named_weights
 from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.inputs.json import read_object
@@ -33,6 +38,7 @@ from jaxcompress.models.encoder import Encoder, EncoderConfig
 _PREFIX = {"bert": "bert", "xlm-roberta": "roberta", "roberta": "roberta"}
 _ARCHITECTURES = {"bert": "BertForTokenClassification", "xlm-roberta": "XLMRobertaForTokenClassification"}
 _KNOWN = {**{name: kind for kind, name in _ARCHITECTURES.items()}, "RobertaForTokenClassification": "roberta"}
+_POSITION_IDS = "embeddings.position_ids"
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # The defaults of transformers for entries that config.json does not have.
 _DEFAULTS: Mapping[str, Any] = {
@@ -53,8 +59,12 @@ _INTERPRETED = frozenset(
 
 def load_encoder(
     source: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings | None = None
-) -> Loaded[Encoder, EncoderConfig, EncoderTokenizer]:
-    """Reads a BERT or XLM-RoBERTa checkpoint that classifies tokens, such as those of LLMLingua-2.
+) -> Loaded[Any, Any, EncoderTokenizer]:
+    """Reads a checkpoint that classifies tokens.
+
+    BERT and XLM-RoBERTa (such as those of LLMLingua-2) give an `Encoder`; ModernBERT gives a `ModernBertClassifier`, an
+    OpenProvence checkpoint a `Provence`, and one of Kompress a `Kompress`. Matrices may be stored in int8
+    (`store_in_int8`).
 
     Args:
       source, dtype, sharding: as for `load`.
@@ -68,8 +78,61 @@ def load_encoder(
     """
     folder = find(source)
     settings = read_object(folder / "config.json")
+    if settings.get("model_type") in (MODEL_TYPE, PROVENCE):
+        return load_modernbert(folder, settings, dtype, sharding)
     with config_of(folder / "config.json"):
         config, names = encoder_config(settings), _names(_PREFIX[_kind(settings)])
+    surplus = Surplus(lambda name: name.endswith(_POSITION_IDS), lambda name: ".pooler." in name)
+    return _filled(folder, with_scales(tensors_of(folder)), settings, config, names, surplus, dtype, sharding)
+
+
+def load_backbone(
+    source: str | Path, *, num_labels: int = 2, dtype: DTypeLike | None = None, sharding: Shardings | None = None
+) -> Loaded[Encoder, EncoderConfig, EncoderTokenizer]:
+    """Reads a BERT or RoBERTa checkpoint of any task as an encoder to be trained to classify tokens.
+
+    What the checkpoint has beside its embeddings and layers, such as a pooler or a language model's head, is left out.
+    The new head is 0, so every class has the same probability.
+
+    Args:
+      num_labels: the number of classes.
+      source, dtype, sharding: as for `load`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`.
+
+    Examples:
+      >>> encoder = load_backbone("sentence-transformers/all-MiniLM-L6-v2").model  # doctest: +SKIP
+    """
+    folder = find(source)
+    settings = read_object(folder / "config.json")
+    kind = settings.get("model_type")
+    if not isinstance(kind, str) or kind not in _PREFIX:
+        raise ValueError(f"{folder / 'config.json'}: model_type is {shown(kind)}; known: {', '.join(_PREFIX)}")
+    labels = {"id2label": None, "label2id": None, "num_labels": num_labels}
+    settings = {**settings, **labels, "architectures": [_ARCHITECTURES.get(kind, "RobertaForTokenClassification")]}
+    with config_of(folder / "config.json"):
+        config = encoder_config(settings)
+    tensors = with_scales(tensors_of(folder))
+    # A checkpoint of the encoder alone has names without the prefix.
+    prefix = _PREFIX[kind] if any(name.startswith(f"{_PREFIX[kind]}.") for name in tensors) else ""
+    names = _names(prefix)
+    own = tuple(".".join(filter(None, (prefix, part))) + "." for part in ("embeddings", "encoder"))
+    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(own)}
+    shapes = {"classifier.weight": (num_labels, config.hidden_size), "classifier.bias": (num_labels,)}
+    head = {name: View(shape, "F32", _zeros) for name, shape in shapes.items()}
+    surplus = Surplus(lambda name: name.endswith(_POSITION_IDS))
+    return _filled(folder, inside | head, settings, config, names, surplus, dtype, sharding)
+
+
+def _zeros(index: tuple[slice, ...]) -> np.ndarray:
+    return np.zeros([len(range(one.start, one.stop, one.step)) for one in index], np.float32)
+
+
+def _filled(
+    folder: Path, tensors: Mapping[str, Any], settings: dict[str, Any], config: EncoderConfig, names: Names,
+    surplus: Surplus, dtype: DTypeLike | None, sharding: Shardings | None,
+) -> Loaded[Encoder, EncoderConfig, EncoderTokenizer]:  # fmt: skip
     sizes = {
         "vocab_size": config.vocab_size * config.hidden_size,
         "hidden_size": config.num_layers * config.hidden_size**2,
@@ -79,13 +142,10 @@ def load_encoder(
         "num_labels": config.num_labels * config.hidden_size,
     }
     weights_of = lambda encoder: named_weights(encoder, names)
-    tensors = tensors_of(folder)
     target = weights_dtype(dtype, settings, tensors, folder)
-    model = fill(
-        folder, tensors, lambda: Encoder(config, dtype=target, rngs=nnx.Rngs(0)), weights_of, sizes=sizes,
-        surplus=Surplus(lambda name: name.endswith("embeddings.position_ids"), lambda name: ".pooler." in name),
-        into=Target(target, sharding),
-    )  # fmt: skip
+    make = lambda: Encoder(config, dtype=target, rngs=nnx.Rngs(0))
+    into = Target(target, sharding)
+    model = fill(folder, tensors, make, weights_of, sizes=sizes, surplus=surplus, into=into)
     return Loaded(model, config, settings, folder, EncoderTokenizer)
 
 
@@ -164,7 +224,9 @@ def _kind(raw: Mapping[str, Any]) -> str:
 
 
 def _names(prefix: str) -> Names:
-    embeddings = f"{prefix}.embeddings"
+    """Tensor names that begin with a prefix and a dot, or with nothing."""
+    start = f"{prefix}." if prefix else ""
+    embeddings = f"{start}embeddings"
     return Names(
         {
             "embedding": f"{embeddings}.word_embeddings.weight",
@@ -183,5 +245,5 @@ def _names(prefix: str) -> Names:
             "layers.down": "output.dense",
             "layers.mlp_norm": "output.LayerNorm",
         },
-        prefix + ".encoder.layer.{layer}.",
+        start + "encoder.layer.{layer}.",
     )

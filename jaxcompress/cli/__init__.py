@@ -13,6 +13,7 @@ from jaxcompress.cli.arguments import check_numbers, check_text
 from jaxcompress.cli.board import Board
 from jaxcompress.cli.chat import Chat
 from jaxcompress.cli.compare import Compare
+from jaxcompress.cli.compress_corpus import CompressCorpus
 from jaxcompress.cli.compress_prompt import CompressPrompt
 from jaxcompress.cli.demo import Demo
 from jaxcompress.cli.generate import Generate
@@ -40,6 +41,7 @@ COMMANDS = {
     "chat": Chat,
     "compare": Compare,
     "compress-prompt": CompressPrompt,
+    "compress-corpus": CompressCorpus,
     "generate": Generate,
     "perplexity": Perplexity,
     "trace": Trace,

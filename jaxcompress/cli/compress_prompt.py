@@ -17,7 +17,7 @@ from jaxcompress.cli.runtime import prepare, tell, write_json
 from jaxcompress.inputs.text import decoded, named, parse_json, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
-    from jaxcompress.prompt import Compressed, Compressor, Kept, TokenizerCounter
+    from jaxcompress.prompt import Compressed, Compressor, Kept, Kind, TokenizerCounter
 
 Protect = Literal[
     "code", "quotes", "urls", "paths", "identifiers", "numbers", "negations", "no-code", "no-quotes", "no-urls",
@@ -52,6 +52,14 @@ class CompressPrompt(JsonFlag, WeightFlags):
     """Share of the reader's tokens that stay, in (0, 1]; 0.5 if neither this nor --tokens is given."""
     tokens: int | None = None
     """Number of the reader's tokens that stay, of all contexts together."""
+    question: str | None = None
+    """What the text is read for: keep the sentences that answer it. --model has to be an encoder that reads a question
+    (an OpenProvence checkpoint)."""
+    threshold: float | None = None
+    """Keep what scores above it, with no number of tokens to meet. With --question and neither --rate nor --tokens:
+    0.1 if not given."""
+    unit: Literal["word", "sentence"] | None = None
+    """What is kept or dropped as a whole; a sentence with --question, else a word, if not given."""
     scope: Literal["chunk", "document", "corpus"] = "document"
     """Which words compete for the number of tokens: those of a chunk, of a context, or of all contexts."""
     force: tuple[str, ...] = ()
@@ -59,7 +67,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
     return, \\t a tab, \\\\ a backslash."""
     protect: tuple[Protect, ...] = ()
     """Kinds of things that stay whole: those named (numbers urls), or all but those named (no-quotes), or none; all if
-    not given. --budget official knows numbers only: none if not given."""
+    not given. --budget official knows numbers only, and sentences need none: none if not given."""
     drop_consecutive: bool = False
     """Keep only the first of equal words of --force in a row."""
     word: Literal["mean", "first"] = "mean"
@@ -94,9 +102,11 @@ class CompressPrompt(JsonFlag, WeightFlags):
         prepare()
         from jaxcompress.prompt import Compressor
 
-        count = self._count()  # a wrong folder is told before the classifier is loaded
+        count = reader_counter(self.reader)  # a wrong folder is told before the classifier is loaded
         began = perf_counter()
-        compressor = Compressor.load(self.model, dtype=self.dtype, count=count, word=self.word)
+        compressor = Compressor.load(self.model, dtype=self.dtype, count=count, word=self.word, unit=self._unit)
+        if self.question is not None:
+            compressor = compressor.asking(self.question)
         loading, began = perf_counter() - began, perf_counter()
         if self.stream:
             before, after = self._streamed(compressor)
@@ -166,6 +176,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
         """What can be known before anything is loaded."""
         self._check_inputs()
         self._check_budget()
+        self._check_threshold()
         self._check_modes()
 
     def _check_inputs(self) -> None:
@@ -195,11 +206,19 @@ class CompressPrompt(JsonFlag, WeightFlags):
                 raise ValueError(f"{name} is for --report; give it too")
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be above 0, not {value}")
-        ways = {kind if kind == "none" else kind.startswith("no-") for kind in self.protect}
-        if len(ways) > 1:
-            raise ValueError("--protect takes kinds that stay, or kinds that need not (no-...), or none; not a mixture")
+        check_kinds(self.protect)
         if self.official and self.protect not in ((), ("none",), ("numbers",)):
             raise ValueError("--budget official knows --protect numbers only")
+
+    def _check_threshold(self) -> None:
+        if self.threshold is None:
+            return
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"--threshold must be in [0, 1), a probability, not {self.threshold}")
+        if self.rate is not None or self.tokens is not None:
+            raise ValueError("--threshold keeps as much as scores above it; give it, or --rate or --tokens")
+        if self.contexts is not None or self.scope != "document" or self.drop_consecutive:
+            raise ValueError("--threshold does not go with --contexts, --scope and --drop-consecutive")
 
     def _check_modes(self) -> None:
         modes = dict(
@@ -211,6 +230,8 @@ class CompressPrompt(JsonFlag, WeightFlags):
             raise ValueError(f"{' and '.join(given)} exclude each other; choose one")
         if given and given[0] not in ("official", "messages") and self.tokens is not None:
             raise ValueError(f"--{given[0]} takes --rate, not --tokens")
+        if given and (self.threshold is not None or (given[0] == "official" and self._unit == "sentence")):
+            raise ValueError(f"--threshold and --unit sentence do not go with {given[0]}")
         if given and self.contexts is not None:
             raise ValueError(f"--contexts does not go with {given[0]}")
         if given and given[0] in ("stream", "official", "messages") and (self.show or self.json):
@@ -223,28 +244,24 @@ class CompressPrompt(JsonFlag, WeightFlags):
             raise ValueError("--drop-consecutive is for words that --force keeps; give it too")
 
     @property
+    def _unit(self) -> Literal["word", "sentence"]:
+        return self.unit or ("word" if self.question is None else "sentence")
+
+    @property
+    def _threshold(self) -> float | None:
+        """The probability above which words or sentences stay; None if a number of tokens is to be met."""
+        plain = not (self.structured or self.json_text or self.stream or self.messages is not None)
+        no_budget = self.rate is None and self.tokens is None
+        if self.threshold is None and self.question is not None and plain and no_budget:
+            return 0.1  # `jaxcompress.prompt.compressor.THRESHOLD`
+        return self.threshold
+
+    @property
     def official(self) -> bool:
         return self.budget == "official"
 
-    def _count(self) -> TokenizerCounter | None:
-        from jaxcompress import embedded
-        from jaxcompress.inputs.tokenizer import Tokenizer
-        from jaxcompress.prompt import TokenizerCounter
-
-        if self.reader is None:
-            return None
-        folder = embedded.decoder_folder() if self.reader == "embedded" else Path(self.reader).expanduser()
-        if not folder.is_dir():
-            raise FileNotFoundError(f"--reader: there is no folder {folder}; give a model's folder, or embedded")
-        return TokenizerCounter(Tokenizer(folder))
-
-    def _kinds(self) -> list[str]:
-        from jaxcompress.prompt import KINDS
-
-        off = [kind.removeprefix("no-") for kind in self.protect if kind.startswith("no-")]
-        if not self.protect or off:
-            return [kind for kind in KINDS if kind not in off]
-        return [kind for kind in KINDS if kind in self.protect]
+    def _kinds(self) -> list[Kind]:
+        return [] if not self.protect and self._unit == "sentence" else kinds_named(self.protect)
 
     def _options(self) -> dict[str, Any]:
         force = [unescaped(string) for string in self.force]
@@ -260,6 +277,9 @@ class CompressPrompt(JsonFlag, WeightFlags):
         elif self.json_text:
             value, result = compress_json(compressor, parse_json(texts[0], "the text"), rate=rate, **options)
             return result, json.dumps(value, ensure_ascii=False, allow_nan=False)
+        elif self._threshold is not None:
+            chosen = dict(force=options["force"], protect=options["protect"])
+            result = compressor.prune(texts, threshold=self._threshold, **chosen)
         else:
             filter = None if self.contexts is None else Contexts(count=self.contexts)
             result = compressor.compress(texts, rate=self.rate, tokens=self.tokens, filter=filter, **options)
@@ -301,6 +321,38 @@ class CompressPrompt(JsonFlag, WeightFlags):
         for path in () if self.prompt else self._files:
             with nullcontext(standard_input()) if str(path) == "-" else path.open("rb") as file:
                 yield from _without_nul(decoded(iter(partial(file.read, 1 << 16), b""), named(path)), named(path))
+
+
+def reader_counter(reader: str | None) -> TokenizerCounter | None:
+    """What counts tokens for a value of --reader; None for the classifier's own tokens.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+    """
+    from jaxcompress import embedded
+    from jaxcompress.inputs.tokenizer import Tokenizer
+    from jaxcompress.prompt import TokenizerCounter
+
+    if reader is None:
+        return None
+    folder = embedded.decoder_folder() if reader == "embedded" else Path(reader).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--reader: there is no folder {folder}; give a model's folder, or embedded")
+    return TokenizerCounter(Tokenizer(folder))
+
+
+def check_kinds(named: tuple[Protect, ...]) -> None:
+    """Raises ValueError for a --protect that names kinds in several ways."""
+    if len({kind if kind == "none" else kind.startswith("no-") for kind in named}) > 1:
+        raise ValueError("--protect takes kinds that stay, or kinds that need not (no-...), or none; not a mixture")
+
+
+def kinds_named(named: tuple[Protect, ...]) -> list[Kind]:
+    """The kinds that a value of --protect names: all if it is empty."""
+    from jaxcompress.prompt import KINDS
+
+    off = [kind.removeprefix("no-") for kind in named if kind.startswith("no-")]
+    return [kind for kind in KINDS if kind not in off and (not named or off or kind in named)]
 
 
 def _without_nul(pieces: Iterable[str], what: str) -> Iterator[str]:

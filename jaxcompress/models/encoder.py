@@ -7,6 +7,7 @@ over layers, and layers are scanned. There is no dropout.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,9 @@ class Encoder(nnx.Module):
       head: E to num_labels.
     """
 
+    reads_question: ClassVar[bool] = False
+    """Whether a row holds a question before the text."""
+
     def __init__(self, config: EncoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         table = lambda rows: nnx.Param(_small(rngs.params(), (rows, config.hidden_size), dtype))
@@ -129,6 +133,10 @@ class Encoder(nnx.Module):
           valid: False for padding, which nothing attends to.
         """
         return self.head(self.hidden(tokens, valid)).astype(jnp.float32)
+
+    def keep_probability(self, tokens: Tokens, valid: Valid) -> Float[Array, "B T"]:
+        """The probability of the last class, "keep"."""
+        return jax.nn.softmax(self(tokens, valid), axis=-1)[..., -1]
 
     def hidden(self, tokens: Tokens, valid: Valid) -> Hidden:
         """The output of the last layer."""

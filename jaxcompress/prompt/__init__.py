@@ -4,12 +4,12 @@ from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.prompt.compressor import Compressor
 from jaxcompress.prompt.contexts import Contexts
 from jaxcompress.prompt.counting import WORDS, Counter, TokenizerCounter
-from jaxcompress.prompt.keeping import BudgetTooSmall, Compressed, Kept, keep
+from jaxcompress.prompt.keeping import BudgetTooSmall, Compressed, Kept, keep, keep_above
 from jaxcompress.prompt.kinds import KINDS, Kind, protected_spans
 from jaxcompress.prompt.messages import compress_messages
 from jaxcompress.prompt.official import OfficialCompressor
 from jaxcompress.prompt.payoff import Payoff
-from jaxcompress.prompt.reading import read_shortened
+from jaxcompress.prompt.reading import read_shortened, read_shortened_with_picture
 from jaxcompress.prompt.recovery import recovery
 from jaxcompress.prompt.streaming import compress_stream
 from jaxcompress.prompt.structured import KeyRule, Segment, compress_json, compress_structured
@@ -20,5 +20,6 @@ __all__ = [
     "KINDS", "WORDS", "BudgetTooSmall", "Compressed", "Compressor", "Contexts", "Counter", "EncoderTokenizer",
     "Kept", "KeyRule", "Kind", "OfficialCompressor", "Payoff", "ScoredWords", "Scorer", "Segment",
     "TokenizerCounter", "compress_json", "compress_messages", "compress_stream", "compress_structured", "keep",
-    "mixed", "protected_spans", "read_shortened", "recovery", "segment",
+    "keep_above", "mixed", "protected_spans", "read_shortened",
+    "read_shortened_with_picture", "recovery", "segment",
 ]  # fmt: skip

@@ -14,7 +14,8 @@ from jaxcompress.prompt.word_scores import ScoredWords
 
 
 class Contexts(NamedTuple):
-    """How many whole contexts stay, those with the highest mean score; give exactly one of the first three.
+    """How many whole contexts stay, those that are most relevant for a question if the scorer reads one, else those
+    with the highest mean score; give exactly one of the first three.
 
     Attributes:
       rate: the share of the contexts, in (0, 1]; rounded, at least one stays.
@@ -62,6 +63,8 @@ def contexts_that_stay(
 
 
 def _mean(scored: ScoredWords) -> float:
-    """The mean of the finite scores; 0 without any."""
+    """The relevance of a text, else the mean of its finite scores; 0 without any."""
+    if scored.relevance is not None:
+        return scored.relevance
     finite = scored.scores[np.isfinite(scored.scores)]
     return float(finite.mean()) if len(finite) else 0.0

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Bool
 
-from jaxcompress.inputs.scalars import Number, share, whole
+from jaxcompress.inputs.scalars import Number, number, share, whole
 from jaxcompress.prompt.contexts import Contexts, contexts_that_stay
 from jaxcompress.prompt.counting import Count, counter_of
 from jaxcompress.prompt.fitting import Fitter
-from jaxcompress.prompt.joining import joined
+from jaxcompress.prompt.joining import join, joined
 from jaxcompress.prompt.kinds import Kind, checked_kinds
 from jaxcompress.prompt.protect import checked, protected
 from jaxcompress.prompt.protect import forced as forced_words
@@ -156,14 +156,73 @@ def keep(
     prices = [counter.price(one.text, one.spans) for one in texts]
     present = contexts_that_stay(texts, [tokens for _, tokens in prices], filter)
     whole = [protected(one.text, one.spans, kinds) for one in texts]
-    forced = [
-        np.isposinf(one.scores) | stays | forced_words(one.text, one.spans, force)
-        for one, stays in zip(texts, whole, strict=True)
-    ]
+    forced = [_forced(one, stays, force) for one, stays in zip(texts, whole, strict=True)]
     parts = zip(texts, prices, zip(forced, whole, strict=True), present.tolist(), strict=True)
     priced = [PricedText(one, *price, *marks, here) for one, price, marks, here in parts]
     fitter = Fitter(Selection(priced, scope, drop_consecutive), counter, [one for one in force if one.isspace()])
     return _compressed(fitter, rates, tokens)
+
+
+def keep_with_forced(scored: ScoredWords | Sequence[ScoredWords], count: Count, **options: Any) -> Compressed:
+    """As `keep`, but where what is forced and protected has more tokens than may stay, that stays and nothing else.
+
+    `Compressed.asked` is the number that was asked for.
+
+    Args:
+      options: as for `keep`.
+    """
+    try:
+        return keep(scored, count, **options)
+    except BudgetTooSmall as error:
+        budget = dict(rate=None, tokens=error.needed)
+        return replace(keep(scored, count, **{**options, **budget}), asked=error.asked)
+
+
+def keep_above(
+    scored: ScoredWords | Sequence[ScoredWords],
+    count: Count,
+    threshold: Number,
+    *,
+    force: Sequence[str] = (),
+    protect: Sequence[Kind] = (),
+) -> Compressed:
+    """Keeps the words whose scores are above a threshold, however many they are, in their order.
+
+    Scores of sentences (`Compressor(unit="sentence")`) are kept or dropped as in Provence. Nothing may be left.
+
+    Args:
+      scored, count, force, protect: as for `keep`.
+      threshold: a finite number.
+
+    Raises:
+      ValueError: the threshold is not finite, or a kind is unknown.
+      TypeError: as `keep`.
+    """
+    texts = [scored] if isinstance(scored, ScoredWords) else list(scored)
+    threshold = number(threshold, "a threshold")
+    force, kinds = checked_force("document", force), checked_kinds(protect)
+    counter = counter_of(count)
+    breaks = [one for one in force if one.isspace()]
+    documents, before, after, forced_tokens = [], 0, 0, 0
+    for one in texts:
+        costs, tokens = counter.price(one.text, one.spans)
+        forced = _forced(one, protected(one.text, one.spans, kinds), force)
+        labels = forced | (one.scores > threshold)
+        text = one.text if len(labels) and labels.all() else join(one.text, one.spans, labels, breaks)
+        documents.append(Kept(one, costs, forced, labels, text))
+        before += tokens
+        after += counter.total([text], int(costs[labels].sum()))
+        forced_tokens += counter.total([join(one.text, one.spans, forced, breaks)], int(costs[forced].sum()))
+    return Compressed(joined([one.text for one in documents]), tuple(documents), before, after, after, forced_tokens)
+
+
+def _forced(one: ScoredWords, whole: Bool[np.ndarray, " W"], force: Sequence[str]) -> Bool[np.ndarray, " W"]:
+    """Marks the words of a text that stay in any case.
+
+    Args:
+      whole: words of what is protected.
+    """
+    return np.isposinf(one.scores) | whole | forced_words(one.text, one.spans, force)
 
 
 def checked_force(scope: str, force: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Two compressions in a row: a long prompt is shortened, then read into a bounded state.
+"""Compressions in a row: a long prompt is shortened, a picture's tokens are dropped, and both go into a bounded state.
 
 state = init_decode_state(model, TOVA(), 128)
 read = read_shortened(model, tokenizer, text, scorer, state, rate=0.5)
@@ -8,18 +8,27 @@ print(read.report)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
 from jaxcompress.generation.decode_state import DecodeState
 from jaxcompress.generation.generate import prefill
+from jaxcompress.generation.visual import prefill_encoded
 from jaxcompress.inputs.scalars import Number
 from jaxcompress.inputs.tokenizer import Tokenizer
 from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.llava import Llava
 from jaxcompress.prompt.counting import TokenizerCounter
 from jaxcompress.prompt.keeping import Compressed, keep
 from jaxcompress.prompt.recovery import Recovery, recovery
 from jaxcompress.prompt.word_scores import Scorer
+from jaxcompress.vision.method import Method
+from jaxcompress.vision.reading import encode
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,8 @@ class ReadingReport:
     All numbers are measured: the tokens of the two texts, and the slots that hold a token when all has been read.
 
     Attributes:
-      original_tokens, prompt_tokens: before and after shortening, begin token, `before` and `after` included.
+      original_tokens, prompt_tokens: before and after shortening, begin token, `before` and `after` included, and the
+        visual tokens of a picture.
       held_tokens: slots in use after reading, on average over layers and kv heads.
       recovery: see `jaxcompress.prompt.recovery`.
       scorer, policy: what chose the words, what chose the slots.
@@ -103,6 +113,52 @@ def read_shortened(
     state = prefill(model, [short], state, **reading)
     report = report_of(model, state, kept, original_tokens=len(original), prompt_tokens=len(short))
     return ShortenedReading(state, kept, report)
+
+
+def read_shortened_with_picture(
+    model: Llava,
+    tokenizer: Tokenizer,
+    pixels: Float[np.ndarray, "*crops C W W"] | Array,
+    text: str,
+    scorer: Scorer,
+    method: Method,
+    state: DecodeState,
+    *,
+    rate: Number,
+    before: str = "<image> ",
+    after: str = "",
+) -> ShortenedReading:
+    """Shortens a text, drops visual tokens of a picture beside it, and reads both through a bounded state.
+
+    There are ten parameters: those of `read_shortened`, the picture, and what drops its tokens.
+
+    Args:
+      pixels: of one picture, as `jaxcompress.vision.encode` takes them.
+      method: where visual tokens are dropped and how many are kept.
+      state: of one row, fresh, from `init_decode_state(model.decoder, ...)`, with
+        `jaxcompress.vision.slots_per_layer(...)` or any other number of slots that its policy can do with; donated.
+      rate: as for `read_shortened`; pictures do not count.
+      before, after: read as they are, around the text; one of them holds the tokenizer's image token.
+
+    Returns:
+      As `read_shortened`. The tokens of the report are words and visual tokens: all patches of the picture in the
+      original, those that enter the decoder in the prompt. What the method drops between layers shows in the state.
+
+    Raises:
+      ValueError: as `read_shortened`; not one image token in `before`, the text and `after`.
+    """
+    kept = keep(scorer(text), TokenizerCounter(tokenizer), rate=rate)
+    check_left(kept)
+    original, short = (tokenizer.encode(before + middle + after) for middle in (text, kept.text))
+    encoded = _encode(model, jnp.asarray(pixels)[None], method)
+    patches, entering = model.config.tower.num_patches * (pixels.shape[0] if pixels.ndim == 4 else 1), encoded.place[0]
+    state = prefill_encoded(model, [short], encoded, state, method)
+    counts = len(original) - 1 + patches, len(short) - 1 + int((entering >= 0).sum())
+    report = report_of(model.decoder, state, kept, original_tokens=counts[0], prompt_tokens=counts[1])
+    return ShortenedReading(state, kept, replace(report, scorer=f"{report.scorer} + {method.name}"))
+
+
+_encode = jax.jit(encode, static_argnums=2)
 
 
 def check_left(kept: Compressed) -> None:

@@ -8,37 +8,74 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.models.encoder import Encoder
 from jaxcompress.state.shapes import Tokens, Valid
 
-LENGTHS = (32, 64, 128, 192, 256, 384, 512)
+LENGTHS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 TOKENS = 4096  # at most, of one call, padding included
 
 
-@jax.jit
-def keep_probability(encoder: Encoder, tokens: Tokens, valid: Valid) -> Float[Array, "B T"]:
-    """The probability of the last class, "keep", for every token."""
-    return jax.nn.softmax(encoder(tokens, valid), axis=-1)[..., -1]
+@runtime_checkable
+class TokenScorer(Protocol):
+    """A module that says how probable it is that each token of a row stays, as `load_encoder` gives them.
+
+    Attributes:
+      reads_question: whether a row holds a question before the text. Such a module also has `keep_and_relevance`, which
+        says in the same pass how relevant the text is: [B, T] and [B].
+      config: has `max_length`, the most tokens of a row, including special tokens.
+    """
+
+    reads_question: ClassVar[bool]
+    config: Any
+
+    def keep_probability(self, tokens: Any, valid: Any, /) -> Any:
+        """[B, T] float32, of ids [B, T] and their validity, False for padding."""
+        ...
+
+
+class RowScores(NamedTuple):
+    """What an encoder says of a row.
+
+    Attributes:
+      keep: [T] float32, the probability that each token stays.
+      relevance: of the text for the question in the row, in (0, 1); None from an encoder that reads no question.
+    """
+
+    keep: Float[np.ndarray, " T"]
+    relevance: float | None
 
 
 @partial(jax.jit, static_argnums=0)
-def _of_leaves(structure: Any, leaves: list[Array], tokens: Tokens, valid: Valid) -> Float[Array, "B T"]:
-    """`keep_probability` for a module in parts. Taking it apart is slower than a call, so it is done once for many."""
-    return keep_probability(jax.tree.unflatten(structure, leaves), tokens, valid)
+def _of_leaves(
+    structure: Any, leaves: list[Array], tokens: Tokens, valid: Valid
+) -> tuple[Float[Array, "B T"], Float[Array, " B"] | None]:
+    """Reads rows with a module in parts. Taking it apart is slower than a call, so it is done once for many."""
+    encoder = jax.tree.unflatten(structure, leaves)
+    if encoder.reads_question:
+        return encoder.keep_and_relevance(tokens, valid)
+    return encoder.keep_probability(tokens, valid), None
 
 
 def score(
-    encoder: Encoder,
+    encoder: TokenScorer,
     rows: Sequence[Int[np.ndarray, "..."]],
     valid: Sequence[Bool[np.ndarray, "..."]] | None = None,
 ) -> list[np.ndarray]:
-    """The probability of "keep" for every token of every row: float32 [T] for a row of T tokens.
+    """The probability that each token stays, float32 [T] for a row of T tokens; otherwise as `read_rows`."""
+    return [row.keep for row in read_rows(encoder, rows, valid)]
+
+
+def read_rows(
+    encoder: TokenScorer,
+    rows: Sequence[Int[np.ndarray, "..."]],
+    valid: Sequence[Bool[np.ndarray, "..."]] | None = None,
+) -> list[RowScores]:
+    """What the encoder says of each row.
 
     Args:
       rows: ids, special tokens included.
@@ -59,11 +96,12 @@ def score(
             tokens[n, : lengths[row]] = rows[row]
             seen[n, : lengths[row]] = True if valid is None else valid[row]
         running.append((at, _of_leaves(structure, leaves, tokens, seen)))
-    scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
-    for at, result in running:
-        for row, values in zip(at, np.asarray(result, np.float32), strict=False):
-            scores[row] = values[: lengths[row]]
-    return scores
+    found = [RowScores(np.zeros(0, np.float32), None)] * len(rows)
+    for at, (keep, relevance) in running:
+        told = [None] * len(at) if relevance is None else np.asarray(relevance, np.float32).tolist()
+        for row, values, one in zip(at, np.asarray(keep, np.float32), told, strict=False):
+            found[row] = RowScores(values[: lengths[row]], one)
+    return found
 
 
 def _batches(lengths: np.ndarray, longest: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -14,7 +14,7 @@ from jaxcompress.inputs.scalars import Number, share, whole
 from jaxcompress.inputs.text import clean
 from jaxcompress.prompt.compressor import Compressor
 from jaxcompress.prompt.joining import found_break
-from jaxcompress.prompt.keeping import BudgetTooSmall, Compressed, Kept, keep, tokens_at
+from jaxcompress.prompt.keeping import Compressed, Kept, keep_with_forced, tokens_at
 from jaxcompress.prompt.kinds import Kind, checked_kinds, protected_spans
 
 WINDOW = 1 << 18  # characters
@@ -60,7 +60,7 @@ def compress_stream(
         size = compressor.tokens(body)
         read += size
         wanted = min(max(1, tokens_at(rate, read) - kept), max(size, 1))
-        result = _compressed(compressor, body, wanted, options)
+        result = keep_with_forced(compressor.score([body]), compressor.counter, tokens=wanted, **options)
         kept, forced = kept + result.tokens_after, forced + result.forced
         if result.text:
             (here,) = result.documents
@@ -72,15 +72,6 @@ def compress_stream(
             f"{kept:,} of {read:,} tokens stayed, more than the {asked:,} asked for: what is forced and protected "
             f"needs {forced:,}, in the last windows more than their share; raise the rate, or force and protect less"
         )
-
-
-def _compressed(compressor: Compressor, text: str, tokens: int, options: dict[str, Any]) -> Compressed:
-    """A window with so many tokens left, or with what is forced if that is more."""
-    (scored,), counter = compressor.score([text]), compressor.counter
-    try:
-        return keep(scored, counter, tokens=tokens, **options)
-    except BudgetTooSmall as error:
-        return keep(scored, counter, tokens=error.needed, **options)
 
 
 def _lead(gap: str, rate: Number, breaks: Sequence[str], before: Kept | None, here: Kept) -> str:

@@ -23,7 +23,7 @@ Scores = Float[np.ndarray, " W"]
 
 
 class ScoredWords(NamedTuple):
-    """The words of a text and a score for each.
+    """The words of a text and a score for each. A scorer may take whole sentences for words.
 
     Attributes:
       text: the text.
@@ -31,6 +31,7 @@ class ScoredWords(NamedTuple):
       scores: [W] float32, higher = keep; +inf protects, -inf and NaN are the lowest.
       by: the name of the scorer, for tables and reports.
       chunks: [W], the part of the text that each word was scored in, from 0; None if the text was read as one.
+      relevance: of the text for a question, in (0, 1); None from a scorer that reads no question.
     """
 
     text: str
@@ -38,6 +39,7 @@ class ScoredWords(NamedTuple):
     scores: Scores
     by: str
     chunks: Int[np.ndarray, " W"] | None = None
+    relevance: float | None = None
 
     @property
     def words(self) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.recurrence.softmax import MASKED, exponentials
@@ -191,6 +192,29 @@ def whole_attention(q: Queries, k: Keys, v: Values, bias: Float[Array, "B T"]) -
 
     out = jax.lax.platform_dependent(q, heads(k), heads(v), bias, cpu=some, default=_whole)
     return out.reshape(b, h, t, d).swapaxes(1, 2)
+
+
+def local_attention(q: Queries, k: Keys, v: Values, bias: Float[Array, "B T"], reach: int) -> AttentionOut:
+    """Every query attends to the keys at most `reach` places before and after it.
+
+    Queries are taken in blocks of `reach`, each of which meets its own keys and those of the two blocks beside it: work
+    and memory grow with T. There are as many key-value heads as query heads.
+
+    Args:
+      bias: as for `whole_attention`.
+    """
+    b, t, h, d = q.shape
+    n = -(-t // reach)
+    rows = lambda x, beside: jnp.pad(x, [(0, 0), (beside, n * reach - t + beside), *[(0, 0)] * (x.ndim - 2)])
+    blocks = rows(q, 0).reshape(b, n, reach, h, d)
+    beside = np.arange(n)[:, None] * reach + np.arange(3 * reach)  # [n, 3 reach], places in the padded keys
+    places, keys = np.arange(reach)[:, None] + reach, np.arange(3 * reach)
+    near = jnp.where(np.abs(keys - places) <= reach, 0.0, MASKED)
+    outside = jnp.pad(bias, [(0, 0), (reach, n * reach - t + reach)], constant_values=MASKED)[:, beside]
+    scores = scores_of("bnqhd,bnkhd->bnhqk", blocks, rows(k, reach)[:, beside])
+    parts = exponentials(scores + jnp.minimum(near, outside[:, :, None, None, :]))
+    out = weighted("bnhqk,bnkhd->bnhqd", parts.visible, rows(v, reach)[:, beside]) / parts.total
+    return out.transpose(0, 1, 3, 2, 4).reshape(b, n * reach, h, d)[:, :t].astype(q.dtype)
 
 
 def _whole(

@@ -22,6 +22,7 @@ NEEDS = {  # a module that the tests do not install, and the command that does
     "kvpress_parity": ("torch", 'pip install "torch==2.13.0" transformers "kvpress==0.5.5"'),
     "lm_eval_parity": ("torch", 'pip install -e ".[parity,lm-eval]"'),
     "make_gguf_fixtures": ("sentencepiece", "pip install sentencepiece"),
+    "make_modernbert_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_parity_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_sampling_fixtures": ("torch", 'pip install -e ".[parity]"'),
     "make_vision_fixtures": ("torch", 'pip install -e ".[parity]"'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -317,6 +318,26 @@ def test_nothing_to_compress(bert: Compressor) -> None:
     assert compress_structured(bert, "").text == compress_structured(bert, []).text == ""
     for value in ({}, [], None, 3.5, "", {"": [[]]}):
         assert compress_json(bert, value)[0] == value
+
+
+@pytest.mark.parametrize("text", [f"{OTHER}\n" * 40, f"{OTHER} " * 40, "x" * 4000], ids=["lines", "line", "word"])
+def test_a_stream_holds_a_window_and_a_half(bert: Compressor, text: str) -> None:
+    """What was read and not yet written does not grow with the text."""
+    read = written = 0
+    held: list[int] = []
+
+    def pieces() -> Iterator[str]:
+        nonlocal read
+        for start in range(0, len(text), 50):
+            held.append(read - written)
+            read += len(text[start : start + 50])
+            yield text[start : start + 50]
+
+    for part in compress_stream(bert, pieces(), rate=0.5, window=400, protect=["numbers", "quotes"]):
+        written += len(part.documents[0].scored.text)
+    white = text.count(" \n") + text.count("\n") + 10  # between windows
+    assert max(held) <= 400 + 200 + 50 + white
+    assert read == len(text)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1, width=32), st.integers(1, 5)), min_size=1, max_size=12), st.integers(0, 40))

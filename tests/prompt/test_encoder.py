@@ -11,8 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
-from jaxcompress.checkpoints import encoder_config, hugging_face_encoder_config, load_encoder, save_encoder
+from jaxcompress.checkpoints import (
+    encoder_config,
+    hugging_face_encoder_config,
+    load_backbone,
+    load_encoder,
+    save_encoder,
+    store_in_int8,
+)
 from jaxcompress.models.encoder import Encoder, EncoderConfig
 from jaxcompress.prompt.scoring import LENGTHS, TOKENS, _batches, _of_leaves, score
 
@@ -99,6 +107,57 @@ def test_saved_and_loaded(tmp_path: Path, name: str, encoder: Encoder) -> None:
     assert again.model.config == encoder.config
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.model, encoder))
     assert (tmp_path / "saved" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_checkpoint_of_another_task_is_a_backbone(tmp_path: Path, name: str, encoder: Encoder, prefix: bool) -> None:
+    """The same encoder with a new head, whether its tensors have a prefix or not; it trains, and is saved."""
+    theirs = load_file(FOLDERS[name] / "model.safetensors")
+    start = "bert." if name == "bert" else "roberta."
+    own = {tensor if prefix else tensor.removeprefix(start): x for tensor, x in theirs.items() if tensor[0] != "c"}
+    pooler = {f"{start if prefix else ''}pooler.dense.weight": np.zeros((3, 3), np.float32)}
+    config = json.loads((FOLDERS[name] / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file(own | pooler | {"lm_head.bias": np.zeros(2000, np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | dict(architectures=["AnyForMaskedLM"])))
+    (folder / "tokenizer.json").write_text((FOLDERS[name] / "tokenizer.json").read_text())
+    loaded = load_backbone(folder, num_labels=3)
+    assert loaded.config == replace(encoder.config, num_labels=3)
+    tokens, valid = jnp.arange(5, 25)[None], jnp.ones((1, 20), bool)
+    np.testing.assert_array_equal(loaded.model.hidden(tokens, valid), encoder.hidden(tokens, valid))
+    assert not np.asarray(loaded.model(tokens, valid)).any()
+    again = load_encoder(save_encoder(loaded.model, tmp_path / "saved", tokenizer_from=folder)).model
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, loaded.model))
+
+
+def test_stored_in_int8(tmp_path: Path, name: str, encoder: Encoder) -> None:
+    """A quarter of the size, and each number within half a step of its row."""
+    folder = store_in_int8(FOLDERS[name], tmp_path / "small")
+    small, large = (one / "model.safetensors" for one in (folder, FOLDERS[name]))
+    assert small.stat().st_size < 0.4 * large.stat().st_size
+    loaded = load_encoder(folder)
+    assert loaded.tokenizer.count("a few words") == load_encoder(FOLDERS[name]).tokenizer.count("a few words")
+    for one, other in zip(jax.tree.leaves(loaded.model), jax.tree.leaves(encoder), strict=True):
+        assert np.abs(one - other).max() <= np.abs(other).max() / 127 / 2 + 1e-6
+    again = load_encoder(store_in_int8(folder, tmp_path / "again")).model
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.allclose(a, b, atol=1e-6)), again, loaded.model))
+    row = np.random.default_rng(2).integers(5, 2000, 40).astype(np.int32)
+    assert np.abs(score(loaded.model, [row])[0] - score(encoder, [row])[0]).max() < 0.05
+    with pytest.raises(FileExistsError, match="not empty"):
+        store_in_int8(FOLDERS[name], folder)
+    tensors = load_file(small)
+    scale = next(tensor for tensor in tensors if tensor.endswith("_scale"))
+    save_file(tensors | {scale: tensors[scale][:1]}, small)
+    with pytest.raises(ValueError, match="needs one number for each row"):
+        load_encoder(folder)
+
+
+def test_what_is_no_backbone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="model_type is 'llama'; known: bert"):
+        load_backbone(tmp_path)
 
 
 def test_what_a_folder_says_beside_goes_back(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from jaxcompress.policies import TOVA, Full
 from jaxcompress.policies.names import get_policy
 from jaxcompress.prompt import Compressor, TokenizerCounter
 from jaxcompress.prompt.baselines import content_words, evenly_spread
-from jaxcompress.prompt.reading import read_shortened
+from jaxcompress.prompt.reading import read_shortened, read_shortened_with_picture
 
 TEXT = " ".join(f"Line {n} says that the value of item {n * 7} is not known to the reader." for n in range(12))
 
@@ -92,3 +93,34 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert "nothing is left to read" in capsys.readouterr().err
     assert main(["generate", "--prompt", TEXT, "--shorten", "1.5"]) == 2
     assert "(0, 1]" in capsys.readouterr().err
+
+
+def test_words_and_visual_tokens_in_one_call() -> None:
+    """The report counts both, and the answer is that of the shorter prompt with as many visual tokens."""
+    from jaxcompress.checkpoints import load_embedded_vision
+    from jaxcompress.generation.visual import prefill_encoded
+    from jaxcompress.vision import encode, get_method, slots_per_layer
+
+    loaded = load_embedded_vision()
+    model, tokenizer, method = loaded.model, loaded.tokenizer, get_method("fastervlm", keep=9)
+    side = model.config.tower.image_size
+    pixels = np.random.default_rng(0).normal(size=(3, side, side)).astype(np.float32)
+    text, after = "what is the colour of the ring left of the red square", " ?"
+    slots = slots_per_layer(model.config, method, room=20)
+    fresh = lambda: init_decode_state(model.decoder, Full(), slots)
+    read = read_shortened_with_picture(
+        model, tokenizer, pixels, text, content_words(), method, fresh(), rate=0.5, after=after
+    )
+    short = tokenizer.encode("<image> " + read.kept.text + after)
+    report = read.report
+    assert report.original_tokens == len(tokenizer.encode("<image> " + text + after)) - 1 + 144
+    assert report.prompt_tokens == report.held_tokens == len(short) - 1 + 9
+    assert "content words + fastervlm" in str(report)
+    encoded = encode(model, jnp.asarray(pixels)[None], method)
+    expected = prefill_encoded(model, [short], encoded, fresh(), method)
+    (one,), (two,) = (decode_stream(model.decoder, state, max_new_tokens=3) for state in (read.state, expected))
+    assert one.tolist() == two.tolist()
+    with pytest.raises(ValueError, match="image token"):
+        read_shortened_with_picture(
+            model, tokenizer, pixels, text, content_words(), method, fresh(), rate=0.5, before="", after=after
+        )
