@@ -3,7 +3,7 @@
 python .ci/wheel.py dist
 
 Every step uses what its extra is for. One environment serves all: it begins with the wheel alone, and extras are added
-to it, so that `all` has nothing left to install in the end.
+to it, so that `all` has nothing left to install. Those that bring a framework, which `all` leaves out, come last.
 """
 
 from __future__ import annotations
@@ -111,7 +111,40 @@ try:
 except TeacherFailed as error:  # the client was there and found no server
     print(error)
 """,
+    "parquet": """
+from pathlib import Path
+import pyarrow, pyarrow.parquet
+from jaxcompress.prompt import Compressor, CorpusJob, compress_corpus
+table = pyarrow.table(dict(text=["The council of twelve members will vote on Monday."]))
+pyarrow.parquet.write_table(table, "in.parquet")
+print(compress_corpus(Compressor.load(), CorpusJob(Path("in.parquet"), Path("shorter"), rate=0.5)))
+""",
 }  # fmt: skip
+
+FRAMEWORKS = {
+    "langchain": """
+from langchain_core.documents import Document
+from jaxcompress.prompt import Compressor
+from jaxcompress.prompt.langchain import DocumentCompressor
+text = "The council of twelve members will vote on the budget on Monday."
+print(DocumentCompressor(compressor=Compressor.load(), rate=0.5).compress_documents([Document(text)], "Who votes?"))
+""",
+    "llama-index": """
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from jaxcompress.prompt import Compressor
+from jaxcompress.prompt.llama_index import NodeCompressor
+node = NodeWithScore(node=TextNode(text="The council of twelve members will vote on the budget on Monday."), score=1.0)
+found = NodeCompressor(compressor=Compressor.load(), rate=0.5).postprocess_nodes([node], QueryBundle("Who votes?"))
+print(found[0].node.get_content())
+""",
+    "ray": """
+from pathlib import Path
+from jaxcompress.prompt import Compressor, CorpusJob
+from jaxcompress.prompt.on_ray import compress_corpus_on_ray
+job = CorpusJob(Path("in.parquet").absolute(), Path("by-ray").absolute(), rate=0.5)
+print(compress_corpus_on_ray(Compressor.load, job, workers=1))
+""",
+}
 
 
 def build(folder: Path) -> Path:
@@ -155,6 +188,10 @@ def main(folder: Path) -> None:
         if new and new[0].split()[2:] != [f"jaxcompress-{wheel.name.split('-')[1]}"]:
             raise SystemExit(f"[all] has packages that no extra has: {new[0]}")
         print("[all] needs nothing more")
+        for extra, code in FRAMEWORKS.items():
+            print(f"[{extra}]", flush=True)
+            install(f"[{extra}]")
+            run(code)
 
 
 if __name__ == "__main__":
