@@ -114,7 +114,8 @@ except TeacherFailed as error:  # the client was there and found no server
     "parquet": """
 from pathlib import Path
 import pyarrow, pyarrow.parquet
-from jaxcompress.prompt import Compressor, CorpusJob, compress_corpus
+from jaxcompress.prompt import Compressor
+from jaxcompress.prompt.corpus import CorpusJob, compress_corpus
 table = pyarrow.table(dict(text=["The council of twelve members will vote on Monday."]))
 pyarrow.parquet.write_table(table, "in.parquet")
 print(compress_corpus(Compressor.load(), CorpusJob(Path("in.parquet"), Path("shorter"), rate=0.5)))
@@ -139,7 +140,8 @@ print(found[0].node.get_content())
 """,
     "ray": """
 from pathlib import Path
-from jaxcompress.prompt import Compressor, CorpusJob
+from jaxcompress.prompt import Compressor
+from jaxcompress.prompt.corpus import CorpusJob
 from jaxcompress.prompt.on_ray import compress_corpus_on_ray
 job = CorpusJob(Path("in.parquet").absolute(), Path("by-ray").absolute(), rate=0.5)
 print(compress_corpus_on_ray(Compressor.load, job, workers=1))
