@@ -19,6 +19,7 @@ SCRIPTS = sorted({path.stem for path in FOLDER.glob("*.py")} - PARTS)
 NEEDS = {  # a module that the tests do not install, and the command that does
     "aot_gpu": ("nvidia", "make aot-gpu"),
     "aot_kernels": ("libtpu", "make aot"),
+    "aot_mesh": ("libtpu", "make aot"),
     "lm_eval_parity": ("torch", 'pip install -e ".[parity,lm-eval]"'),
     "make_gguf_fixtures": ("sentencepiece", "pip install sentencepiece"),
     "make_parity_fixtures": ("torch", 'pip install -e ".[parity]"'),
