@@ -81,10 +81,11 @@ wheel: $(READY)
 real: $(READY)
 	@$(BIN)/python experiments/real_model.py
 
-# Compiles the kernels for accelerators that are not here. Their compilers are kept out of the way of everything else.
+# Compiles the kernels, and steps over several chips, for accelerators that are not here. Their compilers are kept out of the way of everything else.
 aot: $(READY)
 	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/aot $$($(BIN)/python experiments/aot_kernels.py --needs)
 	@PYTHONPATH=$(VENV)/aot $(BIN)/python experiments/aot_kernels.py
+	@PYTHONPATH=$(VENV)/aot $(BIN)/python experiments/aot_mesh.py
 
 # JAX's CUDA plugin compiles for a GPU that is not here from 0.11 on, which takes Python 3.12; 4 GB of compilers.
 aot-gpu:

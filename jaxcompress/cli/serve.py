@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxcompress.cli.flags import ModeFlags, PlacementFlag, PolicyFlags, StateDtypeFlag, WeightFlags, at_least
+from jaxcompress.cli.mesh import MeshFlag
 from jaxcompress.cli.runtime import chosen_policy, open_weights
 
 if TYPE_CHECKING:
     from socket import socket
 
     from jaxcompress.checkpoints import Loaded
+    from jaxcompress.distributed import ShardingRules
     from jaxcompress.serving import PoolSpec
 
 KEY = "JAXCOMPRESS_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, WeightFlags):
+class Serve(MeshFlag, StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, WeightFlags):
     """Answers over HTTP as OpenAI's API does, many requests at a time, each in a state of fixed size.
 
     Example: jaxcompress serve --model smollm2 --policy tova --slots 512 --port 8000
@@ -77,8 +79,9 @@ class Serve(StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, WeightFlags):
         from jaxcompress.serving import Engine, EngineLimits, PrefixLimits
 
         name = "embedded" if self.model is None else Path(self.model).name
-        loaded = open_weights(self.model, self.dtype)
-        served = Served(name, loaded, self._pools(name, loaded), int(time.time()))
+        rules = self.rules()
+        loaded = open_weights(self.model, self.dtype, rules)
+        served = Served(name, loaded, self._pools(name, loaded, rules), int(time.time()))
         keeps = self.prefix_mb > 0 or self.prefixes is not None
         prefixes = PrefixLimits(2**20 * self.prefix_mb, self.prefixes, 2**20 * self.prefix_disk_mb) if keeps else None
         limits = EngineLimits(self.max_waiting, self.max_prompt_tokens, self.max_tokens)
@@ -95,13 +98,13 @@ class Serve(StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, WeightFlags):
             loopback = loopback or ipaddress.ip_address(self.host).is_loopback
         return self.allowed_hosts or (("localhost", self.host, "127.0.0.1", "[::1]") if loopback else ("*",))
 
-    def _pools(self, name: str, loaded: Loaded[Any, Any, Any]) -> dict[str, PoolSpec]:
+    def _pools(self, name: str, loaded: Loaded[Any, Any, Any], rules: ShardingRules | None) -> dict[str, PoolSpec]:
         from jaxcompress.serving import PoolSpec
 
         def pool(policy: str, slots: Any) -> PoolSpec:
             return PoolSpec(
                 loaded.model, chosen_policy(policy, loaded.folder), slots, self.rows, self.placement, self.state_dtype,
-                self.mode, self.chunk_tokens(), self.segment,
+                self.mode, self.chunk_tokens(), self.segment, sharding=rules,
             )  # fmt: skip
 
         shown = "-".join(map(str, self.slots))

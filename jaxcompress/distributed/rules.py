@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxcompress.distributed.axes import Axes, Axis, axes_of, state_axes
 from jaxcompress.models.config import DecoderConfig
@@ -39,7 +39,7 @@ class ShardingRules:
     axes that is an error.
 
     Attributes:
-      mesh: the devices (see `make_mesh`).
+      mesh: the devices (see `make_mesh`); an `AbstractMesh` where only shapes and places are asked for.
       batch: rows of states and batches.
       kv_heads: kv heads, with the query heads that read them.
       embed: the width of the residual stream, in weights and the optimizer only.
@@ -55,7 +55,7 @@ class ShardingRules:
       >>> state = rules.init(lambda: init_state(loaded.config, TOVA(), 128, batch=8))  # doctest: +SKIP
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     batch: MeshAxes = ("data", "fsdp")
     kv_heads: MeshAxes = "tensor"
     embed: MeshAxes = "fsdp"
@@ -150,6 +150,18 @@ class ShardingRules:
         shapes = jax.eval_shape(make)
         described = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         return jax.tree.map(described, shapes, self.shardings(shapes))
+
+    def bytes_per_device(self, tree: Any) -> int:
+        """How much of a pytree one device holds.
+
+        Args:
+          tree: as for `shardings`. Shapes will do.
+
+        Raises:
+          ValueError: as `check`.
+        """
+        share = lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
+        return sum(jax.tree.leaves(jax.tree.map(share, tree, self.shardings(tree))))
 
     def init(self, make: Callable[[], Tree]) -> Tree:
         """What `make` returns, made in parts: each device makes its own. `make` is traced, so it may not look at

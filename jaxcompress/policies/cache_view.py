@@ -119,7 +119,10 @@ class Observation(NamedTuple):
     def per_set(self, scope: Scope) -> Float[Array, "B P T N"]:
         """Probabilities averaged over the heads that share a set."""
         if scope == "layer":
-            return _added(_added(self.weights, 2), 1)[:, None] / (self.weights.shape[1] * self.weights.shape[2])
+            # A product with ones: as fast as slices on a CPU, and devices that share the kv heads exchange one sum.
+            ones = jnp.ones(self.weights.shape[1])
+            total = jnp.einsum("bktn,k->btn", _added(self.weights, 2), ones, precision="highest")
+            return total[:, None] / (self.weights.shape[1] * self.weights.shape[2])
         # In a pool only the queries of a key's own head have given it any.
         return _added(self.weights, 2) / (self.group if scope == "pool" else self.weights.shape[2])
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jaxcompress.checkpoints._written import policy_digest
+from jaxcompress.distributed.rules import ShardingRules
 from jaxcompress.generation.decode_state import DecodeArrays, DecodeState, init_decode_state
 from jaxcompress.generation.sampling import RowKeys, row_keys
 from jaxcompress.inputs.scalars import whole
@@ -40,9 +41,12 @@ class PoolSpec:
       segment: tokens of a prompt that are read before the other rows go on; in mode chunked rounded to a whole number
         of chunks. A prefix can be kept at multiples of it.
       group: tokens that are written before anything else is done.
+      sharding: where the rows go; the model must be there too. All rows are then computed whenever tokens are written,
+        since devices have rows of their own.
 
     Raises:
-      ValueError: a number is below 1, or the state of the policy cannot be pooled.
+      ValueError: a number is below 1, the state of the policy cannot be pooled, or the mesh does not divide rows or
+        heads.
     """
 
     model: Decoder
@@ -55,6 +59,7 @@ class PoolSpec:
     chunk: int = 128
     segment: int = 128
     group: int = 8
+    sharding: ShardingRules | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "chunk", "segment", "group"):
@@ -74,6 +79,13 @@ class PoolSpec:
         check_mode(self.policy, self.mode)
         by = 1 if self.mode == "streaming" else self.chunk
         object.__setattr__(self, "segment", max(self.segment // by, 1) * by)
+        if self.sharding is not None:
+            self.sharding.check(self.model.config, batch=self.rows)
+
+    @property
+    def one(self) -> ShardingRules | None:
+        """Where the state of one sequence goes: its heads as in the pool, its row on every device."""
+        return None if self.sharding is None else replace(self.sharding, batch=None)
 
     def calls(self, tokens: int, start: int = 0) -> list[ReadCall]:
         """The calls that read a prompt of so many tokens from `start` on."""
@@ -86,11 +98,12 @@ class PoolSpec:
             shapes = jax.eval_shape(lambda: self.fresh().kv)
             check_fits(self.model.config, self.policy, shapes, prompt + written, prompt=prompt)
 
-    def fresh(self, rows: int = 1) -> DecodeState:
-        """The state of rows before any token is read."""
+    def fresh(self, rows: int | None = None) -> DecodeState:
+        """The state of so many rows, or of one sequence, before any token is read."""
         return init_decode_state(
-            self.model, self.policy, self.slots, batch=rows, dtype=self.dtype, placement=self.placement
-        )
+            self.model, self.policy, self.slots, batch=rows or 1, dtype=self.dtype, placement=self.placement,
+            sharding=self.one if rows is None else self.sharding,
+        )  # fmt: skip
 
     def digest(self) -> bytes:
         """32 bytes that stand for everything that a row depends on beside the tokens that it read."""
@@ -107,13 +120,15 @@ class Pool:
 
     Attributes:
       spec: what it is made of.
-      widths: numbers of rows that a call of `write` computes: 1, 4, 16, ... and all rows. Few, since each is a program.
+      widths: numbers of rows that a call of `write` computes: 1, 4, 16, ... and all rows; over several devices only all
+        rows. Few, since each is a program.
       sampling: the settings of the rows; a row with no token left is idle.
     """
 
     def __init__(self, spec: PoolSpec) -> None:
         self.spec = spec
-        self.widths = tuple(sorted({*(4**n for n in range(16) if 4**n < spec.rows), spec.rows}))
+        fewer = () if spec.sharding else (4**n for n in range(16) if 4**n < spec.rows)
+        self.widths = (*fewer, spec.rows)
         self.sampling = idle_rows(spec.rows)
         self._one = spec.fresh()
         self._arrays = spec.fresh(spec.rows).arrays
@@ -130,7 +145,9 @@ class Pool:
           keys: [1], of the row.
         """
         one = self._one.arrays if known is None else known
-        self._arrays = put_row(self._arrays, np.int32(row), one, keys)
+        if known is not None and self.spec.one is not None:  # it may come from a file
+            one = self.spec.one.put(known)
+        self._arrays = put_row(self._arrays, np.int32(row), one, keys, self.spec.sharding)
 
     def read(self, row: int, tokens: np.ndarray, call: ReadCall) -> bool:
         """Reads the tokens of a call into a row; returns whether its logits are finite."""
@@ -139,7 +156,7 @@ class Pool:
         padded[0, : len(here)], valid[0, : len(here)] = here, True
         self._arrays, broken = read_row(
             self.spec.model, self._arrays, np.int32(row), padded, valid, self.spec.policy,
-            chunk=call.chunk, placement=self.spec.placement,
+            chunk=call.chunk, placement=self.spec.placement, sharding=self.spec.sharding,
         )  # fmt: skip
         return int(broken[0]) < 0
 
@@ -158,13 +175,13 @@ class Pool:
             settings = settings._replace(left=np.where(np.isin(np.arange(self.spec.rows), rows), settings.left, 0))
         self._arrays, written = write_tokens(
             self.spec.model, self._arrays, index, settings, self.spec.policy,
-            group=self.spec.group, placement=self.spec.placement,
+            group=self.spec.group, placement=self.spec.placement, sharding=self.spec.sharding,
         )  # fmt: skip
         return jax.tree.map(lambda x: np.asarray(x)[lines], written)
 
     def take(self, row: int) -> DecodeArrays:
         """A copy of a row."""
-        return take_row(self._arrays, np.int32(row))
+        return take_row(self._arrays, np.int32(row), self.spec.one)
 
     def held(self, row: int, tokens: int) -> Float[np.ndarray, " T"]:
         """Of each of the first tokens of a row, the share of layers and heads that hold it."""

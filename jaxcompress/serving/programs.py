@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxcompress.distributed.rules import ShardingRules, placed
 from jaxcompress.generation.decode_state import DecodeArrays, first_broken
 from jaxcompress.generation.sampling import remember
 from jaxcompress.models.decoder import Decoder, last_hidden, read
@@ -47,19 +48,25 @@ def with_rows(pool: DecodeArrays, index: Int[Array, " W"] | None, rows: DecodeAr
     return _by_row(lambda x, y: x.at[:, index].set(y, unique_indices=True), put, pool, rows)
 
 
-@partial(jax.jit, donate_argnames="pool")
-def put_row(pool: DecodeArrays, row: Int[Array, ""] | int, one: DecodeArrays, keys: Array) -> DecodeArrays:
+@partial(jax.jit, static_argnames="sharding", donate_argnames="pool")
+def put_row(
+    pool: DecodeArrays, row: Int[Array, ""] | int, one: DecodeArrays, keys: Array, sharding: ShardingRules | None = None
+) -> DecodeArrays:
     """Admission: one row becomes this state of a batch of one, with a random key of its own."""
-    return with_rows(pool, jnp.asarray(row)[None], one._replace(keys=keys))
+    return placed(with_rows(pool, jnp.asarray(row)[None], one._replace(keys=keys)), sharding)
 
 
-@jax.jit
-def take_row(pool: DecodeArrays, row: Int[Array, ""] | int) -> DecodeArrays:
-    """A copy of one row, as a state of a batch of one."""
-    return rows_of(pool, jnp.asarray(row)[None])
+@partial(jax.jit, static_argnames="sharding")
+def take_row(pool: DecodeArrays, row: Int[Array, ""] | int, sharding: ShardingRules | None = None) -> DecodeArrays:
+    """A copy of one row, as a state of a batch of one.
+
+    Args:
+      sharding: of this state, whose one row no devices share.
+    """
+    return placed(rows_of(pool, jnp.asarray(row)[None]), sharding)
 
 
-@partial(jax.jit, static_argnames=("chunk", "placement"), donate_argnames="pool")
+@partial(jax.jit, static_argnames=("chunk", "placement", "sharding"), donate_argnames="pool")
 def read_row(
     model: Decoder,
     pool: DecodeArrays,
@@ -70,6 +77,7 @@ def read_row(
     *,
     chunk: int,
     placement: Placement | None,
+    sharding: ShardingRules | None = None,
 ) -> tuple[DecodeArrays, Int[Array, " 1"]]:
     """Reads tokens into one row, as `prefill` does; returns the pool, and `broken` of the row."""
     index = jnp.asarray(row)[None]
@@ -79,7 +87,8 @@ def read_row(
     logits = jnp.where(valid.any(axis=1)[:, None], logits, now.logits)
     broken = first_broken(now.broken, logits, after.state)
     appeared = remember(now.appeared, tokens, valid)
-    return with_rows(pool, index, DecodeArrays(after.state, logits, appeared, now.keys, now.done, broken)), broken
+    after = DecodeArrays(after.state, logits, appeared, now.keys, now.done, broken)
+    return placed(with_rows(pool, index, after), sharding), broken
 
 
 class Written(NamedTuple):
@@ -96,7 +105,7 @@ class Written(NamedTuple):
     likely: Likely
 
 
-@partial(jax.jit, static_argnames=("group", "placement"), donate_argnames="pool")
+@partial(jax.jit, static_argnames=("group", "placement", "sharding"), donate_argnames="pool")
 def write_tokens(
     model: Decoder,
     pool: DecodeArrays,
@@ -106,6 +115,7 @@ def write_tokens(
     *,
     group: int,
     placement: Placement | None,
+    sharding: ShardingRules | None = None,
 ) -> tuple[DecodeArrays, Written]:
     """Writes up to `group` tokens with some rows, as `decode` does; ends early when every row has stopped.
 
@@ -137,4 +147,4 @@ def write_tokens(
     )
     going = lambda loop: (loop[0] < group) & (loop[1] > 0).any()
     _, _, now, out = jax.lax.while_loop(going, body, (jnp.int32(0), rows.left, started, out))
-    return with_rows(pool, index, now), out._replace(broken=now.broken + 0)
+    return placed(with_rows(pool, index, now), sharding), out._replace(broken=now.broken + 0)

@@ -21,9 +21,17 @@ def write_slots(old: Any, new: Any, layer: Int[Array, ""] | int, index: Int[Arra
         if new.ndim == 3 and index.shape[-1] == 1:  # one number per slot: a comparison is cheaper than a scatter
             here = jnp.arange(old.shape[3], dtype=index.dtype) == index
             return old.at[layer].set(jnp.where(here, new, old[layer]))
-        rows, heads = jnp.indices(new.shape[:2], sparse=True)
-        to = jnp.broadcast_to(index, new.shape[:3])
-        return old.at[layer, rows[..., None], heads[..., None], to].set(new, mode="drop")
+        # As `old.at[layer, rows, heads, index].set(new, mode="drop")`. The indices are iotas of the full shape, so that
+        # the compiler sees that devices which share rows or heads write their own, and exchange nothing.
+        shape = (*new.shape[:3], 1)
+        rows, heads = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        first, last = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), shape) for x in (layer, index[..., None]))
+        at = jax.lax.concatenate([first, rows, heads, last], 3)
+        dimensions = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(3, new.ndim)), inserted_window_dims=(0, 1, 2, 3),
+            scatter_dims_to_operand_dims=(0, 1, 2, 3),
+        )  # fmt: skip
+        return jax.lax.scatter(old, at, new.astype(old.dtype), dimensions, mode="drop")
 
     return jax.tree.map(write, old, new)
 

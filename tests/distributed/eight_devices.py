@@ -6,9 +6,10 @@ A program of its own, since the tests have two devices.
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 import optax
 from tiny import random_tokens, tiny_decoder
 
-from jaxcompress.distributed import ShardingRules, make_mesh
+from jaxcompress.distributed import ShardingRules, collectives, make_mesh
 from jaxcompress.generation import GenerationConfig, decode, init_decode_state, prefill
 from jaxcompress.generation.generate import _decode_loop
 from jaxcompress.policies import Policy, get_policy
@@ -91,24 +92,42 @@ def trains(policy: Policy) -> dict[str, Any]:
     return told | dict(apart=max(jax.tree.leaves(apart)))
 
 
-def exchanges(policy: Policy) -> dict[str, Any]:
-    """The shapes that devices exchange while tokens are written, and the number of slots."""
-    state = init_decode_state(MODEL, policy, SLOTS, batch=8, sharding=RULES)
+def exchanged(policy: Policy, rules: ShardingRules) -> tuple[Any, Any]:
+    """What devices exchange while tokens are written, and the state."""
+    state = init_decode_state(MODEL, policy, SLOTS, batch=8, sharding=rules)
     lowered = _decode_loop.lower(
-        RULES.put(MODEL), state.arrays, 4, policy, buffer=8, config=GenerationConfig(), placement=None
+        rules.put(MODEL), state.arrays, 4, policy, buffer=8, config=GenerationConfig(), placement=None
     )
-    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    results = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", str(lowered.compile().as_text()))
-    shapes = [
-        [int(n) for n in dims.split(",") if n] for text in results for dims in re.findall(r"\w\[([\d,]*)\]", text)
-    ]
+    return collectives(lowered.compile()), state
+
+
+def exchanges(policy: Policy) -> dict[str, Any]:
+    """The shapes that are exchanged, and the number of slots."""
+    found, state = exchanged(policy, RULES)
+    shapes = [shape for one in found for shape in one.shapes]
     return dict(shapes=shapes, slots=state.kv[0].positions.shape[3], width=WIDTH)
+
+
+def steps(policy: Policy) -> dict[str, Any]:
+    """How many numbers are exchanged how often in the loop over layers, without `fsdp`, and each device's share of
+    keys and values."""
+    rules = ShardingRules(make_mesh("data=4,tensor=2"))
+    found, state = exchanged(policy, rules)
+    counted = Counter[str]()
+    for one in found:
+        if "while/body/while/body" in one.op:
+            counted.update({f"{one.kind} of {math.prod(shape)}": one.times for shape in one.shapes})
+    held = [state.kv[0].keys, state.kv[0].values]
+    share = {sum(x.addressable_shards[i].data.nbytes for x in held) * 8 / sum(x.nbytes for x in held) for i in range(8)}
+    sizes = dict(rows=2, embed=MODEL.config.hidden_size, slots=state.kv[0].positions.shape[3], layers=2)
+    return dict(exchanged=counted, share=[*share], sets=state.kv[0].sets, **sizes)
 
 
 def main() -> None:
     for case in sys.argv[1:]:
         kind, name, *dtype = case.split("-")
-        run = {"generate": lambda p, d="float32": generates(p, d), "train": trains, "exchange": exchanges}[kind]
+        given: Any = lambda policy, dtype="float32": generates(policy, dtype)
+        run = {"generate": given, "train": trains, "exchange": exchanges, "step": steps}[kind]
         print(json.dumps({"case": case, **run(POLICIES[name](), *dtype)}), flush=True)
 
 

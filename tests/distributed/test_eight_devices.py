@@ -15,10 +15,11 @@ import pytest
 
 PROGRAM = Path(__file__).with_name("eight_devices.py")
 POLICIES = ("layer", "head", "h2o", "snapkv", "retention")
-SOME = ("generate-layer-int8", "generate-snapkv-float32", "train-layer", "exchange-layer")
+SOME = ("generate-layer-int8", "generate-snapkv-float32", "train-layer", "exchange-layer", "step-layer")
 OTHERS = (
     *(case for name in POLICIES for case in (f"generate-{name}-float32", f"generate-{name}-int8", f"train-{name}")),
     *(f"exchange-{name}" for name in ("head", "h2o", "retention")),
+    *(f"step-{name}" for name in ("head", "h2o", "retention")),
 )
 
 
@@ -39,6 +40,15 @@ def check(case: str, found: dict[str, Any]) -> None:
         assert found["shapes"]
         held = [shape for shape in found["shapes"] if found["slots"] in shape and found["width"] in shape]
         assert not held, f"keys or values that are held move between devices: {held}"
+        return
+    if case.startswith("step"):
+        assert found["share"] == [1]
+        rows, layers, shared = found["rows"], found["layers"], found["sets"] == 1
+        sums = {f"all-reduce of {rows * found['embed']}": 2 * layers}  # after attention and MLP
+        if shared:  # the mean of the heads' scores
+            sums[f"all-reduce of {rows * found['slots']}"] = layers
+        large = {what: times for what, times in found["exchanged"].items() if int(what.split()[-1]) > rows}
+        assert large == sums
         return
     assert found["moved_one"] == found["moved_eight"] == []
     if case.startswith("generate"):

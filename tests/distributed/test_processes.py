@@ -1,4 +1,4 @@
-"""Two processes of four devices each measure and write what one process does."""
+"""Two processes of four devices each measure, write and learn what one process does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
 PERPLEXITY = ("perplexity", "--policies", "tova", "--slots", "32", "--context", "64", "--json")
@@ -35,16 +37,20 @@ def ended(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def both(arguments: tuple[str, ...]) -> tuple[Any, Any]:
-    """What one process prints, and what the first of two does; the second prints nothing."""
-    alone = ended(start(arguments, 1))
+def finish_both(arguments: tuple[str, ...]) -> str:
+    """What the first of two processes prints; the second prints nothing."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     together = ("--mesh", "data=2,fsdp=4", "--coordinator", f"localhost:{port}", "--processes", "2", "--process-id")
     running = [start((*arguments, *together, str(number)), 4) for number in range(2)]
     first, second = map(ended, running)
     assert second == ""
-    return json.loads(alone), json.loads(first)
+    return first
+
+
+def both(arguments: tuple[str, ...]) -> tuple[Any, Any]:
+    """What one process prints, and what the first of two does."""
+    return json.loads(ended(start(arguments, 1))), json.loads(finish_both(arguments))
 
 
 @pytest.mark.slow
@@ -57,3 +63,25 @@ def test_perplexity() -> None:
 def test_generate() -> None:
     alone, together = both(GENERATE)
     assert alone == together
+
+
+@pytest.mark.slow
+def test_train(tmp_path: Path) -> None:
+    """The losses, and the weights after the steps, whose difference is that of the gradients."""
+    book = tmp_path / "book.txt"
+    book.write_text("".join(f"Line {i} says that the slots of memory hold what was looked at.\n" for i in range(300)))
+    told = ("train", "--data", str(book), "--policy", "tova", "--slots", "16", "--length", "32", "--segment", "16",
+            "--rows", "8", "--steps", "3", "--save-every", "2", "--warmup", "1", "--out")  # fmt: skip
+    ended(start((*told, str(tmp_path / "one")), 1))
+    finish_both((*told, str(tmp_path / "two")))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    for name in ("loss", "gradient_norm", "parameter_norm"):
+        np.testing.assert_allclose([row[name] for row in one], [row[name] for row in two], rtol=1e-5, atol=1e-5)
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
+    for name, x in weights[0].items():
+        np.testing.assert_allclose(x, weights[1][name], rtol=0, atol=1e-5)
+    finish_both((*told, str(tmp_path / "two"), "--resume", "--steps", "4"))
+    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 4

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import tiny_decoder
 
 from jaxcompress.cli import main
-from jaxcompress.distributed import ShardingRules, join, make_mesh
+from jaxcompress.distributed import Collective, ShardingRules, collectives, join, make_mesh
 from jaxcompress.distributed.mesh import mesh_sizes
 from jaxcompress.distributed.processes import launched
 from jaxcompress.evaluation.perplexity import perplexity
@@ -82,6 +83,30 @@ def test_where_a_state_goes(policy: str, keys: str | None, positions: str | None
     rows: Any = TWO_ROWS.init(make)[0]
     assert {shard.data.shape[1] for shard in rows.values.codes.addressable_shards} == {1}
     assert {shard.data.shape for shard in rows.seen.addressable_shards} == {(1,)}
+
+
+def test_the_share_of_a_device() -> None:
+    config = tiny_decoder().config
+    state = jax.eval_shape(lambda: init_state(config, get_policy("tova"), 4, batch=2))
+    vectors = state[0].keys.size * 4 * 2
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert TWO_HEADS.bytes_per_device(state) == whole - vectors // 2  # positions are shared
+    chips = ShardingRules(AbstractMesh((64,), ("tensor",)), kv_heads=None)
+    assert chips.bytes_per_device(jax.ShapeDtypeStruct((2, 3), jnp.int32)) == 24
+    assert TWO_ROWS.bytes_per_device({"tokens": jax.ShapeDtypeStruct((2, 3), jnp.int32)}) == 12
+
+
+def test_what_devices_exchange() -> None:
+    def program(x: Any, by: Any) -> Any:
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ by), None), x, length=3)[0]
+
+    whole, cut = (NamedSharding(TWO_HEADS.mesh, P(*axes)) for axes in ((), ("tensor",)))
+    x = jax.ShapeDtypeStruct((4, 6), jnp.float32, sharding=whole)
+    by = jax.ShapeDtypeStruct((6, 6), jnp.float32, sharding=cut)
+    found = collectives(jax.jit(program, out_shardings=whole).lower(x, by).compile())
+    (summed,) = [one for one in found if one.kind == "all-reduce"]
+    assert summed._replace(op="") == Collective("all-reduce", ((4, 6),), 96, 3, "")
+    assert "dot_general" in summed.op
 
 
 class TestRefused:

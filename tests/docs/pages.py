@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))
-INCLUDE = re.compile(r'^--8<-- "([\w.]+)(?::(\w+))?"$', re.MULTILINE)
+INCLUDE = re.compile(r'^--8<-- "([\w./-]+)(?::(\w+))?"$', re.MULTILINE)
 
 sys.path.append(str(DOCS / "making"))  # what makes the site
 

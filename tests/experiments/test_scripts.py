@@ -14,12 +14,13 @@ from unittest import mock
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "experiments"
-PARTS = {"command", "paper_tables", "sentences", "vision_parity_models"}  # imported by scripts, no programs
+PARTS = {"command", "paper_tables", "sentences", "sharded_step", "vision_parity_models"}  # imported, no programs
 SCRIPTS = sorted({path.stem for path in FOLDER.glob("*.py")} - PARTS)
 NEEDS = {  # a module that the tests do not install, and the command that does
     "aot_gpu": ("nvidia", "make aot-gpu"),
     "aot_kernels": ("libtpu", "make aot"),
     "kvpress_parity": ("torch", 'pip install "torch==2.13.0" transformers "kvpress==0.5.5"'),
+    "aot_mesh": ("libtpu", "make aot"),
     "lm_eval_parity": ("torch", 'pip install -e ".[parity,lm-eval]"'),
     "make_gguf_fixtures": ("sentencepiece", "pip install sentencepiece"),
     "make_modernbert_fixtures": ("torch", 'pip install -e ".[parity]"'),

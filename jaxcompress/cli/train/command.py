@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxcompress.cli.mesh import is_first
 from jaxcompress.cli.runtime import open_weights, write_json
 from jaxcompress.cli.train.arguments import TrainFlags
 from jaxcompress.cli.train.data import packed_rows
@@ -75,7 +77,7 @@ class Train(TrainFlags):
         run.tell_after()
         if run.record.get("saved") != self.steps or not (self.out / "model").exists():
             save_trained(self, task, run.state.params, self.out / "model", stored, tokenizer.folder)
-            write_json(run.record | dict(saved=self.steps), self.out / "run.json")
+            _record(run.record | dict(saved=self.steps), self.out / "run.json")
         print(f"saved in {self.out / 'model'}")
 
     def _flops(self, loaded: Loaded) -> float:
@@ -125,9 +127,9 @@ class _Run:
             if how.resume:
                 print(f"there is no {'checkpoint' if file.exists() else 'run'} in {how.out} yet: it begins")
             self.record = dict(data=facts, held_out=self._measure(task.params, self._parts.held_out))
-            self.state = begin() if rules is None else rules.put(begin())
+            self.state = begin() if rules is None else _spread(rules, task.params, optimizer, how.seed)
         self.record |= dict(settings=recorded_settings(how))
-        write_json(self.record, file)
+        _record(self.record, file)
         print(f"{facts['tokens']:,} tokens, {self._parts.train:,} rows to train on; see {how.out / 'metrics.jsonl'}")
 
     def train(self, flops: float) -> None:
@@ -141,8 +143,11 @@ class _Run:
         for metric, (name, unit) in self._told.items():
             if metric in self._before:
                 print(f"held-out {name} before: {self._before[metric]:.4f} ({unit})", flush=True)
-        with MetricsFile(how.out / "metrics.jsonl", after=self._done) as lines:
-            sinks = [lines, *([_tensorboard(how.out, self._done)] if how.tensorboard else [])]
+        with ExitStack() as opened:
+            sinks: list[Sink] = []
+            if is_first():
+                sinks.append(opened.enter_context(MetricsFile(how.out / "metrics.jsonl", after=self._done)))
+                sinks.extend([_tensorboard(how.out, self._done)] if how.tensorboard else [])
             self.state = fit(
                 self.state, self._step, self._data, steps=how.steps, checkpoints=self._checkpoints,
                 save_every=how.save_every, log=[_with_rate(self._schedule, sink) for sink in sinks],
@@ -167,6 +172,22 @@ class _Run:
         short = "" if warm == how.warmup else f" (--warmup {how.warmup} does not fit into {how.steps} steps)"
         course = f"to {how.learning_rate:g} in {warm} steps{short}, then {how.schedule} to step {how.steps}"
         return f"learning rate: {course}; {float(self._schedule(self._done)):.3g} at step {self._done + 1}"
+
+
+def _spread(rules: ShardingRules, params: Any, optimizer: Any, seed: int) -> TrainState:
+    """The first state of a run, each device having its part."""
+    import jax
+
+    from jaxcompress.training.trainer import init_train_state
+
+    begin = lambda params: init_train_state(params, optimizer, seed=seed)
+    return jax.jit(begin, out_shardings=rules.shardings(jax.eval_shape(begin, params)))(params)
+
+
+def _record(record: Mapping[str, Any], file: Path) -> None:
+    """run.json, written by one process."""
+    if is_first():
+        write_json(record, file)
 
 
 def _optimizer(how: Train, *, both: bool) -> tuple[Callable[[int], Any], Any]:

@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jaxcompress.cli.mesh import is_first
 from jaxcompress.cli.train.arguments import TrainFlags
 from jaxcompress.cli.train.task import Task
 
 
 def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: Any, tokenizer: Path) -> None:
-    """Writes model and policy, both or neither, in place of those of fewer steps.
+    """Writes model and policy, both or neither, in place of those of fewer steps. All processes call it, the first one
+    writes.
 
     Args:
       params: trained.
@@ -21,11 +23,17 @@ def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: 
     import jax
 
     from jaxcompress.checkpoints import SavedPolicy, save, save_policy
+    from jaxcompress.distributed import on_host
 
     new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     model, own = task.parts(params)
-    save(jax.tree.map(lambda x: x.astype(dtype), model), new, tokenizer_from=tokenizer)
+    model = jax.tree.map(lambda x: x.astype(dtype), model)
+    if jax.process_count() > 1:
+        model, own = jax.tree.map(on_host, (model, own))
+    if not is_first():
+        return
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    save(model, new, tokenizer_from=tokenizer)
     settings: dict[str, Any] = {}
     if how.policy != "full":
         settings = dict(slots=how.slots, segment=how.segment, chunk=how.chunk_length, placement=how.placement)
