@@ -80,7 +80,7 @@ class Perplexity(
         model, tokenizer = open_model(self.model, self.dtype, rules)
         name, text = self.text() or held_out_text()
         tokens, about = self._rows(tokenizer, name, text)
-        policies = [chosen_policy(policy, tokenizer.folder) for policy in self.policies]
+        policies = [chosen_policy(policy, model, tokenizer.folder) for policy in self.policies]
         slots = self._capacities(policies)
         if about["read"] < about["of"]:
             each = about["read"] // len(tokens)

@@ -100,8 +100,8 @@ class Serve(StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, WeightFlags):
 
         def pool(policy: str, slots: Any) -> PoolSpec:
             return PoolSpec(
-                loaded.model, chosen_policy(policy, loaded.folder), slots, self.rows, self.placement, self.state_dtype,
-                self.mode, self.chunk_tokens(), self.segment,
+                loaded.model, chosen_policy(policy, loaded.model, loaded.folder), slots, self.rows, self.placement,
+                self.state_dtype, self.mode, self.chunk_tokens(), self.segment,
             )  # fmt: skip
 
         shown = "-".join(map(str, self.slots))

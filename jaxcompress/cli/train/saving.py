@@ -21,18 +21,21 @@ def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: 
     import jax
 
     from jaxcompress.checkpoints import SavedPolicy, save, save_policy
+    from jaxcompress.models.fingerprint import norms_fingerprint
 
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     model, own = task.parts(params)
-    save(jax.tree.map(lambda x: x.astype(dtype), model), new, tokenizer_from=tokenizer)
+    model = jax.tree.map(lambda x: x.astype(dtype), model)
+    save(model, new, tokenizer_from=tokenizer)
     settings: dict[str, Any] = {}
     if how.policy != "full":
         settings = dict(slots=how.slots, segment=how.segment, chunk=how.chunk_length, placement=how.placement)
     if task.learned is None or own is None:
         saved = SavedPolicy(how.policy, settings)
     else:
-        saved = SavedPolicy(task.learned.kind, settings | task.learned.settings, own._asdict())
+        settings |= task.learned.settings | dict(norms=norms_fingerprint(model))
+        saved = SavedPolicy(task.learned.kind, settings, own._asdict())
     save_policy(saved, new)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
