@@ -11,9 +11,11 @@ from typing import Any, Generic, TypeVar
 import jax
 
 from jaxcompress.checkpoints._policy import SavedPolicy, load_policy
+from jaxcompress.checkpoints._policy_of import policy_of
 from jaxcompress.checkpoints._processor import image_processor
 from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.inputs.tokenizer import Tokenizer
+from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Policy
 
 Model = TypeVar("Model")
@@ -60,16 +62,18 @@ class Loaded(Generic[Model, Config, TokenizerOf]):
 
     @cached_property
     def saved_policy(self) -> SavedPolicy | None:
-        """The policy that the model was trained with, as saved: name, settings and weights. None if none was saved.
+        """The policy that was trained for the model, as saved: name, settings and weights. None if there is none.
+
+        It is the one in the folder or, for some models, one that ships with the package (see `policy_of`).
 
         Raises:
-          ValueError: policy.json or policy.safetensors is damaged.
+          ValueError: policy.json or policy.safetensors is damaged, or is for another model.
         """
-        return load_policy(self.folder)
+        return policy_of(self.model, self.folder) if isinstance(self.model, Decoder) else load_policy(self.folder)
 
     @cached_property
     def policy(self) -> Policy | None:
-        """The policy that the model was trained with; None if none was saved.
+        """The policy that was trained for the model; None if there is none.
 
         Raises:
           ValueError: the files are damaged, or name an unknown policy.

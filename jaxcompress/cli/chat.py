@@ -60,7 +60,8 @@ class Chat(
         if self.state_dtype is not None:
             options["dtype"] = self.state_dtype
         chat = generation.Chat(
-            loaded, chosen_policy(self.policy, loaded.folder), self.capacity, system=self.system, arguments=arguments,
+            loaded, chosen_policy(self.policy, loaded.model, loaded.folder), self.capacity, system=self.system,
+            arguments=arguments,
             max_new_tokens=self.max_new_tokens, config=self.sampling(), seed=self.seed, **options,
         )  # fmt: skip
         conversation = Conversation(chat)

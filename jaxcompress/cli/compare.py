@@ -77,7 +77,7 @@ class Compare(FigureFlag, RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags, 
             raise ValueError("--fractions does nothing for full, which gets the whole context; leave it out")
         check_writable(self.out, self.figure)
         model, tokenizer = open_model(self.model, self.dtype)
-        policies = {name: chosen_policy(name, tokenizer.folder) for name in self.policies}
+        policies = {name: chosen_policy(name, model, tokenizer.folder) for name in self.policies}
         from jaxcompress.evaluation.compare import compare
 
         name, text = self.text() or held_out_text()

@@ -113,7 +113,7 @@ def _policy(conversation: Conversation, words: list[str]) -> None:
         if not words[1].isdecimal():
             raise ValueError(f"the number of slots must be a whole number, not {words[1]!r}")
         slots = int(words[1])
-    policy, tokens = chosen_policy(words[0], chat.loaded.folder), len(chat.tokens)
+    policy, tokens = chosen_policy(words[0], chat.loaded.model, chat.loaded.folder), len(chat.tokens)
     conversation.chat = chat.reread(policy, slots) if tokens <= REREAD else chat.fresh(policy, slots)
     what = "nothing was said yet" if not tokens else f"read {tokens:,} tokens again"
     if tokens > REREAD:

@@ -118,7 +118,7 @@ def _compare(model, tokenizer, out: Path, say) -> list[dict]:
     rows = rows_of_text(text, context, 4, tokenizer.bos_id)
     tasks = exam(text, words_of(tokenizer), rows=4, length=context, bos=tokenizer.bos_id)
     names = ("full", "window", "window+4", "h2o-layer", "tova", "learned", "random")
-    policies = {policy.name: policy for policy in (chosen_policy(name, tokenizer.folder) for name in names)}
+    policies = {policy.name: policy for policy in (chosen_policy(name, model, tokenizer.folder) for name in names)}
     say(f"Held-out text in rows of {context} tokens, read token by token through a bounded state.")
     say("With facts: perplexity of such rows into which facts and, 500 to 2,000 tokens later, questions about them")
     say("are woven. Recall: how many of the questions are answered in full. retention-layer is the model's own policy,")

@@ -139,7 +139,7 @@ class Generate(
 
         rows = 1 if self.file is not None else len(self.prompt)
         state = init_decode_state(
-            model, chosen_policy(self.policy, tokenizer.folder), self.capacity,
+            model, chosen_policy(self.policy, model, tokenizer.folder), self.capacity,
             batch=rows, seeds=self.seed, dtype=self.state_dtype, placement=self.placement, sharding=rules,
         )  # fmt: skip
         if self.shorten is None and self.file is not None:

@@ -83,7 +83,7 @@ class Perplexity(
         model, tokenizer = open_model(self.model, self.dtype, rules)
         name, text = self.text() or held_out_text()
         tokens, about = self._rows(tokenizer, name, text)
-        policies = {name: chosen_policy(name, tokenizer.folder) for name in self.policies}
+        policies = {name: chosen_policy(name, model, tokenizer.folder) for name in self.policies}
         slots = self._capacities(list(policies.values()))
         if about["read"] < about["of"]:
             each = about["read"] // len(tokens)

@@ -61,7 +61,7 @@ class Retention(
         every, ids = len(ids), token_ids(ids, model.config.vocab_size, name)[: self.limit]
         prompt = self._prompt(len(ids))
         policies = [one for one in (self.policy, self.compare) if one is not None]
-        deaths = self._deaths(model, ids, [chosen_policy(one, tokenizer.folder) for one in policies], prompt)
+        deaths = self._deaths(model, ids, [chosen_policy(one, model, tokenizer.folder) for one in policies], prompt)
         texts = token_texts(tokenizer, ids)
         kinds = token_kinds(texts, marks=[tokenizer.is_special(token) for token in ids])
         layers, sets, total = deaths[0].shape

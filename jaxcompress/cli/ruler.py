@@ -98,7 +98,7 @@ class Ruler(RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags):
                 f"--lengths must be at least {REST + max(self.fractions)}: {REST} tokens are for question and answer, "
                 f"and every one of --fractions leaves a slot; {min(self.lengths)} was given"
             )
-        policies = {name: chosen_policy(name, loaded.folder) for name in self.policies}
+        policies = {name: chosen_policy(name, loaded.model, loaded.folder) for name in self.policies}
         slots = [(length - REST) // share for length in self.lengths for share in self.fractions]
         too_small(list(policies.values()), slots)
         form = self.form or ("chat" if loaded.tokenizer.has_chat_template else "plain")

@@ -100,20 +100,20 @@ def open_model(model: str | None, dtype: str = "auto", rules: ShardingRules | No
     return loaded.model, loaded.tokenizer
 
 
-def chosen_policy(name: str, folder: Path) -> Policy:
-    """The policy that --policy names. `learned` is the one that was saved with the model in a folder.
+def chosen_policy(name: str, model: Decoder, folder: Path) -> Policy:
+    """The policy that --policy names. `learned` is the one that was trained for this model (see `policy_of`).
 
     Raises:
-      ValueError: an unknown name, or none was saved.
+      ValueError: an unknown name, or none was trained for it.
     """
-    from jaxcompress.checkpoints import load_policy
+    from jaxcompress.checkpoints import missing_policy, policy_of
     from jaxcompress.policies.names import get_policy
 
     if name.split("/")[0] != "learned":
         return get_policy(name)
-    saved = load_policy(folder)
+    saved = policy_of(model, folder)
     if saved is None:
-        raise ValueError(f"the model in {folder} was saved without a policy of its own; name another one")
+        raise ValueError(missing_policy(folder))
     return get_policy(name, learned=saved.make())
 
 

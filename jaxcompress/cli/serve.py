@@ -103,8 +103,8 @@ class Serve(MeshFlag, StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, Wei
 
         def pool(policy: str, slots: Any) -> PoolSpec:
             return PoolSpec(
-                loaded.model, chosen_policy(policy, loaded.folder), slots, self.rows, self.placement, self.state_dtype,
-                self.mode, self.chunk_tokens(), self.segment, sharding=rules,
+                loaded.model, chosen_policy(policy, loaded.model, loaded.folder), slots, self.rows, self.placement,
+                self.state_dtype, self.mode, self.chunk_tokens(), self.segment, sharding=rules,
             )  # fmt: skip
 
         shown = "-".join(map(str, self.slots))

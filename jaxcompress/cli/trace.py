@@ -59,7 +59,7 @@ class Trace(
         from jaxcompress.evaluation.tracing import trace
 
         ids = self._ids(loaded)
-        policy = chosen_policy(self.policy, loaded.folder)
+        policy = chosen_policy(self.policy, loaded.model, loaded.folder)
         prompt = max(ids.shape[1] // 2, 1) if self.prompt_tokens is None else self.prompt_tokens
         done = trace(
             loaded.model, ids, policy, self.capacity,

@@ -10,6 +10,12 @@ def decoder_folder() -> Path:
     return Path(__file__).parent / "model"
 
 
+def policy_folders() -> list[Path]:
+    """Where policies lie that were trained for models: each has a policy.json that says for which."""
+    own = Path(__file__).parent / "policies"
+    return [decoder_folder(), *(sorted(own.iterdir()) if own.is_dir() else [])]
+
+
 def compressor_folder() -> Path:
     """Where the embedded prompt compressor lies: a Hugging Face folder of a BERT that classifies tokens."""
     return Path(__file__).parent / "compressor"

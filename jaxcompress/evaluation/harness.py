@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress._extras import extra
-from jaxcompress.checkpoints import load, load_policy
+from jaxcompress.checkpoints import load, missing_policy
 from jaxcompress.evaluation.perplexity import predict_block
 from jaxcompress.generation.config import GenerationConfig
 from jaxcompress.generation.decode_state import DecodeState, init_decode_state
@@ -84,8 +84,10 @@ class HarnessModel(TemplateLM):
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         self.loaded = load(str(pretrained), dtype=dtype)
-        saved = load_policy(self.loaded.folder) if policy.split("/")[0] == "learned" else None
-        self.policy = get_policy(policy, learned=None if saved is None else saved.make())
+        learned = self.loaded.policy if policy.split("/")[0] == "learned" else None
+        if learned is None and policy.split("/")[0] == "learned":
+            raise ValueError(missing_policy(self.loaded.folder))
+        self.policy = get_policy(policy, learned=learned)
         if slots is None and self.policy.evicts:
             raise ValueError(f"policy {policy} evicts: give slots, such as slots=256")
         self.slots = slots

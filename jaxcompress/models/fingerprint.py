@@ -1,4 +1,4 @@
-"""The fingerprint of a model's weights, by which files know the model that they belong to."""
+"""Fingerprints of a model's weights, by which files know the model that they belong to."""
 
 from __future__ import annotations
 
@@ -30,6 +30,22 @@ def fingerprint(model: Decoder) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(f"{name} {tuple(weights[name].shape)}\n".encode() + np.asarray(numbers[name]).tobytes())
+    return digest.hexdigest()
+
+
+def norms_fingerprint(model: Decoder) -> str:
+    """64 hexadecimal digits that stand for a checkpoint in any precision: for the model's shape and its norms' numbers.
+
+    Files of quantised weights, GGUF among them, keep the norms as they were. So a model has this fingerprint whether it
+    comes from the published checkpoint, from a quantised file or from a folder that was made of one. Training all
+    weights changes it; adapters (LoRA) leave the norms alone and do not. Numbers are rounded to bfloat16.
+    """
+    config = model.config
+    shape = (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size)
+    digest = hashlib.sha256(f"{shape}\n".encode())
+    weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+    for name in sorted(name for name in weights if "norm" in name):
+        digest.update(f"{name}\n".encode() + np.asarray(weights[name]).astype(jnp.bfloat16).tobytes())
     return digest.hexdigest()
 
 

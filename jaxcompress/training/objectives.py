@@ -93,6 +93,7 @@ def joint_retention(
     *,
     scope: Scope = "kv_head",
     block: int = 64,
+    horizon: float | None = 128.0,
     watched: int | None = None,
 ) -> Objective:
     """Trains a model and a retention head together.
@@ -104,7 +105,7 @@ def joint_retention(
     Args:
       model_objective: (policy) -> an objective of a decoder, such as
         `partial(distilled, slots=128, segment=256, teacher=before)`.
-      scope, block: see `retention_loss`.
+      scope, block, horizon: see `retention_loss`.
       watched: how many rows of a batch the head is trained on; all if None. They take a forward pass of their own.
     """
 
@@ -112,7 +113,7 @@ def joint_retention(
         model, head = params
         metrics, slope = model_objective(Retention(jax.lax.stop_gradient(head), scope))(model, batch, step, key)
         tokens = batch.tokens[:watched, :-1]
-        watch = lambda head: retention_loss(model, tokens, head, scope=scope, block=block)
+        watch = lambda head: retention_loss(model, tokens, head, scope=scope, block=block, horizon=horizon)
         apart, change = jax.value_and_grad(watch)(head)
         return {**metrics, "retention": apart}, (slope, change)
 

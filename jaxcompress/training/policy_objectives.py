@@ -54,6 +54,7 @@ def policy_objective(
     ratio: float = 8.0,
     window: int = 16,
     pressure: float = 5.0,
+    horizon: float | None = 128.0,
     hidden: int = 64,
     model_objective: Callable[[Policy], Objective] | None = None,
 ) -> PolicyObjective:
@@ -62,7 +63,7 @@ def policy_objective(
     `retention` trains its head alone, or head and model (see `model_objective`). `dms` and `dmc` train both: over the
     first two thirds of the steps, the share of tokens kept falls to 1 / ratio and the temperature to 0.1.
 
-    There are nine parameters, because the settings of three ways to train are all keywords.
+    There are ten parameters, because the settings of three ways to train are all keywords.
 
     Args:
       name: from `TRAINABLE`.
@@ -71,6 +72,7 @@ def policy_objective(
       ratio: of tokens to tokens kept, for `dms` and `dmc`.
       window: number of tokens before `dms` evicts.
       pressure: weight of the penalty for keeping too many tokens, for `dms` and `dmc`.
+      horizon: tokens over which `retention` discounts attention to come (see `watched_attention`).
       hidden: width of the network that reads a token's key and value.
       model_objective: for `retention`, the objective that trains the model with this policy (see `joint_retention`).
         None: the model stays as it is.
@@ -91,8 +93,8 @@ def policy_objective(
     if kind == "retention":
         head = init_retention(model.config, key, hidden=hidden)
         if model_objective is None:
-            return _retention(model, head, scope)
-        return _retention_and_model(model, head, scope, model_objective)
+            return _retention(model, head, scope, horizon)
+        return _retention_and_model(model, head, scope, horizon, model_objective)
     schedules = _Schedules.over(max(steps * 2 // 3, 1), ratio)
     if kind == "dms":
         head, settings = init_dms(model.config, key, hidden=hidden), {"window": window, "scope": scope}
@@ -102,11 +104,13 @@ def policy_objective(
     return PolicyObjective(kind, settings, (model, head), _keeping_less(loss, schedules, pressure), lambda both: both)
 
 
-def _retention(model: Decoder, head: ForgetHead, scope: Scope) -> PolicyObjective:
+def _retention(model: Decoder, head: ForgetHead, scope: Scope, horizon: float | None) -> PolicyObjective:
     """Trains a head on a model's attention. The objective refers to the model and copies nothing."""
 
     def objective(head: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-        loss = lambda head: retention_loss(model, batch.tokens[:, :-1], head, scope=scope, block=_block(batch))
+        loss = lambda head: retention_loss(
+            model, batch.tokens[:, :-1], head, scope=scope, block=_block(batch), horizon=horizon
+        )
         value, gradient = jax.value_and_grad(loss)(head)
         return {"loss": value}, gradient
 
@@ -114,10 +118,15 @@ def _retention(model: Decoder, head: ForgetHead, scope: Scope) -> PolicyObjectiv
 
 
 def _retention_and_model(
-    model: Decoder, head: ForgetHead, scope: Scope, model_objective: Callable[[Policy], Objective]
+    model: Decoder,
+    head: ForgetHead,
+    scope: Scope,
+    horizon: float | None,
+    model_objective: Callable[[Policy], Objective],
 ) -> PolicyObjective:
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-        return joint_retention(model_objective, scope=scope, block=_block(batch))(params, batch, step, key)
+        how: dict[str, Any] = dict(scope=scope, block=_block(batch), horizon=horizon)
+        return joint_retention(model_objective, **how)(params, batch, step, key)
 
     return PolicyObjective("retention", {"scope": scope}, (model, head), objective, lambda both: both)
 

@@ -6,7 +6,9 @@ the attention of later queries. The trained network serves as a policy with a fi
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,11 @@ from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.cache_view import Scope
 from jaxcompress.policies.forget_head import ForgetHead, token_numbers
 from jaxcompress.policies.learned import LIKE_TOVA, Looked, foreseen
-from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.softmax import MASKED, masked_softmax
 from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
-from jaxcompress.state.shapes import Keys, Positions, Queries, Tokens, Valid
+from jaxcompress.state.precision import weighted
+from jaxcompress.state.shapes import AttentionOut, Keys, Positions, Queries, Tokens, Valid, Values
 from jaxcompress.training.forget_heads import check_network, network, positions_of
 
 
@@ -42,16 +44,16 @@ def retention_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy between a retention head's scores and future attention, in nats.
 
-    The mean of `future_attention_loss` over layers, sets and block ends. Only the network gets a gradient.
+    The mean of the loss of `watched_attention` over layers, sets and block ends. Only the network gets a gradient.
 
     Args:
       tokens: [B, T], longer than a block.
       scope: that of the policy; "pool" is trained as "kv_head".
       valid: [B, T], False for padding.
-      block, horizon: see `future_attention_loss`.
+      block, horizon: see `watched_attention`.
 
     Raises:
-      ValueError: a network for a model of another shape, scope "query_head", or as for `future_attention_loss`.
+      ValueError: a network for a model of another shape, scope "query_head", or as for `watched_attention`.
     """
     check_network(head, len(LIKE_TOVA), model.config)
     if scope == "query_head":
@@ -64,24 +66,25 @@ def retention_loss(
         here = layer.attention.constants(model.config, index)
         q, k = here.placed(q, k, positions)
         kind = dict(window=here.window, traits=here.traits)
-        apart = future_attention_loss(numbers, q, k, positions, block=block, horizon=horizon, **kind)
-        return causal_attention(q, k, v, positions, **kind), carry, apart
+        out, apart = watched_attention(numbers, q, k, v, positions, block=block, horizon=horizon, **kind)
+        return out, carry, apart
 
     return model.run_layers(model.embed(tokens), positions_of(tokens, valid), attend, xs=head)[2].mean()
 
 
-def future_attention_loss(
+def watched_attention(
     numbers: Float[Array, "B P T R"],
     q: Queries,
     k: Keys,
+    v: Values,
     positions: Positions,
     *,
     block: int = 64,
     horizon: float | int | None = 128,
     window: Int[Array, ""] | None = None,
     traits: AttentionTraits = PLAIN,
-) -> Float[Array, ""]:
-    """Cross-entropy between future attention and the softmax of scores, in nats.
+) -> tuple[AttentionOut, Float[Array, ""]]:
+    """Causal attention, and the cross-entropy between its future and the softmax of scores, in nats.
 
     At the end of each block of queries, at position t, every token j <= t has a score, from its numbers and the
     attention that it received (see `jaxcompress.policies.Retention`). The target is the attention that later queries
@@ -89,9 +92,12 @@ def future_attention_loss(
 
         F[j] = sum over i > t of exp(-(i - t) / horizon) p[i, j], divided by its sum over j <= t,
 
-    with p averaged over the heads that share a set. The result is the mean over rows, sets and block ends. Blocks
-    without tokens, and blocks with no tokens after them, do not count. Attention is computed twice, one block of
-    queries at a time, so memory is block x T. The gradient, for `numbers` only, is computed in the same pass.
+    with p averaged over the heads that share a set. The loss is the mean over rows, sets and block ends. Blocks without
+    tokens, and blocks with no tokens after them, do not count. Attention is computed once, one block of queries at a
+    time, and three numbers per token are kept of each block, so memory is T x T / block. The gradient, for `numbers`
+    only, is computed in the same pass.
+
+    There are nine parameters: the arrays, how the future is looked at, and what bounds and changes the attention.
 
     Args:
       numbers: four for each token; P is 1 or K.
@@ -102,67 +108,113 @@ def future_attention_loss(
       window: width of a sliding-window layer.
       traits: what the layer's attention does beyond scaled products and a softmax.
 
+    Returns:
+      The attention, and the loss.
+
     Raises:
       ValueError: a block below 1 token, a text within one block, or a horizon that is not positive.
     """
-    b, t = q.shape[:2]
+    t = q.shape[1]
     if horizon is not None and horizon <= 0:
         raise ValueError(f"a horizon is a positive number of tokens, not {horizon}")
     if not 1 <= block < t:
         raise ValueError(f"blocks of {block} tokens in texts of {t}: at least 1, and something has to come after one")
-    q, k, still, traits = jax.lax.stop_gradient((q, k, numbers, traits))
-    sets = numbers.shape[1]
-    n = -(-t // block)
-    pad = [(0, 0), (0, n * block - t)]
-    cut = lambda x: x.reshape(b, n, block, *x.shape[2:]).swapaxes(0, 1)
-    grouped = q.reshape(b, t, k.shape[2], -1, q.shape[-1])
-    blocks = cut(jnp.pad(grouped, [*pad, *[(0, 0)] * 3])), cut(jnp.pad(positions, pad, constant_values=-1))
-    ends = jax.lax.cummax(blocks[1].max(-1), axis=0)  # [n, B], the newest position at the end of each block
-    before = jnp.concatenate([jnp.full((1, b), -1, jnp.int32), ends[:-1]])
-    key = positions[:, None]
+    q, k, v, traits = jax.lax.stop_gradient((q, k, v, traits))
     fade = lambda ahead: jnp.exp(-ahead / horizon) if horizon else jnp.ones(ahead.shape)
+    out, blocks = _watched(q, k, v, positions, numbers.shape[1], block, fade, window, traits)
+    return out, _foresight(numbers, blocks, positions, fade)
 
-    def attention(q: Array, at: Array) -> Float[Array, "B P block T"]:
-        scores = traits.capped(scores_of("btkgd,bnkd->bkgtn", q, k))
+
+class _Block(NamedTuple):
+    """What is kept of a block of queries; arrays of all blocks have an axis more in front.
+
+    Attributes:
+      end, before: [B], the newest position at the end of the block, and at the end of the one before.
+      counts: [B], whether a loss is taken at its end.
+      near: [B, P, T], attention of its queries to each token, faded from the block before on.
+      last: [B, P, T], attention of its newest query.
+      total: [B, P, T], attention of all queries up to its end.
+    """
+
+    end: Array
+    before: Array
+    counts: Array
+    near: Array
+    last: Array
+    total: Array
+
+
+def _watched(
+    q: Queries, k: Keys, v: Values, positions: Positions,
+    sets: int, block: int, fade: Callable[[Array], Array], window: Int[Array, ""] | None, traits: AttentionTraits,
+) -> tuple[AttentionOut, _Block]:  # fmt: skip
+    """Attention, and what is kept of each block. It has nine parameters, those of `watched_attention`."""
+    b, t, h, d = q.shape
+    kv, n = k.shape[2], -(-t // block)
+    pad = [(0, 0), (0, n * block - t)]
+    at = jnp.pad(positions, pad, constant_values=-1).reshape(b, n, block).swapaxes(0, 1)
+    q = jnp.pad(q, [*pad, (0, 0), (0, 0)]).reshape(b, n, block, kv, h // kv, d).transpose(1, 0, 3, 4, 2, 5)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    ends = jax.lax.cummax(at.max(-1), axis=0)
+    before = jnp.concatenate([jnp.full((1, b), -1, jnp.int32), ends[:-1]])
+    there = at >= 0
+    newest = jnp.arange(block) == at.argmax(-1)[..., None]
+    looks = jnp.stack([jnp.where(there, fade(at - before[..., None]), 0.0), newest, there], axis=2)  # [n, B, 3, block]
+
+    def attend(inputs: tuple[Array, Array, Array], end: int) -> tuple[Array, Array]:
+        q, at, looks = inputs
+        key = positions[:, None, :end]
+        scores = traits.capped(scores_of("bkqd,bknd->bkqn", q.reshape(b, kv, -1, d), k[:, :, :end]))
+        scores = scores.reshape(*q.shape[:-1], end)
         visible = (key <= at[:, :, None]) & (key >= 0)
         if window is not None:
             visible &= key > at[:, :, None] - window
         present = (at >= 0)[:, None, None, :, None]
-        weights = masked_softmax(scores, visible[:, None, None], present, traits.sinks_beside(scores)).mean(2)
-        return weights.mean(1, keepdims=True) if sets == 1 else weights
+        weights = masked_softmax(scores, visible[:, None, None], present, traits.sinks_beside(scores))
+        weights = weights.reshape(b, kv, -1, end)
+        out = weighted("bkqn,bknd->bkqd", weights, v[:, :, :end]).reshape(q.shape)
+        seen = jnp.einsum("brq,bkqn->rbkn", jnp.tile(looks, (1, 1, h // kv)), weights) / (h // kv)
+        seen = seen.mean(2, keepdims=True) if sets == 1 else seen
+        return out.astype(q.dtype), jnp.pad(seen, [*[(0, 0)] * 3, (0, t - end)])
 
-    def add(total: Array, inputs: Any) -> tuple[Array, None]:
-        return total + attention(*inputs).sum(2), None
+    outs, kept = [], []
+    for start in range(0, n, many := -(-n // 4)):  # a block meets only the keys up to the end of its quarter
+        some = slice(start, start + many)
+        end = min((start + many) * block, t)
+        out, seen = jax.lax.map(partial(attend, end=end), (q[some], at[some], looks[some]))
+        outs, kept = [*outs, out], [*kept, seen]
+    near, last, total = jnp.concatenate(kept).swapaxes(0, 1)
+    counts = (at.max(-1) >= 0) & (ends < ends[-1])
+    out = jnp.concatenate(outs).transpose(1, 0, 4, 2, 3, 5).reshape(b, n * block, h, d)[:, :t]
+    return out, _Block(ends, before, counts, near, last, jnp.cumsum(total, axis=0))
 
-    nothing = jnp.zeros((b, sets, t))
-    total, _ = jax.lax.scan(add, nothing, blocks)
 
-    def apart(numbers: Array, last: Array, so_far: Array, future: Array, now: Array, counts: Array) -> Array:
+def _foresight(
+    numbers: Float[Array, "B P T R"], blocks: _Block, positions: Positions, fade: Callable[[Array], Array]
+) -> Float[Array, ""]:
+    """The loss of `watched_attention`."""
+    still = jax.lax.stop_gradient(numbers)
+
+    def apart(numbers: Array, block: _Block, future: Array) -> Array:
         """The cross-entropy, summed over the rows and sets that count."""
-        age = jnp.maximum(now[:, None] - positions, 0)[:, None]
-        here = ((positions >= 0) & (positions <= now[:, None]))[:, None]
+        age = jnp.maximum(block.end[:, None] - positions, 0)[:, None]
+        here = ((positions >= 0) & (positions <= block.end[:, None]))[:, None]
         future = jnp.where(here, future, 0.0)
         share = future / jnp.maximum(future.sum(-1, keepdims=True), 1e-30)
-        scores = foreseen(Looked(tuple(numbers[..., i] for i in range(len(LIKE_TOVA))), last, so_far), age)
-        losses = -(share * jax.nn.log_softmax(jnp.where(here, scores, MASKED), axis=-1)).sum(-1)
-        return (losses * counts[:, None]).sum()
+        seen = Looked(tuple(numbers[..., i] for i in range(len(LIKE_TOVA))), block.last, block.total)
+        losses = -(share * jax.nn.log_softmax(jnp.where(here, foreseen(seen, age), MASKED), axis=-1)).sum(-1)
+        return (losses * block.counts[:, None]).sum()
 
-    def look(carry: Any, inputs: Any) -> tuple[Any, None]:
-        """Goes from the last block to the first: future attention is then known, and past attention is the rest."""
-        future, later, loss, slope, count = carry
-        (q, at), now, previous = inputs
-        weights = attention(q, at)
-        last = jnp.take_along_axis(weights, at.argmax(-1)[:, None, None, None], axis=2)[:, :, 0]
-        so_far = jnp.maximum(total - later, last)  # rounding may make the difference of two sums smaller
-        counts = (at.max(-1) >= 0) & (now < ends[-1])
-        more, change = jax.value_and_grad(apart)(still, last, so_far, future, now, counts)
-        near = jnp.where(at >= 0, fade(at - previous[:, None]), 0.0)
-        future = (weights * near[:, None, :, None]).sum(2) + fade(now - previous)[:, None, None] * future
-        return (future, later + weights.sum(2), loss + more, slope + change, count + counts.sum() * sets), None
+    def look(carry: Any, block: _Block) -> tuple[Any, None]:
+        """Goes from the last block to the first, so that future attention is known."""
+        future, loss, slope = carry
+        more, change = jax.value_and_grad(apart)(still, block, future)
+        future = block.near + fade(block.end - block.before)[:, None, None] * future
+        return (future, loss + more, slope + change), None
 
-    start = nothing, nothing, jnp.zeros(()), jnp.zeros_like(still), jnp.zeros((), jnp.int32)
-    (_, _, loss, slope, count), _ = jax.lax.scan(look, start, (blocks, ends, before), reverse=True)
-    return _with_slope(loss, slope, numbers) / jnp.maximum(count, 1)
+    start = jnp.zeros(still.shape[:-1]), jnp.zeros(()), jnp.zeros_like(still)
+    (_, loss, slope), _ = jax.lax.scan(look, start, blocks, reverse=True)
+    return _with_slope(loss, slope, numbers) / jnp.maximum(blocks.counts.sum() * still.shape[1], 1)
 
 
 def _with_slope(value: Float[Array, ""], slope: Array, of: Array) -> Float[Array, ""]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tiny import tiny_decoder
 
-from jaxcompress.checkpoints import SavedPolicy, load, load_policy, save, save_policy
+from jaxcompress.checkpoints import SavedPolicy, load, load_policy, missing_policy, save, save_policy
+from jaxcompress.embedded import decoder_folder
+from jaxcompress.models.fingerprint import norms_fingerprint
 from jaxcompress.policies.forget_head import ForgetHead
 
 
@@ -64,3 +67,22 @@ def test_wrong_policies(tmp_path: Path) -> None:
         assert saved is not None
         with pytest.raises(ValueError, match="weights"):
             saved.make()
+
+
+def test_a_policy_that_ships_is_found_by_the_norms_of_its_model(tmp_path: Path) -> None:
+    """Whatever the precision of the other weights; a model that was trained further is another one."""
+    embedded = load(decoder_folder())
+    assert embedded.saved_policy is not None
+    assert embedded.saved_policy.settings["norms"] == norms_fingerprint(embedded.model)
+    of_norm = lambda path: "norm" in jax.tree_util.keystr(path)
+    rounded = lambda path, x: x if of_norm(path) else jnp.round(x * 64) / 64
+    copied = load(save(jax.tree_util.tree_map_with_path(rounded, embedded.model), tmp_path / "rounded"))
+    assert copied.policy is not None
+    assert copied.policy.name == "retention-layer"
+    other = load(save(jax.tree.map(lambda x: x * 1.01, embedded.model), tmp_path / "other"))
+    assert other.policy is None
+    for said in ("no policy.json", "one for the embedded model", "--preset retention"):
+        assert said in missing_policy(other.folder)
+    save_policy(embedded.saved_policy, other.folder)
+    with pytest.raises(ValueError, match=r"other was trained for another model: .* put the policy of this model in"):
+        _ = load(other.folder).policy

@@ -395,4 +395,4 @@ def test_a_policy_that_is_learned(
     assert ran.code == 0, ran.err
     assert name in ran
     ran = run("perplexity", *reading, "--policies", "learned")
-    assert (ran.code, "without a policy of its own" in ran.err) == (2, True)
+    assert (ran.code, "no policy was trained for the model" in ran.err) == (2, True)

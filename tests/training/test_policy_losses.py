@@ -30,7 +30,7 @@ from jaxcompress.training.delayed_eviction import (
     temperature_schedule,
 )
 from jaxcompress.training.objectives import bounded, joint_retention
-from jaxcompress.training.retention_heads import future_attention_loss, init_retention, retention_loss
+from jaxcompress.training.retention_heads import init_retention, retention_loss, watched_attention
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 MODEL = tiny_decoder()
@@ -191,12 +191,19 @@ def test_foreseen_attention_is_its_definition(sets: int, window: int | None, hor
     positions = np.where(there, np.cumsum(there, 1) - 1, -1).astype(np.int32)
     numbers = np.array(LIKE_TOVA) + 0.5 * rng.standard_normal((3, sets, t, 4))
     limit = None if window is None else jnp.int32(window)
-    run = lambda n, q, k: future_attention_loss(
-        n, q, k, jnp.asarray(positions), block=block, horizon=horizon, window=limit
-    )
-    value, slopes = jitted(jax.value_and_grad(run, argnums=(0, 1, 2)))(
+    v = rng.standard_normal(k.shape).astype(np.float32)
+
+    def run(n: Any, q: Any, k: Any) -> Any:
+        out, loss = watched_attention(
+            n, q, k, jnp.asarray(v), jnp.asarray(positions), block=block, horizon=horizon, window=limit
+        )
+        return loss, out
+
+    (value, out), slopes = jitted(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))(
         jnp.asarray(numbers.astype(np.float32)), jnp.asarray(q), jnp.asarray(k)
     )
+    want = causal_attention(*map(jnp.asarray, (q, k, v, positions)), window=limit)
+    np.testing.assert_allclose(np.asarray(out)[there], np.asarray(want)[there], 1e-4, 1e-5)
     assert float(value) == pytest.approx(foresight(numbers, q, k, positions, block, window, horizon), rel=1e-4)
     assert not np.asarray(slopes[1]).any()
     assert not np.asarray(slopes[2]).any()
@@ -290,7 +297,7 @@ def one_layer(head: ForgetHead, k: Any, v: Any) -> Any:
 def test_retention_learns_what_is_asked_for_later() -> None:
     q, k, v, marked = texts(0, 16)
     positions = jnp.broadcast_to(jnp.arange(T), marked.shape)
-    loss = lambda head, step: future_attention_loss(one_layer(head, k, v), q, k, positions, block=5)
+    loss = lambda head, step: watched_attention(one_layer(head, k, v), q, k, v, positions, block=5)[1]
     start = init_retention(CONFIG, jax.random.key(0), hidden=8)
     head = learn(loss, start, 100, 0.03)
     assert float(loss(head, 0)) < float(loss(start, 0)) - 1

@@ -95,6 +95,8 @@ class TrainFlags(
     """dms, dmc: one of so many tokens is kept in the end."""
     window: int = 16
     """dms: a token is evicted after so many steps."""
+    horizon: float | None = 128.0
+    """retention: attention to come counts less the further away it is, by e in so many tokens; None: all alike."""
     save_every: int = 50
     """Steps between two checkpoints."""
     keep: int = 2
@@ -143,6 +145,8 @@ class TrainFlags(
             idle |= dict.fromkeys(("slots", "segment", "bptt_segments", "mode", "chunk", "placement"), why)
         if kind != "dms":
             idle["window"] = f"with --policy {self.policy}; it is for dms"
+        if kind != "retention":
+            idle["horizon"] = f"with --policy {self.policy}; it is for retention"
         if kind not in ("dms", "dmc"):
             idle["ratio"] = f"with --policy {self.policy}; it is for dms and dmc"
         if kind in ("dms", "dmc", "retention") and not self.distill:

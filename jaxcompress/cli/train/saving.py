@@ -24,6 +24,7 @@ def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: 
 
     from jaxcompress.checkpoints import SavedPolicy, save, save_policy
     from jaxcompress.distributed import on_host
+    from jaxcompress.models.fingerprint import norms_fingerprint
 
     new = folder.with_name(folder.name + ".new")
     model, own = task.parts(params)
@@ -40,7 +41,8 @@ def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: 
     if task.learned is None or own is None:
         saved = SavedPolicy(how.policy, settings)
     else:
-        saved = SavedPolicy(task.learned.kind, settings | task.learned.settings, own._asdict())
+        settings |= task.learned.settings | dict(norms=norms_fingerprint(model))
+        saved = SavedPolicy(task.learned.kind, settings, own._asdict())
     save_policy(saved, new)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)

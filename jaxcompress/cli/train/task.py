@@ -89,7 +89,8 @@ def _learning(how: TrainFlags, model: Decoder, frozen: Decoder) -> Task:
     alone = how.policy.startswith("retention") and not how.distill
     learned = policy_objective(
         frozen if alone else model, how.policy, jax.random.key(how.seed),
-        steps=how.steps, ratio=how.ratio, window=how.window, model_objective=through,
+        steps=how.steps, ratio=how.ratio, window=how.window, horizon=how.horizon,
+        model_objective=through,
     )  # fmt: skip
     if through is not None:
         told = _DISTILLED | {"retention": _FORESIGHT}
