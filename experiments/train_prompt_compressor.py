@@ -1,4 +1,4 @@
-"""Trains the word classifier that ships with the package, from a seed.
+"""Trains a small word classifier from nothing, as the one that shipped before.
 
     python experiments/train_prompt_compressor.py --data google_sentcomp_9k.jsonl --out runs/compressor
 

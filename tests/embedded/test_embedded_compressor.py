@@ -25,7 +25,7 @@ def scorer() -> Any:
 
 def test_is_small() -> None:
     files = [path for path in embedded.compressor_folder().rglob("*") if path.is_file()]
-    assert 0 < sum(path.stat().st_size for path in files) <= 6_000_000
+    assert 0 < sum(path.stat().st_size for path in files) <= 12_000_000
 
 
 TEXTS = ["", " \n", "word", "会议将于10月开始。", "👩\u200d👩\u200d👧 Grüße 회의", "x" * 3000, "a b " * 400]
