@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from jaxcompress.checkpoints._entries import config_of, shown
 from jaxcompress.checkpoints._families import FAMILIES
 from jaxcompress.checkpoints._gguf import GGUF, ROPE_FACTORS, read_gguf
 from jaxcompress.checkpoints._int8 import check_extra, in_int8
-from jaxcompress.checkpoints._known import known_model
+from jaxcompress.checkpoints._known import KNOWN_MODELS, known_model
 from jaxcompress.checkpoints._loaded import Loaded, Model
 from jaxcompress.checkpoints._weights import Part, Weight, named_weights
 from jaxcompress.inputs.gguf import SUFFIX, is_gguf
@@ -266,6 +267,10 @@ def find(source: str | Path) -> Path:
       FileNotFoundError: as `load`.
     """
     folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        inner = next(iter(sorted(folder.glob("*/config.json"))), None)
+        hint = "" if inner is None else f"; {inner.parent} has one"
+        raise FileNotFoundError(f"{folder} has no config.json, so it is not the folder of a model{hint}")
     if folder.is_dir() or is_gguf(folder):
         return folder
     name = str(source)
@@ -280,9 +285,11 @@ def find(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason, near = str(error).strip().split("\n")[0], get_close_matches(name.lower(), KNOWN_MODELS, n=1)
         raise FileNotFoundError(
-            f"{name!r} is neither a folder nor a repository of the Hugging Face hub that could be fetched: {reason}"
+            f"{name!r} is neither a folder nor a .gguf file, nor {' or '.join(KNOWN_MODELS)}"
+            f"{f' (did you mean {near[0]}?)' if near else ''}, nor a repository of the Hugging Face hub that could be "
+            f"fetched: {reason}"
         ) from error
 
 

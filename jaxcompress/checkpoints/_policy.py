@@ -46,7 +46,8 @@ class SavedPolicy(NamedTuple):
         if ":" in self.name:
             raise ValueError(
                 f"the model was trained with the policy {self.name!r}, which is code beside the checkpoint. "
-                f"A checkpoint does not run code: pass jaxcompress.get_policy({self.name!r}) yourself if you trust it"
+                f"A checkpoint does not run code: pass jaxcompress.get_policy({self.name!r}) yourself if you trust it, "
+                f"or --policy {self.name} on the command line"
             )
         if not self.weights:
             return get_policy(self.name)

@@ -70,6 +70,8 @@ class Chat(
         else:
             for line in _lines():
                 conversation.take(line)
+                if line.strip() and not line.startswith("/"):
+                    print(flush=True)  # answers may have several paragraphs
                 if conversation.ended:
                     break
 

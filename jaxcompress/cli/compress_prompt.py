@@ -14,7 +14,7 @@ import tyro
 
 from jaxcompress.cli.flags import JsonFlag, WeightFlags, at_least
 from jaxcompress.cli.runtime import prepare, tell, write_json
-from jaxcompress.inputs.text import decoded, named, parse_json, read_text, standard_input, unescaped
+from jaxcompress.inputs.text import check_file, decoded, named, parse_json, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
     from jaxcompress.prompt import Compressed, Compressor, Kept, Kind, TokenizerCounter
@@ -319,6 +319,8 @@ class CompressPrompt(JsonFlag, WeightFlags):
 
         yield from self.prompt
         for path in () if self.prompt else self._files:
+            if str(path) != "-":
+                check_file(path)
             with nullcontext(standard_input()) if str(path) == "-" else path.open("rb") as file:
                 yield from _without_nul(decoded(iter(partial(file.read, 1 << 16), b""), named(path)), named(path))
 

@@ -23,8 +23,8 @@ from jaxcompress.cli.flags import (
     WeightFlags,
 )
 from jaxcompress.cli.mesh import ProcessFlags
-from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, write_json
-from jaxcompress.inputs.text import decoded, named, read_text, standard_input, unescaped
+from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, tell_of_training, write_json
+from jaxcompress.inputs.text import check_file, decoded, named, read_text, standard_input, unescaped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,8 +49,7 @@ class Generate(
     read in segments, so that memory does not grow with its length. With --chat and --file, --prompt is a question about
     the file: the file, an empty line and the question are the user's message.
 
-    Example: cat book.txt | jaxcompress generate --file - --policy tova --slots 128 --placement slot --max-new-tokens
-      200
+    Example: cat book.txt | jaxcompress generate --file - --policy tova --slots 128 --placement slot
     """
 
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -138,6 +137,8 @@ class Generate(
         from jaxcompress.generation import init_decode_state, prefill
 
         rows = 1 if self.file is not None else len(self.prompt)
+        if self.model is not None:
+            tell_of_training(self.policy, self.capacity, tokenizer.folder)
         state = init_decode_state(
             model, chosen_policy(self.policy, model, tokenizer.folder), self.capacity,
             batch=rows, seeds=self.seed, dtype=self.state_dtype, placement=self.placement, sharding=rules,
@@ -196,6 +197,8 @@ class Generate(
                 yield piece
 
         read = 0
+        if str(self.file) != "-":
+            check_file(self.file)
         with (
             nullcontext(standard_input()) if str(self.file) == "-" else open(self.file, "rb") as file,
             progress(None, "reading") as bar,

@@ -94,7 +94,9 @@ class Perplexity(
         about["state_dtype"] = self.state_dtype or model.embedding[...].dtype.name
         done: list[Any] = []
         if not self.json:
-            print(f"{'policy':24}{'slots':>8}{'perplexity':>12}{'nats':>8}{'tokens/s':>11}{'state KiB':>11}")
+            print(
+                f"{'policy':{self._widest}}{'slots':>8}{'perplexity':>12}{'nats':>8}{'tokens/s':>11}{'KiB a row':>11}"
+            )
         runs = sum(1 if not policy.forgets else len(slots) for policy in policies.values())
         try:
             with progress(runs * tokens.size, "reading") as bar:
@@ -109,6 +111,11 @@ class Perplexity(
         if done and not self.json:
             last = done[-1]
             print(f"{last.tokens:,} of the text's {about['of']:,} tokens are predicted, {last.left_out:,} left out")
+
+    @property
+    def _widest(self) -> int:
+        """The width of the column of policies."""
+        return max(23, *map(len, self.policies)) + 1
 
     def _check(self) -> None:
         """What can be known before anything is loaded."""
@@ -197,8 +204,8 @@ class Perplexity(
             done.append(row)
             if not self.json:
                 print(
-                    f"{row.policy:24}{row.slots:8}{row.perplexity:12.3f}{row.nats:8.3f}"
-                    f"{row.tokens_per_second:11,.0f}{row.state_bytes / 1024:11,.0f}",
+                    f"{row.policy:{self._widest}}{row.slots:8}{row.perplexity:12.3f}{row.nats:8.3f}"
+                    f"{row.tokens_per_second:11,.0f}{row.state_bytes / len(tokens) / 1024:11,.0f}",
                     flush=True,
                 )
 

@@ -84,7 +84,7 @@ class Retention(
         _print_kinds(table)
         if same is not None:
             _print_overlap(self.policy, self.compare, same)
-        print(f"\n{self.out}")
+        print(f"\n{self.out} shows {self.policy}" + (f", and {self.figure}" if self.figure is not None else ""))
         return None
 
     def _check(self) -> None:
@@ -172,6 +172,8 @@ def _print_kinds(table: list[Any]) -> None:
     for row in table:
         shares = "".join(f"{'-' if share != share else f'{share:.1%}':>12}" for share in (*row.after, row.end))
         print(f"{row.kind:14}{row.tokens:8,}{shares}")
+
+    print("At the end: of all tokens, those just read among them.")
 
 
 def _print_overlap(policy: str, other: str | None, same: Any) -> None:

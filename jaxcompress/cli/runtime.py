@@ -117,6 +117,22 @@ def chosen_policy(name: str, model: Decoder, folder: Path) -> Policy:
     return get_policy(name, learned=saved.make())
 
 
+def tell_of_training(policy: str, slots: int | tuple[int, ...], folder: Path) -> None:
+    """Tells if a model was trained for another policy or size than it is used with."""
+    from jaxcompress.checkpoints import load_policy
+
+    saved = load_policy(folder)
+    if saved is None or "slots" not in saved.settings or policy.split("/")[0] == "learned":
+        return
+    as_flag = lambda sizes: " ".join(map(str, sizes if isinstance(sizes, list | tuple) else (sizes,)))
+    trained, used = as_flag(saved.settings["slots"]), as_flag(slots)
+    if (saved.name, trained) != (policy, used):
+        tell(
+            f"the model was trained with {saved.name} in {trained} slots; this is {policy} in {used}: "
+            f"--policy learned --slots {trained} takes its own"
+        )
+
+
 def peak_memory() -> int:
     """The most memory that this process has had, in bytes.
 

@@ -32,6 +32,11 @@ _OTHER_BOMS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
+_SIGNATURES = {
+    b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture", b"%PDF": "a PDF",
+    b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"GGUF": "a GGUF model",
+}  # fmt: skip
+"""How common files that are not text begin."""
 _LOOKED_AT = 64  # the number of bytes that are inspected to detect UTF-16 without a byte order mark
 
 
@@ -89,10 +94,18 @@ def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, offset: int, what
         return decoder.decode(block, final=not block)
     except UnicodeDecodeError as error:
         wrong = offset - unfinished + error.start
+        if kind := _kind_of(error.object if offset == unfinished else b""):
+            raise ValueError(f"{what} is {kind}, not a text") from None
         raise ValueError(
             f"{what} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {wrong} ({error.reason}); "
             "convert it first, e.g. iconv -f LATIN1 -t UTF-8"
         ) from None
+
+
+def _kind_of(beginning: bytes) -> str | None:
+    """What a file is that begins so and is no UTF-8; None if it may be a text in another encoding."""
+    known = next((kind for mark, kind in _SIGNATURES.items() if beginning.startswith(mark)), None)
+    return known or ("binary" if b"\0" in beginning else None)
 
 
 def _refuse_other_encodings(block: bytes, what: str) -> None:
@@ -109,10 +122,21 @@ def read_text(path: Path | str | None) -> str:
 
     Raises:
       ValueError: the content is not UTF-8, or standard input is closed.
+      FileNotFoundError: there is no such file, or it is a folder.
       OSError: the file cannot be read.
     """
-    data = standard_input().read() if path is None or str(path) == "-" else Path(path).read_bytes()
-    return decode(data, named(path))
+    if path is None or str(path) == "-":
+        return decode(standard_input().read(), named(path))
+    check_file(path)
+    return decode(Path(path).read_bytes(), named(path))
+
+
+def check_file(path: Path | str) -> None:
+    """Raises FileNotFoundError if there is no such file, or it is a folder."""
+    if Path(path).is_dir():
+        raise FileNotFoundError(f"{path} is a folder; give one file of it")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no file {path} to read a text from (looked for in {Path.cwd()})")
 
 
 def standard_input() -> BufferedIOBase:

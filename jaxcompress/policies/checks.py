@@ -39,7 +39,8 @@ def checked_scores(policy: Policy, stats: Stats, held: CacheView) -> SlotScores:
     if shape != held.positions.shape or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"score of policy {policy.name} must be floats [B, P, N] = {list(held.positions.shape)}, one for each of "
-            f"N candidates of P sets, got {_described(given)}; its scope is {policy.scope!r}"
+            f"N candidates of P sets, got {_described(given)}; its scope is {policy.scope!r}. Keys and values have an "
+            "axis of kv heads: average over it, .mean(1, keepdims=True), or take the scope 'kv_head'"
         )
     return jax.lax.stop_gradient(given)
 

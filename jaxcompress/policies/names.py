@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 
 from jaxcompress.policies.adaptive import adaptive
 from jaxcompress.policies.chunks import by_chunks, within_chunks
@@ -100,9 +101,19 @@ def _plain(text: str, learned: Policy | None) -> Policy:
         if (policy := read(cls, text)) is not None:
             return policy
     raise ValueError(
-        f"unknown policy {text!r}; known: {', '.join((*NAMES, *(f'{name}(...)' for name in _COMPOUNDS)))}, and "
-        "FILE.py:CLASS for one of your own"
+        f"unknown policy {text!r}{_meant(text)}; known: "
+        f"{', '.join((*NAMES, *(f'{name}(...)' for name in _COMPOUNDS)))}, and FILE.py:CLASS for one of your own"
     )
+
+
+def _meant(text: str) -> str:
+    """What an unknown name was probably meant to be, as a question; empty if nothing is near."""
+    if "," in text:
+        return " (several are separated by spaces)"
+    if text.endswith(".py"):
+        return f"; name the policy of the file, {text}:CLASS"
+    near = get_close_matches(text.lower(), NAMES, n=1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def _modified(policy: Policy, text: str) -> Policy:

@@ -16,6 +16,14 @@ from types import ModuleType
 from jaxcompress.policies.labels import read, spellings
 from jaxcompress.policies.policy import Policy
 
+_PREFIX = "_own_policy_"
+
+
+def is_own_file(path: str) -> bool:
+    """Whether a policy was taken from this file."""
+    own = (module for name, module in sys.modules.items() if name.startswith(_PREFIX))
+    return path in {module.__file__ for module in own}
+
 
 def own_policy(place: str, text: str) -> Policy:
     """A policy of a Python file or module.
@@ -54,7 +62,7 @@ def _of_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"there is no file {path} to take a policy from")
     source = path.read_bytes()
-    name = f"_{path.stem}_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()}"
+    name = f"{_PREFIX}{path.stem}_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()}"
     if name in sys.modules:
         return sys.modules[name]
     module = ModuleType(name)

@@ -53,7 +53,7 @@ def test_a_line_is_a_message(say: Any, loaded: Loaded) -> None:
     ran = say("Who are you?", "", "Grüße 😀", " /etc is a folder", "/quit", "never")
     chat = Chat(loaded, TOVA(), 8, max_new_tokens=6)
     answers = [chat.send(message) for message in ("Who are you?", "Grüße 😀", " /etc is a folder")]
-    assert (ran.code, str(ran)) == (0, "".join(f"{answer}\n" for answer in answers))
+    assert (ran.code, str(ran)) == (0, "".join(f"{answer}\n\n" for answer in answers))
     assert ran.err == "jaxcompress: an empty line is no message; write one, or /help\n"
 
 
@@ -65,15 +65,15 @@ def test_flags_reach_the_chat(say: Any, loaded: Loaded, tmp_path: Path) -> None:
     chat = Chat.load(tmp_path / "file", loaded)
     assert (chat.slots, chat.arguments, chat.messages[0]["content"]) == ([6, 7], {"x": 1}, "S")
     assert chat.options == dict(mode="chunked", chunk=4, dtype="int8", placement="slot")
-    assert (chat.config.temperature, f"{chat.messages[-1]['content']}\n") == (0.7, str(ran))
+    assert (chat.config.temperature, f"{chat.messages[-1]['content']}\n\n") == (0.7, str(ran))
 
 
 def test_a_conversation_is_saved_loaded_and_forgotten(say: Any, loaded: Loaded, tmp_path: Path) -> None:
     file, chat = tmp_path / "file", Chat(loaded, TOVA(), 8, max_new_tokens=6)
     who, and_i = chat.send("Who are you?"), chat.send("And I?")
-    assert say("Who are you?", f"/save {file}", "And I?", "/forget", "Who are you?") == f"{who}\n{and_i}\n{who}\n"
+    assert say("Who are you?", f"/save {file}", "And I?", "/forget", "Who are you?") == f"{who}\n\n{and_i}\n\n{who}\n\n"
     later = say(f"/load {file}", "And I?", flags=("--slots", "9"))
-    assert later == f"{and_i}\n"
+    assert later == f"{and_i}\n\n"
     assert "tiny, tova, 8 slots" in later.err
 
 
@@ -81,12 +81,12 @@ def test_another_policy_reads_again_or_forgets(say: Any, loaded: Loaded, monkeyp
     window, chat = jc.get_policy("window+2"), Chat(loaded, TOVA(), 8, max_new_tokens=6)
     who, tokens = chat.send("Who are you?"), len(chat.tokens)
     ran = say("Who are you?", "/policy window+2 7", "And I?")
-    assert ran == f"{who}\n{chat.reread(window, 7).send('And I?')}\n"
+    assert ran == f"{who}\n\n{chat.reread(window, 7).send('And I?')}\n\n"
     assert "tiny, window+2, 7 slots" in ran.err
     assert f"read {tokens} tokens again" in ran.err
     monkeypatch.setattr("jaxcompress.cli.conversation.REREAD", 10)
     ran = say("Who are you?", "/policy window+2 7", "Who are you?")
-    assert ran == f"{who}\n{chat.fresh(window, 7).send('Who are you?')}\n"
+    assert ran == f"{who}\n\n{chat.fresh(window, 7).send('Who are you?')}\n\n"
     assert f"forgot {tokens} tokens: up to 10 are read again" in ran.err
 
 
@@ -120,7 +120,7 @@ def test_help_lists_the_commands(say: Any) -> None:
         ("/save nowhere/file", "there is no folder nowhere"),
         ("/load nowhere", "there is no file nowhere"),
         ("/load {model}/model.safetensors", "is no state that was saved: it has other arrays in it"),
-        ("/policy tofa", "unknown policy 'tofa'"),
+        ("/policy tofa", "unknown policy 'tofa', did you mean tova?"),
         ("/policy tova many", "the number of slots must be a whole number, not 'many'"),
         ("/policy tova 0", "at least 1 slot"),
         ("/retention", "nothing was said yet"),

@@ -264,7 +264,10 @@ class TestWrong:
     @pytest.mark.parametrize(
         ("arguments", "says"),
         [
-            (("generate", "--prompt", "a", "--policy", "tovaa"), "unknown policy 'tovaa'; known: full, window"),
+            (
+                ("generate", "--prompt", "a", "--policy", "tovaa"),
+                "unknown policy 'tovaa', did you mean tova?; known: full, window",
+            ),
             (("generate", "--prompt", "a", "--slots", 0), "at least 1 slot per layer, slots=0"),
             (("generate", "--prompt", "a", "--slots", 4, 4, 4), "slots has 3 entries, the model has 2 layers"),
             (("generate", "--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, not 0"),

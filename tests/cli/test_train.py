@@ -231,7 +231,7 @@ def test_nothing_is_held_out(run: Any, book: Path, tmp_path: Path) -> None:
         (("--data", "{ids}"), "document 0: token id 100000 at index"),
         (("--data", "{book}", "--tokenizer", "{larger}"), "the model's vocabulary only"),
         (("--data", "{book}", "--tokenizer", "{tmp}"), "tokenizer.json does not exist"),
-        (("--data", "{book}", "--config", "{tmp}/none.toml"), "No such file"),
+        (("--data", "{book}", "--config", "{tmp}/none.toml"), "there is no file"),
         (
             ("--data", "{book}", "--config", "{tmp}/wrong.toml"),
             "unknown setting 'stepz' in {tmp}/wrong.toml; known: model, ",

@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from jaxcompress.cli.mesh import is_first
-from jaxcompress.cli.runtime import open_weights, write_json
+from jaxcompress.cli.runtime import open_weights, tell, write_json
 from jaxcompress.cli.train.arguments import TrainFlags
 from jaxcompress.cli.train.data import packed_rows
 from jaxcompress.cli.train.record import recorded_settings, unchanged
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 HEAD_RATE = 10
 """A network that starts from nothing learns so many times faster than the model beside it."""
+
+TOLD_EVERY = 10
+"""Seconds between two lines of a run."""
 
 Sink = Callable[[int, Mapping[str, Any]], None]
 
@@ -78,7 +82,10 @@ class Train(TrainFlags):
         if run.record.get("saved") != self.steps or not (self.out / "model").exists():
             save_trained(self, task, run.state.params, self.out / "model", stored, tokenizer.folder)
             _record(run.record | dict(saved=self.steps), self.out / "run.json")
-        print(f"saved in {self.out / 'model'}")
+        folder, told = self.out / "model", ""
+        if self.policy != "full":
+            told = f" --policy learned --slots {' '.join(map(str, self.slots))}"
+        print(f"saved in {folder}; try: jaxcompress generate --model {folder}{told} --prompt ...")
 
     def _flops(self, loaded: Loaded) -> float:
         """Operations per token of a step."""
@@ -148,6 +155,7 @@ class _Run:
             if is_first():
                 sinks.append(opened.enter_context(MetricsFile(how.out / "metrics.jsonl", after=self._done)))
                 sinks.extend([_tensorboard(how.out, self._done)] if how.tensorboard else [])
+                sinks.append(_teller(self._done, how.steps))
             self.state = fit(
                 self.state, self._step, self._data, steps=how.steps, checkpoints=self._checkpoints,
                 save_every=how.save_every, log=[_with_rate(self._schedule, sink) for sink in sinks],
@@ -213,6 +221,21 @@ def _optimizer(how: Train, *, both: bool) -> tuple[Callable[[int], Any], Any]:
 def _with_rate(schedule: Callable[[int], Any], sink: Sink) -> Sink:
     """The same sink, told the learning rate of each step too."""
     return lambda step, numbers: sink(step, {**numbers, "learning_rate": float(schedule(step - 1))})
+
+
+def _teller(done: int, steps: int) -> Sink:
+    """Tells every ten seconds how far the run is."""
+    begun = last = perf_counter()
+
+    def sink(step: int, numbers: Mapping[str, Any]) -> None:
+        nonlocal last
+        now = perf_counter()
+        if now - last >= TOLD_EVERY:
+            left = (now - begun) / (step - done) * (steps - step)
+            tell(f"step {step} of {steps}: loss {numbers['loss']:.4f}, {left:,.0f} s left")
+            last = now
+
+    return sink
 
 
 def _tensorboard(out: Path, done: int) -> Sink:

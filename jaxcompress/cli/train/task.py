@@ -106,6 +106,13 @@ def _through(policy: Policy, *, how: TrainFlags, teacher: Decoder | None) -> Obj
 
     if how.length < how.segment:
         raise ValueError(f"--length {how.length} is less than one --segment of {how.segment} tokens")
+    segments, window = -(-how.length // how.segment), how.bptt_segments
+    if window is not None and segments % window:
+        longer = -(-segments // window) * window * how.segment
+        raise ValueError(
+            f"--length {how.length} has {segments} of --segment {how.segment}, which cannot be cut into windows of "
+            f"{window} (--bptt-segments): give --bptt-segments 1, or --length {longer}"
+        )
     reading: dict[str, Any] = dict(
         segment=how.segment, bptt_segments=how.bptt_segments, chunk=how.chunk_length, placement=how.placement
     )
