@@ -1,0 +1,75 @@
+"""Parts of the scripts that measure tables, which --quick alone would not show to be wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+def test_how_far_from_the_edge_tokens_are_that_one_side_keeps(script: Any) -> None:
+    edge = script("kvpress_parity").edge
+    scores = np.array([[[4.0, 3.0, 2.0, 1.9, 1.0]]])
+    theirs = np.array([[[True, True, True, False, False]]])
+    assert edge(theirs, theirs, scores) == 0
+    swapped = np.array([[[True, True, False, True, False]]])
+    assert edge(swapped, theirs, scores) == pytest.approx(0.05)  # 1.9 beside the smallest kept, 2.0
+    assert edge(swapped, theirs, np.zeros(0)) is None
+
+
+def test_rows_are_found_again_by_their_bits(script: Any) -> None:
+    same_rows = script("kvpress_parity").same_rows
+    keys = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    np.testing.assert_array_equal(same_rows(keys, keys[[4, 1]]), [False, True, False, False, True, False])
+    with pytest.raises(AssertionError, match="equal keys"):
+        same_rows(np.concatenate([keys, keys[:1]]), keys[:1])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("so 3 + 4 = 7.", 7), ("1,250 coins", 1250), ("-2.5", -2.5), ("none", None)]
+)
+def test_the_last_number_of_an_answer(text: str, number: float | None, script: Any) -> None:
+    assert script("random_eviction").last_number(text) == number
+
+
+def test_made_up_questions_have_their_answers(script: Any) -> None:
+    from random import Random
+
+    for seed in range(20):
+        question = script("random_eviction").made_up(Random(seed))
+        start, more, gone, times = map(int, [word for word in question.text.split() if word.isdigit()])
+        assert question.answer == times * (start + more - gone)
+
+
+def test_a_released_file_of_qasper(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = dict(unanswerable=False, extractive_spans=["a", "b"], yes_no=None, free_form_answer="")
+    asked = dict(question="What?", answers=[dict(answer=answer)])
+    sections = [dict(section_name="One", paragraphs=["First.", "Second."])]
+    path = tmp_path / "qasper-dev-v0.3.json"
+    path.write_text(json.dumps({"1": dict(title="Title", full_text=sections, qas=[asked])}))
+    module = script("tova_documents")
+    (document,) = module.qasper(str(path))
+    assert (document.name, document.text) == ("qasper 1", "Title\n\nOne\nFirst.\nSecond.")
+    assert [(one.text, one.references) for one in document.questions] == [("What?", ("a, b",))]
+    with pytest.raises(SystemExit):
+        next(module.qasper(str(tmp_path / "no.json")))
+    assert f"QASPER was looked for as {tmp_path / 'no.json'}" in capsys.readouterr().err
+
+
+def test_ablations_of_a_compressor_are_named_after_a_plus(script: Any) -> None:
+    module = script("prompt_tables")
+    assert module.shortener("tf-idf+numbers+lines", None, 0)[1] == dict(protect=["numbers"], force=["\n"])
+    with pytest.raises(ValueError, match="unknown ablation 'letters' of tf-idf"):
+        module.shortener("tf-idf+letters", None, 0)
