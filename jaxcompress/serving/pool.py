@@ -201,8 +201,13 @@ class Pool:
 
     def warm_up(self) -> None:
         """Compiles every program of the pool. It must be idle."""
+        # Programs write down in their own way where arrays lie: the second round is for what the first one returned.
+        for _ in range(1 if self.spec.sharding is None else 2):
+            self._run_all()
+
+    def _run_all(self) -> None:
         self.admit(0, row_keys([0]))
-        jax.block_until_ready(self.take(0).logits)
+        self.admit(0, row_keys([0]), jax.block_until_ready(self.take(0)))
         longest = self.spec.segment
         seen: set[tuple[int, int]] = set()
         for tokens in range(1, longest + 1):
