@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from jaxcompress.cli.arguments import check_numbers, check_text
@@ -18,6 +19,7 @@ from jaxcompress.cli.compress_prompt import CompressPrompt
 from jaxcompress.cli.demo import Demo
 from jaxcompress.cli.generate import Generate
 from jaxcompress.cli.info import Info
+from jaxcompress.cli.mesh import ProfileFlag
 from jaxcompress.cli.parser import parsed
 from jaxcompress.cli.perplexity import Perplexity
 from jaxcompress.cli.retention import Retention
@@ -74,8 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code. A failure is told in one line on standard error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with told_warnings():
-            command_of(arguments).run()
+        command = command_of(arguments)
+        with told_warnings(), command.profiled() if isinstance(command, ProfileFlag) else nullcontext():
+            command.run()
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`

@@ -22,7 +22,7 @@ from jaxcompress.cli.flags import (
     TemplateFlags,
     WeightFlags,
 )
-from jaxcompress.cli.mesh import ProcessFlags
+from jaxcompress.cli.mesh import ProfileFlag
 from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, tell_of_training, write_json
 from jaxcompress.inputs.text import check_file, decoded, named, read_text, standard_input, unescaped
 
@@ -40,7 +40,7 @@ _BLOCK = 1 << 16  # bytes of a file that are read at once
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(
-    JsonFlag, ProcessFlags, StateDtypeFlag, PlacementFlag, ModeFlags, TemplateFlags, SamplingFlags, PolicyFlags,
+    JsonFlag, ProfileFlag, StateDtypeFlag, PlacementFlag, ModeFlags, TemplateFlags, SamplingFlags, PolicyFlags,
     WeightFlags,
 ):  # fmt: skip
     """Reads a prompt of any length through a fixed number of slots, and writes on.

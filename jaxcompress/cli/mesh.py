@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,12 +62,38 @@ class ProcessFlags(MeshFlag):
             return None
         import jax
 
-        from jaxcompress.distributed import join
-
-        join(*told)
+        self.join_others()
         if jax.process_count() > 1:
             _print_only_ours(first=is_first())
         return super().rules()
+
+    def join_others(self) -> None:
+        """Joins the other processes, if there are any."""
+        from jaxcompress.distributed import join
+
+        if self.mesh is not None:
+            join(self.coordinator, self.processes, self.process_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileFlag(ProcessFlags):
+    """The devices, and what they do."""
+
+    profile: Path | None = None
+    """Write a trace of the whole command into this folder, for XProf, TensorBoard or Perfetto. Give it few tokens or
+    steps: traces are large."""
+
+    @contextmanager
+    def profiled(self) -> Iterator[None]:
+        """Traces what is done meanwhile, if --profile asks for it."""
+        if self.profile is None:
+            yield
+            return
+        import jax
+
+        self.join_others()  # a trace looks for devices, before which processes have to be joined
+        with jax.profiler.trace(self.profile):
+            yield
 
 
 def _print_only_ours(*, first: bool) -> None:

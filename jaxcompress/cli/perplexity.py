@@ -18,7 +18,7 @@ from jaxcompress.cli.flags import (
     WeightFlags,
     at_least,
 )
-from jaxcompress.cli.mesh import ProcessFlags, is_first
+from jaxcompress.cli.mesh import ProfileFlag, is_first
 from jaxcompress.cli.runtime import (
     check_writable,
     chosen_policy,
@@ -48,7 +48,7 @@ class Perplexity(
     JsonFlag,
     FigureFlag,
     RowsFlag,
-    ProcessFlags,
+    ProfileFlag,
     StateDtypeFlag,
     PlacementFlag,
     ModeFlags,

@@ -145,8 +145,8 @@ class Pool:
           keys: [1], of the row.
         """
         one = self._one.arrays if known is None else known
-        if known is not None and self.spec.one is not None:  # it may come from a file
-            one = self.spec.one.put(known)
+        if self.spec.one is not None:  # a prefix may come from a file
+            one = self.spec.one.put(one)
         self._arrays = put_row(self._arrays, np.int32(row), one, keys, self.spec.sharding)
 
     def read(self, row: int, tokens: np.ndarray, call: ReadCall) -> bool:
@@ -202,7 +202,7 @@ class Pool:
     def warm_up(self) -> None:
         """Compiles every program of the pool. It must be idle."""
         self.admit(0, row_keys([0]))
-        jax.block_until_ready(self.take(0).logits)
+        self.admit(0, row_keys([0]), self.take(0))
         longest = self.spec.segment
         seen: set[tuple[int, int]] = set()
         for tokens in range(1, longest + 1):

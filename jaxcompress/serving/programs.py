@@ -79,7 +79,10 @@ def read_row(
     placement: Placement | None,
     sharding: ShardingRules | None = None,
 ) -> tuple[DecodeArrays, Int[Array, " 1"]]:
-    """Reads tokens into one row, as `prefill` does; returns the pool, and `broken` of the row."""
+    """Reads tokens into one row, as `prefill` does; returns the pool, and `broken` of the row.
+
+    It has nine parameters: model, pool, row and tokens, and how they are read.
+    """
     index = jnp.asarray(row)[None]
     now = rows_of(pool, index)
     after = read(model, tokens, now.kv, policy, valid=valid, chunk=chunk, placement=placement)

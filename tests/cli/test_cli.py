@@ -384,3 +384,9 @@ def test_a_reader_that_has_gone_is_no_error(unbuffered: str) -> None:
         process.stdout.close()
         complaint = process.stderr.read()
     assert (process.returncode, complaint) == (0, b"")
+
+
+def test_a_trace_is_written(tmp_path: Path) -> None:
+    short = ("--prompt", "def", "--slots", "8", "--max-new-tokens", "1")
+    assert main(["generate", *short, "--profile", str(tmp_path / "trace")]) == 0
+    assert [*(tmp_path / "trace").rglob("*.xplane.pb")]

@@ -15,7 +15,6 @@ LESS: dict[str, dict[str, Any]] = {
     "chat": dict(),
     "distill": dict(slots=16, length=64, rows=2, steps=2, out=Path("distilled")),
     "new_policy": dict(slots=32, tokens=256),
-    "own_decoder": dict(slots=16, tokens=40),
     "retention_page": dict(slots=32, tokens=256, out=Path("page.html")),
     "shorten_prompt": dict(slots=32, characters=600, max_new_tokens=8),
 }
@@ -24,7 +23,6 @@ SAYS = {  # patterns
     "chat": r"> recall: current module ->\n default path",  # what it was told two messages before
     "distill": "/distilled",
     "new_policy": "Fading/protect-recent16",
-    "own_decoder": r"as with all tokens kept: True\n56 tokens in (\d+) bytes, \1 before",
     "retention_page": r"\nall +\d\d%",
     "shorten_prompt": "in all; recovered",
 }

@@ -1,11 +1,11 @@
-"""A pool over two devices gives the tokens that one device gives, and compiles nothing after its start."""
+"""A pool over two devices gives the tokens that one device gives, and stays where it was put."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from test_engine import CONFIGS, MODEL, SEGMENT, alone, programs, prompt, spec
+from test_engine import CONFIGS, MODEL, SEGMENT, alone, prompt, spec
 
 from jaxcompress.distributed import ShardingRules, make_mesh
 from jaxcompress.serving import Engine, PoolSpec, PrefixLimits, Request
@@ -26,13 +26,12 @@ def test_the_same_tokens_and_prefixes(mesh: str, tmp_path: Path) -> None:
     expected = [alone(request, spec()) for request in requests]
     asked = Request(text, 5)
     with Engine({"one": one}, prefixes=PrefixLimits(folder=tmp_path)) as engine:
-        before = programs()
         answers = [ticket.answer() for ticket in [engine.submit(request) for request in requests]]
         assert [answer.tokens.tolist() for answer in answers] == expected
         assert [engine.submit(asked).answer().known_tokens for _ in range(2)][1] == 2 * SEGMENT
-        assert programs() == before
         arrays = engine._batchers["one"].pool._arrays
-        assert arrays.kv[0].keys.sharding == one.fresh(2).kv[0].keys.sharding
+        keys, began = arrays.kv[0].keys, one.fresh(2).kv[0].keys
+        assert keys.sharding.is_equivalent_to(began.sharding, keys.ndim)
     with Engine({"one": one}, prefixes=PrefixLimits(folder=tmp_path)) as engine:  # its states come from files
         again = engine.submit(asked).answer()
     assert again.known_tokens == 2 * SEGMENT

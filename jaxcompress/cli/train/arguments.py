@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxcompress.cli.flags import ModeFlags, ModelFlag, PlacementFlag, PolicyFlags, SeedFlag, at_least
-from jaxcompress.cli.mesh import ProcessFlags
+from jaxcompress.cli.mesh import ProfileFlag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class OptimizerFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags(
-    SourceFlags, SeedFlag, OptimizerFlags, RowFlags, ProcessFlags, PlacementFlag, ModeFlags, PolicyFlags, ModelFlag,
+    SourceFlags, SeedFlag, OptimizerFlags, RowFlags, ProfileFlag, PlacementFlag, ModeFlags, PolicyFlags, ModelFlag,
 ):  # fmt: skip
     """What `train` is told."""
 

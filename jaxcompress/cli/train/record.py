@@ -10,7 +10,7 @@ from typing import Any
 from jaxcompress.cli.train.arguments import TrainFlags
 from jaxcompress.inputs.text import parse_json, read_text
 
-_PER_CALL = ("out", "resume", "config", "coordinator", "processes", "process_id")
+_PER_CALL = ("out", "resume", "config", "coordinator", "processes", "process_id", "profile")
 _FREE = ("steps", "save_every", "keep", "tensorboard", "mesh")  # may change while a run lasts
 
 
