@@ -13,7 +13,7 @@ with recall tasks woven into them, as in that script, and nothing held out. The 
   retention        a retention head of the layers of the untrained model; the model is left alone
   distilled-retention  model and retention head together: the model through a state from which the head, as it is by
                    then, decides what goes, and the head from watching the model
-  dms              model and DMS head together, the share of tokens kept going down to 1/8
+  dms              a DMS head beside the model, the share of tokens kept going down to 1/8
   distilled-...    with the untrained model and its full cache as teacher beside the language loss
   full-time        with the full cache for as many seconds as `tova` took
   full-flops       with the full cache for as many floating-point operations as `tova` took
@@ -259,8 +259,7 @@ def train(model: Decoder, method: str, batches: Batches, args: Arguments, *, ste
         return Trained(model, SavedPolicy("retention", {"scope": "layer"}, head._asdict()), seconds)
     if method == "dms":
         learned = policy_objective(model, "dms", jax.random.key(0), steps=steps, ratio=8.0)
-        params, seconds = run(learned.params, [learned.objective], steps)
-        model, head = learned.parts(params)
+        head, seconds = run(learned.params, [learned.objective], steps, how=heads)
         return Trained(model, SavedPolicy("dms", learned.settings, head._asdict()), seconds)
     name = method.removeprefix("distilled-")
     teacher: dict[str, Any] = dict(teacher=model, language=0.5) if method.startswith("distilled-") else {}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-KEEP_EVERYTHING = (5.0,)
+KEEP_EVERYTHING = (5.0, 0.0)
 """What `DMS` starts from: a keep logit of 5 for every token (Łańcucki et al. 2025, section 3.1)."""
 
 

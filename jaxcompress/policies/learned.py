@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, Observation, Scope
-from jaxcompress.policies.forget_head import ForgetHead, token_numbers
+from jaxcompress.policies.forget_head import KEEP_EVERYTHING, ForgetHead, token_numbers
 from jaxcompress.policies.geometry import for_set
 from jaxcompress.policies.policy import Policy, leaf, policy
 from jaxcompress.policies.protect import protected
@@ -22,51 +22,100 @@ LIKE_TOVA = (0.0, 1.0, 0.0, 0.0)
 EPSILON = 1e-8  # below it, attention is none
 
 
+class Decided(NamedTuple):
+    """What `DMS` knows of a token, [B, P, N] each.
+
+    Attributes:
+      fate: the logit that decides about it; without its successor's part as long as it waits.
+      before: its part of the logit of the token before it.
+      waits: 1 if its successor has not come yet; such a token is among the newest, which are protected.
+      at: its position.
+      owner: in a pool its kv head, else 0.
+    """
+
+    fate: Array
+    before: Array
+    waits: Array
+    at: Array
+    owner: Array
+
+
 @policy
 class DMS(Policy):
     """Keeps the tokens of highest logit among those that are older than `window` tokens; newer ones are protected.
 
-        score[n] = logit that a network gave n's key and value
+        score[n] = first number of token n + second number of the token after it
         score[n] = +inf for the `window` newest tokens
 
-    Dynamic memory sparsification (Łańcucki et al. 2025, "Inference-Time Hyper-Scaling with KV Cache Compression"). A
-    token's fate is decided when it enters and carried out `window` tokens later, so that its neighbours can still use
-    it. Two differences from the paper: logits rank the tokens of a fixed number of slots instead of being cut at zero,
-    and they come from key and value instead of a borrowed neuron of the query. Before training all logits are equal:
-    the first tokens and the `window` newest stay.
+    Dynamic memory sparsification (Łańcucki et al. 2025, "Inference-Time Hyper-Scaling with KV Cache Compression"), with
+    the timing of the published code: a token's fate is known when its successor has come, and is carried out once more
+    than `window` tokens have come after it. Differences: logits rank the tokens of a fixed number of slots instead of
+    being cut at zero. They come from key and value instead of the residual stream; there the successor alone decides,
+    since its residual has seen the token, and here both do. Before training all logits are equal: the first tokens and
+    the `window` newest stay.
 
     Attributes:
-      head: R = 1.
+      head: R = 2.
       window: as in training.
       scope: "kv_head", or "pool": heads then share a layer's slots as their logits ask for, as in the paper, where
         they need not keep equally many.
 
     Raises:
-      ValueError: weights that do not fit together, a negative window, or another scope; when it is used, a model whose
+      ValueError: weights that do not fit together, a window below 1, or another scope; when it is used, a model whose
         heads the weights are not for.
     """
 
     label = "dms"
+    watches = 1  # type: ignore[assignment]
 
     head: ForgetHead = leaf()
-    window: int = 16
+    window: int = 64
     scope: Scope = "kv_head"
 
     def check(self) -> None:
-        _check_head(self.head, 1, "dms")
+        _check_head(self.head, len(KEEP_EVERYTHING), "dms")
         _check_scope("dms", self.scope, ("kv_head", "pool"))
-        if self.window < 0:
-            raise ValueError(f"a window of {self.window} tokens: give 0 or more")
+        if self.window < 1:
+            raise ValueError(f"a window of {self.window} tokens: give 1 or more, for a token's successor to come")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
         return self.window + 1
 
     def init(self, incoming: CacheView) -> Stats:
-        return _entering(self.head, incoming)[..., 0]
+        numbers = _entering(self.head, incoming)
+        owner = jnp.zeros_like(incoming.positions) if incoming.owner is None else incoming.owner
+        after, waits = _of_next(numbers[..., 1], incoming, owner)
+        return Decided(numbers[..., 0] + after, numbers[..., 1], waits, incoming.positions, owner)
 
-    def score(self, stats: Stats, held: CacheView) -> SlotScores:
-        return protected(stats, held, recent=self.window)
+    def observe(self, stats: Decided, seen: Observation) -> Stats:
+        # Two tokens of a head wait at most: the newest, and the newest of the block before.
+        waiting = jnp.where(stats.waits > 0, stats.at, jnp.iinfo(jnp.int32).max)
+        oldest = waiting.min(-1, keepdims=True)
+        for head in range(self.head.inner.shape[1] if self.scope == "pool" else 1):
+            mine = stats.owner == head
+            came = (stats.at == oldest + 1) & mine
+            decided = (waiting == oldest) & mine & came.any(-1, keepdims=True)
+            part = jnp.where(came, stats.before, 0.0).sum(-1, keepdims=True)
+            fate = jnp.where(decided, stats.fate + part, stats.fate)
+            stats = stats._replace(fate=fate, waits=jnp.where(decided, 0.0, stats.waits))
+        return stats
+
+    def score(self, stats: Decided, held: CacheView) -> SlotScores:
+        return protected(stats.fate, held, recent=self.window)
+
+
+def _of_next(part: Float[Array, "B P N"], incoming: CacheView, owner: Array) -> tuple[Array, Array]:
+    """The part of the token after each token of a block, 0 for the last; and 1 for the last, which waits, else 0."""
+    n, after, waits = part.shape[-1], jnp.zeros_like(part), jnp.zeros_like(part)
+    for head in range(1 if incoming.owner is None else incoming.context.heads[1]):
+        mine = incoming.occupied & (owner == head)
+        here = jax.lax.cummin(jnp.where(mine, jnp.arange(n), n), axis=part.ndim - 1, reverse=True)
+        following = jnp.pad(here[..., 1:], [*[(0, 0)] * (part.ndim - 1), (0, 1)], constant_values=n)
+        found = jnp.take_along_axis(part, jnp.minimum(following, n - 1), axis=-1)
+        after = jnp.where(mine & (following < n), found, after)
+        waits = jnp.where(mine & (following == n), 1.0, waits)
+    return after, waits
 
 
 class Looked(NamedTuple):

@@ -35,6 +35,8 @@ def init_dms(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHe
 def share_schedule(ratio: float | int, steps: int) -> optax.Schedule:
     """The share of tokens that may be kept: linear from 1 down to 1 / ratio over `steps` steps.
 
+    In the published code the ratio grows linearly, so the share falls fast at first, which takes more steps.
+
     Raises:
       ValueError: a ratio below 1, or no steps.
     """
@@ -67,6 +69,11 @@ def kept_share(logits: Float[Array, "B K T"], temperature: float | Float[Array, 
     return (soft + jax.lax.stop_gradient((logits > 0) - soft)).mean(1)
 
 
+def keep_logits(numbers: Float[Array, "B K T 2"]) -> Float[Array, "B K T"]:
+    """The logit that decides about each token: its first number, and the second of the token after it, if any."""
+    return numbers[..., 0] + jnp.pad(numbers[..., 1:, 1], [(0, 0), (0, 0), (0, 1)])
+
+
 class SoftRead(NamedTuple):
     """Result of `read_with_soft_eviction`.
 
@@ -89,37 +96,38 @@ def read_with_soft_eviction(
     valid: Valid | None = None,
     key: Array | None = None,
 ) -> SoftRead:
-    """Reads with soft eviction (Łańcucki et al. 2025, section 3.1).
+    """Reads with soft eviction (Łańcucki et al. 2025, section 3.1, with the timing of the published code).
 
-    Once a token is `window` tokens old, log sigmoid(logit / temperature) is added to its attention scores.
+    A query more than `window` tokens after key j has log sigmoid(logit[j] / temperature) added to its score, where the
+    logit is the first number of token j and the second of the token after it (see `jaxcompress.policies.DMS`).
 
     Args:
       tokens: [B, T].
-      head: network with one logit per token and kv head; the token is kept if the logit is above 0.
-      window: number of tokens before a decision takes effect.
+      head: network with two numbers per token and kv head; the token is kept if the logit is above 0.
+      window: number of tokens before a decision takes effect, at least 1.
       temperature: the lower, the closer the decisions are to 0 and 1.
       valid: [B, T], False for padding.
       key: adds noise to the logits, so that decisions are samples (Gumbel-sigmoid); None for no noise.
 
     Raises:
-      ValueError: a network for a model of another shape, a negative window, a temperature that is not positive.
+      ValueError: a network for a model of another shape, a window below 1, a temperature that is not positive.
     """
-    check_network(head, 1, model.config)
+    check_network(head, len(KEEP_EVERYTHING), model.config)
     check_temperature(temperature)
-    if window < 0:
-        raise ValueError(f"a window of {window} tokens: give 0 or more")
+    if window < 1:
+        raise ValueError(f"a window of {window} tokens: give 1 or more, for a token's successor to come")
     keys = None if key is None else jax.random.split(key, model.config.num_layers)
     there = positions_of(tokens, valid) >= 0
 
     def attend(q, k, v, positions, layer, index, carry, xs):
         mine, key = xs
-        logits = token_numbers(mine, k.swapaxes(1, 2), v.swapaxes(1, 2))[..., 0]
+        logits = keep_logits(token_numbers(mine, k.swapaxes(1, 2), v.swapaxes(1, 2)))
         if key is not None:
             logits += jax.random.logistic(key, logits.shape)
         here = layer.attention.constants(model.config, index)
         q, k = here.placed(q, k, positions)
         bias = jax.nn.log_sigmoid(logits / temperature)
-        out = forgetful_attention(q, k, v, positions, bias, delay=window, window=here.window, traits=here.traits)
+        out = forgetful_attention(q, k, v, positions, bias, delay=window + 1, window=here.window, traits=here.traits)
         kept = (kept_share(logits, temperature) * there).sum() / jnp.maximum(there.sum(), 1)
         return out, carry, kept
 

@@ -52,7 +52,7 @@ def policy_objective(
     *,
     steps: int,
     ratio: float = 8.0,
-    window: int = 16,
+    window: int = 64,
     pressure: float = 5.0,
     horizon: float | None = 128.0,
     hidden: int = 64,
@@ -60,8 +60,10 @@ def policy_objective(
 ) -> PolicyObjective:
     """The objective of a policy of `TRAINABLE`.
 
-    `retention` trains its head alone, or head and model (see `model_objective`). `dms` and `dmc` train both: over the
-    first two thirds of the steps, the share of tokens kept falls to 1 / ratio and the temperature to 0.1.
+    `retention` trains its head alone, or head and model (see `model_objective`). `dms` trains its head alone, as the
+    published code does: the model stays as it is and its full cache is the teacher. `dmc` trains head and model on the
+    next token. For both, over the first two thirds of the steps, the share of tokens kept falls to 1 / ratio and the
+    temperature to 0.1. (The published code has other schedules, which take more steps: see the guide.)
 
     There are ten parameters, because the settings of three ways to train are all keywords.
 
@@ -95,13 +97,18 @@ def policy_objective(
         if model_objective is None:
             return _retention(model, head, scope, horizon)
         return _retention_and_model(model, head, scope, horizon, model_objective)
-    schedules = _Schedules.over(max(steps * 2 // 3, 1), ratio)
+    falls = max(steps * 2 // 3, 1)
+    share, temperature = share_schedule(ratio, falls), temperature_schedule(1.0, FINAL_TEMPERATURE, falls)
     if kind == "dms":
+        loss = lambda head, tokens, **how: dms_loss(model, tokens, head, window=window, teacher=model, **how)
+        objective = _keeping_less(loss, share, temperature, pressure)
         head, settings = init_dms(model.config, key, hidden=hidden), {"window": window, "scope": scope}
-        loss = lambda model, tokens, head, **how: dms_loss(model, tokens, head, window=window, **how)
-    else:
-        head, settings, loss = init_gates(model.config, key, hidden=hidden), {}, merging_loss
-    return PolicyObjective(kind, settings, (model, head), _keeping_less(loss, schedules, pressure), lambda both: both)
+        return PolicyObjective(kind, settings, head, objective, lambda head: (model, head))
+    loss = lambda both, tokens, **how: merging_loss(both[0], tokens, both[1], **how)
+    objective = _keeping_less(loss, share, temperature, pressure)
+    return PolicyObjective(
+        kind, {}, (model, init_gates(model.config, key, hidden=hidden)), objective, lambda both: both
+    )
 
 
 def _retention(model: Decoder, head: ForgetHead, scope: Scope, horizon: float | None) -> PolicyObjective:
@@ -135,24 +142,19 @@ def _block(batch: Batch) -> int:
     return min(_LARGEST_BLOCK, max((batch.tokens.shape[1] - 1) // 2, 1))
 
 
-class _Schedules(NamedTuple):
-    share: Any
-    temperature: Any
-
-    @classmethod
-    def over(cls, steps: int, ratio: float) -> _Schedules:
-        return cls(share_schedule(ratio, steps), temperature_schedule(1.0, FINAL_TEMPERATURE, steps))
-
-
-def _keeping_less(loss: Callable[..., Any], schedules: _Schedules, pressure: float) -> Objective:
-    """The objective of (model, head) by `dms_loss` or `merging_loss`."""
+def _keeping_less(
+    loss: Callable[..., Any],
+    share: Callable[[Any], Any],
+    temperature: Callable[[Any], Any],
+    pressure: float,
+) -> Objective:
+    """The objective of a network whose decisions keep ever fewer tokens, by `dms_loss` or `merging_loss`."""
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
         how: dict[str, Any] = dict(
-            weights=batch.weights, share=schedules.share(step), temperature=schedules.temperature(step),
-            pressure=pressure, key=key,
-        )  # fmt: skip
-        of = lambda both: loss(both[0], batch.tokens, both[1], **how)
+            weights=batch.weights, share=share(step), temperature=temperature(step), pressure=pressure, key=key
+        )
+        of = lambda params: loss(params, batch.tokens, **how)
         (value, parts), gradient = jax.value_and_grad(of, has_aux=True)(params)
         return {"loss": value, **parts}, gradient
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from test_cli import folder, model, run, tokenizer  # noqa: F401  fixtures
 from jaxcompress.checkpoints import load, save
 from jaxcompress.cli import command_of, main
 from jaxcompress.cli.train import Train, train_defaults
+from jaxcompress.cli.train.presets import PRESETS
+from jaxcompress.cli.train.record import recorded_settings
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.training import checkpointing
 from jaxcompress.training.loss import token_losses
@@ -396,3 +399,20 @@ def test_a_policy_that_is_learned(
     assert name in ran
     ran = run("perplexity", *reading, "--policies", "learned")
     assert (ran.code, "no policy was trained for the model" in ran.err) == (2, True)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_in_what_nothing_else_gives(name: Any, tmp_path: Path) -> None:
+    """A file and flags win over it; a run that goes on keeps what it began with."""
+    (tmp_path / "run.toml").write_text("length = 512\n")
+    out = tmp_path / "run"
+    asked = "--preset", name, "--config", tmp_path / "run.toml", "--data", "text", "--out", out
+    made = train_defaults([str(one) for one in asked])
+    assert made.preset == name
+    assert {key: getattr(made, key) for key in PRESETS[name]} == {**PRESETS[name], "length": 512}
+    replace(made, data="text", out=out).check()
+    out.mkdir()
+    settings = recorded_settings(replace(made, data="text", out=out, slots=(8,)))
+    (out / "run.json").write_text(json.dumps(dict(settings=settings)))
+    again = train_defaults(["--out", str(out), "--resume"])
+    assert (again.preset, again.slots, again.policy) == (name, (8,), PRESETS[name]["policy"])

@@ -61,7 +61,7 @@ CASES: dict[str, Callable[[], DecodeState]] = {
     "per head": lambda: begun(get_policy("tova-kv_head"), PER_HEAD, dtype="int8"),
     "pool": lambda: begun(get_policy("tova-pool/every4")),
     "rows have numbers": lambda: begun(get_policy("expected_attention")),
-    "learned": lambda: begun(get_policy("learned/sampled4", DMS(head(1), window=2))),
+    "learned": lambda: begun(get_policy("learned/sampled4", DMS(head(2), window=2))),
     "gates": lambda: begun(dmc(head(2))),
 }
 

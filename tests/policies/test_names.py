@@ -146,7 +146,7 @@ def test_what_has_weights_appears_by_its_label() -> None:
     head = lambda start: init_forget_head(jax.random.key(0), layers=1, kv_heads=2, head_dim=4, hidden=3, start=start)
     retention = Retention(head(LIKE_TOVA), "layer")
     assert str(retention) == "retention-layer"
-    assert str(DMS(head((5.0,)), 3, "pool")) == "dms-window3-pool"
+    assert str(DMS(head((5.0, 0.0)), 3, "pool")) == "dms-window3-pool"
     assert str(protect(dmc(head(APART)), recent=2)) == "tova-kv_head/dmc/protect-recent2"
     assert get_policy("learned/every4", retention) == policies.every(retention, 4)
     assert str(get_policy("learned/every4", retention)) == "retention-layer/every4"

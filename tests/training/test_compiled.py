@@ -20,7 +20,6 @@ from jaxcompress.policies import Retention
 from jaxcompress.policies.names import get_policy
 from jaxcompress.training.compiled import Compiled
 from jaxcompress.training.data import Batch
-from jaxcompress.training.delayed_eviction import dms_loss, init_dms
 from jaxcompress.training.distillation import full_cache_hidden
 from jaxcompress.training.lora import add_lora, init_lora
 from jaxcompress.training.merging import init_gates, merging_loss
@@ -80,13 +79,9 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     ),
     "dms": lambda: learned("dms"),
     "dmc": lambda: learned("dmc"),
-    "dms of a frozen model": lambda: (
-        init_dms(MODEL.config, KEY),
-        of_a_loss(partial(dms_loss, window=3, teacher=MODEL)),
-    ),
     "dmc of a frozen model": lambda: (init_gates(MODEL.config, KEY), of_a_loss(partial(merging_loss, teacher=MODEL))),
 }
-QUICK = {"LoRA as a student", "retention", "dms of a frozen model", "dmc of a frozen model"}
+QUICK = {"LoRA as a student", "retention", "dms", "dmc of a frozen model"}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,10 @@ class SourceFlags:
     resume: bool = False
     """Continue from the last checkpoint in --out; with --data, begin if there is no run yet. Settings that no flag
     gives are those of the run. Only --steps, --save-every, --keep, --tensorboard and --mesh may change."""
+    preset: Literal["retention", "joint", "dms"] | None = None
+    """Set of flags for one purpose; other flags and --config win over it. retention: a head that foresees attention,
+    beside a model that stays as it is. joint: model and head together, with the model's own full cache as teacher.
+    dms: delayed eviction, beside a model that stays as it is."""
     config: Path | None = None
     """TOML file with settings, named as the flags: `learning_rate = 1e-4`."""
 
@@ -93,8 +97,8 @@ class TrainFlags(
     """Number of segments that the gradient goes back over; None: the whole row."""
     ratio: float = 8.0
     """dms, dmc: one of so many tokens is kept in the end."""
-    window: int = 16
-    """dms: a token is evicted after so many steps."""
+    window: int = 64
+    """dms: a token can be evicted once more than so many tokens have come after it."""
     horizon: float | None = 128.0
     """retention: attention to come counts less the further away it is, by e in so many tokens; None: all alike."""
     save_every: int = 50

@@ -40,8 +40,8 @@ class Train(TrainFlags):
 
     Writes into --out: checkpoints/, metrics.jsonl, run.json (the settings) and, at the end, model/, a folder in Hugging
     Face's format with the policy in it. The last rows of the data are held out, and their loss is told before and after
-    training. Policies learned together with the model: dms, dms-pool, dmc. Learned beside a model that stays as it is,
-    unless --distill is given: retention, retention-layer, retention-pool.
+    training. A policy learned together with the model: dmc. Learned beside a model that stays as it is: dms, dms-pool,
+    and, unless --distill is given, retention, retention-layer, retention-pool.
 
     A run that was stopped, even by kill -9, continues with `jaxcompress train --out runs/x --resume`, and ends as one
     that was not stopped. With more --steps a finished run continues too. Flags win over --config, which wins over the

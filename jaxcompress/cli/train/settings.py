@@ -13,6 +13,7 @@ import tyro
 from jaxcompress.cli.parser import in_one_line
 from jaxcompress.cli.train.arguments import SourceFlags
 from jaxcompress.cli.train.command import Train
+from jaxcompress.cli.train.presets import PRESETS
 from jaxcompress.cli.train.record import read_record
 from jaxcompress.inputs.text import parse_toml, read_text
 
@@ -26,9 +27,9 @@ class _Where(SourceFlags):
 
 
 def train_defaults(arguments: Sequence[str]) -> Train:
-    """`train` as the files say that these arguments name; what only flags can say is `tyro.MISSING`.
+    """`train` as the files and the preset say that these arguments name; what only flags can say is `tyro.MISSING`.
 
-    A TOML file wins over the run that goes on.
+    A TOML file wins over the run that goes on, and both win over a preset.
 
     Args:
       arguments: of `train`, without its name.
@@ -54,7 +55,8 @@ def train_defaults(arguments: Sequence[str]) -> Train:
             run = _checked(read_record(path)["settings"], path)
         elif where.data is None and "data" not in config:
             raise ValueError(f"there is no run in {out} to continue: {path} does not exist; --data begins one")
-    return _with_open_flags(run | config)
+    preset = where.preset or config.get("preset") or run.get("preset")
+    return _with_open_flags({**PRESETS[preset], "preset": preset, **run, **config} if preset else run | config)
 
 
 def _with_open_flags(values: dict[str, Any]) -> Train:

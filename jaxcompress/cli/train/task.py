@@ -24,9 +24,11 @@ _DISTILLED = {
     "divergence": ("divergence", "nats per token, from the full cache before training"),
 }
 _FORESIGHT = ("foresight", "cross-entropy of attention to come, nats per set of slots and look")
-_KEPT = {
-    "prediction": ("prediction while tokens fade", "nats per token"),
-    "kept": ("share kept", "of all tokens"),
+_SHARE = {"kept": ("share kept", "of all tokens")}
+_BESIDE = {  # by the kind of policy, what is told of it beside the loss of the text
+    "retention": {"loss": _FORESIGHT},
+    "dms": {"prediction": ("divergence while tokens fade", "nats per token, from the full cache"), **_SHARE},
+    "dmc": {"prediction": ("prediction while tokens fade", "nats per token"), **_SHARE},
 }
 
 
@@ -86,7 +88,7 @@ def _learning(how: TrainFlags, model: Decoder, frozen: Decoder) -> Task:
     from jaxcompress.training.policy_objectives import policy_objective
 
     through = partial(_through, how=how, teacher=frozen) if how.distill else None
-    alone = how.policy.startswith("retention") and not how.distill
+    alone = how.policy.startswith(("retention", "dms")) and not how.distill
     learned = policy_objective(
         frozen if alone else model, how.policy, jax.random.key(how.seed),
         steps=how.steps, ratio=how.ratio, window=how.window, horizon=how.horizon,
@@ -96,7 +98,7 @@ def _learning(how: TrainFlags, model: Decoder, frozen: Decoder) -> Task:
         told = _DISTILLED | {"retention": _FORESIGHT}
         return Task(learned.params, learned.objective, learned.objective, told, learned.parts, learned)
     parts = (lambda head: (model, head)) if alone else learned.parts
-    told = {"language": _NATS["loss"]} | ({"loss": _FORESIGHT} if alone else _KEPT)
+    told = {"language": _NATS["loss"]} | _BESIDE[learned.kind]
     return Task(learned.params, learned.objective, _with_language(how, learned), told, parts, learned)
 
 
