@@ -122,12 +122,13 @@ def measure(cell: Cell) -> Iterable[Figure]:
     machine, kind = MACHINES[cell.settings["machine"]], Training if cell.task == "train" else Decoding
     work = kind(LLAMA[cell.model], get_policy(cell.policy), int(str(cell.slots)), cell.context)
     chip, room = machine.chip, USED * machine.chip.memory
-    mesh, fixed, row = "", 0, 0
+    tried = []
     for mesh in machine.train if kind is Training else machine.decode:
         rules = ShardingRules(AbstractMesh(shape_of(mesh), AXES, axis_types=(AxisType.Auto,) * 3))
-        fixed, row = work.held(rules)
-        if fixed < room / 2:  # with more there is little room for rows
+        tried.append((mesh, rules, *work.held(rules)))
+        if tried[-1][2] < room / 2:  # with more there is little room for rows
             break
+    mesh, rules, fixed, row = tried[-1]
     ways, chips = rules.ways("batch"), math.prod(shape_of(mesh))
     rows = max(0, int((room - fixed) // row)) * ways
     told: dict[str, Any] = dict(mesh=mesh, fixed=fixed, row=row)

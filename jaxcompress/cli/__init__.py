@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from jaxcompress.cli.arguments import check_numbers, check_text
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command = command_of(arguments)
-        with told_warnings(), command.profiled() if isinstance(command, ProfileFlag) else nullcontext():
+        with told_warnings(), _profiled(command):
             command.run()
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()
@@ -94,6 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jaxcompress: {' '.join(filter(None, map(str.strip, said.splitlines())))}", file=sys.stderr)
         return code
     return 0
+
+
+def _profiled(command: object) -> AbstractContextManager[None]:
+    """Writes a trace of a command that was asked for one."""
+    return command.profiled() if isinstance(command, ProfileFlag) else nullcontext()
 
 
 def _silence() -> None:

@@ -418,7 +418,8 @@ def test_hub(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     found, error = run.stdout.splitlines()
     assert found == str(cached / "snapshots" / "0123")
-    assert error.startswith("'no/such-model' is neither a folder nor a repository of the Hugging Face hub")
+    assert error.startswith("'no/such-model' is neither a folder nor a .gguf file")
+    assert "a repository of the Hugging Face hub" in error
 
 
 def test_left_over_file_does_not_matter(tmp_path: Path) -> None:

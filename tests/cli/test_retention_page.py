@@ -49,11 +49,11 @@ def test_page_and_table(run: Any, text: Path, tmp_path: Path, model: Decoder, to
     assert lines[0] == f"tova, 6 slots, 24 of {every} tokens of {text}; 2 layers, 1 set of slots in each"
     texts = token_texts(tokenizer, tokenizer.encode(TEXT)[:24])
     rows = survival_by_kind(expected, token_kinds(texts))
-    assert len(lines[3:-2]) == len(rows)
-    for line, row in zip(lines[3:-2], rows, strict=True):
+    assert len(lines[3:-3]) == len(rows)
+    for line, row in zip(lines[3:-3], rows, strict=True):
         shares = ["-" if share != share else f"{share:.1%}" for share in (*row.after, row.end)]
         assert re.split(r"\s{2,}", line) == [row.kind, str(row.tokens), *shares]
-    assert lines[-1] == str(out)
+    assert lines[-1] == f"{out} shows tova, and {figure}"
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert "What tova keeps in 6 slots" in out.read_text(encoding="utf-8")
 

@@ -379,7 +379,8 @@ def test_a_policy_that_is_learned(
     assert (ran.code, ran.err) == (0, "")
     told = re.findall(r"held-out (.*) before: \d+\.\d+ \((.*)\)", ran)
     assert told[0] == ("loss", "nats per token")
-    other = ["prediction while tokens fade", "share kept"] if policy[0] == "d" else ["foresight"]
+    fading = {"dms-pool": "divergence", "dmc": "prediction"}.get(policy)
+    other = ["foresight"] if fading is None else [f"{fading} while tokens fade", "share kept"]
     assert [name for name, _ in told[1:]] == ["divergence"] * ("--distill" in more) + other
     assert [name for name, _ in told] == re.findall(r"held-out (.*) after 6 steps: \d", ran)
     ran = run("train", "--out", out, "--resume")
@@ -391,7 +392,7 @@ def test_a_policy_that_is_learned(
     assert saved.settings["slots"] == [12]
     before, after = load(folder).model, loaded.model
     same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
-    assert same == (policy == "retention-layer" and "--distill" not in more)
+    assert same == (policy != "dmc" and "--distill" not in more)
     assert any(np.abs(saved.weights["outer"]).reshape(-1) > 0)
     reading = "--file", book, "--slots", 12, "--context", 64, "--json"
     ran = run("perplexity", *reading, "--policies", "learned", "learned/protect-recent2", model=out / "model")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 HEAD_RATE = 10
 """A network that starts from nothing learns so many times faster than the model beside it."""
 
-TOLD_EVERY = 10
+TOLD_EVERY = 30
 """Seconds between two lines of a run."""
 
 Sink = Callable[[int, Mapping[str, Any]], None]
@@ -224,7 +224,7 @@ def _with_rate(schedule: Callable[[int], Any], sink: Sink) -> Sink:
 
 
 def _teller(done: int, steps: int) -> Sink:
-    """Tells every ten seconds how far the run is."""
+    """Tells every half a minute how far the run is."""
     begun = last = perf_counter()
 
     def sink(step: int, numbers: Mapping[str, Any]) -> None:
