@@ -36,7 +36,7 @@ Exit codes: 0 done; 1 numbers went wrong (non-finite weights or logits); 2 bad i
 3 a fault of jaxcompress itself (set JAXCOMPRESS_TRACEBACK=1 to see where); 4 some cells of a sweep failed, the others
 are done; 130 interrupted.
 
-Example: jaxcompress generate --prompt 'def main(' --policy tova --slots 128"""
+Example: jaxcompress generate --prompt 'Return a copy of' --policy tova --slots 128"""
 
 COMMANDS = {
     "demo": Demo,
