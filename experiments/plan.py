@@ -1,7 +1,7 @@
 """What fits on chips that are not here, and how fast it could be at most: Llama 3 through a bounded state.
 
-    python experiments/plan.py --out experiments/results/plan.jsonl
-    python experiments/plan.py --out experiments/results/plan.jsonl --table docs/results/plan-table.md
+    python experiments/plan.py --out plan.jsonl
+    python experiments/plan.py --out plan.jsonl --table experiments/results/plan.md
 
 Nothing is allocated or executed. Bytes are those of the library's own weights, states and optimizers, as shapes with
 their shardings. What chips send each other is read from the program of the step, compiled for as many virtual devices
