@@ -175,9 +175,9 @@ def _metadata(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _facts(part: KVState) -> dict[str, Any]:
-    keys = part.keys
+    keys, layer = part.keys, np.asarray(part.layer)  # an index into an array of the device would be compiled
     return dict(
-        layers=[int(part.layer[0]), int(part.layer[-1]) + 1],
+        layers=[int(layer[0]), int(layer[-1]) + 1],
         capacity=part.capacity,
         heads=list(part.heads),
         slots=part.positions.shape[-1],

@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from jax import monitoring
 from test_engine import CONFIGS, MODEL, SEGMENT, alone, prompt, spec
 
 from jaxcompress.distributed import ShardingRules, make_mesh
 from jaxcompress.serving import Engine, PoolSpec, PrefixLimits, Request
+
+COMPILED: list[str] = []
+
+
+@monitoring.register_event_duration_secs_listener
+def _note(event: str, duration: float, **_: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(event)
 
 
 def sharded(mesh: str) -> PoolSpec:
@@ -26,9 +35,11 @@ def test_the_same_tokens_and_prefixes(mesh: str, tmp_path: Path) -> None:
     expected = [alone(request, spec()) for request in requests]
     asked = Request(text, 5)
     with Engine({"one": one}, prefixes=PrefixLimits(folder=tmp_path)) as engine:
+        before = len(COMPILED)
         answers = [ticket.answer() for ticket in [engine.submit(request) for request in requests]]
         assert [answer.tokens.tolist() for answer in answers] == expected
         assert [engine.submit(asked).answer().known_tokens for _ in range(2)][1] == 2 * SEGMENT
+        assert len(COMPILED) == before, "nothing is compiled after the start, whatever arrives"
         arrays = engine._batchers["one"].pool._arrays
         keys, began = arrays.kv[0].keys, one.fresh(2).kv[0].keys
         assert keys.sharding.is_equivalent_to(began.sharding, keys.ndim)
