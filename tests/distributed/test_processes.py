@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,17 @@ def ended(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def finish_both(arguments: tuple[str, ...]) -> str:
-    """What the first of two processes prints; the second prints nothing."""
+def start_both(arguments: tuple[str, ...]) -> list[subprocess.Popen[str]]:
+    """Two processes of four devices each, of one command."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     together = ("--mesh", "data=2,fsdp=4", "--coordinator", f"localhost:{port}", "--processes", "2", "--process-id")
-    running = [start((*arguments, *together, str(number)), 4) for number in range(2)]
-    first, second = map(ended, running)
+    return [start((*arguments, *together, str(number)), 4) for number in range(2)]
+
+
+def finish_both(arguments: tuple[str, ...]) -> str:
+    """What the first of two processes prints; the second prints nothing."""
+    first, second = map(ended, start_both(arguments))
     assert second == ""
     return first
 
@@ -67,13 +72,21 @@ def test_generate() -> None:
 
 @pytest.mark.slow
 def test_train(tmp_path: Path) -> None:
-    """The losses, and the weights after the steps, whose difference is that of the gradients."""
+    """The losses, and the weights after the steps, whose difference is that of the gradients; both processes are killed
+    while they train and save, and go on."""
     book = tmp_path / "book.txt"
     book.write_text("".join(f"Line {i} says that the slots of memory hold what was looked at.\n" for i in range(300)))
     told = ("train", "--data", str(book), "--policy", "tova", "--slots", "16", "--length", "32", "--segment", "16",
-            "--rows", "8", "--steps", "3", "--save-every", "2", "--warmup", "1", "--out")  # fmt: skip
+            "--rows", "8", "--steps", "6", "--save-every", "1", "--warmup", "1", "--out")  # fmt: skip
     ended(start((*told, str(tmp_path / "one")), 1))
-    finish_both((*told, str(tmp_path / "two")))
+    two = *told, str(tmp_path / "two")
+    running = start_both(two)
+    while not (tmp_path / "two" / "checkpoints" / "2").exists() and all(one.poll() is None for one in running):
+        time.sleep(0.02)
+    for one in reversed(running):
+        one.kill()
+        one.communicate()
+    assert "continuing from step" in finish_both((*two, "--resume"))
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
@@ -82,6 +95,4 @@ def test_train(tmp_path: Path) -> None:
         np.testing.assert_allclose([row[name] for row in one], [row[name] for row in two], rtol=1e-5, atol=1e-5)
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
     for name, x in weights[0].items():
-        np.testing.assert_allclose(x, weights[1][name], rtol=0, atol=1e-5)
-    finish_both((*told, str(tmp_path / "two"), "--resume", "--steps", "4"))
-    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 4
+        np.testing.assert_allclose(x, weights[1][name], rtol=2**-7, atol=1e-5)  # stored in bfloat16
