@@ -7,7 +7,8 @@ Every case is the loop that `jaxcompress.generation.decode` runs, with weights a
 Checked in the compiled program:
 
   in a layer, chips add up the outputs of attention and of the MLP, and for a policy whose heads share their tokens the
-  mean of their scores; but for a flag for each row, nothing else is exchanged there
+  mean of their scores; but for a flag for each row, and with fsdp weights and activations of the layer, nothing else
+  is exchanged there
   no exchange has keys or values of tokens: not of those that are held, nor of the new one
   a chip's arguments are its share of weights and state, and the state is written in place
 
@@ -37,6 +38,7 @@ from sharded_step import LLAMA, decode_step, model_shapes, state_shapes
 
 from jaxcompress.distributed import Collective, ShardingRules, collectives
 from jaxcompress.distributed.mesh import AXES, mesh_sizes
+from jaxcompress.models.config import DecoderConfig
 from jaxcompress.policies import get_policy
 
 
@@ -101,12 +103,18 @@ def look(case: Case) -> Found:
     sums = [(rows, 1, config.hidden_size)] * 2
     sums += [(rows, 1, case.slots)] * (state.kv[0].sets == 1 and rules.ways("kv_heads") > 1)
     share = rules.bytes_per_device((model, state.arrays))
-    wrong = amiss(found, sums, config.num_layers)
+    wrong = moving(found, config) + (amiss(found, sums, config.num_layers) if rules.ways("embed") == 1 else [])
     if not share <= memory.argument_size_in_bytes <= MOST_PADDING * share:
         wrong.append(f"a chip has {memory.argument_size_in_bytes:,} bytes of arguments, its share is {share:,}")
     if memory.alias_size_in_bytes < rules.bytes_per_device(state.kv):
         wrong.append(f"only {memory.alias_size_in_bytes:,} bytes are written in place")
     return Found(found, share, memory.argument_size_in_bytes, wrong)
+
+
+def moving(found: tuple[Collective, ...], config: DecoderConfig) -> list[str]:
+    """Exchanges of keys or values, whose last axis is the width of a head."""
+    tokens = lambda shape: shape[-1:] == (config.head_dim,) and math.prod(shape) > LANES
+    return [f"{one.kind} of keys or values, {one.shapes}" for one in found if any(map(tokens, one.shapes))]
 
 
 def amiss(found: tuple[Collective, ...], sums: list[tuple[int, ...]], layers: int) -> list[str]:
