@@ -92,6 +92,7 @@ aot-gpu:
 	@test -x $(VENV)/gpu/bin/python || python3.12 -m venv $(VENV)/gpu
 	@$(VENV)/gpu/bin/python -m pip install --quiet --editable ".[cli]" "jax[cuda13]>=0.11.2"
 	@$(VENV)/gpu/bin/python experiments/aot_gpu.py
+	@$(VENV)/gpu/bin/python experiments/aot_gpu_mesh.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -76,6 +76,7 @@ class Arguments(Command):
 QUICK = Arguments(quick=True, only=(0, 13))
 
 # The device as OpenXLA describes it, or as JAX reports it if it is present.
+H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
 TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -191,8 +192,7 @@ def compiled(case: Case) -> Any:
         (out, state), freed = jax.lax.scan(layer, (q, state), jnp.arange(case.layers))
         return state, out, freed
 
-    h100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         program = jax.jit(model, donate_argnums=0).trace(*args).lower(lowering_platforms=("cuda",)).compile()
     return program, state, sum(map(size_of, block))
 

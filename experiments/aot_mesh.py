@@ -20,9 +20,10 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -56,13 +57,23 @@ QUICK = Arguments(quick=True, cases=(0,))
 class Case(NamedTuple):
     """A case to compile; `slots` with the incoming token's."""
 
-    topology: str
+    chips: str
     mesh: str
     policy: str
     slots: int = 1024
     rows: int = 8
     model: str = "Llama 3 8B"
 
+
+class Chips(NamedTuple):
+    """Devices that are not here, as a mesh, with their kind and the platform that is compiled for."""
+
+    devices: Any
+    kind: AbstractDevice
+    platform: str
+
+
+Described = Callable[[Case, tuple[int, ...]], Chips]
 
 CASES = (
     Case("v5e:2x2", "data=2,tensor=2", "tova"), Case("v5e:2x2", "tensor=4", "tova-kv_head"),
@@ -86,18 +97,24 @@ class Found(NamedTuple):
     wrong: list[str]
 
 
-def look(case: Case) -> Found:
-    described = topologies.get_topology_desc(platform="tpu", topology_name=case.topology)
+def tpus(case: Case, shape: tuple[int, ...]) -> Chips:
+    """TPUs as a mesh of this shape."""
+    described = topologies.get_topology_desc(platform="tpu", topology_name=case.chips)
+    devices = mesh_utils.create_device_mesh(shape, described.devices, allow_split_physical_axes=True)
+    return Chips(devices, AbstractDevice(described.devices[0].device_kind, 1, "tpu"), "tpu")  # type: ignore
+
+
+def look(case: Case, described: Described) -> Found:
+    """What the program of a case has, compiled for the devices of `described`."""
     shape = tuple(mesh_sizes(case.mesh).get(axis, 1) for axis in AXES)
     automatic = (AxisType.Auto,) * len(AXES)
-    devices = mesh_utils.create_device_mesh(shape, described.devices, allow_split_physical_axes=True)
-    rules = ShardingRules(Mesh(devices, AXES))
+    chips = described(case, shape)
+    rules = ShardingRules(Mesh(chips.devices, AXES))
     config, policy = LLAMA[case.model], get_policy(case.policy)
     model = model_shapes(rules, config)
     state = state_shapes(rules, model, policy, case.slots - 1, case.rows)
-    kind = AbstractDevice(described.devices[0].device_kind, 1, "tpu")  # type: ignore
-    with jax.sharding.use_abstract_mesh(AbstractMesh(shape, AXES, axis_types=automatic, abstract_device=kind)):
-        program = decode_step(model, state, policy).lower(lowering_platforms=("tpu",)).compile()
+    with jax.sharding.use_abstract_mesh(AbstractMesh(shape, AXES, axis_types=automatic, abstract_device=chips.kind)):
+        program = decode_step(model, state, policy).lower(lowering_platforms=(chips.platform,)).compile()
     found, memory = collectives(program), program.memory_analysis()
     rows = case.rows // rules.ways("batch")
     sums = [(rows, 1, config.hidden_size)] * 2
@@ -129,24 +146,29 @@ def amiss(found: tuple[Collective, ...], sums: list[tuple[int, ...]], layers: in
     return told
 
 
-def main(args: Arguments) -> None:
-    need("libtpu", install="make aot, or pip install " + " ".join(needs()))
-    print(f"jax {version('jax')}, libtpu {version('libtpu')}\n")
-    lines, failed = [], 0
-    for case in CASES if args.cases is None else [CASES[i] for i in args.cases]:
-        found = look(case)
-        failed += bool(found.wrong)
+def tell(cases: Sequence[Case], described: Described) -> bool:
+    """Compiles cases and prints a table; returns whether a check failed."""
+    lines, failed = [], False
+    for case in cases:
+        found = look(case, described)
+        failed |= bool(found.wrong)
         layers = LLAMA[case.model].num_layers
         listed = lambda every: "; ".join(f"{one.kind} of {' '.join(map(str, one.shapes))}" for one in every) or "-"
         layer = listed(one for one in found.exchanges if one.times >= layers)
         rest = listed(one for one in found.exchanges if one.times < layers)
-        lines.append([case.model, case.topology, case.mesh, case.policy, f"{found.share / 1e9:.3f}",
+        lines.append([case.model, case.chips, case.mesh, case.policy, f"{found.share / 1e9:.3f}",
                       f"{found.arguments / 1e9:.3f}", layer, rest])  # fmt: skip
-        print(*(f"{case.topology} {case.mesh} {case.policy}: {one}" for one in found.wrong or ["as it should be"]),
+        print(*(f"{case.chips} {case.mesh} {case.policy}: {one}" for one in found.wrong or ["as it should be"]),
               sep="\n", flush=True)  # fmt: skip
     head = ["model", "chips", "mesh", "policy", "GB of a chip's share", "GB of its arguments", "in each layer", "else"]
     print("", *markdown(head, lines), sep="\n")
-    sys.exit(bool(failed))
+    return failed
+
+
+def main(args: Arguments) -> None:
+    need("libtpu", install="make aot, or pip install " + " ".join(needs()))
+    print(f"jax {version('jax')}, libtpu {version('libtpu')}\n")
+    sys.exit(tell(CASES if args.cases is None else [CASES[i] for i in args.cases], tpus))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ PARTS = {"command", "paper_tables", "sentences", "sharded_step", "vision_parity_
 SCRIPTS = sorted({path.stem for path in FOLDER.glob("*.py")} - PARTS)
 NEEDS = {  # a module that the tests do not install, and the command that does
     "aot_gpu": ("nvidia", "make aot-gpu"),
+    "aot_gpu_mesh": ("nvidia", "make aot-gpu"),
     "aot_kernels": ("libtpu", "make aot"),
     "kvpress_parity": ("torch", 'pip install "torch==2.13.0" transformers "kvpress==0.5.5"'),
     "aot_mesh": ("libtpu", "make aot"),
