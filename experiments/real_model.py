@@ -110,7 +110,7 @@ def checks(args: Check, text: Path) -> Iterator[tuple[str, bool]]:
         "perplexity", *of_model, *of_text, "--context", str(args.tokens), "--rows", "1",
         "--policies", "full", "window", "window+4", "h2o", "tova", "--slots", slots, "--out", out,
     ))  # fmt: skip
-    nats = {row["policy"]: row["nats"] for row in table["table"]}
+    nats = {row["policy"]: row["nats"] for row in table}
     yield f"the full cache predicts best ({nats['full']:.3f} nats)", min(nats.values()) > nats["full"] - 0.01
     yield f"TOVA ({nats['tova']:.3f}) is better than a window ({nats['window']:.3f})", nats["tova"] < nats["window"]
     if args.recall_tokens:
@@ -125,7 +125,7 @@ def recall(args: Check, given: list[str]) -> tuple[str, bool]:
         "compare", *given, "--context", str(args.recall_tokens), "--policies", "full", "window+4", "--fractions", "8",
         "--seeds", "1", "--rows", "1", "--out", out,
     ))  # fmt: skip
-    found = {row["policy"]: row["recall"] for row in table["table"]}
+    found = {row["policy"]: row["recall"] for row in table}
     said = f"facts are recalled with everything kept ({found['full']:.0%}), and less with a window"
     return f"{said} ({found['window+4']:.0%})", found["full"] > found["window+4"]
 
@@ -145,10 +145,12 @@ def loading(args: Check, text: Path) -> Iterator[tuple[str, bool]]:
     yield "every weight is finite", all(np.isfinite(np.asarray(array)).all() for array in jax.tree.leaves(loaded.model))
 
 
-def read(out: Path, run: Callable[[str], object]) -> dict:
-    """The JSON that a command writes."""
+def read(out: Path, run: Callable[[str], object]) -> list[dict]:
+    """The lines of the table that a command adds to a file, which is made anew."""
+    out.unlink(missing_ok=True)
     run(str(out))
-    return json.loads(out.read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    return [row["details"] for row in rows if row["details"]]
 
 
 def main(args: Check) -> None:

@@ -94,11 +94,10 @@ def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, offset: int, what
         return decoder.decode(block, final=not block)
     except UnicodeDecodeError as error:
         wrong = offset - unfinished + error.start
-        if kind := _kind_of(error.object if offset == unfinished else b""):
-            raise ValueError(f"{what} is {kind}, not a text") from None
+        kind = _kind_of(error.object if offset == unfinished else b"")
+        remedy = f"it is {kind}, not a text" if kind else "convert it first, e.g. iconv -f LATIN1 -t UTF-8"
         raise ValueError(
-            f"{what} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {wrong} ({error.reason}); "
-            "convert it first, e.g. iconv -f LATIN1 -t UTF-8"
+            f"{what} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {wrong} ({error.reason}); {remedy}"
         ) from None
 
 

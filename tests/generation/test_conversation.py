@@ -139,6 +139,7 @@ def test_an_answer_that_is_left_counts_as_far_as_it_was_written(loaded: Loaded) 
 
 def test_an_interrupt_waits_for_the_step(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     chat, step = chat_of(loaded, max_new_tokens=100, seed=3), Chat._step
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran before in this process
 
     def interrupted(self: Chat, *given: Any) -> str:
         signal.raise_signal(signal.SIGINT)  # between donating a state and keeping the next one

@@ -84,7 +84,7 @@ def policy_named(name: str) -> Policy:
         return get_policy(name)
     config, start = (
         model("gemma2").config,
-        {"dms": (5.0,), "dmc": (-20.0, 0.0), "retention": (0.0, 1.0, 0.0, 0.0)}[name],
+        {"dms": (5.0, 0.0), "dmc": (-20.0, 0.0), "retention": (0.0, 1.0, 0.0, 0.0)}[name],
     )
     shape = dict(layers=config.num_layers, kv_heads=config.num_kv_heads, head_dim=config.head_dim)
     head = init_forget_head(jax.random.key(0), **shape, hidden=4, start=start)
