@@ -35,10 +35,10 @@ from command import Command, arguments, need
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from paper_tables import markdown
-from sharded_step import LLAMA, decode_step, model_shapes, state_shapes
+from sharded_step import LLAMA, decode_step, model_shapes, shape_of, state_shapes
 
 from jaxcompress.distributed import Collective, ShardingRules, collectives
-from jaxcompress.distributed.mesh import AXES, mesh_sizes
+from jaxcompress.distributed.mesh import AXES
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.policies import get_policy
 
@@ -106,7 +106,7 @@ def tpus(case: Case, shape: tuple[int, ...]) -> Chips:
 
 def look(case: Case, described: Described) -> Found:
     """What the program of a case has, compiled for the devices of `described`."""
-    shape = tuple(mesh_sizes(case.mesh).get(axis, 1) for axis in AXES)
+    shape = shape_of(case.mesh)
     automatic = (AxisType.Auto,) * len(AXES)
     chips = described(case, shape)
     rules = ShardingRules(Mesh(chips.devices, AXES))

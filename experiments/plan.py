@@ -23,11 +23,11 @@ from command import arguments
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from paper_tables import OfTable, Plan, markdown, of_experiment, run
-from sharded_step import LLAMA, decode_step, model_shapes, state_shapes
+from sharded_step import LLAMA, decode_step, model_shapes, shape_of, state_shapes
 
 from jaxcompress._extras import extra
 from jaxcompress.distributed import Collective, ShardingRules, collectives, make_mesh
-from jaxcompress.distributed.mesh import AXES, mesh_sizes
+from jaxcompress.distributed.mesh import AXES
 from jaxcompress.evaluation.results import Cell, Figure, Row
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder, read
@@ -147,11 +147,6 @@ def measure(cell: Cell) -> Iterable[Figure]:
         metric="tokens per second at most", value=speed, tokens=work.tokens(max(rows, 1)), samples=rows,
         state_bytes=row, details=told,
     )  # fmt: skip
-
-
-def shape_of(mesh: str) -> tuple[int, ...]:
-    sizes = mesh_sizes(mesh)
-    return tuple(sizes.get(axis, 1) for axis in AXES)
 
 
 def wire_bytes(one: Collective, chips: int) -> float:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcompress.distributed import ShardingRules
+from jaxcompress.distributed.mesh import AXES, mesh_sizes
 from jaxcompress.generation import GenerationConfig, init_decode_state
 from jaxcompress.generation.decode_state import DecodeState
 from jaxcompress.generation.generate import _decode_loop
@@ -21,6 +22,12 @@ LLAMA = {
     "Llama 3 70B": DecoderConfig(128_256, 8192, 28_672, 80, 64, 8, 128),
 }
 """Grattafiori et al. 2024, The Llama 3 Herd of Models (arXiv 2407.21783), table 3."""
+
+
+def shape_of(mesh: str) -> tuple[int, ...]:
+    """The sizes of all axes of a mesh that is written data=2,tensor=4."""
+    sizes = mesh_sizes(mesh)
+    return tuple(sizes.get(axis, 1) for axis in AXES)
 
 
 def model_shapes(rules: ShardingRules, config: DecoderConfig, dtype: str = "bfloat16") -> Decoder:

@@ -19,6 +19,7 @@ from jaxcompress.cli.flags import (
 from jaxcompress.cli.runtime import (
     check_writable,
     chosen_policy,
+    dtypes_told,
     held_out_text,
     open_model,
     short_hash,
@@ -105,11 +106,9 @@ class Compare(FigureFlag, RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags, 
         from jaxcompress.evaluation.results import Cell
         from jaxcompress.models.fingerprint import fingerprint
 
-        weights = model.embedding[...].dtype.name
         made: dict[str, Any] = dict(
             experiment="compare", task=name, model=self.model or "embedded", model_hash=fingerprint(model),
-            context=self.context,
-            dtype=weights if self.state_dtype in (None, weights) else f"{weights}/{self.state_dtype}",
+            context=self.context, dtype=dtypes_told(model.embedding[...].dtype.name, self.state_dtype),
             settings=dict(
                 seeds=self.seeds, rows=self.rows, questions=len(tasks.single), placement=self.placement,
                 tokens=short_hash(b"".join(row.tokens.tobytes() for row in tasks.whole)),

@@ -14,7 +14,7 @@ import tyro
 
 from jaxcompress.cli.flags import JsonFlag, WeightFlags, at_least
 from jaxcompress.cli.runtime import prepare, tell, write_json
-from jaxcompress.inputs.text import check_file, decoded, named, parse_json, read_text, standard_input, unescaped
+from jaxcompress.inputs.text import decoded, named, opened, parse_json, read_text, unescaped
 
 if TYPE_CHECKING:
     from jaxcompress.prompt import Compressed, Compressor, Kept, Kind, TokenizerCounter
@@ -253,7 +253,9 @@ class CompressPrompt(JsonFlag, WeightFlags):
         plain = not (self.structured or self.json_text or self.stream or self.messages is not None)
         no_budget = self.rate is None and self.tokens is None
         if self.threshold is None and self.question is not None and plain and no_budget:
-            return 0.1  # `jaxcompress.prompt.compressor.THRESHOLD`
+            from jaxcompress.prompt.compressor import THRESHOLD
+
+            return THRESHOLD
         return self.threshold
 
     @property
@@ -315,13 +317,9 @@ class CompressPrompt(JsonFlag, WeightFlags):
         return before, after
 
     def _pieces(self) -> Iterator[str]:
-        from contextlib import nullcontext
-
         yield from self.prompt
         for path in () if self.prompt else self._files:
-            if str(path) != "-":
-                check_file(path)
-            with nullcontext(standard_input()) if str(path) == "-" else path.open("rb") as file:
+            with opened(path) as file:
                 yield from _without_nul(decoded(iter(partial(file.read, 1 << 16), b""), named(path)), named(path))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from jaxcompress.cli.flags import (
 )
 from jaxcompress.cli.mesh import ProfileFlag
 from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, tell_of_training, write_json
-from jaxcompress.inputs.text import check_file, decoded, named, read_text, standard_input, unescaped
+from jaxcompress.inputs.text import decoded, named, opened, read_text, unescaped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -197,12 +196,7 @@ class Generate(
                 yield piece
 
         read = 0
-        if str(self.file) != "-":
-            check_file(self.file)
-        with (
-            nullcontext(standard_input()) if str(self.file) == "-" else open(self.file, "rb") as file,
-            progress(None, "reading") as bar,
-        ):
+        with opened(self.file) as file, progress(None, "reading") as bar:
             texts = decoded(iter(partial(file.read, _BLOCK), b""), named(self.file))
             source = Pieces(texts if around is None else framed(around, texts))
             pieces = remembered(encode_stream(source, tokenizer, add_bos=around is None))

@@ -22,6 +22,7 @@ from jaxcompress.cli.mesh import ProfileFlag, is_first
 from jaxcompress.cli.runtime import (
     check_writable,
     chosen_policy,
+    dtypes_told,
     held_out_text,
     open_model,
     progress,
@@ -175,10 +176,9 @@ class Perplexity(
             placement=self.placement, dtype=self.state_dtype, sharding=rules, text=about["of"],
         )  # fmt: skip
         sweep(model, tokens, list(policies.values()), slots, **reading)  # checks what all lines share
-        weights = model.embedding[...].dtype.name
         made: dict[str, Any] = dict(
             experiment="perplexity", task=about["text"], model=about["model"], model_hash=fingerprint(model),
-            context=total, dtype=weights if about["state_dtype"] == weights else f"{weights}/{about['state_dtype']}",
+            context=total, dtype=dtypes_told(model.embedding[...].dtype.name, self.state_dtype),
             settings=dict(
                 mode=self.mode, chunk=reading["chunk"] if self.mode == "chunked" else None, prompt=prompt,
                 placement=self.placement, rows=len(tokens), tokens=short_hash(tokens.tobytes()),

@@ -147,6 +147,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def dtypes_told(weights: str, state: str | None) -> str:
+    """The type of the weights, and that of the state if it has another, for a cell."""
+    return weights if state in (None, weights) else f"{weights}/{state}"
+
+
 def short_hash(data: bytes) -> str:
     """Stands for what was read, in the settings of a cell."""
     return hashlib.sha256(data).hexdigest()[:12]

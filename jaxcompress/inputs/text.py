@@ -18,6 +18,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, cast
@@ -124,18 +125,28 @@ def read_text(path: Path | str | None) -> str:
       FileNotFoundError: there is no such file, or it is a folder.
       OSError: the file cannot be read.
     """
+    with opened(path) as file:
+        return decode(file.read(), named(path))
+
+
+@contextmanager
+def opened(path: Path | str | None) -> Iterator[BufferedIOBase]:
+    """A file, or standard input if the path is None or `-`, to read bytes from; standard input stays open.
+
+    Raises:
+      ValueError: standard input is closed.
+      FileNotFoundError: there is no such file, or it is a folder.
+      OSError: the file cannot be read.
+    """
     if path is None or str(path) == "-":
-        return decode(standard_input().read(), named(path))
-    check_file(path)
-    return decode(Path(path).read_bytes(), named(path))
-
-
-def check_file(path: Path | str) -> None:
-    """Raises FileNotFoundError if there is no such file, or it is a folder."""
+        yield standard_input()
+        return
     if Path(path).is_dir():
         raise FileNotFoundError(f"{path} is a folder; give one file of it")
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path} to read a text from (looked for in {Path.cwd()})")
+    with open(path, "rb") as file:
+        yield file
 
 
 def standard_input() -> BufferedIOBase:
