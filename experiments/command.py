@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import tyro
 
 import jaxcompress as jc
-from jaxcompress.cli.parser import in_one_line
+from jaxcompress.cli.parser import REGISTRY, in_one_line
 
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
@@ -49,7 +49,7 @@ def arguments(quick: T, given: Sequence[str] | None = None) -> T:
     given = sys.argv[1:] if given is None else given
     default: dict[str, Any] = dict(default=quick) if "--quick" in given else {}
     try:
-        return in_one_line(sys.argv[0], lambda: tyro.cli(type(quick), args=given, **default))
+        return in_one_line(sys.argv[0], lambda: tyro.cli(type(quick), args=given, **default, registry=REGISTRY))
     except ValueError as error:
         stop(str(error))
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from typing import Annotated, Any, TypeVar, Union
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    UnsupportedTypeAnnotationError,
+)
 
 T = TypeVar("T")
 
 _BOX = re.compile(r"[╭╮╰╯│]|\x1b\[[0-9;]*m")  # and colours
 _FLAG = re.compile(r"--[a-z][a-z-]*(?= [A-Z{\[])")
 _RULE = re.compile(r"^[─-]+$")  # the latter where the terminal is not UTF-8
+
+REGISTRY = ConstructorRegistry()
+"""What help says of the values of flags."""
 
 
 def parsed(
@@ -37,8 +48,31 @@ def parsed(
     if arguments[0] not in (*commands, "-h", "--help") and not arguments[0].startswith("--tyro-"):
         raise ValueError(f"unknown command {arguments[0]!r}; known: {names}")
     kinds: Any = Union[tuple(_annotated(name, kind, (defaults or {}).get(name)) for name, kind in commands.items())]  # noqa: UP007  made from values
-    parse = lambda: tyro.cli(kinds, prog="jaxcompress", description=description, args=arguments)
+    parse = lambda: tyro.cli(kinds, prog="jaxcompress", description=description, args=arguments, registry=REGISTRY)
     return in_one_line(f"jaxcompress {arguments[0]}", parse)
+
+
+@REGISTRY.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
+    """`T | None` is shown as T. The word None may still be given."""
+    if info.type_origin not in (Union, UnionType) or NoneType not in get_args(info.type):
+        return None
+    others: Any = Union[tuple(kind for kind in get_args(info.type) if kind is not NoneType)]  # noqa: UP007  made from values
+    of = ConstructorRegistry.get_primitive_spec(dataclasses.replace(info, type=others, type_origin=get_origin(others)))
+    if isinstance(of, UnsupportedTypeAnnotationError):
+        return of
+    nargs = of.nargs
+    if nargs != "*":
+        counts = {1, *(nargs if isinstance(nargs, tuple) else (nargs,))}
+        nargs = tuple(sorted(counts)) if len(counts) > 1 else 1
+    return dataclasses.replace(
+        of,
+        nargs=nargs,
+        instance_from_str=lambda given: None if given == ["None"] else of.instance_from_str(given),
+        is_instance=lambda value: value is None or of.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else of.str_from_instance(value),
+        choices=of.choices and (*of.choices, "None"),
+    )
 
 
 def _annotated(name: str, kind: type, default: Any) -> Any:

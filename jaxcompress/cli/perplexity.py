@@ -89,8 +89,7 @@ class Perplexity(
         if about["read"] < about["of"]:
             each = about["read"] // len(tokens)
             tell(
-                f"{about['read']:,} of the text's {about['of']:,} tokens are read, in {len(tokens)} of "
-                f"{about['of'] // each} rows; --rows None reads all rows, --context 0 all tokens"
+                f"reads {len(tokens)} of {about['of'] // each} rows; --rows None reads all rows, --context 0 all tokens"
             )
         about["state_dtype"] = self.state_dtype or model.embedding[...].dtype.name
         done: list[Any] = []

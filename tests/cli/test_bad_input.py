@@ -205,7 +205,7 @@ def test_perplexity_tells_what_it_leaves_out(run: Any, tmp_path: Path) -> None:
     (tmp_path / "t").write_text("a b c d " * 20)
     how = ("perplexity", "--policies", "window", "--slots", 4, "--file", tmp_path / "t", "--context", 16, "--rows", 2)
     ran = run(*how)
-    assert "tokens are read, in 2 of " in ran.err
+    assert "reads 2 of " in ran.err
     table = run(*how, "--json").json
     (row,) = table["table"]
     assert row["tokens"] + row["left_out"] == table["of"] > table["read"]

@@ -372,6 +372,7 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     assert not caught.value.code
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"Example: {'cat book.txt | ' * (command == 'generate')}jaxcompress {command}" in shown
+    assert "{None}" not in shown  # a flag that may be left out shows what it takes
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
