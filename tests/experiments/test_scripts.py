@@ -42,6 +42,7 @@ SLOW = {
     "tova_documents",
     "tova_kept",
     "tova_perplexity",
+    "training_evidence",
     "soak_server",
 }  # interpreted kernels; two large gradients to compile; two servers to start
 
