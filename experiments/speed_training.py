@@ -1,8 +1,10 @@
 """What training through a bounded state costs, beside plain full-attention training on as many tokens.
 
     python experiments/speed_training.py
+    python experiments/speed_training.py --model smollm2 --policies tova --forms parallel --no-beside --repeats 1
 
   time    seconds of loss and gradient, by either exact form of the recurrence / with full attention (medians, in turn)
+  heads   the same of a retention head, whose model is only read, and the tokens per second that this is
   memory  temporary memory of the compiled program at 8 times the length / at the length, truncated and whole
 
 Full attention is this library's `causal_attention`, whose blocks are rematerialised; `jax.nn.dot_product_attention` is
@@ -20,23 +22,23 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import Command, arguments
+from command import OfModel, arguments
 from speed_decode import decoder_of_width, in_turn
 
 import jaxcompress as jc
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.models.rope import rotate
+from jaxcompress.policies.forget_head import ForgetHead
 from jaxcompress.policies.names import get_policy
-from jaxcompress.recurrence.block_attention import causal_attention
 from jaxcompress.recurrence.exact_gradient import parallel_gradient
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import bounded_value_and_grad, rematerialised
+from jaxcompress.training.retention_heads import init_retention, retention_loss
 
 Form = Literal["parallel", "rematerialised"]
 
 
 @dataclass(frozen=True)
-class Arguments(Command):
+class Arguments(OfModel):
     """Prints the ratios as JSON lines."""
 
     policies: tuple[str, ...] = ("tova", "h2o-layer", "window+4", "snapkv+16/every16")
@@ -46,10 +48,11 @@ class Arguments(Command):
     tokens: int = 4096
     """Tokens of a batch; the number of rows is this divided by the length."""
     width: int = 256
-    """Width of the model: 6 layers of random weights."""
+    """Width of the model: 6 layers of random weights, if --model is not given."""
     repeats: int = 3
     beside: bool = True
     """Also `jax.nn.dot_product_attention`, which holds all probabilities at once."""
+    heads: bool = True
     memory: bool = True
     forms: tuple[Form, ...] = ("parallel", "rematerialised")
     reaches: tuple[int, ...] = (1, 2)
@@ -77,17 +80,18 @@ QUICK = Arguments(
 def full(model: Decoder, tokens: jax.Array, library: bool = True) -> Any:
     """Loss and gradient with full attention."""
 
-    def loss(model: Decoder) -> jax.Array:
-        inputs = tokens[:, :-1]
-        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
+    def unblocked(model: Decoder, x: jax.Array) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
 
         def attend(q, k, v, positions, layer, index, carry, xs):
-            q, k = (rotate(x, positions[..., None], model.config.rope) for x in (q, k))
-            if library:
-                return causal_attention(q, k, v, positions), carry, xs
+            q, k = layer.attention.constants(model.config, index).placed(q, k, positions)
             return jax.nn.dot_product_attention(q, k, v, is_causal=True), carry, xs
 
-        x, _, _ = model.run_layers(model.embed(inputs), positions, attend)
+        return model.run_layers(x, positions, attend)[0]
+
+    def loss(model: Decoder) -> jax.Array:
+        x = model.embed(tokens[:, :-1])
+        x = model.hidden_of(x) if library else unblocked(model, x)
         return token_losses(model.logits(model.norm(x)), tokens[:, 1:]).mean()
 
     return jax.value_and_grad(loss)(model)
@@ -97,6 +101,12 @@ def full(model: Decoder, tokens: jax.Array, library: bool = True) -> Any:
 def bounded(model: Decoder, tokens: jax.Array, policy: jc.Policy, slots: int, **how: Any) -> Any:
     weights = jnp.ones((tokens.shape[0], tokens.shape[1] - 1))
     return bounded_value_and_grad(model, tokens, policy, slots, weights=weights, **how)
+
+
+@jax.jit
+def head_alone(model: Decoder, tokens: jax.Array, head: ForgetHead) -> Any:
+    """Loss and gradient of a retention head."""
+    return jax.value_and_grad(lambda head: retention_loss(model, tokens, head, scope="layer"))(head)
 
 
 FORMS: dict[Form, Any] = {"parallel": parallel_gradient, "rematerialised": rematerialised}
@@ -128,6 +138,18 @@ def measure_time(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_heads(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
+    rows, head = [], init_retention(model.config, jax.random.key(0))
+    for length in args.lengths:
+        batch = max(args.tokens // length, 1)
+        tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length + 1)))
+        seconds = in_turn(args.repeats, heads=partial(head_alone, model, tokens, head))["heads"]
+        rows.append(dict(part="heads", length=length, rows=batch, seconds=round(seconds, 3),
+                         tokens_per_second=round(tokens.size / seconds)))  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def measure_memory(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
     rows, policy = [], get_policy("tova")
     for form in args.forms:
@@ -154,10 +176,13 @@ def measure_memory(model: Decoder, args: Arguments) -> list[dict[str, Any]]:
 
 
 def main(args: Arguments) -> None:
-    model = decoder_of_width(args.width)
-    about = dict(device=jax.devices()[0].device_kind, slots=args.slots, segment=args.segment, width=args.width)
+    model = decoder_of_width(args.width) if args.model is None else args.load().model
+    shape = dict(width=model.config.hidden_size, layers=model.config.num_layers)
+    about = dict(device=jax.devices()[0].device_kind, slots=args.slots, segment=args.segment, **shape)
     print(json.dumps(about), flush=True)
-    rows = measure_time(model, args) + (measure_memory(model, args) if args.memory else [])
+    rows = measure_time(model, args)
+    rows += measure_heads(model, args) if args.heads else []
+    rows += measure_memory(model, args) if args.memory else []
     if args.out is not None:
         args.out.write_text(json.dumps(dict(about, rows=rows), indent=2) + "\n")
 
