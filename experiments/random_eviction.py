@@ -240,7 +240,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     right = lambda name, size: spread([one.value for one in found.get(("own", name, size), {}).values()], ".0f")
     first = rows[0].cell
     names = list(dict.fromkeys(row.cell.policy for row in rows if row.cell.policy != "full"))
-    said = f"{first.model}, {first.dtype}, {len(whole)} traces of {first.context:,} tokens, questions "
+    said = f"{first.model}, {first.dtype}, traces of {first.context:,} tokens: {len(whole)}, questions "
     said += (
         f"{first.settings['questions']}; {sum(one.tokens for one in whole.values()):,} tokens counted. The full cache"
     )

@@ -132,8 +132,8 @@ def table(rows: Sequence[Row]) -> list[str]:
 
     first = rows[0].cell
     return [
-        f"{first.model} (trained on {first.settings['trained']:,} positions), {first.dtype}, perplexity of books read "
-        f"token by token: {len(books)}.",
+        f"{first.model} (trained on {first.settings['trained']:,} positions), {first.dtype}, perplexity. Books that "
+        f"were read token by token: {len(books)}.",
         "",
         *markdown(
             ["positions", *(f"`{policy}`, {slots:,} slots, {place}" for policy, slots, place in losses)],
