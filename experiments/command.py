@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import tyro
-
 import jaxcompress as jc
-from jaxcompress.cli.parser import REGISTRY, in_one_line
+from jaxcompress.cli.parser import in_one_line
 
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
@@ -49,7 +47,7 @@ def arguments(quick: T, given: Sequence[str] | None = None) -> T:
     given = sys.argv[1:] if given is None else given
     default: dict[str, Any] = dict(default=quick) if "--quick" in given else {}
     try:
-        return in_one_line(sys.argv[0], lambda: tyro.cli(type(quick), args=given, **default, registry=REGISTRY))
+        return in_one_line(sys.argv[0], type(quick), given, **default)
     except ValueError as error:
         stop(str(error))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import tyro
 from tyro.constructors import (
@@ -18,13 +18,11 @@ from tyro.constructors import (
     UnsupportedTypeAnnotationError,
 )
 
-T = TypeVar("T")
-
 _BOX = re.compile(r"[╭╮╰╯│]|\x1b\[[0-9;]*m")  # and colours
 _FLAG = re.compile(r"--[a-z][a-z-]*(?= [A-Z{\[])")
 _RULE = re.compile(r"^[─-]+$")  # the latter where the terminal is not UTF-8
 
-REGISTRY = ConstructorRegistry()
+_REGISTRY = ConstructorRegistry()
 """What help says of the values of flags."""
 
 
@@ -48,19 +46,20 @@ def parsed(
     if arguments[0] not in (*commands, "-h", "--help") and not arguments[0].startswith("--tyro-"):
         raise ValueError(f"unknown command {arguments[0]!r}; known: {names}")
     kinds: Any = Union[tuple(_annotated(name, kind, (defaults or {}).get(name)) for name, kind in commands.items())]  # noqa: UP007  made from values
-    parse = lambda: tyro.cli(kinds, prog="jaxcompress", description=description, args=arguments, registry=REGISTRY)
-    return in_one_line(f"jaxcompress {arguments[0]}", parse)
+    return in_one_line(f"jaxcompress {arguments[0]}", kinds, arguments, prog="jaxcompress", description=description)
 
 
-@REGISTRY.primitive_rule
+@_REGISTRY.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
-    """`T | None` is shown as T. The word None may still be given."""
+    """`T | None` is shown as T, unless T is a choice of words. The word None may still be given."""
     if info.type_origin not in (Union, UnionType) or NoneType not in get_args(info.type):
         return None
     others: Any = Union[tuple(kind for kind in get_args(info.type) if kind is not NoneType)]  # noqa: UP007  made from values
     of = ConstructorRegistry.get_primitive_spec(dataclasses.replace(info, type=others, type_origin=get_origin(others)))
     if isinstance(of, UnsupportedTypeAnnotationError):
         return of
+    if of.choices is not None:  # tyro shows None among them
+        return None
     nargs = of.nargs
     if nargs != "*":
         counts = {1, *(nargs if isinstance(nargs, tuple) else (nargs,))}
@@ -71,7 +70,6 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Unsupp
         instance_from_str=lambda given: None if given == ["None"] else of.instance_from_str(given),
         is_instance=lambda value: value is None or of.is_instance(value),
         str_from_instance=lambda value: ["None"] if value is None else of.str_from_instance(value),
-        choices=of.choices and (*of.choices, "None"),
     )
 
 
@@ -82,12 +80,13 @@ def _annotated(name: str, kind: type, default: Any) -> Any:
     return Annotated[tyro.conf.FlagCreatePairsOff[kind], tyro.conf.subcommand(name)]
 
 
-def in_one_line(program: str, parse: Callable[[], T]) -> T:
-    """What `parse` returns.
+def in_one_line(program: str, kind: Any, arguments: Sequence[str], **how: Any) -> Any:
+    """What `tyro.cli` makes of arguments.
 
     Args:
       program: whose --help says more.
-      parse: calls tyro.
+      kind: the type of what is returned.
+      how: keywords of `tyro.cli`.
 
     Raises:
       ValueError: what tyro prints in a box on standard error, in one line.
@@ -96,7 +95,7 @@ def in_one_line(program: str, parse: Callable[[], T]) -> T:
     told = io.StringIO()
     try:
         with redirect_stderr(told):
-            return parse()
+            return tyro.cli(kind, args=arguments, registry=_REGISTRY, **how)
     except SystemExit as ended:
         if not ended.code:
             raise

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from jaxcompress.cli.parser import REGISTRY, in_one_line
+from jaxcompress.cli.parser import in_one_line
 from jaxcompress.cli.train.arguments import SourceFlags
 from jaxcompress.cli.train.command import Train
 from jaxcompress.cli.train.presets import PRESETS
@@ -40,10 +40,7 @@ def train_defaults(arguments: Sequence[str]) -> Train:
     """
     if "-h" in arguments or "--help" in arguments:
         return _with_open_flags({})
-    where, _ = in_one_line(
-        "jaxcompress train",
-        lambda: tyro.cli(_Where, args=arguments, return_unknown_args=True, add_help=False, registry=REGISTRY),
-    )
+    where, _ = in_one_line("jaxcompress train", _Where, arguments, return_unknown_args=True, add_help=False)
     config: dict[str, Any] = {}
     if where.config is not None:
         config = _checked(parse_toml(read_text(where.config), str(where.config)), where.config)
