@@ -10,18 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from command import Command, OfModel, stop
 
 import jaxcompress as jc
 from jaxcompress._extras import extra
 from jaxcompress.cli.runtime import Incomplete, swept
 from jaxcompress.embedded.corpus import held_out
+from jaxcompress.evaluation import perplexity
 from jaxcompress.evaluation.results import Cell, Figure, Row, read_rows
 from jaxcompress.models.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
     from jaxcompress.models.decoder import Decoder
+    from jaxcompress.models.init_state import Slots
 
 PG19 = "emozilla/pg19"
 """PG-19 as Parquet files on the hub; `deepmind/pg19` needs a script."""
@@ -94,6 +97,24 @@ def of_hub(name: str, what: str, flag: str, **given: Any) -> Any:
         return load_dataset(name, **given)
     except Exception as error:  # whatever the hub's client raises
         stop(f"{what} was looked for as {name} on the Hugging Face hub: {error}; give local files with {flag}")
+
+
+def figure_of_rows(
+    metric: str, model: Decoder, rows: np.ndarray, policy: jc.Policy, slots: Slots, batch: int
+) -> Figure:
+    """The loss of rows [N, T], of which `batch` are read side by side."""
+    parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    found = [perplexity(model, part, policy, slots) for part in parts]
+    counts = np.asarray([part.tokens for part in found])
+    return Figure(
+        metric=metric,
+        value=float(np.average([part.nats for part in found], weights=counts)),
+        lower_is_better=True,
+        tokens=int(counts.sum()),
+        samples=len(rows),
+        state_bytes=found[0].state_bytes // len(parts[0]),
+        tokens_per_second=float(counts.sum() / np.sum(counts / [part.tokens_per_second for part in found])),
+    )  # fmt: skip
 
 
 Plan = tuple[Iterable[Cell], Callable[[Cell], Iterable[Figure]]]

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from command import arguments
-from paper_tables import OfBooks, Plan, markdown, of_experiment, run
+from paper_tables import OfBooks, Plan, figure_of_rows, markdown, of_experiment, run
 
 import jaxcompress as jc
-from jaxcompress.evaluation import perplexity, rows_of_text
+from jaxcompress.evaluation import rows_of_text
 from jaxcompress.evaluation.results import Cell, Figure, Row
 
 EXPERIMENT, METRIC = "tova_perplexity", "nats per token"
@@ -73,20 +73,7 @@ def plan(args: Arguments) -> Plan:
         if compiled != (compiled := (cell.policy, cell.slots)):
             jax.clear_caches()  # programs of other sizes would only fill memory
         rows = tokens_of(cell.task)
-        parts = [rows[start : start + args.batch] for start in range(0, len(rows), args.batch)]
-        found = [perplexity(model, part, policies[cell.policy], cell.slots) for part in parts]
-        counts = np.asarray([part.tokens for part in found])
-        return [
-            Figure(
-                metric=METRIC,
-                value=float(np.average([part.nats for part in found], weights=counts)),
-                lower_is_better=True,
-                tokens=int(counts.sum()),
-                samples=len(rows),
-                state_bytes=found[0].state_bytes // len(parts[0]),
-                tokens_per_second=float(counts.sum() / np.sum(counts / [part.tokens_per_second for part in found])),
-            )  # fmt: skip
-        ]
+        return [figure_of_rows(METRIC, model, rows, policies[cell.policy], cell.slots, args.batch)]
 
     return cells, figures
 

@@ -27,11 +27,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from command import arguments, stop
-from paper_tables import OfBooks, Plan, markdown, of_experiment, run
+from paper_tables import OfBooks, Plan, figure_of_rows, markdown, of_experiment, run, spread
 
 import jaxcompress as jc
 from jaxcompress.checkpoints import Loaded, policy_of
-from jaxcompress.evaluation import perplexity, rows_of_text
+from jaxcompress.evaluation import rows_of_text
 from jaxcompress.evaluation.results import Cell, Figure, Row
 from jaxcompress.evaluation.ruler import METRIC
 from jaxcompress.evaluation.ruler import Plan as Needles
@@ -128,24 +128,19 @@ def plan(args: Arguments) -> Plan:
                     settings = dict(name=name, kind="needle") | dict(cell.settings)
                     yield replace(cell, experiment=EXPERIMENT, settings=settings)
 
+    compiled = None
+
     def figures(cell: Cell) -> list[Figure]:
+        nonlocal compiled
         name = cell.settings["name"]
         loaded, policies = reader(name)
         if cell.settings["kind"] == "needle":
             return needles(name, cell.context).measure(loaded)(cell)
-        jax.clear_caches()  # programs of other sizes would only fill memory
+        if compiled != (compiled := (name, cell.policy, cell.slots)):
+            jax.clear_caches()  # programs of other sizes would only fill memory
         ids = np.asarray(loaded.tokenizer.encode(books[cell.task], add_bos=False))
         rows = rows_of_text(ids, cell.context, args.rows, loaded.tokenizer.bos_id)
-        parts = [rows[start : start + args.batch] for start in range(0, len(rows), args.batch)]
-        found = [perplexity(loaded.model, part, policies[cell.policy], cell.slots) for part in parts]
-        counts = [part.tokens for part in found]
-        nats = float(np.average([part.nats for part in found], weights=counts))
-        return [
-            Figure(
-                metric=LOSS, value=nats, lower_is_better=True, tokens=sum(counts), samples=len(rows),
-                state_bytes=found[0].state_bytes // len(parts[0]), tokens_per_second=found[0].tokens_per_second,
-            )
-        ]  # fmt: skip
+        return [figure_of_rows(LOSS, loaded.model, rows, policies[cell.policy], cell.slots, args.batch)]
 
     return cells(), figures
 
@@ -180,12 +175,6 @@ def _of_context(rows: Sequence[Row], control: str) -> list[str]:
                 found.setdefault(cell.model, []).append(row.figure.value)
         return [statistics.mean(values) for values in found.values()]
 
-    def shown(values: Sequence[float], form: str) -> str:
-        if not values:
-            return ""
-        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:{form}}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):{form}}{error}"
-
     def gap(values: Sequence[float], share: int) -> str:
         untrained, whole = seeds(LOSS, AS_IS, "tova", share), seeds(LOSS, control, "full", 1)
         if not (values and untrained and whole) or (span := untrained[0] - statistics.mean(whole)) <= 0:
@@ -194,16 +183,16 @@ def _of_context(rows: Sequence[Row], control: str) -> list[str]:
 
     def entry(group: str, policy: str, share: int) -> str:
         losses = seeds(LOSS, group, policy, share)
-        right = [shown(seeds(METRIC, group, policy, share, known), ".0f") for known in ("unknown", "known")]
+        right = [spread(seeds(METRIC, group, policy, share, known), ".0f") for known in ("unknown", "known")]
         asked = " / ".join(filter(None, right))
-        return "; ".join(filter(None, [f"{shown(losses, '.3f')}{gap(losses, share)}", asked and f"{asked} %"]))
+        return "; ".join(filter(None, [f"{spread(losses, '.3f')}{gap(losses, share)}", asked and f"{asked} %"]))
 
     pairs = dict.fromkeys((group_of(row.cell.model), row.cell.policy) for row in rows if row.cell.policy != "full")
     first, tokens = rows[0].cell, {row.cell.task: row.figure.tokens for row in rows if row.figure.metric == LOSS}
 
     def of_full_cache(group: str) -> str:
-        right = shown(seeds(METRIC, group, "full", 1), ".0f")
-        return "; ".join(filter(None, [shown(seeds(LOSS, group, "full", 1), ".3f"), right and f"{right} %"]))
+        right = spread(seeds(METRIC, group, "full", 1), ".0f")
+        return "; ".join(filter(None, [spread(seeds(LOSS, group, "full", 1), ".3f"), right and f"{right} %"]))
 
     return [
         f"{first.dtype}, contexts of {first.context:,} tokens, {sum(tokens.values()):,} predictions of {len(tokens)} "
