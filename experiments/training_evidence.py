@@ -79,8 +79,14 @@ class Reader(NamedTuple):
 
 def models_of(args: Arguments) -> dict[str, str | None]:
     """What to load, by its name in the table."""
-    pairs = dict(named.split("=", 1) if "=" in named else stop(f"--trained takes NAME=MODEL, not {named!r}")
-                 for named in args.trained)  # fmt: skip
+    pairs: dict[str, str] = {}
+    for named in args.trained:
+        name, _, model = named.partition("=")
+        if not model:
+            stop(f"--trained takes NAME=MODEL, not {named!r}")
+        if name in {AS_IS, *pairs}:
+            stop(f"--trained: {name!r} names another model already")
+        pairs[name] = model
     if args.control is not None and args.control not in map(group_of, pairs):
         stop(f"--control {args.control} is none of --trained: {', '.join(map(group_of, pairs)) or 'none is given'}")
     return {AS_IS: args.model, **pairs}
@@ -151,13 +157,19 @@ def line(row: Row) -> str:
 
 
 def table(rows: Sequence[Row], control: str | None = None) -> list[str]:
-    """Markdown: for each context a line for each model and policy, a column for each size."""
+    """Markdown: for each context a line for each model and policy, a column for each size.
+
+    Of each text as many rows are read as of the others: of cells with fewer, none is shown.
+    """
     rows = of_experiment(rows, EXPERIMENT)
     if not rows:
         return ["no rows"]
+    size = lambda row: (row.cell.context, row.cell.settings["kind"], row.cell.settings.get("rows", row.figure.samples))
+    most = {size(row)[:2]: max(size(other) for other in rows if size(other)[:2] == size(row)[:2]) for row in rows}
     lines = []
     for context in sorted({row.cell.context for row in rows}):
-        lines += _of_context([row for row in rows if row.cell.context == context], control or AS_IS)
+        here = [row for row in rows if row.cell.context == context and size(row) == most[size(row)[:2]]]
+        lines += _of_context(here, control or AS_IS)
     return lines
 
 
@@ -166,14 +178,19 @@ def _of_context(rows: Sequence[Row], control: str) -> list[str]:
     sizes = sorted({row.cell.settings["fraction"] for row in rows} - {1})
 
     def seeds(metric: str, group: str, policy: str, share: int, question: str | None = None) -> list[float]:
-        """The mean over tasks, for each seed."""
-        found: dict[str, list[float]] = {}
+        """The mean over tasks, for each seed that has all of them."""
+        found: dict[str, dict[str, list[float]]] = {}
         for row in rows:
             cell = row.cell
             here = (row.figure.metric, group_of(cell.model), cell.policy, cell.settings["fraction"])
             if here == (metric, group, policy, share) and question in (None, cell.settings.get("question")):
-                found.setdefault(cell.model, []).append(row.figure.value)
-        return [statistics.mean(values) for values in found.values()]
+                found.setdefault(cell.model, {}).setdefault(cell.task, []).append(row.figure.value)
+        tasks = {row.cell.task for row in rows if row.figure.metric == metric}
+        return [
+            statistics.mean(map(statistics.mean, values.values()))
+            for values in found.values()
+            if values.keys() == tasks
+        ]
 
     def gap(values: Sequence[float], share: int) -> str:
         untrained, whole = seeds(LOSS, AS_IS, "tova", share), seeds(LOSS, control, "full", 1)

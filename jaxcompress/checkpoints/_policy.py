@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxcompress.inputs.json import read_object
+from jaxcompress.inputs.whole_file import whole_file
 from jaxcompress.policies.names import get_policy
 from jaxcompress.policies.policy import Policy
 from jaxcompress.policies.registry import LEARNED, learned_policy
@@ -74,15 +75,13 @@ def save_policy(policy: SavedPolicy, folder: str | Path) -> None:
     """
     folder = Path(folder).expanduser()
     if policy.weights:
-        part = folder / f".{_WEIGHTS}.part"
-        save_file(_flatten(policy.weights), part)
-        part.chmod((folder / "config.json").stat().st_mode if (folder / "config.json").exists() else 0o644)
-        part.replace(folder / _WEIGHTS)
+        with whole_file(folder / _WEIGHTS) as part:
+            save_file(_flatten(policy.weights), part)
+            part.chmod((folder / "config.json").stat().st_mode if (folder / "config.json").exists() else 0o644)
     else:
         (folder / _WEIGHTS).unlink(missing_ok=True)
-    part = folder / f".{_SETTINGS}.part"
-    part.write_text(json.dumps({"policy": policy.name, **policy.settings}, indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / _SETTINGS)
+    with whole_file(folder / _SETTINGS) as part:
+        part.write_text(json.dumps({"policy": policy.name, **policy.settings}, indent=2) + "\n", encoding="utf-8")
 
 
 def load_policy(folder: str | Path) -> SavedPolicy | None:

@@ -278,6 +278,7 @@ def write_json(value: Any, path: Path | None = None) -> None:
     if path is None:
         print(text, end="")
         return
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    from jaxcompress.inputs.whole_file import whole_file
+
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -66,7 +66,10 @@ class Serve(MeshFlag, StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, Wei
     def run(self) -> None:
         self.check_placement(self.policy)
         at_least(1, rows=self.rows, segment=self.segment, max_tokens=self.max_tokens, max_waiting=self.max_waiting)
-        at_least(0, port=self.port, prefix_mb=self.prefix_mb, prefix_disk_mb=self.prefix_disk_mb)
+        at_least(1, max_prompt_tokens=self.max_prompt_tokens)
+        at_least(0, prefix_mb=self.prefix_mb, prefix_disk_mb=self.prefix_disk_mb)
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"--port must be from 0 (any free one) to {2**16 - 1}, not {self.port}")
         if self.seconds <= 0:
             raise ValueError(f"--seconds must be above 0, not {self.seconds:g}")
         from jaxcompress.server import bound

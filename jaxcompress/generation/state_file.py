@@ -7,7 +7,6 @@ stored as the state stores them, so that nothing is rounded. The file names the 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from jaxcompress.checkpoints._policy import SavedPolicy
 from jaxcompress.checkpoints._written import WrittenPolicy, policy_digest, written_policy
 from jaxcompress.generation.decode_state import DecodeArrays, DecodeState, check_decoder, check_placement, check_usable
 from jaxcompress.inputs.text import parse_json
+from jaxcompress.inputs.whole_file import whole_file
 from jaxcompress.models.checks import check_state
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
@@ -134,18 +134,9 @@ def state_of(record: Record, path: str | Path, model: Decoder, policy: Policy | 
 
 def write_record(path: str | Path, record: Record) -> None:
     """Writes a file whole or not at all, through a file beside it. Raises OSError."""
-    path = Path(path).expanduser()
-    part = path.with_name(f".{path.name}.part")
     content = save({name: np.ascontiguousarray(x) for name, x in record.arrays.items()}, _metadata(record.facts))
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_file(Path(path).expanduser()) as part:
+        part.write_bytes(content)
 
 
 def read_record(path: str | Path) -> Record:

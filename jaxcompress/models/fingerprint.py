@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxcompress.models.decoder import Decoder
@@ -26,7 +28,9 @@ def fingerprint(model: Decoder) -> str:
     Numbers are rounded to bfloat16, so a float32 checkpoint that is loaded as bfloat16 keeps its fingerprint.
     """
     weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
-    numbers = _picked(weights, {name: _places(x.shape) for name, x in weights.items()})
+    sharding = next(iter(weights.values())).sharding
+    pick = _picked(sharding.mesh if isinstance(sharding, NamedSharding) else None)
+    numbers = pick(weights, {name: _places(x.shape) for name, x in weights.items()})
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(f"{name} {tuple(weights[name].shape)}\n".encode() + np.asarray(numbers[name]).tobytes())
@@ -49,11 +53,12 @@ def norms_fingerprint(model: Decoder) -> str:
     return digest.hexdigest()
 
 
-@jax.jit
-def _picked(weights: Mapping[str, Array], places: Mapping[str, tuple[Any, ...]]) -> dict[str, Array]:
-    """The bits of the chosen numbers, as bfloat16."""
+@lru_cache
+def _picked(mesh: Mesh | AbstractMesh | None) -> Callable[[Mapping[str, Array], Mapping[str, Any]], dict[str, Array]]:
+    """A function from weights and places to the bits of these numbers, as bfloat16, on every process of the mesh."""
     bits = lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return {name: bits(x[places[name]]) for name, x in weights.items()}
+    pick = lambda weights, places: {name: bits(x[places[name]]) for name, x in weights.items()}
+    return jax.jit(pick, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:

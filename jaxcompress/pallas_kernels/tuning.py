@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcompress.inputs.whole_file import whole_file
 from jaxcompress.pallas_kernels.devices import device
 from jaxcompress.pallas_kernels.types import KernelCall, Op
 
@@ -81,9 +82,8 @@ def tune(
     best = min(medians)[2]
     everything = _read() | {key(op, call): best}
     path().parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path().with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(everything, indent=1, sort_keys=True))
-    unfinished.replace(path())
+    with whole_file(path()) as part:
+        part.write_text(json.dumps(everything, indent=1, sort_keys=True))
     return best
 
 

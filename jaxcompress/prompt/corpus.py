@@ -10,7 +10,9 @@ Each record stays as it is and gets the shorter text beside its own. A part is d
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +25,7 @@ import numpy as np
 from jaxcompress.inputs.json import read_object
 from jaxcompress.inputs.scalars import share, whole
 from jaxcompress.inputs.text import clean
+from jaxcompress.inputs.whole_file import unfinished, whole_file
 from jaxcompress.prompt.compressor import Compressor
 from jaxcompress.prompt.corpus_files import Part, Record, format_of, part_file, parts_of, read_part, write_part
 from jaxcompress.prompt.keeping import checked_force, keep_with_forced
@@ -30,6 +33,9 @@ from jaxcompress.prompt.kinds import Kind, checked_kinds
 
 SETTINGS = "corpus.json"
 """What the parts of a folder were made with."""
+
+LEFT_SECONDS = 3600
+"""An unfinished part that is older was left by a killed process. Another machine may be at work on a younger one."""
 
 _ADDED = {"compressed": "string", "tokens_before": "int64", "tokens_after": "int64"}
 _LABELS = {"words": "spans", "labels": "flags"}
@@ -115,7 +121,8 @@ def compress_corpus(
 
     Raises:
       FileNotFoundError: there is no source.
-      ValueError: the source has another format; a record has no text; the target holds parts of other settings.
+      ValueError: the source has another format; a record has no text, or a field that would be overwritten; the target
+        holds parts of other settings, or of a source with other content.
       OSError: a part cannot be written.
     """
     parts, missing = begin(compressor, job)
@@ -136,6 +143,9 @@ def begin(compressor: Compressor, job: CorpusJob) -> tuple[list[Part], list[Part
     kind, parts = format_of(job.source), parts_of(job.source, job.rows)
     job.target.mkdir(parents=True, exist_ok=True)
     settings = _settings(compressor, job)
+    for left in unfinished(job.target, "part-*"):
+        if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+            left.unlink(missing_ok=True)
     file = job.target / SETTINGS
     if file.exists():
         theirs = read_object(file)
@@ -147,7 +157,8 @@ def begin(compressor: Compressor, job: CorpusJob) -> tuple[list[Part], list[Part
     elif any(job.target.iterdir()):
         raise ValueError(f"{job.target} holds other files, and no {SETTINGS}; choose a new folder")
     else:
-        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        with whole_file(file) as part:
+            part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return parts, [part for part in parts if not part_file(job.target, part.number, kind).exists()]
 
 
@@ -155,7 +166,7 @@ def compress_part(compressor: Compressor, job: CorpusJob, part: Part) -> PartRep
     """Makes a part, whether it is there or not.
 
     Raises:
-      ValueError: a record has no text; names it.
+      ValueError: a record has no text, or has a field that is to be added; names it.
       OSError: the part cannot be written.
     """
     records = read_part(job.source, part)
@@ -185,6 +196,10 @@ def total(parts: int, made: list[PartReport]) -> CorpusReport:
 
 
 def _text(record: Record, job: CorpusJob, at: int) -> str:
+    if taken := sorted(record.keys() & job.added.keys()):
+        raise ValueError(
+            f"{job.source}, record {at + 1}: {taken[0]!r} is there already and would be overwritten; rename that field"
+        )
     if not isinstance(text := record.get(job.field), str):
         has = f"has {', '.join(map(repr, list(record)[:8]))}" if job.field not in record else "holds no string there"
         raise ValueError(f"{job.source}, record {at + 1}: the text should be in {job.field!r}; it {has} (--field)")
@@ -193,6 +208,8 @@ def _text(record: Record, job: CorpusJob, at: int) -> str:
 
 def _settings(compressor: Compressor, job: CorpusJob) -> dict[str, Any]:
     """What decides the content of parts. Two compressors with the same weights and counts are the same."""
+    with open(job.source, "rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
     weights = 0
     for leaf in jax.tree.leaves(compressor.encoder):
         weights = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).tobytes(), weights)
@@ -202,7 +219,7 @@ def _settings(compressor: Compressor, job: CorpusJob) -> dict[str, Any]:
         json.dumps(
             own
             | dict(
-                source=job.source.name, bytes=job.source.stat().st_size, weights=f"{weights:08x}",
+                source=job.source.name, content=content, weights=f"{weights:08x}",
                 word=compressor.word, unit=compressor.unit, window=compressor.window, question=compressor.question,
                 counted=compressor.tokens(probe),
             )

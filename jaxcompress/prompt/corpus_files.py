@@ -1,16 +1,15 @@
-"""Records of a JSON Lines or Parquet file, in parts, and files of parts that appear complete or not at all."""
+"""Records of a JSON Lines or Parquet file, in parts, and the files of these parts."""
 
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxcompress._extras import extra
 from jaxcompress.inputs.text import decode, parse_json
+from jaxcompress.inputs.whole_file import whole_file
 
 Format = Literal["jsonl", "parquet"]
 Record = dict[str, Any]
@@ -118,18 +117,12 @@ def write_part(
       added: the types of the other columns, by Arrow's names.
     """
     file = part_file(target, number, format)
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with whole_file(file) as partial:
         if format == "jsonl":
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
             partial.write_text("".join(lines), encoding="utf-8")
         else:
             _write_parquet(partial, records, source, added)
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
     return file
 
 

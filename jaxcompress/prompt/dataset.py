@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxcompress.inputs.text import clean, json_lines
+from jaxcompress.inputs.whole_file import whole_file
 from jaxcompress.prompt.annotation import WINDOW, annotate, faithful, rough_lemma
 from jaxcompress.prompt.endpoint import Refused
 from jaxcompress.prompt.surface import Word, spelled, words_of
@@ -273,12 +274,10 @@ def write_examples(examples: Iterable[Example], path: str | Path) -> None:
     """Writes JSON lines with text, words ([start, end] each) and labels (0 or 1); the file appears when complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
+    with whole_file(path) as part, open(part, "w", encoding="utf-8") as file:
         for text, words, labels in examples:
             line = dict(text=text, words=[list(word) for word in words], labels=list(map(int, labels)))
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    part.replace(path)
 
 
 def read_examples(path: str | Path) -> list[Example]:

@@ -63,15 +63,16 @@ class Answering:
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The answer as server-sent events. An error on the way is the last event."""
-        shaped, begun = self._shaped, set[int]()
+        shaped, offsets = self._shaped, dict[int, int]()
         try:
             async with aclosing(merged(self._texts)) as pieces:
                 async for index, piece in pieces:
                     self.written += len(piece.tokens)
-                    chunk = shaped.chunk(index, piece, first=index not in begun)
+                    first, offset = index not in offsets, offsets.get(index, 0)
+                    chunk = shaped.chunk(index, piece, first=first, offset=offset)
                     if self._ask.watched:
-                        chunk["jaxcompress"] = self._watched(index, piece, first=index not in begun)
-                    begun.add(index)
+                        chunk["jaxcompress"] = self._watched(index, piece, first=first)
+                    offsets[index] = offset + shaped.characters(piece)
                     yield _event(chunk)
             if self._ask.usage:
                 yield _event(shaped.last(self.tickets, self.written))

@@ -47,25 +47,34 @@ class App:
     def __init__(self, served: Served, engine: Engine, settings: Settings) -> None:
         self._served, self._engine, self._settings = served, engine, settings
         self._metrics, self._room = Metrics(engine), Room(settings.concurrency)
-        self._ready = False
+        self._ready = self._broken = False
 
     @asynccontextmanager
     async def life(self, _: Starlette) -> AsyncIterator[None]:
         """The engine compiles its programs beside the server, which answers 503 until it is ready."""
         starting = asyncio.create_task(asyncio.to_thread(self._start))
-        yield
-        await starting
-        await asyncio.to_thread(self._engine.close, self._settings.stop_seconds)
-        told("stopped")
+        try:
+            yield
+        finally:
+            await starting
+            await asyncio.to_thread(self._engine.close, self._settings.stop_seconds)
+            told("stopped")
 
     def _start(self) -> None:
         begun = time.monotonic()
-        self._engine.start()
+        try:
+            self._engine.start()
+        except Exception:
+            self._broken = True  # /health says so: whoever watches the server starts another
+            LOG.exception("the engine could not start")
+            return
         self._ready = True
         told("ready", seconds=round(time.monotonic() - begun, 1), pools=list(self._engine.pools))
 
     async def answer(self, request: Request, *, chat: bool) -> Response:
         """/v1/chat/completions and /v1/completions."""
+        if self._broken:
+            raise ApiError(503, "the engine could not start; the server's log says why", code="failed")
         if not self._ready:
             raise ApiError(503, "the model is being made ready; /ready says when it is", code="starting")
         body = await read_body(request, self._settings)
@@ -117,6 +126,8 @@ class App:
 
     async def health(self, _: Request) -> Response:
         """Whether the process can answer at all."""
+        if self._broken:
+            return PlainTextResponse("the engine could not start\n", 503)
         fine = not self._ready or self._engine.alive
         return PlainTextResponse("ok\n" if fine else "the engine has ended\n", 200 if fine else 503)
 

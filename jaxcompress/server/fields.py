@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,10 +41,10 @@ class Fields:
         value = self._body.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise refused(name, f"{name} must be a number, not {value!r:.60}")
         if not least <= value <= most:
-            raise refused(name, f"{name} must be from {least:g} to {most:g}, not {value:g}")
+            raise refused(name, f"{name} must be from {least:g} to {most:g}, not {value!r:.60}")
         return float(value)
 
     def only(self, name: str, *allowed: Any, why: str) -> None:

@@ -20,7 +20,10 @@ def bound(host: str, port: int) -> socket.socket:
 
     Raises:
       OSError: the port is in use, or the address is none of this machine; says which.
+      ValueError: there is no such port.
     """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"a port is from 0 (any free one) to {2**16 - 1}, not {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     try:

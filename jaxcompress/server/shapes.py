@@ -47,12 +47,16 @@ class Shaped:
         written = sum(len(piece.tokens) for pieces in choices for piece in pieces)
         return dict(self.head, choices=shaped, usage=self.usage(tickets, written))
 
-    def chunk(self, index: int, piece: TextPiece, *, first: bool) -> dict[str, Any]:
-        """A part of an answer that is streamed."""
+    def chunk(self, index: int, piece: TextPiece, *, first: bool, offset: int) -> dict[str, Any]:
+        """A part of an answer that is streamed.
+
+        Args:
+          offset: characters of the tokens before it.
+        """
         content: dict[str, Any] = dict(text=piece.text)
         if self.ask.chat:
             content = dict(delta=dict(content=piece.text) | (dict(role="assistant") if first else {}))
-        choice = dict(index=index, **content, logprobs=self._logprobs(_told(piece)), finish_reason=piece.ended)
+        choice = dict(index=index, **content, logprobs=self._logprobs(_told(piece), offset), finish_reason=piece.ended)
         return dict(self._chunk_head, choices=[choice])
 
     def last(self, tickets: Sequence[Ticket], written: int) -> dict[str, Any]:
@@ -77,7 +81,11 @@ class Shaped:
     def _name(self, token: int) -> str:
         return self.tokenizer.decode([token], skip_special=False)
 
-    def _logprobs(self, told: Sequence[tuple[int, TokenLogprobs]]) -> dict[str, Any] | None:
+    def characters(self, piece: TextPiece) -> int:
+        """Characters of its tokens, as `text_offset` counts them."""
+        return sum(len(self._name(token)) for token in piece.tokens)
+
+    def _logprobs(self, told: Sequence[tuple[int, TokenLogprobs]], offset: int = 0) -> dict[str, Any] | None:
         most = self.ask.top_logprobs
         if most is None:
             return None
@@ -94,7 +102,7 @@ class Shaped:
                 refusal=None,
             )
         names = [self._name(token) for token, _ in told]
-        ends = [sum(map(len, names[: n + 1])) for n in range(len(names))]
+        ends = [offset + sum(map(len, names[: n + 1])) for n in range(len(names))]
         return dict(
             tokens=names,
             token_logprobs=[max(one.chosen, LEAST) for _, one in told],

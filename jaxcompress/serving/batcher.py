@@ -70,6 +70,11 @@ class Batcher:
         return [*self.reading, *self.writing]
 
     @property
+    def free(self) -> int:
+        """Rows without a request."""
+        return len(self._free)
+
+    @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.reading or self.writing or len(self.waiting))

@@ -126,7 +126,9 @@ class Engine:
             self._accepts = False
             self._ends_at = None if seconds is None else time.monotonic() + seconds
             self._lock.notify_all()
-        if self._thread is not None:
+        if self._thread is None:
+            self._end()
+        else:
             self._thread.join()
         if self._prefixes is not None:
             self._prefixes.close()
@@ -153,7 +155,8 @@ class Engine:
         with self._lock:
             if not self._accepts:
                 raise EngineClosed("the engine is closed and takes no more requests")
-            waiting = len(self._batchers[name].waiting) + sum(other == name for other, _ in self._arrived)
+            batcher = self._batchers[name]
+            waiting = len(batcher.waiting) + sum(other == name for other, _ in self._arrived) - batcher.free
             if waiting >= self.limits.waiting:
                 raise EngineFull(f"{waiting} requests wait for a row of pool {name!r}, as many as may; ask again later")
             self._arrived.append((name, ticket))
@@ -230,13 +233,17 @@ class Engine:
         except BaseException:
             LOG.exception("the engine has ended")
         finally:
-            with self._lock:
-                self._accepts = False
-                for name, ticket in self._arrived:
-                    self._batchers[name].waiting.add(ticket)
-                self._arrived.clear()
-            for batcher in self._batchers.values():
-                batcher.close("closed")
+            self._end()
+
+    def _end(self) -> None:
+        """Takes no more requests, and ends those that it has."""
+        with self._lock:
+            self._accepts = False
+            for name, ticket in self._arrived:
+                self._batchers[name].waiting.add(ticket)
+            self._arrived.clear()
+        for batcher in self._batchers.values():
+            batcher.close("closed")
 
     def _loop(self) -> None:
         """It ends when the engine is closed and nothing is left to do."""

@@ -108,7 +108,8 @@ class PoolSpec:
     def digest(self) -> bytes:
         """32 bytes that stand for everything that a row depends on beside the tokens that it read."""
         facts = dict(
-            model=fingerprint(self.model), policy=policy_digest(self.policy), slots=np.asarray(self.slots).tolist(),
+            model=fingerprint(self.model), config=repr(self.model.config), policy=policy_digest(self.policy),
+            slots=np.asarray(self.slots).tolist(),
             placement=self.placement, dtype=str(self.fresh().kv[0].keys.dtype),
             mode=self.mode, chunk=self.chunk if self.mode == "chunked" else 1, segment=self.segment,
         )  # fmt: skip

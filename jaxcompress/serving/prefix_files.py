@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxcompress.generation.decode_state import DecodeState
 from jaxcompress.generation.state_file import Record, read_record, record_of, state_of, write_record
+from jaxcompress.inputs.whole_file import unfinished
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Policy
 
@@ -37,7 +38,7 @@ class PrefixFiles:
         """Raises OSError if the folder cannot be made or read."""
         self.folder, self._most = Path(folder).expanduser(), most_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob(f".*{SUFFIX}.part"):  # of a process that was killed while it wrote
+        for part in unfinished(self.folder, f"*{SUFFIX}"):  # of a process that was killed while it wrote
             part.unlink(missing_ok=True)
         self._lock = threading.Lock()
         found = [(path.stat().st_mtime, path.stem, path.stat().st_size) for path in self.folder.glob(f"*{SUFFIX}")]

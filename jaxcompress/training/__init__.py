@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxcompress.training.loss import token_losses
     from jaxcompress.training.merging import init_gates, merging_loss
     from jaxcompress.training.metrics import MetricsFile
-    from jaxcompress.training.objectives import adapted, bounded, causal, distilled, joint_retention
+    from jaxcompress.training.objectives import adapted, adapted_jointly, bounded, causal, distilled, joint_retention
     from jaxcompress.training.optimizer import (
         adamw_for_decoder,
         muon_for_decoder,
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch", "Checkpoints", "MetricsFile", "PackedRows", "PolicyObjective", "adamw_for_decoder", "adapted",
-    "add_lora", "batches", "bounded", "bounded_value_and_grad", "causal", "distilled", "distilled_value_and_grad",
-    "divergence", "dms_loss", "fit", "foresight_loss", "init_dms", "init_gates", "init_lora", "init_retention",
-    "init_train_state", "joint_retention", "make_step", "merging_loss", "muon_for_decoder", "pack",
-    "policy_objective", "read_documents", "retention_loss", "share_schedule", "temperature_schedule", "through_time",
-    "token_losses", "warmup_cosine", "warmup_stable_decay",
+    "adapted_jointly", "add_lora", "batches", "bounded", "bounded_value_and_grad", "causal", "distilled",
+    "distilled_value_and_grad", "divergence", "dms_loss", "fit", "foresight_loss", "init_dms", "init_gates",
+    "init_lora", "init_retention", "init_train_state", "joint_retention", "make_step", "merging_loss",
+    "muon_for_decoder", "pack", "policy_objective", "read_documents", "retention_loss", "share_schedule",
+    "temperature_schedule", "through_time", "token_losses", "warmup_cosine", "warmup_stable_decay",
 ]  # fmt: skip
 
 _HOME = {
@@ -51,7 +51,7 @@ _HOME = {
     **dict.fromkeys(("add_lora", "init_lora"), "lora"),
     "token_losses": "loss",
     "MetricsFile": "metrics",
-    **dict.fromkeys(("adapted", "joint_retention", "bounded", "causal", "distilled"), "objectives"),
+    **dict.fromkeys(("adapted", "adapted_jointly", "joint_retention", "bounded", "causal", "distilled"), "objectives"),
     **dict.fromkeys(("adamw_for_decoder", "muon_for_decoder", "warmup_cosine", "warmup_stable_decay"), "optimizer"),
     **dict.fromkeys(("bounded_value_and_grad", "through_time"), "recurrent"),
     **dict.fromkeys(("fit", "init_train_state", "make_step"), "trainer"),

@@ -13,6 +13,7 @@ import jax.extend.backend
 import numpy as np
 
 from jaxcompress._extras import extra
+from jaxcompress.inputs.whole_file import whole_file
 from jaxcompress.models.decoder import Decoder
 
 # Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets. The first name that is a prefix of the device's
@@ -107,9 +108,8 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
-            part = path.with_name(path.name + ".part")
-            part.write_bytes(b"".join(line for line in lines if _step(line, after) <= after))
-            part.replace(path)
+            with whole_file(path) as part:
+                part.write_bytes(b"".join(line for line in lines if _step(line, after) <= after))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -129,9 +129,29 @@ def adapted(objective: Objective, base: Decoder, *, alpha: float = ALPHA) -> Obj
     """
 
     def through(params: dict[str, Adapter], batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-        changes, back = jax.vjp(lambda adapters: lora_changes(adapters, alpha=alpha), params)
         metrics, gradient = objective(add_lora(base, params, alpha=alpha), batch, step, key)
-        (slope,) = back({name: kernel_of(gradient, name).astype(x.dtype) for name, x in changes.items()})
-        return metrics, slope
+        return metrics, _slope(params, gradient, alpha)
 
     return through
+
+
+def adapted_jointly(objective: Objective, base: Decoder, *, alpha: float = ALPHA) -> Objective:
+    """Turns an objective of (decoder, network), such as `joint_retention`, into one of (adapters, network).
+
+    Args:
+      base, alpha: as for `adapted`.
+    """
+
+    def through(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
+        adapters, network = params
+        metrics, (gradient, change) = objective((add_lora(base, adapters, alpha=alpha), network), batch, step, key)
+        return metrics, (_slope(adapters, gradient, alpha), change)
+
+    return through
+
+
+def _slope(adapters: dict[str, Adapter], gradient: Decoder, alpha: float) -> dict[str, Adapter]:
+    """The gradient of adapters, from that of the model that they were added to."""
+    changes, back = jax.vjp(lambda adapters: lora_changes(adapters, alpha=alpha), adapters)
+    (slope,) = back({name: kernel_of(gradient, name).astype(x.dtype) for name, x in changes.items()})
+    return slope

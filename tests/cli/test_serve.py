@@ -16,6 +16,8 @@ from jaxcompress.cli import command_of, main
     ("flags", "why"),
     [
         ("--rows 0", "--rows must be at least 1, not 0"),
+        ("--max-prompt-tokens 0", "--max-prompt-tokens must be at least 1, not 0"),
+        ("--port 70000", "--port must be from 0 (any free one) to 65535, not 70000"),
         ("--seconds 0", "--seconds must be above 0, not 0"),
         ("--port 0 --more-pools h2o", "--more-pools takes POLICY:SLOTS such as h2o:256, not 'h2o'"),
         ("--port 0 --more-pools no:5", "unknown policy 'no'"),

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxcompress.evaluation.results import Cell, Figure, Row
+
 FOLDER = Path(__file__).parents[2] / "experiments"
 
 
@@ -73,3 +75,31 @@ def test_ablations_of_a_compressor_are_named_after_a_plus(script: Any) -> None:
     assert module.shortener("tf-idf+numbers+lines", None, 0)[1] == dict(protect=["numbers"], force=["\n"])
     with pytest.raises(ValueError, match="unknown ablation 'letters' of tf-idf"):
         module.shortener("tf-idf+letters", None, 0)
+
+
+def test_evidence_compares_what_read_the_same_texts(script: Any) -> None:
+    """A seed that lacks a text has no mean, and rows of smaller runs are no part of the table."""
+    table = script("training_evidence").table
+
+    def row(name: str, book: str, policy: str, value: float, rows: int = 4) -> Row:
+        cell = Cell(
+            experiment="training_evidence", task=book, model=name, model_hash="", policy=policy, slots=8, context=64,
+            dtype="float32", settings=dict(name=name, fraction=1 if policy == "full" else 8, kind="text", rows=rows),
+        )  # fmt: skip
+        figure = Figure(metric="nats per token", value=value, tokens=63 * rows, samples=rows, state_bytes=1)
+        return Row(cell, figure, made=None, at="")  # type: ignore[arg-type]
+
+    rows = [row("as it is", book, policy, value) for book in "ab" for policy, value in (("tova", 4.0), ("full", 3.0))]
+    rows += [row("joint-0", "a", "learned", 3.0), row("joint-0", "b", "learned", 3.2)]
+    alone = table(rows)
+    assert "3.100 (90%)" in "\n".join(alone)
+    assert table([*rows, row("joint-1", "a", "learned", 9.0)]) == alone
+    assert table([*rows, row("joint-0", "a", "learned", 9.0, rows=1)]) == alone
+
+
+def test_evidence_has_one_model_for_each_name(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    script = script("training_evidence")
+    for given in (("a=one", "a=two"), ("as it is=one",)):
+        with pytest.raises(SystemExit):
+            script.models_of(script.Arguments(trained=given))
+        assert "names another model already" in capsys.readouterr().err

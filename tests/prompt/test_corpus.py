@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,18 +78,25 @@ def test_goes_on_where_it_stopped(compressor: Compressor, tmp_path: Path) -> Non
 
     with pytest.raises(Stop):
         compress_corpus(compressor, job, progress=stop_after_four)
-    (job.target / ".part-000003.jsonl.0123.partial").write_text("half a rec")
+    killed, working = (job.target / f".part-000003.jsonl.{n}.partial" for n in ("0123", "4567"))
+    for left in (killed, working):
+        left.write_text("half a rec")
+    os.utime(killed, (0, 0))
     seen: list[int] = []
     assert compress_corpus(compressor, job, progress=seen.append) == CorpusReport(
         5, 3, 5, 0, *(sum(one[key] for one in written(whole.target)[4:]) for key in ("tokens_before", "tokens_after"))
     )
     assert seen == [4, 2, 2, 1]
+    assert (killed.exists(), working.exists()) == (False, True)
     assert written(job.target) == written(whole.target)
     assert compress_corpus(compressor, job).made == 0
     with pytest.raises(ValueError, match="another rate"):
         compress_corpus(compressor, CorpusJob(source, job.target, rate=0.4, rows=2))
     with pytest.raises(ValueError, match="choose a new folder"):
         compress_corpus(compressor, CorpusJob(source, tmp_path))
+    source.write_bytes(source.read_bytes().swapcase())  # as many bytes
+    with pytest.raises(ValueError, match="another content"):
+        compress_corpus(compressor, job)
 
 
 def test_parquet(compressor: Compressor, tmp_path: Path) -> None:
@@ -125,6 +133,7 @@ def test_what_is_protected_stays_beyond_the_rate(compressor: Compressor, tmp_pat
     [
         ('{"text": "a"}\n{"title": "b"}\n', "record 2: the text should be in 'text'; it has 'title'"),
         ('{"text": null}\n', "record 1: the text should be in 'text'; it holds no string there"),
+        ('{"text": "a", "compressed": 1}\n', "record 1: 'compressed' is there already"),
         ("[1]\n", "record 1 is no JSON object, but list"),
         ("{\n", "record 1 is not JSON"),
         (b'{"text": "caf\xe9"}\n', "record 1 is not UTF-8"),

@@ -15,10 +15,13 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 import openai
 from serving_here import Here, serving, tiny_served
+from starlette.testclient import TestClient
 
 from jaxcompress.generation import GenerationConfig, TextUntil, generate
 from jaxcompress.generation.config import GREEDY
 from jaxcompress.server import Settings, bound
+from jaxcompress.server.app import make_app
+from jaxcompress.serving import Engine, EngineClosed, Request
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -127,6 +130,9 @@ def test_errors_have_the_shape_of_the_official_client(client: openai.OpenAI) -> 
         (TEXT, dict(prompt="a", max_tokens=True), 400, "max_tokens must be a whole number"),
         (TEXT, dict(prompt="a", temperature="hot"), 400, "temperature must be a number"),
         (TEXT, dict(prompt="a", temperature=-1), 400, "temperature must be from 0 to 100, not -1"),
+        (TEXT, dict(prompt="a", temperature=10**400), 400, "temperature must be from 0 to 100, not 1000"),
+        (TEXT, b'{"prompt": "a", "temperature": ' + 9999 * b"1" + b"}", 400, "the body is not JSON"),
+        (TEXT, b'{"prompt": "a", "temperature": NaN}', 400, "temperature must be from 0 to 100, not nan"),
         (TEXT, dict(prompt="a", top_p=2), 400, "top_p must be from 0 to 1"),
         (TEXT, dict(prompt="a", top_k=0), 400, "top_k must be a whole number"),
         (TEXT, dict(prompt="a", n=9), 400, "n must be a whole number from 1 to 8"),
@@ -263,7 +269,37 @@ def test_answers_are_finished_before_the_server_ends(here: Here) -> None:
         ending.ask("/health")
 
 
+def test_an_engine_that_cannot_start_is_told(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever watches the server sees it, and its end still closes the engine."""
+
+    def broken(self: Engine) -> None:
+        raise MemoryError("no room for the programs")
+
+    monkeypatch.setattr(Engine, "start", broken)
+    engine = Engine(here.served.pools)
+    with TestClient(make_app(here.served, engine), base_url="http://localhost") as asked:
+        until = time.monotonic() + 20
+        while asked.get("/health").status_code == 200 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert (asked.get("/health").status_code, asked.get("/ready").status_code) == (503, 503)
+        answer = asked.post(TEXT, json=dict(prompt="a"))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "failed")
+    with pytest.raises(EngineClosed):
+        engine.submit(Request([1], 1))
+
+
+def test_places_of_streamed_tokens_go_on(client: openai.OpenAI) -> None:
+    given: dict[str, Any] = dict(model="tiny", prompt="abc", max_tokens=9, temperature=0, logprobs=1)
+    whole = client.completions.create(**given).choices[0].logprobs
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**given, stream=True)]
+    assert whole is not None
+    assert [at for one in chunks if one is not None for at in one.text_offset or ()] == whole.text_offset
+    assert len(chunks) > 1
+
+
 def test_addresses_that_cannot_be_had(here: Here) -> None:
+    with pytest.raises(ValueError, match="a port is from 0 .* to 65535, not 70000"):
+        bound("127.0.0.1", 70_000)
     with pytest.raises(OSError, match=f"port {here.port} of 127.0.0.1 is in use; give another with --port"):
         bound("127.0.0.1", here.port)
     with pytest.raises(OSError, match="the server cannot listen at 192.0.2.1, port 0"):

@@ -249,6 +249,25 @@ def test_nobody_waits_for_an_engine_that_ended(monkeypatch: pytest.MonkeyPatch) 
         engine.submit(Request(prompt(4), 3))
 
 
+def test_an_engine_that_never_started_ends_what_it_took() -> None:
+    engine = Engine({"one": spec(rows=1)})
+    ticket = engine.submit(Request(prompt(4), 3))
+    engine.close()
+    assert ticket.answer().reason == "closed"
+    with pytest.raises(EngineClosed):
+        engine.submit(Request(prompt(4), 3))
+
+
+def test_free_rows_are_room_for_a_burst() -> None:
+    """As many as there are rows, and those that may wait beside."""
+    engine = Engine({"one": spec(rows=2)}, limits=EngineLimits(waiting=1))
+    tickets = [engine.submit(Request(prompt(4), 1)) for _ in range(3)]
+    with pytest.raises(EngineFull, match="1 requests wait"):
+        engine.submit(Request(prompt(4), 1))
+    with engine:
+        assert [ticket.answer().reason for ticket in tickets] == ["length"] * 3
+
+
 def test_clients_take_turns() -> None:
     line = WaitingLine()
     for n, client in enumerate("aaabca"):

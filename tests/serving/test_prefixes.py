@@ -7,14 +7,17 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from test_engine import CONFIGS, SEGMENT, alone, prompt, spec
+from tiny import tiny_decoder
 
-from jaxcompress.generation import state_file
+from jaxcompress.inputs import whole_file
+from jaxcompress.models.fingerprint import fingerprint
 from jaxcompress.serving import Engine, PrefixLimits, Request
 from jaxcompress.serving.prefix_files import PrefixFiles
 from jaxcompress.serving.prefixes import marks
@@ -95,7 +98,7 @@ def test_files_outlive_the_engine_and_stay_within_their_limit(opened: Open, tmp_
     engine.close()
     (first,) = tmp_path.iterdir()
     os.utime(first, (1, 1))
-    (tmp_path / ".killed.state.part").write_bytes(b"half")
+    (tmp_path / ".killed.state.0123.partial").write_bytes(b"half")
     engine = opened(tmp_path, disk_bytes=int(2.5 * first.stat().st_size))
     assert [known(engine, text) for text in (texts[1], texts[0], texts[2])] == [0, SEGMENT, 0]
     engine.close()
@@ -128,6 +131,13 @@ def test_a_damaged_file_is_left_out_and_deleted(
     assert known(opened(tmp_path), prompt(SEGMENT)) == SEGMENT  # it was written anew
 
 
+def test_another_model_of_equal_weights_has_other_prefixes() -> None:
+    other = replace(SPEC, model=tiny_decoder(max_position=2**20, norm_eps=1e-3))
+    assert fingerprint(other.model) == fingerprint(SPEC.model)
+    assert other.digest() != SPEC.digest()
+    assert SPEC.digest() == replace(SPEC, rows=3).digest()
+
+
 def test_a_full_disk_ends_the_writing_only(
     opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,7 +153,7 @@ def test_a_full_disk_ends_the_writing_only(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(state_file.os, "fsync", full)
+    monkeypatch.setattr(whole_file.os, "fsync", full)
     with caplog.at_level(logging.WARNING, "jaxcompress.serving"):
         assert [known(engine, prompt(SEGMENT, seed)) for seed in (1, 1, 2)] == [0, SEGMENT, 0]
         engine.close()

@@ -8,6 +8,7 @@ from typing import Literal
 
 from jaxcompress.cli.flags import ModeFlags, ModelFlag, PlacementFlag, PolicyFlags, SeedFlag, at_least
 from jaxcompress.cli.mesh import ProfileFlag
+from jaxcompress.cli.train.presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +133,13 @@ class TrainFlags(
             raise ValueError(
                 f"--distill is for states that evict by a policy or a retention head, not for {self.policy}"
             )
-        if self.lora is not None and self.policy.startswith(("dms", "dmc", "retention")):
-            raise ValueError(f"--lora trains adapters of a model; {self.policy} trains a network of its own")
-        defaults = {field.name: field.default for field in fields(self)}
+        alone = self.policy.startswith(("dms", "dmc")) or (self.policy.startswith("retention") and not self.distill)
+        if self.lora is not None and alone:
+            more = "; with --distill it trains both" if self.policy.startswith("retention") else ""
+            raise ValueError(f"--lora trains adapters of a model; {self.policy} trains a network of its own{more}")
+        defaults, preset = {field.name: field.default for field in fields(self)}, PRESETS.get(self.preset or "", {})
         for name, why in self._idle().items():
-            if getattr(self, name) != defaults[name]:
+            if getattr(self, name) not in (defaults[name], preset.get(name, defaults[name])):
                 raise ValueError(f"--{name.replace('_', '-')} does nothing {why}; leave it out")
         if not self.resume and any(any(self.out.glob(name)) for name in ("run.json", "checkpoints/*", "model")):
             raise ValueError(f"{self.out} holds a run already; give --resume to continue it, or another --out")

@@ -31,16 +31,17 @@ def read_record(path: Path) -> dict[str, Any]:
     return run
 
 
-def unchanged(how: TrainFlags, path: Path, data: Mapping[str, Any], done: int) -> dict[str, Any]:
+def unchanged(how: TrainFlags, path: Path, data: Mapping[str, Any], base: str, done: int) -> dict[str, Any]:
     """The record of a run that goes on; prints which settings change.
 
     Args:
       path: of run.json.
       data: the number of tokens and their checksum, now.
+      base: the fingerprint of the model that the run begins from, now.
       done: steps taken.
 
     Raises:
-      ValueError: settings or data are not those that the run began with.
+      ValueError: settings, data or the model are not those that the run began with.
     """
     begun, changes = read_record(path), []
     for name, value in recorded_settings(how).items():
@@ -62,6 +63,11 @@ def unchanged(how: TrainFlags, path: Path, data: Mapping[str, Any], done: int) -
         raise ValueError(
             f"{how.data} has changed since the run in {how.out} began: {data['tokens']:,} tokens (checksum "
             f"{data['checksum']}), then {then['tokens']} ({then['checksum']})"
+        )
+    if begun.get("base", base) != base:
+        raise ValueError(
+            f"--model {how.model or 'embedded'} holds other weights than when the run in {how.out} began; give the "
+            "model of then, or begin another run with another --out"
         )
     print(*changes, sep="\n", end="\n" * bool(changes), flush=True)
     return begun

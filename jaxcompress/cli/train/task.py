@@ -96,10 +96,28 @@ def _learning(how: TrainFlags, model: Decoder, frozen: Decoder) -> Task:
     )  # fmt: skip
     if through is not None:
         told = _DISTILLED | {"retention": _FORESIGHT}
+        if how.lora is not None:
+            learned = _with_adapters(learned, model, frozen, how)
         return Task(learned.params, learned.objective, learned.objective, told, learned.parts, learned)
     parts = (lambda head: (model, head)) if alone else learned.parts
     told = {"language": _NATS["loss"]} | _BESIDE[learned.kind]
     return Task(learned.params, learned.objective, _with_language(how, learned), told, parts, learned)
+
+
+def _with_adapters(learned: PolicyObjective, model: Decoder, frozen: Decoder, how: TrainFlags) -> PolicyObjective:
+    """The same, where adapters are trained in place of the model."""
+    import jax
+
+    from jaxcompress.training.lora import add_lora, init_lora
+    from jaxcompress.training.objectives import adapted_jointly
+
+    assert how.lora is not None
+    _, head = learned.params
+    return learned._replace(
+        params=(init_lora(model, jax.random.key(how.seed), rank=how.lora), head),
+        objective=adapted_jointly(learned.objective, frozen),
+        parts=lambda both: (add_lora(model, both[0]), both[1]),
+    )
 
 
 def _through(policy: Policy, *, how: TrainFlags, teacher: Decoder | None) -> Objective:
