@@ -140,25 +140,34 @@ class Retention(Policy):
 
         score = a + b1 log(newest query's attention) + b2 log(mean attention per query) + b3 log(age + 1).
 
-    Before training a, b2, b3 = 0 and b1 = 1: TOVA of the same scope.
+    Before training a, b2, b3 = 0 and b1 = 1: TOVA of the same scope. The `recent` newest tokens are protected: too few
+    queries have looked at them to tell.
 
     Attributes:
       head: R = 4.
       scope: "kv_head", "pool" (heads share a layer's slots), or "layer" (one set; numbers are averaged over kv heads).
+      recent: as in training.
 
     Raises:
-      ValueError: weights that do not fit together or another scope; when it is used, a model whose heads the weights
-        are not for.
+      ValueError: weights that do not fit together, another scope or a negative number; when it is used, a model whose
+        heads the weights are not for.
     """
 
     label = "retention"
 
     head: ForgetHead = leaf()
     scope: Scope = "kv_head"
+    recent: int = 0
 
     def check(self) -> None:
         _check_head(self.head, len(LIKE_TOVA), "retention")
         _check_scope("retention", self.scope, ("kv_head", "layer", "pool"))
+        if self.recent < 0:
+            raise ValueError(f"recent is a number of tokens, 0 or more, not {self.recent}")
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return self.recent + 1
 
     def init(self, incoming: CacheView) -> Stats:
         weights = for_set(_entering(self.head, incoming), incoming)
@@ -171,7 +180,7 @@ class Retention(Policy):
         return stats._replace(last=jnp.where(present, row, stats.last), total=stats.total + seen.total(self.scope))
 
     def score(self, stats: Looked, held: CacheView) -> SlotScores:
-        return foreseen(stats, held.newest - held.positions)
+        return protected(foreseen(stats, held.newest - held.positions), held, recent=self.recent)
 
 
 def foreseen(seen: Looked, age: Any) -> SlotScores:

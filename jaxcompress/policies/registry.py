@@ -23,7 +23,7 @@ class Kind(NamedTuple):
 LEARNED = {
     "dmc": Kind(dmc, ()),
     "dms": Kind(DMS, ("window", "scope")),
-    "retention": Kind(Retention, ("scope",)),
+    "retention": Kind(Retention, ("scope", "recent")),
 }
 
 

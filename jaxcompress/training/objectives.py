@@ -94,6 +94,7 @@ def joint_retention(
     scope: Scope = "kv_head",
     block: int = 64,
     horizon: float | None = 128.0,
+    recent: int = 0,
     watched: int | None = None,
 ) -> Objective:
     """Trains a model and a retention head together.
@@ -105,15 +106,16 @@ def joint_retention(
     Args:
       model_objective: (policy) -> an objective of a decoder, such as
         `partial(distilled, slots=128, segment=256, teacher=before)`.
-      scope, block, horizon: see `retention_loss`.
+      scope, block, horizon, recent: see `retention_loss`.
       watched: how many rows of a batch the head is trained on; all if None. They take a forward pass of their own.
     """
 
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
         model, head = params
-        metrics, slope = model_objective(Retention(jax.lax.stop_gradient(head), scope))(model, batch, step, key)
-        tokens = batch.tokens[:watched, :-1]
-        watch = lambda head: retention_loss(model, tokens, head, scope=scope, block=block, horizon=horizon)
+        policy = Retention(jax.lax.stop_gradient(head), scope, recent)
+        metrics, slope = model_objective(policy)(model, batch, step, key)
+        tokens, how = batch.tokens[:watched, :-1], dict(scope=scope, block=block, horizon=horizon, recent=recent)
+        watch = lambda head: retention_loss(model, tokens, head, **how)
         apart, change = jax.value_and_grad(watch)(head)
         return {**metrics, "retention": apart}, (slope, change)
 

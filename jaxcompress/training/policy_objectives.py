@@ -55,6 +55,7 @@ def policy_objective(
     window: int = 64,
     pressure: float = 5.0,
     horizon: float | None = 128.0,
+    recent: int = 0,
     hidden: int = 64,
     model_objective: Callable[[Policy], Objective] | None = None,
 ) -> PolicyObjective:
@@ -65,7 +66,7 @@ def policy_objective(
     next token. For both, over the first two thirds of the steps, the share of tokens kept falls to 1 / ratio and the
     temperature to 0.1. (The published code has other schedules, which take more steps: see the guide.)
 
-    There are ten parameters, because the settings of three ways to train are all keywords.
+    There are eleven parameters, because the settings of three ways to train are all keywords.
 
     Args:
       name: from `TRAINABLE`.
@@ -75,6 +76,7 @@ def policy_objective(
       window: number of tokens before `dms` evicts.
       pressure: weight of the penalty for keeping too many tokens, for `dms` and `dmc`.
       horizon: tokens over which `retention` discounts attention to come (see `watched_attention`).
+      recent: newest tokens that `retention` protects.
       hidden: width of the network that reads a token's key and value.
       model_objective: for `retention`, the objective that trains the model with this policy (see `joint_retention`).
         None: the model stays as it is.
@@ -95,8 +97,8 @@ def policy_objective(
     if kind == "retention":
         head = init_retention(model.config, key, hidden=hidden)
         if model_objective is None:
-            return _retention(model, head, scope, horizon)
-        return _retention_and_model(model, head, scope, horizon, model_objective)
+            return _retention(model, head, scope, horizon, recent)
+        return _retention_and_model(model, head, scope, horizon, recent, model_objective)
     falls = max(steps * 2 // 3, 1)
     share, temperature = share_schedule(ratio, falls), temperature_schedule(1.0, FINAL_TEMPERATURE, falls)
     if kind == "dms":
@@ -111,17 +113,18 @@ def policy_objective(
     )
 
 
-def _retention(model: Decoder, head: ForgetHead, scope: Scope, horizon: float | None) -> PolicyObjective:
+def _retention(model: Decoder, head: ForgetHead, scope: Scope, horizon: float | None, recent: int) -> PolicyObjective:
     """Trains a head on a model's attention. The objective refers to the model and copies nothing."""
 
     def objective(head: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
         loss = lambda head: retention_loss(
-            model, batch.tokens[:, :-1], head, scope=scope, block=_block(batch), horizon=horizon
+            model, batch.tokens[:, :-1], head, scope=scope, block=_block(batch), horizon=horizon, recent=recent
         )
         value, gradient = jax.value_and_grad(loss)(head)
         return {"loss": value}, gradient
 
-    return PolicyObjective("retention", {"scope": scope}, head, objective, lambda head: (model, head))
+    settings = {"scope": scope, "recent": recent}
+    return PolicyObjective("retention", settings, head, objective, lambda head: (model, head))
 
 
 def _retention_and_model(
@@ -129,13 +132,15 @@ def _retention_and_model(
     head: ForgetHead,
     scope: Scope,
     horizon: float | None,
+    recent: int,
     model_objective: Callable[[Policy], Objective],
 ) -> PolicyObjective:
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-        how: dict[str, Any] = dict(scope=scope, block=_block(batch), horizon=horizon)
+        how: dict[str, Any] = dict(scope=scope, block=_block(batch), horizon=horizon, recent=recent)
         return joint_retention(model_objective, **how)(params, batch, step, key)
 
-    return PolicyObjective("retention", {"scope": scope}, (model, head), objective, lambda both: both)
+    settings = {"scope": scope, "recent": recent}
+    return PolicyObjective("retention", settings, (model, head), objective, lambda both: both)
 
 
 def _block(batch: Batch) -> int:

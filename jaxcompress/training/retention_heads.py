@@ -41,6 +41,7 @@ def retention_loss(
     valid: Valid | None = None,
     block: int = 64,
     horizon: float | int | None = 128,
+    recent: int = 0,
 ) -> Float[Array, ""]:
     """Cross-entropy between a retention head's scores and future attention, in nats.
 
@@ -51,6 +52,7 @@ def retention_loss(
       scope: that of the policy; "pool" is trained as "kv_head".
       valid: [B, T], False for padding.
       block, horizon: see `watched_attention`.
+      recent: that of the policy.
 
     Raises:
       ValueError: a network for a model of another shape, scope "query_head", or as for `watched_attention`.
@@ -66,7 +68,8 @@ def retention_loss(
         here = layer.attention.constants(model.config, index)
         q, k = here.placed(q, k, positions)
         kind = dict(window=here.window, traits=here.traits)
-        out, apart = watched_attention(numbers, q, k, v, positions, block=block, horizon=horizon, **kind)
+        how = dict(block=block, horizon=horizon, recent=recent, **kind)
+        out, apart = watched_attention(numbers, q, k, v, positions, **how)
         return out, carry, apart
 
     return model.run_layers(model.embed(tokens), positions_of(tokens, valid), attend, xs=head)[2].mean()
@@ -81,23 +84,24 @@ def watched_attention(
     *,
     block: int = 64,
     horizon: float | int | None = 128,
+    recent: int = 0,
     window: Int[Array, ""] | None = None,
     traits: AttentionTraits = PLAIN,
 ) -> tuple[AttentionOut, Float[Array, ""]]:
     """Causal attention, and the cross-entropy between its future and the softmax of scores, in nats.
 
-    At the end of each block of queries, at position t, every token j <= t has a score, from its numbers and the
-    attention that it received (see `jaxcompress.policies.Retention`). The target is the attention that later queries
-    give it,
+    At the end of each block of queries, at position t, every token j <= t - recent has a score, from its numbers and
+    the attention that it received (see `jaxcompress.policies.Retention`). The target is the attention that later
+    queries give it,
 
-        F[j] = sum over i > t of exp(-(i - t) / horizon) p[i, j], divided by its sum over j <= t,
+        F[j] = sum over i > t of exp(-(i - t) / horizon) p[i, j], divided by its sum over j <= t - recent,
 
     with p averaged over the heads that share a set. The loss is the mean over rows, sets and block ends. Blocks without
-    tokens, and blocks with no tokens after them, do not count. Attention is computed once, one block of queries at a
-    time, and three numbers per token are kept of each block, so memory is T x T / block. The gradient, for `numbers`
+    such tokens, and blocks with no tokens after them, do not count. Attention is computed once, one block of queries at a
+    time, and three numbers per token are kept of each block, so memory is T x T / block. The gradient, of `numbers`
     only, is computed in the same pass.
 
-    There are nine parameters: the arrays, how the future is looked at, and what bounds and changes the attention.
+    There are ten parameters: the arrays, how the future is looked at, and what bounds and changes the attention.
 
     Args:
       numbers: four for each token; P is 1 or K.
@@ -105,6 +109,7 @@ def watched_attention(
       block: tokens between two block ends. If questions come at regular places, choose a length that does not divide
         their distance.
       horizon: in tokens; None weighs all future queries alike. A short horizon favours tokens that are needed soon.
+      recent: newest tokens that the policy protects; they are no part of the loss.
       window: width of a sliding-window layer.
       traits: what the layer's attention does beyond scaled products and a softmax.
 
@@ -112,17 +117,22 @@ def watched_attention(
       The attention, and the loss.
 
     Raises:
-      ValueError: a block below 1 token, a text within one block, or a horizon that is not positive.
+      ValueError: a block below 1 token, a text within one block or no longer than what is protected, or a horizon that
+        is not positive.
     """
     t = q.shape[1]
     if horizon is not None and horizon <= 0:
         raise ValueError(f"a horizon is a positive number of tokens, not {horizon}")
     if not 1 <= block < t:
         raise ValueError(f"blocks of {block} tokens in texts of {t}: at least 1, and something has to come after one")
+    if not 0 <= recent < t:
+        raise ValueError(
+            f"{recent} newest tokens are protected in texts of {t}: 0 or more, and fewer than the text has"
+        )
     q, k, v, traits = jax.lax.stop_gradient((q, k, v, traits))
     fade = lambda ahead: jnp.exp(-ahead / horizon) if horizon else jnp.ones(ahead.shape)
     out, blocks = _watched(q, k, v, positions, numbers.shape[1], block, fade, window, traits)
-    return out, _foresight(numbers, blocks, positions, fade)
+    return out, _foresight(numbers, blocks, positions, fade, recent)
 
 
 class _Block(NamedTuple):
@@ -190,15 +200,20 @@ def _watched(
 
 
 def _foresight(
-    numbers: Float[Array, "B P T R"], blocks: _Block, positions: Positions, fade: Callable[[Array], Array]
+    numbers: Float[Array, "B P T R"],
+    blocks: _Block,
+    positions: Positions,
+    fade: Callable[[Array], Array],
+    recent: int,
 ) -> Float[Array, ""]:
     """The loss of `watched_attention`."""
     still = jax.lax.stop_gradient(numbers)
+    blocks = blocks._replace(counts=blocks.counts & (blocks.end >= recent))
 
     def apart(numbers: Array, block: _Block, future: Array) -> Array:
         """The cross-entropy, summed over the rows and sets that count."""
         age = jnp.maximum(block.end[:, None] - positions, 0)[:, None]
-        here = ((positions >= 0) & (positions <= block.end[:, None]))[:, None]
+        here = ((positions >= 0) & (positions <= block.end[:, None] - recent))[:, None]
         future = jnp.where(here, future, 0.0)
         share = future / jnp.maximum(future.sum(-1, keepdims=True), 1e-30)
         seen = Looked(tuple(numbers[..., i] for i in range(len(LIKE_TOVA))), block.last, block.total)

@@ -100,6 +100,8 @@ class TrainFlags(
     """dms, dmc: one of so many tokens is kept in the end."""
     window: int = 64
     """dms: a token can be evicted once more than so many tokens have come after it."""
+    recent: int = 0
+    """retention: so many newest tokens are never evicted, and no part of what is learned."""
     horizon: float | None = 128.0
     """retention: attention to come counts less the further away it is, by e in so many tokens; None: all alike."""
     save_every: int = 50
@@ -123,7 +125,7 @@ class TrainFlags(
         """
         for name in ("length", "rows", "accumulate", "steps", "segment", "save_every", "keep"):
             at_least(1, **{name: getattr(self, name)})
-        at_least(0, warmup=self.warmup)
+        at_least(0, warmup=self.warmup, recent=self.recent)
         self.chunk_tokens()
         if self.mode == "oneshot":
             raise ValueError("--mode oneshot selects once per prompt, and training rows have none; use chunked")
@@ -153,7 +155,7 @@ class TrainFlags(
         if kind != "dms":
             idle["window"] = f"with --policy {self.policy}; it is for dms"
         if kind != "retention":
-            idle["horizon"] = f"with --policy {self.policy}; it is for retention"
+            idle |= dict.fromkeys(("horizon", "recent"), f"with --policy {self.policy}; it is for retention")
         if kind not in ("dms", "dmc"):
             idle["ratio"] = f"with --policy {self.policy}; it is for dms and dmc"
         if kind in ("dms", "dmc", "retention") and not self.distill:

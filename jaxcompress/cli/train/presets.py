@@ -8,11 +8,11 @@ from typing import Any
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "retention": dict(
         policy="retention", slots=(256,), length=2048, rows=1, steps=900, learning_rate=3e-3, weight_decay=0.0,
-        schedule="stable", horizon=512.0, held_out=2,
+        schedule="stable", horizon=512.0, recent=32, held_out=2,
     ),
     "joint": dict(
         policy="retention-layer", distill=True, slots=(256,), length=2048, rows=1, steps=400, learning_rate=1e-4,
-        segment=256, bptt_segments=2, horizon=512.0, held_out=2,
+        segment=256, bptt_segments=2, horizon=512.0, recent=32, held_out=2,
     ),
     "dms": dict(
         policy="dms", slots=(256,), ratio=8.0, window=64, length=2048, rows=1, steps=400, learning_rate=3e-3,

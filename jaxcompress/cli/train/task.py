@@ -91,7 +91,7 @@ def _learning(how: TrainFlags, model: Decoder, frozen: Decoder) -> Task:
     alone = how.policy.startswith(("retention", "dms")) and not how.distill
     learned = policy_objective(
         frozen if alone else model, how.policy, jax.random.key(how.seed),
-        steps=how.steps, ratio=how.ratio, window=how.window, horizon=how.horizon,
+        steps=how.steps, ratio=how.ratio, window=how.window, horizon=how.horizon, recent=how.recent,
         model_objective=through,
     )  # fmt: skip
     if through is not None:
