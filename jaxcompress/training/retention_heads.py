@@ -97,8 +97,8 @@ def watched_attention(
         F[j] = sum over i > t of exp(-(i - t) / horizon) p[i, j], divided by its sum over j <= t - recent,
 
     with p averaged over the heads that share a set. The loss is the mean over rows, sets and block ends. Blocks without
-    such tokens, and blocks with no tokens after them, do not count. Attention is computed once, one block of queries at a
-    time, and three numbers per token are kept of each block, so memory is T x T / block. The gradient, of `numbers`
+    such tokens, and blocks with no tokens after them, do not count. Attention is computed once, one block of queries at
+    a time, and three numbers per token are kept of each block, so memory is T x T / block. The gradient, for `numbers`
     only, is computed in the same pass.
 
     There are ten parameters: the arrays, how the future is looked at, and what bounds and changes the attention.

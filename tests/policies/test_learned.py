@@ -166,6 +166,16 @@ def test_untrained_retention_is_tova(scope: str, cut: str) -> None:
     np.testing.assert_array_equal(state.positions, want.positions)
 
 
+def test_recent_tokens_are_protected() -> None:
+    mine, rows = policies.Retention(head(4), recent=3), data(4)
+    kept = read_by(mine, rows).positions
+    np.testing.assert_array_equal(
+        kept, read_by(policies.protect(policies.Retention(head(4)), recent=3), rows).positions
+    )
+    assert (kept != read_by(policies.Retention(head(4)), rows).positions).any()
+    assert (mine.name, mine.needs) == ("retention-recent3", 4)
+
+
 def test_untrained_dms_keeps_the_first_and_the_newest() -> None:
     untrained = policies.DMS(init_forget_head(jax.random.key(0), layers=LAYERS, kv_heads=K, head_dim=D), WINDOW)
     state = read_by(untrained, data(0))
@@ -268,7 +278,7 @@ def test_wrong_weights_and_settings() -> None:
         policies.learned_policy("tova", {})
     with pytest.raises(ValueError, match="has the weights inner, .* not inner"):
         policies.learned_policy("dms", {"inner": np.ones(1)})
-    with pytest.raises(ValueError, match="retention has no setting window; known: scope"):
+    with pytest.raises(ValueError, match="retention has no setting window; known: scope, recent"):
         policies.learned_policy("retention", head(4)._asdict(), window=3)
     with pytest.raises(ValueError, match=r"window of 0 tokens"):
         policies.DMS(head(2), 0)
@@ -276,6 +286,8 @@ def test_wrong_weights_and_settings() -> None:
         policies.DMS(head(2), scope="layer")
     with pytest.raises(ValueError, match="not query_head"):
         policies.Retention(head(4), "query_head")
+    with pytest.raises(ValueError, match="0 or more, not -1"):
+        policies.Retention(head(4), recent=-1)
     with pytest.raises(ValueError, match=r"dms needs weights .*\[L, K, M, 2\].* not \[3, 2, 18, 5\]"):
         policies.DMS(head(4))
     with pytest.raises(ValueError, match="at least 1 unit, not 0"):

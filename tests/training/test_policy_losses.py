@@ -148,7 +148,7 @@ def test_without_a_teacher_it_is_the_loss_of_language() -> None:
 
 
 def foresight(
-    numbers: Any, q: Any, k: Any, positions: Any, block: int, window: int | None, horizon: float | None
+    numbers: Any, q: Any, k: Any, positions: Any, block: int, window: int | None, horizon: float | None, recent: int
 ) -> float:
     """The definition in float64, with T x T arrays."""
     b, t, h, d = q.shape
@@ -167,7 +167,9 @@ def foresight(
             now = at[:end].max()
             if at[end - block : end].max() < 0 or now == at.max():
                 continue
-            here, i = (at >= 0) & (at <= now), int(np.flatnonzero(at == now)[0])
+            here, i = (at >= 0) & (at <= now - recent), int(np.flatnonzero(at == now)[0])
+            if not here.any():
+                continue
             age = now - at[here] + 1
             for s in range(sets):
                 worth = np.exp(-(at[at > now] - now) / (horizon or np.inf))
@@ -181,8 +183,12 @@ def foresight(
     return total / count
 
 
-@pytest.mark.parametrize(("sets", "window", "horizon"), [(1, None, None), (2, None, 3.0), (2, 9, 50.0)])
-def test_foreseen_attention_is_its_definition(sets: int, window: int | None, horizon: float | None) -> None:
+@pytest.mark.parametrize(
+    ("sets", "window", "horizon", "recent"), [(1, None, None, 0), (2, None, 3.0, 0), (2, 9, 50.0, 5)]
+)
+def test_foreseen_attention_is_its_definition(
+    sets: int, window: int | None, horizon: float | None, recent: int
+) -> None:
     """With padding before, between and after; a block of padding only; the gradient against a difference."""
     rng = np.random.default_rng(sets)
     t, block = 22, 4
@@ -196,7 +202,7 @@ def test_foreseen_attention_is_its_definition(sets: int, window: int | None, hor
 
     def run(n: Any, q: Any, k: Any) -> Any:
         out, loss = watched_attention(
-            n, q, k, jnp.asarray(v), jnp.asarray(positions), block=block, horizon=horizon, window=limit
+            n, q, k, jnp.asarray(v), jnp.asarray(positions), block=block, horizon=horizon, recent=recent, window=limit
         )
         return loss, out
 
@@ -205,12 +211,14 @@ def test_foreseen_attention_is_its_definition(sets: int, window: int | None, hor
     )
     want = causal_attention(*map(jnp.asarray, (q, k, v, positions)), window=limit)
     np.testing.assert_allclose(np.asarray(out)[there], np.asarray(want)[there], 1e-4, 1e-5)
-    assert float(value) == pytest.approx(foresight(numbers, q, k, positions, block, window, horizon), rel=1e-4)
+    assert float(value) == pytest.approx(foresight(numbers, q, k, positions, block, window, horizon, recent), rel=1e-4)
     assert not np.asarray(slopes[1]).any()
     assert not np.asarray(slopes[2]).any()
     for _ in range(3):
         way = rng.standard_normal(numbers.shape)
-        one, two = (foresight(numbers + s * 1e-5 * way, q, k, positions, block, window, horizon) for s in (1, -1))
+        one, two = (
+            foresight(numbers + s * 1e-5 * way, q, k, positions, block, window, horizon, recent) for s in (1, -1)
+        )
         assert float((way * slopes[0]).sum()) == pytest.approx((one - two) / 2e-5, rel=1e-3, abs=1e-4)
 
 
