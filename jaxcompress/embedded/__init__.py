@@ -10,9 +10,14 @@ def decoder_folder() -> Path:
     return Path(__file__).parent / "model"
 
 
+def policies_folder() -> Path:
+    """Where policies lie that were trained for models of others, each in a folder with the model's name."""
+    return Path(__file__).parent / "policies"
+
+
 def policy_folders() -> list[Path]:
-    """Where policies lie that were trained for models: each has a policy.json that says for which."""
-    own = Path(__file__).parent / "policies"
+    """The folders of all policies, that of the embedded model first: each has a policy.json that names its model."""
+    own = policies_folder()
     return [decoder_folder(), *(sorted(own.iterdir()) if own.is_dir() else [])]
 
 
