@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ from jaxcompress._extras import extra
 from jaxcompress.cli.runtime import Incomplete, swept
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import perplexity
+from jaxcompress.evaluation.policy_hash import policy_settings
 from jaxcompress.evaluation.results import Cell, Figure, Row, read_rows
 from jaxcompress.models.fingerprint import fingerprint
+from jaxcompress.policies.names import own_places
 
 if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
@@ -53,10 +55,16 @@ class OfTable(OfRows, OfModel):
 
     def cells_of(self, experiment: str, model: Decoder, context: int) -> Callable[..., Cell]:
         """`Cell` for a table of this model: what is left to give is task, policy, slots and settings."""
-        return partial(
+        make = partial(
             Cell, experiment=experiment, model=self.model or "embedded", model_hash=fingerprint(model), context=context,
             dtype=self.dtype,
         )  # fmt: skip
+
+        def cell(*, policy: str, settings: Mapping[str, Any] = {}, **given: Any) -> Cell:
+            own = policy_settings(policy, jc.get_policy(policy)) if own_places(policy) else {}
+            return make(policy=policy, settings=dict(settings) | own, **given)
+
+        return cell
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from paper_tables import OfBooks, Plan, figure_of_rows, markdown, of_experiment,
 import jaxcompress as jc
 from jaxcompress.checkpoints import Loaded, policy_of
 from jaxcompress.evaluation import rows_of_text
+from jaxcompress.evaluation.policy_hash import policy_settings
 from jaxcompress.evaluation.results import Cell, Figure, Row
 from jaxcompress.evaluation.ruler import METRIC
 from jaxcompress.evaluation.ruler import Plan as Needles
@@ -123,12 +124,13 @@ def plan(args: Arguments) -> Plan:
             model, policies = reader(name).loaded.model, reader(name).policies
             for context in args.contexts:
                 for policy in policies:
+                    own = policy_settings(policy, policies[policy])
                     for share in args.fractions if policies[policy].evicts else (1,):
                         for book in books:
                             yield Cell(
                                 experiment=EXPERIMENT, task=book, model=name, model_hash=fingerprint(model),
                                 policy=policy, slots=context // share, context=context, dtype=args.dtype,
-                                settings=dict(name=name, fraction=share, kind="text", rows=args.rows),
+                                settings=dict(name=name, fraction=share, kind="text", rows=args.rows) | own,
                             )  # fmt: skip
                 for cell in needles(name, context).cells(reader(name).loaded, name):
                     settings = dict(name=name, kind="needle") | dict(cell.settings)

@@ -103,19 +103,20 @@ class Compare(FigureFlag, RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags, 
         import jax
 
         from jaxcompress.evaluation.compare import Compared, capacities, compared
+        from jaxcompress.evaluation.policy_hash import policy_settings
         from jaxcompress.evaluation.results import Cell
         from jaxcompress.models.fingerprint import fingerprint
 
         made: dict[str, Any] = dict(
             experiment="compare", task=name, model=self.model or "embedded", model_hash=fingerprint(model),
             context=self.context, dtype=dtypes_told(model.embedding[...].dtype.name, self.state_dtype),
-            settings=dict(
-                seeds=self.seeds, rows=self.rows, questions=len(tasks.single), placement=self.placement,
-                tokens=short_hash(b"".join(row.tokens.tobytes() for row in tasks.whole)),
-            ),
+        )  # fmt: skip
+        settings = dict(
+            seeds=self.seeds, rows=self.rows, questions=len(tasks.single), placement=self.placement,
+            tokens=short_hash(b"".join(row.tokens.tobytes() for row in tasks.whole)),
         )  # fmt: skip
         cells = (
-            Cell(policy=name, slots=capacity, **made)
+            Cell(policy=name, slots=capacity, settings=settings | policy_settings(name, policy), **made)
             for name, policy in policies.items()
             for capacity in capacities(tasks, policy, slots)
         )

@@ -164,6 +164,7 @@ class Perplexity(
         about: dict[str, Any], done: list[Any], bar: Callable[[int], None], rules: ShardingRules | None,
     ) -> None:  # fmt: skip
         """Measures, and adds each line to `done`, to the file and to what is printed."""
+        from jaxcompress.evaluation.policy_hash import policy_settings
         from jaxcompress.evaluation.results import Cell, Figure
         from jaxcompress.evaluation.sweep import Row, capacities, measured, sweep
         from jaxcompress.models.fingerprint import fingerprint
@@ -178,13 +179,13 @@ class Perplexity(
         made: dict[str, Any] = dict(
             experiment="perplexity", task=about["text"], model=about["model"], model_hash=fingerprint(model),
             context=total, dtype=dtypes_told(model.embedding[...].dtype.name, self.state_dtype),
-            settings=dict(
-                mode=self.mode, chunk=reading["chunk"] if self.mode == "chunked" else None, prompt=prompt,
-                placement=self.placement, rows=len(tokens), tokens=short_hash(tokens.tobytes()),
-            ),
+        )  # fmt: skip
+        settings = dict(
+            mode=self.mode, chunk=reading["chunk"] if self.mode == "chunked" else None, prompt=prompt,
+            placement=self.placement, rows=len(tokens), tokens=short_hash(tokens.tobytes()),
         )  # fmt: skip
         cells = (
-            Cell(policy=name, slots=capacity, **made)
+            Cell(policy=name, slots=capacity, settings=settings | policy_settings(name, policy), **made)
             for name, policy in policies.items()
             for capacity in capacities(policy, slots, total, prompt)
         )

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcompress.evaluation.results import Row, Slots
+from jaxcompress.evaluation.policy_hash import POLICY_HASH
+from jaxcompress.evaluation.results import Cell, Row, Slots
 
-NOT_COMPARED = ("fraction",)
+NOT_COMPARED = ("fraction", POLICY_HASH)
 """Settings by which points of one comparison differ, as they do by policy and slots."""
 
 
@@ -20,6 +21,7 @@ class Point(NamedTuple):
     Attributes:
       comparison: equal for points that may be compared: experiment, tasks, metric, model, context, settings.
       task: the task, or `mean of N tasks`.
+      policy: as it was named; `#` and six digits tell apart what goes by one name, such as two learned policies.
       settings: in words.
       value: mean over seeds within a task, then over tasks.
       spread: standard deviation of that over seeds; of a single row its own spread; None if it is not known.
@@ -89,12 +91,18 @@ def _point(rows: Sequence[Row], over_tasks: bool) -> Point:
     ]  # fmt: skip
     return Point(
         json.dumps(compared, sort_keys=True), cell.experiment, task if over_tasks else tasks[0], figure.metric,
-        figure.lower_is_better, cell.model, made.device, cell.policy, cell.slots, cell.context, cell.dtype,
+        figure.lower_is_better, cell.model, made.device, _named(cell), cell.slots, cell.context, cell.dtype,
         in_words(shared), mean(lambda row: row.figure.value), _spread(rows, tasks, seeds),
         sum(row.figure.tokens for row in rows), sum(row.figure.samples for row in rows), len(seeds),
         mean(lambda row: row.figure.state_bytes), float(np.mean(speeds)) if speeds else None, len(rows),
         tuple(dict.fromkeys(row.made.code for row in rows)),
     )  # fmt: skip
+
+
+def _named(cell: Cell) -> str:
+    """The policy; of one whose name does not say all, a few digits more tell it from others of that name."""
+    own = cell.settings.get(POLICY_HASH)
+    return cell.policy if own is None else f"{cell.policy} #{own[:6]}"
 
 
 def _spread(rows: Sequence[Row], tasks: Sequence[str], seeds: Sequence[int]) -> float | None:
@@ -108,7 +116,8 @@ def _spread(rows: Sequence[Row], tasks: Sequence[str], seeds: Sequence[int]) -> 
 
 def in_words(settings: dict[str, Any]) -> str:
     """Settings in a line. Those that are None or a hash are left out: they part comparisons, and say nothing."""
-    shown = {name: value for name, value in settings.items() if value is not None and name not in ("text", "puzzles")}
+    hashes = ("text", "puzzles", "tokens")
+    shown = {name: value for name, value in settings.items() if value is not None and name not in hashes}
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 

@@ -76,14 +76,31 @@ def get_policy(name: str, learned: Policy | None = None) -> Policy:
     """
     if not isinstance(name, str):
         raise TypeError(f"the name of a policy is expected, such as 'tova', not {name!r:.60}")
-    place, text = "", name
-    if ":" in name and not _COMPOUND.match(name):
-        place, _, text = name.rpartition(":")
+    place, text = _placed(name)
     first, *modifiers = _split(text, "/")
     policy = own_policy(place, first) if place else _plain(first, learned)
     for modifier in modifiers:
         policy = _modified(policy, modifier)
     return policy
+
+
+def own_places(name: str) -> list[str]:
+    """The files and modules that a name takes policies from (see `jaxcompress.policies.own`); [] if it takes none."""
+    place, text = _placed(name)
+    if place:
+        return [place]
+    first = _split(text, "/")[0]
+    found = _COMPOUND.match(first)
+    parts = _split(first[found.end() : -1], ",") if found else []
+    return [place for part in parts for place in own_places(re.sub(r"^[\d.e+-]+\*", "", part))]
+
+
+def _placed(name: str) -> tuple[str, str]:
+    """The file or module of one's own before the last colon, empty if there is none, and the rest."""
+    if ":" not in name or _COMPOUND.match(name):
+        return "", name
+    place, _, text = name.rpartition(":")
+    return place, text
 
 
 def _plain(text: str, learned: Policy | None) -> Policy:

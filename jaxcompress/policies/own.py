@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -55,6 +56,18 @@ def own_policy(place: str, text: str) -> Policy:
     if hasattr(module, name):
         raise ValueError(f"{place}:{text} is no policy but {getattr(module, name)!r:.60}; the policies in it: {known}")
     raise ValueError(f"{place} has no policy {text!r}; the policies in it: {known}")
+
+
+def own_source(place: str) -> bytes:
+    """The code of a file or module, which need not be there: then nothing."""
+    path = Path(place).expanduser()
+    if not place.endswith(".py"):
+        try:
+            found = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            return b""
+        path = Path("" if found is None or found.origin is None else found.origin)
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _of_file(path: Path) -> ModuleType:

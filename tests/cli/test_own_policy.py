@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from test_cli import TEXT, folder, model, run, text, tokenizer  # noqa: F401  fixtures
 
+from jaxcompress.evaluation.board import points
+from jaxcompress.evaluation.results import read_rows
 from jaxcompress.evaluation.tracing import trace
 from jaxcompress.generation import Tokenizer
 from jaxcompress.models.decoder import Decoder
@@ -50,6 +52,21 @@ def test_commands_take_it(
         np.testing.assert_array_equal(file["death"], same.death)
     ran = run("generate", "--prompt", TEXT, "--policy", quiet, "--slots", 6, "--max-new-tokens", 2)
     assert (ran.code, ran.err) == (0, "")
+
+
+def test_a_file_that_changed_is_measured_again(run: Any, quiet: str, text: Path, tmp_path: Path) -> None:
+    path, out = Path(quiet.rpartition(":")[0]), tmp_path / "rows.jsonl"
+    how = ("--file", text, "--context", 16, "--rows", 1, "--policies", "tova", quiet, "--slots", 4, "--out", out)
+    assert run("perplexity", *how).code == 0
+    path.write_text(MINE.replace("return -jnp", "return jnp"))
+    ran = run("perplexity", *how)
+    assert (ran.code, "1 cells were in" in ran.err) == (0, True)
+    tova, first, second = read_rows(out)
+    assert "policy_hash" not in tova.cell.settings
+    assert first.cell.settings["policy_hash"] != second.cell.settings["policy_hash"]
+    found = points([tova, first, second])
+    assert len({point.comparison for point in found}) == 1
+    assert len({point.policy for point in found}) == 3
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_chat import chat_folder
 
 import jaxcompress as jc
+from jaxcompress.evaluation.board import NOT_COMPARED
 from jaxcompress.evaluation.results import Cell
 from jaxcompress.evaluation.ruler import METRIC, TASKS, Plan
 from jaxcompress.evaluation.ruler.hops import read_puzzles
@@ -20,6 +22,9 @@ from jaxcompress.evaluation.ruler.protocol import Asker, reading
 from jaxcompress.evaluation.ruler.sample import Sources
 from jaxcompress.evaluation.ruler.scoring import match_all, match_any
 from jaxcompress.evaluation.ruler.words import distinct_words
+from jaxcompress.policies import Policy, Retention
+from jaxcompress.policies.forget_head import init_forget_head
+from jaxcompress.policies.learned import LIKE_TOVA
 
 PARAGRAPH = (
     "The old mill stands where the river turns. Its wheel has not moved for years, and birds nest under the roof. "
@@ -210,6 +215,23 @@ def test_plan(loaded) -> None:
     assert (figure.metric, figure.samples, len(figure.details)) == (METRIC, 2, 2)
     assert 0 <= figure.value <= 100
     assert figure.tokens > 2 * 1800
+
+
+def test_a_cell_knows_the_weights_of_a_learned_policy(loaded) -> None:
+    """Not only its name: two heads over one model are two policies."""
+
+    def cell(name: str, policy: Policy) -> Cell:
+        plan = Plan(tasks=("vt",), lengths=(2300,), policies={name: policy}, fractions=(64,), text=TEXT)
+        return next(iter(plan.cells(loaded, "tiny")))
+
+    head = lambda seed: Retention(
+        init_forget_head(jax.random.key(seed), layers=1, kv_heads=2, head_dim=4, start=LIKE_TOVA), "layer"
+    )
+    first, again, other = (cell("learned", head(seed)) for seed in (0, 0, 1))
+    assert first.key == again.key != other.key
+    assert cell("learned", jc.get_policy("tova")).key != cell("learned", jc.get_policy("window")).key
+    assert "policy_hash" not in cell("tova", jc.get_policy("tova")).settings
+    assert NOT_COMPARED == ("fraction", "policy_hash")
 
 
 def test_questions_of_a_file(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxcompress.checkpoints._loaded import Loaded
+from jaxcompress.evaluation.policy_hash import policy_settings
 from jaxcompress.evaluation.results import Cell, Figure
 from jaxcompress.evaluation.ruler.hops import Puzzle
 from jaxcompress.evaluation.ruler.prompts import REST, Form, Prompt, fitted
@@ -71,6 +72,7 @@ class Plan:
         weights = loaded.model.embedding[...].dtype.name
         dtype = weights if self.dtype in (None, weights) else f"{weights}/{self.dtype}"
         for expression, policy in self.policies.items():
+            own = policy_settings(expression, policy)
             for length in self.lengths:
                 for settings, slots in self._settings(policy, length):
                     for task in self.tasks:
@@ -78,7 +80,7 @@ class Plan:
                             yield Cell(
                                 experiment=EXPERIMENT, task=task, model=model, model_hash=print_of_model,
                                 policy=expression, slots=slots, context=length, dtype=dtype, seed=seed,
-                                settings=settings,
+                                settings=settings | own,
                             )  # fmt: skip
 
     def _settings(self, policy: Policy, length: int) -> Iterator[tuple[dict[str, Any], int]]:
