@@ -26,12 +26,14 @@ class Exams(NamedTuple):
       whole: the texts with all their questions, `seeds` groups of equal size.
       single: a row per question, for compression before and after the question is known; empty if texts have no facts.
       prompt: the number of first tokens of a `single` row that are context.
+      drawn: the seed of each `single` row; seeds may have different numbers of them.
     """
 
     whole: list[Recall]
     single: list[Recall]
     prompt: int
     seeds: int
+    drawn: tuple[int, ...] = ()
 
 
 def exams(
@@ -55,17 +57,22 @@ def exams(
     """
     if words is None:
         return Exams([row for seed in range(seeds) for row in _plain(filler, context, rows, seed, bos)], [], 0, seeds)
-    whole, single = [], []
+    whole, single, drawn = [], [], []
     for seed in range(seeds):
         tasks = exam(filler, words, rows=rows, length=context, notes=8, questions=8, seed=seed, bos=bos)
         whole += tasks
-        single += one_by_one(tasks[:1], words)[:questions]
-    # Every context is cut from the front to the length of the shortest, so that one program reads them all.
+        found = one_by_one(tasks[:1], words)[:questions]
+        single += found
+        drawn += [seed] * len(found)
+    # Every context is cut to the length of the shortest, so that one program reads them all: it loses what follows its
+    # first token, which may be the beginning of sequence.
     line = len(words.recall) + 2 * WORDS_PER_SIDE + len(words.arrow)
     prompt = min(len(row.tokens) for row in single) - line
-    single = [Recall(*(part[-(prompt + line) :] for part in row)) for row in single]
-    single = [row for row in single if 0 < row.distance.max() < prompt]
-    return Exams(whole, single, prompt, seeds)
+    first = 0 if bos is None else 1
+    cut = lambda part: np.concatenate([part[:first], part[len(part) - (prompt + line - first) :]])
+    pairs = [(Recall(*map(cut, row)), seed) for row, seed in zip(single, drawn, strict=True)]
+    left = [(row, seed) for row, seed in pairs if 0 < row.distance.max() < prompt]
+    return Exams(whole, [row for row, _ in left], prompt, seeds, tuple(seed for _, seed in left))
 
 
 def _plain(filler: np.ndarray, context: int, rows: int, seed: int, bos: int | None) -> list[Recall]:
@@ -179,19 +186,19 @@ def compared(
     some = whole or before
     assert some is not None
     asked = lambda given: given is not None and given.right.size > 0
-    share = lambda given, rows: _spread(given.right, given.row, rows, tasks.seeds) if asked(given) else (None, None)
+    share = lambda given, drawn: _spread(given.right, drawn[given.row]) if asked(given) else (None, None)
+    drawn = np.repeat(np.arange(tasks.seeds), len(tasks.whole) // tasks.seeds), np.array(tasks.drawn, int)
     nats = (None, None) if whole is None else _of(whole.nats.reshape(tasks.seeds, -1).mean(1))
     return Compared(
-        policy.name, slots, *nats, *share(whole, len(tasks.whole)), *share(before, len(tasks.single)),
-        *share(after, len(tasks.single)), 2 * config.num_layers * config.num_kv_heads * slots * vector,
+        policy.name, slots, *nats, *share(whole, drawn[0]), *share(before, drawn[1]),
+        *share(after, drawn[1]), 2 * config.num_layers * config.num_kv_heads * slots * vector,
         some.state_bytes, some.occupied, None if whole is None else whole.tokens_per_second,
     )  # fmt: skip
 
 
-def _spread(right: np.ndarray, row: np.ndarray, rows: int, seeds: int) -> tuple[float, float]:
-    """Mean and standard deviation over seeds of the share of right answers."""
-    seed = row * seeds // rows
-    return _of(np.array([right[seed == s].mean() for s in range(seeds) if (seed == s).any()]))
+def _spread(right: np.ndarray, seed: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation over seeds of the share of right answers; the seed of each is given."""
+    return _of(np.array([right[seed == s].mean() for s in np.unique(seed)]))
 
 
 def _of(values: np.ndarray) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_decoder
 
 from jaxcompress import policies
-from jaxcompress.evaluation.compare import compare, exams
+from jaxcompress.evaluation.compare import _spread, compare, exams
 from jaxcompress.evaluation.recall import Wording, answers
 from jaxcompress.evaluation.sweep import sweep
 
@@ -23,9 +23,23 @@ def test_exams_have_one_length_and_answers_within_the_context() -> None:
     (length,) = {len(row.tokens) for row in TASKS.single}
     assert TASKS.prompt == length - 7  # "\n# recall:", key, arrow, value
     for row in TASKS.single:
+        assert row.tokens[0] == 0  # the beginning of sequence, however much was cut
         (first,) = np.flatnonzero(row.distance)
         assert (row.tokens[first - row.distance[first] :][:2] == row.tokens[first : first + 2]).all()
         assert row.tokens[TASKS.prompt :][:2].tolist() == WORDS.recall.tolist()
+
+
+def test_answers_count_for_the_seed_that_drew_their_question() -> None:
+    """Facts that were cut off leave seeds with different numbers of questions."""
+    tasks = exams(FILLER, WORDS, context=200, seeds=4, rows=1, questions=8, bos=0)
+    counts = np.bincount(tasks.drawn)
+    assert len(set(counts.tolist())) > 1
+    for row, seed in zip(tasks.single, tasks.drawn, strict=True):
+        asked = row.tokens[tasks.prompt :].tolist()
+        text = tasks.whole[seed].tokens.tolist()
+        assert any(text[at : at + len(asked)] == asked for at in range(len(text)))
+    right = np.repeat([1.0, 0.0, 0.0, 0.0], counts)
+    assert _spread(right, np.array(tasks.drawn))[0] == 0.25
 
 
 def test_rows() -> None:
