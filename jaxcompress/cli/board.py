@@ -18,9 +18,9 @@ class Board(FigureFlag, JsonFlag):
     """Compares results: quality against measured bytes and speed, and which policies nothing beats.
 
     It reads the rows that `--out` of other commands and scripts added to files. Rows that differ only in their seeds
-    are averaged, and those of several tasks too; ± is the standard deviation over seeds, or for one row that over its
-    samples. * marks points that no other beats in quality and bytes. Only rows of one experiment, model, length,
-    setting and device are compared.
+    are averaged, and those of several tasks too; ± is the standard deviation of the rows over seeds, or for one row
+    the standard error of its mean over samples. * marks points that no other beats in quality and bytes. Only rows of
+    one experiment, model, length, setting and device are compared.
 
     Example: jaxcompress board --rows rows.jsonl --page board.html --figure board.svg
     """
@@ -52,7 +52,7 @@ class Board(FigureFlag, JsonFlag):
             write_json([point._asdict() for point in found])
         else:
             print("\n".join(table(found)))
-        for line in uneven(found):
+        for line in () if self.by_task else uneven(found):  # by task, there are no means to be uneven
             tell(line)
         if self.figure is not None:
             from jaxcompress.evaluation.board_figure import draw

@@ -29,6 +29,7 @@ class Point(NamedTuple):
       state_bytes, tokens_per_second: means.
       rows: how many there are.
       codes: of the rows, by which version of the code they were made.
+      command: a command that made one of them.
     """
 
     comparison: str
@@ -52,14 +53,15 @@ class Point(NamedTuple):
     tokens_per_second: float | None
     rows: int
     codes: tuple[str, ...]
+    command: str
 
 
 def points(rows: Iterable[Row], *, over_tasks: bool = True) -> list[Point]:
     """The points of rows, in the order in which their first rows were made.
 
     Args:
-      over_tasks: whether the tasks of an experiment are averaged; else each is a point of its own. Rows without
-        settings, such as the texts of a perplexity, are averaged too.
+      over_tasks: whether the tasks of an experiment are averaged, such as RULER's or the books of a table; else each
+        is a point of its own.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -95,7 +97,7 @@ def _point(rows: Sequence[Row], over_tasks: bool) -> Point:
         in_words(shared), mean(lambda row: row.figure.value), _spread(rows, tasks, seeds),
         sum(row.figure.tokens for row in rows), sum(row.figure.samples for row in rows), len(seeds),
         mean(lambda row: row.figure.state_bytes), float(np.mean(speeds)) if speeds else None, len(rows),
-        tuple(dict.fromkeys(row.made.code for row in rows)),
+        tuple(dict.fromkeys(row.made.code for row in rows)), rows[0].made.command,
     )  # fmt: skip
 
 
@@ -124,6 +126,8 @@ def in_words(settings: dict[str, Any]) -> str:
 def front(chosen: Sequence[Point], cost: Callable[[Point], float | None]) -> list[Point]:
     """The points that no other beats: none costs as little or less and is as good or better, one of both truly.
 
+    Of points that are equal in both, all are on it.
+
     Args:
       chosen: points of one comparison.
       cost: lower is better; None: the point is left out.
@@ -134,10 +138,10 @@ def front(chosen: Sequence[Point], cost: Callable[[Point], float | None]) -> lis
     worth = lambda point: -point.value if point.lower_is_better else point.value
     costs = [(cost(point), -worth(point), number) for number, point in enumerate(chosen)]
     priced = [(price, loss, number) for price, loss, number in costs if price is not None]
-    kept, best = [], float("inf")
-    for _, loss, number in sorted(priced):
-        if loss < best:
-            best = loss
+    kept, best = [], (float("inf"), float("inf"))
+    for price, loss, number in sorted(priced):
+        if loss < best[1] or (price, loss) == best:
+            best = price, loss
             kept.append(chosen[number])
     return kept
 

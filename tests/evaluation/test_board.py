@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from jaxcompress.cli import main
 from jaxcompress.evaluation.board import Point, front, fronts, memory, points, slowness, table, uneven
 from jaxcompress.evaluation.board_figure import draw
 from jaxcompress.evaluation.board_page import board_page
 from jaxcompress.evaluation.kvpress_format import write_kvpress
 from jaxcompress.evaluation.provenance import Provenance
-from jaxcompress.evaluation.results import Cell, Figure, Row
+from jaxcompress.evaluation.results import Cell, Figure, Row, append
 
 MADE = Provenance(version="0.1.0", code="abc", device="cpu", command="jaxcompress ruler --model '</script>'")
 DETAIL = dict(
@@ -63,6 +65,14 @@ def test_only_what_may_be_compared_is() -> None:
     assert len(uneven(points([row(), row("h2o", task="cwe")]))) == 1
 
 
+def test_only_means_over_tasks_can_be_uneven(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    append(tmp_path / "rows.jsonl", [row(), row("h2o", task="cwe")])
+    for more, told in (((), "measured on different tasks"), (("--by-task",), "")):
+        assert main(["board", "--rows", str(tmp_path / "rows.jsonl"), *more]) == 0
+        err = capsys.readouterr().err
+        assert told in err if told else not err
+
+
 def test_the_newer_of_two_rows_of_a_cell_counts() -> None:
     (point,) = points([row(value=1), row(value=9)])
     assert (point.value, point.rows) == (9, 1)
@@ -78,7 +88,8 @@ def test_what_nothing_beats() -> None:
     quick = points([row(policy, value, speed=speed) for policy, value, speed in speeds])
     assert [point.policy for point in front(quick, slowness)] == ["b", "a"]
     equal = points([row("a", 50), row("b", 50)])
-    assert len(front(equal, memory)) == 1
+    assert [point.policy for point in front(equal, memory)] == ["a", "b"]
+    assert [point.policy for point in front(points([row("a", 50), row("b", 50), row("c", 40)]), memory)] == ["a", "b"]
     assert {point.policy for point in fronts(given, memory)} == {"knorm", "full"}
 
 
@@ -120,6 +131,10 @@ def test_the_page_stands_alone() -> None:
     assert {one["task"] for one in shown} == {"vt", "cwe", "mean of 2 tasks"}
     assert shown[0]["command"] == "jaxcompress ruler --model '</script>'"
     assert text.count("</script>") == 2
+    other = row("tova", 10, fraction=8)._replace(made=replace(MADE, command="jaxcompress ruler --fractions 8"))
+    page = _Page()
+    page.feed(board_page([row(), other]))
+    assert [one["command"] for one in json.loads(page.data)] == [MADE.command, "jaxcompress ruler --fractions 8"]
     with pytest.raises(ValueError, match="no rows"):
         board_page([])
 
@@ -145,11 +160,25 @@ def test_the_files_of_kvpress(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert [line["task"] for line in lines] == ["vt", "vt", "cwe"]
     assert lines[0]["predicted_answer"] == ' a,\n"c"'
-    assert float(lines[0]["compression_ratio"]) == 0.75
+    assert float(lines[0]["compression_ratio"]) == 1 - 192 / 700  # of this context
+    with (folders[1] / "predictions.csv").open(newline="") as file:
+        assert float(next(csv.DictReader(file))["compression_ratio"]) == 0.75  # the longest: the question counts too
     config = json.loads((folders[1] / "config.yaml").read_text())
     assert (config["press_name"], config["compress_questions"], config["data_dir"]) == ("tova", True, "1024")
     with pytest.raises(ValueError, match="no row is of RULER"):
         write_kvpress([], tmp_path)
+
+
+def test_settings_that_share_a_name_get_folders_of_their_own(tmp_path: Path) -> None:
+    plain = row(value=20)
+    plain = plain._replace(cell=replace(plain.cell, settings=dict(plain.cell.settings, form="plain")))
+    rows = [row(value=1), row(value=40), plain, row(fraction=128), row(fraction=150)]  # the first is measured again
+    folders = write_kvpress(rows, tmp_path)
+    assert [folder.name.removeprefix("ruler__1024__org--smol__tova__") for folder in folders] == [
+        "0.75", "0.75__form-plain", "0.99__fraction-128__slots-6", "0.99__fraction-150__slots-5",
+    ]  # fmt: skip
+    scores = [json.loads((folder / "metrics.json").read_text())["vt"]["string_match"] for folder in folders[:2]]
+    assert scores == [40, 20]
 
 
 def test_points_may_be_kept_in_sets() -> None:

@@ -185,6 +185,8 @@ def test_answers_are_those_of_reading_each_prompt_by_itself(known: bool, asker: 
     """A batch that is not full, two questions of one context, and a copy of the state: against `generate`."""
     given = asker.ask(prompts, jc.get_policy("full"), 1, "kvpress", known=known)
     assert len(given.written) == 6
+    times = 2 if known else 1  # a context is read anew for a question that it is bounded with
+    assert given.tokens == times * sum(len(one.context) for one in prompts) + 6 * 5  # not those that fill the batch
     assert given.tokens_per_second > 0
     rows = [np.r_[one.context, one.asked[j], one.closing[j]] for one in prompts for j in range(2)]
     (tokens,) = jc.generate(loaded.model, rows, jc.get_policy("full"), 1600, max_new_tokens=5, mode="oneshot")

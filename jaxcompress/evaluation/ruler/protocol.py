@@ -137,7 +137,7 @@ class Asker:
             self.model, how.policy, how.slots, batch=self.batch, dtype=self.dtype, placement=self.placement
         )
         written: list[list[str]] = [[] for _ in prompts]
-        read = wrote = nbytes = 0
+        read = wrote = written_by_all = nbytes = 0
         seconds = 0.0
         for start in range(0, len(prompts), self.batch):
             some = [prompts[min(start + i, len(prompts) - 1)] for i in range(self.batch)]  # the last fills the batch
@@ -148,13 +148,13 @@ class Asker:
                     shared = self._read(some, state(), how, number if known else None)
                     read += sum(len(one.context) for one in some[:real])
                 asked = self._ask(some, shared.copy(), how, number, known)
-                texts, tokens, took = self._written(asked, real)
-                wrote, seconds = wrote + tokens, seconds + took
+                texts, tokens, of_all, took = self._written(asked, real)
+                wrote, written_by_all, seconds = wrote + tokens, written_by_all + of_all, seconds + took
                 nbytes = sum(part.nbytes for part in asked.kv) // self.batch if nbytes == 0 else nbytes
                 for i, text in enumerate(texts):
                     written[start + i].append(text)
         flat = [text for mine in written for text in mine]
-        return Answered(flat, read + wrote, nbytes, wrote / seconds if seconds else 0.0)
+        return Answered(flat, read + wrote, nbytes, written_by_all / seconds if seconds else 0.0)
 
     def _read(self, prompts: Sequence[Prompt], state: DecodeState, how: Reading, question: int | None) -> DecodeState:
         """The state after the contexts, and after a question if it is known."""
@@ -168,12 +168,13 @@ class Asker:
         pieces = [one.closing[number] if known else np.r_[one.asked[number], one.closing[number]] for one in prompts]
         return prefill(self.model, pieces, state, mode=how.later, segment=_SEGMENT)
 
-    def _written(self, state: DecodeState, real: int) -> tuple[list[str], int, float]:
-        """The answers of the first `real` rows, how many tokens all rows wrote, and in how many seconds."""
+    def _written(self, state: DecodeState, real: int) -> tuple[list[str], int, int, float]:
+        """The answers of the first `real` rows, how many tokens they and all rows wrote, and in how many seconds."""
         config = GenerationConfig(stop_token_ids=self.stop)
         next(decode_stream(self.model, state.copy(), 1, config))  # compiles
         begun = time.perf_counter()
         groups = list(decode_stream(self.model, state, self.new_tokens, config, stream_every=GROUP))
         seconds = time.perf_counter() - begun
         tokens = np.concatenate(groups, axis=1)
-        return [self.decode(row) for row in tokens[:real]], int((tokens >= 0).sum()), seconds
+        count = lambda rows: int((rows >= 0).sum())
+        return [self.decode(row) for row in tokens[:real]], count(tokens[:real]), count(tokens), seconds
