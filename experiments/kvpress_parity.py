@@ -513,4 +513,4 @@ if __name__ == "__main__":
         work(args)
     else:
         with TemporaryDirectory() as folder:
-            run(args, lambda: plan(args, Path(folder)), table, line)
+            run(args, lambda: plan(args, Path(folder)), table, line, experiment=EXPERIMENT, apart=("press",))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +16,12 @@ import numpy as np
 from command import Command, OfModel, stop
 
 import jaxcompress as jc
+from jaxcompress import embedded
 from jaxcompress._extras import extra
-from jaxcompress.cli.runtime import Incomplete, swept
+from jaxcompress.cli.runtime import Incomplete, check_writable, short_hash, swept
 from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation import perplexity
-from jaxcompress.evaluation.policy_hash import policy_settings
+from jaxcompress.evaluation.policy_hash import POLICY_HASH, policy_settings
 from jaxcompress.evaluation.results import Cell, Figure, Row, read_rows
 from jaxcompress.models.fingerprint import fingerprint
 from jaxcompress.policies.names import own_places
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 PG19 = "emozilla/pg19"
 """PG-19 as Parquet files on the hub; `deepmind/pg19` needs a script."""
+TEXT = "text"
+"""The detail of a figure that stands for the text it is from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +56,13 @@ class OfTable(OfRows, OfModel):
 
     def load(self) -> Loaded:
         """The model and its tokenizer."""
-        return jc.load_embedded() if self.model is None else jc.load(self.model, dtype=self.dtype)
+        return jc.load(embedded.decoder_folder() if self.model is None else self.model, dtype=self.dtype)
 
     def cells_of(self, experiment: str, model: Decoder, context: int) -> Callable[..., Cell]:
         """`Cell` for a table of this model: what is left to give is task, policy, slots and settings."""
         make = partial(
             Cell, experiment=experiment, model=self.model or "embedded", model_hash=fingerprint(model), context=context,
-            dtype=self.dtype,
+            dtype=dtype_of(model, self.dtype),
         )  # fmt: skip
 
         def cell(*, policy: str, settings: Mapping[str, Any] = {}, **given: Any) -> Cell:
@@ -65,6 +70,11 @@ class OfTable(OfRows, OfModel):
             return make(policy=policy, settings=dict(settings) | own, **given)
 
         return cell
+
+
+def dtype_of(model: Decoder, asked: str) -> str:
+    """What the weights are stored in: int8 if that was asked for, which leaves the embedding a float."""
+    return asked if asked == "int8" else model.embedding[...].dtype.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +94,16 @@ class OfBooks(OfTable):
             return
         if not self.texts:
             yield from ((document.name, document.text) for document in held_out()[: 2 if self.quick else None])
+        files: dict[str, Path] = {}
         for path in self.texts:
-            files = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
-            if not files:
+            found = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
+            if not found:
                 stop(f"there is no text in {path.absolute()}: --texts takes UTF-8 files, or folders with .txt files")
-            yield from ((file.stem, file.read_text("utf-8")) for file in files)
+            for file in found:
+                if file.stem in files:
+                    stop(f"{files[file.stem]} and {file} would be one text, {file.stem!r}, in the rows: rename one")
+                files[file.stem] = file
+        yield from ((name, file.read_text("utf-8")) for name, file in files.items())
 
 
 def of_hub(name: str, what: str, flag: str, **given: Any) -> Any:
@@ -129,27 +144,66 @@ Plan = tuple[Iterable[Cell], Callable[[Cell], Iterable[Figure]]]
 """The cells of a table, and what measures one."""
 
 
+def of_texts(args: OfRows, cells: Iterable[Cell], figures: Callable[[Cell], Iterable[Figure]],
+             text: Callable[[Cell], str]) -> Plan:  # fmt: skip
+    """The same plan, whose figures say from which text they are, in their details.
+
+    A file of rows that has a cell of another text ends the program with one line: a cell names its text only. Rows of
+    earlier versions do not say theirs, and are taken as they are.
+
+    Args:
+      text: of a cell.
+    """
+    there: dict[str, set[str]] = {}
+    for row in read_rows(args.out) if args.out is not None and args.out.exists() else []:
+        if isinstance(row.figure.details, dict) and TEXT in row.figure.details:
+            there.setdefault(row.cell.key, set()).add(row.figure.details[TEXT])
+    known = lambda cell: short_hash(text(cell).encode())
+
+    def checked() -> Iterator[Cell]:
+        for cell in cells:
+            if there.get(cell.key, set()) - {known(cell)}:
+                stop(f"{args.out} has rows of another text that is called {cell.task} too: give another --out")
+            yield cell
+
+    def said(cell: Cell) -> Iterator[Figure]:
+        for figure in figures(cell):
+            yield replace(figure, details=dict(figure.details or {}, **{TEXT: known(cell)}))
+
+    return checked(), said
+
+
 def run(
     args: OfRows,
     plan: Callable[[], Plan],
     table: Callable[[Sequence[Row]], list[str]],
     line: Callable[[Row], str],
+    *,
+    experiment: str,
+    apart: Collection[str] = (),
 ) -> None:
     """Measures the cells that --out lacks and prints the table; with --table only writes what --out holds.
+
+    What cannot be done ends the program with one line and exit code 2.
 
     Args:
       plan: called when something is to be measured.
       table: rows -> lines of Markdown.
       line: a row -> what is printed when it is there.
+      experiment: of the rows.
+      apart: what the table itself tells apart, see `tables`.
     """
+    drawn = lambda rows: "\n".join(tables(of_experiment(rows, experiment), table, apart))
     if args.table is not None:
-        if args.out is None:
-            stop("--table draws the rows of a file: give it as --out")
-        args.table.write_text("\n".join(table(read_rows(args.out))) + "\n", encoding="utf-8")
+        with in_a_line():
+            check_writable(args.table)
+            if args.out is None:
+                stop("--table draws the rows of a file: give it as --out")
+            rows = read_rows(args.out)
+        args.table.write_text(drawn(rows) + "\n", encoding="utf-8")
         return
     if args.out is None and not args.quick:
         stop("--out is missing: the file that keeps what was measured, so that a sweep that is stopped goes on")
-    cells, figures = plan()
     done: list[Row] = []
 
     def show(rows: Sequence[Row]) -> None:
@@ -158,12 +212,67 @@ def run(
             print(line(row), flush=True)
 
     try:
-        swept(cells, figures, args.out, show)
+        with in_a_line():
+            check_writable(args.out)
+            cells, figures = plan()
+            swept(cells, figures, args.out, show)
     except Incomplete as error:
         print(error, file=sys.stderr)
         raise SystemExit(4) from None
     finally:
-        print("\n".join(table(done)))
+        if done:
+            print(drawn(done))
+
+
+@contextmanager
+def in_a_line() -> Iterator[None]:
+    """Of arguments and files that are wrong one line is told; what a cell raises is told beside it, and goes on."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        stop(" ".join(str(error).split()))
+
+
+def tables(rows: Sequence[Row], table: Callable[[Sequence[Row]], list[str]], apart: Collection[str] = ()) -> list[str]:
+    """The table of rows, or several under headings where rows differ in what a line of the table does not say.
+
+    That is the model, the context, the dtype, a setting, or what a policy is beside its name. A row that has no such
+    setting is part of every table.
+
+    Args:
+      apart: fields (`model`, `context`, `dtype`) and settings that the table tells apart. Where it does so with models,
+        what goes by one name must be one model.
+    """
+    said = [_facts(row.cell, apart) for row in rows]
+    values: dict[str, dict[str, None]] = {}
+    for facts in said:
+        for name, value in facts.items():
+            values.setdefault(name, {})[value] = None
+    differs = {name: list(found) for name, found in values.items() if len(found) > 1}
+    groups: dict[frozenset[int], str] = {}
+    for chosen in itertools.product(*differs.values()):
+        wanted = dict(zip(differs, chosen, strict=True))
+        fits = lambda facts, wanted=wanted: all(facts.get(name, value) == value for name, value in wanted.items())
+        groups.setdefault(
+            frozenset(number for number, facts in enumerate(said) if fits(facts)),
+            ", ".join(f"{name} {value}" for name, value in wanted.items()),
+        )
+    largest = {some: title for some, title in groups.items() if not any(some < other for other in groups)}
+    if len(largest) < 2:
+        return table(rows)
+    lines: list[str] = []
+    for some, title in largest.items():
+        lines += [*([""] if lines else []), f"**{title}**", "", *table([rows[number] for number in sorted(some)])]
+    return lines
+
+
+def _facts(cell: Cell, apart: Collection[str]) -> dict[str, str]:
+    """What must be equal for rows of one table."""
+    found: dict[str, Any] = {"context": cell.context, "dtype": cell.dtype, **cell.settings}
+    own = found.pop(POLICY_HASH, None)
+    facts = {name: str(value) for name, value in found.items() if name not in apart}
+    facts[f"model {cell.model}" if "model" in apart else "model"] = cell.model_hash[:12]
+    return facts if own is None else facts | {f"{cell.policy} of {cell.model}": own}
 
 
 def of_experiment(rows: Sequence[Row], experiment: str) -> list[Row]:

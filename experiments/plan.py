@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from command import arguments
+from command import arguments, stop
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from paper_tables import OfTable, Plan, markdown, of_experiment, run
@@ -97,6 +97,10 @@ QUICK = Arguments(quick=True, models=("Llama 3 8B",), machines=("1 H100",), cont
 
 
 def plan(args: Arguments) -> Plan:
+    for flag, given, known in (("--models", args.models, LLAMA), ("--machines", args.machines, MACHINES)):
+        if unknown := [name for name in given if name not in known]:
+            stop(f"unknown name {unknown[0]!r} in {flag}; known: {', '.join(known)}")
+
     def cells() -> Iterator[Cell]:
         # A fixed state is the same for every context.
         fixed = [("tova", slots, max(args.contexts)) for slots in args.slots]
@@ -279,7 +283,7 @@ def line(row: Row) -> str:
 def main(args: Arguments) -> None:
     if not args.quick:
         jax.config.update("jax_num_cpu_devices", max(math.prod(shape_of(one.decode[0])) for one in MACHINES.values()))
-    run(args, lambda: plan(args), table, line)
+    run(args, lambda: plan(args), table, line, experiment="plan", apart=("model", "context", "machine"))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from command import arguments
-from paper_tables import OfBooks, Plan, markdown, of_experiment, run, spread
+from paper_tables import OfBooks, Plan, markdown, of_experiment, of_texts, run, spread
 from tova_documents import squality
 
 from jaxcompress.checkpoints import Loaded
@@ -109,16 +109,20 @@ class Piece(NamedTuple):
 
 
 def continuations(args: Arguments, books: dict[str, str], tokenizer: Any) -> list[Piece]:
-    """Pieces of books and what follows them, evenly spread over the books and over each."""
+    """Pieces of books and what follows them, evenly spread over the books and over each.
+
+    If they cannot be dealt evenly, the first books have one more.
+    """
     found = []
-    each = -(-args.contexts // len(books))
-    for text in books.values():
+    each, more = divmod(args.contexts, len(books))
+    for number, text in enumerate(books.values()):
         words = words_of(text)
-        for at in np.linspace(0, max(len(words) - 2 * args.words, 0), each + 2).astype(int)[1:-1]:
+        count = each + (number < more)
+        for at in np.linspace(0, max(len(words) - 2 * args.words, 0), count + 2).astype(int)[1:-1]:
             end = words[min(at + args.words, len(words) - 1)].start
             rest = tokenizer.encode(text[end : end + 12 * args.after].lstrip(), add_bos=False)[: args.after]
             found.append(Piece("", text[words[at].start : end].strip(), "\n", np.asarray(rest)))
-    return found[: args.contexts]
+    return found
 
 
 def framed(tokenizer: Any) -> tuple[str, str]:
@@ -241,7 +245,7 @@ def plan(args: Arguments) -> Plan:
         yield Figure(metric=READING, value=statistics.median(one.seconds for one in found), lower_is_better=True,
                      **facts)  # fmt: skip
 
-    return cells, figures
+    return of_texts(args, cells, figures, lambda cell: repr([piece[:3] for piece in tasks[cell.task]]))
 
 
 def timed(what: Callable[[Any], Any], given: Any) -> tuple[Any, float]:
@@ -320,4 +324,4 @@ def of_task(task: str, rows: Sequence[Row], found: dict[tuple[str, str, Any, str
 
 if __name__ == "__main__":
     args = arguments(QUICK)
-    run(args, lambda: plan(args), table, line)
+    run(args, lambda: plan(args), table, line, experiment=EXPERIMENT, apart=("ratio",))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from command import arguments, stop
-from paper_tables import OfBooks, Plan, markdown, of_experiment, run
+from paper_tables import OfBooks, Plan, markdown, of_experiment, of_texts, run
 
 from jaxcompress.evaluation.results import Cell, Figure, Row
 from jaxcompress.policies import Full
@@ -116,7 +116,7 @@ def plan(args: Arguments) -> Plan:
             yield Figure(metric=AFTER_VARIATION, value=mean(left, "variation_rate"), lower_is_better=True, **mine)
             yield Figure(metric=AFTER_GAP, value=mean(left, "alignment_gap"), lower_is_better=True, **mine)
 
-    return cells, figures
+    return of_texts(args, cells, figures, lambda cell: repr(texts))
 
 
 def shortened(teacher: Teacher, instruction: str, piece: str) -> Annotation | None:
@@ -154,4 +154,4 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 if __name__ == "__main__":
     args = arguments(QUICK)
-    run(args, lambda: plan(args), table, line)
+    run(args, lambda: plan(args), table, line, experiment=EXPERIMENT, apart=("model", "dtype"))

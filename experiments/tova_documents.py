@@ -186,7 +186,7 @@ def f1(references: Sequence[str], answer: str) -> dict[str, float]:
     """F1 of words in % without articles and punctuation, as SQuAD and QASPER count them; the best reference."""
 
     def words(text: str) -> list[str]:
-        text = "".join(" " if character in string.punctuation else character for character in text.lower())
+        text = "".join(character for character in text.lower() if character not in string.punctuation)
         return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
     def one(reference: str) -> float:
@@ -338,4 +338,4 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 if __name__ == "__main__":
     args = arguments(QUICK)
-    run(args, lambda: plan(args), table, line)
+    run(args, lambda: plan(args), table, line, experiment=EXPERIMENT)

@@ -21,7 +21,7 @@ from typing import get_args
 import jax
 import numpy as np
 from command import arguments
-from paper_tables import OfBooks, Plan, markdown, of_experiment, run
+from paper_tables import OfBooks, Plan, markdown, of_experiment, of_texts, run
 
 import jaxcompress as jc
 from jaxcompress.cli.runtime import held_out_text
@@ -101,7 +101,7 @@ def plan(args: Arguments) -> Plan:
                 details=dict(start=start, stop=stop),
             )  # fmt: skip
 
-    return cells, figures
+    return of_texts(args, cells, figures, lambda cell: books[cell.task])
 
 
 def line(row: Row) -> str:
@@ -144,4 +144,4 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 if __name__ == "__main__":
     args = arguments(QUICK)
-    run(args, lambda: plan(args), table, line)
+    run(args, lambda: plan(args), table, line, experiment=EXPERIMENT, apart=("placement",))

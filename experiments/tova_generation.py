@@ -96,6 +96,8 @@ def written(
 
 def plan(args: Arguments) -> Plan:
     loaded = args.load()
+    for policy in args.policies:
+        jc.get_policy(policy)  # an unknown one ends it here
     name, judge = judge_of(args, loaded)
     make_cell = args.cells_of(EXPERIMENT, loaded.model, args.tokens)
     cells = (
@@ -157,4 +159,4 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 if __name__ == "__main__":
     args = arguments(QUICK)
-    run(args, lambda: plan(args), table, line)
+    run(args, lambda: plan(args), table, line, experiment=EXPERIMENT, apart=("judge",))

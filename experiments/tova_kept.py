@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from command import arguments
-from paper_tables import OfBooks, Plan, markdown, of_experiment, run, spread
+from paper_tables import OfBooks, Plan, markdown, of_experiment, of_texts, run, spread
 
 import jaxcompress as jc
 from jaxcompress.evaluation import ages, held, rows_of_text, survival_by_kind, token_kinds, token_texts, trace
@@ -156,7 +156,7 @@ def plan(args: Arguments) -> Plan:
         jax.clear_caches()  # programs of other sizes would only fill memory
         return figures_of(death, text, int(np.max(cell.slots)), args.after, sum(part.nbytes for part in state))
 
-    return cells, figures
+    return of_texts(args, cells, figures, lambda cell: books[cell.task])
 
 
 def line(row: Row) -> str:
@@ -214,4 +214,4 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 if __name__ == "__main__":
     args = arguments(QUICK)
-    run(args, lambda: plan(args), table, line)
+    run(args, lambda: plan(args), table, line, experiment=EXPERIMENT)

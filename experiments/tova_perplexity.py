@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from command import arguments
-from paper_tables import OfBooks, Plan, figure_of_rows, markdown, of_experiment, run
+from paper_tables import OfBooks, Plan, figure_of_rows, markdown, of_experiment, of_texts, run
 
 import jaxcompress as jc
 from jaxcompress.evaluation import rows_of_text
@@ -75,7 +75,7 @@ def plan(args: Arguments) -> Plan:
         rows = tokens_of(cell.task)
         return [figure_of_rows(METRIC, model, rows, policies[cell.policy], cell.slots, args.batch)]
 
-    return cells, figures
+    return of_texts(args, cells, figures, lambda cell: texts[cell.task])
 
 
 def line(row: Row) -> str:
@@ -125,4 +125,4 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 if __name__ == "__main__":
     args = arguments(QUICK)
-    run(args, lambda: plan(args), table, line)
+    run(args, lambda: plan(args), table, line, experiment=EXPERIMENT)

@@ -27,9 +27,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from command import arguments, stop
-from paper_tables import OfBooks, Plan, figure_of_rows, markdown, of_experiment, run, spread
+from paper_tables import OfBooks, Plan, dtype_of, figure_of_rows, markdown, of_experiment, run, spread
 
 import jaxcompress as jc
+from jaxcompress import embedded
 from jaxcompress.checkpoints import Loaded, policy_of
 from jaxcompress.evaluation import rows_of_text
 from jaxcompress.evaluation.policy_hash import policy_settings
@@ -105,7 +106,7 @@ def plan(args: Arguments) -> Plan:
     @lru_cache(maxsize=1)
     def reader(name: str) -> Reader:
         model = named[name]
-        loaded = jc.load_embedded() if model in (None, "embedded") else jc.load(model, dtype=args.dtype)
+        loaded = jc.load(embedded.decoder_folder() if model in (None, "embedded") else model, dtype=args.dtype)
         own = None if name == AS_IS else policy_of(loaded.model, loaded.folder)
         names = ("full", *args.policies) if own is None else ("full", OWN)
         made = None if own is None else own.make()
@@ -123,18 +124,19 @@ def plan(args: Arguments) -> Plan:
         for name in named:
             model, policies = reader(name).loaded.model, reader(name).policies
             for context in args.contexts:
+                dtype = dtype_of(model, args.dtype)
                 for policy in policies:
                     own = policy_settings(policy, policies[policy])
                     for share in args.fractions if policies[policy].evicts else (1,):
                         for book in books:
                             yield Cell(
                                 experiment=EXPERIMENT, task=book, model=name, model_hash=fingerprint(model),
-                                policy=policy, slots=context // share, context=context, dtype=args.dtype,
+                                policy=policy, slots=context // share, context=context, dtype=dtype,
                                 settings=dict(name=name, fraction=share, kind="text", rows=args.rows) | own,
                             )  # fmt: skip
                 for cell in needles(name, context).cells(reader(name).loaded, name):
                     settings = dict(name=name, kind="needle") | dict(cell.settings)
-                    yield replace(cell, experiment=EXPERIMENT, settings=settings)
+                    yield replace(cell, experiment=EXPERIMENT, dtype=dtype, settings=settings)
 
     compiled = None
 
@@ -231,4 +233,7 @@ def _of_context(rows: Sequence[Row], control: str) -> list[str]:
 
 if __name__ == "__main__":
     args = arguments(QUICK)
-    run(args, lambda: plan(args), lambda rows: table(rows, args.control), line)
+    run(
+        args, lambda: plan(args), lambda rows: table(rows, args.control), line, experiment=EXPERIMENT,
+        apart=("model", "context", "name", "fraction", "kind", "rows", "question", "form", "samples"),
+    )  # fmt: skip

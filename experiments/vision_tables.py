@@ -164,4 +164,4 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 if __name__ == "__main__":
     args = arguments(QUICK)
-    run(args, lambda: plan(args), table, line)
+    run(args, lambda: plan(args), table, line, experiment=EXPERIMENT)

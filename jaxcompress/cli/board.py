@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxcompress.cli.flags import FigureFlag, JsonFlag
-from jaxcompress.cli.runtime import check_writable, tell, write_json
+from jaxcompress.cli.runtime import check_figure, check_writable, tell, write_json
 
 if TYPE_CHECKING:
     from jaxcompress.evaluation.results import Row
@@ -43,7 +43,8 @@ class Board(FigureFlag, JsonFlag):
     """Write rows of `jaxcompress ruler` in protocol kvpress into this folder, as kvpress's evaluation does."""
 
     def run(self) -> None:
-        check_writable(self.page, self.figure)
+        check_writable(self.page)
+        check_figure(self.figure)
         rows = self._chosen()
         from jaxcompress.evaluation.board import points, table, uneven
 

@@ -17,6 +17,7 @@ from jaxcompress.cli.flags import (
     at_least,
 )
 from jaxcompress.cli.runtime import (
+    check_figure,
     check_writable,
     chosen_policy,
     dtypes_told,
@@ -76,7 +77,8 @@ class Compare(FigureFlag, RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags, 
         self.check_placement(*self.policies)
         if self.fractions != _FRACTIONS and set(self.policies) == {"full"}:
             raise ValueError("--fractions does nothing for full, which gets the whole context; leave it out")
-        check_writable(self.out, self.figure)
+        check_writable(self.out)
+        check_figure(self.figure)
         model, tokenizer = open_model(self.model, self.dtype)
         policies = {name: chosen_policy(name, model, tokenizer.folder) for name in self.policies}
         from jaxcompress.evaluation.compare import compare

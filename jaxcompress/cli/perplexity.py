@@ -20,6 +20,7 @@ from jaxcompress.cli.flags import (
 )
 from jaxcompress.cli.mesh import ProfileFlag, is_first
 from jaxcompress.cli.runtime import (
+    check_figure,
     check_writable,
     chosen_policy,
     dtypes_told,
@@ -102,15 +103,19 @@ class Perplexity(
             with progress(runs * tokens.size, "reading") as bar:
                 self._sweep(model, tokens, policies, slots, about, done, bar, rules)
         finally:
-            if self.json:
-                write_json(dict(about, table=[row._asdict() for row in done]))
-        if self.figure is not None and is_first():
-            from jaxcompress.evaluation.figures import perplexity_against_slots
+            self._tell(done, about)
 
-            perplexity_against_slots(done, self.figure, title=name)
-        if done and not self.json:
+    def _tell(self, done: list[Any], about: dict[str, Any]) -> None:
+        """What is told of all lines that there are, also if others could not be measured."""
+        if self.json:
+            write_json(dict(about, table=[row._asdict() for row in done]))
+        elif done:
             last = done[-1]
             print(f"{last.tokens:,} of the text's {about['of']:,} tokens are predicted, {last.left_out:,} left out")
+        if done and self.figure is not None and is_first():
+            from jaxcompress.evaluation.figures import perplexity_against_slots
+
+            perplexity_against_slots(done, self.figure, title=about["text"])
 
     @property
     def _widest(self) -> int:
@@ -128,7 +133,8 @@ class Perplexity(
             raise ValueError(f"--prompt-tokens is for --mode oneshot; {self.mode} measures every token")
         if not self.context and self.rows != _ROWS:
             raise ValueError("--rows does nothing with --context 0, where the text is one row")
-        check_writable(self.out, self.figure)
+        check_writable(self.out)
+        check_figure(self.figure)
 
     def _rows(self, tokenizer: Tokenizer, name: str, text: str) -> tuple[np.ndarray, dict[str, Any]]:
         """Token ids [rows, context], and what is said of them."""

@@ -19,7 +19,7 @@ from jaxcompress.cli.flags import (
     WeightFlags,
     at_least,
 )
-from jaxcompress.cli.runtime import check_writable, chosen_policy, open_model, write_json
+from jaxcompress.cli.runtime import check_figure, check_writable, chosen_policy, open_model, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +94,8 @@ class Retention(
         at_least(1, limit=self.limit)
         if self.mode == "streaming" and self.prompt_tokens is not None:
             raise ValueError("--prompt-tokens is for --mode chunked and oneshot; streaming reads all tokens one by one")
-        check_writable(self.out, self.figure)
+        check_writable(self.out)
+        check_figure(self.figure)
 
     def _prompt(self, total: int) -> int:
         """How many tokens are the prompt. In mode streaming its end makes no difference; all tokens are fastest."""

@@ -226,6 +226,27 @@ def check_writable(*paths: Path | None) -> None:
             raise PermissionError(f"{path} cannot be written: permission denied")
 
 
+def check_figure(path: Path | None) -> None:
+    """That a picture can be drawn into a file, before hours of work.
+
+    Raises:
+      OSError: it cannot be written.
+      ValueError: its suffix names no format of pictures.
+      ImportError: matplotlib is not installed; the message says how to install it.
+    """
+    if path is None:
+        return
+    check_writable(path)
+    from jaxcompress._extras import extra
+
+    with extra("plots"):
+        from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise ValueError(f"a picture cannot be drawn into {path.name}: give a name with one of .{', .'.join(known)}")
+
+
 @contextmanager
 def told_warnings() -> Iterator[None]:
     """Tells the first `PositionWarning` in one line; the others of a command say the same of other texts."""

@@ -18,7 +18,7 @@ from jaxcompress.cli.flags import (
     WeightFlags,
     at_least,
 )
-from jaxcompress.cli.runtime import check_writable, chosen_policy, open_weights, tell
+from jaxcompress.cli.runtime import check_figure, check_writable, chosen_policy, open_weights, tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +54,8 @@ class Trace(
         given = [flag for flag in (self.token_ids, self.file, self.prompt) if flag is not None]
         if len(given) != 1:
             raise ValueError("give one of --file, --prompt and --token-ids")
-        check_writable(self.out, self.figure)
+        check_writable(self.out)
+        check_figure(self.figure)
         loaded = open_weights(self.model, self.dtype)
         from jaxcompress.evaluation.tracing import trace
 

@@ -103,6 +103,8 @@ def test_files(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comman
         (("perplexity", "--prompt-tokens", 3), "--prompt-tokens is for --mode oneshot"),
         (("perplexity", "--context", 0, "--rows", 3), "--rows does nothing with --context 0"),
         (("perplexity", "--out", "."), "is a folder"),
+        (("perplexity", "--figure", "x.jpgg"), "cannot be drawn into x.jpgg: give a name with one of ."),
+        (("compare", "--figure", "x.txt"), "cannot be drawn into x.txt"),
         (("perplexity", "--out", "no/where.json"), "there is no folder no"),
         (("perplexity", "--context", 16, "--policies", "full", "--slots", 4), "--slots does nothing for full"),
         (("perplexity", "--context", 16, "--policies", "tova/once4", "--slots", 4), "the name says what is kept"),

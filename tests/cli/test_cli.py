@@ -171,6 +171,23 @@ def test_perplexity(run: Any, text: Path, tmp_path: Path) -> None:
     assert read_rows(out) == rows
 
 
+def test_perplexity_draws_what_could_be_measured(
+    run: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(model: Any, tokens: Any, policy: Any, slots: int, **how: Any) -> Perplexity:
+        if slots == 4:
+            raise ValueError("it broke")
+        return Perplexity(2.0, 10, 1.0, 1)
+
+    monkeypatch.setattr(sys.modules["jaxcompress.evaluation.sweep"], "perplexity", measured)
+    figure = tmp_path / "figure.svg"
+    how = ("--file", text, "--context", 16, "--policies", "tova", "--slots", 4, 8, "--figure", figure)
+    ran = run("perplexity", *how)
+    assert (ran.code, figure.exists()) == (4, True), ran.err
+    assert ran.splitlines()[-1].endswith("left out")
+    assert "1 of 2 cells failed" in ran.err
+
+
 def test_perplexity_of_one_endless_row_is_a_table(run: Any, text: Path) -> None:
     ran = run("perplexity", "--file", text, "--context", 0, "--policies", "window", "--slots", 4, 8)
     lines = ran.splitlines()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from jaxcompress.evaluation.results import Cell, Figure, Row
+from jaxcompress.evaluation.provenance import Provenance
+from jaxcompress.evaluation.results import Cell, Figure, Row, read_rows, run_cells
 
 FOLDER = Path(__file__).parents[2] / "experiments"
+MADE = Provenance(version="0", code="abc", device="cpu", command="")
 
 
 @pytest.fixture
@@ -95,6 +99,66 @@ def test_evidence_compares_what_read_the_same_texts(script: Any) -> None:
     assert "3.100 (90%)" in "\n".join(alone)
     assert table([*rows, row("joint-1", "a", "learned", 9.0)]) == alone
     assert table([*rows, row("joint-0", "a", "learned", 9.0, rows=1)]) == alone
+
+
+def made(task: str = "book", *, model: str = "m", details: Any = None, **changes: Any) -> Row:
+    given: dict[str, Any] = dict(model_hash=model, policy="tova", slots=8, context=64, dtype="float32")
+    cell = Cell(experiment="e", task=task, model=model, **(given | changes))
+    figure = Figure(metric="nats per token", value=1.0, tokens=1, samples=1, state_bytes=1, details=details)
+    return Row(cell, figure, made=None, at="")  # type: ignore[arg-type]
+
+
+def test_a_table_is_of_rows_that_differ_in_what_it_says(script: Any) -> None:
+    tables = script("paper_tables").tables
+    said = lambda rows, *apart: tables(rows, lambda some: [" ".join(one.cell.task for one in some)], apart)
+    a, b = made("a"), made("b", slots=16, policy="h2o", seed=1)
+    assert said([a, b]) == ["a b"]
+    assert said([]) == [""]
+    long, other = made("long", context=128), made("other", model="n")
+    assert said([a, b, long]) == ["**context 64**", "", "a b", "", "**context 128**", "", "long"]
+    assert said([a, other]) == ["**model m**", "", "a", "", "**model n**", "", "other"]
+    assert said([a, other, long], "model", "context") == ["a other long"]
+    two = [made("x", settings=dict(batch=n)) for n in (1, 2)]
+    assert said([a, *two])[2::4] == ["a x", "a x"]  # what has no batch stands in both
+    assert said([a, *two], "batch") == ["a x x"]
+    again = made("again", model="m", model_hash="retrained")
+    assert said([a, again, other], "model")[2::4] == ["a other", "again other"]
+    edited = [made(n, policy="p.py:P", settings=dict(policy_hash=n)) for n in ("first", "second")]
+    assert said([a, *edited])[2::4] == ["a first", "a second"]
+
+
+def test_rows_of_another_text_of_that_name_are_not_found(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_texts, rows = script("paper_tables").of_texts, tmp_path / "rows.jsonl"
+    args, cell = script("paper_tables").OfRows(out=rows), made().cell
+    measure = lambda cell: [made(details=dict(each=[1])).figure]
+    run_cells([cell], measure, MADE, rows)  # of an earlier version, which does not say its text
+    cells, figures = of_texts(args, [cell], measure, lambda cell: "one")
+    assert run_cells(cells, figures, MADE, rows).found == 1
+    rows.unlink()
+    run_cells([cell], figures, MADE, rows)
+    assert set(read_rows(rows)[0].figure.details) == {"each", "text"}
+    assert read_rows(rows)[0].cell.key == cell.key
+    for text, what in (("one", contextlib.nullcontext()), ("two", pytest.raises(SystemExit))):
+        cells, _ = of_texts(args, [cell], measure, lambda cell, text=text: text)
+        with what:
+            assert list(cells) == [cell]
+    assert "has rows of another text that is called book too" in capsys.readouterr().err
+
+
+def test_contexts_are_dealt_to_all_books(script: Any) -> None:
+    module = script("prompt_tables")
+    books = {str(n): " ".join(f"{n}w{i}" for i in range(200)) for n in range(3)}
+    tokenizer = SimpleNamespace(encode=lambda text, add_bos: [0] * len(text))
+    for contexts, counts in ((5, [2, 2, 1]), (6, [2, 2, 2]), (2, [1, 1, 0])):
+        found = module.continuations(module.Arguments(contexts=contexts, words=5, after=2), books, tokenizer)
+        assert [sum(piece.text.startswith(f"{n}w") for piece in found) for n in range(3)] == counts
+
+
+def test_f1_deletes_punctuation_as_squad_does(script: Any) -> None:
+    f1 = script("tova_documents").f1
+    assert f1(["The U.S. state-of-the-art"], "us stateoftheart")["F1"] == 100
 
 
 def test_evidence_has_one_model_for_each_name(script: Any, capsys: pytest.CaptureFixture[str]) -> None:

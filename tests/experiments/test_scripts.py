@@ -109,9 +109,18 @@ def test_methods_that_cannot_keep_so_few_are_left_out(run: Run) -> None:
         ("train_prompt_compressor", "--data"),
         ("tune_kernels --backend gpu", "needs"),
         ("tune_kernels", "needs"),
+        ("tova_perplexity --table t.md --out no.jsonl", "there are no results in"),
+        ("tova_perplexity --out no/rows.jsonl", "there is no folder no"),
+        ("tova_perplexity --quick --policies tovva", "unknown policy 'tovva', did you mean tova?"),
+        ("tova_perplexity --quick --texts a.txt b/a.txt", "would be one text, 'a'"),
+        ("plan --quick --models Llama", "unknown name 'Llama' in --models"),
+        ("plan --quick --machines v5", "unknown name 'v5' in --machines"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(command: str, why: str, run: Run) -> None:
+    Path("b").mkdir()
+    for name in ("a.txt", "b/a.txt"):
+        Path(name).write_text("A text.")
     ran = run(*command.split())
     assert ran.code == 2
     assert why in ran.err
