@@ -7,7 +7,9 @@ Nothing is allocated or executed. Bytes are those of the library's own weights, 
 their shardings. What chips send each other is read from the program of the step, compiled for as many virtual devices
 of a CPU, which sends float32 where accelerators send bfloat16. The speed is a roofline: the slowest of reading weights
 and state from memory once per step, multiplying at the peak rate, and sending, which is not planned for training.
-Latencies, launches and what a kernel does not reach are left out: a step is slower than this, not faster.
+Latencies, launches and what a kernel does not reach are left out: a step is slower than this, not faster. Where sending
+is the slowest, that does not hold (the table has ~ there): activations are counted with up to twice their bytes, so a
+step may be up to twice as fast. Sums of scores are float32 on accelerators too.
 """
 
 from __future__ import annotations
@@ -260,7 +262,8 @@ def table(rows: Sequence[Row]) -> list[str]:
 def entry(row: Row) -> list[str]:
     said, speed = row.figure.details, row.figure.value
     name = f"full, {row.cell.slots:,}" if row.cell.policy == "full" else f"{row.cell.slots:,} slots"
-    rest = [f"{speed:,.0f}", said["bound"]] if speed else ["does not fit", ""]
+    about = "~" if speed and said["bound"] == "links" else ""  # no bound: a CPU sends activations as float32
+    rest = [f"{about}{speed:,.0f}", said["bound"]] if speed else ["does not fit", ""]
     return [row.cell.model, row.cell.settings["machine"], name, said["mesh"], f"{said['fixed'] / GB:,.2f}",
             f"{said['row'] / GB:,.3f}", f"{row.figure.samples:,}", *rest]  # fmt: skip
 

@@ -5,7 +5,9 @@
 It sends whole and streamed requests, hang-ups, malformed bodies, requests over the limits and some prompts of many
 tokens, several at a time, and checks three things: each answer is that of `generate` for the same request alone, so no
 row saw the tokens of another; the server answers after each fault; and its memory stays flat. Then the server is killed
-while it works, one of its prefix files is damaged, and another server takes the folder over.
+while it works, half of its prefix files are damaged, and another server takes the folder over: it tells of those that
+it is asked for. A third finds the port in use and ends with exit code 2, and the second ends in order on SIGTERM. What
+does not hold is told in the end, with exit code 2.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ import jaxcompress as jc
 from jaxcompress.generation import GenerationConfig, generate
 
 SLOTS, SEGMENT, PATH = 32, 64, "/v1/completions"
+GROWTH = 1.2
+"""How many times the memory of the first half of the requests the second half may take."""
 MALFORMED = (
     b"", b"{", b"[]", b'{"prompt": 5}', b'{"prompt": "a", "max_tokens": -1}', b'{"prompt": "a", "n": 1000}',
     b'{"prompt": "a", "temperature": "x"}', b"\xff\xfe", b'{"prompt": [99999999]}', b'{"prompt": "a", "model": "no"}',
@@ -71,9 +76,13 @@ class Process:
         self._log = folder.with_name(f"{folder.name}.log")
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(command, stderr=log)
-        found = self._wait(lambda: re.search(r'"url": "http://127.0.0.1:(\d+)"', self.log()))
-        self.port = int(found[1])
-        self._wait(lambda: ask(self.port, "/ready")[0] == 200)
+        try:
+            found = self._wait(lambda: re.search(r'"url": "http://127.0.0.1:(\d+)"', self.log()))
+            self.port = int(found[1])
+            self._wait(lambda: ask(self.port, "/ready")[0] == 200)
+        except BaseException:
+            self.kill()
+            raise
 
     def log(self) -> str:
         return self._log.read_text(encoding="utf-8")
@@ -86,6 +95,12 @@ class Process:
     def end(self, how: signal.Signals) -> int:
         self._process.send_signal(how)
         return self._process.wait(120)
+
+    def kill(self) -> None:
+        """Ends it, if it has not ended."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait(120)
 
     def _wait(self, holds: Any) -> Any:
         until = time.monotonic() + 600
@@ -200,16 +215,56 @@ def faults(args: Arguments, server: Process, checked: list[Any], folder: Path) -
     files = sorted(folder.glob("*.state"))
     for file in files[: len(files) // 2]:
         file.write_bytes(file.read_bytes()[:1000])
-    again = Process(args, folder)
+    with running(Process(args, folder)) as again:
+        rows += taken_over(again, checked, len(files))
+    return rows
+
+
+def taken_over(again: Process, checked: list[Any], files: int) -> list[dict[str, Any]]:
+    """A server in the folder of one that was killed, where half of the files are cut."""
+    rows = []
     right = [one_request(again.port, n, "whole", checked, "") for n in range(len(checked))]
     told = again.log().count("a prefix file is left out and deleted")
-    rows.append(dict(part="killed, half of the files cut", files=len(files), found=dict(Counter(right)), told=told))
+    rows.append(
+        dict(
+            part="killed, half of the files cut",
+            files=files,
+            cut=files // 2,
+            found=dict(Counter(right)),
+            told=told,
+        )
+    )
     taken = subprocess.run(
         [sys.executable, "-m", "jaxcompress.cli", "serve", "--port", str(again.port)], capture_output=True, text=True
     )
     rows.append(dict(part="port in use", code=taken.returncode, told=taken.stderr.strip().splitlines()[-1]))
     rows.append(dict(part="ended by SIGTERM", code=again.end(signal.SIGTERM), stopped='"stopped"' in again.log()))
     return rows
+
+
+@contextmanager
+def running(server: Process) -> Iterator[Process]:
+    """A server that ends in any case."""
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def faults_of(rows: list[dict[str, Any]]) -> list[str]:
+    """What does not hold of what is checked."""
+    sent, damaged, port, ended = rows
+    mib = sent["mib"]
+    early, late = max(mib[: len(mib) // 2], default=0), max(mib[len(mib) // 2 :])
+    held = {
+        f"its memory grows: {early} MiB, then {late}": len(mib) < 2 or late <= GROWTH * early,
+        f"{damaged['told']} of {damaged['cut']} damaged files were told": bool(damaged["cut"]) == bool(damaged["told"]),
+        f"a port in use gives exit code {port['code']}": port["code"] == 2,
+        # uvicorn ends in order, and then by the signal itself
+        f"SIGTERM gives exit code {ended['code']}": ended["stopped"] and ended["code"] in (0, -signal.SIGTERM),
+    }
+    wrong = [f"not right: {what}" for what in (*sent["found"], *damaged["found"]) if "WRONG" in what]
+    return wrong + [what for what, holds in held.items() if not holds]
 
 
 def main(args: Arguments) -> None:
@@ -223,16 +278,15 @@ def main(args: Arguments) -> None:
     long = (text * (1 + int(args.long_tokens * per_token) // len(text)))[: int(args.long_tokens * per_token)]
     with tempfile.TemporaryDirectory() as folder:
         prefixes = Path(folder, "prefixes")
-        server = Process(args, prefixes)
-        rows = [soak(args, server, checked, long)]
-        rows += faults(args, server, checked, prefixes)
+        with running(Process(args, prefixes)) as server:
+            rows = [soak(args, server, checked, long)]
+            rows += faults(args, server, checked, prefixes)
     for row in rows:
         print(json.dumps(row))
     if args.out is not None:
         args.out.write_text(json.dumps(rows, indent=1))
-    wrong = [what for what in (*rows[0]["found"], *rows[1]["found"]) if "WRONG" in what]
-    if wrong:
-        stop(f"answers that are not right: {', '.join(wrong)}")
+    if wrong := faults_of(rows):
+        stop("; ".join(wrong))
 
 
 if __name__ == "__main__":

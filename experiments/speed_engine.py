@@ -30,6 +30,7 @@ from command import OfModel, arguments
 import jaxcompress as jc
 from jaxcompress.generation import generate
 from jaxcompress.generation.sampling import row_keys
+from jaxcompress.models.modes import calls
 from jaxcompress.serving import Engine, PoolSpec, PrefixLimits, Request
 from jaxcompress.serving.pool import Pool
 
@@ -77,8 +78,22 @@ def prompts_of(args: Arguments, vocabulary: int) -> list[np.ndarray]:
     return [draw.integers(0, vocabulary, length).astype(np.int32) for length in lengths]
 
 
+def of_each_width(prompts: list[np.ndarray], segment: int) -> list[np.ndarray]:
+    """The beginnings of prompts, enough for every program that reading all of them takes.
+
+    `generate` pads the last piece of a prompt to a width, and reads those before it in pieces of `segment`.
+    """
+    found = {}
+    for prompt in prompts:
+        size = len(prompt) if len(prompt) <= segment else segment + (len(prompt) - 1) % segment + 1
+        found.setdefault(
+            tuple(call.width for call in calls("streaming", size, chunk=1, segment=segment)), prompt[:size]
+        )
+    return list(found.values())
+
+
 def measure_rate(engine: Engine, spec: PoolSpec, prompts: list[np.ndarray], args: Arguments) -> list[dict[str, Any]]:
-    def alone() -> None:
+    def alone(prompts: list[np.ndarray]) -> None:
         for prompt in prompts:
             for _ in generate(
                 spec.model, [prompt], spec.policy, spec.slots, max_new_tokens=args.written, segment=args.segment
@@ -92,10 +107,9 @@ def measure_rate(engine: Engine, spec: PoolSpec, prompts: list[np.ndarray], args
                 running.append(engine.submit(Request(waiting.pop(), args.written)))
             running.pop(0).answer()
 
-    generate_once = prompts[0]
-    list(generate(spec.model, [generate_once], spec.policy, spec.slots, max_new_tokens=args.written))
+    alone(of_each_width(prompts, args.segment))  # compiles
     total = len(prompts) * args.written
-    base, _ = timed(alone)
+    base, _ = timed(lambda: alone(prompts))
     rows = [dict(part="rate", what="one after another by generate", tokens_s=total / base, ratio=1.0)]
     for most in args.concurrent:
         seconds, _ = timed(lambda most=most: together(most))

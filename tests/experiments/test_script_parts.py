@@ -14,6 +14,7 @@ import pytest
 
 from jaxcompress.evaluation.provenance import Provenance
 from jaxcompress.evaluation.results import Cell, Figure, Row, read_rows, run_cells
+from jaxcompress.models.modes import calls
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 MADE = Provenance(version="0", code="abc", device="cpu", command="")
@@ -154,6 +155,31 @@ def test_contexts_are_dealt_to_all_books(script: Any) -> None:
     for contexts, counts in ((5, [2, 2, 1]), (6, [2, 2, 2]), (2, [1, 1, 0])):
         found = module.continuations(module.Arguments(contexts=contexts, words=5, after=2), books, tokenizer)
         assert [sum(piece.text.startswith(f"{n}w") for piece in found) for n in range(3)] == counts
+
+
+def test_what_is_timed_one_after_another_is_compiled_before(script: Any) -> None:
+    prompts = [np.arange(length) for length in (5, 100, 128, 129, 1000, 4000)]
+    widths = lambda some: {call.width for one in some for call in calls("streaming", len(one), chunk=1, segment=128)}
+    warm = script("speed_engine").of_each_width(prompts, 128)
+    assert widths(warm) == widths(prompts)
+    assert max(map(len, warm)) <= 256
+
+
+def test_a_soak_tells_what_does_not_hold(script: Any) -> None:
+    faults_of = script("soak_server").faults_of
+    ended = dict(code=-15, stopped=True)
+    rows = [dict(found={"whole: right": 3}, mib=[90, 100, 100]), dict(found={"right": 2}, cut=3, told=1), dict(code=2)]
+    assert faults_of([*rows, ended]) == []
+    wrong = [dict(found={"whole: WRONG 500": 1}, mib=[90, 100, 130]), dict(found={}, cut=3, told=0), dict(code=0)]
+    assert len(faults_of([*wrong, dict(ended, stopped=False)])) == 5
+
+
+def test_links_are_no_bound(script: Any) -> None:
+    entry = script("plan").entry
+    row = lambda bound: made(
+        settings=dict(machine="v5e-8"), details=dict(mesh="tensor=8", fixed=1e9, row=1e9, bound=bound)
+    )
+    assert [entry(row(bound))[-2] for bound in ("links", "memory")] == ["~1", "1"]
 
 
 def test_f1_deletes_punctuation_as_squad_does(script: Any) -> None:
