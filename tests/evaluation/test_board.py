@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxcompress.cli import main
-from jaxcompress.evaluation.board import Point, front, fronts, memory, points, slowness, table, uneven
+from jaxcompress.evaluation.board import Point, front, fronts, in_words, memory, points, slowness, table, uneven
 from jaxcompress.evaluation.board_figure import draw
 from jaxcompress.evaluation.board_page import board_page
 from jaxcompress.evaluation.kvpress_format import write_kvpress
@@ -99,6 +99,7 @@ def test_the_table() -> None:
     assert text.count("ruler, vt: string match % (higher is better)") == 2
     assert re.search(r"^full +768 +90\.000 ±2\.000\* +16,384 +10 +1 +4 +100$", text, re.MULTILINE)
     assert "question known, protocol kvpress" in text
+    assert in_words(dict(tokens="0f", text="0f", mode="streaming", prompt=None)) == "mode streaming"
 
 
 class _Page(HTMLParser):
