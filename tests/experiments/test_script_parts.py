@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny import tiny_decoder
 
+from jaxcompress.checkpoints import SavedPolicy, save_policy
 from jaxcompress.evaluation.results import Cell, Figure, Row
 
 FOLDER = Path(__file__).parents[2] / "experiments"
@@ -103,3 +106,13 @@ def test_evidence_has_one_model_for_each_name(script: Any, capsys: pytest.Captur
         with pytest.raises(SystemExit):
             script.models_of(script.Arguments(trained=given))
         assert "names another model already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("saved", "own"), [("full", None), ("tova", "tova")])
+def test_evidence_reads_a_control_with_the_given_policies(
+    saved: str, own: str | None, script: Any, tmp_path: Path
+) -> None:
+    """`train --policy full` saves that policy too, but a full cache is no policy of a model's own."""
+    save_policy(SavedPolicy(saved, {}), tmp_path)
+    made = script("training_evidence").own_policy(SimpleNamespace(model=tiny_decoder(), folder=tmp_path))
+    assert (made and made.name) == own
