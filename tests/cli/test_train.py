@@ -92,7 +92,12 @@ class TestTrain:
         assert f"{out} holds a run already; give --resume" in ran.err
 
     def test_a_finished_run_tells_again(self, run: Any, out: Path) -> None:
+        """Even if an older version began it, which knew fewer settings."""
         lines = (out / "metrics.jsonl").read_bytes()
+        record = json.loads((out / "run.json").read_text())
+        for name in ("recent", "mode", "preset"):
+            del record["settings"][name]
+        (out / "run.json").write_text(json.dumps(record))
         ran = run("train", "--out", out, "--resume", model=None)
         assert ran.code == 0
         assert "continuing from step 6" in ran
@@ -420,6 +425,8 @@ def test_a_preset_fills_in_what_nothing_else_gives(name: Any, tmp_path: Path) ->
         replace(made, data="text", out=out, policy="tova").check()
     out.mkdir()
     settings = recorded_settings(replace(made, data="text", out=out, slots=(8,)))
+    del settings["recent"]  # as an older version wrote it, whose preset said nothing of it either
     (out / "run.json").write_text(json.dumps(dict(settings=settings)))
     again = train_defaults(["--out", str(out), "--resume"])
     assert (again.preset, again.slots, again.policy) == (name, (8,), PRESETS[name]["policy"])
+    assert again.recent == 0
