@@ -28,7 +28,7 @@ from jaxcompress.cli.train import Train, train_defaults
 from jaxcompress.cli.train.presets import PRESETS
 from jaxcompress.cli.train.record import recorded_settings
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.training import checkpointing
+from jaxcompress.training import checkpointing, trainer
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.optimizer import SCHEDULES
 
@@ -163,9 +163,12 @@ def test_a_run_that_was_stopped_goes_on(run: Any, book: Path, tmp_path: Path, mo
     assert weights[0] == weights[1]
 
 
-def test_a_finished_run_is_extended(run: Any, book: Path, tmp_path: Path) -> None:
-    """The rates are those of a run of so many steps, and the model is that of the last one."""
-    out = tmp_path / "run"
+def test_a_finished_run_is_extended(run: Any, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rates are those of a run of so many steps, and the model is that of the last one. What is told of held-out
+    rows is of the last step, where schedules end."""
+    out, measured, make = tmp_path / "run", [], trainer.make_measure
+    spy = lambda *given, step, **how: measured.append(step) or make(*given, step=step, **how)
+    monkeypatch.setattr(trainer, "make_measure", spy)
     assert run("train", "--data", book, "--out", out, *FULL, "--steps", 2).code == 0
     first = (out / "model" / "model.safetensors").read_bytes()
     ran = run("train", "--out", out, "--resume", "--steps", 4, model=None)
@@ -179,6 +182,7 @@ def test_a_finished_run_is_extended(run: Any, book: Path, tmp_path: Path) -> Non
     assert (out / "model" / "model.safetensors").read_bytes() != first
     assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "metrics.jsonl", "model", "run.json"]
     assert json.loads((out / "run.json").read_text())["settings"]["steps"] == 4
+    assert measured == [1, 3]
 
 
 def test_adapters(run: Any, book: Path, folder: Path, model: Decoder, tmp_path: Path) -> None:

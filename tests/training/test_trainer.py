@@ -19,7 +19,7 @@ from jaxcompress.training.loss import token_losses
 from jaxcompress.training.metrics import MetricsFile
 from jaxcompress.training.objectives import causal
 from jaxcompress.training.optimizer import OPTIMIZERS, SCHEDULES, adamw_for_decoder
-from jaxcompress.training.trainer import TrainState, fit, init_train_state, make_evaluate, make_step
+from jaxcompress.training.trainer import TrainState, fit, init_train_state, make_evaluate, make_measure, make_step
 
 V = 11
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
@@ -243,6 +243,12 @@ def test_evaluation_weighs_tokens() -> None:
     evaluate = make_evaluate(bigram)
     assert evaluate(state.params, parts) == pytest.approx(float(BY_HAND(state.params, whole)[0]), rel=1e-5)
     assert np.isnan(evaluate(state.params, []))
+
+
+def test_what_is_measured_is_of_one_step() -> None:
+    told = lambda params, batch, step, key: ({"step": step}, None)
+    for how, step in ((dict(step=7), 7), ({}, 0)):
+        assert make_measure(told, **how)({}, [one_batch()]) == {"step": step}
 
 
 def test_a_decoder_learns_by_plain_attention() -> None:

@@ -121,7 +121,8 @@ class _Run:
         self._step = make_step(
             task.objective, optimizer, accumulate=how.accumulate, compute_dtype=dtype, sharding=rules
         )
-        self._measure = make_measure(task.measured, compute_dtype=dtype, sharding=rules)
+        last = how.steps - 1  # where schedules end: before and after are then told of the same decisions
+        self._measure = make_measure(task.measured, compute_dtype=dtype, step=last, sharding=rules)
         facts = dict(tokens=len(rows.stream.tokens), checksum=rows.stream.checksum)
         begin = partial(init_train_state, task.params, optimizer, seed=how.seed)
         file, self._done = how.out / "run.json", checkpoints.latest or 0
