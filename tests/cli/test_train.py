@@ -224,6 +224,20 @@ def test_nothing_is_held_out(run: Any, book: Path, tmp_path: Path) -> None:
     [
         (("--data", "{book}", "--rows", 0), "--rows must be at least 1, not 0"),
         (("--data", "{book}", "--warmup", -1), "--warmup must be at least 0, not -1"),
+        (("--data", "{book}", "--bptt-segments", 0), "--bptt-segments must be at least 1, not 0"),
+        (("--data", "{book}", "--held-out", -5), "--held-out must be at least 0, not -5"),
+        (("--data", "{book}", "--clip", 0), "--clip must be above 0, not 0"),
+        (("--data", "{book}", "--learning-rate", -1), "--learning-rate must be above 0, not -1"),
+        (("--data", "{book}", "--weight-decay", -0.1), "--weight-decay must be at least 0, not -0.1"),
+        (
+            ("--data", "{book}", "--policy", "learned"),
+            "--policy learned is for a model that has a policy already; name",
+        ),
+        (("--data", "{book}", "--optimizer", "muon", "--lora", 2), "--optimizer does nothing with --lora, whose"),
+        (
+            ("--data", "{book}", "--optimizer", "muon", "--policy", "dms"),
+            "--optimizer does nothing with --policy dms, ",
+        ),
         (("--data", "{book}", "--lora", 0), "the rank of an adapter is at least 1, not 0"),
         (("--data", "{book}", "--policy", "dms", "--lora", 2), "--lora trains adapters of a model; dms trains"),
         (("--data", "{book}", "--policy", "retention", "--lora", 2), "of its own; with --distill it trains both"),
@@ -306,6 +320,16 @@ class TestSettings:
         )  # fmt: skip
         assert command_of(["train", "--data", "x", "--out", "y"]) == Train(data="x", out=Path("y"))
 
+    def test_home_is_written_short(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By no shell: in TOML, and after an equals sign."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "a.toml").write_text('out = "~/run"\n')
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "run.json").write_text(json.dumps(dict(settings=dict(data="y"))))
+        for given in (["--out=~/run"], ["--config", str(tmp_path / "a.toml")]):
+            asked = command_of(["train", *given, "--resume"])
+            assert (asked.out, asked.data) == (tmp_path / "run", "y")
+
     @pytest.mark.parametrize("line", ["tensorboard = 1", "steps = true", "data = {a = 1}"])
     def test_types(self, tmp_path: Path, line: str) -> None:
         (tmp_path / "a.toml").write_text(line)
@@ -327,6 +351,22 @@ class TestSettings:
                 config=tmp_path / "a.toml",
             )
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "read"),
+    [
+        (dict(policy="full"), ""),
+        (dict(policy="h2o", slots=(4, 8)), " --policy learned --slots 4 8"),
+        (dict(policy="my own.py:Far"), " --policy 'my own.py:Far' --slots 128"),
+        (dict(placement="slot", mode="chunked"), " --policy learned --slots 128 --placement slot --mode chunked"),
+        (dict(mode="chunked", chunk=4), " --policy learned --slots 128 --chunk 4 --mode chunked"),
+    ],
+)
+def test_what_is_to_be_tried(how: Any, read: str, tmp_path: Path) -> None:
+    """It reads as the model was trained; a policy of one's own is never run because a checkpoint says so."""
+    made = Train(data="x", out=tmp_path / "run", **how)
+    assert made.tried == f"jaxcompress generate --model {tmp_path / 'run' / 'model'}{read} --prompt ..."
 
 
 @pytest.mark.slow

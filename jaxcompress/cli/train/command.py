@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -84,10 +85,20 @@ class Train(TrainFlags):
         if run.record.get("saved") != self.steps or not (self.out / "model").exists():
             save_trained(self, task, run.state.params, self.out / "model", stored, tokenizer.folder)
             _record(run.record | dict(saved=self.steps), self.out / "run.json")
-        folder, told = self.out / "model", ""
+        print(f"saved in {self.out / 'model'}; try: {self.tried}")
+
+    @property
+    def tried(self) -> str:
+        """The command that reads as the model was trained."""
+        reading: list[str] = []
         if self.policy != "full":
-            told = f" --policy learned --slots {' '.join(map(str, self.slots))}"
-        print(f"saved in {folder}; try: jaxcompress generate --model {folder}{told} --prompt ...")
+            policy = self.policy if ":" in self.policy else "learned"  # a checkpoint runs no code
+            reading = ["--policy", policy, "--slots", *map(str, self.slots)]
+            for name in ("placement", "chunk"):
+                if (value := getattr(self, name)) is not None:
+                    reading += [f"--{name}", str(value)]
+            reading += ["--mode", self.mode] if self.mode != "streaming" else []
+        return shlex.join(["jaxcompress", "generate", "--model", str(self.out / "model"), *reading]) + " --prompt ..."
 
     def _flops(self, loaded: Loaded) -> float:
         """Operations per token of a step."""

@@ -50,7 +50,7 @@ def train_defaults(arguments: Sequence[str]) -> Train:
     run: dict[str, Any] = {}
     out = where.out or config.get("out")
     if out and (where.resume or config.get("resume")):
-        if (path := out / "run.json").exists():
+        if (path := out.expanduser() / "run.json").exists():
             run = _checked(read_record(path)["settings"], path)
         elif where.data is None and "data" not in config:
             raise ValueError(f"there is no run in {out} to continue: {path} does not exist; --data begins one")
