@@ -194,7 +194,7 @@ def fit(
       SaveFailed: a checkpoint could not be written.
     """
     done = int(state.step)
-    throughput = Throughput(flops_per_token)
+    throughput = Throughput(flops_per_token, devices=len(state.step.sharding.device_set))
     pending: tuple[int, Metrics, int] | None = None
     progress = tqdm(total=steps, initial=done, unit="step", disable=not (bar and sys.stderr.isatty()))
 

@@ -369,6 +369,14 @@ def test_what_is_to_be_tried(how: Any, read: str, tmp_path: Path) -> None:
     assert made.tried == f"jaxcompress generate --model {tmp_path / 'run' / 'model'}{read} --prompt ..."
 
 
+def test_operations_of_a_step(folder: Path) -> None:
+    """What is learned alone reads with plain attention; a retention head needs nothing that goes backwards."""
+    loaded = load(folder)
+    of = lambda **how: Train(data="x", out=Path("y"), length=64, slots=(8,), **how)._flops(loaded)
+    assert of(policy="full") == of(policy="dms") == of(policy="dmc") == pytest.approx(3 * of(policy="retention"))
+    assert of(policy="full") > of(policy="tova") == of(policy="retention", distill=True)
+
+
 @pytest.mark.slow
 def test_kill_9_at_any_moment(folder: Path, book: Path, tmp_path: Path) -> None:
     """A run that is killed again and again, in steps and in saves, is bit by bit one that was left alone."""

@@ -390,3 +390,11 @@ def test_what_does_not_fit() -> None:
         retention_loss(MODEL, TOKENS, four, block=24)
     with pytest.raises(ValueError, match="a horizon is a positive number of tokens, not 0"):
         retention_loss(MODEL, TOKENS, four, block=8, horizon=0)
+    with pytest.raises(ValueError, match="0 or more, not -1"):
+        retention_loss(MODEL, TOKENS, four, block=8, recent=-1)
+    learned = partial(retention_loss, MODEL, TOKENS, four, block=8)
+    with pytest.raises(
+        ValueError, match="texts of 24 tokens: the 16 newest .* a block of 8 .* is at position 15; give"
+    ):
+        jax.eval_shape(lambda: learned(recent=16))
+    jax.eval_shape(lambda: learned(recent=15))

@@ -101,11 +101,15 @@ class Train(TrainFlags):
         return shlex.join(["jaxcompress", "generate", "--model", str(self.out / "model"), *reading]) + " --prompt ..."
 
     def _flops(self, loaded: Loaded) -> float:
-        """Operations per token of a step."""
+        """Operations per token of a step. Those of a teacher do not count."""
         from jaxcompress.training.metrics import flops_per_token, mean_attended
+        from jaxcompress.training.policy_objectives import TRAINABLE
 
-        slots = None if self.policy == "full" else round(sum(self.slots) / len(self.slots))
-        return flops_per_token(loaded.model, mean_attended(self.length, slots))
+        plain = self.policy == "full" or (self.policy in TRAINABLE and not self.distill)
+        slots = None if plain else round(sum(self.slots) / len(self.slots))
+        both_ways = flops_per_token(loaded.model, mean_attended(self.length, slots))
+        only_forward = self.policy.startswith("retention") and not self.distill
+        return both_ways / 3 if only_forward else both_ways
 
 
 class _Run:
