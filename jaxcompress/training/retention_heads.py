@@ -68,7 +68,7 @@ def retention_loss(
         here = layer.attention.constants(model.config, index)
         q, k = here.placed(q, k, positions)
         kind = dict(window=here.window, traits=here.traits)
-        how = dict(block=block, horizon=horizon, recent=recent, **kind)
+        how: dict[str, Any] = dict(block=block, horizon=horizon, recent=recent, **kind)
         out, apart = watched_attention(numbers, q, k, v, positions, **how)
         return out, carry, apart
 
