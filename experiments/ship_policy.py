@@ -50,7 +50,13 @@ def policy_of_run(run: Path) -> SavedPolicy:
         return saved
     run_of = json.loads(read_text(record))
     how = run_of["settings"]
-    told = {name: how[name] for name in ("steps", "rows", "length", "horizon", "learning_rate", "seed")}
+    if (saved_at := run_of.get("saved", "no")) != (steps := how["steps"]):
+        stop(
+            f"{folder.absolute()} is the model of {saved_at} steps, and the run goes to {steps}: finish it first, "
+            f"jaxcompress train --out {run} --resume"
+        )
+    own = "ratio" if saved.name == "dms" else "horizon"
+    told = {name: how[name] for name in ("steps", "rows", "length", own, "learning_rate", "seed")}
     return saved._replace(settings={**saved.settings, "trained": told | dict(tokens_of_data=run_of["data"]["tokens"])})
 
 

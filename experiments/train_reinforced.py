@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ BEFORE, AFTER, WHOLE, APART = (
 class Arguments(OfTable):
     """Adds rows to the file for each method and seed, and prints the table."""
 
-    methods: tuple[str, ...] = ("bounded", "full")
+    methods: tuple[Literal["bounded", "full"], ...] = ("bounded", "full")
     seeds: tuple[int, ...] = (0, 1, 2)
     policy: str = "tova"
     slots: int = 24

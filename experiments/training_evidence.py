@@ -99,6 +99,12 @@ def group_of(name: str) -> str:
     return re.sub(r"-\d+$", "", name)
 
 
+def own_policy(loaded: Loaded) -> Policy | None:
+    """The policy that a model was trained with. One that was trained with its full cache has none of its own."""
+    saved = policy_of(loaded.model, loaded.folder)
+    return None if saved is None or saved.name == "full" else saved.make()
+
+
 def plan(args: Arguments) -> Plan:
     named, books = models_of(args), dict(args.books())
     text = "\n\n".join(books.values())
@@ -107,10 +113,9 @@ def plan(args: Arguments) -> Plan:
     def reader(name: str) -> Reader:
         model = named[name]
         loaded = jc.load(embedded.decoder_folder() if model in (None, "embedded") else model, dtype=args.dtype)
-        own = None if name == AS_IS else policy_of(loaded.model, loaded.folder)
+        own = None if name == AS_IS else own_policy(loaded)
         names = ("full", *args.policies) if own is None else ("full", OWN)
-        made = None if own is None else own.make()
-        return Reader(loaded, {one: jc.get_policy(one, learned=made) for one in names})
+        return Reader(loaded, {one: jc.get_policy(one, learned=own) for one in names})
 
     def needles(name: str, context: int) -> Needles:
         tokenizer, policies = reader(name).loaded.tokenizer, reader(name).policies

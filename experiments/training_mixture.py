@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from jaxcompress.evaluation.ruler.sample import Sources
 from jaxcompress.evaluation.ruler.tasks import get_task
 from jaxcompress.evaluation.ruler.words import random_word
 from jaxcompress.inputs.text import json_lines, read_text
+from jaxcompress.inputs.whole_file import whole_file
 
 NEEDLES = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multiquery", "niah_multivalue")
 Messages = list[dict[str, str]]
@@ -60,12 +61,32 @@ class Arguments(OfModel):
 QUICK = Arguments(quick=True, rows=12, length=320, out=Path("runs/quick/mixture.jsonl"))
 
 
-def files_of(args: Arguments) -> Iterator[Path]:
+def files_of(args: Arguments) -> list[Path]:
+    """The files of --texts without those that are held out. Ends the script if one of either is not there."""
+    found: list[Path] = []
     for path in args.texts:
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
         if not files:
             stop(f"there is no text in {path.absolute()}: --texts takes files, or folders with .txt files")
-        yield from (file for file in files if file.stem not in args.hold_out)
+        found += files
+    names = {file.stem for file in found}
+    if missing := [name for name in args.hold_out if name not in names]:
+        stop(
+            f"--hold-out names no file of --texts: {', '.join(missing)}; they are {', '.join(sorted(names)) or 'none'}"
+        )
+    return [file for file in found if file.stem not in args.hold_out]
+
+
+def texts_in(file: Path, key: str) -> list[str]:
+    """The texts of a JSONL file. Ends the script at a line that has none under the key."""
+    texts = []
+    for _, where, value in json_lines(file):
+        text = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            keys = (", ".join(value) or "no keys") if isinstance(value, dict) else f"a {type(value).__name__}"
+            stop(f"{where}: no text under {key!r} (--field); the line has {keys}")
+        texts.append(text)
+    return texts
 
 
 def texts_of(args: Arguments) -> list[str]:
@@ -73,7 +94,7 @@ def texts_of(args: Arguments) -> list[str]:
     texts = []
     for file in files_of(args):
         if file.suffix == ".jsonl":
-            texts += [value[args.field] for _, _, value in json_lines(file) if isinstance(value, dict)]
+            texts += texts_in(file, args.field)
         else:
             texts.append(read_text(file))
     own = [one.text for one in documents() if not one.held_out]
@@ -183,7 +204,7 @@ def main(args: Arguments) -> None:
         print("the tokenizer has no chat template: all rows are text as it is")
     dialogues = args.dialogues if tokenizer.has_chat_template else ()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", encoding="utf-8") as file:
+    with whole_file(args.out) as part, part.open("w", encoding="utf-8") as file:
         for _ in range(args.rows):
             file.write(json.dumps(dict(tokens=rows.row(rng, dialogues).tolist())) + "\n")
     kinds = ", ".join(f"{count} {name}" for name, count in rows.made.most_common())

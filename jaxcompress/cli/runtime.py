@@ -129,7 +129,7 @@ def tell_of_training(policy: str, slots: int | tuple[int, ...], folder: Path) ->
     if (saved.name, trained) != (policy, used):
         tell(
             f"the model was trained with {saved.name} in {trained} slots; this is {policy} in {used}: "
-            f"--policy learned --slots {trained} takes its own"
+            f"--policy {saved.name if ':' in saved.name else 'learned'} --slots {trained} takes its own"
         )
 
 

@@ -174,8 +174,9 @@ def policy_numbers(
     sets, d = policy.sets(heads), config.head_dim
     unplaced: Rotate = lambda x, positions: x
     context = LayerContext(
-        unplaced, policy.placement, None, (group * len(which), len(which)), tuple(which[:heads]) or (0,)
-    )
+        unplaced, policy.placement, None, (group * len(which), len(which)), tuple(which[:heads]) or (0,),
+        layers=config.num_layers,
+    )  # fmt: skip
 
     def numbers(keys: Any, positions: Any, owner: Any, seen: Any, layer: Any, out: Any) -> tuple[Any, Any]:
         one = CacheView(keys, keys, positions, owner, seen, layer, (), capacity * entries, context._replace(out=out))

@@ -82,7 +82,7 @@ def tune(
     best = min(medians)[2]
     everything = _read() | {key(op, call): best}
     path().parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path()) as part:
+    with whole_file(path(), writer=str(os.getpid())) as part:
         part.write_text(json.dumps(everything, indent=1, sort_keys=True))
     return best
 

@@ -35,6 +35,7 @@ class LayerContext(NamedTuple):
       heads: H and K of the layer, or of the part of it that has these slots.
       which: the indices of the state's heads in the layer.
       traits: what the layer's attention does beyond scaled products and a softmax.
+      layers: how many the model has; None where that is not known.
     """
 
     rotate: Rotate
@@ -43,6 +44,7 @@ class LayerContext(NamedTuple):
     heads: tuple[int, int]
     which: tuple[int, ...]
     traits: AttentionTraits = PLAIN
+    layers: int | None = None
 
     @property
     def group(self) -> int:

@@ -11,6 +11,9 @@ from jaxcompress.policies.labels import Named
 class Gates(Named):
     """Decides for each token whether it joins the one before it (see `jaxcompress.policies.gates`)."""
 
+    def check_model(self, context: LayerContext, head_dim: int) -> None:
+        """Raises ValueError if they are not for this model."""
+
     def __call__(
         self, incoming: IncomingTokens, layer: Array, context: LayerContext
     ) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:

@@ -66,6 +66,23 @@ def check_head(head: ForgetHead, *, layers: int, kv_heads: int, head_dim: int) -
         raise ValueError(f"the weights are for {words.format(*mine)}, the model has {words.format(*theirs)}")
 
 
+def check_used(head: ForgetHead, which: tuple[int, ...], head_dim: int, layers: int | None) -> None:
+    """Raises ValueError if a network is not for the layers and heads that it is used in.
+
+    Args:
+      which: indices of kv heads.
+      layers: how many the model has; None if that is not known here.
+    """
+    of, kv_heads = head.inner.shape[:2]
+    if layers not in (None, of):
+        raise ValueError(f"the weights are for {of} layers, the model has {layers}")
+    if max(which) >= kv_heads or head_dim != head.head_dim:
+        raise ValueError(
+            f"the weights are for {kv_heads} kv heads of width {head.head_dim}, the model has heads "
+            f"{min(which)} to {max(which)} of width {head_dim}"
+        )
+
+
 def token_numbers(
     head: ForgetHead, keys: Float[Array, "B K N D"], values: Float[Array, "B K N D"]
 ) -> Float[Array, "B K N R"]:

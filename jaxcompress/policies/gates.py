@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, Entering, IncomingTokens, LayerContext
 from jaxcompress.policies.entry import Gates
-from jaxcompress.policies.forget_head import ForgetHead, token_numbers
+from jaxcompress.policies.forget_head import ForgetHead, check_used, token_numbers
 from jaxcompress.policies.policy import Policy, leaf, policy
 from jaxcompress.policies.tova import TOVA
 from jaxcompress.policies.wrapper import wrapper
@@ -56,6 +56,7 @@ class gated(wrapper):
 
     def memory(self, held: CacheView) -> Memory:
         b, kv, _, d = held.keys.shape
+        self.gates.check_model(held.context, d)
         return self.policy.memory(held), jnp.zeros((b, kv, 1 + 2 * d), jnp.float32)
 
     def remember(self, memory: Memory, incoming: IncomingTokens) -> Memory:
@@ -100,7 +101,8 @@ class LearnedGates(Gates):
       head: R = 2, the logit of joining and the logarithm of the weight.
 
     Raises:
-      ValueError: weights that give another number of numbers.
+      ValueError: weights that give another number of numbers; when they are used, a model whose layers or heads the
+        weights are not for.
     """
 
     label = "dmc"
@@ -112,6 +114,9 @@ class LearnedGates(Gates):
             raise ValueError(
                 f"gates need {len(APART)} numbers per token, the weights give {self.head.outer_bias.shape[-1]}"
             )
+
+    def check_model(self, context: LayerContext, head_dim: int) -> None:
+        check_used(self.head, context.which, head_dim, context.layers)
 
     def __call__(
         self, incoming: IncomingTokens, layer: Array, context: LayerContext

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, Observation, Scope
-from jaxcompress.policies.forget_head import KEEP_EVERYTHING, ForgetHead, token_numbers
+from jaxcompress.policies.forget_head import KEEP_EVERYTHING, ForgetHead, check_used, token_numbers
 from jaxcompress.policies.geometry import for_set
 from jaxcompress.policies.policy import Policy, leaf, policy
 from jaxcompress.policies.protect import protected
@@ -62,7 +62,7 @@ class DMS(Policy):
 
     Raises:
       ValueError: weights that do not fit together, a window below 1, or another scope; when it is used, a model whose
-        heads the weights are not for.
+        layers or heads the weights are not for.
     """
 
     label = "dms"
@@ -150,7 +150,7 @@ class Retention(Policy):
 
     Raises:
       ValueError: weights that do not fit together, another scope or a negative number; when it is used, a model whose
-        heads the weights are not for.
+        layers or heads the weights are not for.
     """
 
     label = "retention"
@@ -195,7 +195,7 @@ def _entering(head: ForgetHead, incoming: CacheView) -> Float[Array, "B K N R"]:
     """The numbers of tokens that enter, from keys as they are cached; in a pool K is 1."""
     context, keys, owner = incoming.context, incoming.keys.astype(jnp.float32), incoming.owner
     which = context.which if owner is None else tuple(range(context.heads[1]))
-    _check_used(head, which, keys.shape[-1])
+    check_used(head, which, keys.shape[-1], context.layers)
     if context.placement == "absolute":
         keys = unrotated(context.rotate, keys, incoming.positions)
     mine = jax.tree.map(lambda x: x[incoming.layer], head)
@@ -206,16 +206,6 @@ def _entering(head: ForgetHead, incoming: CacheView) -> Float[Array, "B K N R"]:
     shape = (keys.shape[0], len(which), *keys.shape[2:])  # what every head would say, and then its own
     numbers = token_numbers(mine, *(jnp.broadcast_to(x, shape) for x in (keys, incoming.values)))
     return jnp.take_along_axis(numbers, owner[..., None], axis=1)
-
-
-def _check_used(head: ForgetHead, which: tuple[int, ...], head_dim: int) -> None:
-    """Checks heads and width. How many layers the model has is not known here."""
-    kv_heads = head.inner.shape[1]
-    if max(which) >= kv_heads or head_dim != head.head_dim:
-        raise ValueError(
-            f"the weights are for {kv_heads} kv heads of width {head.head_dim}, the model has heads "
-            f"{min(which)} to {max(which)} of width {head_dim}"
-        )
 
 
 def _check_head(head: ForgetHead, outputs: int, name: str) -> None:

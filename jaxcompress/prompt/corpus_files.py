@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from uuid import uuid4
 
 from jaxcompress._extras import extra
 from jaxcompress.inputs.text import decode, parse_json
@@ -117,7 +118,7 @@ def write_part(
       added: the types of the other columns, by Arrow's names.
     """
     file = part_file(target, number, format)
-    with whole_file(file) as partial:
+    with whole_file(file, writer=uuid4().hex[:8]) as partial:
         if format == "jsonl":
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
             partial.write_text("".join(lines), encoding="utf-8")

@@ -41,8 +41,8 @@ class Batch(NamedTuple):
 
     Attributes:
       tokens: [B, T + 1] int32. All but the last are read; all but the first are predicted.
-      weights: [B, T] float32, the weight of predicting each of tokens[:, 1:]; 0 for padding and for the first token
-        after a document's end.
+      weights: [B, T] float32, the weight of predicting each of tokens[:, 1:]; 0 for padding, and for what `TokenStream`
+        does not count.
     """
 
     tokens: Any
@@ -132,8 +132,9 @@ class TokenStream(NamedTuple):
     Attributes:
       tokens: [N] int32: each document, followed by the tokenizer's end token and begin token, if it has them; one token
         if both are the same.
-      predicted: [N] bool, whether the loss counts a token. False for the first token after a document's end, which is
-        not predicted.
+      predicted: [N] bool, whether the loss counts a token. False for the begin token if there is an end token before
+        it, and for the first token of a document if the tokenizer has neither. With one of them, or one that is both,
+        every token counts.
       bos: the token that every row begins with, or None.
     """
 

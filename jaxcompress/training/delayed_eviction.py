@@ -20,7 +20,7 @@ from jaxcompress.policies.forget_head import KEEP_EVERYTHING, ForgetHead, token_
 from jaxcompress.recurrence.block_attention import forgetful_attention
 from jaxcompress.state.shapes import Hidden, Tokens, Valid
 from jaxcompress.training.distillation import divergence
-from jaxcompress.training.forget_heads import check_network, check_temperature, network, positions_of
+from jaxcompress.training.forget_heads import check_network, check_temperature, counted, network, positions_of
 from jaxcompress.training.loss import token_losses
 
 with extra("train"):
@@ -153,7 +153,8 @@ def dms_loss(
         loss = prediction + pressure * max(share kept - share allowed, 0)
 
     The second term is the one-sided loss of the paper (section 3.1). The share is the mean over all layers, kv heads
-    and tokens, so training decides which layers and heads keep more. Differentiate by `head`, or by the model as well.
+    and tokens, so training decides which layers and heads keep more. Rows without any weight do not count.
+    Differentiate by `head`, or by the model as well.
 
     There are ten parameters: the inputs, and the settings of the loss; all but the first three are keywords.
 
@@ -171,7 +172,9 @@ def dms_loss(
     Raises:
       ValueError: see `read_with_soft_eviction`.
     """
-    read = read_with_soft_eviction(model, tokens[:, :-1], head, window=window, temperature=temperature, key=key)
+    read = read_with_soft_eviction(
+        model, tokens[:, :-1], head, window=window, temperature=temperature, valid=counted(weights), key=key
+    )
     return prediction_and_share(model, tokens, read, weights=weights, share=share, teacher=teacher, pressure=pressure)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.policies.forget_head import ForgetHead, check_head, init_forget_head
@@ -33,3 +33,8 @@ def positions_of(tokens: Tokens, valid: Valid | None) -> Positions:
     """The position of each token in its row, -1 for padding."""
     valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid)
     return jnp.where(valid, jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, -1)
+
+
+def counted(weights: Float[Array, "B T"]) -> Valid:
+    """[B, T], False for the tokens of rows without any weight: they only fill a batch."""
+    return jnp.broadcast_to((jnp.asarray(weights) != 0).any(1, keepdims=True), weights.shape)

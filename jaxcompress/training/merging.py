@@ -19,7 +19,7 @@ from jaxcompress.policies.gates import APART, gate_numbers, means, running_sums
 from jaxcompress.recurrence.block_attention import forgetful_attention
 from jaxcompress.state.shapes import Tokens, Valid
 from jaxcompress.training.delayed_eviction import SoftRead, kept_share, prediction_and_share
-from jaxcompress.training.forget_heads import check_network, check_temperature, network, positions_of
+from jaxcompress.training.forget_heads import check_network, check_temperature, counted, network, positions_of
 
 
 def init_gates(config: DecoderConfig, key: Array, *, hidden: int = 64) -> ForgetHead:
@@ -103,5 +103,5 @@ def merging_loss(
 
     There are nine parameters: those of `dms_loss` without `window`.
     """
-    read = read_merging(model, tokens[:, :-1], head, temperature=temperature, key=key)
+    read = read_merging(model, tokens[:, :-1], head, temperature=temperature, valid=counted(weights), key=key)
     return prediction_and_share(model, tokens, read, weights=weights, share=share, teacher=teacher, pressure=pressure)

@@ -17,7 +17,7 @@ from jaxcompress.inputs.whole_file import whole_file
 from jaxcompress.models.decoder import Decoder
 
 # Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets. The first name that is a prefix of the device's
-# kind is used.
+# kind and a dash is used.
 _PEAK = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -30,7 +30,7 @@ _PEAK = {
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
-    "NVIDIA L4-": 121e12,
+    "NVIDIA L4-": 121e12,  # no L40
     "NVIDIA L40S": 362e12,
     "NVIDIA B200": 2250e12,
 }
@@ -38,7 +38,7 @@ _PEAK = {
 
 def peak_flops(device: jax.Device | None = None) -> float | None:
     """Dense bfloat16 FLOP/s of a device (the default device if None). None if not known: CPUs, other models."""
-    kind = (device or jax.extend.backend.get_default_device()).device_kind
+    kind = f"{(device or jax.extend.backend.get_default_device()).device_kind}-"
     return next((peak for name, peak in _PEAK.items() if kind.startswith(name)), None)
 
 
@@ -75,11 +75,12 @@ class Throughput:
 
     Args:
       flops_per_token: FLOPs that the model needs per token; without it, utilisation is None.
+      devices: how many work on it.
     """
 
-    def __init__(self, flops_per_token: float | None = None):
+    def __init__(self, flops_per_token: float | None = None, devices: int = 1):
         peak = peak_flops()
-        self._share = None if flops_per_token is None or peak is None else flops_per_token / peak / jax.device_count()
+        self._share = None if flops_per_token is None or peak is None else flops_per_token / peak / devices
         self._last: float | None = None
 
     def __call__(self, tokens: int) -> dict[str, float | None]:

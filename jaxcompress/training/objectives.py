@@ -20,6 +20,7 @@ from jaxcompress.recurrence.advance import Step
 from jaxcompress.state.placement import Placement
 from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import distilled_value_and_grad
+from jaxcompress.training.forget_heads import counted
 from jaxcompress.training.lora import ALPHA, Adapter, add_lora, kernel_of, lora_changes
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import bounded_value_and_grad
@@ -114,7 +115,8 @@ def joint_retention(
         model, head = params
         policy = Retention(jax.lax.stop_gradient(head), scope, recent)
         metrics, slope = model_objective(policy)(model, batch, step, key)
-        tokens, how = batch.tokens[:watched, :-1], dict(scope=scope, block=block, horizon=horizon, recent=recent)
+        tokens, valid = batch.tokens[:watched, :-1], counted(batch.weights)[:watched]
+        how: dict[str, Any] = dict(scope=scope, valid=valid, block=block, horizon=horizon, recent=recent)
         watch = lambda head: retention_loss(model, tokens, head, **how)
         apart, change = jax.value_and_grad(watch)(head)
         return {**metrics, "retention": apart}, (slope, change)

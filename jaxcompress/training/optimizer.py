@@ -14,8 +14,8 @@ with extra("train"):
 
 
 def warmup_stable_decay(peak: float, steps: int, *, warmup: int = 100, decay: float = 0.3) -> optax.Schedule:
-    """Linear warmup, a plateau, and a linear decay to zero over the last `decay` of the steps."""
-    tail = int(steps * decay)
+    """Linear warmup, a plateau, and a linear decay to zero over the last `decay` of the steps, none of them warmup."""
+    tail = max(min(int(steps * decay), steps - warmup), 0)
     plateau = max(steps - warmup - tail, 0)
     return optax.join_schedules(
         [

@@ -14,6 +14,7 @@ from jaxcompress.policies.forget_head import ForgetHead
 from jaxcompress.policies.policy import Policy
 from jaxcompress.training.data import Batch
 from jaxcompress.training.delayed_eviction import dms_loss, init_dms, share_schedule, temperature_schedule
+from jaxcompress.training.forget_heads import counted
 from jaxcompress.training.merging import init_gates, merging_loss
 from jaxcompress.training.objectives import joint_retention
 from jaxcompress.training.retention_heads import init_retention, retention_loss
@@ -117,9 +118,9 @@ def _retention(model: Decoder, head: ForgetHead, scope: Scope, horizon: float | 
     """Trains a head on a model's attention. The objective refers to the model and copies nothing."""
 
     def objective(head: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-        loss = lambda head: retention_loss(
-            model, batch.tokens[:, :-1], head, scope=scope, block=_block(batch), horizon=horizon, recent=recent
-        )
+        tokens, valid = batch.tokens[:, :-1], counted(batch.weights)
+        how: dict[str, Any] = dict(scope=scope, valid=valid, block=_block(batch), horizon=horizon, recent=recent)
+        loss = lambda head: retention_loss(model, tokens, head, **how)
         value, gradient = jax.value_and_grad(loss)(head)
         return {"loss": value}, gradient
 

@@ -68,7 +68,7 @@ def retention_loss(
         here = layer.attention.constants(model.config, index)
         q, k = here.placed(q, k, positions)
         kind = dict(window=here.window, traits=here.traits)
-        how = dict(block=block, horizon=horizon, recent=recent, **kind)
+        how: dict[str, Any] = dict(block=block, horizon=horizon, recent=recent, **kind)
         out, apart = watched_attention(numbers, q, k, v, positions, **how)
         return out, carry, apart
 
@@ -117,17 +117,21 @@ def watched_attention(
       The attention, and the loss.
 
     Raises:
-      ValueError: a block below 1 token, a text within one block or no longer than what is protected, or a horizon that
-        is not positive.
+      ValueError: a block below 1 token, a text within one block, so many protected tokens that there is nothing to
+        learn at any block end but the last, or a horizon that is not positive.
     """
     t = q.shape[1]
     if horizon is not None and horizon <= 0:
         raise ValueError(f"a horizon is a positive number of tokens, not {horizon}")
     if not 1 <= block < t:
         raise ValueError(f"blocks of {block} tokens in texts of {t}: at least 1, and something has to come after one")
-    if not 0 <= recent < t:
+    if recent < 0:
+        raise ValueError(f"recent is a number of protected tokens, 0 or more, not {recent}")
+    if recent > (last := (t - 1) // block * block - 1):
         raise ValueError(
-            f"{recent} newest tokens are protected in texts of {t}: 0 or more, and fewer than the text has"
+            f"nothing can be learned of texts of {t} tokens: the {recent} newest are protected, and the last end of a "
+            f"block of {block} that tokens follow is at position {last}; give longer texts (--length) or protect fewer "
+            "(--recent)"
         )
     q, k, v, traits = jax.lax.stop_gradient((q, k, v, traits))
     fade = lambda ahead: jnp.exp(-ahead / horizon) if horizon else jnp.ones(ahead.shape)

@@ -194,7 +194,7 @@ def fit(
       SaveFailed: a checkpoint could not be written.
     """
     done = int(state.step)
-    throughput = Throughput(flops_per_token)
+    throughput = Throughput(flops_per_token, devices=len(state.step.sharding.device_set))
     pending: tuple[int, Metrics, int] | None = None
     progress = tqdm(total=steps, initial=done, unit="step", disable=not (bar and sys.stderr.isatty()))
 
@@ -234,16 +234,20 @@ def make_measure(
     objective: Objective,
     *,
     compute_dtype: DTypeLike | None = None,
+    step: int = 0,
     seed: int = 0,
     sharding: ShardingRules | None = None,
 ) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
     """A function of weights and batches of one shape: the mean metrics, weighted by token. Nothing is trained.
 
     Without batches, or if no token counts, there are no metrics. With `sharding`, rows of a batch are spread so.
+
+    Args:
+      step: for objectives with a schedule: the metrics are those of this step.
     """
 
     def metrics_of(params: Any, batch: Any, key: jax.Array) -> Metrics:
-        return objective(_cast(params, compute_dtype), placed(batch, sharding), jnp.zeros((), jnp.int32), key)[0]
+        return objective(_cast(params, compute_dtype), placed(batch, sharding), jnp.asarray(step, jnp.int32), key)[0]
 
     compiled = Compiled(metrics_of)  # the unused gradient is not computed
 

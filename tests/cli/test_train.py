@@ -28,7 +28,7 @@ from jaxcompress.cli.train import Train, train_defaults
 from jaxcompress.cli.train.presets import PRESETS
 from jaxcompress.cli.train.record import recorded_settings
 from jaxcompress.models.decoder import Decoder
-from jaxcompress.training import checkpointing
+from jaxcompress.training import checkpointing, trainer
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.optimizer import SCHEDULES
 
@@ -92,7 +92,12 @@ class TestTrain:
         assert f"{out} holds a run already; give --resume" in ran.err
 
     def test_a_finished_run_tells_again(self, run: Any, out: Path) -> None:
+        """Even if an older version began it, which knew fewer settings."""
         lines = (out / "metrics.jsonl").read_bytes()
+        record = json.loads((out / "run.json").read_text())
+        for name in ("recent", "mode", "preset"):
+            del record["settings"][name]
+        (out / "run.json").write_text(json.dumps(record))
         ran = run("train", "--out", out, "--resume", model=None)
         assert ran.code == 0
         assert "continuing from step 6" in ran
@@ -158,9 +163,12 @@ def test_a_run_that_was_stopped_goes_on(run: Any, book: Path, tmp_path: Path, mo
     assert weights[0] == weights[1]
 
 
-def test_a_finished_run_is_extended(run: Any, book: Path, tmp_path: Path) -> None:
-    """The rates are those of a run of so many steps, and the model is that of the last one."""
-    out = tmp_path / "run"
+def test_a_finished_run_is_extended(run: Any, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rates are those of a run of so many steps, and the model is that of the last one. What is told of held-out
+    rows is of the last step, where schedules end."""
+    out, measured, make = tmp_path / "run", [], trainer.make_measure
+    spy = lambda *given, step, **how: measured.append(step) or make(*given, step=step, **how)
+    monkeypatch.setattr(trainer, "make_measure", spy)
     assert run("train", "--data", book, "--out", out, *FULL, "--steps", 2).code == 0
     first = (out / "model" / "model.safetensors").read_bytes()
     ran = run("train", "--out", out, "--resume", "--steps", 4, model=None)
@@ -174,6 +182,7 @@ def test_a_finished_run_is_extended(run: Any, book: Path, tmp_path: Path) -> Non
     assert (out / "model" / "model.safetensors").read_bytes() != first
     assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "metrics.jsonl", "model", "run.json"]
     assert json.loads((out / "run.json").read_text())["settings"]["steps"] == 4
+    assert measured == [1, 3]
 
 
 def test_adapters(run: Any, book: Path, folder: Path, model: Decoder, tmp_path: Path) -> None:
@@ -215,6 +224,20 @@ def test_nothing_is_held_out(run: Any, book: Path, tmp_path: Path) -> None:
     [
         (("--data", "{book}", "--rows", 0), "--rows must be at least 1, not 0"),
         (("--data", "{book}", "--warmup", -1), "--warmup must be at least 0, not -1"),
+        (("--data", "{book}", "--bptt-segments", 0), "--bptt-segments must be at least 1, not 0"),
+        (("--data", "{book}", "--held-out", -5), "--held-out must be at least 0, not -5"),
+        (("--data", "{book}", "--clip", 0), "--clip must be above 0, not 0"),
+        (("--data", "{book}", "--learning-rate", -1), "--learning-rate must be above 0, not -1"),
+        (("--data", "{book}", "--weight-decay", -0.1), "--weight-decay must be at least 0, not -0.1"),
+        (
+            ("--data", "{book}", "--policy", "learned"),
+            "--policy learned is for a model that has a policy already; name",
+        ),
+        (("--data", "{book}", "--optimizer", "muon", "--lora", 2), "--optimizer does nothing with --lora, whose"),
+        (
+            ("--data", "{book}", "--optimizer", "muon", "--policy", "dms"),
+            "--optimizer does nothing with --policy dms, ",
+        ),
         (("--data", "{book}", "--lora", 0), "the rank of an adapter is at least 1, not 0"),
         (("--data", "{book}", "--policy", "dms", "--lora", 2), "--lora trains adapters of a model; dms trains"),
         (("--data", "{book}", "--policy", "retention", "--lora", 2), "of its own; with --distill it trains both"),
@@ -297,6 +320,16 @@ class TestSettings:
         )  # fmt: skip
         assert command_of(["train", "--data", "x", "--out", "y"]) == Train(data="x", out=Path("y"))
 
+    def test_home_is_written_short(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By no shell: in TOML, and after an equals sign."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "a.toml").write_text('out = "~/run"\n')
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "run.json").write_text(json.dumps(dict(settings=dict(data="y"))))
+        for given in (["--out=~/run"], ["--config", str(tmp_path / "a.toml")]):
+            asked = command_of(["train", *given, "--resume"])
+            assert (asked.out, asked.data) == (tmp_path / "run", "y")
+
     @pytest.mark.parametrize("line", ["tensorboard = 1", "steps = true", "data = {a = 1}"])
     def test_types(self, tmp_path: Path, line: str) -> None:
         (tmp_path / "a.toml").write_text(line)
@@ -318,6 +351,30 @@ class TestSettings:
                 config=tmp_path / "a.toml",
             )
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "read"),
+    [
+        (dict(policy="full"), ""),
+        (dict(policy="h2o", slots=(4, 8)), " --policy learned --slots 4 8"),
+        (dict(policy="my own.py:Far"), " --policy 'my own.py:Far' --slots 128"),
+        (dict(placement="slot", mode="chunked"), " --policy learned --slots 128 --placement slot --mode chunked"),
+        (dict(mode="chunked", chunk=4), " --policy learned --slots 128 --chunk 4 --mode chunked"),
+    ],
+)
+def test_what_is_to_be_tried(how: Any, read: str, tmp_path: Path) -> None:
+    """It reads as the model was trained; a policy of one's own is never run because a checkpoint says so."""
+    made = Train(data="x", out=tmp_path / "run", **how)
+    assert made.tried == f"jaxcompress generate --model {tmp_path / 'run' / 'model'}{read} --prompt ..."
+
+
+def test_operations_of_a_step(folder: Path) -> None:
+    """What is learned alone reads with plain attention; a retention head needs nothing that goes backwards."""
+    loaded = load(folder)
+    of = lambda **how: Train(data="x", out=Path("y"), length=64, slots=(8,), **how)._flops(loaded)
+    assert of(policy="full") == of(policy="dms") == of(policy="dmc") == pytest.approx(3 * of(policy="retention"))
+    assert of(policy="full") > of(policy="tova") == of(policy="retention", distill=True)
 
 
 @pytest.mark.slow
@@ -420,6 +477,8 @@ def test_a_preset_fills_in_what_nothing_else_gives(name: Any, tmp_path: Path) ->
         replace(made, data="text", out=out, policy="tova").check()
     out.mkdir()
     settings = recorded_settings(replace(made, data="text", out=out, slots=(8,)))
+    del settings["recent"]  # as an older version wrote it, whose preset said nothing of it either
     (out / "run.json").write_text(json.dumps(dict(settings=settings)))
     again = train_defaults(["--out", str(out), "--resume"])
     assert (again.preset, again.slots, again.policy) == (name, (8,), PRESETS[name]["policy"])
+    assert again.recent == 0

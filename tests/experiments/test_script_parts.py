@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import tiny_decoder
 
+from jaxcompress.checkpoints import SavedPolicy, save_policy
 from jaxcompress.evaluation.provenance import Provenance
 from jaxcompress.evaluation.results import Cell, Figure, Row, read_rows, run_cells
 from jaxcompress.models.modes import calls
@@ -193,3 +195,58 @@ def test_evidence_has_one_model_for_each_name(script: Any, capsys: pytest.Captur
         with pytest.raises(SystemExit):
             script.models_of(script.Arguments(trained=given))
         assert "names another model already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("saved", "own"), [("full", None), ("tova", "tova")])
+def test_evidence_reads_a_control_with_the_given_policies(
+    saved: str, own: str | None, script: Any, tmp_path: Path
+) -> None:
+    """`train --policy full` saves that policy too, but a full cache is no policy of a model's own."""
+    save_policy(SavedPolicy(saved, {}), tmp_path)
+    made = script("training_evidence").own_policy(SimpleNamespace(model=tiny_decoder(), folder=tmp_path))
+    assert (made and made.name) == own
+
+
+def test_a_mixture_reads_what_it_is_told(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = script("training_mixture")
+    for name in ("Dracula", "Emma"):
+        (tmp_path / f"{name}.txt").write_text("A text.")
+    given = script.Arguments(texts=(tmp_path,), hold_out=("Dracula",))
+    assert [file.stem for file in script.files_of(given)] == ["Emma"]
+    with pytest.raises(SystemExit):
+        script.files_of(script.Arguments(texts=(tmp_path,), hold_out=("Dracula", "dracula")))
+    assert "--hold-out names no file of --texts: dracula; they are Dracula, Emma" in capsys.readouterr().err
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"document": "One."}\n{"text": "Two.", "id": 3}\n[]\n')
+    with pytest.raises(SystemExit):
+        script.texts_in(lines, "document")
+    assert "lines.jsonl, line 2: no text under 'document' (--field); the line has text, id" in capsys.readouterr().err
+    lines.write_text('{"document": "One."}\n')
+    assert script.texts_in(lines, "document") == ["One."]
+
+
+def test_methods_of_reinforcement(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    module, command = script("train_reinforced"), script("command")
+    assert command.arguments(module.QUICK, ["--methods", "full"]).methods == ("full",)
+    with pytest.raises(SystemExit):
+        command.arguments(module.QUICK, ["--methods", "bounded", "bonded"])
+    assert "bonded" in capsys.readouterr().err
+
+
+def test_a_policy_ships_with_how_it_was_trained(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that goes on says so before its model is another one."""
+    of_run = script("ship_policy").policy_of_run
+    (tmp_path / "model").mkdir()
+    save_policy(SavedPolicy("dms", dict(norms="1"), dict(inner=np.ones(2))), tmp_path / "model")
+    settings = dict(steps=6, rows=1, length=8, horizon=1.0, ratio=4.0, learning_rate=1.0, seed=0)
+    record = dict(settings=settings, data=dict(tokens=9))
+    for saved in ({}, dict(saved=3)):
+        (tmp_path / "run.json").write_text(json.dumps(record | saved))
+        with pytest.raises(SystemExit):
+            of_run(tmp_path)
+        assert f"of {saved.get('saved', 'no')} steps, and the run goes to 6: finish it" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text(json.dumps(record | dict(saved=6)))
+    trained = of_run(tmp_path).settings["trained"]
+    assert trained == dict(steps=6, rows=1, length=8, ratio=4.0, learning_rate=1.0, seed=0, tokens_of_data=9)

@@ -295,9 +295,11 @@ def test_wrong_weights_and_settings() -> None:
     for wrong, says in (
         (head(2, width=4), "2 kv heads of width 4, the model has heads 0 to 1 of width 8"),
         (head(2, heads=1), "1 kv heads of width 8, the model has heads 0 to 1"),
+        (ForgetHead(*(x[:2] for x in head(2))), "the weights are for 2 layers, the model has 3"),
     ):
-        with pytest.raises(ValueError, match=says):
-            init_state(CONFIG, policies.DMS(wrong, WINDOW), 20)
+        for made in (policies.DMS(wrong, WINDOW), policies.protect(policies.dmc(wrong))):
+            with pytest.raises(ValueError, match=says):
+                init_state(CONFIG, made, 20)
     check_head(head(2), layers=LAYERS, kv_heads=K, head_dim=D)
     with pytest.raises(ValueError, match="3 layers of 2 kv heads of width 8, the model has 6 layers of 2 kv heads"):
         check_head(head(2), layers=6, kv_heads=K, head_dim=D)

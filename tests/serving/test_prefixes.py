@@ -98,7 +98,7 @@ def test_files_outlive_the_engine_and_stay_within_their_limit(opened: Open, tmp_
     engine.close()
     (first,) = tmp_path.iterdir()
     os.utime(first, (1, 1))
-    (tmp_path / ".killed.state.0123.partial").write_bytes(b"half")
+    (tmp_path / ".killed.state.partial").write_bytes(b"half")
     engine = opened(tmp_path, disk_bytes=int(2.5 * first.stat().st_size))
     assert [known(engine, text) for text in (texts[1], texts[0], texts[2])] == [0, SEGMENT, 0]
     engine.close()

@@ -75,6 +75,9 @@ def test_keys_attended_to() -> None:
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA L40S", 362e12),
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
@@ -90,9 +93,9 @@ def test_throughput(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(100) == dict(tokens_per_second=None, mfu=None)
     assert told(100) == dict(tokens_per_second=50.0, mfu=None)  # a CPU's peak is not known
     monkeypatch.setattr(metrics, "peak_flops", lambda: 1e9)
-    told = Throughput(1e6)
+    told = Throughput(1e6, devices=4)
     told(100)
-    assert told(100) == dict(tokens_per_second=25.0, mfu=25.0 * 1e6 / 1e9 / jax.device_count())
+    assert told(100) == dict(tokens_per_second=25.0, mfu=25.0 * 1e6 / 1e9 / 4)
 
 
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

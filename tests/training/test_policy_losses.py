@@ -31,6 +31,7 @@ from jaxcompress.training.delayed_eviction import (
     temperature_schedule,
 )
 from jaxcompress.training.objectives import bounded, joint_retention
+from jaxcompress.training.policy_objectives import policy_objective
 from jaxcompress.training.retention_heads import init_retention, retention_loss, watched_attention
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
@@ -253,6 +254,24 @@ def test_a_head_beside_its_model() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), slope, expected)
 
 
+@pytest.mark.parametrize("name", ["retention", "retention and model", "dms", "dmc"])
+def test_rows_that_fill_a_batch_do_not_count(name: str) -> None:
+    """As the trainer has it: a batch's metrics are those of its rows with weights, and 0 if there are none."""
+    model_objective = partial(bounded, slots=8, segment=8) if name == "retention and model" else None
+    kind = name.split()[0]
+    learned = policy_objective(MODEL, kind, jax.random.key(0), steps=9, hidden=4, model_objective=model_objective)
+    model, head = learned.parts(learned.params)
+    params: Any = noisy(head, 4.0) if isinstance(learned.params, ForgetHead) else (model, noisy(head, 4.0))
+    run = jitted(lambda batch: learned.objective(params, batch, 3, None)[0])
+    full = Batch(jnp.concatenate([TOKENS[:1]] * 2), jnp.ones((2, 23)))
+    filled = Batch(full.tokens.at[1].set(0), full.weights.at[1].set(0))
+    told, expected = run(filled), run(full)
+    for metric in expected:
+        assert float(told[metric]) == pytest.approx(float(expected[metric]), rel=1e-5), metric
+    nothing = run(filled._replace(weights=jnp.zeros((2, 23))))
+    assert {float(value) for value in nothing.values()} == {0.0}
+
+
 T, K, H, D, MARKED = 96, 2, 4, 8, 3
 CONFIG = DecoderConfig(8, 8, 8, 1, H, K, D)
 
@@ -371,3 +390,11 @@ def test_what_does_not_fit() -> None:
         retention_loss(MODEL, TOKENS, four, block=24)
     with pytest.raises(ValueError, match="a horizon is a positive number of tokens, not 0"):
         retention_loss(MODEL, TOKENS, four, block=8, horizon=0)
+    with pytest.raises(ValueError, match="0 or more, not -1"):
+        retention_loss(MODEL, TOKENS, four, block=8, recent=-1)
+    learned = partial(retention_loss, MODEL, TOKENS, four, block=8)
+    with pytest.raises(
+        ValueError, match="texts of 24 tokens: the 16 newest .* a block of 8 .* is at position 15; give"
+    ):
+        jax.eval_shape(lambda: learned(recent=16))
+    jax.eval_shape(lambda: learned(recent=15))

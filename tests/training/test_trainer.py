@@ -13,13 +13,14 @@ import optax
 import pytest
 from tiny import random_tokens, tiny_decoder
 
+from jaxcompress.training import metrics
 from jaxcompress.training.checkpointing import Checkpoints
 from jaxcompress.training.data import Batch, PackedRows, TokenStream, batches
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.metrics import MetricsFile
 from jaxcompress.training.objectives import causal
 from jaxcompress.training.optimizer import OPTIMIZERS, SCHEDULES, adamw_for_decoder
-from jaxcompress.training.trainer import TrainState, fit, init_train_state, make_evaluate, make_step
+from jaxcompress.training.trainer import TrainState, fit, init_train_state, make_evaluate, make_measure, make_step
 
 V = 11
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
@@ -165,9 +166,12 @@ def curve(folder: Path) -> list[tuple[int, float, float]]:
 class TestFit:
     """fit"""
 
-    def test_it_learns_and_tells(self, tmp_path: Path) -> None:
+    def test_it_learns_and_tells(self, monkeypatch: pytest.MonkeyPatch) -> None:
         told: list[Any] = []
-        state = fit(fresh(), STEP, some_data(), steps=30, log=[lambda step, numbers: told.append((step, numbers))])
+        monkeypatch.setattr(metrics, "peak_flops", lambda: 1e9)
+        monkeypatch.setattr(jax, "device_count", lambda: 64)  # the others do nothing
+        log = [lambda step, numbers: told.append((step, numbers))]
+        state = fit(fresh(), STEP, some_data(), steps=30, log=log, flops_per_token=1e6)
         assert int(state.step) == 30
         assert [step for step, _ in told] == list(range(1, 31))
         names = {"loss", "drawn", "tokens", "gradient_norm", "parameter_norm", "tokens_per_second", "mfu"}
@@ -175,6 +179,7 @@ class TestFit:
         assert np.mean([n["loss"] for _, n in told[-5:]]) < np.mean([n["loss"] for _, n in told[:5]]) - 0.1
         assert told[0][1]["tokens_per_second"] is None
         assert told[-1][1]["tokens_per_second"] > 0
+        assert told[-1][1]["mfu"] == pytest.approx(told[-1][1]["tokens_per_second"] * 1e6 / 1e9)
 
     def test_a_stopped_run_goes_on_bit_by_bit(self, tmp_path: Path) -> None:
         whole = run(tmp_path / "whole")
@@ -245,6 +250,12 @@ def test_evaluation_weighs_tokens() -> None:
     assert np.isnan(evaluate(state.params, []))
 
 
+def test_what_is_measured_is_of_one_step() -> None:
+    told = lambda params, batch, step, key: ({"step": step}, None)
+    for how, step in ((dict(step=7), 7), ({}, 0)):
+        assert make_measure(told, **how)({}, [one_batch()]) == {"step": step}
+
+
 def test_a_decoder_learns_by_plain_attention() -> None:
     model = tiny_decoder()
     batch = Batch(random_tokens(2, 17), np.ones((2, 16), np.float32))
@@ -272,6 +283,10 @@ class TestRegistry:
         assert (np.diff(rates[:10]) > 0).all()
         assert (np.diff(rates[11:]) <= 1e-6).all()
         assert float(SCHEDULES[name](2.0, 1, warmup=0)(0)) > 0
+
+    def test_a_decay_that_warmup_leaves_few_steps(self) -> None:
+        schedule = SCHEDULES["stable"](2.0, 100, warmup=90)
+        np.testing.assert_allclose([schedule(step) for step in (45, 90, 95, 100)], [1, 2, 1, 0], atol=1e-6)
 
     def test_adamw_lets_norms_and_biases_be(self) -> None:
         weights = {"kernel": jnp.ones(3), "norm": {"scale": jnp.ones(3)}, "bias": jnp.ones(3)}

@@ -55,7 +55,7 @@ class OptimizerFlags:
     warmup: int = 20
     """Steps in which the learning rate rises from 0; at most all steps but the last."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer of the model's weights."""
+    """Optimizer of the model's weights. Adapters and the networks of policies have AdamW."""
     weight_decay: float = 0.01
     """Weight decay of the optimizer."""
     clip: float = 1.0
@@ -76,6 +76,9 @@ class TrainFlags(
 ):  # fmt: skip
     """What `train` is told."""
 
+    policy: str = "tova"
+    """Eviction policy to train a model for: a name from `jaxcompress info`, full for plain attention, or FILE.py:NAME
+    for your own. Or one that is learned: retention, retention-layer, retention-pool, dms, dms-pool, dmc."""
     data: str
     """Text file, JSONL file, folder of both, or dataset of the Hugging Face hub (`name` or `name:configuration`)."""
     out: Path
@@ -111,6 +114,9 @@ class TrainFlags(
     tensorboard: bool = False
     """Also write to --out/tensorboard."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", self.out.expanduser())  # no shell has, in TOML and in --out=~/runs
+
     @property
     def chunk_length(self) -> int:
         """Tokens between two selections."""
@@ -123,10 +129,12 @@ class TrainFlags(
           ValueError: a number that makes no sense, settings that exclude each other or do nothing, or a folder that
             holds a run already.
         """
-        for name in ("length", "rows", "accumulate", "steps", "segment", "save_every", "keep"):
-            at_least(1, **{name: getattr(self, name)})
-        at_least(0, warmup=self.warmup, recent=self.recent)
-        self.chunk_tokens()
+        self._check_numbers()
+        if self.policy.split("/")[0] == "learned":
+            raise ValueError(
+                "--policy learned is for a model that has a policy already; name the policy to train with, such as "
+                "tova, or the one to learn, such as retention or dms"
+            )
         if self.mode == "oneshot":
             raise ValueError("--mode oneshot selects once per prompt, and training rows have none; use chunked")
         if self.rows % self.accumulate:
@@ -146,6 +154,18 @@ class TrainFlags(
         if not self.resume and any(any(self.out.glob(name)) for name in ("run.json", "checkpoints/*", "model")):
             raise ValueError(f"{self.out} holds a run already; give --resume to continue it, or another --out")
 
+    def _check_numbers(self) -> None:
+        """Raises ValueError for a number that makes no sense, whatever the others are."""
+        for name in ("length", "rows", "accumulate", "steps", "segment", "bptt_segments", "save_every", "keep"):
+            at_least(1, **{name: getattr(self, name)})
+        at_least(0, warmup=self.warmup, recent=self.recent, held_out=self.held_out)
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name):g}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"--weight-decay must be at least 0, not {self.weight_decay:g}")
+        self.chunk_tokens()
+
     def _idle(self) -> dict[str, str]:
         """Settings that nothing reads, given the others, and why."""
         kind, idle = self.policy.split("-")[0], {}
@@ -160,6 +180,10 @@ class TrainFlags(
             idle["ratio"] = f"with --policy {self.policy}; it is for dms and dmc"
         if kind in ("dms", "dmc", "retention") and not self.distill:
             idle["bptt_segments"] = f"with --policy {self.policy}, which learns from plain attention"
+        if kind in ("dms", "retention") and not self.distill:
+            idle["optimizer"] = f"with --policy {self.policy}, whose network AdamW trains"
+        if self.lora is not None:
+            idle["optimizer"] = "with --lora, whose adapters AdamW trains"
         if Path(self.data).expanduser().exists():
             idle["split"] = f"with files; {self.data} is no dataset of the hub"
         return idle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -84,17 +85,31 @@ class Train(TrainFlags):
         if run.record.get("saved") != self.steps or not (self.out / "model").exists():
             save_trained(self, task, run.state.params, self.out / "model", stored, tokenizer.folder)
             _record(run.record | dict(saved=self.steps), self.out / "run.json")
-        folder, told = self.out / "model", ""
+        print(f"saved in {self.out / 'model'}; try: {self.tried}")
+
+    @property
+    def tried(self) -> str:
+        """The command that reads as the model was trained."""
+        reading: list[str] = []
         if self.policy != "full":
-            told = f" --policy learned --slots {' '.join(map(str, self.slots))}"
-        print(f"saved in {folder}; try: jaxcompress generate --model {folder}{told} --prompt ...")
+            policy = self.policy if ":" in self.policy else "learned"  # a checkpoint runs no code
+            reading = ["--policy", policy, "--slots", *map(str, self.slots)]
+            for name in ("placement", "chunk"):
+                if (value := getattr(self, name)) is not None:
+                    reading += [f"--{name}", str(value)]
+            reading += ["--mode", self.mode] if self.mode != "streaming" else []
+        return shlex.join(["jaxcompress", "generate", "--model", str(self.out / "model"), *reading]) + " --prompt ..."
 
     def _flops(self, loaded: Loaded) -> float:
-        """Operations per token of a step."""
+        """Operations per token of a step. Those of a teacher do not count."""
         from jaxcompress.training.metrics import flops_per_token, mean_attended
+        from jaxcompress.training.policy_objectives import TRAINABLE
 
-        slots = None if self.policy == "full" else round(sum(self.slots) / len(self.slots))
-        return flops_per_token(loaded.model, mean_attended(self.length, slots))
+        plain = self.policy == "full" or (self.policy in TRAINABLE and not self.distill)
+        slots = None if plain else round(sum(self.slots) / len(self.slots))
+        both_ways = flops_per_token(loaded.model, mean_attended(self.length, slots))
+        only_forward = self.policy.startswith("retention") and not self.distill
+        return both_ways / 3 if only_forward else both_ways
 
 
 class _Run:
@@ -121,7 +136,8 @@ class _Run:
         self._step = make_step(
             task.objective, optimizer, accumulate=how.accumulate, compute_dtype=dtype, sharding=rules
         )
-        self._measure = make_measure(task.measured, compute_dtype=dtype, sharding=rules)
+        last = how.steps - 1  # where schedules end: before and after are then told of the same decisions
+        self._measure = make_measure(task.measured, compute_dtype=dtype, step=last, sharding=rules)
         facts = dict(tokens=len(rows.stream.tokens), checksum=rows.stream.checksum)
         begin = partial(init_train_state, task.params, optimizer, seed=how.seed)
         file, self._done = how.out / "run.json", checkpoints.latest or 0

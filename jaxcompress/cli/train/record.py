@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ _FREE = ("steps", "save_every", "keep", "tensorboard", "mesh")  # may change whi
 
 def recorded_settings(how: TrainFlags) -> dict[str, Any]:
     """The settings that make a run what it is, as JSON has them."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(how).items()
-        if name not in _PER_CALL
-    }
+    return _as_json({name: value for name, value in asdict(how).items() if name not in _PER_CALL})
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -34,6 +34,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def unchanged(how: TrainFlags, path: Path, data: Mapping[str, Any], base: str, done: int) -> dict[str, Any]:
     """The record of a run that goes on; prints which settings change.
 
+    A setting that the record lacks is newer than the run, which went on as the flag's default does.
+
     Args:
       path: of run.json.
       data: the number of tokens and their checksum, now.
@@ -44,8 +46,9 @@ def unchanged(how: TrainFlags, path: Path, data: Mapping[str, Any], base: str, d
       ValueError: settings, data or the model are not those that the run began with.
     """
     begun, changes = read_record(path), []
+    then = _as_json({field.name: field.default for field in fields(TrainFlags)}) | begun["settings"]
     for name, value in recorded_settings(how).items():
-        flag, was = f"--{name.replace('_', '-')}", begun["settings"].get(name)
+        flag, was = f"--{name.replace('_', '-')}", then[name]
         if value == was:
             continue
         if name not in _FREE:
@@ -56,13 +59,13 @@ def unchanged(how: TrainFlags, path: Path, data: Mapping[str, Any], base: str, d
         changes.append(f"{flag} is {value} from now on; it was {was}")
     if how.steps < done:
         raise ValueError(f"the run in {how.out} has taken {done} steps; --steps {how.steps} is less: give more")
-    then = begun.get("data")
-    if not isinstance(then, dict) or not {"tokens", "checksum"} <= then.keys():
+    read = begun.get("data")
+    if not isinstance(read, dict) or not {"tokens", "checksum"} <= read.keys():
         raise ValueError(f"{path} is damaged; begin another run with another --out")
-    if then != dict(data):
+    if read != dict(data):
         raise ValueError(
             f"{how.data} has changed since the run in {how.out} began: {data['tokens']:,} tokens (checksum "
-            f"{data['checksum']}), then {then['tokens']} ({then['checksum']})"
+            f"{data['checksum']}), then {read['tokens']} ({read['checksum']})"
         )
     if begun.get("base", base) != base:
         raise ValueError(

@@ -29,7 +29,8 @@ class _Where(SourceFlags):
 def train_defaults(arguments: Sequence[str]) -> Train:
     """`train` as the files and the preset say that these arguments name; what only flags can say is `tyro.MISSING`.
 
-    A TOML file wins over the run that goes on, and both win over a preset.
+    A TOML file wins over the run that goes on, and both win over a preset. A run that goes on has taken all it needs of
+    its preset: what its record lacks has the flag's default.
 
     Args:
       arguments: of `train`, without its name.
@@ -49,12 +50,14 @@ def train_defaults(arguments: Sequence[str]) -> Train:
     run: dict[str, Any] = {}
     out = where.out or config.get("out")
     if out and (where.resume or config.get("resume")):
-        if (path := out / "run.json").exists():
+        if (path := out.expanduser() / "run.json").exists():
             run = _checked(read_record(path)["settings"], path)
         elif where.data is None and "data" not in config:
             raise ValueError(f"there is no run in {out} to continue: {path} does not exist; --data begins one")
-    preset = where.preset or config.get("preset") or run.get("preset")
-    return _with_open_flags({**PRESETS[preset], "preset": preset, **run, **config} if preset else run | config)
+    preset = where.preset or config.get("preset")
+    if run or not preset:
+        return _with_open_flags(run | config)
+    return _with_open_flags({**PRESETS[preset], "preset": preset, **config})
 
 
 def _with_open_flags(values: dict[str, Any]) -> Train:
