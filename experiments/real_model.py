@@ -108,11 +108,13 @@ def checks(args: Check, text: Path) -> Iterator[tuple[str, bool]]:
             yield f"{policy} in {room} slots answers that it is Paris", "Paris" in said
     table = read(args.out / "perplexity.json", lambda out: command(
         "perplexity", *of_model, *of_text, "--context", str(args.tokens), "--rows", "1",
-        "--policies", "full", "window", "window+4", "h2o", "tova", "--slots", slots, "--out", out,
+        "--policies", "full", "window", "window+4", "h2o", "tova", "learned", "--slots", slots, "--out", out,
     ))  # fmt: skip
     nats = {row["policy"]: row["nats"] for row in table}
     yield f"the full cache predicts best ({nats['full']:.3f} nats)", min(nats.values()) > nats["full"] - 0.01
     yield f"TOVA ({nats['tova']:.3f}) is better than a window ({nats['window']:.3f})", nats["tova"] < nats["window"]
+    learned = next(value for policy, value in nats.items() if policy.startswith("retention"))
+    yield f"the retention head that ships ({learned:.3f}) is better than TOVA", learned < nats["tova"]
     if args.recall_tokens:
         yield recall(args, [*of_model, *of_text])
     page = args.out / "retention.html"

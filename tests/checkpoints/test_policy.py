@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tiny import tiny_decoder
 
 from jaxcompress.checkpoints import SavedPolicy, load, load_policy, missing_policy, save, save_policy
-from jaxcompress.embedded import decoder_folder
+from jaxcompress.embedded import decoder_folder, policies_folder
 from jaxcompress.models.fingerprint import norms_fingerprint
 from jaxcompress.policies.forget_head import ForgetHead
 
@@ -69,6 +69,17 @@ def test_wrong_policies(tmp_path: Path) -> None:
             saved.make()
 
 
+def test_policies_that_ship_are_small_and_say_for_which_model() -> None:
+    folders = sorted(policies_folder().iterdir())
+    assert [folder.name for folder in folders] == ["SmolLM2-135M-Instruct"]
+    for folder in folders:
+        saved = load_policy(folder)
+        assert saved is not None
+        assert saved.make().recent == saved.settings["recent"] == 32
+        assert len(saved.settings["norms"]) == 64
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
+
+
 def test_a_policy_that_ships_is_found_by_the_norms_of_its_model(tmp_path: Path) -> None:
     """Whatever the precision of the other weights; a model that was trained further is another one."""
     embedded = load(decoder_folder())
@@ -81,7 +92,7 @@ def test_a_policy_that_ships_is_found_by_the_norms_of_its_model(tmp_path: Path) 
     assert copied.policy.name == "retention-layer"
     other = load(save(jax.tree.map(lambda x: x * 1.01, embedded.model), tmp_path / "other"))
     assert other.policy is None
-    for said in ("no policy.json", "one for the embedded model", "--preset retention"):
+    for said in ("no policy.json", "one for the embedded model, one for SmolLM2-135M-Instruct", "--preset retention"):
         assert said in missing_policy(other.folder)
     save_policy(embedded.saved_policy, other.folder)
     with pytest.raises(ValueError, match=r"other was trained for another model: .* put the policy of this model in"):
