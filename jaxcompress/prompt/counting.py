@@ -45,6 +45,12 @@ def counter_of(count: Count) -> Counter:
     return count if isinstance(count, Counter) else FunctionCounter(count)
 
 
+def apart(count: Count) -> Counter:
+    """A `Counter` of texts that are read apart. Word counts are theirs already, and so are an encoder's subwords."""
+    counter = counter_of(count)
+    return counter if isinstance(counter, WordCounter | SubwordCounter) else ApartCounter(counter)
+
+
 class TokenizerCounter:
     """Tokens of a decoder's tokenizer, without the begin token: `keep(scored, TokenizerCounter(tokenizer), rate=0.5)`.
 
@@ -63,6 +69,26 @@ class TokenizerCounter:
 
     def total(self, texts: Sequence[str], cost: int) -> int:
         return self(joined(texts))
+
+
+class ApartCounter:
+    """Tokens of texts that are read apart, so that nothing stands between them: messages, strings of JSON."""
+
+    def __init__(self, counter: Counter):
+        self._counter = counter
+        self._texts: dict[str, int] = {}
+
+    def __call__(self, text: str, /) -> int:
+        if text not in self._texts:
+            self._texts[text] = self._counter(text)
+        return self._texts[text]
+
+    def price(self, text: str, spans: Spans) -> tuple[Costs, int]:
+        costs, self._texts[text] = self._counter.price(text, spans)
+        return costs, self._texts[text]
+
+    def total(self, texts: Sequence[str], cost: int) -> int:
+        return sum(self(text) for text in texts if text)
 
 
 class FunctionCounter:

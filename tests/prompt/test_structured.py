@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxcompress.prompt import Compressor, KeyRule, Segment, compress_json, compress_stream, compress_structured
+from jaxcompress.prompt import WORDS, Compressor, KeyRule, Segment, compress_json, compress_stream, compress_structured
 from jaxcompress.prompt.joining import join
 from jaxcompress.prompt.streaming import _windows
 from jaxcompress.prompt.structured import parse
@@ -37,6 +38,12 @@ def test_parts_have_rates_of_their_own(compressor: Compressor) -> None:
     assert compress_structured(compressor, segments, rate=0.6).text == result.text
     assert parse(prompt) == segments
     assert compress_structured(compressor, "", rate=0.6).text == ""
+    reader = replace(compressor, count=len)
+    counted = compress_structured(reader, prompt, rate=0.6)
+    assert counted.tokens_after == len(counted.text) <= counted.asked
+    assert counted.tokens_before == len("".join(part.text for part in segments))
+    same = compress_structured(compressor, [Segment("the"), Segment(LONG)], rate=0.3)
+    assert [one.text != "" for one in same.documents] == [True, True]  # each meets its own, also at the same rate
 
 
 @pytest.mark.parametrize(
@@ -65,6 +72,20 @@ def test_json(compressor: Compressor) -> None:
     assert json.loads(json.dumps(shorter)) == shorter
     assert result.tokens_after < result.tokens_before
     assert compress_json(compressor, 3)[0] == 3
+
+
+def test_short_strings_of_json_may_go(compressor: Compressor) -> None:
+    """A rate for one key changes nothing for the others: they share the budget, and nothing stands between strings."""
+    value = {"a": LONG, "id": "quiet", "b": LONG, "c": LONG}
+    rules = {"id": KeyRule(remove=True), "b": KeyRule(rate=0.9)}
+    shorter, result = compress_json(replace(compressor, count=WORDS), value, rules, rate=0.3)
+    assert list(shorter) == ["a", "b", "c"]
+    words, of_b = WORDS(LONG), WORDS(shorter["b"])
+    assert of_b == int(0.9 * words + 0.5)
+    assert (result.tokens_before, result.tokens_after) == (3 * words + 1, of_b + int(0.3 * (2 * words + 1) + 0.5))
+    shorter, result = compress_json(replace(compressor, count=len), value, rules, rate=0.3)
+    assert result.tokens_before == sum(map(len, value.values()))
+    assert result.tokens_after == sum(map(len, shorter.values()))
 
 
 @pytest.mark.parametrize("size", [1, 7, 10_000])
