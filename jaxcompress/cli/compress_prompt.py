@@ -317,8 +317,13 @@ class CompressPrompt(JsonFlag, WeightFlags):
         return before, after
 
     def _pieces(self) -> Iterator[str]:
-        yield from self.prompt
-        for path in () if self.prompt else self._files:
+        from jaxcompress.prompt.joining import SEPARATOR
+
+        for n, text in enumerate(self.prompt):
+            yield from (SEPARATOR, text) if n else (text,)
+        for n, path in enumerate(() if self.prompt else self._files):
+            if n:
+                yield SEPARATOR
             with opened(path) as file:
                 yield from _without_nul(decoded(iter(partial(file.read, 1 << 16), b""), named(path)), named(path))
 

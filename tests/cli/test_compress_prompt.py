@@ -65,6 +65,7 @@ def test_other_ways(run: Any) -> None:
     compressor = Compressor.load(FOLDER)
     assert run("--budget", "official")[1] == compressor.official.compress(TEXT).output["compressed_prompt"] + "\n"
     assert run("--stream")[1] == compressor.compress(TEXT, protect=KINDS).text + "\n"
+    assert run("--stream", "--rate", 1, "--prompt", "a b", "--prompt", "c")[1] == "a b\n\nc\n"
     tagged = f"<llmlingua, compress=False>Keep this.</llmlingua><llmlingua, rate=0.2>{TEXT}</llmlingua>"
     assert (
         run("--structured", text=tagged)[1]

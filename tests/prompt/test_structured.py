@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,10 +103,41 @@ def test_a_stream_does_not_depend_on_its_pieces(compressor: Compressor, size: in
     assert "\n" in "".join(r.text for r in results)
 
 
+@pytest.mark.parametrize("size", [3, 10_000])
+def test_code_longer_than_a_window(compressor: Compressor, size: int) -> None:
+    """It goes on in the windows after it, up to its end, and what follows is no code."""
+    code = "```py\n" + "for n in range(7):\n\n    print(n,  n)\n" * 4 + "```"
+    text = f"{LONG}\n{code}\n{LONG} {LONG} {LONG} {LONG}\n```\nx  = 1\n```\n{LONG}"
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    parts = compress_stream(compressor, pieces, rate=0.7, window=50, protect=["code"], drop_consecutive=True)
+    shorter = "".join(part.text for part in parts)
+    assert code in shorter
+    assert "```\nx  = 1\n```" in shorter
+    assert LONG not in shorter
+    assert (
+        "".join(part.text for part in compress_stream(compressor, pieces, rate=1, window=50, protect=["code"])) == text
+    )
+
+
+def test_white_space_longer_than_memory(compressor: Compressor) -> None:
+    """White space between two windows is held as what it becomes."""
+    peaks = []
+    for size in (20, 1_000):
+        pieces = (piece for part in ([LONG], [" " * 1_000] * size, ["\n", LONG]) for piece in part)
+        tracemalloc.start()
+        shorter = "".join(
+            part.text for part in compress_stream(compressor, pieces, rate=0.5, window=2_000, force=["\n"])
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert shorter.startswith(compressor.compress(LONG, rate=0.5).text + "\n")
+    assert peaks[1] < 2 * peaks[0]
+
+
 def test_windows_are_the_text() -> None:
     text = "A b c. " * 30 + "x" * 100 + "e\u0301\u0301" * 30 + "\n\nend"
     for window in (1, 5, 40):
-        parts = list(_windows([text], window))
+        parts = [part for part, _ in _windows([text], window)]
         assert "".join(parts) == text
         assert not any(part.startswith("\u0301") for part in parts)
         assert max(map(len, parts)) <= max(window, 3)
