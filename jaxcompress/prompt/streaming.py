@@ -16,6 +16,7 @@ from jaxcompress.prompt.compressor import Compressor
 from jaxcompress.prompt.joining import found_break
 from jaxcompress.prompt.keeping import Compressed, Kept, keep_with_forced, tokens_at
 from jaxcompress.prompt.kinds import Kind, checked_kinds, end_of_fence, open_fence, protected_spans
+from jaxcompress.prompt.protect import checked
 
 WINDOW = 1 << 18  # characters
 # Where a window is cut, the best first: after a paragraph, a line, a sentence, a word.
@@ -52,7 +53,7 @@ def compress_stream(
     read = kept = forced = 0
     gap = ""  # white space that has been read and not written
     before: Kept | None = None
-    breaks = [one for one in options.get("force", ()) if one.isspace()]
+    breaks = [one for one in checked(options.get("force", ())) if one.isspace()]
     for text, inside in _windows(pieces, window, checked_kinds(options.get("protect", ()))):
         body = clean(text.strip())
         gap += text[: len(text) - len(text.lstrip())]
