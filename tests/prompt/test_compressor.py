@@ -264,10 +264,6 @@ def test_names_of_special_tokens_are_text(compressor: Compressor) -> None:
 def test_refused(bert: Compressor, error: type[Exception], message: str, options: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         bert.compress(TEXT, **options)
-    if error is TypeError:
-        for wrong in (".", [1]):
-            with pytest.raises(error, match=message):
-                list(compress_stream(bert, [TEXT], force=wrong))
 
 
 def test_scores_of_first_subwords(bert: Compressor) -> None:
