@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 
@@ -25,6 +25,7 @@ Protect = Literal[
 ]  # fmt: skip
 """`jaxcompress.prompt.KINDS`, for the parser, which imports no array library."""
 
+T = TypeVar("T")
 _KEPT, _DROPPED, _PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -107,20 +108,21 @@ class CompressPrompt(JsonFlag, WeightFlags):
         compressor = Compressor.load(self.model, dtype=self.dtype, count=count, word=self.word, unit=self._unit)
         if self.question is not None:
             compressor = compressor.asking(self.question)
-        loading, began = perf_counter() - began, perf_counter()
+        loading, clock = perf_counter() - began, _Clock()
         if self.stream:
-            before, after = self._streamed(compressor)
+            before, after = self._streamed(compressor, clock)
         elif self.messages is not None:
-            before, after = self._of_messages(compressor)
+            before, after = self._of_messages(compressor, clock)
         else:
             texts = list(self.prompt) or ["".join(_without_nul([read_text(path)], named(path))) for path in self._files]
-            began = perf_counter()
-            before, after = self._official(compressor, texts) if self.official else self._of_texts(compressor, texts)
+            made = self._official if self.official else self._of_texts
+            before, after = made(compressor, texts, clock)
         if self.report:
-            self._paid(before, after, perf_counter() - began, loading)
+            self._paid(before, after, clock.seconds, loading)
 
-    def _of_texts(self, compressor: Compressor, texts: list[str]) -> tuple[int, int]:
-        result, text = self._compressed(compressor, texts)
+    def _of_texts(self, compressor: Compressor, texts: list[str], clock: _Clock) -> tuple[int, int]:
+        with clock:
+            result, text = self._compressed(compressor, texts)
         if self.json:
             write_json(
                 dict(
@@ -138,16 +140,17 @@ class CompressPrompt(JsonFlag, WeightFlags):
             _recovered(texts, text)
         return result.tokens_before, result.tokens_after
 
-    def _of_messages(self, compressor: Compressor) -> tuple[int, int]:
+    def _of_messages(self, compressor: Compressor, clock: _Clock) -> tuple[int, int]:
         from jaxcompress.prompt.messages import SHORTENED, compress_messages
 
         assert self.messages is not None
         value = parse_json(read_text(self.messages), named(self.messages))
         whole = isinstance(value, dict) and "messages" in value
         found = value["messages"] if whole else value
-        shorter, result = compress_messages(
-            compressor, found, roles=self.roles or SHORTENED, rate=self.rate, tokens=self.tokens, **self._options()
-        )
+        with clock:
+            shorter, result = compress_messages(
+                compressor, found, roles=self.roles or SHORTENED, rate=self.rate, tokens=self.tokens, **self._options()
+            )
         print(json.dumps({**value, "messages": shorter} if whole else shorter, ensure_ascii=False, allow_nan=False))
         _report(result.tokens_before, result.tokens_after)
         if self.report:
@@ -287,15 +290,16 @@ class CompressPrompt(JsonFlag, WeightFlags):
             result = compressor.compress(texts, rate=self.rate, tokens=self.tokens, filter=filter, **options)
         return result, result.text
 
-    def _official(self, compressor: Compressor, texts: list[str]) -> tuple[int, int]:
+    def _official(self, compressor: Compressor, texts: list[str], clock: _Clock) -> tuple[int, int]:
         rate = 0.5 if self.rate is None else self.rate
         options = self._options()
         try:
-            output = compressor.official.compress(
-                texts, rate, target_token=-1 if self.tokens is None else self.tokens, token_to_word=self.word,
-                force_tokens=options["force"], force_reserve_digit="numbers" in self.protect,
-                drop_consecutive=self.drop_consecutive,
-            ).output  # fmt: skip
+            with clock:
+                output = compressor.official.compress(
+                    texts, rate, target_token=-1 if self.tokens is None else self.tokens, token_to_word=self.word,
+                    force_tokens=options["force"], force_reserve_digit="numbers" in self.protect,
+                    drop_consecutive=self.drop_consecutive,
+                ).output  # fmt: skip
         except (IndexError, ZeroDivisionError, AssertionError) as error:
             raise ValueError(f"the published code fails for this text and these options: {error}") from error
         print(output["compressed_prompt"])
@@ -304,23 +308,53 @@ class CompressPrompt(JsonFlag, WeightFlags):
             _recovered(texts, output["compressed_prompt"])
         return output["origin_tokens"], output["compressed_tokens"]
 
-    def _streamed(self, compressor: Compressor) -> tuple[int, int]:
+    def _streamed(self, compressor: Compressor, clock: _Clock) -> tuple[int, int]:
         from jaxcompress.prompt import compress_stream
 
         before = after = 0
         rate = 0.5 if self.rate is None else self.rate
-        for result in compress_stream(compressor, self._pieces(), rate=rate, **self._options()):
+        reading = _Clock()
+        pieces = reading.steps(self._pieces())
+        for result in clock.steps(compress_stream(compressor, pieces, rate=rate, **self._options())):
             print(result.text, end="", flush=True)
             before, after = before + result.tokens_before, after + result.tokens_after
+        clock.seconds -= reading.seconds  # which the steps of the stream hold
         print()
         _report(before, after)
         return before, after
 
     def _pieces(self) -> Iterator[str]:
-        yield from self.prompt
-        for path in () if self.prompt else self._files:
+        from jaxcompress.prompt.joining import SEPARATOR
+
+        for n, text in enumerate(self.prompt):
+            yield from (SEPARATOR, text) if n else (text,)
+        for n, path in enumerate(() if self.prompt else self._files):
+            if n:
+                yield SEPARATOR
             with opened(path) as file:
                 yield from _without_nul(decoded(iter(partial(file.read, 1 << 16), b""), named(path)), named(path))
+
+
+class _Clock:
+    """Seconds of blocks, and of the steps of iterators."""
+
+    def __init__(self) -> None:
+        self.seconds = self._began = 0.0
+
+    def __enter__(self) -> None:
+        self._began = perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += perf_counter() - self._began
+
+    def steps(self, items: Iterator[T]) -> Iterator[T]:
+        done = object()
+        while True:
+            with self:
+                item = next(items, done)
+            if item is done:
+                return
+            yield cast(T, item)
 
 
 def reader_counter(reader: str | None) -> TokenizerCounter | None:

@@ -218,8 +218,8 @@ class Compressor:
         return self._scored(texts)[0]
 
     def _check_force(self, force: Sequence[str]) -> None:
-        words = [string for string in force if not string.isspace()]
-        if self.unit == "sentence" and words and not isinstance(force, str):
+        words = [string for string in checked_force("document", force) if not string.isspace()]
+        if self.unit == "sentence" and words:
             raise ValueError(f"force takes white space where sentences are kept whole, not {words[0]!r}; use protect")
 
     @cached_property

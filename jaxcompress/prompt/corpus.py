@@ -41,6 +41,13 @@ _ADDED = {"compressed": "string", "tokens_before": "int64", "tokens_after": "int
 _LABELS = {"words": "spans", "labels": "flags"}
 
 
+_PROBE = """Unbelievably, 4,200 tokenizers disagree: don't they? naïve – “façade”, 3.14e-7 %, U.S.A.
+    def count(self, text: str) -> int:\n\t\treturn len(text.encode("utf-8"))  # https://example.org/a_b?c=1
+Die Straßenbahnhaltestelle; où ça; ¿qué?; Привет, мир; 会议将于三点开始。会議は三時に。
+회의는 3시에; नमस्ते; שלום; 🙂👩‍👧"""
+"""What a reader's tokens are counted in, from its beginning to every place, to know it again."""
+
+
 @dataclass(frozen=True)
 class CorpusJob:
     """What is shortened, and how.
@@ -143,7 +150,8 @@ def begin(compressor: Compressor, job: CorpusJob) -> tuple[list[Part], list[Part
     kind, parts = format_of(job.source), parts_of(job.source, job.rows)
     job.target.mkdir(parents=True, exist_ok=True)
     settings = _settings(compressor, job)
-    for left in unfinished(job.target, "part-*"):
+    begun = {*unfinished(job.target, "part-*"), *unfinished(job.target, SETTINGS)}
+    for left in begun:
         if time.time() - left.stat().st_mtime > LEFT_SECONDS:
             left.unlink(missing_ok=True)
     file = job.target / SETTINGS
@@ -154,7 +162,7 @@ def begin(compressor: Compressor, job: CorpusJob) -> tuple[list[Part], list[Part
                 f"{job.target} holds parts made with another {different[0]} ({theirs.get(different[0])}, not "
                 f"{settings[different[0]]}); choose another folder, or the same settings to go on"
             )
-    elif any(job.target.iterdir()):
+    elif set(job.target.iterdir()) - begun:
         raise ValueError(f"{job.target} holds other files, and no {SETTINGS}; choose a new folder")
     else:
         with whole_file(file) as part:
@@ -207,13 +215,12 @@ def _text(record: Record, job: CorpusJob, at: int) -> str:
 
 
 def _settings(compressor: Compressor, job: CorpusJob) -> dict[str, Any]:
-    """What decides the content of parts. Two compressors with the same weights and counts are the same."""
+    """What decides the content of parts. Compressors with the same weights, tokenizer and counts are the same."""
     with open(job.source, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     weights = 0
     for leaf in jax.tree.leaves(compressor.encoder):
         weights = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).tobytes(), weights)
-    probe = "How many tokens are 4,200 characters? 会议 – naïve."
     own = {key: value for key, value in asdict(job).items() if key not in ("source", "target")}
     return json.loads(
         json.dumps(
@@ -221,7 +228,12 @@ def _settings(compressor: Compressor, job: CorpusJob) -> dict[str, Any]:
             | dict(
                 source=job.source.name, content=content, weights=f"{weights:08x}",
                 word=compressor.word, unit=compressor.unit, window=compressor.window, question=compressor.question,
-                counted=compressor.tokens(probe),
+                tokenizer=_hash((compressor.tokenizer.folder / "tokenizer.json").read_bytes()),
+                reader=_hash(repr([compressor.tokens(_PROBE[: n + 1]) for n in range(len(_PROBE))]).encode()),
             )
         )
     )  # fmt: skip
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

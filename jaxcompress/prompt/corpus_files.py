@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from uuid import uuid4
@@ -59,13 +60,18 @@ def parts_of(source: Path, rows: int) -> list[Part]:
     at = found = 0
     with open(source, "rb") as file:
         for line in file:
-            if line.strip():
+            if _is_record(line):
                 if found % rows == 0:
                     parts.append(Part(len(parts), 0, found, at))
                 parts[-1] = parts[-1]._replace(records=parts[-1].records + 1)
                 found += 1
             at += len(line)
     return parts
+
+
+def _is_record(line: bytes) -> bool:
+    """Whether a line has more than white space, of any kind, after a byte order mark."""
+    return line.startswith(b"{") or bool(line.decode("utf-8", "replace").removeprefix("\ufeff").strip())
 
 
 def read_part(source: Path, part: Part) -> list[Record]:
@@ -81,8 +87,8 @@ def read_part(source: Path, part: Part) -> list[Record]:
         file.seek(part.start)
         while len(records) < part.records and (line := file.readline()):
             where = f"{source}, record {part.first + len(records) + 1}"
-            if (text := decode(line, where)).strip():
-                value = parse_json(text, where)
+            if _is_record(line):
+                value = parse_json(decode(line, where), where)
                 if not isinstance(value, dict):
                     raise ValueError(f"{where} is no JSON object, but {type(value).__name__}")
                 records.append(value)
@@ -93,15 +99,25 @@ def _read_parquet(source: Path, part: Part) -> list[Record]:
     """Reads the row groups that hold these rows, and no others."""
     with extra("parquet"):
         import pyarrow.parquet as pq
-    file = pq.ParquetFile(source)
-    groups, before, skipped = [], 0, None
-    for group in range(file.metadata.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if before < part.start + part.records and before + rows > part.start:
-            groups.append(group)
-            skipped = before if skipped is None else skipped
+    metadata = pq.ParquetFile(source).metadata
+    changed = source.stat().st_mtime_ns
+    found: list[Record] = []
+    before, end = 0, part.start + part.records
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        first = max(part.start - before, 0)
+        if (count := min(end - before, rows) - first) > 0:
+            found += _row_group(source, changed, group).slice(first, count).to_pylist()
         before += rows
-    return file.read_row_groups(groups).slice(part.start - (skipped or 0), part.records).to_pylist()
+    return found
+
+
+@lru_cache(maxsize=1)
+def _row_group(source: Path, changed: int, group: int) -> Any:
+    """A row group as a table; the last one is kept, for the parts that follow in it. `changed`: when the file was."""
+    with extra("parquet"):
+        import pyarrow.parquet as pq
+    return pq.ParquetFile(source).read_row_group(group)
 
 
 def part_file(target: Path, number: int, format: Format) -> Path:

@@ -45,6 +45,12 @@ def counter_of(count: Count) -> Counter:
     return count if isinstance(count, Counter) else FunctionCounter(count)
 
 
+def apart(count: Count) -> Counter:
+    """A `Counter` of texts that are read apart. Word counts are theirs already, and so are an encoder's subwords."""
+    counter = counter_of(count)
+    return counter if isinstance(counter, WordCounter | SubwordCounter) else ApartCounter(counter)
+
+
 class TokenizerCounter:
     """Tokens of a decoder's tokenizer, without the begin token: `keep(scored, TokenizerCounter(tokenizer), rate=0.5)`.
 
@@ -63,6 +69,26 @@ class TokenizerCounter:
 
     def total(self, texts: Sequence[str], cost: int) -> int:
         return self(joined(texts))
+
+
+class ApartCounter:
+    """Tokens of texts that are read apart, so that nothing stands between them: messages, strings of JSON."""
+
+    def __init__(self, counter: Counter):
+        self._counter = counter
+        self._texts: dict[str, int] = {}
+
+    def __call__(self, text: str, /) -> int:
+        if text not in self._texts:
+            self._texts[text] = self._counter(text)
+        return self._texts[text]
+
+    def price(self, text: str, spans: Spans) -> tuple[Costs, int]:
+        costs, self._texts[text] = self._counter.price(text, spans)
+        return costs, self._texts[text]
+
+    def total(self, texts: Sequence[str], cost: int) -> int:
+        return sum(self(text) for text in texts if text)
 
 
 class FunctionCounter:
@@ -114,7 +140,7 @@ class SubwordCounter:
     def __init__(self, tokenizer: EncoderTokenizer, encoded: Mapping[str, Subwords] | None = None):
         """`encoded` holds the subwords of texts that were tokenized before."""
         self._tokenizer, self._encoded = tokenizer, {} if encoded is None else encoded
-        self._priced: list[tuple[str, Int[np.ndarray, " N"], Costs]] = []  # parts of these are not known yet
+        self._priced: list[tuple[str, Int[np.ndarray, " T"]]] = []  # parts of these are not known yet
         self._parts: dict[str, int] = {}
         self._texts: dict[str, int] = {}
 
@@ -125,29 +151,26 @@ class SubwordCounter:
 
     def price(self, text: str, spans: Spans) -> tuple[Costs, int]:
         pieces = self._encoded[text] if text in self._encoded else self._tokenizer.encode(text)
-        costs = _costs(spans, pieces.offsets)
-        if len(spans):
-            self._priced.append((text, spans[:, 0], costs))
-        return costs, len(pieces.ids)
+        self._priced.append((text, pieces.offsets[:, 0]))  # not the costs: a span may be a sentence of many parts
+        return _costs(spans, pieces.offsets), len(pieces.ids)
 
     def total(self, texts: Sequence[str], cost: int) -> int:
         return sum(map(self, texts))
 
     def _sum_of_parts(self, text: str) -> int:
-        for whole, places, costs in self._priced:
-            self._learn(self._tokenizer.apart(whole), places, costs)
+        for whole, places in self._priced:
+            self._learn(self._tokenizer.apart(whole), places)
         self._priced.clear()
         parts = self._tokenizer.apart(text)
         if new := list(dict.fromkeys(part for part in parts if part not in self._parts)):
-            places = self._tokenizer.encode("".join(new)).offsets[:, 0]
-            self._learn(new, places, np.ones(len(places), int))
+            self._learn(new, self._tokenizer.encode("".join(new)).offsets[:, 0])
         return sum(map(self._parts.__getitem__, parts))
 
-    def _learn(self, parts: Sequence[str], places: Int[np.ndarray, " N"], costs: Costs) -> None:
-        """The costs of parts that stand one after the other in a text, from costs at places in it."""
+    def _learn(self, parts: Sequence[str], places: Int[np.ndarray, " T"]) -> None:
+        """The subwords of parts that stand one after the other in a text, from where subwords begin in it."""
         ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
-        sums = np.bincount(np.searchsorted(ends, places, side="right"), costs, len(parts))
-        self._parts.update(zip(parts, sums.astype(int).tolist(), strict=True))
+        sums = np.bincount(np.searchsorted(ends, places, side="right"), minlength=len(parts))
+        self._parts.update(zip(parts, sums.tolist(), strict=True))
 
 
 def _costs(spans: Spans, offsets: Offsets) -> Costs:

@@ -20,12 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import regex
+
 from jaxcompress.inputs.text import clean, json_lines
 from jaxcompress.inputs.whole_file import whole_file
 from jaxcompress.prompt.annotation import WINDOW, annotate, faithful, rough_lemma
 from jaxcompress.prompt.endpoint import Refused
 from jaxcompress.prompt.surface import Word, spelled, words_of
 from jaxcompress.prompt.teacher import INSTRUCTION, Teacher, TeacherFailed, cut_for_teacher
+
+_LINE = regex.compile(rb'\{"document": "(?:[^"\\]|\\.)*", "piece": \d+, "original": ".*', regex.DOTALL)
 
 
 class Pair(NamedTuple):
@@ -71,7 +75,8 @@ def collect(
 
     A piece is identified by document, number, text and instruction, so a changed text is shortened again. If the
     teacher fails, the piece is left for the next call. After `patience` failures in a row, or a refusal, all further
-    pieces are left. A piece of white space is not sent.
+    pieces are left. A piece of white space is not sent. Pieces that a document has no more are taken back at the end,
+    by lines without a text.
 
     Args:
       documents: (name, text) each.
@@ -90,18 +95,24 @@ def collect(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _mend(path)
-    known = {_key(pair, seal) for pair, seal in _read(path)} if path.exists() else set()
+    known = _known(path)
     seal = zlib.crc32(instruction.encode())
     done, asked, failed = 0, 0, []
+    names: set[str] = set()
+    there: set[tuple[str, int]] = set()
 
     def missing() -> Iterator[Pair]:
         nonlocal done
         for name, text in documents:
+            names.add(name := clean(str(name)))
             for number, piece in enumerate(cut(clean(text))):
-                pair = Pair(clean(str(name)), number, piece, "")
-                if piece.strip() and _key(pair, seal) not in known:
+                if not piece.strip():
+                    continue
+                there.add((name, number))
+                pair = Pair(name, number, piece, "")
+                if _seal(pair, seal) not in known.get((name, number), ()):
                     yield pair
-                elif piece.strip():
+                else:
                     done += 1
                     progress(1)
 
@@ -115,6 +126,9 @@ def collect(
             _append(file, reply.pair, seal)
             done += 1
             progress(1)
+        for name, number in known.keys() - there:
+            if name in names and known[name, number]:
+                _append(file, Pair(name, number, "", ""), seal)
     return Collected(done, asked, sorted(failed))
 
 
@@ -156,8 +170,20 @@ def _replies(
                 yield _Reply(pair, why)
 
 
-def _key(pair: Pair, seal: int) -> tuple[str, int, int, int]:
-    return pair.document, pair.piece, zlib.crc32(pair.original.encode()), seal
+def _known(path: Path) -> dict[tuple[str, int], set[tuple[int, int]]]:
+    """The texts and instructions of each piece that the file has; none of a piece that was taken back."""
+    known: dict[tuple[str, int], set[tuple[int, int]]] = {}
+    for pair, seal in _read(path) if path.exists() else ():
+        of_piece = known.setdefault((pair.document, pair.piece), set())
+        if pair.original:
+            of_piece.add(_seal(pair, seal))
+        else:
+            of_piece.clear()
+    return known
+
+
+def _seal(pair: Pair, seal: int) -> tuple[int, int]:
+    return zlib.crc32(pair.original.encode()), seal
 
 
 def _append(file: Any, pair: Pair, seal: int) -> None:
@@ -168,14 +194,23 @@ def _append(file: Any, pair: Pair, seal: int) -> None:
 
 
 def _mend(path: Path) -> None:
-    """Removes a last line without an end, which a killed writer left."""
+    """Removes a last line without an end, which a killed writer left.
+
+    Raises:
+      ValueError: the file has other lines than those of `_append`; nothing is removed.
+    """
     if not path.exists():
         return
     with open(path, "r+b") as file:
         data = file.read()
         whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            file.truncate(whole)
+        if whole == len(data):
+            return
+        if not _LINE.fullmatch(data[whole:], partial=True):
+            raise ValueError(f"{path}: the last line is no pair, and has no end; give a file of pairs, or a new one")
+        if whole:
+            next(_read(path), None)
+        file.truncate(whole)
 
 
 def _read(path: str | Path) -> Iterator[tuple[Pair, int]]:
@@ -193,6 +228,8 @@ def _read(path: str | Path) -> Iterator[tuple[Pair, int]]:
 def read_pairs(path: str | Path) -> list[Pair]:
     """The pairs of a file, by document (in the order of the file) and piece; of two pairs of one piece, the later.
 
+    A pair without a text takes those of its piece back that are before it.
+
     Raises:
       ValueError: a line is not a pair; names file and line.
     """
@@ -200,7 +237,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     pairs: dict[tuple[int, int], Pair] = {}
     for pair, _ in _read(path):
         pairs[order.setdefault(pair.document, len(order)), pair.piece] = pair
-    return [pairs[key] for key in sorted(pairs)]
+    return [pairs[key] for key in sorted(pairs) if pairs[key].original]
 
 
 class Example(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,12 @@ class Fitter:
     breaks: Sequence[str]
     _memo: dict[tuple[int, bytes], str] = field(default_factory=dict)
 
+    @cached_property
+    def tokens(self) -> int:
+        """Of all texts as they are, read one after the other."""
+        texts = [one.scored.text for one in self.selection.texts]
+        return self._as_they_are(texts, range(len(texts)))
+
     def forced(self, which: range) -> Fitted:
         """Of some texts, the words that have to stay, and how many tokens they come out as."""
         return self._measured([self.selection.forced[n] for n in which], which)
@@ -50,15 +57,11 @@ class Fitter:
         Args:
           total: at least the tokens of what is forced of these texts (`forced`).
         """
-        texts = [self.selection.texts[n] for n in which]
-        least, most = sum(self.selection.least[n] for n in which), sum(one.most for one in texts)
-        if most <= total and all(one.present for one in texts):
-            with_words = [len(one.costs) > 0 for one in texts]
-            return Fitted(
-                [np.ones(len(one.costs), bool) for one in texts],
-                [one.scored.text if some else "" for one, some in zip(texts, with_words, strict=True)],
-                sum(one.tokens for one, some in zip(texts, with_words, strict=True) if some),
-            )
+        whole = self._whole(which)
+        if whole.tokens <= total:
+            return whole
+        least = sum(self.selection.least[n] for n in which)
+        most = sum(self.selection.texts[n].most for n in which)
         tried: dict[int, Fitted] = {}
         budget = max(min(total, most), least)
         for _ in range(_CORRECTIONS):
@@ -72,6 +75,36 @@ class Fitter:
         within = [one for one in tried.values() if one.tokens <= total]
         best = max(within, key=lambda one: one.tokens) if within else self.forced(which)
         return best if best.tokens == total else self._filled(best, total, which)
+
+    def together(self, found: Sequence[Fitted]) -> Fitted:
+        """What was found for texts by themselves, read one after the other."""
+        if len(found) == 1:
+            return found[0]
+        masks = [mask for one in found for mask in one.masks]
+        return self._measured(masks, range(len(masks)), [text for one in found for text in one.texts])
+
+    def chosen(self, masks: list[Mask]) -> Fitted:
+        """All texts with these words; one that loses none is left as it is."""
+        texts = [
+            self.selection.texts[n].scored.text if len(mask) and mask.all() else self._text(n, mask)
+            for n, mask in enumerate(masks)
+        ]
+        return self._measured(masks, range(len(masks)), texts)
+
+    def _whole(self, which: range) -> Fitted:
+        """Everything of the texts that are not dropped, with the white space around their words."""
+        texts = [self.selection.texts[n] for n in which]
+        masks = [np.full(len(one.costs), one.present) for one in texts]
+        left = [one.scored.text if mask.any() else "" for one, mask in zip(texts, masks, strict=True)]
+        same = len(texts) == len(self.selection.texts) and all(mask.any() for mask in masks)
+        return Fitted(masks, left, self.tokens if same else self._as_they_are(left, which))
+
+    def _as_they_are(self, left: Sequence[str], which: range) -> int:
+        """The tokens of some texts, each as it is or "" in its place."""
+        there = [self.selection.texts[n] for n, text in zip(which, left, strict=True) if text]
+        if len(there) < 2:  # which was counted before
+            return sum(one.tokens for one in there)
+        return self.counter.total(left, sum(int(one.costs.sum()) for one in there))
 
     def _filled(self, fitted: Fitted, total: int, which: range) -> Fitted:
         """The same with small words added, the best first, as long as tokens are missing."""
@@ -94,8 +127,8 @@ class Fitter:
                 fitted = more
         return fitted
 
-    def _measured(self, masks: list[Mask], which: range) -> Fitted:
-        texts = [self._text(n, mask) for n, mask in zip(which, masks, strict=True)]
+    def _measured(self, masks: list[Mask], which: range, texts: list[str] | None = None) -> Fitted:
+        texts = [self._text(n, mask) for n, mask in zip(which, masks, strict=True)] if texts is None else texts
         cost = sum(int(self.selection.texts[n].costs[mask].sum()) for n, mask in zip(which, masks, strict=True))
         return Fitted(masks, texts, self.counter.total(texts, cost))
 

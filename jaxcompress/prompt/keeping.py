@@ -19,8 +19,8 @@ from jaxtyping import Bool
 from jaxcompress.inputs.scalars import Number, number, share, whole
 from jaxcompress.prompt.contexts import Contexts, contexts_that_stay
 from jaxcompress.prompt.counting import Count, counter_of
-from jaxcompress.prompt.fitting import Fitter
-from jaxcompress.prompt.joining import join, joined
+from jaxcompress.prompt.fitting import Fitted, Fitter
+from jaxcompress.prompt.joining import joined
 from jaxcompress.prompt.kinds import Kind, checked_kinds
 from jaxcompress.prompt.protect import checked, protected
 from jaxcompress.prompt.protect import forced as forced_words
@@ -71,8 +71,8 @@ class Compressed:
     Attributes:
       text: of all texts that have words left, an empty line between them.
       documents: one for each text.
-      tokens_before, tokens_after: as the reader counts them.
-      asked: the number of tokens asked for.
+      tokens_before, tokens_after: as the reader counts the texts one after the other, with what stands between.
+      asked: the number of tokens asked for; with a rate for each text, the sum of theirs and of what stands between.
       forced: tokens of what is forced and protected, alone.
     """
 
@@ -131,7 +131,8 @@ def keep(
       count: tokens of a text for its reader, the model that will read it: `TokenizerCounter(tokenizer)` or any function
         of a text; `WORDS` counts words.
       rate: the share of the reader's tokens that stays, in (0, 1]; 0.5 if neither this nor `tokens` is given. At least
-        one token stays of a text that has any. With one rate for each text, each text meets its own.
+        one token stays of a text that has any. With one rate for each text, each text meets its own, also if they are
+        all the same.
       tokens: that stay of all texts together, at least 1.
       scope: where words compete: over all texts ("corpus", which keeps more of what is dense), or within every
         "document" or "chunk" for a proportional part of the tokens, or for what is forced there if that is more.
@@ -150,7 +151,7 @@ def keep(
       TypeError: `force` or `protect` is no list of strings.
     """
     texts = [scored] if isinstance(scored, ScoredWords) else list(scored)
-    rates, tokens = checked_budget(len(texts), rate, tokens)
+    rate, tokens = checked_budget(len(texts), rate, tokens)
     force, kinds = checked_force(scope, force), checked_kinds(protect)
     counter = counter_of(count)
     prices = [counter.price(one.text, one.spans) for one in texts]
@@ -160,7 +161,7 @@ def keep(
     parts = zip(texts, prices, zip(forced, whole, strict=True), present.tolist(), strict=True)
     priced = [PricedText(one, *price, *marks, here) for one, price, marks, here in parts]
     fitter = Fitter(Selection(priced, scope, drop_consecutive), counter, [one for one in force if one.isspace()])
-    return _compressed(fitter, rates, tokens)
+    return _compressed(fitter, rate, tokens)
 
 
 def keep_with_forced(scored: ScoredWords | Sequence[ScoredWords], count: Count, **options: Any) -> Compressed:
@@ -202,18 +203,13 @@ def keep_above(
     threshold = number(threshold, "a threshold")
     force, kinds = checked_force("document", force), checked_kinds(protect)
     counter = counter_of(count)
-    breaks = [one for one in force if one.isspace()]
-    documents, before, after, forced_tokens = [], 0, 0, 0
+    priced = []
     for one in texts:
-        costs, tokens = counter.price(one.text, one.spans)
-        forced = _forced(one, protected(one.text, one.spans, kinds), force)
-        labels = forced | (one.scores > threshold)
-        text = one.text if len(labels) and labels.all() else join(one.text, one.spans, labels, breaks)
-        documents.append(Kept(one, costs, forced, labels, text))
-        before += tokens
-        after += counter.total([text], int(costs[labels].sum()))
-        forced_tokens += counter.total([join(one.text, one.spans, forced, breaks)], int(costs[forced].sum()))
-    return Compressed(joined([one.text for one in documents]), tuple(documents), before, after, after, forced_tokens)
+        whole = protected(one.text, one.spans, kinds)
+        priced.append(PricedText(one, *counter.price(one.text, one.spans), _forced(one, whole, force), whole, True))
+    fitter = Fitter(Selection(priced, "document", False), counter, [one for one in force if one.isspace()])
+    left = fitter.chosen([one.forced | (one.scored.scores > threshold) for one in priced])
+    return _result(fitter, left, left.tokens)
 
 
 def _forced(one: ScoredWords, whole: Bool[np.ndarray, " W"], force: Sequence[str]) -> Bool[np.ndarray, " W"]:
@@ -234,47 +230,53 @@ def checked_force(scope: str, force: Sequence[str]) -> tuple[str, ...]:
 
 def checked_budget(
     texts: int, rate: Number | Sequence[Number] | None, tokens: Number | None
-) -> tuple[list[float] | None, int | None]:
-    """Either a rate for each text, or a number of tokens of all. Raises ValueError as `keep`."""
+) -> tuple[float | list[float] | None, int | None]:
+    """Either a rate (of all texts, or one for each), or a number of tokens of all. Raises ValueError as `keep`."""
     if tokens is not None:
         if rate is not None:
             raise ValueError("give a rate or a number of tokens, not both")
         return None, whole(tokens, "tokens", least=1)
     given: Any = 0.5 if rate is None else rate
     if np.ndim(given) == 0:
-        return [share(given)] * texts, None
+        return share(given), None
     rates = [share(one) for one in given]
     if len(rates) != texts:
         raise ValueError(f"there are {len(rates)} rates for {texts} contexts; give one for all or one for each")
     return rates, None
 
 
-def _compressed(fitter: Fitter, rates: list[float] | None, tokens: int | None) -> Compressed:
-    """Meets one budget for all texts, or each text's own if their rates differ."""
+def _compressed(fitter: Fitter, rate: float | list[float] | None, tokens: int | None) -> Compressed:
+    """Meets one budget for all texts, or each text's own with a rate for each."""
     priced = fitter.selection.texts
-    before = sum(one.tokens for one in priced)
-    if rates is None or len(set(rates)) <= 1:
-        goals = [(tokens if tokens is not None else tokens_at(rates[0] if rates else 1.0, before), range(len(priced)))]
+    if isinstance(rate, list):
+        goals = [(tokens_at(rate[n], one.tokens), range(n, n + 1)) for n, one in enumerate(priced)]
     else:
-        own = [tokens_at(rate, one.tokens) for rate, one in zip(rates, priced, strict=True)]
-        goals = [(asked, range(n, n + 1)) for n, asked in enumerate(own)]
-    forced = sum(_forced_tokens(fitter, *goal) for goal in goals)
+        goals = [(tokens or tokens_at(rate or 1.0, fitter.tokens), range(len(priced)))]
+    for goal in goals:
+        _check_forced(fitter, *goal)
     found = [fitter.fit(*goal) for goal in goals]
-    left = [pair for one in found for pair in zip(one.masks, one.texts, strict=True)]
+    left = fitter.together(found)
+    between = left.tokens - sum(one.tokens for one in found)  # what stands between texts that each met their own
+    return _result(fitter, left, sum(asked for asked, _ in goals) + between)
+
+
+def _result(fitter: Fitter, left: Fitted, asked: int) -> Compressed:
+    texts = fitter.selection.texts
     documents = tuple(
-        Kept(one.scored, one.costs, one.forced, *pair) for one, pair in zip(priced, left, strict=True)
-    )  # fmt: skip
-    after, asked = sum(one.tokens for one in found), sum(asked for asked, _ in goals)
-    return Compressed(joined([text for _, text in left]), documents, before, after, asked, forced)
+        Kept(one.scored, one.costs, one.forced, mask, text)
+        for one, mask, text in zip(texts, left.masks, left.texts, strict=True)
+    )
+    forced = fitter.forced(range(len(texts))).tokens
+    return Compressed(joined(left.texts), documents, fitter.tokens, left.tokens, asked, forced)
 
 
-def _forced_tokens(fitter: Fitter, asked: int, which: range) -> int:
-    """Tokens of what is forced of some texts. Raises BudgetTooSmall if they are more than asked for."""
-    needed, texts = fitter.forced(which).tokens, fitter.selection.texts
+def _check_forced(fitter: Fitter, asked: int, which: range) -> None:
+    """Raises BudgetTooSmall if what is forced of some texts has more tokens than asked for."""
+    needed = fitter.forced(which).tokens
     if needed > asked:
-        where = f" of context {which[0]}" if len(which) < len(texts) else ""
-        raise BudgetTooSmall(needed, asked, sum(texts[n].tokens for n in which), where)
-    return needed
+        one_of_many = len(which) < len(fitter.selection.texts)
+        of = fitter.selection.texts[which[0]].tokens if one_of_many else fitter.tokens
+        raise BudgetTooSmall(needed, asked, of, f" of context {which[0]}" if one_of_many else "")
 
 
 def tokens_at(rate: float, tokens: int) -> int:

@@ -42,7 +42,7 @@ _URLS = _pattern(
     r"""
     (?: (?<![A-Za-z0-9+.\-]) [A-Za-z] [A-Za-z0-9+.\-]{0,20}+ :// | (?<!LETTER) www\. )
     [[\x21-\x7e\p{L}\p{N}\p{M}]--[<>"'`\\{}|\p{Han}\p{Hiragana}\p{Katakana}]]++
-    | (?<![A-Za-z0-9._%+\-]) [A-Za-z0-9._%+\-]{1,64}+ @ (?: [A-Za-z0-9\-]++ \. )++ [A-Za-z]{2,}+
+    | (?<![A-Za-z0-9._%+\-]) [A-Za-z0-9._%+\-]{1,64}+ @ (?: [A-Za-z0-9\-]++ \. )+ [A-Za-z]{2,}+
     """
 )
 _PATHS = _pattern(
@@ -127,6 +127,29 @@ def checked_kinds(kinds: Sequence[str]) -> tuple[Kind, ...]:
     return tuple(kind for kind in KINDS if kind in kinds)
 
 
+def open_fence(text: str, opened: str | None = None) -> str | None:
+    """The mark of the fence of code that is open at the end of a text; None if none is.
+
+    Args:
+      opened: the mark of the fence that is open at its beginning.
+    """
+    for line in _FENCE.finditer(text):
+        if opened is None:
+            opened = line["mark"]
+        elif _closes(line, opened):
+            opened = None
+    return opened
+
+
+def end_of_fence(text: str, opened: str) -> int | None:
+    """Where the line ends that closes a fence that is open at the beginning of a text; None without such a line."""
+    return next((line.end() for line in _FENCE.finditer(text) if _closes(line, opened)), None)
+
+
+def _closes(line: regex.Match[str], opened: str) -> bool:
+    return line["mark"].startswith(opened) and not line["rest"].strip()
+
+
 def _matches(pattern: regex.Pattern[str]) -> Callable[[str], Iterable[_Span]]:
     return lambda text: (match.span() for match in pattern.finditer(text))
 
@@ -136,7 +159,7 @@ def _code(text: str) -> Iterator[_Span]:
     for line in _FENCE.finditer(text):
         if opened is None:
             opened = line
-        elif line["mark"].startswith(opened["mark"]) and not line["rest"].strip():
+        elif _closes(line, opened["mark"]):
             yield opened.start("mark"), line.end("mark")
             opened = None
     if opened is not None:

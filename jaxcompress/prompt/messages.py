@@ -10,7 +10,8 @@ import numpy as np
 from jaxcompress.inputs.scalars import Number
 from jaxcompress.inputs.text import clean_value
 from jaxcompress.prompt.compressor import Compressor
-from jaxcompress.prompt.keeping import Compressed, checked_budget, keep
+from jaxcompress.prompt.counting import Counter, apart
+from jaxcompress.prompt.keeping import BudgetTooSmall, Compressed, checked_budget, keep, keep_with_forced
 from jaxcompress.prompt.word_scores import ScoredWords
 
 Role = Literal["user", "assistant", "tool", "function"]
@@ -30,7 +31,8 @@ def compress_messages(
     """Shortens the texts of messages with these roles. What is given is not changed.
 
     Order, roles, names, tool calls, parts that are no text, messages of other roles and empty texts stay as they are.
-    All texts share one budget. Each keeps at least the word with the highest score, since servers refuse empty ones.
+    All texts share one budget; each is counted by itself. Each keeps at least the word with the highest score, since
+    servers refuse empty ones: if that makes more than the budget, nothing stays beside it but what is forced.
 
     Args:
       messages: a list of objects. Each has a `role`, and a `content` that is a string, null, missing, or a list of
@@ -44,6 +46,7 @@ def compress_messages(
       The new messages, and the result for the texts in order.
 
     Raises:
+      BudgetTooSmall: what is forced and protected has more tokens than may stay.
       ValueError: as `keep`; an unknown role in `roles`; messages of another form, the error says which.
     """
     if unknown := [role for role in roles if role not in get_args(Role)]:
@@ -51,10 +54,20 @@ def compress_messages(
     value = clean_value(_checked(messages), "the messages")
     texts = [text for message in value if message["role"] in roles for text in _texts(message)]
     checked_budget(len(texts), rate, tokens)
-    scored = [_with_one_word(one) for one in compressor.score(texts)]
-    result = keep(scored, compressor.counter, rate=rate, tokens=tokens, **options)
+    scored = compressor.score(texts)
+    result = _kept(scored, apart(compressor.counter), dict(rate=rate, tokens=tokens, **options))
     left = iter([document.text for document in result.documents])
     return [_put_back(message, left) if message["role"] in roles else message for message in value], result
+
+
+def _kept(scored: Sequence[ScoredWords], count: Counter, options: Mapping[str, Any]) -> Compressed:
+    """Some words of each text. Raises BudgetTooSmall if too much is forced and protected by the options."""
+    with_one_word = [_with_one_word(one) for one in scored]
+    try:
+        return keep(with_one_word, count, **options)
+    except BudgetTooSmall:
+        keep(scored, count, **options)
+        return keep_with_forced(with_one_word, count, **options)
 
 
 def _checked(messages: Any) -> Any:

@@ -41,7 +41,11 @@ def selective_context(reader: Reader, unit: Unit = "phrase") -> Scorer:
 
 
 def read_apart(reader: Reader, text: str, parts: list[Word]) -> TokenLosses:
-    """Reads each part of a text on its own; several parts at a time."""
+    """Reads each part of a text on its own; several parts at a time.
+
+    Without a begin token the first token of a part has no prediction. It gets the mean of the tokens that have one, so
+    that beginnings are neither kept nor dropped for it.
+    """
     encoded = [reader.tokenizer.encode_with_places(text[part.start : part.end]) for part in parts]
     order = sorted(range(len(parts)), key=lambda at: len(encoded[at][0]))  # little padding
     nats: list[np.ndarray] = [np.zeros(0, np.float32)] * len(parts)
@@ -56,7 +60,11 @@ def read_apart(reader: Reader, text: str, parts: list[Word]) -> TokenLosses:
     if not parts:
         return TokenLosses(np.zeros(0, np.int32), np.zeros((0, 2), np.int32), np.zeros(0, np.float32))
     places = [places + part.start for (_, places), part in zip(encoded, parts, strict=True)]
-    return TokenLosses(np.concatenate([ids for ids, _ in encoded]), np.concatenate(places), np.concatenate(nats))
+    losses = np.concatenate(nats)
+    unread = np.isnan(losses)
+    if not unread.all():
+        losses = np.where(unread, losses[~unread].mean(), losses).astype(np.float32)
+    return TokenLosses(np.concatenate([ids for ids, _ in encoded]), np.concatenate(places), losses)
 
 
 def _spans(units: list[Word]) -> Spans:

@@ -15,7 +15,8 @@ from jaxcompress.inputs.text import clean
 from jaxcompress.prompt.compressor import Compressor
 from jaxcompress.prompt.joining import found_break
 from jaxcompress.prompt.keeping import Compressed, Kept, keep_with_forced, tokens_at
-from jaxcompress.prompt.kinds import Kind, checked_kinds, protected_spans
+from jaxcompress.prompt.kinds import Kind, checked_kinds, end_of_fence, open_fence, protected_spans
+from jaxcompress.prompt.protect import checked
 
 WINDOW = 1 << 18  # characters
 # Where a window is cut, the best first: after a paragraph, a line, a sentence, a word.
@@ -52,19 +53,26 @@ def compress_stream(
     read = kept = forced = 0
     gap = ""  # white space that has been read and not written
     before: Kept | None = None
-    for text in _windows(pieces, window, checked_kinds(options.get("protect", ()))):
+    breaks = [one for one in checked(options.get("force", ())) if one.isspace()]
+    for text, inside in _windows(pieces, window, checked_kinds(options.get("protect", ()))):
         body = clean(text.strip())
         gap += text[: len(text) - len(text.lstrip())]
+        if rate < 1 and not inside and len(gap) > window:  # only what `_lead` makes of it counts
+            gap = found_break(gap, 0, len(gap), breaks) or " "
         if not body:
             continue
         size = compressor.tokens(body)
         read += size
         wanted = min(max(1, tokens_at(rate, read) - kept), max(size, 1))
-        result = keep_with_forced(compressor.score([body]), compressor.counter, tokens=wanted, **options)
+        scored, given = compressor(body), dict(tokens=wanted, **options)
+        if inside:
+            scored = scored._replace(scores=np.full(len(scored.scores), np.inf, np.float32))
+            given["drop_consecutive"] = False
+        result = keep_with_forced(scored, compressor.counter, **given)
         kept, forced = kept + result.tokens_after, forced + result.forced
         if result.text:
             (here,) = result.documents
-            yield replace(result, text=_lead(gap, rate, options.get("force", ()), before, here) + result.text)
+            yield replace(result, text=_lead(gap, rate == 1 or inside, breaks, before, here) + result.text)
             before, gap = here, ""
         gap += text[len(text.rstrip()) :]
     if forced and kept > (asked := tokens_at(rate, read)):
@@ -74,36 +82,54 @@ def compress_stream(
         )
 
 
-def _lead(gap: str, rate: Number, breaks: Sequence[str], before: Kept | None, here: Kept) -> str:
-    """What stands between two windows instead of the white space there; nothing before the first."""
+def _lead(gap: str, whole: bool, breaks: Sequence[str], before: Kept | None, here: Kept) -> str:
+    """What stands between two windows instead of the white space there; nothing before the first.
+
+    Args:
+      whole: the white space stays as it is.
+    """
     if before is None:
         return ""
-    if rate == 1:
+    if whole:
         return gap
     if not gap:
         neighbours = before.labels[-1] and here.labels[0]
         return " " if not neighbours and before.text[-1:].isalnum() and here.text[:1].isalnum() else ""
-    kept = found_break(gap, 0, len(gap), [one for one in breaks if one.isspace()])
+    kept = found_break(gap, 0, len(gap), breaks)
     return " " if kept is None else kept
 
 
-def _windows(pieces: Iterable[str], window: int, kinds: Sequence[Kind] = ()) -> Iterator[str]:
-    """The text in parts of about a window; joined they are the text.
+def _windows(pieces: Iterable[str], window: int, kinds: Sequence[Kind] = ()) -> Iterator[tuple[str, bool]]:
+    """The text in parts of about a window; joined they are the text. With each, whether all of it is code.
 
-    Half a window more is read ahead to see where what is protected ends.
+    Half a window more is read ahead to see where what is protected ends. A fence of code that is longer than that goes
+    on in the next parts, up to its end.
     """
     held, ahead = "", window // 2 if kinds else 0
+    fence: str | None = None  # the mark of the code that the text held begins in
+
+    def cuts(most: int) -> Iterator[tuple[str, bool]]:
+        nonlocal held, fence
+        while len(held) > most:
+            end = None if fence is None else end_of_fence(held[:window], fence)
+            if end is None or end == window:  # where the line may go on
+                end = _cut(held, window, protected_spans(held, [] if fence else kinds))
+            if not end:
+                return
+            part, inside, held = held[:end], fence is not None, held[end:]
+            fence = open_fence(part, fence) if "code" in kinds else None
+            yield part, inside
+
     for piece in pieces:
         for start in range(0, len(piece), window):
             held += piece[start : start + window]
-            while len(held) > window + ahead and (cut := _cut(held, window, protected_spans(held, kinds))):
-                yield held[:cut]
-                held = held[cut:]
-    while len(held) > window and (cut := _cut(held, window, protected_spans(held, kinds))):
-        yield held[:cut]
-        held = held[cut:]
+            yield from cuts(window + ahead)
+    yield from cuts(window)
+    if fence and (end := end_of_fence(held, fence)):
+        yield held[:end], True
+        held, fence = held[end:], None
     if held:
-        yield held
+        yield held, fence is not None
 
 
 def _cut(text: str, window: int, spans: Int[np.ndarray, "N 2"]) -> int | None:

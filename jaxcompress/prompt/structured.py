@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
-from jaxcompress.inputs.scalars import Number
+from jaxcompress.inputs.scalars import Number, share
 from jaxcompress.inputs.text import clean, clean_value
 from jaxcompress.prompt.compressor import Compressor
+from jaxcompress.prompt.counting import apart
+from jaxcompress.prompt.joining import joined
 from jaxcompress.prompt.keeping import Compressed
 
 _TAG = re.compile(r"<(?P<closes>/?)llmlingua\b(?P<settings>[^<>]*)>")
@@ -94,7 +96,10 @@ def compress_structured(
         part.text if own == 1 else part.text.replace(text, document.text, 1) if text else part.text
         for part, own, text, document in zip(parts, rates, inner, result.documents, strict=True)
     ]
-    return replace(result, text="".join(texts))
+    text = "".join(texts)
+    before, after = compressor.tokens("".join(part.text for part in parts)), compressor.tokens(text)
+    asked = result.asked + after - result.tokens_after  # with the white space that stays
+    return replace(result, text=text, tokens_before=before, tokens_after=after, asked=asked)
 
 
 class KeyRule(NamedTuple):
@@ -103,7 +108,7 @@ class KeyRule(NamedTuple):
     Attributes:
       rate: the share of tokens that stays; None for the rate of the whole.
       compress: False leaves everything under the key as it is.
-      remove: the key is removed if nothing is left of its text.
+      remove: the key is removed if nothing is left of its text. A short one may lose all its words to other strings.
     """
 
     rate: Number | None = None
@@ -121,11 +126,13 @@ def compress_json(
 ) -> tuple[Any, Compressed]:
     """Compresses the strings of a JSON value; its structure, keys, numbers, true, false and null stay.
 
+    Strings of the same rate share one budget, each its part of it in proportion to its tokens.
+
     Args:
       value: as `json.loads` gives it; nested at most 200 deep. Halves of characters become U+FFFD.
       rules: by the key of an object, at any depth; the innermost rule counts.
       rate: the share of the reader's tokens that stays, of strings without a rule.
-      options: as for `Compressor.compress`.
+      options: as for `Compressor.compress`: scope, force, protect, drop_consecutive.
 
     Returns:
       The new value, and the result for its strings, in order.
@@ -136,10 +143,25 @@ def compress_json(
     value, rules = clean_value(value, "the value"), rules or {}
     found = list(_strings(value, rules, KeyRule()))
     rates = [1 if not rule.compress else rate if rule.rate is None else rule.rate for _, rule in found]
-    result = compressor.compress([text for text, _ in found], rate=rates, **options)
+    result = _by_rate(compressor, [text for text, _ in found], [share(own) for own in rates], options)
     texts = (text if own == 1 else document.text for (text, _), own, document in
              zip(found, rates, result.documents, strict=True))  # fmt: skip
     return _put_back(value, rules, texts), result
+
+
+def _by_rate(
+    compressor: Compressor, texts: Sequence[str], rates: Sequence[float], options: Mapping[str, Any]
+) -> Compressed:
+    """Compresses texts that are read apart; those of one rate together."""
+    if compressor.count is not None:
+        compressor = replace(compressor, count=apart(compressor.count))
+    groups = {rate: [n for n, own in enumerate(rates) if own == rate] for rate in rates} or {1.0: []}
+    parts = [compressor.compress([texts[n] for n in those], rate=rate, **options) for rate, those in groups.items()]
+    those = [n for group in groups.values() for n in group]
+    documents = [document for part in parts for document in part.documents]
+    in_order = tuple(document for _, document in sorted(zip(those, documents, strict=True), key=lambda pair: pair[0]))
+    text, of_all = joined([document.text for document in in_order]), lambda name: sum(getattr(p, name) for p in parts)
+    return Compressed(text, in_order, *map(of_all, ("tokens_before", "tokens_after", "asked", "forced")))
 
 
 def _strings(value: Any, rules: Mapping[str, KeyRule], rule: KeyRule) -> Iterator[tuple[str, KeyRule]]:

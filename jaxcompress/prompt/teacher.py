@@ -100,10 +100,7 @@ def cut_for_teacher(
     """
     if limit < 1:
         raise ValueError(f"a piece has at least 1 word, not {limit}")
-    parts = re.findall(r"\s*\S+(?:[^\S\n]*\n)*", text)  # a word with its white space; line breaks end what is before
-    joined = sum(map(len, parts))
-    if joined < len(text):
-        parts.append(text[joined:])
+    parts = _words_with_space(text)
     sizes = [count(part) for part in parts]
     pieces, start = [], 0
     while start < len(parts):
@@ -116,6 +113,19 @@ def cut_for_teacher(
         pieces.append("".join(parts[start:end]))
         start = end
     return pieces
+
+
+def _words_with_space(text: str) -> list[str]:
+    """The words of a text, each with the white space before it and the line breaks after it; joined, they are the text.
+
+    What is white at the end is taken apart from the rest: a pattern would try each place of it anew.
+    """
+    words = text.rstrip()
+    parts, lines = re.findall(r"\s*+\S++(?:[^\S\n]*\n)*", words), text.rfind("\n", len(words)) + 1
+    if parts and lines:
+        parts[-1] += text[len(words) : lines]
+    done = lines if parts and lines else len(words)
+    return [*parts, text[done:]] if done < len(text) else parts
 
 
 def _ends(part: str, ends: Sequence[str]) -> bool:

@@ -21,7 +21,8 @@ FUNCTION_WORDS = frozenset(
 )
 """English articles, pronouns, prepositions, conjunctions, auxiliaries and a few adverbs."""
 
-_ENDS = frozenset(".!?。！？…")
+_WIDE = frozenset("。！？")  # end a sentence whatever follows
+_ENDS = _WIDE | frozenset(".!?…")
 _CLOSING = frozenset("\"'”’»)]}")
 
 
@@ -47,17 +48,20 @@ def phrases(text: str) -> list[Word]:
 
 
 def sentences(text: str) -> list[Word]:
-    """Sentences end with . ! ? 。 and the like, with the quotes and brackets that close there, and at a line break."""
+    """Sentences end with . ! ? … before white space and with 。！？, with the quotes and brackets that close there, and
+    at a line break. URLs, versions and names with points are whole."""
     groups: list[list[Word]] = []
-    over = True
+    over = wide = False
     for at, word in enumerate(words := words_of(text)):
         spelled = text[word.start : word.end]
-        broken = at > 0 and "\n" in text[words[at - 1].end : word.start]
-        closing = spelled in _CLOSING and at > 0 and words[at - 1].end == word.start
-        if (over and not closing and spelled not in _ENDS) or broken or not groups:
+        before = text[words[at - 1].end if at else 0 : word.start]
+        closing = over and not before and spelled in _CLOSING
+        ends = over and (wide or before) and not closing and spelled not in _ENDS
+        if ends or "\n" in before or not groups:
             groups.append([])
         groups[-1].append(word)
-        over = spelled in _ENDS or (over and closing)
+        wide = spelled in _WIDE or (wide and (closing or spelled in _ENDS))
+        over = spelled in _ENDS or closing
     return _spans(groups)
 
 

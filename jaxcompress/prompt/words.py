@@ -26,7 +26,7 @@ Costs = Int[np.ndarray, " W"]  # tokens of words
 _APART = r"\p{Han}\p{Hiragana}\p{Katakana}"  # scripts without spaces: cut where the script changes, Han at each sign
 _WORD = regex.compile(
     r"""
-    ( \s*+ )  # what stands before a word, so that matches lie end to end
+    \G ( \s*+ )  # what stands before a word, so that matches lie end to end; nothing is tried within white space
     (
     \p{Nd}+ (?: [.,:] \p{Nd}+ )+                                        # 4,200  3.6  9:45
     | \p{Han} \p{M}*

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from jaxcompress.cli import main
+from jaxcompress.cli import compress_prompt, main
 from jaxcompress.cli.compress_prompt import Protect
 from jaxcompress.embedded import decoder_folder
 from jaxcompress.inputs.tokenizer import Tokenizer
@@ -65,6 +65,7 @@ def test_other_ways(run: Any) -> None:
     compressor = Compressor.load(FOLDER)
     assert run("--budget", "official")[1] == compressor.official.compress(TEXT).output["compressed_prompt"] + "\n"
     assert run("--stream")[1] == compressor.compress(TEXT, protect=KINDS).text + "\n"
+    assert run("--stream", "--rate", 1, "--prompt", "a b", "--prompt", "c")[1] == "a b\n\nc\n"
     tagged = f"<llmlingua, compress=False>Keep this.</llmlingua><llmlingua, rate=0.2>{TEXT}</llmlingua>"
     assert (
         run("--structured", text=tagged)[1]
@@ -154,3 +155,26 @@ def test_messages_and_report(run: Any) -> None:
         "pay.* for a reader of 1 tok",
     ):
         assert re.search(told, err), told
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"], ["--messages", "-"], ["--budget", "official"]])
+def test_seconds_are_those_of_compressing(run: Any, monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    """Not those of reading, printing and what is recovered: here only these take any."""
+    now = 0.0
+
+    def slow(function: Any) -> Any:
+        def slowed(*arguments: Any, **options: Any) -> Any:
+            nonlocal now
+            now += 100
+            return function(*arguments, **options)
+
+        return slowed
+
+    module = "jaxcompress.cli.compress_prompt"
+    monkeypatch.setattr(f"{module}.perf_counter", lambda: now)
+    for name in ("read_text", "_without_nul", "_report", "_recovered"):
+        monkeypatch.setattr(f"{module}.{name}", slow(getattr(compress_prompt, name)))
+    text = json.dumps([{"role": "user", "content": TEXT}]) if "--messages" in flags else TEXT
+    code, _, err = run("--report", *flags, text=text)
+    assert (code, now >= 200) == (0, True)
+    assert re.search(r"(?<!\d)0\.00 s to compress", err)

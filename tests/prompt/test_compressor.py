@@ -22,11 +22,13 @@ from jaxcompress.prompt import (
     Compressor,
     Contexts,
     KeyRule,
+    ScoredWords,
     Segment,
     compress_json,
     compress_stream,
     compress_structured,
     keep,
+    keep_above,
 )
 from jaxcompress.prompt.budget import apportion, choose_words
 from jaxcompress.prompt.chunks import chunks
@@ -80,7 +82,37 @@ def test_exactly_as_many_tokens_as_asked(compressor: Compressor, n: int, scope: 
 def test_exactly_as_many_of_another_model(bert: Compressor, n: int) -> None:
     result = replace(bert, count=counted).compress([TEXT, OTHER], tokens=n)
     assert counted(result.text) == result.tokens_after == n
-    assert result.tokens_before == counted(TEXT) + counted(OTHER)
+    assert result.tokens_before == counted(f"{TEXT}\n\n{OTHER}")
+
+
+def test_what_stands_between_texts_counts() -> None:
+    """Before, in between and after, whatever the budget: each text is two tokens, and so is an empty line."""
+    count = lambda text: len(re.findall(r"\w+|\n", text))
+    spans = lambda text: segment(text)
+    texts = [ScoredWords(t, spans(t), np.array([0.2, 0.9], np.float32), "fixed") for t in ("42 17", "9 8", "5 6")]
+    whole = "42 17\n\n9 8\n\n5 6"
+    six = keep(texts, count, tokens=6)
+    assert count(six.text) == six.tokens_after <= six.asked == 6
+    for budget in (dict(rate=1.0), dict(tokens=10), dict(rate=[1.0, 1, 1]), dict(rate=[0.9, 1, 1])):
+        result = keep(texts, count, protect=["numbers"], **budget)  # pyright: ignore[reportArgumentType]
+        assert (result.text, result.forced) == (whole, 10)
+        assert result.tokens_before == result.tokens_after == result.asked == 10
+    above = keep_above(texts, count, 0.5)
+    assert (above.text, above.tokens_before, above.tokens_after) == ("17\n\n8\n\n6", 10, 7)
+    each = keep(texts, count, rate=[0.5] * 3)
+    assert (each.text, each.asked, each.tokens_after) == (above.text, 7, 7)
+    with pytest.raises(BudgetTooSmall, match="needs 10 of 10 tokens, more than the 9 asked for"):
+        keep(texts, count, tokens=9, protect=["numbers"])
+
+
+def test_everything_stays_at_rate_1() -> None:
+    """Also where the words alone have more tokens than the text."""
+    text = "\u4f1a" * 300
+    scored = ScoredWords(text, segment(text), np.zeros(300, np.float32), "fixed")
+    count = lambda text: (len(text) + 1) // 2
+    assert keep(scored, count, rate=1.0).text == text
+    half = keep([scored, scored], count, rate=1.0, filter=Contexts(count=1))
+    assert (half.text, half.tokens_after, half.asked) == (text, 150, 301)
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(0.5, 0.5), (0.33, 0.33), (1, 1.0), (1e-9, 1 / 140)])

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jaxcompress.cli import main
-from jaxcompress.prompt import BudgetTooSmall, Compressor, keep
+from jaxcompress.prompt import BudgetTooSmall, Compressor, EncoderTokenizer, keep
 from jaxcompress.prompt.corpus import CorpusJob, CorpusReport, compress_corpus
 from jaxcompress.prompt.corpus_files import Record, parts_of, read_part
 from jaxcompress.prompt.dataset import read_examples
@@ -60,6 +61,16 @@ def test_each_record_is_shortened_by_itself(compressor: Compressor, tmp_path: Pa
     assert [sum(one.labels) for one in examples] == [sum(one["labels"]) for one in found[:3]]
 
 
+def test_lines_that_are_no_records(tmp_path: Path) -> None:
+    """What is white to one reader of the file is white to the other: no record is read twice."""
+    source, given = tmp_path / "given.jsonl", records(4)
+    white = ("\u00a0", "\u2028 ", "\x1c", "\ufeff")
+    source.write_text("".join(f"{line}\n{json.dumps(row)}\n" for line, row in zip(white, given, strict=True)))
+    parts = parts_of(source, 2)
+    assert [part.records for part in parts] == [2, 2]
+    assert [row for part in parts for row in read_part(source, part)] == given
+
+
 def test_goes_on_where_it_stopped(compressor: Compressor, tmp_path: Path) -> None:
     source = jsonl(tmp_path / "given.jsonl", records(9))
     whole, job = (CorpusJob(source, tmp_path / name, rows=2) for name in ("whole", "stopped"))
@@ -92,6 +103,18 @@ def test_goes_on_where_it_stopped(compressor: Compressor, tmp_path: Path) -> Non
     assert compress_corpus(compressor, job).made == 0
     with pytest.raises(ValueError, match="another rate"):
         compress_corpus(compressor, CorpusJob(source, job.target, rate=0.4, rows=2))
+    other = EncoderTokenizer(FOLDER.parent / "xlm-roberta")
+    counting = lambda text: compressor.tokens(text) + text.count("é")  # the same of nearly every text
+    for changed, what in (
+        (replace(compressor, tokenizer=other), "tokenizer"),
+        (replace(compressor, count=counting), "reader"),
+    ):
+        with pytest.raises(ValueError, match=f"another {what}"):
+            compress_corpus(changed, job)
+    begun = CorpusJob(source, tmp_path / "begun", rows=2)  # killed while the settings were written
+    begun.target.mkdir()
+    (begun.target / ".corpus.json.0123.partial").write_text("{")
+    assert compress_corpus(compressor, begun).made == 5
     with pytest.raises(ValueError, match="choose a new folder"):
         compress_corpus(compressor, CorpusJob(source, tmp_path))
     source.write_bytes(source.read_bytes().swapcase())  # as many bytes
@@ -99,7 +122,7 @@ def test_goes_on_where_it_stopped(compressor: Compressor, tmp_path: Path) -> Non
         compress_corpus(compressor, job)
 
 
-def test_parquet(compressor: Compressor, tmp_path: Path) -> None:
+def test_parquet(compressor: Compressor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pa = pytest.importorskip("pyarrow", reason='pip install "jaxcompress[parquet]"')
     pq = pytest.importorskip("pyarrow.parquet")
     given = records(11)
@@ -107,7 +130,11 @@ def test_parquet(compressor: Compressor, tmp_path: Path) -> None:
         row["more"] = row["more"][:1]
     source = tmp_path / "given.parquet"
     pq.write_table(pa.Table.from_pylist(given), source, row_group_size=4)
+    decoded: list[int] = []
+    decode = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, n: decoded.append(n) or decode(file, n))
     assert [row for part in parts_of(source, 3) for row in read_part(source, part)] == given
+    assert decoded == [0, 1, 2]  # each group once, though parts share them
     job = CorpusJob(source, tmp_path / "out", labels=True, rows=3)
     compress_corpus(compressor, job)
     found = pa.concat_tables(pq.read_table(file) for file in sorted(job.target.glob("*.parquet"))).to_pylist()

@@ -16,6 +16,7 @@ from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.inputs.tokenizer import Tokenizer
 from jaxcompress.prompt.counting import WORDS, FunctionCounter, SubwordCounter, TokenizerCounter, counter_of
 from jaxcompress.prompt.joining import join
+from jaxcompress.prompt.units import sentences
 from jaxcompress.prompt.words import segment
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
@@ -32,7 +33,8 @@ texts = st.lists(st.one_of(PIECES, st.just(" "), st.characters()), max_size=14).
 @given(st.data())
 def test_as_the_tokenizer_counts(tokenizer: EncoderTokenizer, data: st.DataObject) -> None:
     text = data.draw(texts)
-    spans, counter = segment(text), SubwordCounter(tokenizer)
+    units = np.array(sentences(text), np.int64).reshape(-1, 2)  # a span may hold many parts
+    spans, counter = data.draw(st.sampled_from([segment(text), units])), SubwordCounter(tokenizer)
     costs, tokens = counter.price(text, spans)
     assert tokens == len(tokenizer.encode(text).ids)
     assert not len(spans) or costs.sum() == tokens  # every subword is some word's cost
@@ -105,3 +107,11 @@ def test_tokenizers_that_reach_over_spaces(tmp_path: Path) -> None:
     assert EncoderTokenizer(folder_of(fast, tmp_path)).apart("a b a") == ["a", " b", " a"]
     fast.add_tokens([AddedToken("b", lstrip=True)])
     assert EncoderTokenizer(folder_of(fast, tmp_path)).apart("a b a") == ["a b a"]
+
+
+def test_sentences_that_begin_alike() -> None:
+    """Each subword is a cost of the part where it stands, and not of the one where its sentence begins."""
+    text = "First. The cat sat on the mat. The dog ran."
+    counter = SubwordCounter(TOKENIZERS[0])
+    counter.price(text, np.array(sentences(text)))
+    assert counter(text) == counter.total([text], 0) == TOKENIZERS[0].count(text)

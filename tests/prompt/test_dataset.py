@@ -98,6 +98,28 @@ def test_a_line_that_was_cut_off_is_asked_again(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
+def test_another_file_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    pair = b'{"document": "d", "piece": 0, "original": "On'
+    for content in (b'{"document": "d", "text": "One."}', b"Some notes", b'{"text": "a"}\n' + pair):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="pair"):
+            collect(DOCUMENTS, drop, path)
+        assert path.read_bytes() == content
+
+
+def test_pieces_that_a_document_has_no_more(tmp_path: Path) -> None:
+    path, teacher = tmp_path / "pairs.jsonl", Counting()
+    lines = lambda text: text.splitlines(keepends=True)
+    long, short = "One.\nTwo.\nThree.\n", "One.\n \n"
+    for text, pieces, calls in ((long, [0, 1, 2], 3), (short, [0], 3), (short, [0], 3), (long, [0, 1, 2], 5)):
+        collect([("d", text), DOCUMENTS[0]], teacher, path, cut=lines)
+        assert [pair.piece for pair in read_pairs(path) if pair.document == "d"] == pieces
+        assert teacher.calls == calls + 1
+    collect([DOCUMENTS[1]], teacher, path, cut=lines)
+    assert len(read_pairs(path)) == 5  # of documents that were not given nothing goes
+
+
 def test_kill_loses_at_most_the_piece_under_way(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     script = (

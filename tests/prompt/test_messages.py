@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxcompress.prompt import Compressor, Payoff, compress_messages
+from jaxcompress.prompt import BudgetTooSmall, Compressor, Payoff, compress_messages
 
 LONG = "The harbor was quiet that night. Ships, ships, and more ships lay at anchor; nobody spoke of $4,200."
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"where": "the harbor at night"}'}}
@@ -48,6 +49,18 @@ def test_only_texts_of_the_roles_are_shortened(compressor: Compressor) -> None:
     assert [n for n, (old, new) in enumerate(zip(MESSAGES, only, strict=True)) if old != new] == [7]
     assert compressor.tokenizer.count(only[7]["content"]) == 6
     assert compress_messages(compressor, [])[0] == []
+
+
+@pytest.mark.parametrize("rate", [1, 0.5])
+def test_short_messages(compressor: Compressor, rate: float) -> None:
+    """Nothing stands between messages, and what each keeps in any case is no fault of the budget."""
+    chat = [{"role": "user", "content": text} for text in ("yes", "ok", "thanks")]
+    reader = replace(compressor, count=lambda text: len(text.split()) + text.count("\n"))
+    shorter, result = compress_messages(reader, chat, rate=rate)
+    assert shorter == chat
+    assert (result.tokens_before, result.tokens_after, result.asked) == (3, 3, 3 if rate == 1 else 2)
+    with pytest.raises(BudgetTooSmall, match="needs 2 of 3 tokens, more than the 1 asked for"):
+        compress_messages(reader, chat, tokens=1, force=["yes", "thanks"])
 
 
 @pytest.mark.parametrize(

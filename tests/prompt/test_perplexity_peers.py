@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -183,6 +185,9 @@ def test_selective_context_reads_sentences_apart(reader: Reader, unit: Any) -> N
                 expected += [word(start, at)] * len(words_of(group))
     np.testing.assert_allclose(found.scores[-len(last) :], expected, atol=5e-4)
     assert selective_context(reader, unit)("").words == []
+    unbegun = copy(reader.tokenizer)
+    unbegun.bos_id = None  # then the first token of each sentence has no prediction
+    assert np.isfinite(selective_context(replace(reader, tokenizer=unbegun), unit)(text).scores).all()
 
 
 DOCUMENTS = [

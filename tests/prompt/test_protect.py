@@ -43,6 +43,7 @@ def bert() -> Compressor:
         ("quotes", f'"{"a" * (LONGEST + 1)}" "b"', ['"b"']),
         ("urls", "(https://a.b/c_(d)), http://x.y/z. 访问https://a.b/c了解 me@x.org, www.a.com; ssh://h:22/x?a=[2]",
          ["https://a.b/c_(d)", "http://x.y/z", "https://a.b/c", "me@x.org", "www.a.com", "ssh://h:22/x?a=[2]"]),
+        ("urls", "Write to joe@example.com. Or a@b.co.uk, not c@d.", ["joe@example.com", "a@b.co.uk"]),
         ("paths", r"/etc/hosts. and/or src/a.py:12:3 a/b/c ~/x ../z C:\a\b.txt \\host\share km/h </div> 1/2",
          ["/etc/hosts", "src/a.py:12:3", "a/b/c", "~/x", "../z", r"C:\a\b.txt", r"\\host\share"]),
         ("identifiers", "foo_bar fooBar HTTPServer _really_ __init__ os.path.join std::vec run() $HOME --rate -v X-ray",
@@ -61,7 +62,7 @@ def test_what_is_found(kind: Kind, text: str, found: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ['"', "'a ", '\\"', "```json\n", "a/", "/", "a.", "-", "A-", "1-", "a@", "ab1", "な", ")"]
+    "part", ['"', "'a ", '\\"', "```json\n", "a/", "/", "a.", "-", "A-", "1-", "a@", "a@b.1.", "ab1", "な", ")"]
 )
 def test_time_grows_with_the_text_only(part: str) -> None:
     """A rule that tried every place anew would take minutes here."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxcompress.prompt import Compressor, KeyRule, Segment, compress_json, compress_stream, compress_structured
+from jaxcompress.prompt import WORDS, Compressor, KeyRule, Segment, compress_json, compress_stream, compress_structured
 from jaxcompress.prompt.joining import join
 from jaxcompress.prompt.streaming import _windows
 from jaxcompress.prompt.structured import parse
@@ -37,6 +39,12 @@ def test_parts_have_rates_of_their_own(compressor: Compressor) -> None:
     assert compress_structured(compressor, segments, rate=0.6).text == result.text
     assert parse(prompt) == segments
     assert compress_structured(compressor, "", rate=0.6).text == ""
+    reader = replace(compressor, count=len)
+    counted = compress_structured(reader, prompt, rate=0.6)
+    assert counted.tokens_after == len(counted.text) <= counted.asked
+    assert counted.tokens_before == len("".join(part.text for part in segments))
+    same = compress_structured(compressor, [Segment("the"), Segment(LONG)], rate=0.3)
+    assert [one.text != "" for one in same.documents] == [True, True]  # each meets its own, also at the same rate
 
 
 @pytest.mark.parametrize(
@@ -67,6 +75,20 @@ def test_json(compressor: Compressor) -> None:
     assert compress_json(compressor, 3)[0] == 3
 
 
+def test_short_strings_of_json_may_go(compressor: Compressor) -> None:
+    """A rate for one key changes nothing for the others: they share the budget, and nothing stands between strings."""
+    value = {"a": LONG, "id": "quiet", "b": LONG, "c": LONG}
+    rules = {"id": KeyRule(remove=True), "b": KeyRule(rate=0.9)}
+    shorter, result = compress_json(replace(compressor, count=WORDS), value, rules, rate=0.3)
+    assert list(shorter) == ["a", "b", "c"]
+    words, of_b = WORDS(LONG), WORDS(shorter["b"])
+    assert of_b == int(0.9 * words + 0.5)
+    assert (result.tokens_before, result.tokens_after) == (3 * words + 1, of_b + int(0.3 * (2 * words + 1) + 0.5))
+    shorter, result = compress_json(replace(compressor, count=len), value, rules, rate=0.3)
+    assert result.tokens_before == sum(map(len, value.values()))
+    assert result.tokens_after == sum(map(len, shorter.values()))
+
+
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 def test_a_stream_does_not_depend_on_its_pieces(compressor: Compressor, size: int) -> None:
     text = "\n\n".join([LONG, LONG[:33] + " e\u0301", "会議は三時に始まります。", LONG])
@@ -81,10 +103,41 @@ def test_a_stream_does_not_depend_on_its_pieces(compressor: Compressor, size: in
     assert "\n" in "".join(r.text for r in results)
 
 
+@pytest.mark.parametrize("size", [3, 10_000])
+def test_code_longer_than_a_window(compressor: Compressor, size: int) -> None:
+    """It goes on in the windows after it, up to its end, and what follows is no code."""
+    code = "```py\n" + "for n in range(7):\n\n    print(n,  n)\n" * 4 + "```"
+    text = f"{LONG}\n{code}\n{LONG} {LONG} {LONG} {LONG}\n```\nx  = 1\n```\n{LONG}"
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    parts = compress_stream(compressor, pieces, rate=0.7, window=50, protect=["code"], drop_consecutive=True)
+    shorter = "".join(part.text for part in parts)
+    assert code in shorter
+    assert "```\nx  = 1\n```" in shorter
+    assert LONG not in shorter
+    assert (
+        "".join(part.text for part in compress_stream(compressor, pieces, rate=1, window=50, protect=["code"])) == text
+    )
+
+
+def test_white_space_longer_than_memory(compressor: Compressor) -> None:
+    """White space between two windows is held as what it becomes."""
+    peaks = []
+    for size in (20, 1_000):
+        pieces = (piece for part in ([LONG], [" " * 1_000] * size, ["\n", LONG]) for piece in part)
+        tracemalloc.start()
+        shorter = "".join(
+            part.text for part in compress_stream(compressor, pieces, rate=0.5, window=2_000, force=["\n"])
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert shorter.startswith(compressor.compress(LONG, rate=0.5).text + "\n")
+    assert peaks[1] < 2 * peaks[0]
+
+
 def test_windows_are_the_text() -> None:
     text = "A b c. " * 30 + "x" * 100 + "e\u0301\u0301" * 30 + "\n\nend"
     for window in (1, 5, 40):
-        parts = list(_windows([text], window))
+        parts = [part for part, _ in _windows([text], window)]
         assert "".join(parts) == text
         assert not any(part.startswith("\u0301") for part in parts)
         assert max(map(len, parts)) <= max(window, 3)

@@ -26,6 +26,9 @@ def test_phrases() -> None:
         ('He said "no." Then he left...', ['He said "no."', "Then he left..."]),
         ("A title\nand text.", ["A title", "and text."]),
         ("今天。明天！", ["今天。", "明天！"]),
+        ("他说“今天。”明天", ["他说“今天。”", "明天"]),
+        ("See os.path.join (v1.2.3) on a.com. It is new!", ["See os.path.join (v1.2.3) on a.com.", "It is new!"]),
+        ('"Why?" he asked.Then (so...) he left.', ['"Why?"', "he asked.Then (so...)", "he left."]),
         ("", []),
     ],
 )

@@ -8,6 +8,7 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxcompress.prompt.teacher import cut_for_teacher
 from jaxcompress.prompt.words import align, of_words, owners, segment
 
 PIECES = st.sampled_from(
@@ -29,6 +30,14 @@ def test_words_of_any_text(text: str) -> None:
     assert all(char.isspace() for char, inside in zip(text, covered, strict=True) if not inside)
     boundaries = {0} | {match.end() for match in regex.finditer(r"\X", text)}
     assert set(spans.ravel().tolist()) <= boundaries
+
+
+@pytest.mark.parametrize("white", [" ", "\n", "\x1c"])
+def test_white_space_takes_no_time(white: str) -> None:
+    """At the end of a text, a rule that tried every place anew would take minutes."""
+    text = "a" + white * 100_000
+    assert segment(text)[0].tolist() == [0, 1]
+    assert "".join(cut_for_teacher(text)) == text
 
 
 def test_what_is_a_word() -> None:
