@@ -150,7 +150,7 @@ def begin(compressor: Compressor, job: CorpusJob) -> tuple[list[Part], list[Part
     kind, parts = format_of(job.source), parts_of(job.source, job.rows)
     job.target.mkdir(parents=True, exist_ok=True)
     settings = _settings(compressor, job)
-    begun = {*unfinished(job.target, "part-*"), *unfinished(job.target, SETTINGS)}
+    begun = {*unfinished(job.target, "part-*"), *unfinished(job.target, f"{SETTINGS}*")}
     for left in begun:
         if time.time() - left.stat().st_mtime > LEFT_SECONDS:
             left.unlink(missing_ok=True)
