@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,15 @@ class Terminal:
         before, _, self.seen = self.seen.partition(text)
         return before
 
+    def interrupt(self, text: str) -> None:
+        """Presses Ctrl-C until a text comes: between a prompt and the reading from the terminal it goes unnoticed."""
+        for _ in range(24):
+            self.type("\x03")
+            with suppress(AssertionError):
+                self.wait_for(text, seconds=5)
+                return
+        raise AssertionError(f"no {text!r} after Ctrl-C; {self.seen!r}")
+
 
 def test_a_terminal(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
     terminal = Terminal(
@@ -184,15 +194,12 @@ def test_a_terminal(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
     try:
         assert "/help lists the commands" in terminal.wait_for("[0/8 slots, ")
         terminal.wait_for(" > ")
-        time.sleep(1)  # until it reads
-        terminal.type("\x03")  # at the prompt it does nothing
-        terminal.wait_for(" > ")
+        terminal.interrupt(" > ")  # at the prompt it does nothing
         for message in ("Who are you?", "And I?"):
             terminal.type(f"{message}\n")
             terminal.wait_for(message)
             time.sleep(0.5)
-            terminal.type("\x03")
-            terminal.wait_for("the answer counts as far as it was written")
+            terminal.interrupt("the answer counts as far as it was written")
             terminal.wait_for("[8/8 slots, ")
             terminal.wait_for(" > ")
         terminal.type("/nothing\n")

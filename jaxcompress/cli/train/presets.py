@@ -7,7 +7,7 @@ from typing import Any
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "retention": dict(
-        policy="retention", slots=(256,), length=2048, rows=1, steps=900, learning_rate=3e-3, weight_decay=0.0,
+        policy="retention", slots=(256,), length=2048, rows=1, steps=300, learning_rate=3e-3, weight_decay=0.0,
         schedule="stable", horizon=512.0, recent=32, held_out=2,
     ),
     "joint": dict(
