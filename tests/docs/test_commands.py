@@ -111,7 +111,7 @@ def test_readme_commands_run(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = held_out("topics/assignment")[0].text[:400]
-    for file in ("book.txt", "minutes.txt", "great-expectations.txt"):
+    for file in ("book.txt", "minutes.txt", "dracula.txt"):
         (tmp_path / file).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     words = [word for word in words if word not in ("--model", "smollm2")]  # a model that tests do not fetch
