@@ -28,7 +28,7 @@ def fingerprint(model: Decoder) -> str:
     Numbers are rounded to bfloat16, so a float32 checkpoint that is loaded as bfloat16 keeps its fingerprint.
     """
     weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
-    sharding = next(iter(weights.values())).sharding
+    sharding = getattr(next(iter(weights.values())), "sharding", None)  # arrays of numpy have none
     pick = _picked(sharding.mesh if isinstance(sharding, NamedSharding) else None)
     numbers = pick(weights, {name: _places(x.shape) for name, x in weights.items()})
     digest = hashlib.sha256()

@@ -96,10 +96,10 @@ def policy_objective(
     if model_objective is not None and kind != "retention":
         raise ValueError(f"{name} trains the model by a loss of its own; `model_objective` is for retention")
     if kind == "retention":
-        head = init_retention(model.config, key, hidden=hidden)
+        head, settings = init_retention(model.config, key, hidden=hidden), dict(scope=scope, recent=recent)
         if model_objective is None:
-            return _retention(model, head, scope, horizon, recent)
-        return _retention_and_model(model, head, scope, horizon, recent, model_objective)
+            return _retention(model, head, horizon, settings)
+        return _retention_and_model(model, head, horizon, settings, model_objective)
     falls = max(steps * 2 // 3, 1)
     share, temperature = share_schedule(ratio, falls), temperature_schedule(1.0, FINAL_TEMPERATURE, falls)
     if kind == "dms":
@@ -114,33 +114,30 @@ def policy_objective(
     )
 
 
-def _retention(model: Decoder, head: ForgetHead, scope: Scope, horizon: float | None, recent: int) -> PolicyObjective:
+def _retention(model: Decoder, head: ForgetHead, horizon: float | None, settings: dict[str, Any]) -> PolicyObjective:
     """Trains a head on a model's attention. The objective refers to the model and copies nothing."""
 
     def objective(head: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
         tokens, valid = batch.tokens[:, :-1], counted(batch.weights)
-        how: dict[str, Any] = dict(scope=scope, valid=valid, block=_block(batch), horizon=horizon, recent=recent)
+        how: dict[str, Any] = dict(settings, valid=valid, block=_block(batch), horizon=horizon)
         loss = lambda head: retention_loss(model, tokens, head, **how)
         value, gradient = jax.value_and_grad(loss)(head)
         return {"loss": value}, gradient
 
-    settings = {"scope": scope, "recent": recent}
     return PolicyObjective("retention", settings, head, objective, lambda head: (model, head))
 
 
 def _retention_and_model(
     model: Decoder,
     head: ForgetHead,
-    scope: Scope,
     horizon: float | None,
-    recent: int,
+    settings: dict[str, Any],
     model_objective: Callable[[Policy], Objective],
 ) -> PolicyObjective:
     def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Metrics, Any]:
-        how: dict[str, Any] = dict(scope=scope, block=_block(batch), horizon=horizon, recent=recent)
+        how: dict[str, Any] = dict(settings, block=_block(batch), horizon=horizon)
         return joint_retention(model_objective, **how)(params, batch, step, key)
 
-    settings = {"scope": scope, "recent": recent}
     return PolicyObjective("retention", settings, (model, head), objective, lambda both: both)
 
 

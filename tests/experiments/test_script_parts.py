@@ -94,7 +94,7 @@ def test_evidence_compares_what_read_the_same_texts(script: Any) -> None:
             dtype="float32", settings=dict(name=name, fraction=1 if policy == "full" else 8, kind="text", rows=rows),
         )  # fmt: skip
         figure = Figure(metric="nats per token", value=value, tokens=63 * rows, samples=rows, state_bytes=1)
-        return Row(cell, figure, made=None, at="")  # type: ignore[arg-type]
+        return Row(cell, figure, MADE, at="")
 
     rows = [row("as it is", book, policy, value) for book in "ab" for policy, value in (("tova", 4.0), ("full", 3.0))]
     rows += [row("joint-0", "a", "learned", 3.0), row("joint-0", "b", "learned", 3.2)]
@@ -108,7 +108,7 @@ def made(task: str = "book", *, model: str = "m", details: Any = None, **changes
     given: dict[str, Any] = dict(model_hash=model, policy="tova", slots=8, context=64, dtype="float32")
     cell = Cell(experiment="e", task=task, model=model, **(given | changes))
     figure = Figure(metric="nats per token", value=1.0, tokens=1, samples=1, state_bytes=1, details=details)
-    return Row(cell, figure, made=None, at="")  # type: ignore[arg-type]
+    return Row(cell, figure, MADE, at="")
 
 
 def test_a_table_is_of_rows_that_differ_in_what_it_says(script: Any) -> None:

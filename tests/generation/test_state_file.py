@@ -197,6 +197,7 @@ def test_the_fingerprint_of_a_model() -> None:
     mine = fingerprint(model)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
     assert fingerprint(half) == mine
+    assert fingerprint(jax.tree.map(np.asarray, model)) == mine
     assert fingerprint(with_embedding(model, 0, 1.0)) != mine
     rows, columns = _places((49152, 576))
     assert (len(set(rows.tolist())), len(set(columns.tolist()))) == (49152, 576)
