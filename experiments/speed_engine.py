@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,7 +92,9 @@ def of_each_width(prompts: list[np.ndarray], segment: int) -> list[np.ndarray]:
     return list(found.values())
 
 
-def measure_rate(engine: Engine, spec: PoolSpec, prompts: list[np.ndarray], args: Arguments) -> list[dict[str, Any]]:
+def measure_rate(
+    engine: Engine, spec: PoolSpec, prompts: list[np.ndarray], args: Arguments
+) -> Iterator[dict[str, Any]]:
     def alone(prompts: list[np.ndarray]) -> None:
         for prompt in prompts:
             for _ in generate(
@@ -110,21 +112,20 @@ def measure_rate(engine: Engine, spec: PoolSpec, prompts: list[np.ndarray], args
     alone(of_each_width(prompts, args.segment))  # compiles
     total = len(prompts) * args.written
     base, _ = timed(lambda: alone(prompts))
-    rows = [dict(part="rate", what="one after another by generate", tokens_s=total / base, ratio=1.0)]
+    yield dict(part="rate", what="one after another by generate", tokens_s=total / base, ratio=1.0)
     for most in args.concurrent:
         seconds, _ = timed(lambda most=most: together(most))
-        rows.append(dict(part="rate", what=f"{most} at once", tokens_s=total / seconds, ratio=base / seconds))
+        yield dict(part="rate", what=f"{most} at once", tokens_s=total / seconds, ratio=base / seconds)
     if find_spec("torch") is None:
         print("transformers is left out: torch is not installed", file=sys.stderr)
-        return rows
+        return
     peer = peer_of(spec.model)
     for most in args.concurrent:
         seconds, _ = timed(
             lambda most=most: [peer(prompts[at : at + most], args.written) for at in range(0, len(prompts), most)]
         )
         what = f"transformers, batches of {most}"
-        rows.append(dict(part="rate", what=what, tokens_s=total / seconds, ratio=base / seconds))
-    return rows
+        yield dict(part="rate", what=what, tokens_s=total / seconds, ratio=base / seconds)
 
 
 def peer_of(model: jc.Decoder) -> Callable[[list[np.ndarray], int], None]:
@@ -231,8 +232,8 @@ def main(args: Arguments) -> None:
                 "admission": lambda: measure_admission(spec),
                 "prefix": lambda: measure_prefix(spec, prompts, args),
             }[part]()
-            rows += found
             for row in found:
+                rows.append(row)
                 shown = {name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()}
                 print(json.dumps(shown), flush=True)
     if args.out is not None:
