@@ -302,13 +302,22 @@ def line(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Markdown: a line for each policy and size. Documents that a line lacks are left out of all lines."""
-    rows = of_experiment(rows, EXPERIMENT)
+    """Markdown: a table for each data set, which is the first word of a task."""
+    sets: dict[str, list[Row]] = {}
+    for row in of_experiment(rows, EXPERIMENT):
+        name, space, _ = row.cell.task.partition(" ")
+        sets.setdefault(name if space else "", []).append(row)
+    if not sets:
+        return ["no rows"]
+    first, *others = (table_of(rows) for rows in sets.values())
+    return [*first, *(text for lines in others for text in ("", *lines))]
+
+
+def table_of(rows: Sequence[Row]) -> list[str]:
+    """A line for each policy and size. Documents that a line lacks are left out of all lines."""
     lines: dict[tuple[str, Any], dict[tuple[str, str], Figure]] = {}
     for row in rows:
         lines.setdefault((row.cell.policy, row.cell.slots), {})[row.cell.task, row.figure.metric] = row.figure
-    if not lines:
-        return ["no rows"]
     shared = set.intersection(*({task for task, _ in found} for found in lines.values()))
     if not shared:
         return ["no document was measured in all lines yet"]

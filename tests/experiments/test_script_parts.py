@@ -77,6 +77,19 @@ def test_a_released_file_of_qasper(script: Any, tmp_path: Path, capsys: pytest.C
     assert f"QASPER was looked for as {tmp_path / 'no.json'}" in capsys.readouterr().err
 
 
+def test_documents_of_two_data_sets_are_never_averaged(script: Any) -> None:
+    table = script("tova_documents").table
+    metric = "questions: nats per token of the references"
+
+    def row(task: str, value: float) -> Row:
+        cell = Cell(experiment="tova_documents", task=task, model="m", model_hash="", policy="tova", slots=8,
+                    context=64, dtype="float32")  # fmt: skip
+        return Row(cell, Figure(metric=metric, value=value, tokens=5, samples=1, state_bytes=1), MADE, at="")
+
+    stories, papers = [row("squality 1", 0.0), row("squality 2", 0.0)], [row("qasper 1", 2.0)]
+    assert table(stories + papers) == [*table(stories), "", *table(papers)]
+
+
 def test_ablations_of_a_compressor_are_named_after_a_plus(script: Any) -> None:
     module = script("prompt_tables")
     assert module.shortener("tf-idf+numbers+lines", None, 0)[1] == dict(protect=["numbers"], force=["\n"])
