@@ -216,7 +216,7 @@ def _must_see(model: VisionTower, pixels: Any) -> dict[str, Any]:
     before_last, _ = _layers(model, after, 1, last)
     final, attention = _layers(model, before_last, last, last + 1)
     row = class_token_attention(attention, special)
-    keys = windows.key_tokens(row, windows.key_count(row.shape[-1]), by_score=True)
+    keys = choose.ranked_indices(row.mean(1), windows.key_count(row.shape[-1]))  # the authors order them by score
     return dict(start=start, after=after, before_last=before_last, final=final, r=r, similarity=similarity, keys=keys)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -205,7 +206,10 @@ def zip_split(n: int) -> tuple[int, int]:
 
 
 def prumerge_encoder(n: int, *, stepped: bool = False) -> Encode:
-    """PruMerge with an exact number: n - 1 tokens with their neighbours added, and one token for all dropped ones."""
+    """PruMerge with an exact number: n - 1 tokens with their neighbours added, and one token for all dropped ones.
+
+    Patches are ranked by the attention of the class token, or of all patches where the tower has no class token.
+    """
 
     def encode(model: Llava, pixels: Pixels) -> Encoded:
         total = check_patches_only(model.config)
@@ -216,9 +220,9 @@ def prumerge_encoder(n: int, *, stepped: bool = False) -> Encode:
         last = last_layer_attention(model, patches, attention)
         flat = lambda x: x.reshape(*x.shape[:2], -1).astype(jnp.float32)
         q, k = flat(last.queries), flat(last.keys)
-        row = jnp.einsum("be,bne->bn", q[:, 0], k, precision="highest") * q.shape[-1] ** -0.5
-        attention = jnp.exp(row - row.max(-1, keepdims=True))
-        attention = (attention / attention.sum(-1, keepdims=True))[:, special:]
+        asking = q[:, :1] if special else q
+        rows = jnp.einsum("bme,bne->bmn", asking, k, precision="highest") * q.shape[-1] ** -0.5
+        attention = jax.nn.softmax(rows, axis=-1).mean(1)[:, special:]
         kept = stepped_order(attention, n - 1) if stepped else ranked_indices(attention, n - 1)
         gone = complement(kept, total)
         done = prumerge(patches.hidden[:, special:], attention, k[:, special:], kept, gone)
@@ -285,7 +289,7 @@ def _rest(model: Llava, patches: Patches, attention: AttentionInputs, keys: bool
     if not keys:
         return project_patches(model, patches)
     row = class_token_attention(last_layer_attention(model, patches, attention), special)
-    row = jnp.where(patches.size[:, None, special:] > 0, row, -1.0)
-    index = key_tokens(row, key_count(row.shape[-1]))
-    key = jnp.zeros(row[:, 0].shape, bool).at[jnp.arange(row.shape[0])[:, None], index].set(True)
+    present = patches.size[:, special:] > 0
+    counts = jnp.asarray([key_count(left) for left in range(present.shape[1] + 1)])
+    key = key_tokens(jnp.where(present[:, None], row, -1.0), counts[present.sum(1)])
     return project_patches(model, patches, key)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxcompress.models.read_block import HiddenBlock
 from jaxcompress.models.rope import RopeConfig
 from jaxcompress.recurrence.inputs import AttentionInputs
-from jaxcompress.vision.choose import check_budget, indices_of, mask_of, take, top_indices
+from jaxcompress.vision.choose import check_budget, indices_of, mask_of, rank_of, take, top_indices
 
 
 class PruneContext(NamedTuple):
@@ -19,7 +19,7 @@ class PruneContext(NamedTuple):
 
     Attributes:
       raters: [B, W], which of a row's W words rate patches; a word is a token that is no patch.
-      key: [B, M], which of the M visual tokens are key tokens, which may not go.
+      key: [B, M], which of the M visual tokens are key tokens, which go last.
       rope: of the decoder.
     """
 
@@ -76,7 +76,7 @@ class LayerView(NamedTuple):
         """All words, and the n patches with the highest scores, in their order and at their positions.
 
         Args:
-          protected: patches that stay whatever their score, as long as they are no more than n.
+          protected: patches that stay before all others. If they are more than n, those with the highest scores stay.
 
         Raises:
           ValueError: n is negative or above M.
@@ -84,7 +84,7 @@ class LayerView(NamedTuple):
         check_budget(n, scores.shape[1], "visual tokens")
         scores = self.of_present(scores)
         if protected is not None:
-            scores = jnp.where(protected & self.present, jnp.inf, scores)
+            scores = jnp.where(protected & self.present, 1.0, -1.0) * scores.shape[1] - rank_of(scores)
         return self.keep(top_indices(scores, n))
 
     def of_present(self, scores: Float[Array, "B M"]) -> Float[Array, "B M"]:

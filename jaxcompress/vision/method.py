@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
       visual: [B, M, E].
       place: [B, M] int32, the patch in raster order at which each token stands, crop after crop; -1 for none.
       size: [B, M], how many patches each token stands for; 0 where there is no token.
-      key: [B, M] bool, the key tokens, which later stages may not drop.
+      key: [B, M] bool, the key tokens, which later stages drop last.
     """
 
     visual: Float[Array, "B M E"]

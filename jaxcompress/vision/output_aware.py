@@ -21,11 +21,12 @@ from jaxcompress.state.shapes import SlotScores
 
 @policy
 class OutputAware(Policy):
-    """Keeps all words, and those patches (positions first..last - 1) that the output attends to most.
+    """Keeps all words, and those patches (positions first..last - 1) that the words after them attend to most.
 
-    score[n] = attention to token n, mean over the tokens generated so far and over heads. A layer's heads share a set.
-    Only generated tokens count; attention from the prompt does not. When the state is full at a generated token, the
-    patch with the lowest score goes. Words go only when no patch is left, oldest first.
+    score[n] = attention to token n, mean over heads, summed over the words after the picture: the question first, then
+    the answer as it is generated. A layer's heads share a set. Attention of patches and of words before the picture
+    does not count. When the state is full, the patch with the lowest score goes. Words go only when no patch is left,
+    oldest first.
 
     Attributes:
       first, last: the patches are at positions first..last - 1 of the sequence.

@@ -90,9 +90,9 @@ def dart_pruning(context: PruneContext, block: HiddenBlock, attention: Attention
     """DART, which needs no attention scores."""
     view = LayerView.at(context, block, attention)
     norm = jnp.abs(attention.keys.astype(jnp.float32)).sum((2, 3))
-    patch_norm = jnp.where(view.present, take(norm, view.patch_index), -jnp.inf)
     patches, words = take(block.hidden, view.patch_index), take(block.hidden, view.word_index)
-    return view.keep(dart(patches, words, patch_norm, take(norm, view.word_index), view.follows, n).kept)
+    patch_norm, word_norm = take(norm, view.patch_index), take(norm, view.word_index)
+    return view.keep(dart(patches, words, patch_norm, word_norm, view.follows, n, there=view.present).kept)
 
 
 def sparsevlm_recycling(context: PruneContext, block: HiddenBlock, attention: AttentionInputs, n: int) -> HiddenBlock:

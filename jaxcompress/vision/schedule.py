@@ -15,7 +15,10 @@ DEPTH = 32
 
 
 def spread_over(published: Sequence[int], layers: int) -> tuple[int, ...]:
-    """Scales the published layers (of 32) to another depth: same relative depth, distinct, never the last layer."""
+    """Scales the published layers (of 32) to fewer: same relative depth, distinct, never the last layer.
+
+    Deeper decoders drop tokens after the same layers as published, as released code does.
+    """
     if layers >= DEPTH:
         return tuple(published)
     found = sorted({min(round(layer * layers / DEPTH), layers - 2) for layer in published})

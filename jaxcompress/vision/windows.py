@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.models.patches import Patches
 from jaxcompress.state.vectors import unit
-from jaxcompress.vision.choose import EPS, check_budget, indices_of, ranked_indices, take, top_indices
+from jaxcompress.vision.choose import EPS, check_budget, indices_of, ranked_indices, take, top_mask
 from jaxcompress.vision.merging import Merging, merge_in_place
 from jaxcompress.vision.tome import merged
 
@@ -135,13 +135,11 @@ def key_count(patches: int, share: float = 0.08) -> int:
     return int(-(-share * patches // 1))
 
 
-def key_tokens(attention: Float[Array, "B H N"], n: int, *, by_score: bool = False) -> Int[Array, "B n"]:
-    """Patches that later stages may not drop: those with the most attention from the class token, mean over heads.
+def key_tokens(attention: Float[Array, "B H N"], n: Int[Array, " B"] | int) -> Bool[Array, "B N"]:
+    """Marks the patches that later stages drop last: those with the most attention of the class token.
 
     Args:
       attention: from the class token to the patches in the tower's last layer (without special tokens).
-      n: number of key tokens (see `key_count`).
-      by_score: return them in the order of their scores, as in the authors' code.
+      n: number of key tokens (see `key_count`), one number or one for each row.
     """
-    score = attention.mean(1)
-    return ranked_indices(score, n) if by_score else top_indices(score, n)
+    return top_mask(attention.mean(1), n)

@@ -68,6 +68,22 @@ def test_dart_as_restated(n: int) -> None:
         assert found.kept[row].tolist() == expected
 
 
+def test_dart_takes_empty_places_last() -> None:
+    """Hidden states share a direction, as those of real models do, so that zeros are least similar to every pivot."""
+    rng = np.random.default_rng(0)
+    patches, words = 3 + rng.standard_normal((1, 20, 6)), 3 + rng.standard_normal((1, 5, 6))
+    patch_norm, word_norm = rng.random((1, 20)), rng.random((1, 5))
+    there = rng.permutation(20)[None] < 12
+    as_float = lambda x: jnp.asarray(x, jnp.float32)
+    found = lambda x, norms, n, **more: dart(
+        as_float(x), as_float(words), as_float(norms), as_float(word_norm), jnp.ones((1, 5), bool), n, **more
+    ).kept[0]
+    alone = np.flatnonzero(there[0])[found(patches[:, there[0]], patch_norm[:, there[0]], 9)]
+    emptied = np.where(there[..., None], patches, 0)
+    assert found(emptied, patch_norm, 9, there=jnp.asarray(there)).tolist() == alone.tolist()
+    assert set(found(emptied, patch_norm, 14, there=jnp.asarray(there)).tolist()) > set(np.flatnonzero(there[0]))
+
+
 def test_every_window_keeps_its_best_before_any_its_second() -> None:
     rng = np.random.default_rng(0)
     scores = rng.random((3, 36)).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxcompress.vision import (
     NAMES,
     Method,
     encode,
+    encoders,
     get_method,
     get_method_for_mean,
     mustdrop,
@@ -29,6 +31,7 @@ from jaxcompress.vision import (
     slots_per_layer,
 )
 from jaxcompress.vision.encoders import all_patches, tome_counts, zip_split
+from jaxcompress.vision.layer_view import LayerView
 from jaxcompress.vision.method import PruneStep
 
 TOWER = TowerConfig(16, 24, 3, 2, 36, 6, activation="quick_gelu", pre_norm=True)  # 6 x 6 patches
@@ -93,6 +96,39 @@ def test_exactly_as_many_stay_and_rows_are_independent(name: str) -> None:
         np.testing.assert_array_equal(alone.positions[0], block.positions[row])
         there = np.asarray(block.positions)[row] >= 0
         np.testing.assert_allclose(alone.hidden[0][there], block.hidden[row][there], atol=2e-5)
+
+
+def test_key_tokens_that_are_too_many_go_by_their_scores() -> None:
+    """Of more key tokens than may stay, those stay that are most attended to, not those that stand first."""
+    scores = jax.random.normal(jax.random.key(0), (2, PATCHES))
+    key = jax.random.bernoulli(jax.random.key(1), 0.5, (2, PATCHES))
+
+    def rule(context: Any, block: Any, attention: Any, n: int) -> Any:
+        return LayerView.at(context, block, attention).keep_top(scores, n, key)
+
+    best = np.argsort(-np.asarray(scores + 100 * key), axis=1)
+    for n in (4, 30):
+        steps = lambda config, tokens, n=n: (PruneStep(1, n, rule),)
+        _, block, _ = run(model(), pixels(), Method("m", all_patches, prune_steps=steps))
+        for row, patches in enumerate(np.asarray(block.patch)):
+            assert patches[patches >= 0].tolist() == sorted(best[row, :n].tolist())
+
+
+@pytest.mark.slow
+@named_methods
+def test_towers_without_a_class_token(name: str) -> None:
+    """Where the class token would be asked, all patches are, so that no patch counts for more than another."""
+    config = replace(CONFIG, tower=replace(TOWER, special=0, pooling="mean"))
+    siglip = Llava(config, rngs=nnx.Rngs(0))
+    method = budget(name, 9)
+    encoded = encode(siglip, pixels(), method)
+    assert np.isfinite(np.asarray(encoded.visual)).all()
+    if name == "prumerge":
+        last = encoders.last_layer_attention(siglip, *encoders.see(siglip, pixels()))
+        flat = lambda x: np.asarray(x).reshape(2, PATCHES, -1)
+        rows = np.einsum("bme,bne->bmn", flat(last.queries), flat(last.keys)) / np.sqrt(TOWER.hidden_size)
+        asked = np.asarray(jax.nn.softmax(rows, axis=-1)).mean(1)
+        np.testing.assert_array_equal(encoded.place[:, :8], np.argsort(-asked, axis=1)[:, :8])
 
 
 MERGING = ("full", "pool", "tome", "visionzip", "prumerge", "prumerge+", "mustdrop", "mustdrop-encode")
