@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jaxcompress.cli.flags import FigureFlag, JsonFlag
 from jaxcompress.cli.runtime import check_figure, check_writable, tell, write_json
+from jaxcompress.inputs.whole_file import whole_file
 
 if TYPE_CHECKING:
     from jaxcompress.evaluation.results import Row
@@ -62,7 +63,8 @@ class Board(FigureFlag, JsonFlag):
         if self.page is not None:
             from jaxcompress.evaluation.board_page import board_page
 
-            self.page.write_text(board_page(rows), encoding="utf-8")
+            with whole_file(self.page) as part:
+                part.write_text(board_page(rows), encoding="utf-8")
         if self.kvpress is not None:
             from jaxcompress.evaluation.kvpress_format import write_kvpress
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxcompress.cli.retention import about_told, slots_told
 from jaxcompress.cli.runtime import check_writable, chosen_policy, tell
+from jaxcompress.inputs.whole_file import whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,7 +128,8 @@ def _retention(conversation: Conversation, words: list[str]) -> None:
     if not len(conversation.chat.tokens):
         raise ValueError("nothing was said yet; say something first")
     death, page = retention_page(conversation.chat)
-    path.write_text(page, encoding="utf-8")
+    with whole_file(path) as part:
+        part.write_text(page, encoding="utf-8")
     total = death.shape[-1]
     tell(f"{path}: of {total:,} tokens, {(death == total).mean():.0%} are held, on average over layers and heads")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxcompress.cli.flags import JsonFlag, at_least
-from jaxcompress.cli.runtime import open_model, peak_memory, write_json
+from jaxcompress.cli.runtime import check_figure, open_model, peak_memory, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Demo(JsonFlag):
     def run(self) -> None:
         at_least(1, slots=self.slots, tokens=self.tokens)
         self.out.mkdir(parents=True, exist_ok=True)
+        check_figure(self.out / "perplexity.png")
         model, tokenizer = open_model(None, "float32")
         say = (lambda *text, **how: None) if self.json else lambda *text, **how: print(*text, **how, flush=True)
         result = {}

@@ -20,6 +20,7 @@ from jaxcompress.cli.flags import (
     at_least,
 )
 from jaxcompress.cli.runtime import check_figure, check_writable, chosen_policy, open_model, write_json
+from jaxcompress.inputs.whole_file import whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +71,9 @@ class Retention(
             layers=layers, sets=sets, mode=self.mode, prompt=None if self.mode == "streaming" else prompt,
         )  # fmt: skip
         title = f"What {self.policy} keeps in {slots_told(self.capacity)} slots"
-        self.out.write_text(page(deaths[0], texts, title=title, about=about_told(about), kinds=kinds), encoding="utf-8")
+        drawn = page(deaths[0], texts, title=title, about=about_told(about), kinds=kinds)
+        with whole_file(self.out) as part:
+            part.write_text(drawn, encoding="utf-8")
         if self.figure is not None:
             from jaxcompress.evaluation.figures import lifetimes
 

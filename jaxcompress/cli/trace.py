@@ -19,6 +19,7 @@ from jaxcompress.cli.flags import (
     at_least,
 )
 from jaxcompress.cli.runtime import check_figure, check_writable, chosen_policy, open_weights, tell
+from jaxcompress.inputs.whole_file import whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +67,7 @@ class Trace(
             loaded.model, ids, policy, self.capacity,
             prompt=prompt, mode=self.mode, chunk=chunk, placement=self.placement, dtype=self.state_dtype,
         )  # fmt: skip
-        with open(self.out, "wb") as file:
+        with whole_file(self.out) as part, open(part, "wb") as file:
             np.savez_compressed(file, **done._asdict())
         if self.figure is not None:
             from jaxcompress.evaluation.figures import death_times

@@ -33,7 +33,7 @@ class VisionDemo(JsonFlag):
         "random", "grid", "pool", "tome", "fastervlm", "visionzip", "fastv", "sparsevlm+", "dart", "mustdrop",
     )  # fmt: skip
     """Methods that choose patches; see docs/guides/pictures.md."""
-    tokens: tuple[int, ...] = (36, 16)
+    tokens: tuple[int, ...] = (64, 36)
     """Visual tokens left after the last layer, of 144."""
     pictures: int = 48
     """Number of held-out pictures, with eight questions about each."""
@@ -43,13 +43,14 @@ class VisionDemo(JsonFlag):
     def run(self) -> None:
         at_least(1, pictures=self.pictures)
         at_least(0, drawn=self.drawn)
-        from jaxcompress.cli.runtime import prepare, write_json
+        from jaxcompress.cli.runtime import Incomplete, check_figure, prepare, write_json
 
         prepare()
+        self.out.mkdir(parents=True, exist_ok=True)
+        check_figure(self.out / "picture0.png")
         from jaxcompress.checkpoints import load_embedded_vision
         from jaxcompress.evaluation.visual import Examiner, exam
 
-        self.out.mkdir(parents=True, exist_ok=True)
         loaded = load_embedded_vision()
         patches = loaded.config.tower.num_patches
         if wrong := [n for n in self.tokens if not 0 < n <= patches]:
@@ -60,15 +61,17 @@ class VisionDemo(JsonFlag):
         say = (lambda *text: None) if self.json else lambda *text: print(*text, flush=True)
         asked = exam(loaded.model, loaded.tokenizer, loaded.processor, pictures=self.pictures)
         _introduce(self, asked, say)
-        table, kept = [], dict[tuple[str, int], Any]()
+        table, kept, failed = [], dict[tuple[str, int], Any](), 0
         try:
-            _measure(Examiner(loaded.model, asked), chosen, table, kept, say)
+            failed = _measure(Examiner(loaded.model, asked), chosen, table, kept, say)
         finally:
             write_json(table, self.out / "vision_demo.json")
         if self.json:
             write_json(table)
         names = _draw(self, asked, kept)
         say(f"\nEverything is in {self.out}/: vision_demo.json, {', '.join(names)}")
+        if failed:
+            raise Incomplete(f"{failed} of {len(chosen)} measurements failed; the others are in {self.out}")
 
 
 def _methods(how: VisionDemo, patches: int) -> list[tuple[int, Method]]:
@@ -100,15 +103,22 @@ def _measure(
     table: list[Any],
     kept: dict[Any, Any],
     say: Callable[..., None],
-) -> None:
-    """Adds a line for each method to the table, and its kept patches by name and number; says each at once."""
-    last = chosen[0][0]
+) -> int:
+    """Adds a line for each method to the table, and its kept patches by name and number; says each at once.
+
+    Returns:
+      How many failed.
+    """
+    from jaxcompress.cli.runtime import tell
+
+    last, failed = chosen[0][0], 0
     for n, method in chosen:
         gap, last = "\n" if n != last else "", n
         try:
             got = examiner(method)
         except ValueError as error:  # a number that this method cannot reach here; the others can
-            say(f"{gap}{method.name:14}{n:6}  {error}")
+            tell(f"{method.name}, {n} tokens: {error}")
+            failed += 1
             continue
         kept[got.method, n] = got.kept
         table.append(dict(budget=n, **{k: v for k, v in got._asdict().items() if k != "kept"}))
@@ -116,6 +126,7 @@ def _measure(
             f"{gap}{got.method:14}{n:6}{got.left:8.1f}{got.accuracy:10.1%}"
             f"{got.flops / 1e6:9.1f}{got.kv_bytes / 1024:8.0f}{got.seconds * 1e3:7.2f}"
         )
+    return failed
 
 
 def _draw(how: VisionDemo, asked: Exam, kept: Kept) -> list[str]:

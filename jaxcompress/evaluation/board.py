@@ -21,7 +21,8 @@ class Point(NamedTuple):
     Attributes:
       comparison: equal for points that may be compared: experiment, tasks, metric, model, context, settings.
       task: the task, or `mean of N tasks`.
-      policy: as it was named; `#` and six digits tell apart what goes by one name, such as two learned policies.
+      policy: as it was named; `#` and six digits tell apart what goes by one name, such as two learned policies. Where
+        numbers of different types are compared, such as int8 states, the type follows.
       settings: in words.
       value: mean over seeds within a task, then over tasks.
       spread: standard deviation of that over seeds; of a single row its own spread; None if it is not known.
@@ -66,7 +67,12 @@ def points(rows: Iterable[Row], *, over_tasks: bool = True) -> list[Point]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(_group(row, over_tasks), []).append(row)
-    return [_point(group, over_tasks) for group in groups.values()]
+    found = [_point(group, over_tasks) for group in groups.values()]
+    dtypes: dict[str, set[str]] = {}
+    for point in found:
+        dtypes.setdefault(point.comparison, set()).add(point.dtype)
+    several = lambda point: len(dtypes[point.comparison]) > 1
+    return [point._replace(policy=f"{point.policy}, {point.dtype}") if several(point) else point for point in found]
 
 
 def _group(row: Row, over_tasks: bool) -> str:

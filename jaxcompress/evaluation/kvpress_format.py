@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcompress.evaluation.results import Row
+from jaxcompress.inputs.whole_file import whole_file
 
 DATASET = "ruler"
 COLUMNS = ("task", "question", "answer_prefix", "answer", "max_new_tokens", "predicted_answer", "compression_ratio")
@@ -85,7 +86,7 @@ def _known(row: Row) -> bool:
 
 def _written(folder: Path, rows: Sequence[Row]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+    with whole_file(folder / "predictions.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         for row in rows:
@@ -97,8 +98,10 @@ def _written(folder: Path, rows: Sequence[Row]) -> Path:
     for row in rows:
         scores.setdefault(row.cell.task, []).append(row)
     metrics = {task: {"string_match": round(_mean(mine), 2)} for task, mine in sorted(scores.items())}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=4), encoding="utf-8")
-    (folder / "config.yaml").write_text(json.dumps(_config(rows), indent=2) + "\n", encoding="utf-8")  # JSON is YAML
+    with whole_file(folder / "metrics.json") as part:
+        part.write_text(json.dumps(metrics, indent=4), encoding="utf-8")
+    with whole_file(folder / "config.yaml") as part:
+        part.write_text(json.dumps(_config(rows), indent=2) + "\n", encoding="utf-8")  # JSON is YAML
     return folder
 
 

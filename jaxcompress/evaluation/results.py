@@ -84,6 +84,29 @@ class Figure:
     details: Any = None
 
 
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _is_slots(x: Any) -> bool:
+    return type(x) is int or (isinstance(x, tuple) and len(x) > 0 and all(type(one) is int for one in x))
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("a string", lambda x: isinstance(x, str)),
+    "bool": ("true or false", lambda x: isinstance(x, bool)),
+    "int": ("a number", _is_number),
+    "float": ("a number", _is_number),
+    "float | None": ("a number or null", lambda x: x is None or _is_number(x)),
+    "Slots": ("a number or a list of numbers", _is_slots),
+    "Mapping[str, Any]": ("an object", lambda x: isinstance(x, dict)),
+}
+EXPECTED = {
+    one.name: _KINDS[str(one.type)] for kind in (Cell, Figure, Provenance) for one in fields(kind) if one.type != "Any"
+}
+"""What the fields of a row must be, in words and as a test."""
+
+
 class Row(NamedTuple):
     """A line of a file."""
 
@@ -127,9 +150,9 @@ def _row(line: bytes, where: str) -> Row:
         raise ValueError(f"{where} must be a JSON object, not a {type(said).__name__}; mend or delete that line")
     if isinstance(said.get("slots"), list):
         said["slots"] = tuple(said["slots"])
-    for name in ("value", "tokens", "samples", "state_bytes", "context", "seed"):
-        if name in said and (isinstance(said[name], bool) or not isinstance(said[name], int | float)):
-            raise ValueError(f"{where}: {name} must be a number, not {said[name]!r:.40}; mend or delete that line")
+    for name, (expected, holds) in EXPECTED.items():
+        if name in said and not holds(said[name]):
+            raise ValueError(f"{where}: {name} must be {expected}, not {said[name]!r:.40}; mend or delete that line")
     if "value" in said:
         said["value"] = float(said["value"])
     own = lambda kind: kind(**{one.name: said[one.name] for one in fields(kind) if one.name in said})

@@ -78,7 +78,9 @@ _NAMED: dict[str, Callable[[int], Method]] = {
     "mustdrop-encode": mustdrop.encoding,
     "mustdrop-prefill": mustdrop.prefilling,
 }
-NAMES = ("full", *_NAMED, "mustdrop-decode", "mustdrop-thresholds")
+WITHOUT_NUMBER = ("full", "mustdrop-decode", "mustdrop-thresholds")
+"""Methods that keep everything in the prompt, or what thresholds say."""
+NAMES = (*WITHOUT_NUMBER[:1], *_NAMED, *WITHOUT_NUMBER[1:])
 """Names that `get_method` knows."""
 
 
@@ -116,8 +118,10 @@ def get_method_for_mean(config: LlavaConfig, name: str, mean: Number, crops: int
     """The method that keeps `mean` visual tokens, the mean over the decoder's layers: how papers count.
 
     Raises:
-      ValueError: see `get_method` and `jaxcompress.vision.schedule.method_for_mean`.
+      ValueError: the method takes no number; see also `get_method` and `jaxcompress.vision.schedule.method_for_mean`.
     """
+    if name in WITHOUT_NUMBER:
+        raise ValueError(f"{name} leaves no number of visual tokens to choose, so none for a mean")
     if name != "mustdrop":
         return method_for_mean(config, lambda n: get_method(name, n), mean, crops)
     # As few windows merge as leave the decoder's first layers room.

@@ -57,6 +57,13 @@ def test_means_over_tasks_and_spread_over_seeds() -> None:
     assert uneven_seeds.spread == point.spread
 
 
+def test_types_of_numbers_are_told_where_they_differ() -> None:
+    wide, narrow = row(), row()
+    narrow = narrow._replace(cell=replace(narrow.cell, dtype="float32/int8"))
+    assert [point.policy for point in points([wide])] == ["tova"]
+    assert [point.policy for point in points([wide, narrow])] == ["tova, float32", "tova, float32/int8"]
+
+
 def test_only_what_may_be_compared_is() -> None:
     given = points([row(), row(fraction=8), row("h2o"), row(question="known")])
     assert len(given) == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,15 +92,20 @@ def test_the_name_of_a_model_is_not_what_it_is() -> None:
         ("{", "is not JSON"),
         ("[1]", "must be a JSON object, not a list"),
         ('{"experiment": "ruler"}', "is not a row of results: missing"),
-        (None, "value must be a number"),
+        (dict(value="high"), "value must be a number, not 'high'"),
+        (dict(slots="64"), "slots must be a number or a list of numbers, not '64'"),
+        (dict(slots=[4, None]), "slots must be a number or a list of numbers"),
+        (dict(settings=[]), r"settings must be an object, not \[\]"),
+        (dict(spread="1"), "spread must be a number or null, not '1'"),
+        (dict(policy=3), "policy must be a string, not 3"),
         (b"\xff", "is not JSON"),
     ],
 )
-def test_a_broken_line_is_named(line: str | bytes | None, why: str, tmp_path: Path) -> None:
+def test_a_broken_line_is_named(line: str | bytes | dict[str, Any], why: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     run_cells([cell()], lambda one: [figure()], MADE, file)
     good = json.loads(file.read_text())
-    data = json.dumps(good | {"value": "high"}) if line is None else line
+    data = json.dumps(good | line) if isinstance(line, dict) else line
     with file.open("ab") as end:
         end.write((data if isinstance(data, bytes) else data.encode()) + b"\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2.*{why}"):

@@ -231,6 +231,8 @@ def test_budgets_that_papers_report() -> None:
         assert counts[0] == counts[2] > counts[3] > counts[7] > counts[11] > counts[15] == counts[31]
     with pytest.raises(ValueError, match="no final number of visual tokens has a mean of 3"):
         mustdrop_for(config, 3, 1)
+    with pytest.raises(ValueError, match="mustdrop-thresholds leaves no number of visual tokens to choose"):
+        get_method_for_mean(config, "mustdrop-thresholds", 192)
     assert get_method("sparsevlm", 64).tokens_per_layer(config)[-1] == 64
     assert get_method("fitprune", 64).tokens_per_layer(config)[-1] == 64
     assert get_method("fastv", 64).tokens_per_layer(config)[:3] == (576, 576, 64)
