@@ -60,7 +60,7 @@ import jaxcompress as jc
 from jaxcompress.evaluation.figures import lifetimes
 loaded = jc.load_embedded()
 ids = loaded.tokenizer.encode("def main(): pass\\n" * 8)
-lifetimes(jc.trace(loaded.model, ids[None], jc.get_policy("tova"), 16, prompt=1).death[:, 0], "lifetimes.png")
+lifetimes(jc.trace(loaded.model, ids[None], jc.get_policy("tova"), 16).death[:, 0], "lifetimes.png")
 """,
     "gguf": """
 import sys

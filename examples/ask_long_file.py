@@ -50,7 +50,7 @@ def main(
     state = prefill(decoder, [asked], state)
     answer = TextUntil(tokenizer, stop=["\n\n"], stop_ids=tokenizer.eos_ids, after=asked)
     for new in decode_stream(decoder, state, max_new_tokens, stream_every=8):
-        print("".join(answer.push(token) for token in new[0] if token >= 0), end="", flush=True)
+        print(answer.push(new[0]), end="", flush=True)
         if answer.stopped:
             break
     print(answer.finish())

@@ -39,7 +39,7 @@ def main(
 
     written = TextStream(loaded.tokenizer)
     for tokens in decode_stream(loaded.model, read.state, max_new_tokens, stream_every=8):
-        print("".join(written.push(token) for token in tokens[0] if token >= 0), end="", flush=True)
+        print(written.push(tokens[0]), end="", flush=True)
     print(written.finish())
 
 

@@ -56,7 +56,7 @@ def main(args: Arguments) -> None:
 
     def read(name: str) -> tuple[np.ndarray, np.ndarray]:
         """Death times [L, B, P, T] and losses [T', B] of the tokens that meet a full state."""
-        trace = jc.trace(model, rows, get_policy(name), args.slots, prompt=1)
+        trace = jc.trace(model, rows, get_policy(name), args.slots)
         logits = trace.logits[args.slots - 1 : -1].astype(np.float64)
         logits -= logits.max(-1, keepdims=True)
         target = np.take_along_axis(logits, rows.T[args.slots :, :, None], axis=-1)[..., 0]

@@ -81,7 +81,7 @@ def main(args: Arguments) -> None:
             continue
         policy = get_policy(name, loaded.policy)
         slots = args.slots if policy.forgets else args.tokens
-        death = jc.trace(loaded.model, ids[None], policy, slots, prompt=1).death[:, 0]  # [L, P, T]
+        death = jc.trace(loaded.model, ids[None], policy, slots).death[:, 0]  # [L, P, T]
         lives = np.quantile(death.reshape(-1, len(ids)), np.linspace(0, 1, QUANTILES), axis=0, method="nearest")
         row = dict(policy=name, of=type(policy).__name__, **costs)
         shown.append(row | dict(deaths=lives.astype(int).tolist()))
@@ -102,7 +102,7 @@ def fresh(name: str, config: jc.DecoderConfig) -> jc.Policy:
 def occupancy(loaded: jc.Loaded, sentence: str) -> list[list[int]]:
     """What each slot held after each token, in the layer drawn: positions [step, slot], -1 where it was free."""
     ids = loaded.tokenizer.encode(sentence, add_bos=False)
-    held = jc.trace(loaded.model, ids[None], get_policy(DRAWN), DRAWN_SLOTS, prompt=1).positions
+    held = jc.trace(loaded.model, ids[None], get_policy(DRAWN), DRAWN_SLOTS).positions
     return held[DRAWN_LAYER, :, 0, 0].tolist()
 
 

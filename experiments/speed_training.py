@@ -29,7 +29,7 @@ import jaxcompress as jc
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.forget_head import ForgetHead
 from jaxcompress.policies.names import get_policy
-from jaxcompress.recurrence.exact_gradient import parallel_gradient
+from jaxcompress.recurrence.parallel import parallel_gradient
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import bounded_value_and_grad, rematerialised
 from jaxcompress.training.retention_heads import init_retention, retention_loss

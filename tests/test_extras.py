@@ -45,7 +45,7 @@ prompt = loaded.tokenizer.encode("def main(")
 (tokens,) = jc.generate(loaded.model, [prompt], loaded.policy, 8, max_new_tokens=2)
 assert tokens.shape == (1, 2)
 assert jc.perplexity(loaded.model, prompt[None], jc.get_policy("tova"), 8, segment=8).tokens == len(prompt) - 1
-assert jc.trace(loaded.model, prompt[None], jc.get_policy("tova"), 8, prompt=1).death.shape[-1] == len(prompt)
+assert jc.trace(loaded.model, prompt[None], jc.get_policy("tova"), 8).death.shape[-1] == len(prompt)
 for room in jc._ROOMS:
     getattr(jc, room)
 jc.budgets.pyramid(16, 4), jc.training.token_losses, jc.prompt.Compressor

@@ -99,15 +99,17 @@ def test_no_circles() -> None:
 
 @pytest.mark.parametrize("module", [module for module in modules() if not module.startswith("pallas_kernels")])
 def test_files_and_functions_are_small(module: str) -> None:
-    """Larger ones say why, in the docstring: nine parameters, because ...; 70 lines, because ..."""
-    lines = (PACKAGE / module).read_text(encoding="utf-8").count("\n")
+    """Larger ones say why: parameters in a comment beside `def`, lines in the docstring: 70 lines, because ..."""
+    text = (PACKAGE / module).read_text(encoding="utf-8").split("\n")
+    lines = len(text) - 1
     assert lines <= LINES, f"{module} has {lines} lines"
     too_large = []
     for function in functions(module):
         said = ast.get_docstring(function) or ""
         names = [one.arg for one in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
         parameters = len([name for name in names if name not in ("self", "cls")])
-        if parameters > PARAMETERS and not re.search(r"(nine|ten|eleven|twelve|\w+teen) parameters\b", said.lower()):
+        beside = text[function.lineno - 1]
+        if parameters > PARAMETERS and not re.search(r"# (nine|ten|eleven|twelve|\w+teen) parameters: \w", beside):
             too_large.append(f"{function.name} has {parameters} parameters")
         body = function.body[1:] if said else function.body
         long = (function.end_lineno or 0) - body[0].lineno + 1 if body else 0

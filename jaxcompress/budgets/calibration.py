@@ -107,7 +107,7 @@ class RetrievalHeads(NamedTuple):
     losses: Float[np.ndarray, " steps"]
 
 
-def retrieval_heads(
+def retrieval_heads(  # twelve parameters: the settings of one search
     model: Decoder,
     tokens: np.ndarray,
     asked: np.ndarray,
@@ -135,8 +135,6 @@ def retrieval_heads(
     Three differences from the authors' code. Both attentions of a head see the gated layers below, as in use; there,
     full attention is that of the ungated model. The hidden states that predict an answer's tokens are compared. Rate
     and steps suit a model of a few heads (theirs: 0.02 and 2,000).
-
-    Twelve parameters: the settings of one search, all but the first three by keyword, each with a default.
 
     Args:
       tokens: [B, T] integers, texts that ask for something told long before (see `jaxcompress.evaluation.exam`).

@@ -90,12 +90,12 @@ def _long_read(model, tokenizer, how: Demo, say) -> dict:
     stream, text = TextStream(tokenizer, after=ids[-64:]), ""
     config = GenerationConfig(temperature=0.7, top_p=0.9)
     for tokens in decode_stream(model, now, 96, config, stream_every=16):
-        for token in tokens[0][tokens[0] >= 0]:
-            piece = stream.push(token)
-            text += piece
-            say(piece, end="")
-    text += stream.finish()
-    say("\n")
+        piece = stream.push(tokens[0])
+        text += piece
+        say(piece, end="")
+    rest = stream.finish()
+    text += rest
+    say(f"{rest}\n")
     return dict(
         documents=names, tokens=len(ids), slots=how.slots, policy=policy.name, placement=placement, state_bytes=nbytes,
         tokens_per_second=float(np.round(speed)), peak_bytes=marks, written=text,
@@ -147,5 +147,5 @@ def _draw_deaths(model, tokenizer, out: Path, say) -> None:
     from jaxcompress.policies.names import get_policy
 
     ids, _ = _long_text(tokenizer, 1024)
-    held = trace(model, ids[None], get_policy("tova"), 128, prompt=1)
+    held = trace(model, ids[None], get_policy("tova"), 128)
     death_times(held, out / "deaths.png", title="TOVA, 128 slots: what each layer held")

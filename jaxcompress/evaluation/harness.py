@@ -71,13 +71,12 @@ class HarnessModel(TemplateLM):
       ValueError: slots are missing, or an argument has no meaning.
     """
 
-    def __init__(
+    def __init__(  # thirteen parameters: the keys of --model_args
         self, pretrained: str, policy: str = "full", slots: int | None = None, mode: str = "streaming",
         chunk: int = 128, placement: Placement | None = None, dtype: str = "auto", state_dtype: str | None = None,
         batch_size: int | str = 4, max_length: int | None = None, max_gen_toks: int = 256,
         device: str | None = None, max_batch_size: int | None = None,
     ) -> None:  # fmt: skip
-        """It has thirteen parameters, which are the keys of --model_args."""
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
@@ -253,7 +252,7 @@ class HarnessModel(TemplateLM):
         written = [""] * len(contexts)
         for tokens in decode_stream(self.loaded.model, state, most, config, stream_every=GROUP):
             for row, one in enumerate(until):
-                written[row] += "".join(one.push(token) for token in tokens[row] if token >= 0)
+                written[row] += one.push(tokens[row])
             if all(one.stopped for one in until):
                 break
         return [text + one.finish() for text, one in zip(written, until, strict=True)]

@@ -51,7 +51,7 @@ class Perplexity(NamedTuple):
         return math.exp(self.nats)
 
 
-def perplexity(
+def perplexity(  # fourteen parameters: how to read, and which tokens to count
     model: Decoder,
     tokens: Int[np.ndarray, "B T"],
     policy: Policy,
@@ -72,9 +72,6 @@ def perplexity(
 
     Rows are independent texts. They are read in segments, so memory does not grow with T. The state is made here and
     donated from segment to segment; the model is not consumed.
-
-    It has fourteen parameters, which set how to read and which tokens to count. All but the first four are keywords
-    with a default.
 
     Args:
       tokens: [B, T] token ids.

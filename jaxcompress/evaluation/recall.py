@@ -73,7 +73,7 @@ def wording(vocabulary: Mapping[str, int], encode: Callable[[str], Sequence[int]
     return Wording(piece("\n# note:"), piece("\n# recall:"), piece(" ->"), piece("\n"), words)
 
 
-def weave(
+def weave(  # nine parameters: what describes the text
     filler: np.ndarray,
     words: Wording,
     *,
@@ -86,8 +86,6 @@ def weave(
     again: bool = True,
 ) -> Recall:
     """Weaves notes and questions about them into a filler text.
-
-    It has nine parameters: all but the first two are keywords that describe the text.
 
     Args:
       filler: at least `length` tokens of ordinary text.

@@ -42,13 +42,13 @@ class Trace(NamedTuple):
     death: Int[np.ndarray, "L B P T"]
 
 
-def trace(
+def trace(  # nine parameters: those of `perplexity` that set how to read
     model: Decoder,
     tokens: Int[np.ndarray, "B T"],
     policy: Policy,
     slots: Slots,
     *,
-    prompt: int,
+    prompt: int = 1,
     mode: Mode = "oneshot",
     chunk: int = 128,
     placement: Placement | None = None,
@@ -56,12 +56,10 @@ def trace(
 ) -> Trace:
     """Reads the first `prompt` tokens in one of three modes and the rest one by one; returns the state's contents.
 
-    It has nine parameters: those of `perplexity` that set how to read. All but the first four are keywords.
-
     Args:
       tokens: [B, T] token ids, at least `prompt` of them.
       slots: capacity of the state, see `jaxcompress.init_state`.
-      prompt: tokens of step 0.
+      prompt: tokens of step 0. With 1, all are read as in decoding.
       mode: how the prompt is read: `oneshot`, `chunked` (by `chunk` tokens) or `streaming`.
       placement: the positions that RoPE uses; by default the policy's placement.
       dtype: the dtype of the state (see `jaxcompress.state.storage`); by default the model's.

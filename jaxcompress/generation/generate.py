@@ -90,8 +90,10 @@ def generate(
       FloatingPointError: logits are not finite.
 
     Examples:
+      >>> text = TextStream(tokenizer, after=prompt)
       >>> for tokens in generate(model, [prompt], TOVA(), slots=128, max_new_tokens=200, stream_every=8):
-      ...     print(tokenizer.decode(tokens[0][tokens[0] >= 0]), end="", flush=True)
+      ...     print(text.push(tokens[0]), end="", flush=True)
+      >>> print(text.finish())
     """
     check_decoder(model)
     _check_names(options)

@@ -92,7 +92,7 @@ def asking(encode: Callable[[str], Sequence[int]], after: str = "\n") -> Repeat:
     )
 
 
-def kvzip(
+def kvzip(  # eleven parameters: those of `init_decode_state` and those of KVzip
     model: Decoder,
     prompts: Sequence[Sequence[int] | np.ndarray],
     policy: Policy,
@@ -107,8 +107,6 @@ def kvzip(
     placement: Placement | None = None,
 ) -> DecodeState:
     """Reads contexts and compresses them so that the model could repeat them; continue with `prefill` or `decode`.
-
-    It has eleven parameters: those of `init_decode_state` and those of KVzip.
 
     While it runs, the keys and values of the whole contexts are in memory: once in the full state, and once more in
     every step of reading and repeating, with the weights of 128 queries over all keys. The returned state is as small

@@ -48,10 +48,14 @@ class TextStream:
         self._skip_special = skip_special
         self._restart([token for token in map(int, after[-_WINDOW:]) if not self._skipped(token)][-_CHARACTER_BYTES:])
 
-    def push(self, token: int | np.integer) -> str:
-        """Takes the next token id; returns the text that has become final. It is often "" or the text of the previous
-        token."""
-        token = int(token)
+    def push(self, tokens: int | np.integer | Sequence[int] | TokenIds) -> str:
+        """Takes the next token id, or several [T]; returns the text that has become final.
+
+        For one token it is often "" or the text of the previous token. -1, the padding of finished rows, is left out.
+        """
+        return "".join(self._push(token) for token in _each(tokens))
+
+    def _push(self, token: int) -> str:
         if self._skipped(token):
             return ""
         self._pending.append(token)
@@ -180,8 +184,8 @@ class TextUntil:
     Stop strings may be or contain names of special tokens, which do not appear in the text.
 
         text = TextUntil(tokenizer, stop=["<|eot_id|>", "User:"], after=prompt)
-        for token in tokens:
-            print(text.push(token), end="")
+        for tokens in decode_stream(model, state, 200, stream_every=8):
+            print(text.push(tokens[0]), end="")
             if text.stopped:
                 break
         print(text.finish())
@@ -225,9 +229,14 @@ class TextUntil:
     def stopped(self) -> bool:
         return self._ended or self._strings.stopped
 
-    def push(self, token: int | np.integer) -> str:
-        """Takes the next token id; returns the text that has become final."""
-        token = int(token)
+    def push(self, tokens: int | np.integer | Sequence[int] | TokenIds) -> str:
+        """Takes the next token id, or several [T]; returns the text that has become final.
+
+        -1, the padding of finished rows, is left out, and so is what follows a stop.
+        """
+        return "".join(self._push(token) for token in _each(tokens))
+
+    def _push(self, token: int) -> str:
         if self.stopped:
             return ""
         if token in self.ids:
@@ -317,6 +326,11 @@ def _texts(readable: Readable, size: int) -> Iterator[str]:
 def _blocks(source: Readable, size: int) -> Iterator[bytes | str]:
     while block := source.read(size):
         yield block
+
+
+def _each(tokens: int | np.integer | Sequence[int] | TokenIds) -> Iterator[int]:
+    """Token ids, one by one, without -1."""
+    return (token for token in map(int, np.atleast_1d(tokens)) if token != -1)
 
 
 def _undecided(text: str) -> int:

@@ -107,7 +107,7 @@ class Compressed:
         return np.concatenate([np.zeros(0, np.float32), *(document.scored.scores for document in self.documents)])
 
 
-def keep(
+def keep(  # nine parameters: one budget, and each option of the published `compress_prompt` by itself
     scored: ScoredWords | Sequence[ScoredWords],
     count: Count,
     *,
@@ -120,8 +120,6 @@ def keep(
     filter: Contexts | None = None,
 ) -> Compressed:
     """Keeps exactly as many tokens as asked for, whole words of the texts in their order.
-
-    Nine parameters: one budget, and each option of the published `compress_prompt` by itself.
 
     A text that holds nothing but white space becomes "". If no set of whole words has exactly the asked number of
     tokens, the largest number below it is met. A score of +inf protects a word as `force` does.

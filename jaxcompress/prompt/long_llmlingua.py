@@ -85,7 +85,7 @@ class Shortened(NamedTuple):
         return recover(self.kept, answer)
 
 
-def long_llmlingua(
+def long_llmlingua(  # nine parameters: those of the paper's method
     reader: Reader,
     documents: Sequence[str],
     question: str,
@@ -98,8 +98,6 @@ def long_llmlingua(
     count: Count | None = None,
 ) -> Shortened:
     """Shortens documents for a question, to the share `rate` of their tokens.
-
-    Nine parameters: those of the paper's method.
 
     Documents are taken by relevance until they have `room` times the tokens that may stay. More is kept of a document
     that ranks higher (`dynamic_rates`): the words that the question makes more likely (`contrastive`).

@@ -100,7 +100,7 @@ class OfficialCompressor:
                 f"{self.tokenizer.kind!r}; use Compressor.compress"
             )
 
-    def compress(
+    def compress(  # eighteen parameters: those of the published function
         self,
         context: str | Sequence[str],
         rate: float | int = 0.5,
@@ -121,8 +121,6 @@ class OfficialCompressor:
         chunk_end_tokens: Sequence[str] = (".", "\n"),
     ) -> OfficialResult:
         """Arguments, defaults, results and exceptions are those of `compress_prompt_llmlingua2`.
-
-        Eighteen parameters: those of the published function.
 
         Raises:
           AssertionError: more than 100 force tokens.

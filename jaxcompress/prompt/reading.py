@@ -115,7 +115,7 @@ def read_shortened(
     return ShortenedReading(state, kept, report)
 
 
-def read_shortened_with_picture(
+def read_shortened_with_picture(  # ten parameters: those of `read_shortened`, the picture, and what drops its tokens
     model: Llava,
     tokenizer: Tokenizer,
     pixels: Float[np.ndarray, "*crops C W W"] | Array,
@@ -129,8 +129,6 @@ def read_shortened_with_picture(
     after: str = "",
 ) -> ShortenedReading:
     """Shortens a text, drops visual tokens of a picture beside it, and reads both through a bounded state.
-
-    There are ten parameters: those of `read_shortened`, the picture, and what drops its tokens.
 
     Args:
       pixels: of one picture, as `jaxcompress.vision.encode` takes them.

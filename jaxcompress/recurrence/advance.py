@@ -49,7 +49,7 @@ class Advanced(NamedTuple):
     died: Int[Array, "n B P F"]
 
 
-def advance(
+def advance(  # fifteen parameters: callers with arrays but no model pass every property of the layer by name
     q: Queries,
     k: Keys,
     v: Values,
@@ -69,8 +69,6 @@ def advance(
 ) -> Advanced:
     """Advances one layer of a state over a block of T tokens.
 
-    It has fifteen parameters, because callers with arrays but no model pass every property of the layer by name.
-
     Args:
       q, k, v: queries, keys and values of the incoming tokens, not rotated.
       positions: [B, T], growing along T; -1 where a row has no token (padding, at any side).
@@ -84,7 +82,7 @@ def advance(
       traits: what the layer's attention does beyond scaled products and a softmax.
       backend: `auto`, `jnp`, or a kernel backend by name (see `jaxcompress.pallas_kernels.types`). For `read`, pass
         `recurrence=on(backend)`.
-      recurrence: another implementation with the same result (see `jaxcompress.recurrence.exact_gradient`).
+      recurrence: another implementation with the same result (see `jaxcompress.recurrence.parallel`).
 
     Raises:
       ValueError: this device cannot run the kernels requested by name.

@@ -72,7 +72,7 @@ def slot_attention(
     return out.astype(q.dtype), weights
 
 
-def slot_step(
+def slot_step(  # nine parameters: the arrays of one kernel launch
     q: Float[Array, "B K G D"],
     new: tuple[Stored, Stored],
     stored: tuple[Stored, Stored],
@@ -85,8 +85,6 @@ def slot_step(
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B K G D"], Float[Array, "B K G S"], tuple[Stored, Stored]]:
     """A decoding step: writes new keys and values into their slots, then runs `slot_attention` over the layer.
-
-    It has nine parameters: the arrays of one kernel launch.
 
     Args:
       new: key and value of one token per row (in a pool M), [B, K, M, D], as the state stores them.
@@ -121,7 +119,7 @@ def _kernel_step(chosen: Chosen, q, new, stored, layer, index, visible, present)
     return _differentiable(run, reference)(q, new, stored, jnp.asarray(layer), index, visible, present)
 
 
-def slot_step_by_rule(
+def slot_step_by_rule(  # ten parameters: the arrays of one kernel launch
     chosen: Chosen,
     q: Float[Array, "B K G D"],
     new: tuple[Stored, Stored],
@@ -133,10 +131,7 @@ def slot_step_by_rule(
     present: Bool[Array, " B"],
     rule: EvictionRule,
 ) -> tuple[Float[Array, "B K G D"], Float[Array, "B P S"] | None, Int[Array, "B P"], tuple[Stored, Stored]]:
-    """A decoding step in which the kernel applies the policy's eviction rule itself (see `Kernels.step_evict`).
-
-    It has ten parameters: the arrays of one kernel launch.
-    """
+    """A decoding step in which the kernel applies the policy's eviction rule itself (see `Kernels.step_evict`)."""
 
     def run(q, new, stored, layer, index, held, numbers, present):
         return launch.step_evict(chosen, q, _only(new), stored, layer, index[..., 0], held, numbers, present, rule)
@@ -165,7 +160,7 @@ def block_attention(
     return _without_gradient(run, "a block of queries")(q, at, keys, values, held, window)
 
 
-def stream_attention(
+def stream_attention(  # ten parameters: the arrays of one kernel launch
     chosen: Chosen,
     q: Float[Array, "B T K G D"],
     new: tuple[Stored, Stored],
@@ -177,10 +172,7 @@ def stream_attention(
     window: Int[Array, ""] | int | None,
     rule: EvictionRule,
 ) -> tuple[Any, ...]:
-    """The recurrence of a whole segment in one launch (see `Kernels.segment`).
-
-    It has ten parameters: the arrays of one kernel launch.
-    """
+    """The recurrence of a whole segment in one launch (see `Kernels.segment`)."""
 
     def run(q, new, stored, layer, positions, held, numbers, window):
         return launch.segment(chosen, q, new, stored, layer, positions, held, numbers, window, rule)
@@ -242,7 +234,7 @@ def _without_gradient(run: Callable[..., Any], what: str) -> Callable[..., Any]:
     def forward(*args: Any) -> Any:
         raise ValueError(
             f"no gradient passes through the kernel for {what}: take it by death times, which kernels compute "
-            "(`jaxcompress.recurrence.exact_gradient.parallel_gradient`), or use backend='jnp'"
+            "(`jaxcompress.recurrence.parallel.parallel_gradient`), or use backend='jnp'"
         )
 
     function.defvjp(forward, lambda saved, cotangent: ())

@@ -66,12 +66,12 @@ def forgetful_attention(
     return _causal(q, k, v, positions, window, None, bias, delay, traits)
 
 
-def _causal(
+def _causal(  # nine parameters: each of them has some that the other lacks
     q: Queries, k: Keys, v: Values, positions: Positions,
     window: Int[Array, ""] | None, streaming: tuple[int, int] | None, bias: Float[Array, "B K T"] | None, delay: int,
     traits: AttentionTraits,
 ) -> AttentionOut:  # fmt: skip
-    """Both of the above. It has nine parameters, since each of them has some that the other lacks."""
+    """Both of the above."""
     b, t, h, d = q.shape
     kv = k.shape[2]
     n = -(-t // QUERIES)
@@ -101,7 +101,7 @@ def _causal(
     return jnp.concatenate(outs).transpose(1, 0, 4, 2, 3, 5).reshape(b, n * some, h, d)[:, :t]
 
 
-def lifetime_attention(
+def lifetime_attention(  # nine parameters: the arrays, and what bounds and changes the attention
     q: Float[Array, "B T K G D"],
     keys: Float[Array, "B K N D"],
     values: Float[Array, "B K N D"],
@@ -118,8 +118,6 @@ def lifetime_attention(
     The last T of the N keys belong to the queries; the keys before them are older than any query. Queries are taken in
     blocks. Each block gathers the tokens that live when it begins, at most `alive`, and attends to them and to its own
     tokens. The work is T x (alive + block) for any T. A block's weights are recomputed for the gradient.
-
-    There are nine parameters: the arrays, and what bounds and changes the attention.
 
     Args:
       positions: [B, T], growing along T, -1 for padding.

@@ -96,13 +96,10 @@ def _make_room(block: TokenBlock, state: KVState, layer: Any, spec: StepSpec) ->
     return state, replaced
 
 
-def _reindexed_step(
+def _reindexed_step(  # twelve parameters: those of `slot_step`, and the inputs of the new positions
     q, new, stored, layer, index, visible, present, extra, *, backend, held: Array, block: TokenBlock, spec: StepSpec
 ):
-    """`slot_step` for keys that are cached un-rotated and rotated to new positions at every step.
-
-    It has twelve parameters: those of `slot_step`, and the inputs of the new positions.
-    """
+    """`slot_step` for keys that are cached un-rotated and rotated to new positions at every step."""
     no_kernel("step", q[:, None], stored[0], index.shape[1], backend, "keys are re-indexed at each step")
     stored = write_slots(stored, new, layer, index)
     keys, values = jax.tree.map(lambda x: x[layer], stored)

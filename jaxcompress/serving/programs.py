@@ -67,7 +67,7 @@ def take_row(pool: DecodeArrays, row: Int[Array, ""] | int, sharding: ShardingRu
 
 
 @partial(jax.jit, static_argnames=("chunk", "placement", "sharding"), donate_argnames="pool")
-def read_row(
+def read_row(  # nine parameters: model, pool, row and tokens, and how they are read
     model: Decoder,
     pool: DecodeArrays,
     row: Int[Array, ""] | int,
@@ -79,10 +79,7 @@ def read_row(
     placement: Placement | None,
     sharding: ShardingRules | None = None,
 ) -> tuple[DecodeArrays, Int[Array, " 1"]]:
-    """Reads tokens into one row, as `prefill` does; returns the pool, and `broken` of the row.
-
-    It has nine parameters: model, pool, row and tokens, and how they are read.
-    """
+    """Reads tokens into one row, as `prefill` does; returns the pool, and `broken` of the row."""
     index = jnp.asarray(row)[None]
     now = rows_of(pool, index)
     after = read(model, tokens, now.kv, policy, valid=valid, chunk=chunk, placement=placement)

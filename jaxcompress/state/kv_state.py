@@ -111,13 +111,11 @@ def runs(state: State) -> Iterator[tuple[range, State]]:
             first, parts = layers.stop, []
 
 
-def empty(
+def empty(  # ten parameters: each is one fact about the shape
     *, layers: range, batch: int, heads: int, sets: int, capacity: int, slots: int, head_dim: int, dtype: DTypeLike,
     which: tuple[int, ...] = (), pooled: bool = False,
 ) -> KVState:  # fmt: skip
     """A state without stats in which every slot is free.
-
-    It has ten parameters: each is one fact about the shape.
 
     Args:
       layers: indices of the layers in the model.

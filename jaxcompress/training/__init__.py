@@ -26,17 +26,17 @@ if TYPE_CHECKING:
         warmup_stable_decay,
     )
     from jaxcompress.training.policy_objectives import PolicyObjective, policy_objective
-    from jaxcompress.training.recurrent import bounded_value_and_grad, through_time
+    from jaxcompress.training.recurrent import bounded_value_and_grad, exact_gradient, rematerialised, through_time
     from jaxcompress.training.retention_heads import init_retention, retention_loss
     from jaxcompress.training.trainer import fit, init_train_state, make_step
 
 __all__ = [
     "Batch", "Checkpoints", "MetricsFile", "PackedRows", "PolicyObjective", "adamw_for_decoder", "adapted",
     "adapted_jointly", "add_lora", "batches", "bounded", "bounded_value_and_grad", "causal", "distilled",
-    "distilled_value_and_grad", "divergence", "dms_loss", "fit", "foresight_loss", "init_dms", "init_gates",
-    "init_lora", "init_retention", "init_train_state", "joint_retention", "make_step", "merging_loss",
-    "muon_for_decoder", "pack", "policy_objective", "read_documents", "retention_loss", "share_schedule",
-    "temperature_schedule", "through_time", "token_losses", "warmup_cosine", "warmup_stable_decay",
+    "distilled_value_and_grad", "divergence", "dms_loss", "exact_gradient", "fit", "foresight_loss", "init_dms",
+    "init_gates", "init_lora", "init_retention", "init_train_state", "joint_retention", "make_step", "merging_loss",
+    "muon_for_decoder", "pack", "policy_objective", "read_documents", "rematerialised", "retention_loss",
+    "share_schedule", "temperature_schedule", "through_time", "token_losses", "warmup_cosine", "warmup_stable_decay",
 ]  # fmt: skip
 
 _HOME = {
@@ -53,7 +53,7 @@ _HOME = {
     "MetricsFile": "metrics",
     **dict.fromkeys(("adapted", "adapted_jointly", "joint_retention", "bounded", "causal", "distilled"), "objectives"),
     **dict.fromkeys(("adamw_for_decoder", "muon_for_decoder", "warmup_cosine", "warmup_stable_decay"), "optimizer"),
-    **dict.fromkeys(("bounded_value_and_grad", "through_time"), "recurrent"),
+    **dict.fromkeys(("bounded_value_and_grad", "exact_gradient", "rematerialised", "through_time"), "recurrent"),
     **dict.fromkeys(("fit", "init_train_state", "make_step"), "trainer"),
 }
 

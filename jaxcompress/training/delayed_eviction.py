@@ -135,7 +135,7 @@ def read_with_soft_eviction(
     return SoftRead(model.norm(x), kept)
 
 
-def dms_loss(
+def dms_loss(  # ten parameters: the inputs, and the settings of the loss
     model: Decoder,
     tokens: Int[Array, "B _"],
     head: ForgetHead,
@@ -155,8 +155,6 @@ def dms_loss(
     The second term is the one-sided loss of the paper (section 3.1). The share is the mean over all layers, kv heads
     and tokens, so training decides which layers and heads keep more. Rows without any weight do not count.
     Differentiate by `head`, or by the model as well.
-
-    There are ten parameters: the inputs, and the settings of the loss; all but the first three are keywords.
 
     Args:
       tokens: [B, T + 1].

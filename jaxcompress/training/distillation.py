@@ -45,14 +45,14 @@ def _itself(params: Any) -> Any:
     return params
 
 
-def distilled_value_and_grad(
+def distilled_value_and_grad(  # fifteen parameters: those of `bounded_value_and_grad`, and of the loss
     params: Params,
     tokens: Int[Array, "B _"],
     policy: Policy,
     slots: Slots,
     *,
-    weights: Float[Array, "B T"],
     segment: int,
+    weights: Float[Array, "B T"] | None = None,
     bptt_segments: int | None = None,
     chunk: int = 1,
     placement: Placement | None = None,
@@ -63,12 +63,10 @@ def distilled_value_and_grad(
     hidden: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[dict[str, Float[Array, ""]], Params]:
-    """Losses of a student with a bounded state, and the gradient of their sum. Pure; jit it.
+    """Losses of a student with a bounded state, and the gradient of their weighted sum. Pure; jit it.
 
     Nothing is donated. The arguments that are not described here are those of
     `jaxcompress.training.recurrent.bounded_value_and_grad`.
-
-    There are fifteen parameters: those of `bounded_value_and_grad`, and the settings of the loss, which are keywords.
 
     Args:
       params: the trained parameters; by default a decoder.
@@ -100,6 +98,7 @@ def distilled_value_and_grad(
         )
     check_read(tokens, start.config.vocab_size)
     check_text(start.config, policy, slots, tokens.shape, segment)
+    weights = jnp.ones(tokens[:, 1:].shape) if weights is None else weights
     above = jax.lax.stop_gradient(above)
     teacher_hidden = full_cache_hidden(above, tokens[:, :-1])
     state = init_state(start.config, policy, slots, batch=tokens.shape[0], dtype=start.embedding[...].dtype)

@@ -85,7 +85,7 @@ def _of_the_next(x: Float[Array, "B T K"], there: Array) -> Float[Array, "B T K"
     return jnp.take_along_axis(x, following[..., None], axis=1, mode="fill", fill_value=0.0)
 
 
-def merging_loss(
+def merging_loss(  # nine parameters: those of `dms_loss` without `window`
     model: Decoder,
     tokens: Int[Array, "B _"],
     head: ForgetHead,
@@ -100,8 +100,6 @@ def merging_loss(
     """The loss of merging: the prediction loss, and a penalty for more runs than allowed.
 
     As `jaxcompress.training.delayed_eviction.dms_loss`, where `share` is the number of runs over that of tokens.
-
-    There are nine parameters: those of `dms_loss` without `window`.
     """
     read = read_merging(model, tokens[:, :-1], head, temperature=temperature, valid=counted(weights), key=key)
     return prediction_and_share(model, tokens, read, weights=weights, share=share, teacher=teacher, pressure=pressure)

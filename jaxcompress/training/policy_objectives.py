@@ -46,7 +46,7 @@ class PolicyObjective(NamedTuple):
     parts: Callable[[Any], tuple[Decoder, ForgetHead]]
 
 
-def policy_objective(
+def policy_objective(  # eleven parameters: the settings of three ways to train are all keywords
     model: Decoder,
     name: str,
     key: Array,
@@ -66,8 +66,6 @@ def policy_objective(
     published code does: the model stays as it is and its full cache is the teacher. `dmc` trains head and model on the
     next token. For both, over the first two thirds of the steps, the share of tokens kept falls to 1 / ratio and the
     temperature to 0.1. (The published code has other schedules, which take more steps: see the guide.)
-
-    There are eleven parameters, because the settings of three ways to train are all keywords.
 
     Args:
       name: from `TRAINABLE`.

@@ -7,7 +7,7 @@ is read, so memory does not grow with the text.
 The gradient of a layer's recurrence is computed in one of two exact ways:
 
   parallel       attention under a mask of the death times that the forward pass found (see
-                 `jaxcompress.recurrence.exact_gradient`), for policies that only evict
+                 `jaxcompress.recurrence.parallel`), for policies that only evict
   rematerialised the scan is run again and differentiated, for any policy
 """
 
@@ -27,7 +27,7 @@ from jaxcompress.models.decoder import Decoder, read
 from jaxcompress.models.init_state import Slots, init_state
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import Step, steps
-from jaxcompress.recurrence.exact_gradient import check_parallel, parallel_gradient
+from jaxcompress.recurrence.parallel import check_parallel, parallel_gradient
 from jaxcompress.recurrence.step import StepResult, StepSpec, TokenBlock
 from jaxcompress.state.kv_state import KVState, State
 from jaxcompress.state.placement import Placement
@@ -119,14 +119,14 @@ def _at_least_float32(x: Any) -> Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
 
 
-def bounded_value_and_grad(
+def bounded_value_and_grad(  # ten parameters: the first four as everywhere, the rest keywords
     model: Decoder,
     tokens: Int[Array, "B _"],
     policy: Policy,
     slots: Slots,
     *,
-    weights: Float[Array, "B T"],
     segment: int,
+    weights: Float[Array, "B T"] | None = None,
     bptt_segments: int | None = None,
     chunk: int = 1,
     placement: Placement | None = None,
@@ -136,13 +136,12 @@ def bounded_value_and_grad(
 
     Nothing is donated. The gradient is float32 where the model's dtype is narrower (see `through_time`).
 
-    There are ten parameters: the first four as everywhere, the rest keywords.
-
     Args:
       tokens: [B, T + 1].
       slots: as for `init_state`; the state has the model's dtype.
-      weights: [B, T], the weight of predicting each token but the first; the loss is the weighted mean.
       segment: tokens per segment. The last segment may be shorter.
+      weights: [B, T], the weight of predicting each token but the first; the loss is the weighted mean. All count
+        alike if not given.
       bptt_segments: over how many segments the gradient goes back; None: to the beginning.
       chunk: tokens between two selections; 1 is exactly as in decoding.
       recurrence: the recurrence whose gradient is taken; the cheapest exact one by default.
@@ -154,6 +153,7 @@ def bounded_value_and_grad(
     """
     check_read(tokens, model.config.vocab_size)
     check_text(model.config, policy, slots, tokens.shape, segment)
+    weights = jnp.ones(tokens[:, 1:].shape) if weights is None else weights
     state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=model.embedding[...].dtype)
     recurrence = recurrence or exact_gradient(policy, placement)
 

@@ -75,7 +75,7 @@ def retention_loss(
     return model.run_layers(model.embed(tokens), positions_of(tokens, valid), attend, xs=head)[2].mean()
 
 
-def watched_attention(
+def watched_attention(  # ten parameters: the arrays, how the future is looked at, what bounds attention
     numbers: Float[Array, "B P T R"],
     q: Queries,
     k: Keys,
@@ -100,8 +100,6 @@ def watched_attention(
     such tokens, and blocks with no tokens after them, do not count. Attention is computed once, one block of queries at
     a time, and three numbers per token are kept of each block, so memory is T x T / block. The gradient, for `numbers`
     only, is computed in the same pass.
-
-    There are ten parameters: the arrays, how the future is looked at, and what bounds and changes the attention.
 
     Args:
       numbers: four for each token; P is 1 or K.
@@ -158,11 +156,11 @@ class _Block(NamedTuple):
     total: Array
 
 
-def _watched(
+def _watched(  # nine parameters: those of `watched_attention`
     q: Queries, k: Keys, v: Values, positions: Positions,
     sets: int, block: int, fade: Callable[[Array], Array], window: Int[Array, ""] | None, traits: AttentionTraits,
 ) -> tuple[AttentionOut, _Block]:  # fmt: skip
-    """Attention, and what is kept of each block. It has nine parameters, those of `watched_attention`."""
+    """Attention, and what is kept of each block."""
     b, t, h, d = q.shape
     kv, n = k.shape[2], -(-t // block)
     pad = [(0, 0), (0, n * block - t)]

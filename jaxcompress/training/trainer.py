@@ -155,7 +155,7 @@ def _cut(x: jax.Array, n: int) -> jax.Array:
     return x.reshape(n, -1, *x.shape[1:])
 
 
-def fit(
+def fit(  # nine parameters: the parts of every run, and the settings of logs and checkpoints
     state: TrainState,
     step: Step,
     data: Resumable,
@@ -174,9 +174,6 @@ def fit(
 
     The numbers of a step are read while the next step runs. Before a checkpoint is saved, all numbers up to it are
     checked and logged. So no checkpoint has weights that are not finite, and a log is never behind a checkpoint.
-
-    There are nine parameters: the parts of every run, and the settings of logs and checkpoints. All but the first three
-    are keywords.
 
     Args:
       state: donated; it must not be used afterwards.

@@ -234,6 +234,13 @@ class TestTextStream:
         assert pieces[-2:] == ["🦜", ""]
         assert not any(pieces[:-2])
 
+    def test_groups_give_the_text_of_single_tokens(self, tokenizer):
+        ids = tokenizer.encode("naïve 🦜 corpus")
+        single, grouped = TextStream(tokenizer), TextStream(tokenizer)
+        padded = [*ids, -1, -1]
+        pieces = [grouped.push(np.asarray(padded[at : at + 3], np.int32)) for at in range(0, len(padded), 3)]
+        assert "".join(pieces) + grouped.finish() == "".join(map(single.push, ids)) + single.finish()
+
     def test_text_appears_with_its_token(self, tokenizers):
         tokenizer = tokenizers["gpt2"]
         ids = tokenizer.encode("Hello world, this is a corpus")
@@ -468,6 +475,11 @@ class TestTextUntil:
         text = TextUntil(marked, ["<|eot|>", "a<|im|>"], [7])
         assert text.ids == (7, ids["<|eot|>"])
         assert TextUntil(marked, (), [int(marked.encode("b")[0])]).push(marked.encode("b")[0]) == ""
+        after = TextUntil(marked, ["<|eot|>"])
+        assert (after.push([*marked.encode("b"), ids["<|eot|>"], *marked.encode("c"), -1]), after.stopped) == (
+            "b",
+            True,
+        )
         half = marked.encode("é")[0]  # an unfinished character before a stop is what it is without one
         assert text.push(half) + text.push(ids["<|eot|>"]) == "\ufffd"
         with pytest.raises(ValueError, match="write"):

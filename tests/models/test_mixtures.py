@@ -16,7 +16,7 @@ from jaxcompress.checkpoints import load
 from jaxcompress.models.decoder import Decoder, read
 from jaxcompress.models.init_state import init_state
 from jaxcompress.policies.names import NAMES, get_policy
-from jaxcompress.recurrence.exact_gradient import parallel_gradient
+from jaxcompress.recurrence.parallel import parallel_gradient
 from jaxcompress.training.recurrent import rematerialised
 
 PARITY = Path(__file__).parents[1] / "fixtures" / "parity"

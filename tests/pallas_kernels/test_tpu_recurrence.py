@@ -17,7 +17,7 @@ from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.pallas_kernels import tpu_segment
 from jaxcompress.policies import Policy
 from jaxcompress.recurrence.advance import advance
-from jaxcompress.recurrence.exact_gradient import parallel_gradient
+from jaxcompress.recurrence.parallel import parallel_gradient
 from jaxcompress.state.kv_state import KVState
 
 from .examples import POLICIES, RACES, D, close, compiled, no_races, some

@@ -1,6 +1,6 @@
 """Attention sinks: a logit per query head that joins the softmax's denominator and stands for no token.
 
-Streaming, chunks and windows with sinks are in `test_recurrence_reference`, gradients in `test_exact_gradient`.
+Streaming, chunks and windows with sinks are in `test_recurrence_reference`, gradients in `test_parallel`.
 """
 
 from __future__ import annotations

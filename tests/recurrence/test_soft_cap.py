@@ -11,8 +11,8 @@ import pytest
 
 from jaxcompress.recurrence.advance import advance
 from jaxcompress.recurrence.block_attention import causal_attention, forgetful_attention, lifetime_attention
-from jaxcompress.recurrence.exact_gradient import parallel_gradient
 from jaxcompress.recurrence.inputs import AttentionInputs
+from jaxcompress.recurrence.parallel import parallel_gradient
 from jaxcompress.state.attention_traits import AttentionTraits
 
 from .harness import RULES, B, Case, D, H, K, T, fresh

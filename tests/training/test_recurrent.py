@@ -17,7 +17,7 @@ from jaxcompress.models.decoder import Decoder, read
 from jaxcompress.models.init_state import init_state
 from jaxcompress.policies.names import get_policy
 from jaxcompress.recurrence.advance import Step, steps
-from jaxcompress.recurrence.exact_gradient import parallel_gradient
+from jaxcompress.recurrence.parallel import parallel_gradient
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import bounded_value_and_grad, rematerialised, through_time
 

@@ -21,7 +21,7 @@ from jaxcompress.policies.reductions.reduced import with_reduce
 from jaxcompress.policies.reductions.summarise import mean_slots
 from jaxcompress.recurrence.advance import Step, advance
 from jaxcompress.recurrence.block_attention import lifetime_attention
-from jaxcompress.recurrence.exact_gradient import FOREVER, parallel_gradient
+from jaxcompress.recurrence.parallel import FOREVER, parallel_gradient
 from jaxcompress.state.attention_traits import AttentionTraits
 from jaxcompress.training.recurrent import exact_gradient, rematerialised
 
