@@ -74,7 +74,7 @@ class OfTable(OfRows, OfModel):
 
 def dtype_of(model: Decoder, asked: str) -> str:
     """What the weights are stored in: int8 if that was asked for, which leaves the embedding a float."""
-    return asked if asked == "int8" else model.embedding[...].dtype.name
+    return asked if asked == "int8" else model.dtype.name
 
 
 @dataclass(frozen=True, kw_only=True)

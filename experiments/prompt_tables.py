@@ -187,7 +187,7 @@ def read(loaded: Loaded[Any, Any, Any], piece: Piece, text: str) -> Losses:
     ids = loaded.tokenizer.encode(piece.before + text + piece.after, add_bos=not piece.before)
     tokens = np.concatenate([np.asarray(ids, np.int32), piece.counted.astype(np.int32)])
     width = -(-(len(tokens) - 1) // WIDTH) * WIDTH
-    dtype = loaded.model.embedding[...].dtype
+    dtype = loaded.model.dtype
     state = init_state(loaded.model.config, Full(), width, batch=1, dtype=dtype)
     (done,) = predictions(loaded.model, tokens[None], state, Full(), [ReadCall(0, len(tokens) - 1, width, width)])
     n = len(piece.counted)

@@ -162,7 +162,7 @@ def trace(
 
 def read_losses(model: Any, tokens: np.ndarray, policy: jc.Policy, slots: int) -> tuple[np.ndarray, int, float]:
     """Losses of all tokens but the first, read token by token; bytes of the state; tokens per second."""
-    state = init_state(model.config, policy, slots, batch=1, dtype=model.embedding[...].dtype)
+    state = init_state(model.config, policy, slots, batch=1, dtype=model.dtype)
     nbytes = sum(part.nbytes for part in state)
     parts = list(
         predictions(model, tokens[None], state, policy, calls("streaming", len(tokens) - 1, chunk=1, segment=512))

@@ -60,7 +60,7 @@ def plan(args: Arguments) -> Plan:
     model, tokenizer = loaded.model, loaded.tokenizer
     books = dict(args.books())
     policies = {name: jc.get_policy(name) for name in args.policies}
-    make_cell, stored = args.cells_of(EXPERIMENT, model, args.length), model.embedding[...].dtype
+    make_cell, stored = args.cells_of(EXPERIMENT, model, args.length), model.dtype
     cells = (
         make_cell(
             task=book,

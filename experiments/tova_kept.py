@@ -151,7 +151,7 @@ def plan(args: Arguments) -> Plan:
             read_books[cell.task] = read(books[cell.task], args, tokenizer)
         text, policy = read_books[cell.task], policies[cell.policy]
         death = trace(model, text.tokens, policy, cell.slots, prompt=text.tokens.shape[1], mode="streaming").death
-        stored = model.embedding[...].dtype
+        stored = model.dtype
         state = jax.eval_shape(lambda: jc.init_state(model.config, policy, cell.slots, dtype=stored))
         jax.clear_caches()  # programs of other sizes would only fill memory
         return figures_of(death, text, int(np.max(cell.slots)), args.after, sum(part.nbytes for part in state))

@@ -62,7 +62,7 @@ QUICK = Arguments(quick=True, slots=(16,), context=64, memory=0.1, batches=(2,),
 
 def state_bytes(model: Decoder, policy: jc.Policy, slots: int, batch: int) -> int:
     """Bytes of a state of so many rows, which is not made."""
-    stored = model.embedding[...].dtype
+    stored = model.dtype
     state = jax.eval_shape(lambda: jc.init_state(model.config, policy, slots, batch=batch, dtype=stored))
     return sum(part.nbytes for part in state)
 
@@ -90,7 +90,7 @@ def read_block(model: Decoder, ids: jax.Array, state: jc.State, policy: jc.Polic
 
 def filled(model: Decoder, policy: jc.Policy, slots: int, batch: int, tokens: int) -> jc.State:
     """A state after so many random tokens."""
-    state = jc.init_state(model.config, policy, slots, batch=batch, dtype=model.embedding[...].dtype)
+    state = jc.init_state(model.config, policy, slots, batch=batch, dtype=model.dtype)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, tokens), np.int32)
     for start, stop, _, _ in calls("chunked", tokens, chunk=128, segment=128):
         state = read_block(model, jnp.asarray(ids[:, start:stop]), state, policy)

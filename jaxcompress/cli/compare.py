@@ -111,7 +111,7 @@ class Compare(FigureFlag, RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags, 
 
         made: dict[str, Any] = dict(
             experiment="compare", task=name, model=self.model or "embedded", model_hash=fingerprint(model),
-            context=self.context, dtype=dtypes_told(model.embedding[...].dtype.name, self.state_dtype),
+            context=self.context, dtype=dtypes_told(model.dtype.name, self.state_dtype),
         )  # fmt: skip
         settings = dict(
             seeds=self.seeds, rows=self.rows, questions=len(tasks.single), placement=self.placement,

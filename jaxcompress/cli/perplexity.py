@@ -92,7 +92,7 @@ class Perplexity(
             tell(
                 f"reads {len(tokens)} of {about['of'] // each} rows; --rows None reads all rows, --context 0 all tokens"
             )
-        about["state_dtype"] = self.state_dtype or model.embedding[...].dtype.name
+        about["state_dtype"] = self.state_dtype or model.dtype.name
         done: list[Any] = []
         if not self.json:
             print(
@@ -184,7 +184,7 @@ class Perplexity(
         sweep(model, tokens, list(policies.values()), slots, **reading)  # checks what all lines share
         made: dict[str, Any] = dict(
             experiment="perplexity", task=about["text"], model=about["model"], model_hash=fingerprint(model),
-            context=total, dtype=dtypes_told(model.embedding[...].dtype.name, self.state_dtype),
+            context=total, dtype=dtypes_told(model.dtype.name, self.state_dtype),
         )  # fmt: skip
         settings = dict(
             mode=self.mode, chunk=reading["chunk"] if self.mode == "chunked" else None, prompt=prompt,

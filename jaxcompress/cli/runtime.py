@@ -88,7 +88,7 @@ def open_weights(model: str | None, dtype: str = "auto", rules: ShardingRules | 
     loaded = load(embedded.decoder_folder() if model is None else model, dtype=dtype, sharding=where)
     if rules is not None:
         rules.check(loaded.config)
-    own, taken = config_dtype(loaded.settings), loaded.model.embedding[...].dtype
+    own, taken = config_dtype(loaded.settings), loaded.model.dtype
     if model is not None and dtype == "auto" and own not in (None, taken):
         tell(f"weights in {taken}, which is faster on this device than the checkpoint's {own}; --dtype takes another")
     return loaded

@@ -148,7 +148,7 @@ def compare(
     slots = [whole(capacity, "slots", least=1) for capacity in slots]
     for policy in policies:
         check_policy(policy)
-    dtype_name(dtype or model.embedding[...].dtype)
+    dtype_name(dtype or model.dtype)
 
     def run() -> Iterator[Compared]:
         for policy in policies:
@@ -182,7 +182,7 @@ def compared(
         for n in (tasks.prompt, tasks.prompt + line - WORDS_PER_SIDE)
     )
     config = model.config
-    vector = vector_bytes(config.head_dim, dtype or model.embedding[...].dtype)
+    vector = vector_bytes(config.head_dim, dtype or model.dtype)
     some = whole or before
     assert some is not None
     asked = lambda given: given is not None and given.right.size > 0

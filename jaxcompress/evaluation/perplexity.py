@@ -105,7 +105,7 @@ def perplexity(  # fourteen parameters: how to read, and which tokens to count
     if total < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, {total} given")
     check_mode(policy, mode)
-    fresh = lambda: init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
+    fresh = lambda: init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.dtype)
     state = made(fresh, model.config, batch, sharding)
     check_fits(model.config, policy, state, total - 1, prompt=prompt)
     check_used(policy, state, total - 1, prompt)

@@ -277,7 +277,7 @@ def answers(
     if not 0 <= prompt < total - 1:
         raise ValueError(f"a prompt is 0 to {total - 2} of the {total} tokens of a task, not {prompt}")
     check_mode(policy, "oneshot" if prompt else "streaming")
-    state = init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype)
+    state = init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.dtype)
     check_fits(model.config, policy, state, total, prompt=prompt)
     warn_of_positions(model.config, policy, placement, total - 1)
     nbytes = sum(part.nbytes for part in state) // batch

@@ -76,7 +76,7 @@ def trace(  # nine parameters: those of `perplexity` that set how to read
     total = tokens.shape[1]
     if not 1 <= prompt <= total:
         raise ValueError(f"prompt must be between 1 and the {total} tokens given, not {prompt}")
-    stored = dtype or model.embedding[...].dtype
+    stored = dtype or model.dtype
     state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=stored)
     check_mode(policy, mode)
     check_fits(model.config, policy, state, total, prompt=prompt)

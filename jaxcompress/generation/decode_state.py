@@ -123,7 +123,7 @@ def init_decode_state(
 
     def make() -> DecodeState:
         return DecodeState(
-            kv=init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.embedding[...].dtype),
+            kv=init_state(model.config, policy, slots, batch=batch, dtype=dtype or model.dtype),
             **_unread(batch, model.config.vocab_size),
             keys=row_keys(checked),
             policy=policy,

@@ -96,7 +96,7 @@ def encode_images(
     rows = [[picture_index(config, size) for size in row] for row in sizes]
     index = visual_index(rows, crops, config.tokens_per_crop)
     if not total:  # the tower has nothing to encode; one visual token that nothing reads keeps the shape
-        visual = jnp.zeros((*index.shape, config.decoder.hidden_size), model.decoder.embedding[...].dtype)
+        visual = jnp.zeros((*index.shape, config.decoder.hidden_size), model.decoder.dtype)
     else:
         visual = _packed_features(model, pixels, jnp.asarray(index))
     return ImageFeatures(visual, tuple(tuple(len(picture) for picture in row) for row in rows))

@@ -107,6 +107,11 @@ class Decoder(nnx.Module):
         if not config.tied:
             self.head = nnx.Param(small(rngs.params(), (config.hidden_size, config.vocab_size), dtype))
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The float type of activations, of weights that are not int8, and of states that are given none."""
+        return self.embedding[...].dtype
+
     def embed(self, tokens: Tokens) -> Hidden:
         """[B, T, E]. Ids are not checked: an id outside the vocabulary gives another token's embedding, or NaN."""
         table = self.embedding[...]

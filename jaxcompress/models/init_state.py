@@ -45,7 +45,8 @@ def init_state(
     Args:
       slots: capacities (see `Slots`). A sliding-window layer gets no more than its window. In a pool the capacity is
         the mean of the kv heads that share it.
-      dtype: of keys and values; `int8`, `int4` and `float8_e4m3fn` are quantised (see `jaxcompress.state.storage`).
+      dtype: of keys and values; that of a model is `model.dtype`. `int8`, `int4` and `float8_e4m3fn` are quantised (see
+        `jaxcompress.state.storage`).
       slot_multiple: slots are allocated in multiples of this; slots that the policy does not need stay free. None
         follows the layout of the default device: 8 on a TPU (32 for quantised states), 1 elsewhere.
 

@@ -55,9 +55,7 @@ class Reader:
 
     def begin(self, rows: int = 1) -> Context:
         """The context before the first token of a text."""
-        state = init_state(
-            self.model.config, self.policy, self.slots, batch=rows, dtype=self.model.embedding[...].dtype
-        )
+        state = init_state(self.model.config, self.policy, self.slots, batch=rows, dtype=self.model.dtype)
         opening = self.tokenizer.bos_id
         return Context(state, np.full(rows, -1 if opening is None else opening, np.int32))
 

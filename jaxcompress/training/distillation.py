@@ -101,7 +101,7 @@ def distilled_value_and_grad(  # fifteen parameters: those of `bounded_value_and
     weights = jnp.ones(tokens[:, 1:].shape) if weights is None else weights
     above = jax.lax.stop_gradient(above)
     teacher_hidden = full_cache_hidden(above, tokens[:, :-1])
-    state = init_state(start.config, policy, slots, batch=tokens.shape[0], dtype=start.embedding[...].dtype)
+    state = init_state(start.config, policy, slots, batch=tokens.shape[0], dtype=start.dtype)
     how: dict[str, Any] = dict(
         chunk=chunk, placement=placement, recurrence=recurrence or exact_gradient(policy, placement)
     )

@@ -154,7 +154,7 @@ def bounded_value_and_grad(  # ten parameters: the first four as everywhere, the
     check_read(tokens, model.config.vocab_size)
     check_text(model.config, policy, slots, tokens.shape, segment)
     weights = jnp.ones(tokens[:, 1:].shape) if weights is None else weights
-    state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=model.embedding[...].dtype)
+    state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=model.dtype)
     recurrence = recurrence or exact_gradient(policy, placement)
 
     def loss(model: Decoder, state: State, piece: tuple[Array, ...]) -> tuple[Array, State]:

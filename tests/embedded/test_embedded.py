@@ -79,7 +79,7 @@ class TestModel:
         assert tokenizer.vocab_size == model.config.vocab_size
         assert sorted(tokenizer.vocabulary().values()) == list(range(tokenizer.vocab_size))
         assert tokenizer.bos_id is not None
-        assert model.embedding[...].dtype == np.float32
+        assert model.dtype == np.float32
         assert model.config.max_position == 2048
 
     @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ class Plan:
         A policy that evicts nothing is measured once per length, and one that needs more slots is left out there.
         """
         print_of_model = fingerprint(loaded.model)
-        weights = loaded.model.embedding[...].dtype.name
+        weights = loaded.model.dtype.name
         dtype = weights if self.dtype in (None, weights) else f"{weights}/{self.dtype}"
         for expression, policy in self.policies.items():
             own = policy_settings(expression, policy)
