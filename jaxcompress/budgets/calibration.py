@@ -117,7 +117,7 @@ def retrieval_heads(  # twelve parameters: the settings of one search
     recent: int = 64,
     steps: int = 60,
     rows: int = 1,
-    rate: float = 0.05,
+    learning_rate: float = 0.05,
     penalty: float = 0.05,
     seed: int = 0,
     progress: Callable[[int], None] = lambda step: None,
@@ -130,11 +130,11 @@ def retrieval_heads(  # twelve parameters: the settings of one search
         mean over answers of mean_E (hidden of the model - hidden with gates)^2 + penalty * mean(gates)
 
     of final hidden states, so that a gate stays open only where an answer depends on it. Gates are clipped to 0..1
-    after every step. The rate rises over the first fifth of the steps and falls over the last, from and to a tenth.
+    after every step. The learning rate rises over the first fifth of the steps and falls over the last, from and to a tenth.
 
     Three differences from the authors' code. Both attentions of a head see the gated layers below, as in use; there,
-    full attention is that of the ungated model. The hidden states that predict an answer's tokens are compared. Rate
-    and steps suit a model of a few heads (theirs: 0.02 and 2,000).
+    full attention is that of the ungated model. The hidden states that predict an answer's tokens are compared. Learning
+    rate and steps suit a model of a few heads (theirs: 0.02 and 2,000).
 
     Args:
       tokens: [B, T] integers, texts that ask for something told long before (see `jaxcompress.evaluation.exam`).
@@ -152,8 +152,8 @@ def retrieval_heads(  # twelve parameters: the settings of one search
     tokens, asked = token_rows(tokens, model.config.vocab_size), np.asarray(asked, bool)
     _check_texts(tokens, asked, share, sinks + recent)
     predicting = np.pad(asked[:, 1:], [(0, 0), (0, 1)])
-    schedule = lambda step: jnp.minimum(1.0, jnp.maximum(0.1, jnp.minimum(step + 1, steps - step) * 5 / steps)) * rate
-    optimizer = optax.adam(schedule)
+    ramp = lambda step: jnp.minimum(1.0, jnp.maximum(0.1, jnp.minimum(step + 1, steps - step) * 5 / steps))
+    optimizer = optax.adam(lambda step: ramp(step) * learning_rate)
     gates = jnp.ones((model.config.num_layers, model.config.num_kv_heads))
     update: Any
     moments = optimizer.init(gates)

@@ -16,10 +16,10 @@ from jaxcompress.checkpoints._load import load as load
 from jaxcompress.checkpoints._loaded import Loaded as Loaded
 from jaxcompress.checkpoints._policy import SavedPolicy as SavedPolicy
 from jaxcompress.checkpoints._policy import load_policy as load_policy
-from jaxcompress.checkpoints._policy import save_policy as save_policy
 from jaxcompress.checkpoints._policy_of import missing_policy as missing_policy
 from jaxcompress.checkpoints._policy_of import policy_of as policy_of
 from jaxcompress.checkpoints._save import save as save
+from jaxcompress.checkpoints._save_policy import save_policy as save_policy
 from jaxcompress.checkpoints._stored_int8 import store_in_int8 as store_in_int8
 from jaxcompress.checkpoints._vision import load_llava as load_llava
 from jaxcompress.checkpoints._vision import load_tower as load_tower

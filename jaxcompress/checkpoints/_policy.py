@@ -62,12 +62,8 @@ class SavedPolicy(NamedTuple):
             ) from error
 
 
-def save_policy(policy: SavedPolicy, folder: str | Path) -> None:
-    """Writes a policy into a model's folder. Each file appears complete or not at all, policy.json last.
-
-    Args:
-      policy: a policy with settings that are JSON, and with weight names without dots.
-      folder: the folder of a model, as `save` writes it.
+def write_policy(policy: SavedPolicy, folder: str | Path) -> None:
+    """Writes a policy into a folder. Each file appears complete or not at all, policy.json last.
 
     Raises:
       ValueError: the name of a weight contains a dot or is not a string.

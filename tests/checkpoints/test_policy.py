@@ -14,7 +14,9 @@ from tiny import tiny_decoder
 from jaxcompress.checkpoints import SavedPolicy, load, load_policy, missing_policy, save, save_policy
 from jaxcompress.embedded import decoder_folder, policies_folder
 from jaxcompress.models.fingerprint import norms_fingerprint
+from jaxcompress.policies import TOVA, Retention, protect
 from jaxcompress.policies.forget_head import ForgetHead
+from jaxcompress.training import init_retention
 
 
 def test_a_policy_comes_back_with_the_model(tmp_path: Path) -> None:
@@ -36,6 +38,20 @@ def test_a_policy_comes_back_with_the_model(tmp_path: Path) -> None:
     save_policy(SavedPolicy("h2o", {}), folder)
     assert load_policy(folder) == ("h2o", {}, {})
     assert not list(folder.glob(".*"))
+
+
+def test_a_policy_made_in_python_comes_back(tmp_path: Path) -> None:
+    model = tiny_decoder()
+    head = init_retention(model.config, jax.random.key(0))
+    for policy in (Retention(head, "layer", recent=3), TOVA()):
+        folder = save(model, tmp_path / policy.label)
+        save_policy(policy, folder, model=model)
+        loaded = load(folder)
+        assert loaded.policy == policy
+        assert loaded.saved_policy is not None
+        assert loaded.saved_policy.settings["norms"] == norms_fingerprint(model)
+    with pytest.raises(ValueError, match="cannot be saved: give a learned policy by itself"):
+        save_policy(protect(Retention(head, "layer"), first=2), tmp_path)
 
 
 def test_wrong_policies(tmp_path: Path) -> None:
