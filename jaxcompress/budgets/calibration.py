@@ -130,11 +130,12 @@ def retrieval_heads(  # twelve parameters: the settings of one search
         mean over answers of mean_E (hidden of the model - hidden with gates)^2 + penalty * mean(gates)
 
     of final hidden states, so that a gate stays open only where an answer depends on it. Gates are clipped to 0..1
-    after every step. The learning rate rises over the first fifth of the steps and falls over the last, from and to a tenth.
+    after every step. The learning rate rises over the first fifth of the steps and falls over the last, from and to a
+    tenth.
 
     Three differences from the authors' code. Both attentions of a head see the gated layers below, as in use; there,
-    full attention is that of the ungated model. The hidden states that predict an answer's tokens are compared. Learning
-    rate and steps suit a model of a few heads (theirs: 0.02 and 2,000).
+    full attention is that of the ungated model. The hidden states that predict an answer's tokens are compared.
+    Learning rate and steps suit a model of a few heads (theirs: 0.02 and 2,000).
 
     Args:
       tokens: [B, T] integers, texts that ask for something told long before (see `jaxcompress.evaluation.exam`).
