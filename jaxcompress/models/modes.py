@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 Mode = Literal["streaming", "chunked", "oneshot"]
+"""How a text is read.
 
+  streaming  token by token, as in decoding: each token may evict one
+  chunked    so many tokens at once, then one selection
+  oneshot    the whole prompt at once, then one selection
+"""
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 
