@@ -61,6 +61,10 @@ class _several(Policy):
     needs = property(lambda self: max(one.needs for one in self.parts))  # type: ignore[assignment]
 
     @property
+    def oneshot_only(self) -> bool:
+        return any(one.oneshot_only for one in self.parts)
+
+    @property
     def watches(self) -> int | None:
         each = [one.watches for one in self.parts]
         return None if None in each else max(n for n in each if n is not None)
@@ -130,10 +134,11 @@ class mix(_several):
 
 @policy
 class then(_several):
-    """Selects from the first block (the prompt, read at once) with one policy and from then on with another.
+    """Selects from the prompt, read at once (mode `oneshot`), with one policy and from then on with another.
 
     `then(SnapKV(), Window(4, "kv_head"))` compresses the prompt by what its end looks at, then decodes in the same
-    slots with a window. Both policies watch from the start.
+    slots with a window. Both policies watch from the start. Token by token or in chunks there is no moment at which
+    the first could select from the prompt, so that these modes are refused.
 
     Raises:
       ValueError: policies that do not fit together (see `mix`).
@@ -142,6 +147,7 @@ class then(_several):
     first: Policy = leaf()
     later: Policy = leaf()
 
+    oneshot_only = True  # type: ignore[assignment]
     parts = property(lambda self: (self.first, self.later))  # type: ignore[assignment]
 
     @property

@@ -127,7 +127,7 @@ class Policy(Named):
     @property
     def oneshot_only(self) -> bool:
         """Whether it means something only where a whole prompt is selected from at once."""
-        return any(one.schedule.keep > 0 for one in self.layers or (self,))
+        return any(one.oneshot_only for one in self.layers) if self.layers else self.schedule.keep > 0
 
     def heads(self, query_heads: int, kv_heads: int) -> int:
         """K of the state."""

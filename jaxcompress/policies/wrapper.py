@@ -56,6 +56,10 @@ class wrapper(Policy):
     watches = _of_inner()  # type: ignore[assignment]
 
     @property
+    def oneshot_only(self) -> bool:
+        return super().oneshot_only or self.policy.oneshot_only
+
+    @property
     def name(self) -> str:
         return f"{self.policy.name}/{super().name}"
 

@@ -13,6 +13,7 @@ from recurrence.harness import FAST_COMPILE
 from tiny import candidates
 
 from jaxcompress import policies
+from jaxcompress.models.checks import check_mode
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig, rotate
@@ -188,6 +189,19 @@ def test_then() -> None:
     """The prompt is the first policy's; what comes later is the other's (see test_decoding)."""
     got, _ = ours(policies.then(policies.SnapKV(5, 7), policies.Window(4, "kv_head")), 4, 2, 16)
     same(got, reference.snapkv(turned(4, 2)[2], 2, 5, 7))
+
+
+@pytest.mark.parametrize("name", [
+    "then({0},{1})", "then({0},{1})/every4", "then({0},{1})/protect-first1", "per_layer({1},then({0},{1}))",
+    "mix(0.5*{1},0.5*then({0},{1}))", "tova/once4", "tova/once4/merge_nearest",
+])  # fmt: skip
+def test_what_needs_a_prompt_that_is_read_at_once(name: str) -> None:
+    """Token by token there is no prompt to select from: `then` would be its second policy alone."""
+    policy = get_policy(name.format("snapkv+5", "window+4-kv_head"))
+    check_mode(policy, "oneshot")
+    for mode in ("streaming", "chunked"):
+        with pytest.raises(ValueError, match=f"needs mode oneshot, not {mode}"):
+            check_mode(policy, mode)
 
 
 @pytest.mark.parametrize("policy", [
