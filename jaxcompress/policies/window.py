@@ -57,7 +57,8 @@ class StreamingLLM(Policy):
         score[n] = +inf for the `sinks` first tokens
 
     evict="after": a query sees capacity + 1 keys (the paper's perplexity evaluation, `eval_long_ppl.py`).
-    evict="before": room is made first, a query sees at most capacity keys (the chat demo, `evict_for_space`).
+    evict="before": room is made first, a query sees at most capacity keys (the chat demo, `evict_for_space`). The sinks
+    stay, even beside a block that fills the capacity alone.
 
     Raises:
       ValueError: a negative number of sinks, or another time to evict.

@@ -144,11 +144,15 @@ def _fold_by_rule(block: TokenBlock, state: KVState, spec: StepSpec, whole: Any,
 
 
 def _make_room(state: KVState, spec: StepSpec, valid: Array) -> tuple[KVState, Array]:
-    """Evicts before a block, so that slots and block together fill the capacity."""
+    """Evicts before a block, so that slots and block together fill the capacity.
+
+    What is protected stays, even if the block alone fills it: the selection after the block has the last word.
+    """
     held, coming, block_length = state.positions[0], valid.sum(-1), valid.shape[1]
     stay = max(state.capacity - block_length, 0)
     scores = checked_scores(spec.policy, jax.tree.map(lambda x: x[0], state.stats), cache_view(state, 0, spec, stay))
     kept = keep_top(scores, held, jnp.maximum(state.capacity - coming, 0)[:, None])
+    kept |= (held >= 0) & jnp.isposinf(scores)
     freed = jnp.where((held >= 0) & ~kept, held, -1)
     return replace(state, positions=jnp.where(kept, held, -1)[None]), freed
 
