@@ -88,8 +88,9 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
     freed = jnp.where((lived >= 0) & ~kept, lived, -1)
     after = settle(everything, kept, slots)
     if policy.reduction:
-        index = jax.lax.top_k(freed, freed.shape[-1] - min(state.capacity, freed.shape[-1] - 1))[1]
-        evicted = evicted_at(everything, 0, index, jnp.take_along_axis(freed, index, axis=-1))
+        gone = jnp.where(kept, -1, alive)  # without replaced tokens, which are in those that replace them
+        index = jax.lax.top_k(gone, gone.shape[-1] - min(state.capacity, gone.shape[-1] - 1))[1]
+        evicted = evicted_at(everything, 0, index, jnp.take_along_axis(gone, index, axis=-1))
         after = absorbed(after, 0, spec, evicted)
     every = jnp.broadcast_to(jnp.arange(freed.shape[-1]), freed.shape)
     freed = by_owner(freed, every, whole["owner"], spec)
