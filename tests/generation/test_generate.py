@@ -28,7 +28,7 @@ from jaxcompress.models.decoder import Decoder, last_hidden, read
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.modes import MODES as READING
 from jaxcompress.models.modes import calls
-from jaxcompress.policies import TOVA, Full, Policy, Window, once
+from jaxcompress.policies import TOVA, Full, Policy, Window, once, per_layer
 from jaxcompress.policies.names import get_policy
 
 SLOTS, SEGMENT, STEPS = 6, 8, 10
@@ -473,6 +473,8 @@ def asked(model: Any, **how: Any) -> Any:
         (lambda m: ANY.decode(m, ANY.start(m, TOVA(), 4), True), "max_new_tokens must be .*, not True"),
         (lambda m: ANY.decode(m, ANY.start(m, TOVA(), 4).kv, 8), "a DecodeState is expected, .* not tuple"),
         (lambda m: ANY.start(m, TOVA(), 4, placement="slots"), "unknown placement"),
+        (lambda m: ANY.start(m, TOVA("pool"), 4, placement="slot"), "tova-pool lets heads share a pool of slots"),
+        (lambda m: ANY.start(m, per_layer(TOVA(), TOVA("pool")), 4, placement="compact"), "placement 'compact'"),
         (lambda m: ANY.prefill(m, PROMPTS, TOVA()), "a DecodeState is expected, .* not"),
     ],
 )  # fmt: skip
