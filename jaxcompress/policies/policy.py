@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from jaxcompress.policies.cache_view import CacheView, IncomingTokens, Observation, Scope
 from jaxcompress.policies.entry import Gates
-from jaxcompress.policies.labels import Named
+from jaxcompress.policies.labels import Named, choices
 from jaxcompress.policies.reduction import Reduction
 from jaxcompress.policies.schedule import Schedule
 from jaxcompress.state.eviction_rule import EvictionRule
@@ -60,10 +60,13 @@ class Policy(Named):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for trait, known in (("scope", get_args(Scope)), ("placement", get_args(Placement))):
-            given = getattr(self, trait)
-            if given not in known:
-                raise ValueError(f"{trait} of policy {self.name} must be one of {', '.join(known)}, not {given!r}")
+        known = {"scope": get_args(Scope), "placement": get_args(Placement)} | choices(type(self))
+        for name, words in known.items():
+            given = getattr(self, name)
+            if given not in words:
+                raise ValueError(
+                    f"{name} of policy {self.name} must be one of {', '.join(map(str, words))}, not {given!r}"
+                )
 
     def __init_subclass__(cls, **options: Any) -> None:
         """A class that computes other numbers than its base does not follow its base's rule, nor watch as it does."""

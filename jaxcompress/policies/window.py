@@ -73,8 +73,6 @@ class StreamingLLM(Policy):
 
     def check(self) -> None:
         _check_sinks(self.sinks)
-        if self.evict not in ("after", "before"):
-            raise ValueError(f"evict must be 'after' or 'before', not {self.evict!r}")
 
     @property
     def needs(self) -> int:  # type: ignore[override]
