@@ -38,9 +38,8 @@ class Window(Policy):
     def check(self) -> None:
         _check_sinks(self.sinks)
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.sinks + 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return self.sinks, 0
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return _newest(held, self.sinks)
@@ -74,9 +73,8 @@ class StreamingLLM(Policy):
     def check(self) -> None:
         _check_sinks(self.sinks)
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.sinks + 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return self.sinks, 0
 
     @property
     def schedule(self) -> Schedule:  # type: ignore[override]

@@ -366,6 +366,21 @@ def test_repeated_tokens_tie_and_the_older_stay() -> None:
     np.testing.assert_allclose(scores, scores[..., :1] * np.ones(T), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "least"), [
+    ("tova", 1), ("window+4", 5), ("h2o", 1), ("h2o-recent1.0", 1), ("h2o-recent6", 7), ("lagkv+8", 20), ("nacl", 13),
+    ("snapkv+32/protect-first4", 37), ("snapkv+32/protect-first4-recent8", 37), ("window+4/sampled8", 13),
+    ("h2o/protect-first64", 127), ("h2o-recent1.0/protect-recent2", 3), ("tova/every16/protect-first4-recent8", 28),
+    ("h2o/protect-first64/every16", 142), ("mix(0.5*window+4,0.5*h2o-recent6-layer)", 11),
+    ("tova/once32/protect-first4-recent8", 33), ("then(snapkv+32,window+4-kv_head)", 33),
+])  # fmt: skip
+def test_the_least_capacity_has_room_for_all_that_is_protected(name: str, least: int) -> None:
+    """By whatever part of a policy; a share of what stays may fill it, a number of tokens leaves one more."""
+    policy = get_policy(name)
+    assert policy.needs == least
+    with pytest.raises(ValueError, match=f"at least {least} slots" if least > 1 else "at least 1 slot"):
+        init_state(DecoderConfig(8, 8, 8, 1, 4, 2, D), policy, least - 1)
+
+
 class TestErrors:
     """Said before anything is compiled, with what was given and what would do."""
 
@@ -385,6 +400,11 @@ class TestErrors:
         "to the mix"),
         (lambda: policies.by_chunks(policies.TOVA("pool"), 4), "layer or head"),
         (lambda: policies.protect(policies.TOVA(), first=-1), "0 or more"),
+        (lambda: get_policy("tova/once8/protect-recent16"), "0 first .* 16 newest ones, and keeps 8 of a prompt"),
+        (lambda: get_policy("tova/once8/sampled8"), "8 newest ones, and keeps 8 of a prompt"),
+        (lambda: get_policy("h2o/once64/protect-first40"), "40 first tokens and 32 newest ones, and keeps 64"),
+        (lambda: get_policy("h2o-recent1.0/protect-first4"), "more tokens than any state holds"),
+        (lambda: get_policy("mix(0.5*window+4,0.5*h2o-recent1.0-layer)"), "more tokens than any state holds"),
         (lambda: policies.per_layer(), "each layer"),
         (lambda: policies.every(policies.per_layer(policies.TOVA()), 2), "inside per_layer"),
         (lambda: get_policy("tova/nonsense3"), "unknown modifier"),

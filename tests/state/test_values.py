@@ -22,7 +22,7 @@ HEAD = init_forget_head(jax.random.key(0), layers=1, kv_heads=2, head_dim=4, hid
 
 
 @pytest.mark.parametrize(("one", "other"), [
-    (H2O(1), H2O(1.0)), (H2O(0), H2O(0.0)), (protect(H2O(1), 2), protect(H2O(1.0), 2)),
+    (H2O(1), H2O(1.0)), (H2O(0), H2O(0.0)), (protect(H2O(0), 2), protect(H2O(0.0), 2)),
     (mix((1.0, H2O(1)), (1.0, H2O(2))), mix((1.0, H2O(1.0)), (1.0, H2O(2)))), (TOVA(), H2O()),
     (per_layer(H2O(1)), per_layer(H2O(1.0))),
     (with_reduce(H2O(1), merge_nearest()), with_reduce(H2O(1.0), merge_nearest())),
