@@ -175,6 +175,13 @@ def test_what_a_value_writes(scope: Any) -> None:
     np.testing.assert_allclose(written[0], want[scope], 1e-5)
 
 
+def test_random_draws_for_each_query_head() -> None:
+    """Several of which read one kv head."""
+    scores, kept = ours(policies.Random(3, "query_head"), 4, 2, 16)
+    assert len(np.unique(scores)) == 4 * T
+    assert kept == reference.top(scores, 16).tolist()
+
+
 @pytest.mark.parametrize("pool", ["avg", "max"])
 def test_pooled(pool: Any) -> None:
     """Over the tokens that may go; beyond both ends the mean counts zeros, and what is protected lends nothing."""
