@@ -192,6 +192,21 @@ def test_pooled(pool: Any) -> None:
     assert kept == reference.top(want, 16).tolist()
 
 
+def test_negative_scores() -> None:
+    """What writes much is worth more by any score, and the ends of a text are worth less, not more."""
+    draw, n = np.random.default_rng(0), 12
+    held = candidates(np.zeros((1, 1, n, D)), np.zeros((1, 1, n, D)), np.arange(n)[None, None])
+    scores, size = draw.standard_normal(n), np.array([1.0, 2.0] * (n // 2))
+    one_set = lambda x: jnp.asarray(x[None, None], jnp.float32)
+    pairs = np.repeat(scores[::2], 2)
+    assert pairs.min() < 0 < pairs.max()
+    got = policies.critical(policies.TOVA(), 0.0).score((one_set(pairs), one_set(size)), held)[0, 0]
+    assert (got[1::2] > got[::2]).all()
+    want = reference.pooled(scores - scores.min(), 5, "avg") + scores.min()
+    got = policies.pooled(policies.TOVA(), 5).score(one_set(scores), held)
+    np.testing.assert_allclose(got[0, 0], want, 1e-5)
+
+
 def test_then() -> None:
     """The prompt is the first policy's; what comes later is the other's (see test_decoding)."""
     got, _ = ours(policies.then(policies.SnapKV(5, 7), policies.Window(4, "kv_head")), 4, 2, 16)
