@@ -157,8 +157,11 @@ def check_used(policy: Policy, state: State, tokens: int, prompt: int | None) ->
 
 
 def once_slots(policy: Policy, tokens: int, prompt: int | None) -> int:
-    """The number of slots that a policy fills which selects once, from a prompt, and then keeps every token."""
-    return policy.schedule.keep + tokens - (prompt or 0)
+    """The number of slots that a policy fills which selects once, from a prompt, and then keeps every token; the least
+    number that it can have if that is more."""
+    keep = policy.schedule.keep
+    kept = keep if prompt is None else min(keep, prompt)
+    return max(kept + tokens - (prompt or 0), policy.needs)
 
 
 def once_and_stream(prompt: int, total: int, *, segment: int) -> list[ReadCall]:

@@ -22,7 +22,7 @@ from jaxcompress.inputs.scalars import whole
 from jaxcompress.models.checks import check_fits
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.init_state import Slots, init_state
-from jaxcompress.policies.checks import check_policy
+from jaxcompress.policies.checks import check_placed, check_policy
 from jaxcompress.policies.policy import Policy
 from jaxcompress.state.kv_state import State, runs
 from jaxcompress.state.placement import Placement
@@ -107,13 +107,14 @@ def init_decode_state(
       sharding: where the arrays go, each device making its own part; the model must be there too.
 
     Raises:
-      ValueError: `model` is no decoder, `policy` is no policy, the placement is unknown, or the number of seeds is not
-        the number of rows; the mesh does not divide the batch or the heads; other cases as for
+      ValueError: `model` is no decoder, `policy` is no policy, the placement is unknown or not that of a pool, or the
+        number of seeds is not the number of rows; the mesh does not divide the batch or the heads; other cases as for
         `jaxcompress.init_state`.
     """
     check_decoder(model)
     check_policy(policy)
     check_placement(placement)
+    check_placed(policy, placement)
     batch = whole(batch, "batch", least=1)
     several = isinstance(seeds, Sequence | np.ndarray)
     rows = list(seeds) if several else [check_seed(seeds) + row for row in range(batch)]

@@ -127,10 +127,9 @@ def check_fits(
             elif not mine.evicts:
                 what, need = "keeps every token", min(tokens, window or tokens)
             elif mine.schedule.when == "once" and prompt:
-                what, need = (
-                    f"keeps {mine.schedule.keep} of {prompt} tokens and every later one",
-                    mine.schedule.keep + tokens - prompt,
-                )
+                kept = min(mine.schedule.keep, prompt)
+                what = f"keeps {kept} of {prompt} tokens and every later one"
+                need = min(kept + tokens - prompt, window or tokens)
             else:
                 continue
             if capacity < need:

@@ -214,13 +214,15 @@ def read(
       tokens: [B, T]; T may be 1 (decoding).
       valid: [B, T], False for padding, which may be anywhere. None means no padding.
       chunk: tokens between two selections: 1 is streaming, T is one-shot, other values are chunked.
-      placement: positions of tokens for RoPE.
+      placement: positions of tokens for RoPE; None: the policy's. The same in every call on a state: keys are cached
+        rotated for `absolute` only, and a state does not tell which, so that another one would mix them silently.
       recurrence: computes a layer; a different one gives the same result with a different gradient (see
         `jaxcompress.training.recurrent`).
 
     Raises:
       ValueError: tokens are not integers [B, T]; ids are outside the vocabulary (under jit ids are unknown and not
-        checked); the state has another batch size, or was made for another model or policy.
+        checked); the state has another batch size, or was made for another model or policy; a pool is to stand at
+        re-indexed positions.
     """
     config = model.config
     check_read(tokens, config.vocab_size, valid)

@@ -174,10 +174,10 @@ def policy_numbers(
     shape = lambda *size, dtype=jnp.float32: jax.ShapeDtypeStruct(size, dtype)
     sets, d = policy.sets(heads), config.head_dim
     unplaced: Rotate = lambda x, positions: x
+    mine = which if len(which) < config.num_kv_heads else tuple(range(heads))  # as while reading
     context = LayerContext(
-        unplaced, policy.placement, None, (group * len(which), len(which)), tuple(which[:heads]) or (0,),
-        layers=config.num_layers,
-    )  # fmt: skip
+        unplaced, policy.placement, None, (group * len(which), len(which)), mine, layers=config.num_layers
+    )
 
     def numbers(keys: Any, positions: Any, owner: Any, seen: Any, layer: Any, out: Any) -> tuple[Any, Any]:
         one = CacheView(keys, keys, positions, owner, seen, layer, (), capacity * entries, context._replace(out=out))

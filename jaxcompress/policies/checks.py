@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxcompress.policies.cache_view import CacheView, Observation
 from jaxcompress.policies.policy import Policy
 from jaxcompress.state.kv_state import Stats
+from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import SlotScores
 
 
@@ -26,6 +27,21 @@ def check_policy(policy: Any) -> None:
     else:
         told = f"{policy!r:.60}; the model comes first, then tokens or a state, then the policy, then numbers"
     raise ValueError(f"a policy is expected, such as jaxcompress.get_policy('tova'), not {told}")
+
+
+def check_placed(policy: Policy, placement: Placement | None = None) -> None:
+    """Raises ValueError if the tokens that a policy holds cannot stand there; None: where the policy places them.
+
+    Re-indexed positions count the tokens that one head holds; a pool holds those of all heads in one order.
+    """
+    for one in policy.layers or (policy,):
+        placed = placement or one.placement
+        if one.scope == "pool" and placed != "absolute":
+            raise ValueError(
+                f"policy {one.name} lets heads share a pool of slots, where tokens stand at absolute positions, not at "
+                f"placement {placed!r}: give placement='absolute', or a policy that scores heads apart, with scope "
+                "kv_head"
+            )
 
 
 def checked_scores(policy: Policy, stats: Stats, held: CacheView) -> SlotScores:

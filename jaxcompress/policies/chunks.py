@@ -60,7 +60,8 @@ class by_chunks(_chunked):
 class within_chunks(_chunked):
     """Keeps equally many tokens of every chunk of `length` tokens (Corallo and Papotti 2024, FINCH).
 
-    score[n] = - rank of token n within its chunk, by the policy's scores. Costs a sort.
+    score[n] = - rank of token n within its chunk, by the policy's scores. Protected tokens (+inf) stay protected. Costs
+    a sort.
 
     Raises:
       ValueError: a length below 1, a pool, or a policy that never evicts.
@@ -70,7 +71,8 @@ class within_chunks(_chunked):
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats, held).astype(jnp.float32)
-        return (-rank_within(self.chunk(held), -scores, held.positions)).astype(jnp.float32)
+        rank = rank_within(self.chunk(held), -scores, held.positions).astype(jnp.float32)
+        return jnp.where(jnp.isposinf(scores), jnp.inf, -rank)
 
 
 def _segments(chunk: Array) -> Array:

@@ -19,8 +19,9 @@ class critical(wrapper):
     """Keeps a share of the slots by score, and fills the others by score times the size of what values write.
 
     Tokens that are not chosen by score compete by (score + epsilon) |W_o v_n|_1, averaged over the query heads of the
-    group, where W_o is the layer's output projection. |W_o v| is computed once, when the token enters, at the cost of
-    one output projection per kv head. Use it around policies without a value norm of their own.
+    group, where W_o is the layer's output projection. A negative score is divided by the size, so that it counts for a
+    token there too. |W_o v| is computed once, when the token enters, at the cost of one output projection per kv head.
+    Use it around policies without a value norm of their own.
 
     Raises:
       ValueError: a share outside 0..1, a policy that never evicts; when used without a model (`advance(project=...)`).
@@ -51,7 +52,9 @@ class critical(wrapper):
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         scores = self.policy.score(stats[0], held)
         sure = keep_top(scores, held.positions, int(round(held.capacity * self.share, 6)))
-        return jnp.where(sure | jnp.isposinf(scores), jnp.inf, (scores + self.epsilon) * stats[1])
+        raised, size = scores + self.epsilon, stats[1]
+        weighed = jnp.where(raised > 0, raised * size, raised / jnp.maximum(size, 1e-30))
+        return jnp.where(sure | jnp.isposinf(scores), jnp.inf, weighed)
 
 
 def _written(held: CacheView) -> Float[Array, "B P N"]:

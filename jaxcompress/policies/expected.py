@@ -61,9 +61,8 @@ class ExpectedAttention(Policy):
                 f"future must be at least 1 position and sinks 0 or more, not {self.future} and {self.sinks}"
             )
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.sinks + 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return self.sinks, 0
 
     def memory(self, held: CacheView) -> Moments:
         rows, d, heads = held.keys.shape[0], held.keys.shape[-1], held.context.heads[0]

@@ -84,9 +84,8 @@ class LagKV(Policy):
             raise ValueError(f"lag must be at least 2 tokens and sinks 0 or more, not {self.lag} and {self.sinks}")
         _no_pool("lagkv", self.scope)
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.sinks + 2 * self.lag
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return self.sinks, 2 * self.lag - 1
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         lag, sinks, order = self.lag, self.sinks, by_age(held)
@@ -140,9 +139,8 @@ class CUR(Policy):
             raise ValueError(f"local must be at least 1 token and sinks 0 or more, not {self.local} and {self.sinks}")
         _no_pool("cur", self.scope)
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.sinks + 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return self.sinks, 0
 
     def init(self, incoming: CacheView) -> Stats:
         square = lambda x: jnp.square(x.astype(jnp.float32)).sum(-1)

@@ -43,9 +43,8 @@ class H2O(Policy):
         if isinstance(self.recent, bool) or not 0 <= self.recent <= (1.0 if share else float("inf")):
             raise ValueError(f"recent must be a number of tokens >= 0 or a share in 0.0..1.0, not {self.recent!r}")
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.recent + 1 if isinstance(self.recent, int) else 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return 0, self.protected(capacity)
 
     def protected(self, capacity: int) -> int:
         """How many of the newest tokens never go, of so many that stay."""

@@ -111,6 +111,17 @@ def read(cls: type[Kind], text: str, *parts: Any) -> Kind | None:
 
 
 @cache
+def choices(cls: Any) -> dict[str, tuple[Any, ...]]:
+    """What each setting may be whose hint is a `Literal`; {} for a class whose hints only the code around it knows."""
+    try:
+        hints = get_type_hints(cls)
+    except NameError:
+        return {}
+    names = [field.name for field in _settings(cls) if get_origin(hints[field.name]) is Literal]
+    return {name: get_args(hints[name]) for name in names}
+
+
+@cache
 def _form(cls: Any) -> _Form:
     label = vars(cls).get("label") or cls.__name__
     found = re.fullmatch(r"(\w+)(\[?)(\+?)(?:\{(\w+)\})?\]?", label)
@@ -157,8 +168,7 @@ def _words(cls: Any) -> list[tuple[str, str, Callable[[str], Any]]]:
         kinds = set(get_args(hint)) if get_origin(hint) is not Literal and get_args(hint) else {hint}
         if field.name == number:
             continue
-        if get_origin(hint) is Literal:
-            words += [(field.name, word, lambda _, word=word: word) for word in get_args(hint)]
+        words += [(field.name, word, lambda _, word=word: word) for word in choices(cls).get(field.name, ())]
         if bool in kinds:
             words += [(field.name, field.name, lambda _: True), (field.name, f"no_{field.name}", lambda _: False)]
         if NoneType in kinds:

@@ -78,9 +78,8 @@ class DMS(Policy):
         if self.window < 1:
             raise ValueError(f"a window of {self.window} tokens: give 1 or more, for a token's successor to come")
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.window + 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return 0, self.window
 
     def init(self, incoming: CacheView) -> Stats:
         numbers = _entering(self.head, incoming)
@@ -165,9 +164,8 @@ class Retention(Policy):
         if self.recent < 0:
             raise ValueError(f"recent is a number of tokens, 0 or more, not {self.recent}")
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.recent + 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return 0, self.recent
 
     def init(self, incoming: CacheView) -> Stats:
         weights = for_set(_entering(self.head, incoming), incoming)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jaxcompress.policies.cache_view import CacheView, IncomingTokens, Observation
 from jaxcompress.policies.policy import Policy, leaf, policy
-from jaxcompress.policies.wrapper import check_part, wrapper
+from jaxcompress.policies.shields import least_kept, union
+from jaxcompress.policies.wrapper import check_part, check_shields, wrapper
 from jaxcompress.state.kv_state import Memory, Stats
 from jaxcompress.state.select import rank
 from jaxcompress.state.shapes import SlotScores
@@ -60,6 +61,13 @@ class _several(Policy):
     schedule = property(lambda self: self.parts[0].schedule)  # type: ignore[assignment]
     needs = property(lambda self: max(one.needs for one in self.parts))  # type: ignore[assignment]
 
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return union(*(one.shields(capacity) for one in self.parts))
+
+    @property
+    def oneshot_only(self) -> bool:
+        return any(one.oneshot_only for one in self.parts)
+
     @property
     def watches(self) -> int | None:
         each = [one.watches for one in self.parts]
@@ -98,7 +106,7 @@ class mix(_several):
     Raises:
       ValueError: fewer than two parts, weights that are not positive, or parts that do not fit together: another scope,
         eviction or placement, a part that never evicts, that merges, or that frees several slots at once (apply these
-        to the mix).
+        to the mix), parts that together protect everything.
     """
 
     weights: tuple[float, ...]
@@ -117,6 +125,14 @@ class mix(_several):
 
     parts = property(lambda self: self.policies)  # type: ignore[assignment]
 
+    def check(self) -> None:
+        super().check()
+        check_shields(self)
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return max(super().needs, least_kept(self.shields))  # parts free one slot at a time
+
     @property
     def name(self) -> str:
         parts = (f"{weight}*{one.name}" for weight, one in zip(self.weights, self.policies, strict=True))
@@ -130,10 +146,11 @@ class mix(_several):
 
 @policy
 class then(_several):
-    """Selects from the first block (the prompt, read at once) with one policy and from then on with another.
+    """Selects from the prompt, read at once (mode `oneshot`), with one policy and from then on with another.
 
     `then(SnapKV(), Window(4, "kv_head"))` compresses the prompt by what its end looks at, then decodes in the same
-    slots with a window. Both policies watch from the start.
+    slots with a window. Both policies watch from the start. Token by token or in chunks there is no moment at which
+    the first could select from the prompt, so that these modes are refused.
 
     Raises:
       ValueError: policies that do not fit together (see `mix`).
@@ -142,6 +159,7 @@ class then(_several):
     first: Policy = leaf()
     later: Policy = leaf()
 
+    oneshot_only = True  # type: ignore[assignment]
     parts = property(lambda self: (self.first, self.later))  # type: ignore[assignment]
 
     @property

@@ -44,9 +44,8 @@ class NACL(Policy):
         if self.proxies < 1 or self.sinks < 0 or self.recent < 0 or not 0 <= self.chance <= 1:
             raise ValueError(f"nacl needs proxies >= 1, sinks and recent >= 0 and chance in 0..1, not {self}")
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.sinks + self.recent + 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return self.sinks, self.recent
 
     @property
     def watches(self) -> int | None:

@@ -18,9 +18,10 @@ from typing import Any, get_args
 
 from jaxcompress.policies.cache_view import CacheView, IncomingTokens, Observation, Scope
 from jaxcompress.policies.entry import Gates
-from jaxcompress.policies.labels import Named
+from jaxcompress.policies.labels import Named, choices
 from jaxcompress.policies.reduction import Reduction
 from jaxcompress.policies.schedule import Schedule
+from jaxcompress.policies.shields import least_kept
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import Memory, Stats
 from jaxcompress.state.placement import Placement
@@ -43,7 +44,7 @@ class Policy(Named):
       scope: who shares a set of tokens.
       schedule: when tokens go, and how many.
       placement: where tokens stand for RoPE, as published; can be overridden wherever a policy is used.
-      needs: the least capacity that the policy can work with.
+      needs: the least capacity that the policy can work with; follows from `shields`.
       gates: what joins incoming tokens to those before them (see `gated`); None: each token takes its own slot.
       reduction: what becomes of evicted tokens (see `with_reduce`); None: they are dropped.
       layers: a policy for each layer of the model (see `per_layer`); everything else is then asked of these. () for one
@@ -53,17 +54,20 @@ class Policy(Named):
     scope: Scope = "layer"
     schedule: Schedule = Schedule()
     placement: Placement = "absolute"
-    needs: int = 1
+    needs: int = property(lambda self: least_kept(self.shields) + self.schedule.frees - 1)  # type: ignore[assignment]
     gates: Gates | None = None
     reduction: Reduction | None = None
     layers: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for trait, known in (("scope", get_args(Scope)), ("placement", get_args(Placement))):
-            given = getattr(self, trait)
-            if given not in known:
-                raise ValueError(f"{trait} of policy {self.name} must be one of {', '.join(known)}, not {given!r}")
+        known = {"scope": get_args(Scope), "placement": get_args(Placement)} | choices(type(self))
+        for name, words in known.items():
+            given = getattr(self, name)
+            if given not in words:
+                raise ValueError(
+                    f"{name} of policy {self.name} must be one of {', '.join(map(str, words))}, not {given!r}"
+                )
 
     def __init_subclass__(cls, **options: Any) -> None:
         """A class that computes other numbers than its base does not follow its base's rule, nor watch as it does."""
@@ -104,6 +108,13 @@ class Policy(Named):
         """The numbers per row after a block; called before the block attends."""
         return memory
 
+    def shields(self, capacity: int) -> tuple[int, int]:
+        """How many of the first tokens of a sequence and of the newest never go, of so many of a set that stay.
+
+        A policy whose `score` protects tokens says so here, so that states too small for them are refused.
+        """
+        return 0, 0
+
     def rule(self, capacity: int) -> EvictionRule | None:
         """What a kernel may follow instead of `init`, `observe` and `score`, for a capacity per set; None: nothing."""
         return None
@@ -127,7 +138,7 @@ class Policy(Named):
     @property
     def oneshot_only(self) -> bool:
         """Whether it means something only where a whole prompt is selected from at once."""
-        return any(one.schedule.keep > 0 for one in self.layers or (self,))
+        return any(one.oneshot_only for one in self.layers) if self.layers else self.schedule.keep > 0
 
     def heads(self, query_heads: int, kv_heads: int) -> int:
         """K of the state."""

@@ -46,16 +46,21 @@ class pooled(wrapper):
 def neighbours(scores: SlotScores, held: CacheView, among: Bool[Array, "B P N"], kernel: int, pool: Pool) -> SlotScores:
     """The mean or maximum over `kernel` tokens around each by age, of those in `among` only.
 
-    The mean counts what is missing as zeros, so that ends are penalised, as torch's avg_pool1d does; the maximum not.
+    The mean counts what is missing as zeros, so that ends are penalised, as torch's avg_pool1d does, or as the lowest
+    score where scores are negative; the maximum does not count it.
     """
     order = by_age(held)
     here = order.take(jnp.broadcast_to(among, scores.shape)) & order.occupied
-    fill = 0.0 if pool == "avg" else -jnp.inf
-    x = jnp.where(here, order.take(scores), fill)
+    x = order.take(scores)
+    if pool == "avg":
+        fill = jnp.where(here & jnp.isfinite(x), x, 0.0).min(-1, keepdims=True, initial=0.0)
+    else:
+        fill = jnp.full((1, 1, 1), -jnp.inf)
+    x = jnp.where(here, x, fill)
     head = order.owner.astype(jnp.float32)
     result = x
     for by in range(1, kernel // 2 + 1):
         for side in (by, -by):
-            other = jnp.where(shift(head, side, -1.0) == head, shift(x, side, fill), fill)
+            other = jnp.where(shift(head, side, -1.0) == head, shift(x, side, 0.0), fill)
             result = result + other if pool == "avg" else jnp.maximum(result, other)
     return order.put(result / kernel if pool == "avg" else result)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from jaxcompress.policies.cache_view import CacheView
 from jaxcompress.policies.policy import policy
-from jaxcompress.policies.wrapper import wrapper
+from jaxcompress.policies.shields import union
+from jaxcompress.policies.wrapper import check_shields, wrapper
 from jaxcompress.state.eviction_rule import EvictionRule
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.shapes import SlotScores
@@ -23,7 +24,7 @@ class protect(wrapper):
     """Never evicts the `first` tokens of the sequence nor the `recent` newest ones.
 
     Raises:
-      ValueError: negative numbers, or a policy that never evicts.
+      ValueError: negative numbers, more tokens than `once` keeps, or a policy that never evicts.
     """
 
     first: int = 0
@@ -33,10 +34,10 @@ class protect(wrapper):
         super().check()
         if self.first < 0 or self.recent < 0:
             raise ValueError(f"first and recent must be 0 or more, not {self.first} and {self.recent}")
+        check_shields(self)
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return max(self.policy.needs, self.first + self.recent + self.schedule.frees)
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return union(self.policy.shields(capacity), (self.first, self.recent))
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return protected(self.policy.score(stats, held), held, first=self.first, recent=self.recent)

@@ -42,9 +42,8 @@ class RecentQueries(Policy):
 
     window: int
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.window + 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return 0, self.window
 
     @property
     def watches(self) -> int | None:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxcompress.policies.cache_view import CacheView, Observation
 from jaxcompress.policies.policy import policy
 from jaxcompress.policies.protect import protected
-from jaxcompress.policies.wrapper import wrapper
+from jaxcompress.policies.shields import union
+from jaxcompress.policies.wrapper import check_shields, wrapper
 from jaxcompress.state.kv_state import Stats
 from jaxcompress.state.shapes import SlotScores
 
@@ -21,7 +22,7 @@ class sampled(wrapper):
     The n newest tokens are protected, since nothing may have looked at them yet.
 
     Raises:
-      ValueError: n below 1, or a policy that never evicts.
+      ValueError: n below 1, more tokens than `once` keeps, or a policy that never evicts.
     """
 
     label = "sampled{n}"
@@ -32,10 +33,10 @@ class sampled(wrapper):
         super().check()
         if self.n < 1:
             raise ValueError(f"sampled needs every 1st query or fewer, not every {self.n}th")
+        check_shields(self)
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return max(self.policy.needs, self.n + self.schedule.frees)
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return union(self.policy.shields(capacity), (0, self.n))
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         watched = (seen.queries >= 0) & (seen.queries % self.n == 0)

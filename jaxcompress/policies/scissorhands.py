@@ -45,9 +45,8 @@ class Scissorhands(Policy):
                 f"history must be at least 1 query and recent 0 or more, not {self.history} and {self.recent}"
             )
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.recent + 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return 0, self.recent
 
     @property
     def words(self) -> int:

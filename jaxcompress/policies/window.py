@@ -38,9 +38,8 @@ class Window(Policy):
     def check(self) -> None:
         _check_sinks(self.sinks)
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.sinks + 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return self.sinks, 0
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return _newest(held, self.sinks)
@@ -57,7 +56,8 @@ class StreamingLLM(Policy):
         score[n] = +inf for the `sinks` first tokens
 
     evict="after": a query sees capacity + 1 keys (the paper's perplexity evaluation, `eval_long_ppl.py`).
-    evict="before": room is made first, a query sees at most capacity keys (the chat demo, `evict_for_space`).
+    evict="before": room is made first, a query sees at most capacity keys (the chat demo, `evict_for_space`). The sinks
+    stay, even beside a block that fills the capacity alone.
 
     Raises:
       ValueError: a negative number of sinks, or another time to evict.
@@ -72,12 +72,9 @@ class StreamingLLM(Policy):
 
     def check(self) -> None:
         _check_sinks(self.sinks)
-        if self.evict not in ("after", "before"):
-            raise ValueError(f"evict must be 'after' or 'before', not {self.evict!r}")
 
-    @property
-    def needs(self) -> int:  # type: ignore[override]
-        return self.sinks + 1
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return self.sinks, 0
 
     @property
     def schedule(self) -> Schedule:  # type: ignore[override]

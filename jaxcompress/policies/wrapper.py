@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxcompress.policies.cache_view import CacheView, IncomingTokens, Observation
 from jaxcompress.policies.policy import Policy, leaf, policy
+from jaxcompress.policies.shields import ENDLESS, least_kept, leaves_room
 from jaxcompress.state.kv_state import Memory, Stats
 from jaxcompress.state.shapes import SlotScores
 
@@ -23,6 +24,21 @@ def check_part(one: Any, what: str) -> None:
         raise ValueError(f"{what} goes inside per_layer, not around it: {one.name}")
     if not one.evicts:
         raise ValueError(f"policy {one.name} never evicts: {what} can do nothing with it")
+
+
+def check_shields(one: Policy) -> None:
+    """Raises ValueError if what a policy protects leaves no room for other tokens, in what `once` keeps or anywhere."""
+    keep = one.schedule.keep
+    if keep and not leaves_room(one.shields, keep):
+        first, recent = one.shields(keep)
+        raise ValueError(
+            f"policy {one.name} protects {first} first tokens and {recent} newest ones, and keeps {keep} of a prompt: "
+            "keep more than these, or protect fewer"
+        )
+    if least_kept(one.shields) == ENDLESS:
+        raise ValueError(
+            f"policy {one.name} protects more tokens than any state holds: protect fewer, or a share of them"
+        )
 
 
 class _of_inner:
@@ -50,10 +66,17 @@ class wrapper(Policy):
     scope = _of_inner()  # type: ignore[assignment]
     schedule = _of_inner()  # type: ignore[assignment]
     placement = _of_inner()  # type: ignore[assignment]
-    needs = _of_inner()  # type: ignore[assignment]
     gates = _of_inner()  # type: ignore[assignment]
     reduction = _of_inner()  # type: ignore[assignment]
     watches = _of_inner()  # type: ignore[assignment]
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        return max(self.policy.needs, super().needs)
+
+    @property
+    def oneshot_only(self) -> bool:
+        return super().oneshot_only or self.policy.oneshot_only
 
     @property
     def name(self) -> str:
@@ -62,6 +85,9 @@ class wrapper(Policy):
     def check(self) -> None:
         """Raises ValueError if the policy inside never evicts or differs from layer to layer."""
         check_part(self.policy, type(self).__name__)
+
+    def shields(self, capacity: int) -> tuple[int, int]:
+        return self.policy.shields(capacity)
 
     def score(self, stats: Stats, held: CacheView) -> SlotScores:
         return self.policy.score(stats, held)

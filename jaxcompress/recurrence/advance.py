@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxcompress.pallas_kernels.types import Backend
 from jaxcompress.policies.cache_view import LayerContext
+from jaxcompress.policies.checks import check_policy
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.chunk_step import chunk_steps
 from jaxcompress.recurrence.decode_step import decode_step
@@ -76,7 +77,8 @@ def advance(  # fifteen parameters: callers with arrays but no model pass every 
       layer: index into the stack.
       policy: the eviction policy.
       chunk: tokens between two selections (see above). T is padded up to a multiple of it.
-      rotate, placement: position embedding, and the positions that it uses (None: the policy's placement).
+      rotate, placement: position embedding, and the positions that it uses (None: the policy's placement). The same in
+        every call on a state: keys are cached rotated for `absolute` only, and a state does not tell which.
       window: width of a sliding-window layer; tokens that no later query can see free their slot.
       project: the layer's output projection, for policies that weigh values by it.
       traits: what the layer's attention does beyond scaled products and a softmax.
@@ -85,8 +87,10 @@ def advance(  # fifteen parameters: callers with arrays but no model pass every 
       recurrence: another implementation with the same result (see `jaxcompress.recurrence.parallel`).
 
     Raises:
-      ValueError: this device cannot run the kernels requested by name.
+      ValueError: `policy` is no policy, a pool is to stand at re-indexed positions, or this device cannot run the
+        kernels requested by name.
     """
+    check_policy(policy)
     b, t, h, d = q.shape
     heads = state.heads or tuple(range(state.kv_heads))
     context = LayerContext(rotate, placement or policy.placement, project, (h, k.shape[2]), heads, traits)

@@ -88,8 +88,9 @@ def chunk_step(block: TokenBlock, state: KVState, spec: StepSpec) -> StepResult:
     freed = jnp.where((lived >= 0) & ~kept, lived, -1)
     after = settle(everything, kept, slots)
     if policy.reduction:
-        index = jax.lax.top_k(freed, freed.shape[-1] - min(state.capacity, freed.shape[-1] - 1))[1]
-        evicted = evicted_at(everything, 0, index, jnp.take_along_axis(freed, index, axis=-1))
+        gone = jnp.where(kept, -1, alive)  # without replaced tokens, which are in those that replace them
+        index = jax.lax.top_k(gone, gone.shape[-1] - min(state.capacity, gone.shape[-1] - 1))[1]
+        evicted = evicted_at(everything, 0, index, jnp.take_along_axis(gone, index, axis=-1))
         after = absorbed(after, 0, spec, evicted)
     every = jnp.broadcast_to(jnp.arange(freed.shape[-1]), freed.shape)
     freed = by_owner(freed, every, whole["owner"], spec)
@@ -144,11 +145,15 @@ def _fold_by_rule(block: TokenBlock, state: KVState, spec: StepSpec, whole: Any,
 
 
 def _make_room(state: KVState, spec: StepSpec, valid: Array) -> tuple[KVState, Array]:
-    """Evicts before a block, so that slots and block together fill the capacity."""
+    """Evicts before a block, so that slots and block together fill the capacity.
+
+    What is protected stays, even if the block alone fills it: the selection after the block has the last word.
+    """
     held, coming, block_length = state.positions[0], valid.sum(-1), valid.shape[1]
     stay = max(state.capacity - block_length, 0)
     scores = checked_scores(spec.policy, jax.tree.map(lambda x: x[0], state.stats), cache_view(state, 0, spec, stay))
     kept = keep_top(scores, held, jnp.maximum(state.capacity - coming, 0)[:, None])
+    kept |= (held >= 0) & jnp.isposinf(scores)
     freed = jnp.where((held >= 0) & ~kept, held, -1)
     return replace(state, positions=jnp.where(kept, held, -1)[None]), freed
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxcompress.pallas_kernels.by_device import by_device
 from jaxcompress.pallas_kernels.types import Backend
 from jaxcompress.policies.cache_view import IncomingTokens, LayerContext
+from jaxcompress.policies.checks import check_placed
 from jaxcompress.policies.gates import join_tokens
 from jaxcompress.policies.policy import Policy
 from jaxcompress.state.kv_state import KVState
@@ -78,8 +79,12 @@ def enter(
 
     Args:
       q, k, v: [B, T, H, D] and [B, T, K, D], not rotated.
+
+    Raises:
+      ValueError: a pool whose tokens are to stand at re-indexed positions.
     """
     policy, context, bare, replaces = spec.policy, spec.context, IncomingTokens(q, k, v, positions), None
+    check_placed(policy, context.placement)
     if policy.gates:
         memory = jax.tree.map(lambda x: x[layer], state.memory)
         entering = join_tokens(policy, memory, bare, state.layer[layer], context)

@@ -67,8 +67,8 @@ class PoolSpec:
         check_policy(self.policy)
         if self.policy.oneshot_only:
             raise ValueError(
-                f"a state of policy {self.policy.name} cannot be a row of a pool: the policy selects once, from a "
-                "whole prompt, and a pool reads prompts in pieces between the tokens of other rows; give it to "
+                f"a state of policy {self.policy.name} cannot be a row of a pool: the policy selects from a whole "
+                "prompt at once, and a pool reads prompts in pieces between the tokens of other rows; give it to "
                 "generate with mode oneshot, or take a policy that selects as it reads"
             )
         if self.mode == "oneshot":

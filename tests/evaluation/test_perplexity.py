@@ -13,7 +13,7 @@ import pytest
 from tiny import random_tokens, tiny_decoder, with_embedding
 
 from jaxcompress.evaluation.perplexity import perplexity
-from jaxcompress.evaluation.sweep import rows_of_text, sweep
+from jaxcompress.evaluation.sweep import capacities, rows_of_text, sweep
 from jaxcompress.models.decoder import Decoder, read
 from jaxcompress.models.init_state import init_state
 from jaxcompress.policies import TOVA, Full, Policy, Window, once
@@ -142,6 +142,9 @@ def test_a_capacity_that_nothing_depends_on_is_no_result(model: Decoder) -> None
     for slots in (17, 19, TOTAL):
         with pytest.raises(ValueError, match="give 18 slots"):
             perplexity(model, TEXT, policy, slots, **how)
+    (row,) = sweep(model, TEXT, [once(TOVA(), 12)], [4], **how)  # of 10 tokens no 12 are kept
+    assert row.slots == TOTAL - 1
+    assert capacities(once(TOVA(), 40), [4], TOTAL, 10) == [41]  # its least
     with pytest.raises(ValueError, match="needs mode oneshot"):
         perplexity(model, TEXT, policy, 18)
     with pytest.raises(ValueError, match="needs mode oneshot"):

@@ -28,7 +28,7 @@ from jaxcompress.models.decoder import Decoder, last_hidden, read
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.modes import MODES as READING
 from jaxcompress.models.modes import calls
-from jaxcompress.policies import TOVA, Full, Policy, Window
+from jaxcompress.policies import TOVA, Full, Policy, Window, once, per_layer
 from jaxcompress.policies.names import get_policy
 
 SLOTS, SEGMENT, STEPS = 6, 8, 10
@@ -285,6 +285,16 @@ def test_full_says_how_many_slots_it_needs(model: Decoder) -> None:
         decode(model, begun(model, PROMPTS, Full(), 20), 5)
 
 
+def test_what_once_keeps_of_a_short_prompt_and_of_a_window_fits() -> None:
+    """It keeps no more than there is: a prompt's own tokens, and a sliding-window layer's window of all."""
+    narrow = tiny_decoder(sliding=(8, None))
+    short = [prompt[:9] for prompt in PROMPTS]
+    got, want = (written(narrow, short, one, 19, mode="oneshot") for one in (once(TOVA(), 12), Full()))
+    np.testing.assert_array_equal(got, want)
+    with pytest.raises(ValueError, match="keeps 9 of 9 tokens and every later one: 20 tokens .* 19 slots of layer 1"):
+        written(narrow, short, once(TOVA(), 12), 19, mode="oneshot", max_new_tokens=11)
+
+
 @pytest.mark.parametrize(
     ("prompts", "says"),
     [
@@ -463,6 +473,8 @@ def asked(model: Any, **how: Any) -> Any:
         (lambda m: ANY.decode(m, ANY.start(m, TOVA(), 4), True), "max_new_tokens must be .*, not True"),
         (lambda m: ANY.decode(m, ANY.start(m, TOVA(), 4).kv, 8), "a DecodeState is expected, .* not tuple"),
         (lambda m: ANY.start(m, TOVA(), 4, placement="slots"), "unknown placement"),
+        (lambda m: ANY.start(m, TOVA("pool"), 4, placement="slot"), "tova-pool lets heads share a pool of slots"),
+        (lambda m: ANY.start(m, per_layer(TOVA(), TOVA("pool")), 4, placement="compact"), "placement 'compact'"),
         (lambda m: ANY.prefill(m, PROMPTS, TOVA()), "a DecodeState is expected, .* not"),
     ],
 )  # fmt: skip

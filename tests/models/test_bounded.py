@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from tiny import tiny_decoder
 
+from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import ReadResult, last_hidden, read
 from jaxcompress.models.init_state import init_state
 from jaxcompress.policies import H2O, TOVA, Window, per_layer
 from jaxcompress.policies.names import get_policy
+from jaxcompress.recurrence.advance import advance
 from jaxcompress.state.kv_state import State
 
 pytestmark = pytest.mark.usefixtures("as_users_call_it")
@@ -48,6 +50,23 @@ def _refused(state: State, policy: str) -> bool:
     except ValueError as error:
         return "was not made for policy" in str(error)
     return False
+
+
+@pytest.mark.parametrize("placement", ["slot", "compact"])
+def test_the_tokens_of_a_pool_stand_at_absolute_positions(placement: Any) -> None:
+    """Ranks and gaps are those of one head's tokens; a pool has them of all heads."""
+    policy = get_policy("tova-pool/adaptive")
+    state = init_state(MODEL.config, policy, 4)
+    with pytest.raises(ValueError, match=f"pool of slots, .* absolute positions, not at placement '{placement}'"):
+        jax.eval_shape(lambda x: read(MODEL, x, state, policy, placement=placement).hidden, TOKENS)
+
+
+def test_arrays_without_a_model_need_a_policy_too() -> None:
+    """What `read` says of a name in place of a policy, `advance` says."""
+    (state,) = init_state(DecoderConfig(8, 8, 8, 1, 2, 2, 4), TOVA(), 4)
+    x = jnp.zeros((1, 2, 2, 4))
+    with pytest.raises(ValueError, match="a policy is expected, .* not its name 'tova'"):
+        advance(x, x, x, jnp.arange(2)[None], state, 0, "tova")  # type: ignore[arg-type]
 
 
 def test_layers_that_are_stored_together_have_one_policy() -> None:

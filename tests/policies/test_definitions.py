@@ -13,6 +13,7 @@ from recurrence.harness import FAST_COMPILE
 from tiny import candidates
 
 from jaxcompress import policies
+from jaxcompress.models.checks import check_mode
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig, rotate
@@ -174,6 +175,13 @@ def test_what_a_value_writes(scope: Any) -> None:
     np.testing.assert_allclose(written[0], want[scope], 1e-5)
 
 
+def test_random_draws_for_each_query_head() -> None:
+    """Several of which read one kv head."""
+    scores, kept = ours(policies.Random(3, "query_head"), 4, 2, 16)
+    assert len(np.unique(scores)) == 4 * T
+    assert kept == reference.top(scores, 16).tolist()
+
+
 @pytest.mark.parametrize("pool", ["avg", "max"])
 def test_pooled(pool: Any) -> None:
     """Over the tokens that may go; beyond both ends the mean counts zeros, and what is protected lends nothing."""
@@ -184,10 +192,38 @@ def test_pooled(pool: Any) -> None:
     assert kept == reference.top(want, 16).tolist()
 
 
+def test_negative_scores() -> None:
+    """What writes much is worth more by any score, and the ends of a text are worth less, not more."""
+    draw, n = np.random.default_rng(0), 12
+    held = candidates(np.zeros((1, 1, n, D)), np.zeros((1, 1, n, D)), np.arange(n)[None, None])
+    scores, size = draw.standard_normal(n), np.array([1.0, 2.0] * (n // 2))
+    one_set = lambda x: jnp.asarray(x[None, None], jnp.float32)
+    pairs = np.repeat(scores[::2], 2)
+    assert pairs.min() < 0 < pairs.max()
+    got = policies.critical(policies.TOVA(), 0.0).score((one_set(pairs), one_set(size)), held)[0, 0]
+    assert (got[1::2] > got[::2]).all()
+    want = reference.pooled(scores - scores.min(), 5, "avg") + scores.min()
+    got = policies.pooled(policies.TOVA(), 5).score(one_set(scores), held)
+    np.testing.assert_allclose(got[0, 0], want, 1e-5)
+
+
 def test_then() -> None:
     """The prompt is the first policy's; what comes later is the other's (see test_decoding)."""
     got, _ = ours(policies.then(policies.SnapKV(5, 7), policies.Window(4, "kv_head")), 4, 2, 16)
     same(got, reference.snapkv(turned(4, 2)[2], 2, 5, 7))
+
+
+@pytest.mark.parametrize("name", [
+    "then({0},{1})", "then({0},{1})/every4", "then({0},{1})/protect-first1", "per_layer({1},then({0},{1}))",
+    "mix(0.5*{1},0.5*then({0},{1}))", "tova/once4", "tova/once4/merge_nearest",
+])  # fmt: skip
+def test_what_needs_a_prompt_that_is_read_at_once(name: str) -> None:
+    """Token by token there is no prompt to select from: `then` would be its second policy alone."""
+    policy = get_policy(name.format("snapkv+5", "window+4-kv_head"))
+    check_mode(policy, "oneshot")
+    for mode in ("streaming", "chunked"):
+        with pytest.raises(ValueError, match=f"needs mode oneshot, not {mode}"):
+            check_mode(policy, mode)
 
 
 @pytest.mark.parametrize("policy", [
@@ -352,6 +388,21 @@ def test_repeated_tokens_tie_and_the_older_stay() -> None:
     np.testing.assert_allclose(scores, scores[..., :1] * np.ones(T), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "least"), [
+    ("tova", 1), ("window+4", 5), ("h2o", 1), ("h2o-recent1.0", 1), ("h2o-recent6", 7), ("lagkv+8", 20), ("nacl", 13),
+    ("snapkv+32/protect-first4", 37), ("snapkv+32/protect-first4-recent8", 37), ("window+4/sampled8", 13),
+    ("h2o/protect-first64", 127), ("h2o-recent1.0/protect-recent2", 3), ("tova/every16/protect-first4-recent8", 28),
+    ("h2o/protect-first64/every16", 142), ("mix(0.5*window+4,0.5*h2o-recent6-layer)", 11),
+    ("tova/once32/protect-first4-recent8", 33), ("then(snapkv+32,window+4-kv_head)", 33),
+])  # fmt: skip
+def test_the_least_capacity_has_room_for_all_that_is_protected(name: str, least: int) -> None:
+    """By whatever part of a policy; a share of what stays may fill it, a number of tokens leaves one more."""
+    policy = get_policy(name)
+    assert policy.needs == least
+    with pytest.raises(ValueError, match=f"at least {least} slots" if least > 1 else "at least 1 slot"):
+        init_state(DecoderConfig(8, 8, 8, 1, 4, 2, D), policy, least - 1)
+
+
 class TestErrors:
     """Said before anything is compiled, with what was given and what would do."""
 
@@ -371,6 +422,11 @@ class TestErrors:
         "to the mix"),
         (lambda: policies.by_chunks(policies.TOVA("pool"), 4), "layer or head"),
         (lambda: policies.protect(policies.TOVA(), first=-1), "0 or more"),
+        (lambda: get_policy("tova/once8/protect-recent16"), "0 first .* 16 newest ones, and keeps 8 of a prompt"),
+        (lambda: get_policy("tova/once8/sampled8"), "8 newest ones, and keeps 8 of a prompt"),
+        (lambda: get_policy("h2o/once64/protect-first40"), "40 first tokens and 32 newest ones, and keeps 64"),
+        (lambda: get_policy("h2o-recent1.0/protect-first4"), "more tokens than any state holds"),
+        (lambda: get_policy("mix(0.5*window+4,0.5*h2o-recent1.0-layer)"), "more tokens than any state holds"),
         (lambda: policies.per_layer(), "each layer"),
         (lambda: policies.every(policies.per_layer(policies.TOVA()), 2), "inside per_layer"),
         (lambda: get_policy("tova/nonsense3"), "unknown modifier"),

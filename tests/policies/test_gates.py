@@ -43,6 +43,8 @@ class ByKey(Gates):
 
 @cache
 def policy(of: str) -> Policy:
+    if of == "means":
+        return with_reduce(policy("knorm"), mean_slots(4))
     return gated(
         {"knorm": policies.KNorm, "window": lambda: policies.protect(policies.KNorm(), recent=2)}[of](), ByKey()
     )
@@ -129,6 +131,17 @@ def test_a_full_state_chooses_among_runs(of: str) -> None:
     assert ((steps[1].positions >= 0).sum(-1) <= slots).all()
     for cut in ("chunked", "one-shot"):
         assert ((run(of, rows, slots, cut)[1].positions >= 0).sum(-1) == slots).all()
+
+
+def test_what_is_joined_is_not_summarised_too() -> None:
+    """With room for all nothing is evicted, so that summaries stay empty, however the tokens are cut."""
+    rows = data(3)
+    out, state, _ = run("means", rows, T, "streaming")
+    for cut in ("streaming", "chunked"):
+        other, one, _ = run("means", rows, T, cut)
+        assert not one.memory[1].count.any()
+        np.testing.assert_allclose(other, out, atol=1e-5)
+        np.testing.assert_array_equal(np.sort(one.positions), np.sort(state.positions))
 
 
 def test_what_gates_come_before() -> None:

@@ -64,14 +64,19 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum()
 
 
+def safe(stats: dict[int, float], rule: Rule) -> dict[int, float]:
+    """The tokens that are protected."""
+    newest = max(stats, default=0)
+    return {j: x for j, x in stats.items() if j < rule.sinks or j > newest - rule.recent}
+
+
 def keep(stats: dict[int, float], rule: Rule, n: int) -> dict[int, float]:
     """The n tokens that stay: protected before others, higher scores before lower, older before younger."""
-    newest = max(stats, default=0)
+    protected = safe(stats, rule)
 
     def order(j: int) -> tuple[bool, float, int]:
         score = j if rule.kind == "window" else stats[j]
-        protected = j < rule.sinks or j > newest - rule.recent
-        return (not protected, 0.0 if protected else -score, j)
+        return (j not in protected, 0.0 if j in protected else -score, j)
 
     return {j: stats[j] for j in sorted(sorted(stats, key=order)[:n])}
 
@@ -99,7 +104,7 @@ def recurrence(
                 continue
             stats = {j: x for j, x in stats.items() if sees(piece[0], j)}
             if rule.evict == "before":
-                kept = keep(stats, rule, max(capacity - len(piece), 0))
+                kept = keep(stats, rule, max(capacity - len(piece), 0)) | safe(stats, rule)
                 result.death[s, [j for j in stats if j not in kept]] = piece[0]
                 stats = kept
             stats = stats | dict.fromkeys(piece, 0.0)

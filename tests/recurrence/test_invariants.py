@@ -320,6 +320,17 @@ def test_windows_far_into_a_sequence(case: Case) -> None:
         assert held(positions) == list(range(first + max(i + 1 - C, 0), first + i + 1))
 
 
+def test_sinks_stay_beside_a_block_that_fills_the_state() -> None:
+    """As in the authors' chat demo, where a turn is a block: the first tokens, and what is newest."""
+    rows, n = data(0), C + 1
+    begun = run(Case("streaming-before", "steps"), rows._replace(valid=rows.valid & (np.arange(T) < n))).last
+    more = rows._replace(valid=rows.valid & (np.arange(T) < T - n))
+    after = run(Case("streaming-before", "one-shot"), more, begun, first=n).last
+    assert T - n > C
+    for row in after.positions[0, :, 0]:
+        assert held(row) == [0, 1, *range(T - C + 2, T)]
+
+
 @pytest.mark.parametrize("name", ["tova", "h2o", "window+2", "streaming-before"])
 @pytest.mark.parametrize("mode", ["steps", "chunked"])
 def test_bfloat16_state(name: str, mode: str) -> None:

@@ -306,7 +306,7 @@ def test_requests_that_no_row_can_answer(engine: Engine) -> None:
 
 @pytest.mark.usefixtures("as_users_call_it")
 def test_what_cannot_be_pooled_says_why() -> None:
-    with pytest.raises(ValueError, match="cannot be a row of a pool: the policy selects once, from a whole prompt"):
+    with pytest.raises(ValueError, match="cannot be a row of a pool: the policy selects from a whole prompt"):
         spec("tova/once4")
     with pytest.raises(ValueError, match="mode oneshot reads a whole prompt at once"):
         spec(mode="oneshot")

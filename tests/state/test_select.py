@@ -98,6 +98,7 @@ def test_scores_are_compared_in_float32() -> None:
         (policies.H2O(0.5, "layer"), [0, 1, 7]),  # half of 3, rounded down
         (policies.H2O(1.0, "layer"), [5, 6, 7]),
         (policies.TOVA(), [0, 1, 2]),
+        (policies.within_chunks(policies.Window(3), 4), [0, 1, 2]),  # not the best of each chunk
     ],
     ids=lambda x: getattr(x, "name", ""),
 )

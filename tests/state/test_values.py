@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ HEAD = init_forget_head(jax.random.key(0), layers=1, kv_heads=2, head_dim=4, hid
 
 
 @pytest.mark.parametrize(("one", "other"), [
-    (H2O(1), H2O(1.0)), (H2O(0), H2O(0.0)), (protect(H2O(1), 2), protect(H2O(1.0), 2)),
+    (H2O(1), H2O(1.0)), (H2O(0), H2O(0.0)), (protect(H2O(0), 2), protect(H2O(0.0), 2)),
     (mix((1.0, H2O(1)), (1.0, H2O(2))), mix((1.0, H2O(1.0)), (1.0, H2O(2)))), (TOVA(), H2O()),
     (per_layer(H2O(1)), per_layer(H2O(1.0))),
     (with_reduce(H2O(1), merge_nearest()), with_reduce(H2O(1.0), merge_nearest())),
@@ -89,6 +89,31 @@ class TestMistakes:
         Mine.scope = scope
         with pytest.raises(ValueError, match="scope of policy Mine must be one of layer, kv_head"):
             Mine()
+
+    @pytest.mark.parametrize(("make", "says"), [
+        (lambda: policies.ExpectedAttention(scope="pool"), "scope of policy .* one of layer, kv_head, not 'pool'"),
+        (lambda: policies.NACL(scope="pool"), "must be one of layer, kv_head, query_head, not 'pool'"),
+        (lambda: policies.RKV(scope="query_head"), "must be one of layer, kv_head, not 'query_head'"),
+        (lambda: policies.StreamingLLM(scope="pool"), "must be one of layer, kv_head, not 'pool'"),
+        (lambda: policies.StreamingLLM(evict="never"), "evict of policy .* must be one of after, before, not 'never'"),
+        (lambda: policies.SnapKV(pool="mean"), "pool of policy .* must be one of avg, max, not 'mean'"),
+        (lambda: policies.pooled(TOVA(), pool="sum"), "must be one of avg, max, not 'sum'"),
+    ])  # fmt: skip
+    @pytest.mark.usefixtures("as_users_call_it")
+    def test_one_of_a_few_words(self, make: Any, says: str) -> None:
+        """A policy accepts what its own class declares, not whatever some policy knows."""
+        with pytest.raises(ValueError, match=says):
+            make()
+
+    def test_hints_that_only_the_code_around_a_class_knows(self) -> None:
+        """Such a class checks its settings itself."""
+        Words = Literal["a", "b"]
+
+        @policy
+        class Mine(Policy):
+            word: Words = "a"
+
+        assert Mine("c").name == "Mine-c"  # type: ignore[arg-type]
 
     def test_a_list_is_no_setting(self) -> None:
         @policy
