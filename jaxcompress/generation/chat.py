@@ -50,7 +50,7 @@ class Chat:
 
     Every message is read after what was read and written before, in calls of one width, so that no new length of a
     message needs a compilation. An answer that is interrupted (Ctrl-C, or a loop over `stream` that is left) counts as
-    far as it was written, a message as far as it was read, and the conversation goes on after it.
+    far as it was written; where the message was still being read, the rest of it is read with the next one.
 
     Attributes:
       loaded: the model and its tokenizer.
@@ -117,12 +117,13 @@ class Chat:
 
     @property
     def tokens(self) -> TokenIds:
-        """[T] int32, all tokens that were read and written."""
+        """[T] int32, all tokens of the conversation. The state has read or written them, but for those of a message
+        whose reading was interrupted: it reads the rest with the next one."""
         return np.array(self._ids, np.int32)
 
     @property
     def state(self) -> DecodeState:
-        """The state after these tokens. The next message donates it: copy it to keep it."""
+        """The state after the tokens that were read and written. The next message donates it: copy it to keep it."""
         return self._state
 
     @property
@@ -174,7 +175,8 @@ class Chat:
         self._close()
         chat = self.fresh(policy, slots)
         if self._ids:
-            chat._read(chat._calls(self.tokens), self.tokens)
+            chat._read(chat._calls(self.tokens))
+        chat._ids = list(self._ids)
         chat._said = list(self._said)
         return chat
 
@@ -253,7 +255,11 @@ class Chat:
             text = without_stop(tokenizer, text, self._ids[-1])
         return tokenizer.encode_after(tokenizer.decode(self._ids[-_CONTEXT:], skip_special=False), text)
 
-    def _calls(self, ids: TokenIds) -> Iterator[tuple[int, DecodeState]]:
+    def _unread(self) -> TokenIds:
+        """The tokens that an interrupt left to read."""
+        return self.tokens[int(np.asarray(self._state.kv[0].seen)[0]) :]
+
+    def _calls(self, ids: TokenIds) -> Iterator[DecodeState]:
         """The calls that read tokens, checked and not begun. Raises as `prefill`."""
         mode = self._options.get("mode", "streaming")
         how: Any = {name: x for name, x in self._options.items() if name in ("mode", "chunk", "segment")}
@@ -261,28 +267,27 @@ class Chat:
             how.setdefault("segment", FEWEST)  # one width for all lengths
         return prefill_calls(self.loaded.model, [ids], self._state, **how)
 
-    def _read(self, calls: Iterator[tuple[int, DecodeState]], ids: TokenIds) -> None:
+    def _read(self, calls: Iterator[DecodeState]) -> None:
         """Reads tokens call by call: an interrupt, or an error, leaves the state after the last one."""
-        read = 0
-        while read < len(ids):
+        going = True
+        while going:
             with uninterrupted():
-                stop, self._state = next(calls)
-                self._ids += ids[read:stop].tolist()
-                read = stop
-        next(calls, None)  # raises if the last logits are not finite
+                after = next(calls, None)
+                going, self._state = after is not None, after or self._state
 
     def _written(self, new: Message, ids: TokenIds, turn: int) -> Iterator[str]:
         """Reads a turn and writes the answer."""
         self._close()
         if len(self._said) != turn:
             raise ValueError("another message was sent before this answer was asked for; send this one again")
-        calls = self._calls(ids)
+        calls = self._calls(np.concatenate([self._unread(), ids]))
         with uninterrupted():
             self._said.append(new)
+            self._ids += ids.tolist()
             answer = self._answer = _Answer(TextUntil(self.loaded.tokenizer, (), self.config.stop_token_ids, ids))
         left = self.max_new_tokens
         try:
-            self._read(calls, ids)
+            self._read(calls)
             while left > 0 and answer is self._answer and not answer.until.stopped:
                 with uninterrupted():
                     piece = self._step(answer, min(GROUP, left))

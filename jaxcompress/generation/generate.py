@@ -155,8 +155,7 @@ def prefill(
         before or belongs to another model.
       FloatingPointError: logits are not finite.
     """
-    _, after = deque(prefill_calls(model, prompts, state, mode=mode, chunk=chunk, segment=segment), maxlen=1).pop()
-    return after
+    return deque(prefill_calls(model, prompts, state, mode=mode, chunk=chunk, segment=segment), maxlen=1).pop()
 
 
 def prefill_calls(
@@ -167,8 +166,8 @@ def prefill_calls(
     mode: Mode = "streaming",
     chunk: int = 128,
     segment: int = 512,
-) -> Iterator[tuple[int, DecodeState]]:
-    """As `prefill`, one call after another; yields the number of tokens read of the longest prompt, and the state.
+) -> Iterator[DecodeState]:
+    """As `prefill`, one call after another; yields the state after each.
 
     Arguments are checked at once. The next step donates the yielded state, and checks the states before it: whoever
     keeps each state has a usable one, or one that is known to be broken, wherever the reading ends.
@@ -188,7 +187,7 @@ def prefill_calls(
 
 def _prefill_calls(
     model: Decoder, rows: Sequence[np.ndarray], state: DecodeState, plan: Sequence[ReadCall]
-) -> Iterator[tuple[int, DecodeState]]:
+) -> Iterator[DecodeState]:
     check_unused(state)
     ahead = deque[Array]()
     for at, stop, width, by in plan:
@@ -197,7 +196,7 @@ def _prefill_calls(
             model, tokens, valid, state.arrays, state.policy, chunk=by, placement=state.placement
         )
         state = replace(state, **arrays._asdict())
-        yield stop, state
+        yield state
         _check_ahead(ahead, broken)
     _check_ahead(ahead)
 

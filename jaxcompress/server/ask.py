@@ -23,8 +23,8 @@ NO_GRAMMAR = "the model writes plain text, and nothing restricts it to a format;
 NO_TOOLS = "the model is not given tools; describe them in the prompt"
 
 HARMLESS = (
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "prediction",
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "parallel_tool_calls", "prediction",
 )  # fmt: skip
 """Fields of OpenAI's API that change no answer. `user` names the client (see `make_app`)."""
 

@@ -160,10 +160,10 @@ def test_an_interrupt_waits_for_the_step(loaded: Loaded, monkeypatch: pytest.Mon
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_message_that_is_interrupted_counts_as_far_as_it_was_read(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+def test_the_rest_of_a_message_that_is_interrupted_is_read_with_the_next_one(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    chat, calls = chat_of(loaded, seed=3), 0
+    chat, calls = chat_of(loaded, config=GenerationConfig(), system="Be brief. " * 9), 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(*given: Any, **options: Any) -> Any:
@@ -177,10 +177,15 @@ def test_a_message_that_is_interrupted_counts_as_far_as_it_was_read(
     with pytest.raises(KeyboardInterrupt):
         chat.send("a" * 150)
     monkeypatch.undo()
-    assert len(chat.tokens) == int(chat.state.kv[0].seen[0]) == 64  # two calls
-    assert (chat.held, [m["content"] for m in chat.messages]) == (SLOTS, ["a" * 150, ""])
+    assert (int(chat.state.kv[0].seen[0]), chat.held) == (64, SLOTS)  # two calls
+    assert [m["content"] for m in chat.messages[1:]] == ["a" * 150, ""]
+    chat.save(tmp_path / "file")
+    again = Chat.load(tmp_path / "file", loaded)
     answer = chat.send("b")
-    assert f"{'a' * 40}<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n{answer}" in all_text(chat)
+    assert (answer, int(chat.state.kv[0].seen[0])) == (again.send("b"), len(chat.tokens))
+    tokenizer = loaded.tokenizer
+    whole = tokenizer.encode(tokenizer.apply_chat_template(chat.messages[:-1]), add_bos=False)
+    assert chat.tokens[: len(whole)].tolist() == whole.tolist()
 
 
 def test_logits_that_are_not_finite_leave_a_conversation_that_can_be_left(loaded: Loaded) -> None:
