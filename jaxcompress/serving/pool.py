@@ -133,9 +133,8 @@ class PoolSpec:
         type of its weights, the policy with its weights and code, the shape of the rows, how they are read."""
         facts = dict(
             version=__version__, model=fingerprint(self.model), config=repr(self.model.config),
-            weights=sorted({str(x.dtype) for x in jax.tree.leaves(self.model)}),
-            policy=policy_digest(self.policy), code=own_code(self.policy).hex(), slots=np.asarray(self.slots).tolist(),
-            placement=self.placement, dtype=str(self.fresh().kv[0].keys.dtype),
+            weights=str(self.model.dtype), policy=policy_digest(self.policy), code=own_code(self.policy).hex(),
+            slots=np.asarray(self.slots).tolist(), placement=self.placement, dtype=str(self._shapes[0].keys.dtype),
             mode=self.mode, chunk=self.chunk if self.mode == "chunked" else 1, segment=self.segment,
         )  # fmt: skip
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
