@@ -250,14 +250,15 @@ def check_figure(path: Path | None) -> None:
 @contextmanager
 def told_warnings() -> Iterator[None]:
     """Tells the first `PositionWarning` in one line; the others of a command say the same of other texts."""
-    told, shown = [], warnings.showwarning
+    told, shown = False, warnings.showwarning
 
     def show(message: Any, category: type[Warning], *where: Any) -> None:
+        nonlocal told
         if not issubclass(category, PositionWarning):
             return shown(message, category, *where)
         if not told:
             tell(str(message))
-        told.append(message)
+        told = True
         return None
 
     with warnings.catch_warnings():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import jax
@@ -69,6 +69,11 @@ class ShardingRules:
                     f"axis {min(twice)} of the mesh is given to both {one} and {other}, which arrays have together; "
                     "give one of them another axis, or None"
                 )
+
+    @property
+    def one_row(self) -> ShardingRules:
+        """For the state of one sequence: its heads go where these rules say, its row is on every device."""
+        return replace(self, batch=None)
 
     def _over(self, axis: Axis) -> tuple[str, ...]:
         """The axes of the mesh for a logical axis, without those of size 1."""

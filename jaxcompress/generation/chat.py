@@ -10,9 +10,10 @@ from typing import Any, Unpack
 import numpy as np
 
 from jaxcompress.checkpoints._loaded import Loaded
+from jaxcompress.distributed.rules import ShardingRules
 from jaxcompress.generation.config import GREEDY, GenerationConfig, check_config
 from jaxcompress.generation.decode_state import DecodeState, check_decoder, init_decode_state, most_held
-from jaxcompress.generation.generate import ReadOptions, decode_stream, prefill
+from jaxcompress.generation.generate import ReadOptions, decode_stream, prefill_calls
 from jaxcompress.generation.interrupts import uninterrupted
 from jaxcompress.generation.state_file import Record, read_record, record_of, state_of, write_record
 from jaxcompress.generation.text import TextUntil
@@ -49,7 +50,7 @@ class Chat:
 
     Every message is read after what was read and written before, in calls of one width, so that no new length of a
     message needs a compilation. An answer that is interrupted (Ctrl-C, or a loop over `stream` that is left) counts as
-    far as it was written, and the conversation goes on after it.
+    far as it was written; where the message was still being read, the rest of it is read with the next one.
 
     Attributes:
       loaded: the model and its tokenizer.
@@ -81,7 +82,8 @@ class Chat:
           arguments: of the chat template, by name, such as `enable_thinking` or `tools`.
           max_new_tokens: tokens of an answer, at most.
           seed: of everything that is drawn.
-          options: `mode`, `chunk`, `segment` (see `prefill`); `placement`, `dtype` (see `init_decode_state`).
+          options: `mode`, `chunk`, `segment` (see `prefill`); `placement`, `dtype`, `sharding` (see
+            `init_decode_state`). The one row of a chat is on every device, its heads are spread as the rules say.
 
         Raises:
           TypeError: an option has an unknown name.
@@ -101,8 +103,9 @@ class Chat:
         self.config = replace(config, stop_token_ids=tuple(dict.fromkeys(map(int, ends))))
         self._system, self._seed, self._options = system, seed, options
         self._state = init_decode_state(
-            loaded.model, policy, slots, seeds=seed, dtype=options.get("dtype"), placement=options.get("placement")
-        )
+            loaded.model, policy, slots, seeds=seed, dtype=options.get("dtype"), placement=options.get("placement"),
+            sharding=_one_row(options.get("sharding")),
+        )  # fmt: skip
         self._said = begun(system)
         self._ids: list[int] = []
         self._answer: _Answer | None = None
@@ -114,12 +117,13 @@ class Chat:
 
     @property
     def tokens(self) -> TokenIds:
-        """[T] int32, all tokens that were read and written."""
+        """[T] int32, all tokens of the conversation. The state has read or written them, but for those of a message
+        whose reading was interrupted: it reads the rest with the next one."""
         return np.array(self._ids, np.int32)
 
     @property
     def state(self) -> DecodeState:
-        """The state after these tokens. The next message donates it: copy it to keep it."""
+        """The state after the tokens that were read and written. The next message donates it: copy it to keep it."""
         return self._state
 
     @property
@@ -171,7 +175,8 @@ class Chat:
         self._close()
         chat = self.fresh(policy, slots)
         if self._ids:
-            chat._read(self.tokens)
+            chat._read(chat._calls(self.tokens))
+        chat._ids = list(self._ids)
         chat._said = list(self._said)
         return chat
 
@@ -199,12 +204,20 @@ class Chat:
             raise ValueError(f"the arguments of the chat template cannot be saved: {error}") from error
 
     @classmethod
-    def load(cls, path: str | Path, loaded: Loaded[Any, Any, Tokenizer], policy: Policy | None = None) -> Chat:
+    def load(
+        cls,
+        path: str | Path,
+        loaded: Loaded[Any, Any, Tokenizer],
+        policy: Policy | None = None,
+        *,
+        sharding: ShardingRules | None = None,
+    ) -> Chat:
         """Reads a conversation that `save` wrote; it goes on token for token as if it had never stopped.
 
         Args:
           loaded: the model that it was held with.
           policy: see `jaxcompress.load_state`.
+          sharding: where the state goes; the file does not say.
 
         Raises:
           FileNotFoundError, ValueError: as for `jaxcompress.load_state`; the file holds a state without a conversation.
@@ -216,11 +229,12 @@ class Chat:
         _check_loaded(loaded)
         state = state_of(record, path, loaded.model, policy)
         try:
+            options: Any = said["options"] | ({} if sharding is None else dict(sharding=sharding))
             given = {**said["config"], "stop_token_ids": tuple(said["config"]["stop_token_ids"])}
             chat = cls(
                 loaded, state.policy, said["slots"], system=said["system"], arguments=said["arguments"],
                 max_new_tokens=said["max_new_tokens"], config=GenerationConfig(**given), seed=said["seed"],
-                **said["options"],
+                **options,
             )  # fmt: skip
             chat._said = [{**message} for message in said["messages"]]
             chat._ids = token_ids(record.arrays["tokens"], loaded.model.config.vocab_size, f"{path}: tokens").tolist()
@@ -228,7 +242,8 @@ class Chat:
             raise ValueError(
                 f"{path} is damaged: its description of the conversation is wrong ({error!r:.80})"
             ) from error
-        chat._state = state
+        where = _one_row(sharding)
+        chat._state = state if where is None else replace(state, **where.put(state.arrays)._asdict())
         return chat
 
     def _encode(self, text: str) -> TokenIds:
@@ -240,25 +255,39 @@ class Chat:
             text = without_stop(tokenizer, text, self._ids[-1])
         return tokenizer.encode_after(tokenizer.decode(self._ids[-_CONTEXT:], skip_special=False), text)
 
-    def _read(self, ids: TokenIds) -> None:
+    def _unread(self) -> TokenIds:
+        """The tokens that an interrupt left to read."""
+        return self.tokens[int(np.asarray(self._state.kv[0].seen)[0]) :]
+
+    def _calls(self, ids: TokenIds) -> Iterator[DecodeState]:
+        """The calls that read tokens, checked and not begun. Raises as `prefill`."""
         mode = self._options.get("mode", "streaming")
         how: Any = {name: x for name, x in self._options.items() if name in ("mode", "chunk", "segment")}
         if mode == "streaming":
             how.setdefault("segment", FEWEST)  # one width for all lengths
-        self._state = prefill(self.loaded.model, [ids], self._state, **how)
-        self._ids += ids.tolist()
+        return prefill_calls(self.loaded.model, [ids], self._state, **how)
+
+    def _read(self, calls: Iterator[DecodeState]) -> None:
+        """Reads tokens call by call: an interrupt, or an error, leaves the state after the last one."""
+        going = True
+        while going:
+            with uninterrupted():
+                after = next(calls, None)
+                going, self._state = after is not None, after or self._state
 
     def _written(self, new: Message, ids: TokenIds, turn: int) -> Iterator[str]:
         """Reads a turn and writes the answer."""
         self._close()
         if len(self._said) != turn:
             raise ValueError("another message was sent before this answer was asked for; send this one again")
+        calls = self._calls(np.concatenate([self._unread(), ids]))
         with uninterrupted():
-            self._read(ids)
             self._said.append(new)
+            self._ids += ids.tolist()
             answer = self._answer = _Answer(TextUntil(self.loaded.tokenizer, (), self.config.stop_token_ids, ids))
         left = self.max_new_tokens
         try:
+            self._read(calls)
             while left > 0 and answer is self._answer and not answer.until.stopped:
                 with uninterrupted():
                     piece = self._step(answer, min(GROUP, left))
@@ -274,8 +303,10 @@ class Chat:
     def _step(self, answer: _Answer, tokens: int) -> str:
         """Writes some tokens more; returns their text, as far as it is final."""
         stream = decode_stream(self.loaded.model, self._state, tokens, self.config)
-        (group,) = stream
-        self._state = stream.state
+        try:
+            (group,) = stream
+        finally:  # a state whose logits are not finite is kept too: the one before it was donated
+            self._state = stream.state
         new = group[0][group[0] >= 0].tolist()
         self._ids += new
         return answer.add("".join(map(answer.until.push, new)))
@@ -309,8 +340,13 @@ class _Answer:
 
 
 def _plain(options: Any) -> dict[str, Any]:
-    """Options as JSON: a dtype by its name."""
+    """Options as JSON: a dtype by its name, and nothing of the devices of today."""
     return {
         name: np.dtype(x).name if name == "dtype" and not isinstance(x, str | None) else x
         for name, x in options.items()
+        if name != "sharding"
     }
+
+
+def _one_row(sharding: ShardingRules | None) -> ShardingRules | None:
+    return None if sharding is None else sharding.one_row

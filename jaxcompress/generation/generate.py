@@ -36,7 +36,7 @@ from jaxcompress.inputs.token_ids import TokenIds, prompt_ids, token_ids
 from jaxcompress.models.checks import check_fits, check_mode, warn_of_positions
 from jaxcompress.models.decoder import Decoder, last_hidden, read
 from jaxcompress.models.init_state import Slots
-from jaxcompress.models.modes import Mode, calls, padded
+from jaxcompress.models.modes import Mode, ReadCall, calls, padded
 from jaxcompress.policies.policy import Policy
 from jaxcompress.state.placement import Placement
 
@@ -155,6 +155,23 @@ def prefill(
         before or belongs to another model.
       FloatingPointError: logits are not finite.
     """
+    return deque(prefill_calls(model, prompts, state, mode=mode, chunk=chunk, segment=segment), maxlen=1).pop()
+
+
+def prefill_calls(
+    model: Decoder,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    state: DecodeState,
+    *,
+    mode: Mode = "streaming",
+    chunk: int = 128,
+    segment: int = 512,
+) -> Iterator[DecodeState]:
+    """As `prefill`, one call after another; yields the state after each.
+
+    Arguments are checked at once. The next step donates the yielded state, and checks the states before it: whoever
+    keeps each state has a usable one, or one that is known to be broken, wherever the reading ends.
+    """
     check_usable(model, state)
     rows = prompt_ids(prompts, model.config.vocab_size)
     batch = state.done.shape[0]
@@ -165,6 +182,13 @@ def prefill(
     plan = calls(mode, longest, chunk=chunk, segment=segment)
     check_room(model, state, longest, prompt=longest)
     _warn_ahead(model, state, longest)
+    return _prefill_calls(model, rows, state, plan)
+
+
+def _prefill_calls(
+    model: Decoder, rows: Sequence[np.ndarray], state: DecodeState, plan: Sequence[ReadCall]
+) -> Iterator[DecodeState]:
+    check_unused(state)
     ahead = deque[Array]()
     for at, stop, width, by in plan:
         tokens, valid = _filled([row[at:stop] for row in rows], width)
@@ -172,9 +196,9 @@ def prefill(
             model, tokens, valid, state.arrays, state.policy, chunk=by, placement=state.placement
         )
         state = replace(state, **arrays._asdict())
+        yield state
         _check_ahead(ahead, broken)
     _check_ahead(ahead)
-    return state
 
 
 def prefill_stream(

@@ -11,9 +11,10 @@ from typing import Any
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C takes effect after the block; a second one at once.
+    """Ctrl-C takes effect after the block, however often it is pressed.
 
-    A block that donates a state and keeps the new one would otherwise lose both.
+    A block that donates a state and keeps the new one would otherwise lose both. Such a block has to be short: a call
+    for some tokens, not for all of them.
     """
     handler: Any = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
@@ -21,15 +22,10 @@ def uninterrupted() -> Iterator[None]:
         return
     waiting: list[tuple[int, Any]] = []
 
-    def wait(number: int, frame: Any) -> None:
-        waiting.append((number, frame))
-        if len(waiting) > 1:
-            handler(number, frame)
-
-    signal.signal(signal.SIGINT, wait)
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if len(waiting) == 1:
+        if waiting:
             handler(*waiting[0])

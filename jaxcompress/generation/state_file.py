@@ -132,10 +132,10 @@ def state_of(record: Record, path: str | Path, model: Decoder, policy: Policy | 
     return state
 
 
-def write_record(path: str | Path, record: Record) -> None:
-    """Writes a file whole or not at all, through a file beside it. Raises OSError."""
+def write_record(path: str | Path, record: Record, *, writer: str = "") -> None:
+    """Writes a file whole or not at all, through a file beside it (see `whole_file`). Raises OSError."""
     content = save({name: np.ascontiguousarray(x) for name, x in record.arrays.items()}, _metadata(record.facts))
-    with whole_file(Path(path).expanduser()) as part:
+    with whole_file(Path(path).expanduser(), writer=writer) as part:
         part.write_bytes(content)
 
 

@@ -29,6 +29,12 @@ def of_user(content: str) -> Message:
     return dict(role="user", content=content)
 
 
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for an argument of the template that a conversation sets itself."""
+    if reserved := {"self", "messages", "add_generation_prompt"} & set(arguments):
+        raise ValueError(f"{', '.join(sorted(reserved))} cannot be an argument of the template: a conversation sets it")
+
+
 def turn_text(tokenizer: Tokenizer, said: Sequence[Message], message: Message, arguments: Mapping[str, Any]) -> str:
     """What a model reads for a new message: all that the template writes, or what it writes after the last answer.
 
@@ -39,8 +45,7 @@ def turn_text(tokenizer: Tokenizer, said: Sequence[Message], message: Message, a
     Raises:
       ValueError: there is no template, it refuses the messages, or it does not write the last answer as it is.
     """
-    if reserved := {"messages", "add_generation_prompt"} & set(arguments):
-        raise ValueError(f"{', '.join(sorted(reserved))} cannot be an argument of the template: a conversation sets it")
+    check_arguments(arguments)
     if not said or said[-1]["role"] != ROLE_OF_MODEL:
         return tokenizer.apply_chat_template([*said, message], **arguments)
     mark, known = _MARK, json.dumps([*said, message], default=str)

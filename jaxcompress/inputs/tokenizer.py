@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jaxcompress.inputs.chat import render
 from jaxcompress.inputs.gguf import is_gguf
 from jaxcompress.inputs.gguf_tokenizer import read_gguf_tokenizer
 from jaxcompress.inputs.text import clean, masked
+from jaxcompress.inputs.token_bytes import bytes_reader
 from jaxcompress.inputs.tokenizer_files import id_array, read_tokenizer
 
 TokenIds = Int[np.ndarray, "T"]
@@ -119,6 +121,14 @@ class Tokenizer:
                 f"token ids are whole numbers from 0, and -1 for nothing, in a sequence [T], not {ids!r:.60}"
             )
         return self._fast.decode(given[given >= 0].tolist(), skip_special_tokens=skip_special)
+
+    def token_bytes(self, token: int | np.integer) -> bytes:
+        """The bytes of one token: of a part of a character too, and with the space before a word."""
+        return self._read_bytes(int(token))
+
+    @cached_property
+    def _read_bytes(self) -> Callable[[int], bytes]:
+        return bytes_reader(self._fast)
 
     def is_special(self, token: int | np.integer) -> bool:
         """Whether a token is special (begin, end, turn, ...) and not text."""

@@ -10,12 +10,17 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import jax
+
 from jaxcompress.policies.labels import read, spellings
 from jaxcompress.policies.policy import Policy
+from jaxcompress.state.values import Value
 
 _PREFIX = "_own_policy_"
 
@@ -68,6 +73,31 @@ def own_source(place: str) -> bytes:
             return b""
         path = Path("" if found is None or found.origin is None else found.origin)
     return path.read_bytes() if path.is_file() else b""
+
+
+def own_code(policy: Policy) -> bytes:
+    """What stands for the code of a policy's classes, where it is not the package's; empty if it all is.
+
+    The name of a policy does not say this. Code that cannot be read, such as that of a class typed into a session,
+    stands for nothing but this call.
+    """
+    known = {"jaxcompress", *sys.stdlib_module_names}
+    classes = {cls for one in _parts(policy) for cls in type(one).__mro__ if cls.__module__.split(".")[0] not in known}
+    digest = hashlib.sha256()
+    for cls in sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__)):
+        digest.update(f"{cls.__module__} {cls.__qualname__}\n".encode())
+        if not cls.__module__.startswith(_PREFIX):  # that name holds a hash of the source that was run
+            place = getattr(sys.modules.get(cls.__module__), "__file__", None) or cls.__module__
+            digest.update(hashlib.sha256(own_source(place) or secrets.token_bytes(32)).digest())
+    return digest.digest() if classes else b""
+
+
+def _parts(one: Value) -> Iterator[Value]:
+    """A value and all values inside it."""
+    yield one
+    for inner in jax.tree.leaves(one, is_leaf=lambda x: x is not one and isinstance(x, Value)):
+        if isinstance(inner, Value):
+            yield from _parts(inner)
 
 
 def _of_file(path: Path) -> ModuleType:

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from jaxcompress._extras import extra
+from jaxcompress.evaluation.lifetimes import token_texts
 from jaxcompress.server.ask import Ask
 from jaxcompress.server.errors import ApiError
 from jaxcompress.server.merging import merged
@@ -95,11 +96,10 @@ class Answering:
         return choices
 
     def _watched(self, index: int, piece: TextPiece, *, first: bool) -> dict[str, Any]:
-        """What the row holds, for the page: hundredths for each token so far, and the tokens' names."""
-        name = lambda token: self._served.tokenizer.decode([token], skip_special=False)
+        """What the row holds, for the page: hundredths for each token so far, and the tokens' texts."""
         held = [] if piece.held is None else [round(100 * share) for share in piece.held.tolist()]
-        names = dict(prompt=[name(token) for token in self.tickets[index].prompt]) if first else {}
-        return dict(names, tokens=[name(token) for token in piece.tokens], held=held)
+        texts = dict(prompt=token_texts(self._served.tokenizer, self.tickets[index].prompt)) if first else {}
+        return dict(texts, tokens=list(piece.texts), held=held)
 
 
 async def _gone(request: Request) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcompress.generation.config import GenerationConfig
 from jaxcompress.generation.text import TextUntil
+from jaxcompress.generation.turns import check_arguments
 from jaxcompress.inputs.token_ids import token_ids
 from jaxcompress.server.errors import ApiError, refused
 from jaxcompress.server.fields import Fields
@@ -19,10 +20,17 @@ from jaxcompress.serving.request import Request
 from jaxcompress.serving.row_sampling import STOPS, TOP
 
 NO_GRAMMAR = "the model writes plain text, and nothing restricts it to a format; ask for the format in the prompt"
+NO_TOOLS = "the model is not given tools; describe them in the prompt"
 
+HARMLESS = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "parallel_tool_calls", "prediction",
+)  # fmt: skip
+"""Fields of OpenAI's API that change no answer. `user` names the client (see `make_app`)."""
 
 WATCHED = 8192
-"""Tokens of a prompt whose state is watched, at most: each piece of the answer tells of all of them."""
+"""Tokens of a prompt whose state is watched, at most, since each piece of the answer tells of all of them. What the
+state holds of a longer one is not told."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Ask:
       requests: one for each choice.
       stop: strings to stop at.
       stream, usage, watched: whether the answer is streamed, whether the stream ends with the usage, whether the stream
-        tells what the state holds.
+        tells what the state holds (of prompts of up to `WATCHED` tokens).
       top_logprobs: how many likely tokens are told beside each token; None: no log-probabilities.
       choices: choices for each prompt.
     """
@@ -73,21 +81,18 @@ def read_ask(body: Any, served: Served, settings: Settings, *, chat: bool, clien
     ends = TextUntil(served.tokenizer, stop, served.stop_ids).ids
     if len(ends) > STOPS:
         raise refused("stop", f"{len(ends)} stop tokens are more than {STOPS}")
-    stream = fields.flag("stream")
-    options = fields.get("stream_options") or {}
-    if not isinstance(options, Mapping):
-        raise refused("stream_options", "stream_options must be an object")
-    watched = stream and fields.flag("watch")
-    if watched and max(map(len, prompts)) > WATCHED:
-        raise refused("watch", f"what the state holds is told of prompts of up to {WATCHED:,} tokens")
-    one = Request(
-        (), _most(fields, settings), _config(fields, ends), _seed(fields), top is not None, settings.seconds, client,
-        watched,
-    )  # fmt: skip
+    stream, watch = fields.flag("stream"), fields.flag("watch")
+    watched = stream and watch and max(map(len, prompts)) <= WATCHED
+    usage = bool(fields.object("stream_options").get("include_usage"))
+    one = Request((), 1, _config(fields, ends), _seed(fields), top is not None, settings.seconds, client, watched)
+    most = _most(fields, settings)
+    fields.no_others(HARMLESS)
+    room = lambda prompt: max(1, served.pools[pool].room(len(prompt), settings.max_tokens)) if most is None else most
     requests = tuple(
-        replace(one, prompt=prompt, seed=(one.seed + n) % 2**63) for prompt in prompts for n in range(choices)
+        replace(one, prompt=prompt, max_new_tokens=room(prompt), seed=(one.seed + n) % 2**63)
+        for prompt in prompts
+        for n in range(choices)
     )
-    usage = bool(options.get("include_usage"))
     return Ask(chat, model, pool, requests, stop, stream, usage, watched, top, choices)
 
 
@@ -95,7 +100,13 @@ def _refuse(fields: Fields, chat: bool) -> None:
     """Refuses what changes an answer and is not there, rather than answering something else."""
     fields.only("response_format", {"type": "text"}, why=NO_GRAMMAR)
     for name in ("tools", "functions"):
-        fields.only(name, [], why="the model is not given tools; describe them in the prompt")
+        fields.only(name, [], why=NO_TOOLS)
+    for name in ("tool_choice", "function_call"):
+        fields.only(name, "none", "auto", why=NO_TOOLS)
+    fields.only("reasoning_effort", "none", why="give chat_template_kwargs what the model's template takes")
+    fields.only("verbosity", "medium", why="ask for a short or long answer in the prompt")
+    fields.only("min_tokens", 0, why="an answer ends where the model ends it")
+    fields.only("ignore_eos", False, why="an answer ends where the model ends it")
     for name in ("presence_penalty", "frequency_penalty"):
         fields.only(name, 0, why="give repetition_penalty (above 1: what was said becomes less likely)")
     fields.only("logit_bias", {}, why="no token's chance can be set by hand")
@@ -114,25 +125,37 @@ def _conversation(fields: Fields, served: Served) -> np.ndarray:
     if not served.tokenizer.has_chat_template:
         raise refused("messages", f"{served.name} has no chat template; send a plain prompt to /v1/completions")
     messages = [_message(message, n) for n, message in enumerate(given)]
+    arguments = fields.object("chat_template_kwargs")
     try:
-        text = served.tokenizer.apply_chat_template(messages)
+        check_arguments(arguments)
+        written = lambda messages: served.tokenizer.apply_chat_template(messages, **arguments)
+        text = written(messages)
+        named = next((n for n, message in enumerate(messages) if "name" in message), None)
+        if named is not None and text == written([dict(message, name=None) for message in messages]):
+            where = f"messages[{named}].name"
+            raise refused(where, f"{where} would be lost: the chat template writes no names; put it into the content")
     except ValueError as error:
         raise refused("messages", str(error)) from error
     return served.tokenizer.encode(text, add_bos=False)
 
 
 def _message(message: Any, n: int) -> dict[str, str]:
+    """Role, content and, where one is given, name."""
     where = f"messages[{n}]"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise refused(where, f'{where} must be like {{"role": "user", "content": "Hello"}}')
-    content = message.get("content")
+    fields = Fields(message, f"{where}.")
+    role, content, name = fields.get("role"), fields.get("content"), fields.text("name")
+    for tools in ("tool_calls", "function_call"):
+        fields.only(tools, [], why=NO_TOOLS)
+    fields.no_others(("annotations",))
     if isinstance(content, list):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
             raise refused(where, f"{where} has parts that are not text; the model reads text only")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise refused(where, f"{where} has no content of text")
-    return dict(role=message["role"], content=content)
+    return dict(role=role, content=content) | ({} if name is None else dict(name=name))
 
 
 def _prompts(fields: Fields, served: Served) -> list[np.ndarray]:
@@ -175,11 +198,11 @@ def _top_logprobs(fields: Fields, chat: bool) -> int | None:
     return None
 
 
-def _most(fields: Fields, settings: Settings) -> int:
-    """Tokens of the answer, at most."""
+def _most(fields: Fields, settings: Settings) -> int | None:
+    """Tokens of the answer, at most; None: as many as there is room for."""
     names = ("max_completion_tokens", "max_tokens")
     given = [fields.whole(name, 1, settings.max_tokens) for name in names]
-    return next((number for number in given if number is not None), settings.max_tokens)
+    return next((number for number in given if number is not None), None)
 
 
 def _seed(fields: Fields) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxcompress.inputs.text import clean
+
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -22,9 +24,10 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self) -> dict[str, Any]:
-        """The answer, as JSON."""
+        """The answer, as JSON that UTF-8 can hold: the message may quote half of a character."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return dict(error=dict(message=self.message, type=kind, param=self.param, code=self.code))
+        param = None if self.param is None else clean(self.param)
+        return dict(error=dict(message=clean(self.message), type=kind, param=param, code=self.code))
 
 
 def refused(param: str, message: str) -> ApiError:

@@ -19,16 +19,19 @@ class Settings:
     """The limits of a server.
 
     Attributes:
-      api_key: clients have to send it (`Authorization: Bearer ...`); None: all may ask.
+      api_key: clients have to send it (`Authorization: Bearer ...`), without white space around it; None: all may ask.
       hosts: names by which clients may call the server, `*` for any. A server on a loopback address takes only names of
         this machine, so that no web page can reach it under a name of its own.
       body_bytes: of a request.
       body_seconds: until a request has to be there.
       concurrency: requests at a time, those that wait for a row included; one more is refused with status 429.
-      max_tokens: of an answer, and the number if a request names none.
+      max_tokens: of an answer, and the number if a request names none, as far as there is room.
       choices: `n` of a request, at most.
       seconds: until an answer has to be there.
       stop_seconds: that answers may still take after the server was told to end.
+
+    Raises:
+      ValueError: the key is empty.
     """
 
     api_key: str | None = None
@@ -40,6 +43,16 @@ class Settings:
     choices: int = 8
     seconds: float = 600.0
     stop_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.api_key is None:
+            return
+        object.__setattr__(self, "api_key", self.api_key.strip())
+        if not self.api_key:
+            raise ValueError(
+                "the API key is empty, and would guard nothing: give one with --api-key or JAXCOMPRESS_API_KEY, or "
+                "give no flag and unset the variable, so that all may ask"
+            )
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 from uuid import uuid4
 
 from jaxcompress.inputs.tokenizer import Tokenizer
 from jaxcompress.server.ask import Ask
 from jaxcompress.server.texts import TextPiece
-from jaxcompress.serving.request import Ticket, TokenLogprobs
+from jaxcompress.serving.request import Ticket
 
 LEAST = -9999.0
 """A log-probability that JSON can hold, in place of minus infinity."""
@@ -42,7 +43,7 @@ class Shaped:
         for index, pieces in enumerate(choices):
             text = "".join(piece.text for piece in pieces)
             content = dict(message=dict(role="assistant", content=text)) if self.ask.chat else dict(text=text)
-            logprobs = self._logprobs([one for piece in pieces for one in _told(piece)])
+            logprobs = self._logprobs(pieces)
             shaped.append(dict(index=index, **content, logprobs=logprobs, finish_reason=pieces[-1].ended))
         written = sum(len(piece.tokens) for pieces in choices for piece in pieces)
         return dict(self.head, choices=shaped, usage=self.usage(tickets, written))
@@ -56,7 +57,7 @@ class Shaped:
         content: dict[str, Any] = dict(text=piece.text)
         if self.ask.chat:
             content = dict(delta=dict(content=piece.text) | (dict(role="assistant") if first else {}))
-        choice = dict(index=index, **content, logprobs=self._logprobs(_told(piece), offset), finish_reason=piece.ended)
+        choice = dict(index=index, **content, logprobs=self._logprobs([piece], offset), finish_reason=piece.ended)
         return dict(self._chunk_head, choices=[choice])
 
     def last(self, tickets: Sequence[Ticket], written: int) -> dict[str, Any]:
@@ -79,20 +80,29 @@ class Shaped:
         return dict(self.head, object="chat.completion.chunk") if self.ask.chat else self.head
 
     def _name(self, token: int) -> str:
-        return self.tokenizer.decode([token], skip_special=False)
+        """As OpenAI spells a token: its text, or its bytes where they are a part of a character."""
+        found = self.tokenizer.token_bytes(token)
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
     def characters(self, piece: TextPiece) -> int:
-        """Characters of its tokens, as `text_offset` counts them."""
-        return sum(len(self._name(token)) for token in piece.tokens)
+        """Characters that its tokens add to the text, as `text_offset` counts them."""
+        return sum(map(self._added, piece.tokens, piece.texts))
 
-    def _logprobs(self, told: Sequence[tuple[int, TokenLogprobs]], offset: int = 0) -> dict[str, Any] | None:
+    def _added(self, token: int, text: str) -> int:
+        return 0 if self.tokenizer.is_special(token) else len(text)
+
+    def _logprobs(self, pieces: Sequence[TextPiece], offset: int = 0) -> dict[str, Any] | None:
         most = self.ask.top_logprobs
         if most is None:
             return None
+        told = [pair for piece in pieces for pair in zip(piece.tokens, piece.logprobs, strict=False)]
         top = lambda one: list(zip(one.tokens, one.logprobs, strict=True))[:most]
         if self.ask.chat:
             entry = lambda token, logprob: dict(
-                token=self._name(token), logprob=max(logprob, LEAST), bytes=list(self._name(token).encode())
+                token=self._name(token), logprob=max(logprob, LEAST), bytes=list(self.tokenizer.token_bytes(token))
             )
             return dict(
                 content=[
@@ -101,15 +111,17 @@ class Shaped:
                 ],
                 refusal=None,
             )
-        names = [self._name(token) for token, _ in told]
-        ends = [offset + sum(map(len, names[: n + 1])) for n in range(len(names))]
+        added = [self._added(*pair) for piece in pieces for pair in zip(piece.tokens, piece.texts, strict=True)]
         return dict(
-            tokens=names,
+            tokens=[self._name(token) for token, _ in told],
             token_logprobs=[max(one.chosen, LEAST) for _, one in told],
-            top_logprobs=[{self._name(token): max(x, LEAST) for token, x in top(one)} for _, one in told],
-            text_offset=[end - len(name) for end, name in zip(ends, names, strict=True)],
+            top_logprobs=[self._by_name(top(one)) for _, one in told],
+            text_offset=list(accumulate(added, initial=offset))[:-1],
         )
 
-
-def _told(piece: TextPiece) -> list[tuple[int, TokenLogprobs]]:
-    return list(zip(piece.tokens, piece.logprobs, strict=False))
+    def _by_name(self, likely: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Log-probabilities by names of tokens, best first. Of two tokens of one name the better one counts."""
+        found: dict[str, float] = {}
+        for token, logprob in likely:
+            found.setdefault(self._name(token), max(logprob, LEAST))
+        return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxcompress.generation.text import TextUntil
+from jaxcompress.generation.text import TextStream, TextUntil
 from jaxcompress.inputs.tokenizer import Tokenizer
 from jaxcompress.server.errors import ApiError
 from jaxcompress.serving.engine import AsyncPieces
@@ -22,6 +23,8 @@ class TextPiece(NamedTuple):
       tokens, logprobs: the tokens that came; text may lag behind them.
       ended: why the answer ends here; None if it goes on.
       held: of each token so far the share of layers and heads that hold it, if watched.
+      texts: what each token adds to the text, marks spelt out, if watched or with log-probabilities. A character that
+        several tokens spell belongs to the last of them.
     """
 
     text: str
@@ -29,6 +32,7 @@ class TextPiece(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...]
     ended: Reason | None
     held: np.ndarray | None
+    texts: tuple[str, ...] = ()
 
 
 async def text_pieces(
@@ -39,7 +43,10 @@ async def text_pieces(
     Raises:
       ApiError: there was not enough time, the server is closing, or the request failed.
     """
-    until = TextUntil(tokenizer, stop, stop_ids, pieces.ticket.prompt)
+    ticket = pieces.ticket
+    until = TextUntil(tokenizer, stop, stop_ids, ticket.prompt)
+    told = ticket.request.watched or ticket.request.logprobs
+    by_token = TextStream(tokenizer, ticket.prompt, skip_special=False)
     async with pieces:
         try:
             async for piece in pieces:
@@ -48,11 +55,17 @@ async def text_pieces(
                     text, taken = text + until.push(token), taken + 1
                     if until.stopped:
                         break
+                if until.stopped and ticket.times.ended is None:  # here, whatever the row still writes
+                    ticket.times.ended = time.monotonic()
                 ended = "stop" if until.stopped else piece.ended
                 if ended is not None:
                     _check_whole(ended)
                     text += until.finish()
-                yield TextPiece(text, piece.tokens[:taken], piece.logprobs[:taken], ended, piece.held)
+                tokens = piece.tokens[:taken]
+                texts = tuple(map(by_token.push, tokens)) if told else ()
+                if texts and ended is not None:
+                    texts = (*texts[:-1], texts[-1] + by_token.finish())
+                yield TextPiece(text, tokens, piece.logprobs[:taken], ended, piece.held, texts)
                 if ended is not None:
                     return
         except (FloatingPointError, RuntimeError) as error:

@@ -286,7 +286,10 @@ class Engine:
 
 
 class AsyncPieces(AsyncIterator[Piece]):
-    """The pieces of an answer, as `Ticket` gives them to threads. Leaving the `async with` block cancels the request.
+    """The pieces of an answer, as `Ticket` gives them to threads.
+
+    The request is cancelled where its answer is left: at the end of an `async with` block, by `aclose`, when the task
+    that waits for a piece is cancelled, and when nobody holds this object any more, as after `break` in a loop over it.
 
     Attributes:
       ticket: the request.
@@ -299,7 +302,11 @@ class AsyncPieces(AsyncIterator[Piece]):
         """The next piece. Raises as `Ticket.__next__`."""
         if self._over:
             raise StopAsyncIteration
-        piece = await self._pieces.get()
+        try:
+            piece = await self._pieces.get()
+        except asyncio.CancelledError:
+            self.ticket.cancel()
+            raise
         self._over = piece.ended is not None
         if piece.error is not None:
             raise piece.error
@@ -309,5 +316,14 @@ class AsyncPieces(AsyncIterator[Piece]):
         return self
 
     async def __aexit__(self, *_: Any) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Ends the answer, if it has not ended."""
+        if not self._over:
+            self._over = True
+            self.ticket.cancel()
+
+    def __del__(self) -> None:
         if not self._over:
             self.ticket.cancel()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from jaxcompress import __version__
 from jaxcompress.checkpoints._written import policy_digest
 from jaxcompress.distributed.rules import ShardingRules
 from jaxcompress.generation.decode_state import DecodeArrays, DecodeState, init_decode_state
@@ -22,9 +25,11 @@ from jaxcompress.models.fingerprint import fingerprint
 from jaxcompress.models.init_state import Slots
 from jaxcompress.models.modes import Mode, ReadCall, calls
 from jaxcompress.policies.checks import check_policy
+from jaxcompress.policies.own import own_code
 from jaxcompress.policies.policy import Policy
 from jaxcompress.serving.programs import Written, put_row, read_row, take_row, write_tokens
 from jaxcompress.serving.row_sampling import RowSampling, idle_rows
+from jaxcompress.state.kv_state import State
 from jaxcompress.state.placement import Placement
 
 
@@ -84,8 +89,8 @@ class PoolSpec:
 
     @property
     def one(self) -> ShardingRules | None:
-        """Where the state of one sequence goes: its heads as in the pool, its row on every device."""
-        return None if self.sharding is None else replace(self.sharding, batch=None)
+        """Where the state of one sequence goes."""
+        return None if self.sharding is None else self.sharding.one_row
 
     def calls(self, tokens: int, start: int = 0) -> list[ReadCall]:
         """The calls that read a prompt of so many tokens from `start` on."""
@@ -94,9 +99,27 @@ class PoolSpec:
     def check_request(self, prompt: int, written: int) -> None:
         """Warns as `generate` does of positions; raises ValueError if a policy that cannot make room has none."""
         warn_of_positions(self.model.config, self.policy, self.placement, prompt + written)
-        if not self.policy.forgets:
-            shapes = jax.eval_shape(lambda: self.fresh().kv)
-            check_fits(self.model.config, self.policy, shapes, prompt + written, prompt=prompt)
+        self._check_fits(prompt, written)
+
+    def room(self, prompt: int, most: int) -> int:
+        """How many tokens can be written after a prompt, up to `most`; 0 if a policy that cannot make room has none."""
+
+        def over(written: int) -> bool:
+            try:
+                self._check_fits(prompt, written)
+            except ValueError:
+                return True
+            return False
+
+        return most if self.policy.forgets else bisect_left(range(1, most + 1), True, key=over)
+
+    def _check_fits(self, prompt: int, written: int) -> None:
+        check_fits(self.model.config, self.policy, self._shapes, prompt + written, prompt=prompt)
+
+    @cached_property
+    def _shapes(self) -> State:
+        """A state of one sequence, without its arrays."""
+        return jax.eval_shape(lambda: self.fresh().kv)
 
     def fresh(self, rows: int | None = None) -> DecodeState:
         """The state of so many rows, or of one sequence, before any token is read."""
@@ -106,11 +129,12 @@ class PoolSpec:
         )  # fmt: skip
 
     def digest(self) -> bytes:
-        """32 bytes that stand for everything that a row depends on beside the tokens that it read."""
+        """32 bytes that stand for everything that a row depends on beside the tokens that it read: the model and the
+        type of its weights, the policy with its weights and code, the shape of the rows, how they are read."""
         facts = dict(
-            model=fingerprint(self.model), config=repr(self.model.config), policy=policy_digest(self.policy),
-            slots=np.asarray(self.slots).tolist(),
-            placement=self.placement, dtype=str(self.fresh().kv[0].keys.dtype),
+            version=__version__, model=fingerprint(self.model), config=repr(self.model.config),
+            weights=str(self.model.dtype), policy=policy_digest(self.policy), code=own_code(self.policy).hex(),
+            slots=np.asarray(self.slots).tolist(), placement=self.placement, dtype=str(self._shapes[0].keys.dtype),
             mode=self.mode, chunk=self.chunk if self.mode == "chunked" else 1, segment=self.segment,
         )  # fmt: skip
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
@@ -188,7 +212,9 @@ class Pool:
         """Of each of the first tokens of a row, the share of layers and heads that hold it."""
         found = [np.asarray(part.positions[:, row]) for part in self._arrays.kv]
         places = np.concatenate([x.reshape(-1) for x in found])
-        sets = sum(x.shape[0] * x.shape[1] for x in found)
+        heads = self.spec.model.config.num_kv_heads  # in a pool a token has a slot for each head that holds it
+        of = lambda part: heads if part.owner is not None else 1
+        sets = sum(x.shape[0] * x.shape[1] * of(part) for x, part in zip(found, self._arrays.kv, strict=True))
         return np.bincount(places[places >= 0], minlength=tokens)[:tokens] / sets
 
     def state_of(self, one: DecodeArrays) -> DecodeState:

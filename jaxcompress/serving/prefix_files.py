@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
+import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from queue import Full, Queue
@@ -23,12 +26,19 @@ SUFFIX = ".state"
 UNWRITTEN = 8
 """States that may wait to be written; one more is not written."""
 
+ABANDONED = 3600.0
+"""Seconds after which an unfinished file is nobody's. A younger one may be what another server is writing."""
+
+LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+"""Errors of writing that the next file will meet too."""
+
 
 class PrefixFiles:
     """The files of a folder. They are written by a thread of their own, so that no row waits for the disk.
 
-    A file appears complete or not at all. One that cannot be read is deleted, and counts as absent. Once a file cannot
-    be written (the disk is full), no other is written; those that are there are still read.
+    A file appears complete or not at all. One that cannot be read is deleted, and counts as absent. Once the disk is
+    full or may not be written, no other file is written; those that are there are still read. Several processes may
+    share a folder: each counts the files that it found and wrote, and takes one that another deleted as absent.
 
     Attributes:
       writes: whether files are written.
@@ -38,11 +48,11 @@ class PrefixFiles:
         """Raises OSError if the folder cannot be made or read."""
         self.folder, self._most = Path(folder).expanduser(), most_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in unfinished(self.folder, f"*{SUFFIX}"):  # of a process that was killed while it wrote
-            part.unlink(missing_ok=True)
         self._lock = threading.Lock()
-        found = [(path.stat().st_mtime, path.stem, path.stat().st_size) for path in self.folder.glob(f"*{SUFFIX}")]
-        self._sizes = {name: size for _, name, size in sorted(found)}  # the one used longest ago comes first
+        self._sizes = {path.stem: size for _, size, path in _told(self.folder.glob(f"*{SUFFIX}"))}
+        for when, _, part in _told(unfinished(self.folder, f"*{SUFFIX}*")):
+            if when < time.time() - ABANDONED:  # of a process that was killed while it wrote
+                part.unlink(missing_ok=True)
         self.writes = True
         self._queue: Queue[tuple[str, Record] | None] = Queue(UNWRITTEN)
         self._thread = threading.Thread(target=self._write_all, name="prefix files", daemon=True)
@@ -93,11 +103,12 @@ class PrefixFiles:
             if not self.writes:
                 continue
             try:
-                write_record(self._path(name), record)
+                write_record(self._path(name), record, writer=str(os.getpid()))
                 size = self._path(name).stat().st_size
             except OSError as error:
-                self.writes = False
-                LOG.warning("prefix files are no longer written: %s", error)
+                self.writes = error.errno not in LASTING
+                what = "a prefix file was not written" if self.writes else "prefix files are no longer written"
+                LOG.warning("%s: %s", what, error)
                 continue
             with self._lock:
                 self._sizes[name] = size
@@ -119,3 +130,14 @@ class PrefixFiles:
 
     def _path(self, name: str) -> Any:
         return self.folder / f"{name}{SUFFIX}"
+
+
+def _told(paths: Iterable[Path]) -> list[tuple[float, int, Path]]:
+    """When each file was last used, its bytes, and its path, the one used longest ago first. One that another process
+    deletes meanwhile is left out."""
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            facts = path.stat()
+            found.append((facts.st_mtime, facts.st_size, path))
+    return sorted(found)

@@ -145,7 +145,7 @@ class Ticket(Iterator[Piece]):
         now = time.monotonic()
         if piece.tokens and self.times.first is None:
             self.times.first = now
-        if piece.ended is not None:
+        if piece.ended is not None and self.times.ended is None:
             self.times.ended = now
         try:
             self._deliver(piece)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from tiny import with_embedding
 from tiny_chat import END, TEMPLATE, Letters, chat_folder
 
 from jaxcompress.checkpoints import Loaded, load
-from jaxcompress.generation import Chat, GenerationConfig
+from jaxcompress.distributed import ShardingRules, make_mesh
+from jaxcompress.generation import Chat, DecodeStream, GenerationConfig
 from jaxcompress.generation.generate import _decode_loop, _read_segment
 from jaxcompress.policies import TOVA, Full
 
@@ -142,7 +145,8 @@ def test_an_interrupt_waits_for_the_step(loaded: Loaded, monkeypatch: pytest.Mon
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran before in this process
 
     def interrupted(self: Chat, *given: Any) -> str:
-        signal.raise_signal(signal.SIGINT)  # between donating a state and keeping the next one
+        for _ in range(3):  # between donating a state and keeping the next one
+            signal.raise_signal(signal.SIGINT)
         return step(self, *given)
 
     monkeypatch.setattr(Chat, "_step", interrupted)
@@ -154,6 +158,65 @@ def test_an_interrupt_waits_for_the_step(loaded: Loaded, monkeypatch: pytest.Mon
     chat.send("b")
     assert f"assistant\n{written}<|im_end|>\n<|im_start|>user\nb" in all_text(chat)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_rest_of_a_message_that_is_interrupted_is_read_with_the_next_one(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chat, calls = chat_of(loaded, config=GenerationConfig(), system="Be brief. " * 9), 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        for _ in range(2 * (calls == 2)):
+            signal.raise_signal(signal.SIGINT)
+        return _read_segment(*given, **options)
+
+    monkeypatch.setattr(sys.modules[DecodeStream.__module__], "_read_segment", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.send("a" * 150)
+    monkeypatch.undo()
+    assert (int(chat.state.kv[0].seen[0]), chat.held) == (64, SLOTS)  # two calls
+    assert [m["content"] for m in chat.messages[1:]] == ["a" * 150, ""]
+    chat.save(tmp_path / "file")
+    again = Chat.load(tmp_path / "file", loaded)
+    answer = chat.send("b")
+    assert (answer, int(chat.state.kv[0].seen[0])) == (again.send("b"), len(chat.tokens))
+    tokenizer = loaded.tokenizer
+    whole = tokenizer.encode(tokenizer.apply_chat_template(chat.messages[:-1]), add_bos=False)
+    assert chat.tokens[: len(whole)].tolist() == whole.tolist()
+
+
+def test_logits_that_are_not_finite_leave_a_conversation_that_can_be_left(loaded: Loaded) -> None:
+    whole = chat_of(loaded, config=GenerationConfig())
+    whole.send("a")
+    read = set(whole.tokens[:-12].tolist())
+    written = next(int(token) for token in whole.tokens[-12:] if token not in read)
+    for token, message in ((loaded.tokenizer.encode("!")[-1], "!"), (written, "a")):
+        broken = replace(loaded, model=with_embedding(loaded.model, int(token), float("nan")))
+        chat = chat_of(broken, config=GenerationConfig())
+        with pytest.raises(FloatingPointError, match="non-finite logits"):
+            chat.send(message)
+        assert chat.held == SLOTS
+        with pytest.raises(FloatingPointError, match="non-finite logits"):
+            chat.send("b")
+        assert (chat.fresh().held, chat.messages[-1]["role"]) == (0, "assistant")
+
+
+@pytest.mark.usefixtures("as_users_call_it")  # states are described by shapes
+def test_a_conversation_on_several_devices(loaded: Loaded, tmp_path: Path) -> None:
+    chat_of(loaded, sharding=ShardingRules(make_mesh("data=2")))  # one row, on every device
+    rules = ShardingRules(make_mesh("tensor=2"))
+    chat = chat_of(replace(loaded, model=rules.put(loaded.model)), config=GenerationConfig(), sharding=rules)
+    alone = chat_of(loaded, config=GenerationConfig())
+    assert chat.send("Who are you?") == alone.send("Who are you?")
+    chat.save(tmp_path / "file")
+    again = Chat.load(tmp_path / "file", chat.loaded, sharding=rules)
+    for one in (chat, again):
+        assert "tensor" in str(one.state.kv[0].keys.sharding)
+    assert "tensor" not in str(Chat.load(tmp_path / "file", loaded).state.kv[0].keys.sharding)
+    assert again.send("And?") == alone.send("And?")
 
 
 def test_another_policy_reads_the_conversation_anew(loaded: Loaded) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiny_chat import chat_folder
+from tiny_chat import TEMPLATE, chat_folder
 
 from jaxcompress.checkpoints import load
 from jaxcompress.policies.names import get_policy
@@ -56,8 +56,8 @@ class Here(NamedTuple):
         return False
 
 
-def tiny_served(folder: Path, template: bool = True) -> Served:
-    loaded = load(chat_folder(folder) if template else chat_folder(folder, None))
+def tiny_served(folder: Path, template: str | None = TEMPLATE) -> Served:
+    loaded = load(chat_folder(folder, template))
     pool = lambda policy, slots: PoolSpec(loaded.model, get_policy(policy), slots, rows=3, segment=16, group=4)
     return Served("tiny", loaded, {"tiny/tova:16": pool("tova", 16), "tiny/window:16": pool("window", 16)})
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +22,15 @@ from starlette.testclient import TestClient
 
 from jaxcompress.generation import GenerationConfig, TextUntil, generate
 from jaxcompress.generation.config import GREEDY
+from jaxcompress.inputs.tokenizer import Tokenizer
+from jaxcompress.policies import Full
 from jaxcompress.server import Settings, bound
 from jaxcompress.server.app import make_app
+from jaxcompress.server.ask import read_ask
+from jaxcompress.server.shapes import Shaped
+from jaxcompress.server.texts import TextPiece
 from jaxcompress.serving import Engine, EngineClosed, Request
+from jaxcompress.serving.request import TokenLogprobs
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -85,7 +94,11 @@ def test_seeds_choices_stops_and_logprobs(here: Here, client: openai.OpenAI) -> 
     assert told is not None
     assert told.content is not None
     assert [len(one.top_logprobs) for one in told.content] == [3] * 9
-    assert "".join(one.token for one in told.content) == texts[0]
+    assert b"".join(bytes(one.bytes or ()) for one in told.content).decode(errors="replace") == texts[0]
+    for one in (one for entry in told.content for one in (entry, *entry.top_logprobs)):
+        spelled = "bytes:" + "".join(f"\\x{byte:02x}" for byte in one.bytes or ())
+        assert one.token in (bytes(one.bytes or ()).decode(errors="replace"), spelled)
+        assert "\ufffd" not in one.token
     streamed = [""] * 2
     for chunk in client.chat.completions.create(**given, n=2, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
@@ -152,6 +165,17 @@ def test_errors_have_the_shape_of_the_official_client(client: openai.OpenAI) -> 
         (CHAT, dict(messages=[dict(role="user", content=[dict(type="image_url")])]), 400, "the model reads text only"),
         (CHAT, dict(messages=[dict(role="user")]), 400, "messages[0] has no content of text"),
         (CHAT, dict(messages=HELLO, top_logprobs=2), 400, "top_logprobs is given without logprobs"),
+        (TEXT, dict(prompt="a", max_token=5), 400, "to change the answer; did you mean max_tokens?"),
+        (TEXT, dict(prompt="a", grammar="x"), 400, "grammar is unknown here, and may be meant"),
+        (TEXT, dict(prompt="a", ignore_eos=True), 400, "ignore_eos True is not supported: an answer ends where"),
+        (TEXT, dict(prompt="a", **{"\ud83d": 1}), 400, "\ufffd is unknown here"),
+        (CHAT, dict(messages=HELLO, reasoning_effort="low"), 400, "give chat_template_kwargs what"),
+        (CHAT, dict(messages=HELLO, tool_choice="required"), 400, "tool_choice 'required' is not supported"),
+        (CHAT, dict(messages=HELLO, chat_template_kwargs=5), 400, "chat_template_kwargs must be an object, not 5"),
+        (CHAT, dict(messages=HELLO, chat_template_kwargs=dict(self=1)), 400, "self cannot be an argument"),
+        (CHAT, dict(messages=[dict(role="user", content="a", name="Bo")]), 400, "messages[0].name would be lost"),
+        (CHAT, dict(messages=[dict(role="user", content="a", tool_call_id="1")]), 400, "messages[0].tool_call_id is"),
+        (CHAT, dict(messages=[dict(role="assistant", tool_calls=[{}])]), 400, "messages[0].tool_calls [{}] is"),
         (CHAT, dict(messages=HELLO, tools=[dict(type="function")]), 400, "the model is not given tools"),
         ("/v1/nothing", {}, 404, "POST /v1/nothing is not answered here"),
     ],
@@ -162,6 +186,51 @@ def test_wrong_requests_are_told_what_is_wrong(here: Here, path: str, body: Any,
     assert why in answer["error"]["message"]
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert here.ask(TEXT, dict(prompt="a", max_tokens=1))[0] == 200  # and the server goes on
+
+
+def test_what_changes_no_answer_is_taken(here: Here, client: openai.OpenAI) -> None:
+    said: Any = [*HELLO, dict(role="assistant", content="Hi", tool_calls=None, refusal=None, annotations=[]), *HELLO]
+    answer = client.chat.completions.create(
+        model="tiny", messages=said, max_completion_tokens=5, temperature=0, user="me", metadata={"a": "b"},
+        store=False, service_tier="auto", safety_identifier="x", prompt_cache_key="y", parallel_tool_calls=True,
+        tool_choice="none", prediction={"type": "content", "content": "Hi"},
+        extra_body=dict(min_tokens=0, ignore_eos=False, chat_template_kwargs={}),
+    )  # fmt: skip
+    plain: Any = [dict(role=one["role"], content=one["content"]) for one in said]
+    assert answer.choices[0].message.content == alone(here, plain, 5)
+
+
+def test_what_the_template_is_given(tmp_path: Path) -> None:
+    served = tiny_served(tmp_path, "{% for m in messages %}{{ m.name }}:{{ m.content }}{% endfor %}{{ think }}")
+    body = dict(messages=[dict(role="user", content="a", name="Bo")], chat_template_kwargs=dict(think="aloud"))
+    (request,) = read_ask(body, served, Settings(), chat=True, client="").requests
+    assert served.tokenizer.decode(request.prompt) == "Bo:aaloud"
+
+
+def test_full_writes_as_far_as_there_is_room(here: Here) -> None:
+    spec = next(iter(here.served.pools.values()))
+    full = replace(here.served, pools=dict(full=replace(spec, policy=Full(), slots=20)))
+    most = lambda **body: read_ask(body, full, Settings(), chat=False, client="").requests[0].max_new_tokens
+    assert [most(prompt="a" * n) for n in (5, 19, 20)] == [15, 1, 1]  # the last one is refused by the engine
+    assert most(prompt="a", max_tokens=50) == 50
+    assert read_ask(dict(prompt="a"), here.served, Settings(), chat=False, client="").requests[0].max_new_tokens == 1024
+
+
+def test_a_long_prompt_is_answered_without_being_watched(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = lambda: (
+        read_ask(dict(prompt="a" * 9, stream=True, watch=True), here.served, Settings(), chat=False, client="").watched
+    )
+    assert watched()
+    monkeypatch.setattr("jaxcompress.server.ask.WATCHED", 8)
+    assert not watched()
+
+
+def test_of_two_tokens_of_one_name_the_better_one_counts(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "token_bytes", lambda self, token: b"aab"[token : token + 1])
+    ask = read_ask(dict(prompt="a", logprobs=3), here.served, Settings(), chat=False, client="")
+    piece = TextPiece("a", (0,), (TokenLogprobs(-0.5, (0, 1, 2), (-0.5, -1.0, -2.0)),), None, None, ("a",))
+    chunk = Shaped(ask, here.served.tokenizer).chunk(0, piece, first=True, offset=0)
+    assert chunk["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -0.5, "b": -2.0}]
 
 
 def test_other_answers(here: Here) -> None:
@@ -190,6 +259,18 @@ def test_what_the_state_holds_is_streamed(here: Here) -> None:
     assert len(told[-1]["held"]) == len(told[0]["prompt"]) + 6
     assert sum(told[-1]["held"]) == pytest.approx(1600, abs=20)
     assert "prompt" not in told[-1]
+    said = dict(body, messages=[dict(role="user", content="你")], max_tokens=1)
+    (event, *_) = [json.loads(line[6:]) for line in here.ask(CHAT, said)[1].splitlines() if line.startswith("data: {")]
+    assert event["jaxcompress"]["prompt"].count("你") == 1  # with the last of its three tokens
+    assert "\ufffd" not in "".join(event["jaxcompress"]["prompt"])
+
+
+def test_answers_that_end_at_a_stop_string_are_timed(here: Here) -> None:
+    counted = lambda: float(re.findall(r"^jaxcompress_answer_seconds_count (.*)$", here.ask("/metrics")[1], re.M)[0])
+    before, text = counted(), alone(here, "abc", 12)
+    body = dict(prompt="abc", max_tokens=20_000, temperature=0, stop=[text[4:6]])
+    assert here.ask(TEXT, body)[1]["choices"][0]["finish_reason"] == "stop"
+    assert counted() == before + 1
 
 
 def raw(here: Here, body: Any, rest: str | None = None) -> socket.socket:

@@ -1,7 +1,11 @@
-"""The page in a browser: a conversation, and beside it what the state holds."""
+"""The page: a conversation, and beside it what the state holds. In a browser, and its script alone."""
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -54,3 +58,13 @@ def test_a_conversation_on_the_page(tmp_path: Path) -> None:
             assert tab.run("document.documentElement.scrollWidth") <= width
         tab.run("at('new').click()")
         assert tab.run("at('held').childElementCount") == 0
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node here")
+def test_answers_that_are_left_or_fail_leave_the_conversation_sound(tmp_path: Path) -> None:
+    page = files("jaxcompress.server").joinpath("page.html").read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    around = Path(__file__).with_name("page_alone.js").read_text(encoding="utf-8")
+    (tmp_path / "page.js").write_text(f"{around}\n{{{script}\nconversations({{said: () => said}});}}", encoding="utf-8")
+    ran = subprocess.run(["node", str(tmp_path / "page.js")], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (0, "sound\n"), ran.stderr

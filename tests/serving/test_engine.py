@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import random_tokens, tiny_decoder, with_embedding
@@ -26,6 +27,8 @@ from jaxcompress.serving import (
     Request,
     Ticket,
 )
+from jaxcompress.serving.engine import AsyncPieces
+from jaxcompress.serving.pool import Pool
 from jaxcompress.serving.programs import put_row, read_row, take_row, write_tokens
 from jaxcompress.serving.request import Times
 from jaxcompress.serving.waiting import WaitingLine
@@ -144,6 +147,26 @@ def test_what_a_row_holds_is_told(engine: Engine) -> None:
     assert held is not None
     assert held.shape == (13,)
     np.testing.assert_allclose(held.sum(), SLOTS)
+
+
+def test_what_a_row_holds_in_a_pool_of_slots() -> None:
+    """Each token has a slot for each head that holds it."""
+    pool = Pool(spec("tova-pool", rows=1))
+    (part,) = pool._arrays.kv
+    heads = MODEL.config.num_kv_heads
+    places = jnp.broadcast_to(jnp.arange(part.positions.shape[-1]) // heads, part.positions.shape)
+    pool._arrays = pool._arrays._replace(kv=(replace(part, positions=places),))
+    tokens = places.shape[-1] // heads
+    assert pool.held(0, tokens).tolist() == [1] * tokens
+
+
+def test_what_there_is_room_for() -> None:
+    assert spec().room(10**6, 9) == 9
+    full = spec("full", slots=20)
+    assert [full.room(prompt, 9) for prompt in (5, 11, 12, 19, 20, 30)] == [9, 9, 8, 1, 0, 0]
+    full.check_request(12, 8)
+    with pytest.raises(ValueError, match="do not fit into the 20 slots"):
+        full.check_request(12, 9)
 
 
 def test_a_row_that_breaks_fails_alone() -> None:
@@ -325,6 +348,25 @@ def test_asyncio(engine: Engine) -> None:
         async with engine.stream(Request(prompt(9), 60_000)) as left:
             await anext(left)
         assert left.ticket.cancelled
+        assert [piece async for piece in left] == []
+        async for _ in (pieces_left := engine.stream(Request(prompt(9), 60_000))):
+            break
+        ticket = pieces_left.ticket
+        assert not ticket.cancelled
+        del pieces_left
+        assert ticket.cancelled
+
+        async def listen(stream: AsyncPieces) -> None:
+            async for _ in stream:
+                pass
+
+        heard = engine.stream(Request(prompt(9), 60_000))
+        listening = asyncio.create_task(listen(heard))
+        await asyncio.sleep(0.05)
+        listening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await listening
+        assert heard.ticket.cancelled
         stopped = asyncio.create_task(engine.answer(Request(prompt(9), 60_000)))
         await asyncio.sleep(0.05)
         stopped.cancel()

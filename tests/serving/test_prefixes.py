@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_engine import CONFIGS, SEGMENT, alone, prompt, spec
@@ -18,11 +20,20 @@ from tiny import tiny_decoder
 
 from jaxcompress.inputs import whole_file
 from jaxcompress.models.fingerprint import fingerprint
+from jaxcompress.policies import TOVA, policy
+from jaxcompress.policies.names import get_policy
 from jaxcompress.serving import Engine, PrefixLimits, Request
 from jaxcompress.serving.prefix_files import PrefixFiles
 from jaxcompress.serving.prefixes import marks
 
 SPEC = spec(rows=2)
+
+
+@policy
+class Typed(TOVA):
+    """A policy whose code is that of this file."""
+
+
 Open = Callable[..., Engine]
 
 
@@ -98,10 +109,15 @@ def test_files_outlive_the_engine_and_stay_within_their_limit(opened: Open, tmp_
     engine.close()
     (first,) = tmp_path.iterdir()
     os.utime(first, (1, 1))
-    (tmp_path / ".killed.state.partial").write_bytes(b"half")
+    killed, others = (tmp_path / f".{name}.state.77.partial" for name in ("killed", "others"))
+    for part in (killed, others):
+        part.write_bytes(b"half")
+    os.utime(killed, (1, 1))
     engine = opened(tmp_path, disk_bytes=int(2.5 * first.stat().st_size))
     assert [known(engine, text) for text in (texts[1], texts[0], texts[2])] == [0, SEGMENT, 0]
     engine.close()
+    assert not killed.exists()
+    others.unlink()  # it may be what another server was writing
     assert len(list(tmp_path.iterdir())) == 2
     engine = opened(tmp_path, memory_bytes=0)
     assert [known(engine, text) for text in (texts[0], texts[2], texts[1])] == [SEGMENT, SEGMENT, 0]
@@ -136,6 +152,29 @@ def test_another_model_of_equal_weights_has_other_prefixes() -> None:
     assert fingerprint(other.model) == fingerprint(SPEC.model)
     assert other.digest() != SPEC.digest()
     assert SPEC.digest() == replace(SPEC, rows=3).digest()
+    narrow = replace(SPEC, model=jax.tree.map(lambda x: x.astype(jnp.bfloat16), SPEC.model), dtype="float32")
+    assert fingerprint(narrow.model) == fingerprint(SPEC.model)
+    assert narrow.digest() != SPEC.digest()
+
+
+def test_policies_of_one_name_and_other_code_have_other_prefixes(tmp_path: Path) -> None:
+    source = "from jaxcompress.policies import TOVA, policy\n\n\n@policy\nclass Far(TOVA):\n    needs = {}\n"
+
+    def digest(name: str, needs: int, around: str = "") -> bytes:
+        (tmp_path / name).write_text(source.format(needs))
+        return replace(SPEC, policy=get_policy(f"{tmp_path / name}:Far{around}")).digest()
+
+    found = [digest("a.py", 2), digest("b.py", 3), digest("a.py", 4), digest("a.py", 4, "/every2")]
+    assert len(set(found)) == 4
+    assert digest("a.py", 2) == found[0]
+    assert digest("a.py", 4, "/every2") == found[3]
+
+
+def test_code_that_cannot_be_read_shares_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = replace(SPEC, policy=Typed())
+    assert typed.digest() == typed.digest()
+    monkeypatch.setattr(Typed, "__module__", "nowhere")
+    assert typed.digest() != typed.digest()
 
 
 def test_a_full_disk_ends_the_writing_only(
@@ -161,6 +200,24 @@ def test_a_full_disk_ends_the_writing_only(
     assert len(list(tmp_path.iterdir())) == 1
     assert not files.writes
     assert files.read(next(tmp_path.iterdir()).stem, SPEC.model, SPEC.policy) is not None
+
+
+def test_another_error_of_writing_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names: list[str] = []
+
+    def broken(*_: Any) -> None:
+        names.extend(path.name for path in tmp_path.iterdir())
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(whole_file.os, "fsync", broken)
+    files = PrefixFiles(tmp_path, 2**30)
+    files.write("one", SPEC.fresh(), SPEC.model)
+    files.close()
+    assert names == [f".one.state.{os.getpid()}.partial"]  # another server may write the same file now
+    assert "a prefix file was not written: [Errno 5]" in caplog.text
+    assert files.writes
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
