@@ -43,7 +43,7 @@ class DecoderConfig:
       logit_softcap: the same for the scores of next tokens.
       sliding: one entry per layer; the window of a sliding-window layer (a query sees itself and window - 1
         earlier tokens), None for a full layer. Empty: every layer is full.
-      max_position: length in tokens of the texts that the model was trained on; a `PositionWarning` tells of longer ones.
+      max_position: tokens of the longest texts that the model was trained on; a `PositionWarning` tells of longer ones.
       layer_ropes: one entry per layer, its position embedding (Gemma 3); None for a layer without one (SmolLM3). Empty:
         `rope` in every layer.
     """
