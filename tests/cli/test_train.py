@@ -247,6 +247,11 @@ def test_nothing_is_held_out(run: Any, book: Path, tmp_path: Path) -> None:
             "--rows 4 cannot be taken in --accumulate 3 equal parts",
         ),
         (("--data", "{book}", "--policy", "tova", "--segment", 32), "--length 16 is less than one --segment of 32"),
+        (
+            ("--data", "{book}", "--policy", "dms", "--segment", 8, "--mode", "chunked", "--chunk", 12),
+            "--segment 8 is no multiple of --chunk 12, and tokens would be selected at the end of each segment too; "
+            "give --segment 12",
+        ),
         (("--data", "{book}", "--policy", "tovaa", "--segment", 8), "unknown policy 'tovaa'"),
         (("--data", "{book}", "--policy", "dms", "--distill"), "--distill is for states that evict by a policy"),
         (

@@ -96,7 +96,8 @@ class TrainFlags(
     """Train adapters of this rank beside the attention projections (LoRA) and leave the model as it is. They are added
     to the model when it is saved."""
     segment: int = 256
-    """Tokens read at once. More is faster and takes more memory; the result is the same."""
+    """Tokens read at once: a multiple of --chunk in mode chunked. More is faster and takes more memory; the result is
+    the same."""
     bptt_segments: int | None = 2
     """Number of segments that the gradient goes back over; None: the whole row."""
     ratio: float = 8.0
@@ -139,6 +140,11 @@ class TrainFlags(
             raise ValueError("--mode oneshot selects once per prompt, and training rows have none; use chunked")
         if self.rows % self.accumulate:
             raise ValueError(f"--rows {self.rows} cannot be taken in --accumulate {self.accumulate} equal parts")
+        if self.policy != "full" and self.segment < self.length and self.segment % (chunk := self.chunk_length):
+            raise ValueError(
+                f"--segment {self.segment} is no multiple of --chunk {chunk}, and tokens would be selected at the end "
+                f"of each segment too; give --segment {-(-self.segment // chunk) * chunk}"
+            )
         if self.distill and (self.policy == "full" or self.policy.startswith(("dms", "dmc"))):
             raise ValueError(
                 f"--distill is for states that evict by a policy or a retention head, not for {self.policy}"
