@@ -13,6 +13,7 @@ import optax
 import pytest
 from tiny import random_tokens, tiny_decoder
 
+from jaxcompress.distributed import ShardingRules, collectives, make_mesh
 from jaxcompress.training import metrics
 from jaxcompress.training.checkpointing import Checkpoints
 from jaxcompress.training.data import Batch, PackedRows, TokenStream, batches
@@ -90,6 +91,18 @@ class TestStep:
         for name in ("loss", "gradient_norm", "tokens"):
             assert float(told_summed[name]) == pytest.approx(float(told[name]), rel=1e-5)
         np.testing.assert_allclose(summed.params["table"], whole.params["table"], atol=1e-6)
+
+    def test_rows_of_microbatches_stay_on_their_device(self) -> None:
+        """Over two devices, which exchange sums alone, the step is that of one."""
+        sgd, rules, batch = optax.sgd(1.0), ShardingRules(make_mesh("data=2")), one_batch(8)
+        whole, told = make_step(bigram, sgd)(fresh(sgd), batch)
+        step, state = make_step(bigram, sgd, accumulate=2, sharding=rules), rules.init(lambda: fresh(sgd))
+        assert {one.kind for one in collectives(step.lower(state, batch).compile())} == {"all-reduce"}
+        spread, told_spread = step(state, batch)
+        assert float(told_spread["loss"]) == pytest.approx(float(told["loss"]), rel=1e-5)
+        np.testing.assert_allclose(spread.params["table"], whole.params["table"], atol=1e-6)
+        with pytest.raises(ValueError, match="batch of tokens, 1 in .*, cannot be spread over the 2 devices"):
+            make_step(bigram, sgd, accumulate=8, sharding=rules)(rules.init(lambda: fresh(sgd)), batch)
 
     def test_rows_that_cannot_be_cut(self) -> None:
         with pytest.raises(ValueError, match="6 rows cannot be cut into 4 microbatches"):
