@@ -193,8 +193,9 @@ def fit(  # nine parameters: the parts of every run, and the settings of logs an
     Raises:
       FloatingPointError: loss, gradient or weights are not finite; names the step. Nothing of that step is saved.
       SaveFailed: a checkpoint could not be written.
+      ValueError: the data ended before the steps; a checkpoint has the steps that were taken.
     """
-    done = int(state.step)
+    done = taken = int(state.step)
     throughput = Throughput(flops_per_token, devices=len(state.step.sharding.device_set))
     pending: tuple[int, Metrics, int] | None = None
     progress = tqdm(total=steps, initial=done, unit="step", disable=not (bar and sys.stderr.isatty()))
@@ -215,19 +216,23 @@ def fit(  # nine parameters: the parts of every run, and the settings of logs an
         progress.set_postfix_str(_summary(numbers))
 
     try:
-        for number in range(done + 1, steps + 1):
-            batch = next(data)
+        while taken < steps and (batch := next(data, None)) is not None:
             state, metrics = step(state, batch)
             settle()
-            pending = number, metrics, _tokens(batch)
-            if checkpoints is not None and (number % save_every == 0 or number == steps):
+            taken += 1
+            pending = taken, metrics, _tokens(batch)
+            if checkpoints is not None and (taken % save_every == 0 or taken == steps):
                 settle()
-                checkpoints.save(number, state, data.get_state())
+                checkpoints.save(taken, state, data.get_state())
         settle()
         if checkpoints is not None:
+            if done < taken < steps and taken % save_every:
+                checkpoints.save(taken, state, data.get_state())
             checkpoints.wait()
     finally:
         progress.close()
+    if taken < steps:
+        raise ValueError(f"the data ended after {taken} of {steps} steps; repeat it or ask for fewer")
     return state
 
 

@@ -212,6 +212,33 @@ class TestFit:
             np.testing.assert_array_equal(one, other)
         assert (tmp_path / "metrics.jsonl").read_text() == lines
 
+    def test_data_that_ends_loses_no_step(self, tmp_path: Path) -> None:
+        class Ends:
+            """Six batches."""
+
+            def __init__(self) -> None:
+                self.left = 6
+
+            def __next__(self) -> Batch:
+                if not self.left:
+                    raise StopIteration
+                self.left -= 1
+                return one_batch(4)
+
+            def get_state(self) -> Any:
+                return self.left
+
+        told: list[int] = []
+        with Checkpoints(tmp_path) as checkpoints:
+            with pytest.raises(ValueError, match="the data ended after 6 of 9 steps; repeat it or ask for fewer"):
+                fit(
+                    fresh(), STEP, Ends(), steps=9, checkpoints=checkpoints, save_every=4,
+                    log=[lambda step, numbers: told.append(step)],
+                )  # fmt: skip
+            assert (checkpoints.latest, told) == (6, [1, 2, 3, 4, 5, 6])
+            state, left = checkpoints.restore(fresh())
+            assert (int(state.step), left) == (6, 0)
+
     @pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
     def test_numbers_that_are_not_finite_stop_it(self, tmp_path: Path, what: str) -> None:
         def objective(params: Any, batch: Batch, step: Any, key: Any) -> tuple[Any, Any]:
