@@ -26,8 +26,9 @@ from jaxcompress.checkpoints import load, save
 from jaxcompress.cli import command_of, main
 from jaxcompress.cli.train import Train, train_defaults
 from jaxcompress.cli.train.presets import PRESETS
-from jaxcompress.cli.train.record import recorded_settings
+from jaxcompress.cli.train.record import recorded_settings, unchanged
 from jaxcompress.models.decoder import Decoder
+from jaxcompress.pallas_kernels import devices
 from jaxcompress.training import checkpointing, trainer
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.optimizer import SCHEDULES
@@ -165,12 +166,13 @@ def test_a_run_that_was_stopped_goes_on(run: Any, book: Path, tmp_path: Path, mo
 
 def test_a_finished_run_is_extended(run: Any, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rates are those of a run of so many steps, and the model is that of the last one. What is told of held-out
-    rows is of the last step, where schedules end."""
+    rows is of the last step, where schedules end. Numbers stay what they were on another kind of device."""
     out, measured, make = tmp_path / "run", [], trainer.make_measure
-    spy = lambda *given, step, **how: measured.append(step) or make(*given, step=step, **how)
+    spy = lambda *given, **how: measured.append((how["step"], how["compute_dtype"])) or make(*given, **how)
     monkeypatch.setattr(trainer, "make_measure", spy)
     assert run("train", "--data", book, "--out", out, *FULL, "--steps", 2).code == 0
     first = (out / "model" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(devices, "device", lambda: ("tpu", "TPU v4"))
     ran = run("train", "--out", out, "--resume", "--steps", 4, model=None)
     assert ran.code == 0, ran.err
     assert "--steps is 4 from now on; it was 2" in ran
@@ -182,7 +184,16 @@ def test_a_finished_run_is_extended(run: Any, book: Path, tmp_path: Path, monkey
     assert (out / "model" / "model.safetensors").read_bytes() != first
     assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "metrics.jsonl", "model", "run.json"]
     assert json.loads((out / "run.json").read_text())["settings"]["steps"] == 4
-    assert measured == [1, 3]
+    assert measured == [(1, "float32"), (3, "float32")]
+
+
+def test_a_run_goes_on_with_the_policy_it_began_with(tmp_path: Path) -> None:
+    how, path = Train(data="x", out=tmp_path, policy="my.py:Far"), tmp_path / "run.json"
+    data, made = dict(tokens=9, checksum=1), dict(base="b", policy_hash="old")
+    path.write_text(json.dumps(dict(data=data, settings=recorded_settings(how), **made)))
+    assert unchanged(how, path, data, made, 1)["policy_hash"] == "old"
+    with pytest.raises(ValueError, match="the code of --policy my.py:Far has changed since the run in"):
+        unchanged(how, path, data, made | dict(policy_hash="new"), 1)
 
 
 def test_adapters(run: Any, book: Path, folder: Path, model: Decoder, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ class Train(TrainFlags):
         if rules is not None:
             rules.check(loaded.config, batch=self.rows // self.accumulate)
         from jaxcompress.checkpoints import config_dtype
+        from jaxcompress.evaluation.policy_hash import policy_settings
         from jaxcompress.generation.text import Tokenizer
         from jaxcompress.models.checks import warn_of_positions
         from jaxcompress.models.fingerprint import fingerprint
@@ -72,10 +73,10 @@ class Train(TrainFlags):
         task = task_of(self, loaded.model, policy, dtype)
         rows = packed_rows(self, tokenizer, loaded.config.vocab_size)
         stored = config_dtype(loaded.settings) or "float32"
-        base = fingerprint(loaded.model)
+        made = dict(base=fingerprint(loaded.model)) | (policy_settings(self.policy, policy) if policy else {})
         flops = self._flops(loaded)
         with Checkpoints(self.out / "checkpoints", keep=self.keep) as checkpoints:
-            run = _Run(self, task, rows, dtype, base, checkpoints, rules)
+            run = _Run(self, task, rows, dtype, made, checkpoints, rules)
             # What is learned reads its rows with plain attention.
             warn_of_positions(loaded.config, policy or get_policy("full"), self.placement, self.length)
             task = task._replace(params=None)  # the state has its own copy
@@ -121,8 +122,8 @@ class _Run:
     """
 
     def __init__(
-        self, how: Train, task: Task, rows: PackedRows, dtype: str, base: str, checkpoints: Checkpoints,
-        rules: ShardingRules | None,
+        self, how: Train, task: Task, rows: PackedRows, dtype: str, made: Mapping[str, str],
+        checkpoints: Checkpoints, rules: ShardingRules | None,
     ):  # fmt: skip
         import jax
 
@@ -145,7 +146,7 @@ class _Run:
         self.state: TrainState
         if self._done:
             self.state, where = checkpoints.restore(jax.eval_shape(begin) if rules is None else rules.abstract(begin))
-            self.record = unchanged(how, file, facts, base, self._done)
+            self.record = unchanged(how, file, facts, made, self._done)
             self._data.set_state(where)
             print(f"continuing from step {self._done}", flush=True)
         else:
@@ -153,7 +154,8 @@ class _Run:
                 print(f"there is no {'checkpoint' if file.exists() else 'run'} in {how.out} yet: it begins")
             self.record = dict(data=facts, held_out=self._measure(task.params, self._parts.held_out))
             self.state = begin() if rules is None else _spread(rules, task.params, optimizer, how.seed)
-        self.record |= dict(settings=recorded_settings(how), base=base)
+        # What a device computes in is a part of the run, and the default of the next call, wherever that runs.
+        self.record |= dict(settings=recorded_settings(how) | dict(compute_dtype=dtype), **made)
         _record(self.record, file)
         print(f"{facts['tokens']:,} tokens, {self._parts.train:,} rows to train on; see {how.out / 'metrics.jsonl'}")
 
