@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from jaxcompress.training.trainer import TrainState
 
 HEAD_RATE = 10
-"""A network that starts from nothing learns so many times faster than the model beside it."""
+"""A network that starts from nothing learns so many times faster than the model that is trained with it."""
+
+FAR = 1.5
+"""A share kept of so many times what --ratio allows is told."""
 
 TOLD_EVERY = 30
 """Seconds between two lines of a run."""
@@ -133,7 +136,7 @@ class _Run:
         self._how, self._told, self._checkpoints = how, task.told, checkpoints
         self._parts = split(rows, batch=how.rows, held_out=how.held_out, held_out_batch=how.rows // how.accumulate)
         self._data = batches(rows, batch=how.rows, seed=how.seed, train=self._parts.train)
-        self._schedule, optimizer = _optimizer(how, both=task.learned is not None and how.distill)
+        self._schedule, optimizer = _optimizer(how)
         self._step = make_step(
             task.objective, optimizer, accumulate=how.accumulate, compute_dtype=dtype, sharding=rules
         )
@@ -189,6 +192,12 @@ class _Run:
             if metric in after:
                 moved = f"{after[metric] - before[metric]:+.4f}, " if metric in before else ""
                 print(f"held-out {name} after {self._how.steps} steps: {after[metric]:.4f} ({moved}{unit})", flush=True)
+        allowed = 1 / self._how.ratio
+        if after.get("kept", 0.0) > FAR * allowed and is_first():
+            tell(
+                f"the share kept is {after['kept']:.2f}, far above the {allowed:.2f} of --ratio {self._how.ratio:g}: "
+                "the network has not learned to let go; give more --steps or a higher --learning-rate"
+            )
 
     @property
     def _before(self) -> dict[str, float]:
@@ -198,7 +207,8 @@ class _Run:
         """The learning rate from here to the end, in words."""
         how, warm = self._how, self._how.warmup_steps
         short = "" if warm == how.warmup else f" (--warmup {how.warmup} does not fit into {how.steps} steps)"
-        course = f"to {how.learning_rate:g} in {warm} steps{short}, then {how.schedule} to step {how.steps}"
+        course = f"to {how.rate:g} in {warm} steps{short}, then {how.schedule} to step {how.steps}"
+        course += f", {HEAD_RATE} times that for the network" if how.network_and_model else ""
         return f"learning rate: {course}; {float(self._schedule(self._done)):.3g} at step {self._done + 1}"
 
 
@@ -218,22 +228,18 @@ def _record(record: Mapping[str, Any], file: Path) -> None:
         write_json(record, file)
 
 
-def _optimizer(how: Train, *, both: bool) -> tuple[Callable[[int], Any], Any]:
-    """The learning rate by step, and the optimizer.
-
-    Args:
-      both: whether a policy's network is trained beside the model.
-    """
+def _optimizer(how: Train) -> tuple[Callable[[int], Any], Any]:
+    """The learning rate by step, and the optimizer."""
     from jaxcompress._extras import extra
     from jaxcompress.training.optimizer import OPTIMIZERS, SCHEDULES
 
     with extra("train"):
         import optax
     of_rate = lambda rate: SCHEDULES[how.schedule](rate, how.steps, warmup=how.warmup_steps)
-    schedule = of_rate(how.learning_rate)
+    schedule = of_rate(how.rate)
     optimizer = OPTIMIZERS[how.optimizer](schedule, clip=how.clip, weight_decay=how.weight_decay)
-    if both:
-        head = OPTIMIZERS["adamw"](of_rate(HEAD_RATE * how.learning_rate), clip=how.clip, weight_decay=0.0)
+    if how.network_and_model:
+        head = OPTIMIZERS["adamw"](of_rate(HEAD_RATE * how.rate), clip=how.clip, weight_decay=0.0)
         optimizer = optax.partition({"model": optimizer, "head": head}, ("model", "head"))
     return schedule, optimizer
 

@@ -16,7 +16,8 @@ _FREE = ("steps", "save_every", "keep", "tensorboard", "mesh")  # may change whi
 
 def recorded_settings(how: TrainFlags) -> dict[str, Any]:
     """The settings that make a run what it is, as JSON has them."""
-    return _as_json({name: value for name, value in asdict(how).items() if name not in _PER_CALL})
+    settings = asdict(how) | dict(learning_rate=how.rate)
+    return _as_json({name: value for name, value in settings.items() if name not in _PER_CALL})
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
