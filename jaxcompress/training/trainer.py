@@ -105,7 +105,8 @@ def make_step(
       accumulate: number of microbatches into which the batch is cut: of n, the first has rows 0, n, 2 n, ... They run
         one after the other, and their gradients are summed in float32. The number of rows must be a multiple of it, and
         with `sharding` the rows of a microbatch one of the devices that have rows of their own. The result is that of
-        the whole batch, except for rounding.
+        the whole batch, except for rounding, where the loss is a mean over tokens. It is not for `dms_loss` and
+        `merging_loss`: each microbatch has noise of its own, and a penalty for its own share of tokens kept.
       compute_dtype: weights are cast to it before the objective sees them. Gradients are cast to float32 before they
         are summed or given to the optimizer. None: no cast.
       sharding: where rows, weights and the optimizer's state go and stay; give it a state that is there:

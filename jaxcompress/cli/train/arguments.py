@@ -35,7 +35,8 @@ class RowFlags:
     rows: int = 4
     """Rows per step."""
     accumulate: int = 1
-    """Take the rows of a step in so many equal parts, one after the other; more parts take less memory."""
+    """Take the rows of a step in so many equal parts, one after the other; more parts take less memory. dms, dmc: each
+    part is penalised for the share that it keeps itself."""
     held_out: int = 16
     """Rows that are never trained on, at most a tenth of all. Their loss is told before and after training."""
 
