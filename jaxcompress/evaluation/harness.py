@@ -17,7 +17,7 @@ from jaxcompress._extras import extra
 from jaxcompress.checkpoints import load, missing_policy
 from jaxcompress.evaluation.perplexity import predict_block
 from jaxcompress.generation.config import GenerationConfig
-from jaxcompress.generation.decode_state import DecodeState, init_decode_state
+from jaxcompress.generation.decode_state import DecodeState, check_seed, init_decode_state
 from jaxcompress.generation.generate import decode_stream, prefill
 from jaxcompress.generation.text import TextUntil
 from jaxcompress.models.modes import MODES, Mode, calls, padded
@@ -65,17 +65,18 @@ class HarnessModel(TemplateLM):
       max_length: tokens that are read at most, context and continuation together; earlier ones are left out, as the
         harness does. What the model was trained for if not given.
       max_gen_toks: tokens to write, if a task does not say.
+      seed: of the draws of answers. The n-th request of a call has seed + n, whatever the batch.
       device, max_batch_size: not used; the harness always gives them (cuda:0 by default). JAX chooses the device.
 
     Raises:
       ValueError: slots are missing, or an argument has no meaning.
     """
 
-    def __init__(  # thirteen parameters: the keys of --model_args
+    def __init__(  # fourteen parameters: the keys of --model_args
         self, pretrained: str, policy: str = "full", slots: int | None = None, mode: str = "streaming",
         chunk: int = 128, placement: Placement | None = None, dtype: str = "auto", state_dtype: str | None = None,
         batch_size: int | str = 4, max_length: int | None = None, max_gen_toks: int = 256,
-        device: str | None = None, max_batch_size: int | None = None,
+        seed: int = 0, device: str | None = None, max_batch_size: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -96,6 +97,7 @@ class HarnessModel(TemplateLM):
         self.batch_size = int(batch_size)
         self.max_length = self.loaded.config.max_position if max_length is None else max_length
         self.max_gen_toks = max_gen_toks
+        self.seed = check_seed(seed)
 
     @property
     def eot_token_id(self) -> int:
@@ -166,7 +168,7 @@ class HarnessModel(TemplateLM):
         for contexts in _batches(order, self.batch_size):
             most = max(len(groups[context]) for context in contexts)
             room = max(len(asked[n].context) + len(asked[n].continuation) for c in contexts for n in groups[c])
-            state = self._read(contexts, room)
+            state = self._read(contexts, room, range(len(contexts)))  # nothing is drawn
             for turn in range(most):
                 numbers = [groups[context][min(turn, len(groups[context]) - 1)] for context in contexts]
                 last = turn == most - 1
@@ -184,14 +186,18 @@ class HarnessModel(TemplateLM):
         kept = (context + continuation)[-(self.max_length + 1) :]
         return Scored(asked, tuple(kept[: -len(continuation)]), tuple(continuation))
 
-    def _read(self, contexts: Sequence[tuple[int, ...]], room: int) -> DecodeState:
-        """The state after contexts [B], with room for so many tokens if nothing is evicted."""
+    def _read(self, contexts: Sequence[tuple[int, ...]], room: int, numbers: Sequence[int]) -> DecodeState:
+        """The state after contexts [B] of requests of these numbers, with room for so many tokens if nothing is
+        evicted."""
         slots = self.slots if self.slots is not None and self.policy.evicts else padded(room, SEGMENT)
         rows = [np.array(context, np.int32) for context in contexts]
-        rows += rows[-1:] * (self.batch_size - len(rows))
+        seeds = [self.seed + number for number in numbers]
+        missing = self.batch_size - len(rows)
+        rows, seeds = rows + rows[-1:] * missing, seeds + seeds[-1:] * missing
         state = init_decode_state(
-            self.loaded.model, self.policy, slots, batch=len(rows), dtype=self.state_dtype, placement=self.placement
-        )
+            self.loaded.model, self.policy, slots, batch=len(rows), seeds=seeds, dtype=self.state_dtype,
+            placement=self.placement,
+        )  # fmt: skip
         return prefill(self.loaded.model, rows, state, mode=self.mode, chunk=self.chunk, segment=SEGMENT)
 
     def _continued(
@@ -232,14 +238,16 @@ class HarnessModel(TemplateLM):
             rows = {number: self.tok_encode(_arguments(requests[number])[0]) for number in numbers}
             order = sorted(numbers, key=lambda number: -len(rows[number]))
             for batch in _batches(order, self.batch_size):
-                written = self._generated([rows[number] for number in batch], dict(given))
+                written = self._generated([rows[number] for number in batch], batch, dict(given))
                 results.update(zip(batch, written, strict=True))
         for number, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", _arguments(request), results[number])
         return [results[number] for number in range(len(requests))]
 
-    def _generated(self, contexts: Sequence[list[int]], given: dict[str, Any]) -> list[str]:
-        """What follows contexts that are written with the same arguments."""
+    def _generated(
+        self, contexts: Sequence[list[int]], numbers: Sequence[int], given: dict[str, Any]
+    ) -> list[str]:  # fmt: skip
+        """What follows contexts of requests of these numbers, that are written with the same arguments."""
         most = int(given.pop("max_gen_toks"))
         stop = handle_stop_sequences(given.pop("until", None), eos=None)
         room = self.max_length - most
@@ -247,7 +255,7 @@ class HarnessModel(TemplateLM):
             raise ValueError(f"max_gen_toks={most} leaves no room for a context in max_length={self.max_length}")
         config = _config(given, self.loaded.tokenizer.eos_ids)
         cut = [tuple(context[-room:]) for context in contexts]
-        state = self._read(cut, max(map(len, cut)) + most)
+        state = self._read(cut, max(map(len, cut)) + most, numbers)
         until = [TextUntil(self.loaded.tokenizer, [s for s in stop if s], config.stop_token_ids, ids) for ids in cut]
         written = [""] * len(contexts)
         for tokens in decode_stream(self.loaded.model, state, most, config, stream_every=GROUP):

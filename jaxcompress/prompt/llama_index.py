@@ -24,7 +24,8 @@ with extra("llama-index"):
 
 
 class NodeCompressor(BaseNodePostprocessor):
-    """Shortens the texts of nodes; text nodes of which nothing is left are dropped, other nodes stay as they are.
+    """Shortens the texts of nodes; those of which nothing is left are dropped. Nodes without a text, such as those of
+    pictures, stay as they are.
 
     Ids, metadata, relationships and the retriever's scores stay. With an encoder that reads a question, the metadata
     get a `relevance_score`, which neither embeddings nor the language model see.
@@ -49,11 +50,14 @@ class NodeCompressor(BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         budget = dict(rate=self.rate, tokens=self.tokens, threshold=self.threshold)
-        with_text = [at for at, node in enumerate(nodes) if isinstance(node.node, TextNode)]
-        texts = [nodes[at].node.get_content(metadata_mode=MetadataMode.NONE) for at in with_text]
+        texts = {
+            at: text
+            for at, node in enumerate(nodes)
+            if isinstance(node.node, TextNode) and (text := node.node.get_content(metadata_mode=MetadataMode.NONE))
+        }
         query = None if query_bundle is None else query_bundle.query_str
-        result = compress_retrieved(self.compressor, texts, query, **budget, **self.options)
-        shorter = dict(zip(with_text, result.documents, strict=True))
+        result = compress_retrieved(self.compressor, [*texts.values()], query, **budget, **self.options)
+        shorter = dict(zip(texts, result.documents, strict=True))
         found = []
         for at, node in enumerate(nodes):
             if at not in shorter:

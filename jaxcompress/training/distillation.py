@@ -97,7 +97,7 @@ def distilled_value_and_grad(  # fifteen parameters: those of `bounded_value_and
             f"{mine.hidden_size} in the student"
         )
     check_read(tokens, start.config.vocab_size)
-    check_text(start.config, policy, slots, tokens.shape, segment)
+    check_text(start.config, policy, slots, tokens.shape, segment, chunk)
     weights = jnp.ones(tokens[:, 1:].shape) if weights is None else weights
     above = jax.lax.stop_gradient(above)
     teacher_hidden = full_cache_hidden(above, tokens[:, :-1])

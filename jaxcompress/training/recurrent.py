@@ -139,7 +139,7 @@ def bounded_value_and_grad(  # ten parameters: the first four as everywhere, the
     Args:
       tokens: [B, T + 1].
       slots: as for `init_state`; the state has the model's dtype.
-      segment: tokens per segment. The last segment may be shorter.
+      segment: tokens per segment, a multiple of `chunk` unless it is the whole text. The last segment may be shorter.
       weights: [B, T], the weight of predicting each token but the first; the loss is the weighted mean. All count
         alike if not given.
       bptt_segments: over how many segments the gradient goes back; None: to the beginning.
@@ -148,11 +148,11 @@ def bounded_value_and_grad(  # ten parameters: the first four as everywhere, the
 
     Raises:
       ValueError: tokens that are not integers [B, T + 1], ids outside the vocabulary (not checked under jit), a text
-        shorter than a segment, bptt_segments that do not divide the number of segments, slots that the policy cannot
-        work with, or a policy that needs a whole prompt.
+        shorter than a segment, segments that cut chunks, bptt_segments that do not divide the number of segments, slots
+        that the policy cannot work with, or a policy that needs a whole prompt.
     """
     check_read(tokens, model.config.vocab_size)
-    check_text(model.config, policy, slots, tokens.shape, segment)
+    check_text(model.config, policy, slots, tokens.shape, segment, chunk)
     weights = jnp.ones(tokens[:, 1:].shape) if weights is None else weights
     state = init_state(model.config, policy, slots, batch=tokens.shape[0], dtype=model.dtype)
     recurrence = recurrence or exact_gradient(policy, placement)
@@ -169,11 +169,18 @@ def bounded_value_and_grad(  # ten parameters: the first four as everywhere, the
     return value / whole, jax.tree.map(lambda g: g / whole, gradient)
 
 
-def check_text(config: DecoderConfig, policy: Policy, slots: Slots, shape: tuple[int, ...], segment: int) -> None:
+def check_text(
+    config: DecoderConfig, policy: Policy, slots: Slots, shape: tuple[int, ...], segment: int, chunk: int
+) -> None:
     """Raises ValueError if texts [B, T + 1] cannot be trained on through such a state in such segments."""
     total = shape[1] - 1
     if not 1 <= segment <= total:
         raise ValueError(f"a segment of {segment} tokens does not fit into texts of {total}")
+    if segment < total and segment % chunk:  # each segment ends with a selection
+        raise ValueError(
+            f"segments of {segment} tokens cut chunks of {chunk}, and tokens would be selected at the end of each "
+            f"segment too: give a segment of {-(-segment // chunk) * chunk} or another multiple of the chunk"
+        )
     if policy.oneshot_only:
         raise ValueError(f"policy {policy.name} selects from whole prompts; training streams")
     state = jax.eval_shape(lambda: init_state(config, policy, slots))

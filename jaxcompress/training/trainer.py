@@ -102,9 +102,11 @@ def make_step(
     `parameter_norm`, after the update. If any weight is not finite, neither is `parameter_norm`.
 
     Args:
-      accumulate: number of microbatches into which the batch is cut. They run one after the other, and their gradients
-        are summed in float32. The number of rows must be a multiple of it. The result is that of the whole batch,
-        except for rounding.
+      accumulate: number of microbatches into which the batch is cut: of n, the first has rows 0, n, 2 n, ... They run
+        one after the other, and their gradients are summed in float32. The number of rows must be a multiple of it, and
+        with `sharding` the rows of a microbatch one of the devices that have rows of their own. The result is that of
+        the whole batch, except for rounding, where the loss is a mean over tokens. It is not for `dms_loss` and
+        `merging_loss`: each microbatch has noise of its own, and a penalty for its own share of tokens kept.
       compute_dtype: weights are cast to it before the objective sees them. Gradients are cast to float32 before they
         are summed or given to the optimizer. None: no cast.
       sharding: where rows, weights and the optimizer's state go and stay; give it a state that is there:
@@ -130,7 +132,8 @@ def make_step(
             zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, params, one, state, 0, tokens))
 
             def add(done: Any, item: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, done, part(params, item[0], state, item[1], tokens)), None
+                rows = placed(item[0], sharding)
+                return jax.tree.map(jnp.add, done, part(params, rows, state, item[1], tokens)), None
 
             (metrics, gradient), _ = jax.lax.scan(add, zeros, (micro, jnp.arange(accumulate)))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
@@ -150,9 +153,11 @@ def _cast(tree: Any, dtype: DTypeLike | None) -> Any:
 
 
 def _cut(x: jax.Array, n: int) -> jax.Array:
+    """Microbatches [n, rows, ...] whose rows lie as far apart as can be: each has rows of every device, which then stay
+    there."""
     if x.shape[0] % n:
         raise ValueError(f"{x.shape[0]} rows cannot be cut into {n} microbatches: give a number that divides them")
-    return x.reshape(n, -1, *x.shape[1:])
+    return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
 
 
 def fit(  # nine parameters: the parts of every run, and the settings of logs and checkpoints
@@ -189,8 +194,9 @@ def fit(  # nine parameters: the parts of every run, and the settings of logs an
     Raises:
       FloatingPointError: loss, gradient or weights are not finite; names the step. Nothing of that step is saved.
       SaveFailed: a checkpoint could not be written.
+      ValueError: the data ended before the steps; a checkpoint has the steps that were taken.
     """
-    done = int(state.step)
+    done = taken = int(state.step)
     throughput = Throughput(flops_per_token, devices=len(state.step.sharding.device_set))
     pending: tuple[int, Metrics, int] | None = None
     progress = tqdm(total=steps, initial=done, unit="step", disable=not (bar and sys.stderr.isatty()))
@@ -211,19 +217,23 @@ def fit(  # nine parameters: the parts of every run, and the settings of logs an
         progress.set_postfix_str(_summary(numbers))
 
     try:
-        for number in range(done + 1, steps + 1):
-            batch = next(data)
+        while taken < steps and (batch := next(data, None)) is not None:
             state, metrics = step(state, batch)
             settle()
-            pending = number, metrics, _tokens(batch)
-            if checkpoints is not None and (number % save_every == 0 or number == steps):
+            taken += 1
+            pending = taken, metrics, _tokens(batch)
+            if checkpoints is not None and (taken % save_every == 0 or taken == steps):
                 settle()
-                checkpoints.save(number, state, data.get_state())
+                checkpoints.save(taken, state, data.get_state())
         settle()
         if checkpoints is not None:
+            if done < taken < steps and taken % save_every:
+                checkpoints.save(taken, state, data.get_state())
             checkpoints.wait()
     finally:
         progress.close()
+    if taken < steps:
+        raise ValueError(f"the data ended after {taken} of {steps} steps; repeat it or ask for fewer")
     return state
 
 

@@ -72,11 +72,15 @@ def test_a_file_that_changed_is_measured_again(run: Any, quiet: str, text: Path,
 @pytest.mark.slow
 def test_a_model_is_trained_with_it(run: Any, quiet: str, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(TEXT * 8, encoding="utf-8")
+    path = Path(quiet.rpartition(":")[0])
     small = ("--length", 16, "--rows", 2, "--steps", 1, "--segment", 8, "--slots", 6, "--held-out", 0)
     out = tmp_path / "run"
     ran = run("train", "--data", tmp_path / "book.txt", "--out", out, "--policy", quiet, *small)
     assert (ran.code, ran.err) == (0, "")
     assert json.loads((out / "model" / "policy.json").read_text())["policy"] == quiet
+    path.write_text(MINE.replace("return -jnp", "return jnp"))
+    ran = run("train", "--out", out, "--resume", "--steps", 2)
+    assert (ran.code, f"the code of --policy {quiet} has changed" in ran.err) == (2, True)
 
 
 def test_a_file_that_is_not_there(run: Any, tmp_path: Path) -> None:

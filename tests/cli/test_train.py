@@ -25,9 +25,11 @@ from test_cli import folder, model, run, tokenizer  # noqa: F401  fixtures
 from jaxcompress.checkpoints import load, save
 from jaxcompress.cli import command_of, main
 from jaxcompress.cli.train import Train, train_defaults
+from jaxcompress.cli.train.command import _optimizer
 from jaxcompress.cli.train.presets import PRESETS
-from jaxcompress.cli.train.record import recorded_settings
+from jaxcompress.cli.train.record import recorded_settings, unchanged
 from jaxcompress.models.decoder import Decoder
+from jaxcompress.pallas_kernels import devices
 from jaxcompress.training import checkpointing, trainer
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.optimizer import SCHEDULES
@@ -165,12 +167,13 @@ def test_a_run_that_was_stopped_goes_on(run: Any, book: Path, tmp_path: Path, mo
 
 def test_a_finished_run_is_extended(run: Any, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rates are those of a run of so many steps, and the model is that of the last one. What is told of held-out
-    rows is of the last step, where schedules end."""
+    rows is of the last step, where schedules end. Numbers stay what they were on another kind of device."""
     out, measured, make = tmp_path / "run", [], trainer.make_measure
-    spy = lambda *given, step, **how: measured.append(step) or make(*given, step=step, **how)
+    spy = lambda *given, **how: measured.append((how["step"], how["compute_dtype"])) or make(*given, **how)
     monkeypatch.setattr(trainer, "make_measure", spy)
     assert run("train", "--data", book, "--out", out, *FULL, "--steps", 2).code == 0
     first = (out / "model" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(devices, "device", lambda: ("tpu", "TPU v4"))
     ran = run("train", "--out", out, "--resume", "--steps", 4, model=None)
     assert ran.code == 0, ran.err
     assert "--steps is 4 from now on; it was 2" in ran
@@ -182,7 +185,16 @@ def test_a_finished_run_is_extended(run: Any, book: Path, tmp_path: Path, monkey
     assert (out / "model" / "model.safetensors").read_bytes() != first
     assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "metrics.jsonl", "model", "run.json"]
     assert json.loads((out / "run.json").read_text())["settings"]["steps"] == 4
-    assert measured == [1, 3]
+    assert measured == [(1, "float32"), (3, "float32")]
+
+
+def test_a_run_goes_on_with_the_policy_it_began_with(tmp_path: Path) -> None:
+    how, path = Train(data="x", out=tmp_path, policy="my.py:Far"), tmp_path / "run.json"
+    data, made = dict(tokens=9, checksum=1), dict(base="b", policy_hash="old")
+    path.write_text(json.dumps(dict(data=data, settings=recorded_settings(how), **made)))
+    assert unchanged(how, path, data, made, 1)["policy_hash"] == "old"
+    with pytest.raises(ValueError, match="the code of --policy my.py:Far has changed since the run in"):
+        unchanged(how, path, data, made | dict(policy_hash="new"), 1)
 
 
 def test_adapters(run: Any, book: Path, folder: Path, model: Decoder, tmp_path: Path) -> None:
@@ -247,6 +259,11 @@ def test_nothing_is_held_out(run: Any, book: Path, tmp_path: Path) -> None:
             "--rows 4 cannot be taken in --accumulate 3 equal parts",
         ),
         (("--data", "{book}", "--policy", "tova", "--segment", 32), "--length 16 is less than one --segment of 32"),
+        (
+            ("--data", "{book}", "--policy", "dms", "--segment", 8, "--mode", "chunked", "--chunk", 12),
+            "--segment 8 is no multiple of --chunk 12, and tokens would be selected at the end of each segment too; "
+            "give --segment 12",
+        ),
         (("--data", "{book}", "--policy", "tovaa", "--segment", 8), "unknown policy 'tovaa'"),
         (("--data", "{book}", "--policy", "dms", "--distill"), "--distill is for states that evict by a policy"),
         (
@@ -437,10 +454,15 @@ def test_a_policy_that_is_learned(
     """It is saved with the model, comes back with it, and is what `learned` stands for."""
     out = tmp_path / "run"
     ran = run("train", "--data", book, "--out", out, "--policy", policy, "--slots", 12, *SMALL, *more)
-    assert (ran.code, ran.err) == (0, "")
+    fading = {"dms-pool": "divergence", "dmc": "prediction"}.get(policy)
+    assert ran.code == 0
+    if fading is None:
+        assert ran.err == ""
+    else:
+        assert re.fullmatch(r"jaxcompress: the share kept is .*, far above the 0.12 of --ratio 8: .*\n", ran.err)
+    assert ("then cosine to step 6, 10 times that for the network" in ran) == (policy == "dmc" or "--distill" in more)
     told = re.findall(r"held-out (.*) before: \d+\.\d+ \((.*)\)", ran)
     assert told[0] == ("loss", "nats per token")
-    fading = {"dms-pool": "divergence", "dmc": "prediction"}.get(policy)
     other = ["foresight"] if fading is None else [f"{fading} while tokens fade", "share kept"]
     assert [name for name, _ in told[1:]] == ["divergence"] * ("--distill" in more) + other
     assert [name for name, _ in told] == re.findall(r"held-out (.*) after 6 steps: \d", ran)
@@ -461,6 +483,24 @@ def test_a_policy_that_is_learned(
     assert name in ran
     ran = run("perplexity", *reading, "--policies", "learned")
     assert (ran.code, "no policy was trained for the model" in ran.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("how", "rates"),
+    [
+        (dict(policy="tova"), (1e-4,)), (dict(policy="dms"), (3e-3,)), (dict(policy="retention-pool"), (3e-3,)),
+        (dict(policy="dmc"), (1e-4, 1e-3)), (dict(policy="dmc", learning_rate=1e-2), (1e-2, 1e-1)),
+        (dict(policy="retention", distill=True), (1e-4, 1e-3)), (dict(policy="dms", learning_rate=1e-5), (1e-5,)),
+    ],
+)  # fmt: skip
+def test_networks_learn_faster(how: Any, rates: tuple[float, ...]) -> None:
+    """What is trained takes its first step of Adam: as long as its learning rate."""
+    made = Train(data="x", out=Path("y"), warmup=0, weight_decay=0.0, **how)
+    _, optimizer = _optimizer(made)
+    weights = tuple({"kernel": jnp.ones(2)} for _ in rates)
+    updates, _ = optimizer.update(weights, optimizer.init(weights), weights)
+    np.testing.assert_allclose([-one["kernel"][0] for one in updates], rates, rtol=1e-3)
+    assert recorded_settings(made)["learning_rate"] == rates[0]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -109,6 +109,19 @@ def test_what_it_writes(full: HarnessModel) -> None:
         ask(until=[], num_beams=4)
 
 
+def test_each_request_draws_for_itself(full: HarnessModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task with `repeats` asks the same several times; what is drawn depends on the seed, not on the batch."""
+    how: dict[str, Any] = dict(max_gen_toks=20, until=[], do_sample=True, temperature=1.0)
+    draw = lambda: full.generate_until(instances("generate_until", [("Hi", how)] * 4))
+    written = draw()
+    assert len(set(written)) == 4
+    monkeypatch.setattr(full, "seed", 1)
+    assert draw()[:3] == written[1:]
+    monkeypatch.setattr(full, "seed", 0)
+    monkeypatch.setattr(full, "batch_size", 1)
+    assert draw() == written
+
+
 def test_conversations(full: HarnessModel) -> None:
     said = [dict(role="user", content="Hi"), dict(role="assistant", content="Well,")]
     assert full.apply_chat_template(said[:1]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

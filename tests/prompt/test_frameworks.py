@@ -70,13 +70,17 @@ def test_llama_index(words: Compressor, pruner: Compressor) -> None:
     nodes = [NodeWithScore(node=TextNode(text=text, id_=str(n)), score=n / 4) for n, text in enumerate(TEXTS)]
     assert issubclass(IndexNode, TextNode)
     picture = NodeWithScore(node=ImageNode(image_path="a.png"), score=1.0)
-    found = NodeCompressor(compressor=words, tokens=12).postprocess_nodes([*nodes, picture], query_str=QUERY)
-    expected = words.compress([*TEXTS, ""], tokens=12).documents
-    assert [one.node.get_content() for one in found] == [one.text for one in expected if one.text]
-    assert [one.score for one in found] == [0.0, 0.5]
+    short = NodeCompressor(compressor=words, tokens=12)
+    found = short.postprocess_nodes([*nodes, picture], query_str=QUERY)
+    first, third = (one.text for one in words.compress([TEXTS[0], TEXTS[2]], tokens=12).documents)
+    assert [one.node.get_content() for one in found] == [first, "", third, ""]
+    assert [one.score for one in found] == [0.0, 0.25, 0.5, 1.0]
+    assert found[3] is picture
+    assert short.postprocess_nodes([picture], query_str=QUERY) == [picture]
     assert [one.node.get_content() for one in nodes] == TEXTS
-    pruned = NodeCompressor(compressor=pruner).postprocess_nodes(nodes, query_str=QUERY)
-    result = pruner.asking(QUERY).prune(TEXTS).documents
+    with_text = [nodes[0], nodes[2]]
+    pruned = NodeCompressor(compressor=pruner).postprocess_nodes(with_text, query_str=QUERY)
+    result = pruner.asking(QUERY).prune([TEXTS[0], TEXTS[2]]).documents
     assert [one.node.get_content() for one in pruned] == [one.text for one in result if one.text]
     assert all("relevance_score" in one.node.excluded_llm_metadata_keys for one in pruned)
     assert "compressor" not in NodeCompressor(compressor=words).to_dict()

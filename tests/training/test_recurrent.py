@@ -96,6 +96,11 @@ def test_chunks() -> None:
     same(*(gradient("tova", 12, None, form, chunk=4) for form in FORMS))
 
 
+def test_chunks_that_segments_would_cut() -> None:
+    with pytest.raises(ValueError, match="segments of 8 tokens cut chunks of 12.*give a segment of 12 or"):
+        gradient("tova", 8, None, None, chunk=12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["tova/merge_nearest", "streaming_llm+2", "tova/mean_slots2"])
 def test_policies_that_do_more_than_evict_use_the_scan(policy: str) -> None:

@@ -13,6 +13,7 @@ import optax
 import pytest
 from tiny import random_tokens, tiny_decoder
 
+from jaxcompress.distributed import ShardingRules, collectives, make_mesh
 from jaxcompress.training import metrics
 from jaxcompress.training.checkpointing import Checkpoints
 from jaxcompress.training.data import Batch, PackedRows, TokenStream, batches
@@ -90,6 +91,18 @@ class TestStep:
         for name in ("loss", "gradient_norm", "tokens"):
             assert float(told_summed[name]) == pytest.approx(float(told[name]), rel=1e-5)
         np.testing.assert_allclose(summed.params["table"], whole.params["table"], atol=1e-6)
+
+    def test_rows_of_microbatches_stay_on_their_device(self) -> None:
+        """Over two devices, which exchange sums alone, the step is that of one."""
+        sgd, rules, batch = optax.sgd(1.0), ShardingRules(make_mesh("data=2")), one_batch(8)
+        whole, told = make_step(bigram, sgd)(fresh(sgd), batch)
+        step, state = make_step(bigram, sgd, accumulate=2, sharding=rules), rules.init(lambda: fresh(sgd))
+        assert {one.kind for one in collectives(step.lower(state, batch).compile())} == {"all-reduce"}
+        spread, told_spread = step(state, batch)
+        assert float(told_spread["loss"]) == pytest.approx(float(told["loss"]), rel=1e-5)
+        np.testing.assert_allclose(spread.params["table"], whole.params["table"], atol=1e-6)
+        with pytest.raises(ValueError, match="batch of tokens, 1 in .*, cannot be spread over the 2 devices"):
+            make_step(bigram, sgd, accumulate=8, sharding=rules)(rules.init(lambda: fresh(sgd)), batch)
 
     def test_rows_that_cannot_be_cut(self) -> None:
         with pytest.raises(ValueError, match="6 rows cannot be cut into 4 microbatches"):
@@ -198,6 +211,33 @@ class TestFit:
         for one, other in zip(leaves(run(tmp_path, steps=5)), first, strict=True):
             np.testing.assert_array_equal(one, other)
         assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+    def test_data_that_ends_loses_no_step(self, tmp_path: Path) -> None:
+        class Ends:
+            """Six batches."""
+
+            def __init__(self) -> None:
+                self.left = 6
+
+            def __next__(self) -> Batch:
+                if not self.left:
+                    raise StopIteration
+                self.left -= 1
+                return one_batch(4)
+
+            def get_state(self) -> Any:
+                return self.left
+
+        told: list[int] = []
+        with Checkpoints(tmp_path) as checkpoints:
+            with pytest.raises(ValueError, match="the data ended after 6 of 9 steps; repeat it or ask for fewer"):
+                fit(
+                    fresh(), STEP, Ends(), steps=9, checkpoints=checkpoints, save_every=4,
+                    log=[lambda step, numbers: told.append(step)],
+                )  # fmt: skip
+            assert (checkpoints.latest, told) == (6, [1, 2, 3, 4, 5, 6])
+            state, left = checkpoints.restore(fresh())
+            assert (int(state.step), left) == (6, 0)
 
     @pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
     def test_numbers_that_are_not_finite_stop_it(self, tmp_path: Path, what: str) -> None:

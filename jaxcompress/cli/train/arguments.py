@@ -8,7 +8,7 @@ from typing import Literal
 
 from jaxcompress.cli.flags import ModeFlags, ModelFlag, PlacementFlag, PolicyFlags, SeedFlag, at_least
 from jaxcompress.cli.mesh import ProfileFlag
-from jaxcompress.cli.train.presets import PRESETS
+from jaxcompress.cli.train.presets import NETWORK_RATE, PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,8 @@ class RowFlags:
     rows: int = 4
     """Rows per step."""
     accumulate: int = 1
-    """Take the rows of a step in so many equal parts, one after the other; more parts take less memory."""
+    """Take the rows of a step in so many equal parts, one after the other; more parts take less memory. dms, dmc: each
+    part is penalised for the share that it keeps itself."""
     held_out: int = 16
     """Rows that are never trained on, at most a tenth of all. Their loss is told before and after training."""
 
@@ -47,8 +48,9 @@ class OptimizerFlags:
     steps: int = 200
     """Steps in all. With --resume it may differ from before: the run then continues as one that was begun with so many
     steps."""
-    learning_rate: float = 1e-4
-    """The highest learning rate."""
+    learning_rate: float | None = None
+    """The highest learning rate; 3e-3 where a policy's network is trained and the model stays as it is, else 1e-4, if
+    not given. A network that is trained together with a model learns ten times as fast."""
     schedule: Literal["cosine", "stable", "constant"] = "cosine"
     """Learning rate after the warmup. cosine: half a cosine down to a tenth. stable: a plateau, then a linear decay.
     constant: the same to the end."""
@@ -91,12 +93,13 @@ class TrainFlags(
     """Split of a dataset."""
     distill: bool = False
     """Also learn to predict what the model, as it was before training, predicts with its full cache. A retention head
-    then learns together with the model, at ten times the learning rate."""
+    then learns together with the model."""
     lora: int | None = None
     """Train adapters of this rank beside the attention projections (LoRA) and leave the model as it is. They are added
     to the model when it is saved."""
     segment: int = 256
-    """Tokens read at once. More is faster and takes more memory; the result is the same."""
+    """Tokens read at once: a multiple of --chunk in mode chunked. More is faster and takes more memory; the result is
+    the same."""
     bptt_segments: int | None = 2
     """Number of segments that the gradient goes back over; None: the whole row."""
     ratio: float = 8.0
@@ -122,6 +125,23 @@ class TrainFlags(
         """Tokens between two selections."""
         return self.chunk_tokens() if self.mode == "chunked" else 1
 
+    @property
+    def network_alone(self) -> bool:
+        """Whether a policy's network is trained beside a model that stays as it is."""
+        return self.policy.split("-")[0] in ("retention", "dms") and not self.distill
+
+    @property
+    def network_and_model(self) -> bool:
+        """Whether a policy's network is trained together with the model, or with adapters of it."""
+        return self.policy.split("-")[0] in ("retention", "dmc") and not self.network_alone
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return NETWORK_RATE if self.network_alone else 1e-4
+
     def check(self) -> None:
         """What can be known before anything is loaded.
 
@@ -139,12 +159,16 @@ class TrainFlags(
             raise ValueError("--mode oneshot selects once per prompt, and training rows have none; use chunked")
         if self.rows % self.accumulate:
             raise ValueError(f"--rows {self.rows} cannot be taken in --accumulate {self.accumulate} equal parts")
+        if self.policy != "full" and self.segment < self.length and self.segment % (chunk := self.chunk_length):
+            raise ValueError(
+                f"--segment {self.segment} is no multiple of --chunk {chunk}, and tokens would be selected at the end "
+                f"of each segment too; give --segment {-(-self.segment // chunk) * chunk}"
+            )
         if self.distill and (self.policy == "full" or self.policy.startswith(("dms", "dmc"))):
             raise ValueError(
                 f"--distill is for states that evict by a policy or a retention head, not for {self.policy}"
             )
-        alone = self.policy.startswith(("dms", "dmc")) or (self.policy.startswith("retention") and not self.distill)
-        if self.lora is not None and alone:
+        if self.lora is not None and (self.network_alone or self.policy == "dmc"):
             more = "; with --distill it trains both" if self.policy.startswith("retention") else ""
             raise ValueError(f"--lora trains adapters of a model; {self.policy} trains a network of its own{more}")
         defaults, preset = {field.name: field.default for field in fields(self)}, PRESETS.get(self.preset or "", {})
@@ -159,9 +183,9 @@ class TrainFlags(
         for name in ("length", "rows", "accumulate", "steps", "segment", "bptt_segments", "save_every", "keep"):
             at_least(1, **{name: getattr(self, name)})
         at_least(0, warmup=self.warmup, recent=self.recent, held_out=self.held_out)
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name):g}")
+        for name, value in (("learning-rate", self.rate), ("clip", self.clip)):
+            if not value > 0:
+                raise ValueError(f"--{name} must be above 0, not {value:g}")
         if not self.weight_decay >= 0:
             raise ValueError(f"--weight-decay must be at least 0, not {self.weight_decay:g}")
         self.chunk_tokens()

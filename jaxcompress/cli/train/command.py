@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from jaxcompress.training.trainer import TrainState
 
 HEAD_RATE = 10
-"""A network that starts from nothing learns so many times faster than the model beside it."""
+"""A network that starts from nothing learns so many times faster than the model that is trained with it."""
+
+FAR = 1.5
+"""A share kept of so many times what --ratio allows is told."""
 
 TOLD_EVERY = 30
 """Seconds between two lines of a run."""
@@ -58,6 +61,7 @@ class Train(TrainFlags):
         if rules is not None:
             rules.check(loaded.config, batch=self.rows // self.accumulate)
         from jaxcompress.checkpoints import config_dtype
+        from jaxcompress.evaluation.policy_hash import policy_settings
         from jaxcompress.generation.text import Tokenizer
         from jaxcompress.models.checks import warn_of_positions
         from jaxcompress.models.fingerprint import fingerprint
@@ -72,10 +76,10 @@ class Train(TrainFlags):
         task = task_of(self, loaded.model, policy, dtype)
         rows = packed_rows(self, tokenizer, loaded.config.vocab_size)
         stored = config_dtype(loaded.settings) or "float32"
-        base = fingerprint(loaded.model)
+        made = dict(base=fingerprint(loaded.model)) | (policy_settings(self.policy, policy) if policy else {})
         flops = self._flops(loaded)
         with Checkpoints(self.out / "checkpoints", keep=self.keep) as checkpoints:
-            run = _Run(self, task, rows, dtype, base, checkpoints, rules)
+            run = _Run(self, task, rows, dtype, made, checkpoints, rules)
             # What is learned reads its rows with plain attention.
             warn_of_positions(loaded.config, policy or get_policy("full"), self.placement, self.length)
             task = task._replace(params=None)  # the state has its own copy
@@ -121,8 +125,8 @@ class _Run:
     """
 
     def __init__(
-        self, how: Train, task: Task, rows: PackedRows, dtype: str, base: str, checkpoints: Checkpoints,
-        rules: ShardingRules | None,
+        self, how: Train, task: Task, rows: PackedRows, dtype: str, made: Mapping[str, str],
+        checkpoints: Checkpoints, rules: ShardingRules | None,
     ):  # fmt: skip
         import jax
 
@@ -132,7 +136,7 @@ class _Run:
         self._how, self._told, self._checkpoints = how, task.told, checkpoints
         self._parts = split(rows, batch=how.rows, held_out=how.held_out, held_out_batch=how.rows // how.accumulate)
         self._data = batches(rows, batch=how.rows, seed=how.seed, train=self._parts.train)
-        self._schedule, optimizer = _optimizer(how, both=task.learned is not None and how.distill)
+        self._schedule, optimizer = _optimizer(how)
         self._step = make_step(
             task.objective, optimizer, accumulate=how.accumulate, compute_dtype=dtype, sharding=rules
         )
@@ -145,7 +149,7 @@ class _Run:
         self.state: TrainState
         if self._done:
             self.state, where = checkpoints.restore(jax.eval_shape(begin) if rules is None else rules.abstract(begin))
-            self.record = unchanged(how, file, facts, base, self._done)
+            self.record = unchanged(how, file, facts, made, self._done)
             self._data.set_state(where)
             print(f"continuing from step {self._done}", flush=True)
         else:
@@ -153,7 +157,8 @@ class _Run:
                 print(f"there is no {'checkpoint' if file.exists() else 'run'} in {how.out} yet: it begins")
             self.record = dict(data=facts, held_out=self._measure(task.params, self._parts.held_out))
             self.state = begin() if rules is None else _spread(rules, task.params, optimizer, how.seed)
-        self.record |= dict(settings=recorded_settings(how), base=base)
+        # What a device computes in is a part of the run, and the default of the next call, wherever that runs.
+        self.record |= dict(settings=recorded_settings(how) | dict(compute_dtype=dtype), **made)
         _record(self.record, file)
         print(f"{facts['tokens']:,} tokens, {self._parts.train:,} rows to train on; see {how.out / 'metrics.jsonl'}")
 
@@ -187,6 +192,12 @@ class _Run:
             if metric in after:
                 moved = f"{after[metric] - before[metric]:+.4f}, " if metric in before else ""
                 print(f"held-out {name} after {self._how.steps} steps: {after[metric]:.4f} ({moved}{unit})", flush=True)
+        allowed = 1 / self._how.ratio
+        if after.get("kept", 0.0) > FAR * allowed and is_first():
+            tell(
+                f"the share kept is {after['kept']:.2f}, far above the {allowed:.2f} of --ratio {self._how.ratio:g}: "
+                "the network has not learned to let go; give more --steps or a higher --learning-rate"
+            )
 
     @property
     def _before(self) -> dict[str, float]:
@@ -196,7 +207,8 @@ class _Run:
         """The learning rate from here to the end, in words."""
         how, warm = self._how, self._how.warmup_steps
         short = "" if warm == how.warmup else f" (--warmup {how.warmup} does not fit into {how.steps} steps)"
-        course = f"to {how.learning_rate:g} in {warm} steps{short}, then {how.schedule} to step {how.steps}"
+        course = f"to {how.rate:g} in {warm} steps{short}, then {how.schedule} to step {how.steps}"
+        course += f", {HEAD_RATE} times that for the network" if how.network_and_model else ""
         return f"learning rate: {course}; {float(self._schedule(self._done)):.3g} at step {self._done + 1}"
 
 
@@ -216,22 +228,18 @@ def _record(record: Mapping[str, Any], file: Path) -> None:
         write_json(record, file)
 
 
-def _optimizer(how: Train, *, both: bool) -> tuple[Callable[[int], Any], Any]:
-    """The learning rate by step, and the optimizer.
-
-    Args:
-      both: whether a policy's network is trained beside the model.
-    """
+def _optimizer(how: Train) -> tuple[Callable[[int], Any], Any]:
+    """The learning rate by step, and the optimizer."""
     from jaxcompress._extras import extra
     from jaxcompress.training.optimizer import OPTIMIZERS, SCHEDULES
 
     with extra("train"):
         import optax
     of_rate = lambda rate: SCHEDULES[how.schedule](rate, how.steps, warmup=how.warmup_steps)
-    schedule = of_rate(how.learning_rate)
+    schedule = of_rate(how.rate)
     optimizer = OPTIMIZERS[how.optimizer](schedule, clip=how.clip, weight_decay=how.weight_decay)
-    if both:
-        head = OPTIMIZERS["adamw"](of_rate(HEAD_RATE * how.learning_rate), clip=how.clip, weight_decay=0.0)
+    if how.network_and_model:
+        head = OPTIMIZERS["adamw"](of_rate(HEAD_RATE * how.rate), clip=how.clip, weight_decay=0.0)
         optimizer = optax.partition({"model": optimizer, "head": head}, ("model", "head"))
     return schedule, optimizer
 

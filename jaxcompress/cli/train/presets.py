@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+NETWORK_RATE = 3e-3
+"""Learning rate of a policy's network that is trained beside a model that stays as it is."""
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "retention": dict(
-        policy="retention", slots=(256,), length=2048, rows=1, steps=300, learning_rate=3e-3, weight_decay=0.0,
+        policy="retention", slots=(256,), length=2048, rows=1, steps=300, learning_rate=NETWORK_RATE, weight_decay=0.0,
         schedule="stable", horizon=512.0, recent=32, held_out=2,
     ),
     "joint": dict(
@@ -15,8 +18,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         segment=256, bptt_segments=2, horizon=512.0, recent=32, held_out=2,
     ),
     "dms": dict(
-        policy="dms", slots=(256,), ratio=8.0, window=64, length=2048, rows=1, steps=400, learning_rate=3e-3,
-        weight_decay=0.0, schedule="constant", held_out=2,
+        policy="dms", slots=(256,), ratio=8.0, window=64, length=2048, rows=1, steps=400,
+        learning_rate=NETWORK_RATE, weight_decay=0.0, schedule="constant", held_out=2,
     ),
 }  # fmt: skip
 """By name, values of flags.

@@ -16,7 +16,8 @@ _FREE = ("steps", "save_every", "keep", "tensorboard", "mesh")  # may change whi
 
 def recorded_settings(how: TrainFlags) -> dict[str, Any]:
     """The settings that make a run what it is, as JSON has them."""
-    return _as_json({name: value for name, value in asdict(how).items() if name not in _PER_CALL})
+    settings = asdict(how) | dict(learning_rate=how.rate)
+    return _as_json({name: value for name, value in settings.items() if name not in _PER_CALL})
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +32,9 @@ def read_record(path: Path) -> dict[str, Any]:
     return run
 
 
-def unchanged(how: TrainFlags, path: Path, data: Mapping[str, Any], base: str, done: int) -> dict[str, Any]:
+def unchanged(
+    how: TrainFlags, path: Path, data: Mapping[str, Any], made: Mapping[str, str], done: int
+) -> dict[str, Any]:
     """The record of a run that goes on; prints which settings change.
 
     A setting that the record lacks is newer than the run, which went on as the flag's default does.
@@ -39,11 +42,12 @@ def unchanged(how: TrainFlags, path: Path, data: Mapping[str, Any], base: str, d
     Args:
       path: of run.json.
       data: the number of tokens and their checksum, now.
-      base: the fingerprint of the model that the run begins from, now.
+      made: `base`, the fingerprint of the model that the run begins from, and what `policy_settings` says of the
+        policy, now.
       done: steps taken.
 
     Raises:
-      ValueError: settings, data or the model are not those that the run began with.
+      ValueError: settings, data, the model or the policy are not those that the run began with.
     """
     begun, changes = read_record(path), []
     then = _as_json({field.name: field.default for field in fields(TrainFlags)}) | begun["settings"]
@@ -67,10 +71,15 @@ def unchanged(how: TrainFlags, path: Path, data: Mapping[str, Any], base: str, d
             f"{how.data} has changed since the run in {how.out} began: {data['tokens']:,} tokens (checksum "
             f"{data['checksum']}), then {read['tokens']} ({read['checksum']})"
         )
-    if begun.get("base", base) != base:
+    if begun.get("base", made["base"]) != made["base"]:
         raise ValueError(
             f"--model {how.model or 'embedded'} holds other weights than when the run in {how.out} began; give the "
             "model of then, or begin another run with another --out"
+        )
+    if any(begun.get(name, value) != value for name, value in made.items() if name != "base"):
+        raise ValueError(
+            f"the code of --policy {how.policy} has changed since the run in {how.out} began; give the file of then, "
+            f"or begin another run with --model {how.out / 'model'}"
         )
     print(*changes, sep="\n", end="\n" * bool(changes), flush=True)
     return begun

@@ -88,9 +88,8 @@ def _learning(how: TrainFlags, model: Decoder, frozen: Decoder) -> Task:
     from jaxcompress.training.policy_objectives import policy_objective
 
     through = partial(_through, how=how, teacher=frozen) if how.distill else None
-    alone = how.policy.startswith(("retention", "dms")) and not how.distill
     learned = policy_objective(
-        frozen if alone else model, how.policy, jax.random.key(how.seed),
+        frozen if how.network_alone else model, how.policy, jax.random.key(how.seed),
         steps=how.steps, ratio=how.ratio, window=how.window, horizon=how.horizon, recent=how.recent,
         model_objective=through,
     )  # fmt: skip
@@ -99,7 +98,7 @@ def _learning(how: TrainFlags, model: Decoder, frozen: Decoder) -> Task:
         if how.lora is not None:
             learned = _with_adapters(learned, model, frozen, how)
         return Task(learned.params, learned.objective, learned.objective, told, learned.parts, learned)
-    parts = (lambda head: (model, head)) if alone else learned.parts
+    parts = (lambda head: (model, head)) if how.network_alone else learned.parts
     told = {"language": _NATS["loss"]} | _BESIDE[learned.kind]
     return Task(learned.params, learned.objective, _with_language(how, learned), told, parts, learned)
 
