@@ -194,7 +194,7 @@ def test_what_changes_no_answer_is_taken(here: Here, client: openai.OpenAI) -> N
         model="tiny", messages=said, max_completion_tokens=5, temperature=0, user="me", metadata={"a": "b"},
         store=False, service_tier="auto", safety_identifier="x", prompt_cache_key="y", parallel_tool_calls=True,
         tool_choice="none", prediction={"type": "content", "content": "Hi"},
-        extra_body=dict(min_tokens=0, ignore_eos=False, chat_template_kwargs={}),
+        extra_body=dict(min_tokens=0, ignore_eos=False, chat_template_kwargs={}, grammar=None),
     )  # fmt: skip
     plain: Any = [dict(role=one["role"], content=one["content"]) for one in said]
     assert answer.choices[0].message.content == alone(here, plain, 5)
