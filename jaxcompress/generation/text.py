@@ -48,7 +48,7 @@ class TextStream:
         self._skip_special = skip_special
         self._restart([token for token in map(int, after[-_WINDOW:]) if not self._skipped(token)][-_CHARACTER_BYTES:])
 
-    def push(self, tokens: int | np.integer | Sequence[int] | TokenIds) -> str:
+    def push(self, tokens: int | np.integer | Sequence[int | np.integer] | TokenIds) -> str:
         """Takes the next token id, or several [T]; returns the text that has become final.
 
         For one token it is often "" or the text of the previous token. -1, the padding of finished rows, is left out.
@@ -229,7 +229,7 @@ class TextUntil:
     def stopped(self) -> bool:
         return self._ended or self._strings.stopped
 
-    def push(self, tokens: int | np.integer | Sequence[int] | TokenIds) -> str:
+    def push(self, tokens: int | np.integer | Sequence[int | np.integer] | TokenIds) -> str:
         """Takes the next token id, or several [T]; returns the text that has become final.
 
         -1, the padding of finished rows, is left out, and so is what follows a stop.
@@ -328,7 +328,7 @@ def _blocks(source: Readable, size: int) -> Iterator[bytes | str]:
         yield block
 
 
-def _each(tokens: int | np.integer | Sequence[int] | TokenIds) -> Iterator[int]:
+def _each(tokens: int | np.integer | Sequence[int | np.integer] | TokenIds) -> Iterator[int]:
     """Token ids, one by one, without -1."""
     return (token for token in map(int, np.atleast_1d(tokens)) if token != -1)
 
