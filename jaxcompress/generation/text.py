@@ -330,7 +330,7 @@ def _blocks(source: Readable, size: int) -> Iterator[bytes | str]:
 
 def _each(tokens: int | np.integer | Sequence[int | np.integer] | TokenIds) -> Iterator[int]:
     """Token ids, one by one, without -1."""
-    return (token for token in map(int, np.atleast_1d(tokens)) if token != -1)
+    return (token for token in map(int, np.atleast_1d(np.asarray(tokens))) if token != -1)
 
 
 def _undecided(text: str) -> int:
