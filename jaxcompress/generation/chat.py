@@ -309,7 +309,7 @@ class Chat:
             self._state = stream.state
         new = group[0][group[0] >= 0].tolist()
         self._ids += new
-        return answer.add("".join(map(answer.until.push, new)))
+        return answer.add(answer.until.push(new))
 
     def _close(self) -> str:
         """Ends the answer that is being written, if there is one; returns the rest of its text."""

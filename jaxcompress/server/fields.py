@@ -69,13 +69,13 @@ class Fields:
             raise self._wrong(name, f"{value!r:.60} is not supported: {why}")
 
     def no_others(self, harmless: Collection[str]) -> None:
-        """Refuses a field that was not read, unless it is null: whoever sent it expects another answer.
+        """Refuses a field that was not read: whoever sent it expects another answer.
 
         Args:
           harmless: fields that change no answer.
         """
-        for name, value in self._body.items():
-            if value is not None and name not in self._read and name not in harmless:
+        for name in self._body:
+            if name not in self._read and name not in harmless:
                 near = get_close_matches(name, sorted(self._read), n=1)
                 remedy = f"did you mean {near[0]}?" if near else "leave it out"
                 raise self._wrong(name, f"is unknown here, and may be meant to change the answer; {remedy}")

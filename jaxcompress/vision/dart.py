@@ -58,16 +58,14 @@ def dart(
     total = patches.shape[1]
     check_budget(n, total, "patches")
     own = min(pivots, n)
-    if there is not None:
-        patch_norm = jnp.where(there, patch_norm, -jnp.inf)
+    there = jnp.ones(patch_norm.shape, bool) if there is None else there
+    patch_norm = jnp.where(there, patch_norm, -jnp.inf)
     chosen = ranked_indices(patch_norm, own)
     word_norm = jnp.where(present, word_norm, -jnp.inf)
     asking = ranked_indices(word_norm, min(pivots, words.shape[1]))
     counts = jnp.concatenate([jnp.ones_like(chosen, bool), take(present, asking)], axis=1)
     pivot = jnp.concatenate([take(patches, chosen), take(words, asking)], axis=1)
-    unlike = -cosine(pivot, patches)
-    if there is not None:
-        unlike = jnp.where(there[:, None], unlike, -jnp.inf)
+    unlike = jnp.where(there[:, None], -cosine(pivot, patches), -jnp.inf)
     rows = jnp.arange(patches.shape[0])[:, None]
     kept = jnp.zeros(patch_norm.shape, bool).at[rows, chosen].set(True)
     many = counts.sum(1)

@@ -24,7 +24,6 @@ def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: 
 
     from jaxcompress.checkpoints import SavedPolicy, save, save_policy
     from jaxcompress.distributed import on_host
-    from jaxcompress.models.fingerprint import norms_fingerprint
 
     new = folder.with_name(folder.name + ".new")
     model, own = task.parts(params)
@@ -39,10 +38,9 @@ def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: 
     if how.policy != "full":
         settings = dict(slots=how.slots, segment=how.segment, chunk=how.chunk_length, placement=how.placement)
     if task.learned is None or own is None:
-        saved = SavedPolicy(how.policy, settings)
+        save_policy(SavedPolicy(how.policy, settings), new)
     else:
-        settings |= task.learned.settings | dict(norms=norms_fingerprint(model))
-        saved = SavedPolicy(task.learned.kind, settings, own._asdict())
-    save_policy(saved, new)
+        saved = SavedPolicy(task.learned.kind, settings | task.learned.settings, own._asdict())
+        save_policy(saved, new, model=model)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
