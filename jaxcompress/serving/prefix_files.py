@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any
 
 from jaxcompress.generation.decode_state import DecodeState
 from jaxcompress.generation.state_file import Record, read_record, record_of, state_of, write_record
@@ -38,7 +37,7 @@ class PrefixFiles:
 
     A file appears complete or not at all. One that cannot be read is deleted, and counts as absent. Once the disk is
     full or may not be written, no other file is written; those that are there are still read. Several processes may
-    share a folder: each counts the files that it found and wrote, and takes one that another deleted as absent.
+    share a folder: each reads what the others wrote, and the limit is for all files together.
 
     Attributes:
       writes: whether files are written.
@@ -48,8 +47,6 @@ class PrefixFiles:
         """Raises OSError if the folder cannot be made or read."""
         self.folder, self._most = Path(folder).expanduser(), most_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._sizes = {path.stem: size for _, size, path in _told(self.folder.glob(f"*{SUFFIX}"))}
         for when, _, part in _told(unfinished(self.folder, f"*{SUFFIX}*")):
             if when < time.time() - ABANDONED:  # of a process that was killed while it wrote
                 part.unlink(missing_ok=True)
@@ -61,33 +58,27 @@ class PrefixFiles:
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        with self._lock:
-            return sum(self._sizes.values())
+        return sum(size for _, size, _ in self._held())
 
     def read(self, name: str, model: Decoder, policy: Policy) -> DecodeState | None:
         """The state of this name; None if there is none that can be read."""
-        with self._lock:
-            if name not in self._sizes:
-                return None
         path = self._path(name)
         try:
             state = state_of(read_record(path), path, model, policy)
+        except FileNotFoundError:  # none, or another process deleted it
+            return None
         except (OSError, ValueError, FloatingPointError) as error:
             LOG.warning("a prefix file is left out and deleted: %s", error)
-            self._delete(name)
+            _delete(path)
             return None
-        with self._lock:
-            if name in self._sizes:
-                self._sizes[name] = self._sizes.pop(name)
         with suppress(OSError):
             os.utime(path)
         return state
 
     def write(self, name: str, state: DecodeState, model: Decoder) -> None:
         """Has a state written soon; not if there is one of this name, or too many wait."""
-        with self._lock:
-            if not self.writes or name in self._sizes:
-                return
+        if not self.writes or self._path(name).exists():
+            return
         with suppress(Full):
             self._queue.put_nowait((name, record_of(state, model)))
 
@@ -104,32 +95,33 @@ class PrefixFiles:
                 continue
             try:
                 write_record(self._path(name), record, writer=str(os.getpid()))
-                size = self._path(name).stat().st_size
             except OSError as error:
                 self.writes = error.errno not in LASTING
                 what = "a prefix file was not written" if self.writes else "prefix files are no longer written"
                 LOG.warning("%s: %s", what, error)
                 continue
-            with self._lock:
-                self._sizes[name] = size
             self._make_room()
 
     def _make_room(self) -> None:
-        while True:
-            with self._lock:
-                if sum(self._sizes.values()) <= self._most or not self._sizes:
-                    return
-                oldest = next(iter(self._sizes))
-            self._delete(oldest)
+        """Deletes the files that were used longest ago, until the others are within the limit."""
+        held = self._held()
+        taken = sum(size for _, size, _ in held)
+        for _, size, path in held:
+            if taken <= self._most:
+                return
+            _delete(path)
+            taken -= size
 
-    def _delete(self, name: str) -> None:
-        with self._lock:
-            self._sizes.pop(name, None)
-        with suppress(OSError):
-            self._path(name).unlink()
+    def _held(self) -> list[tuple[float, int, Path]]:
+        return _told(self.folder.glob(f"*{SUFFIX}"))
 
-    def _path(self, name: str) -> Any:
+    def _path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
+
+
+def _delete(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def _told(paths: Iterable[Path]) -> list[tuple[float, int, Path]]:

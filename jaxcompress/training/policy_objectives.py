@@ -46,7 +46,7 @@ class PolicyObjective(NamedTuple):
     parts: Callable[[Any], tuple[Decoder, ForgetHead]]
 
 
-def policy_objective(  # eleven parameters: the settings of three ways to train are all keywords
+def policy_objective(  # twelve parameters: the settings of three ways to train are all keywords
     model: Decoder,
     name: str,
     key: Array,
@@ -58,6 +58,7 @@ def policy_objective(  # eleven parameters: the settings of three ways to train 
     horizon: float | None = 128.0,
     recent: int = 0,
     hidden: int = 64,
+    network: ForgetHead | None = None,
     model_objective: Callable[[Policy], Objective] | None = None,
 ) -> PolicyObjective:
     """The objective of a policy of `TRAINABLE`.
@@ -77,6 +78,7 @@ def policy_objective(  # eleven parameters: the settings of three ways to train 
       horizon: tokens over which `retention` discounts attention to come (see `watched_attention`).
       recent: newest tokens that `retention` protects.
       hidden: width of the network that reads a token's key and value.
+      network: what training begins with, such as the `head` of a policy that was trained before; None: a new network.
       model_objective: for `retention`, the objective that trains the model with this policy (see `joint_retention`).
         None: the model stays as it is.
 
@@ -93,8 +95,10 @@ def policy_objective(  # eleven parameters: the settings of three ways to train 
     assert scope in get_args(Scope)
     if model_objective is not None and kind != "retention":
         raise ValueError(f"{name} trains the model by a loss of its own; `model_objective` is for retention")
+    new = {"retention": init_retention, "dms": init_dms, "dmc": init_gates}[kind]
+    head = new(model.config, key, hidden=hidden) if network is None else network
     if kind == "retention":
-        head, settings = init_retention(model.config, key, hidden=hidden), dict(scope=scope, recent=recent)
+        settings = dict(scope=scope, recent=recent)
         if model_objective is None:
             return _retention(model, head, horizon, settings)
         return _retention_and_model(model, head, horizon, settings, model_objective)
@@ -103,13 +107,10 @@ def policy_objective(  # eleven parameters: the settings of three ways to train 
     if kind == "dms":
         loss = lambda head, tokens, **how: dms_loss(model, tokens, head, window=window, teacher=model, **how)
         objective = _keeping_less(loss, share, temperature, pressure)
-        head, settings = init_dms(model.config, key, hidden=hidden), {"window": window, "scope": scope}
-        return PolicyObjective(kind, settings, head, objective, lambda head: (model, head))
+        return PolicyObjective(kind, {"window": window, "scope": scope}, head, objective, lambda head: (model, head))
     loss = lambda both, tokens, **how: merging_loss(both[0], tokens, both[1], **how)
     objective = _keeping_less(loss, share, temperature, pressure)
-    return PolicyObjective(
-        kind, {}, (model, init_gates(model.config, key, hidden=hidden)), objective, lambda both: both
-    )
+    return PolicyObjective(kind, {}, (model, head), objective, lambda both: both)
 
 
 def _retention(model: Decoder, head: ForgetHead, horizon: float | None, settings: dict[str, Any]) -> PolicyObjective:

@@ -245,6 +245,14 @@ def test_nothing_is_held_out(run: Any, book: Path, tmp_path: Path) -> None:
             ("--data", "{book}", "--policy", "learned"),
             "--policy learned is for a model that has a policy already; name",
         ),
+        (
+            ("--data", "{book}", "--from-learned", "--policy", "tova", "--segment", 8),
+            "--from-learned does nothing with",
+        ),
+        (
+            ("--data", "{book}", "--from-learned", "--policy", "retention"),
+            "--from-learned: the model has no policy of its own; without the flag a new one is learned",
+        ),
         (("--data", "{book}", "--optimizer", "muon", "--lora", 2), "--optimizer does nothing with --lora, whose"),
         (
             ("--data", "{book}", "--optimizer", "muon", "--policy", "dms"),
@@ -466,8 +474,15 @@ def test_a_policy_that_is_learned(
     other = ["foresight"] if fading is None else [f"{fading} while tokens fade", "share kept"]
     assert [name for name, _ in told[1:]] == ["divergence"] * ("--distill" in more) + other
     assert [name for name, _ in told] == re.findall(r"held-out (.*) after 6 steps: \d", ran)
+    after = dict(re.findall(r"held-out (loss|foresight) after 6 steps: (\d+\.\d+)", ran))
     ran = run("train", "--out", out, "--resume")
     assert (ran.code, "continuing from step 6" in ran) == (0, True)
+    further = "--data", book, "--out", tmp_path / "further", "--policy", policy, "--slots", 12, *SMALL, *more
+    if policy == "retention-layer":
+        ran = run("train", *further, "--from-learned", model=out / "model")
+        begun = dict(re.findall(r"held-out (loss|foresight) before: (\d+\.\d+)", ran))
+        assert (ran.code, begun.keys()) == (0, after.keys())
+        assert all(float(begun[name]) == pytest.approx(float(after[name]), abs=2e-4) for name in after)
     loaded = load(out / "model")
     saved = loaded.saved_policy
     assert saved is not None
@@ -483,6 +498,10 @@ def test_a_policy_that_is_learned(
     assert name in ran
     ran = run("perplexity", *reading, "--policies", "learned")
     assert (ran.code, "no policy was trained for the model" in ran.err) == (2, True)
+    other = "--data", book, "--out", tmp_path / "other", "--policy", "retention-pool", *SMALL, "--from-learned"
+    ran = run("train", *other, model=out / "model")
+    says = f"the model's own policy is {name}, and the one to be learned retention-pool"
+    assert (ran.code, says in ran.err) == (2, True)
 
 
 @pytest.mark.parametrize(

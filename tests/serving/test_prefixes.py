@@ -123,6 +123,26 @@ def test_files_outlive_the_engine_and_stay_within_their_limit(opened: Open, tmp_
     assert [known(engine, text) for text in (texts[0], texts[2], texts[1])] == [SEGMENT, SEGMENT, 0]
 
 
+def test_a_folder_that_is_shared_has_one_limit(tmp_path: Path) -> None:
+    """Each process reads what the other wrote, and the one that was used longest ago goes, whoever wrote it."""
+    state, model = SPEC.fresh(), SPEC.model
+    one = PrefixFiles(tmp_path, 2**30)
+    one.write("a", state, model)
+    one.close()
+    size = one.nbytes
+    os.utime(tmp_path / "a.state", (1, 1))
+    one, other = PrefixFiles(tmp_path, 2 * size), PrefixFiles(tmp_path, 2 * size)
+    one.write("b", state, model)
+    one.close()
+    assert other.read("b", model, SPEC.policy) is not None
+    other.write("c", state, model)
+    other.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"b.state", "c.state"}
+    assert one.read("a", model, SPEC.policy) is None
+    assert one.read("c", model, SPEC.policy) is not None
+    assert one.nbytes == other.nbytes == 2 * size
+
+
 def test_files_of_another_pool_are_not_taken(opened: Open, tmp_path: Path) -> None:
     engine = opened(tmp_path)
     known(engine, prompt(SEGMENT))

@@ -94,6 +94,9 @@ class TrainFlags(
     distill: bool = False
     """Also learn to predict what the model, as it was before training, predicts with its full cache. A retention head
     then learns together with the model."""
+    from_learned: bool = False
+    """Begin with the network of the policy that the model has already (`learned`), not with a new one; --policy and its
+    flags are those that it was trained with."""
     lora: int | None = None
     """Train adapters of this rank beside the attention projections (LoRA) and leave the model as it is. They are added
     to the model when it is saved."""
@@ -153,7 +156,7 @@ class TrainFlags(
         if self.policy.split("/")[0] == "learned":
             raise ValueError(
                 "--policy learned is for a model that has a policy already; name the policy to train with, such as "
-                "tova, or the one to learn, such as retention or dms"
+                "tova, or the one to learn, such as retention or dms: --from-learned then begins with the model's own"
             )
         if self.mode == "oneshot":
             raise ValueError("--mode oneshot selects once per prompt, and training rows have none; use chunked")
@@ -200,6 +203,8 @@ class TrainFlags(
             idle["window"] = f"with --policy {self.policy}; it is for dms"
         if kind != "retention":
             idle |= dict.fromkeys(("horizon", "recent"), f"with --policy {self.policy}; it is for retention")
+        if kind not in ("retention", "dms", "dmc"):
+            idle["from_learned"] = f"with --policy {self.policy}, which has no network"
         if kind not in ("dms", "dmc"):
             idle["ratio"] = f"with --policy {self.policy}; it is for dms and dmc"
         if kind in ("dms", "dmc", "retention") and not self.distill:

@@ -73,7 +73,7 @@ class Train(TrainFlags):
         tokenizer = Tokenizer(self.tokenizer or loaded.folder)
         dtype = self.compute_dtype or ("float32" if device()[0] == "cpu" else "bfloat16")
         policy = None if self.policy == "full" or self.policy in TRAINABLE else get_policy(self.policy)
-        task = task_of(self, loaded.model, policy, dtype)
+        task = task_of(self, loaded.model, policy, dtype, loaded.saved_policy)
         rows = packed_rows(self, tokenizer, loaded.config.vocab_size)
         stored = config_dtype(loaded.settings) or "float32"
         made = dict(base=fingerprint(loaded.model)) | (policy_settings(self.policy, policy) if policy else {})

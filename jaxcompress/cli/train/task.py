@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxcompress.cli.train.arguments import TrainFlags
 
 if TYPE_CHECKING:
+    from jaxcompress.checkpoints import SavedPolicy
     from jaxcompress.models.decoder import Decoder
     from jaxcompress.policies.forget_head import ForgetHead
     from jaxcompress.policies.policy import Policy
@@ -52,16 +53,17 @@ class Task(NamedTuple):
     learned: PolicyObjective | None
 
 
-def task_of(how: TrainFlags, model: Decoder, policy: Policy | None, dtype: str) -> Task:
+def task_of(how: TrainFlags, model: Decoder, policy: Policy | None, dtype: str, own: SavedPolicy | None = None) -> Task:
     """The task of these flags.
 
     Args:
       model: float32.
       policy: through which the model is trained; None: plain attention, or a policy that is learned.
       dtype: in which models compute.
+      own: the policy that the model has, for --from-learned.
 
     Raises:
-      ValueError: rows shorter than a segment, or as the objectives.
+      ValueError: rows shorter than a segment, a policy of the model's own that is another one, or as the objectives.
     """
     import jax
 
@@ -71,7 +73,7 @@ def task_of(how: TrainFlags, model: Decoder, policy: Policy | None, dtype: str) 
 
     frozen = jax.tree.map(lambda x: x.astype(dtype), model)  # what stays as it is needs no master weights
     if how.policy in TRAINABLE:
-        return _learning(how, model, frozen)
+        return _learning(how, model, frozen, own)
     teacher, told = (frozen, _DISTILLED) if how.distill else (None, _NATS)
     objective = causal() if policy is None else _through(policy, how=how, teacher=teacher)
     if how.lora is None:
@@ -81,18 +83,21 @@ def task_of(how: TrainFlags, model: Decoder, policy: Policy | None, dtype: str) 
     return Task(adapters, objective, objective, told, lambda params: (add_lora(model, params), None), None)
 
 
-def _learning(how: TrainFlags, model: Decoder, frozen: Decoder) -> Task:
+def _learning(how: TrainFlags, model: Decoder, frozen: Decoder, own: SavedPolicy | None) -> Task:
     """The task of a policy that is learned: with the model, or beside one that stays as it is."""
     import jax
 
     from jaxcompress.training.policy_objectives import policy_objective
 
     through = partial(_through, how=how, teacher=frozen) if how.distill else None
-    learned = policy_objective(
-        frozen if how.network_alone else model, how.policy, jax.random.key(how.seed),
+    begin = partial(
+        policy_objective, frozen if how.network_alone else model, how.policy, jax.random.key(how.seed),
         steps=how.steps, ratio=how.ratio, window=how.window, horizon=how.horizon, recent=how.recent,
         model_objective=through,
     )  # fmt: skip
+    learned = begin()
+    if how.from_learned:
+        learned = begin(network=_network_of(own, learned))
     if through is not None:
         told = _DISTILLED | {"retention": _FORESIGHT}
         if how.lora is not None:
@@ -101,6 +106,22 @@ def _learning(how: TrainFlags, model: Decoder, frozen: Decoder) -> Task:
     parts = (lambda head: (model, head)) if how.network_alone else learned.parts
     told = {"language": _NATS["loss"]} | _BESIDE[learned.kind]
     return Task(learned.params, learned.objective, _with_language(how, learned), told, parts, learned)
+
+
+def _network_of(own: SavedPolicy | None, learned: PolicyObjective) -> ForgetHead:
+    """The network of the model's own policy, which is to be the policy that is learned."""
+    import jax.numpy as jnp
+
+    from jaxcompress.policies.forget_head import ForgetHead
+    from jaxcompress.policies.registry import learned_policy
+
+    if own is None:
+        raise ValueError("--from-learned: the model has no policy of its own; without the flag a new one is learned")
+    _, new = learned.parts(learned.params)
+    asked, has = learned_policy(learned.kind, new._asdict(), **learned.settings).name, own.make().name
+    if asked != has:
+        raise ValueError(f"--from-learned: the model's own policy is {has}, and the one to be learned {asked}")
+    return ForgetHead(**{name: jnp.asarray(array, jnp.float32) for name, array in own.weights.items()})
 
 
 def _with_adapters(learned: PolicyObjective, model: Decoder, frozen: Decoder, how: TrainFlags) -> PolicyObjective:
