@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from command import arguments, need
-from paper_tables import OfBooks, Plan, markdown, of_experiment, run
+from paper_tables import OfBooks, Plan, markdown, of_experiment, of_texts, run
 
 import jaxcompress as jc
 from jaxcompress.budgets import pyramid_even
@@ -459,7 +459,7 @@ def plan(args: Arguments, folder: Path) -> Plan:
         assert isinstance(cell.slots, int)
         return figures_of(tasks[cell.task], *running[0].measure(paths[cell.task], cell.slots, args.turns))
 
-    return cells, figures
+    return of_texts(args, cells, figures, lambda cell: tasks[cell.task].prompt.tobytes().hex())
 
 
 def line(row: Row) -> str:

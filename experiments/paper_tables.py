@@ -145,20 +145,20 @@ Plan = tuple[Iterable[Cell], Callable[[Cell], Iterable[Figure]]]
 
 
 def of_texts(args: OfRows, cells: Iterable[Cell], figures: Callable[[Cell], Iterable[Figure]],
-             text: Callable[[Cell], str]) -> Plan:  # fmt: skip
+             text: Callable[[Cell], str | None]) -> Plan:  # fmt: skip
     """The same plan, whose figures say from which text they are, in their details.
 
     A file of rows that has a cell of another text ends the program with one line: a cell names its text only. Rows of
     earlier versions do not say theirs, and are taken as they are.
 
     Args:
-      text: of a cell.
+      text: of a cell; None: its settings say from which.
     """
     there: dict[str, set[str]] = {}
     for row in read_rows(args.out) if args.out is not None and args.out.exists() else []:
         if isinstance(row.figure.details, dict) and TEXT in row.figure.details:
             there.setdefault(row.cell.key, set()).add(row.figure.details[TEXT])
-    known = lambda cell: short_hash(text(cell).encode())
+    known = lambda cell: None if (read := text(cell)) is None else short_hash(read.encode())
 
     def checked() -> Iterator[Cell]:
         for cell in cells:
@@ -167,8 +167,9 @@ def of_texts(args: OfRows, cells: Iterable[Cell], figures: Callable[[Cell], Iter
             yield cell
 
     def said(cell: Cell) -> Iterator[Figure]:
+        here = known(cell)
         for figure in figures(cell):
-            yield replace(figure, details=dict(figure.details or {}, **{TEXT: known(cell)}))
+            yield figure if here is None else replace(figure, details=dict(figure.details or {}, **{TEXT: here}))
 
     return checked(), said
 

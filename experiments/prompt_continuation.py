@@ -20,6 +20,7 @@ from sentences import write_sentences
 
 from jaxcompress.checkpoints._embedded import load_embedded
 from jaxcompress.embedded.corpus import held_out
+from jaxcompress.inputs.text import json_lines
 from jaxcompress.policies import Full
 from jaxcompress.prompt import WORDS, Compressor, keep
 from jaxcompress.prompt.baselines import content_words, evenly_spread, first_words, random_words, tf_idf
@@ -81,8 +82,8 @@ def best_words(scored: ScoredWords, n: int) -> np.ndarray:
 
 def agreement(data: Path, last: int, chosen: Mapping[str, Scorer], seeds: int) -> dict[str, float]:
     """Mean F1 of kept words over sentences; each method keeps as many words as people did."""
-    lines = data.read_text(encoding="utf-8").splitlines()[-last:]
-    pairs = [Pair("", at, given["sentence"], given["compression"]) for at, given in enumerate(map(json.loads, lines))]
+    known = [given for _, _, given in json_lines(data)][-last:]
+    pairs = [Pair("", at, given["sentence"], given["compression"]) for at, given in enumerate(known)]
     examples, _ = label(pairs, variation=100.0, gap=100.0)
     every = dict(chosen) | {f"random {seed}": random_words(seed) for seed in range(seeds)}
     table = {}

@@ -21,7 +21,6 @@ A cell is one policy, size and seed; the seed draws questions and trace. `random
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import statistics
@@ -33,7 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from command import arguments, stop
-from paper_tables import OfTable, Plan, markdown, of_experiment, run, spread
+from paper_tables import OfTable, Plan, markdown, of_experiment, of_texts, run, spread
 
 import jaxcompress as jc
 from jaxcompress.checkpoints import Loaded
@@ -41,6 +40,7 @@ from jaxcompress.evaluation.perplexity import predictions
 from jaxcompress.evaluation.results import Cell, Figure, Row
 from jaxcompress.generation import GenerationConfig, decode, init_decode_state, prefill
 from jaxcompress.generation.turns import ROLE_OF_MODEL, closing_token, of_user, turn_text, without_stop
+from jaxcompress.inputs.text import json_lines, read_text
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.modes import FEWEST, calls
 from jaxcompress.policies import Random
@@ -99,12 +99,14 @@ def questions_of(args: Arguments, seed: int) -> Iterator[Question]:
             yield made_up(rng)
     if not args.questions.is_file():
         stop(f"there are no questions in {args.questions.absolute()}: --questions takes a file of JSON lines")
-    lines = [json.loads(one) for one in args.questions.read_text("utf-8").splitlines()]
+    numbers = (
+        (one["question"], last_number(one["answer"].rpartition("####")[2])) for _, _, one in json_lines(args.questions)
+    )
+    known = [Question(asked, number) for asked, number in numbers if number is not None]
+    if not known:
+        stop(f"no answer in {args.questions} ends in a number")
     while True:
-        for one in rng.sample(lines, len(lines)):
-            number = last_number(one["answer"].rpartition("####")[2])
-            if number is not None:
-                yield Question(one["question"], number)
+        yield from rng.sample(known, len(known))
 
 
 def last_number(text: str) -> float | None:
@@ -212,7 +214,8 @@ def plan(args: Arguments) -> Plan:
         if cell.seed == args.seeds - 1:
             jax.clear_caches()  # programs of other sizes would only fill memory
 
-    return cells, figures
+    given = "" if args.questions is None else read_text(args.questions)
+    return of_texts(args, cells, figures, lambda cell: given)
 
 
 def line(row: Row) -> str:

@@ -37,6 +37,7 @@ from jaxcompress.embedded.corpus import held_out
 from jaxcompress.evaluation.perplexity import predictions
 from jaxcompress.evaluation.results import Cell, Figure, Row
 from jaxcompress.generation import DecodeState, GenerationConfig, decode, init_decode_state, prefill
+from jaxcompress.inputs.text import json_lines
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.models.modes import calls
 
@@ -101,8 +102,7 @@ def squality(folder: Path, split: str) -> Iterator[Document]:
             f"SQuALITY was looked for as {path.absolute()}: give the folder of its files with --squality FOLDER; they "
             "are data/v1-3/txt of github.com/nyu-mll/SQuALITY"
         )
-    for line in path.read_text("utf-8").splitlines():
-        story = json.loads(line)
+    for _, _, story in json_lines(path):
         asked = (
             Question(
                 "summary" if one["question_number"] == 1 else "questions",

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from command import arguments, stop
-from paper_tables import OfBooks, Plan, dtype_of, figure_of_rows, markdown, of_experiment, run, spread
+from paper_tables import OfBooks, Plan, dtype_of, figure_of_rows, markdown, of_experiment, of_texts, run, spread
 
 import jaxcompress as jc
 from jaxcompress import embedded
@@ -157,7 +157,8 @@ def plan(args: Arguments) -> Plan:
         rows = rows_of_text(ids, cell.context, args.rows, loaded.tokenizer.bos_id)
         return [figure_of_rows(LOSS, loaded.model, rows, policies[cell.policy], cell.slots, args.batch)]
 
-    return cells(), figures
+    text_of = lambda cell: books[cell.task] if cell.settings["kind"] == "text" else None
+    return of_texts(args, cells(), figures, text_of)
 
 
 def line(row: Row) -> str:

@@ -35,7 +35,7 @@ class Board(FigureFlag, JsonFlag):
     metrics: tuple[str, ...] = ()
     """Only these metrics."""
     policies: tuple[str, ...] = ()
-    """Only these policies."""
+    """Only these policies; * is among them."""
     by_task: bool = False
     """A table for each task instead of the mean over tasks."""
     page: Path | None = None

@@ -22,6 +22,7 @@ from jaxcompress.cli.runtime import (
     chosen_policy,
     dtypes_told,
     held_out_text,
+    line_of,
     open_model,
     short_hash,
     swept,
@@ -135,7 +136,7 @@ class Compare(FigureFlag, RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags, 
             return _figures(row, tasks)
 
         def show(rows: Sequence[Any]) -> None:
-            row = Compared(**rows[0].figure.details)
+            row = line_of(Compared, rows[0], self.out)
             done.append(asdict(row))
             print(_line(row), flush=True)
 

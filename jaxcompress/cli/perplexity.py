@@ -25,6 +25,7 @@ from jaxcompress.cli.runtime import (
     chosen_policy,
     dtypes_told,
     held_out_text,
+    line_of,
     open_model,
     progress,
     short_hash,
@@ -206,7 +207,7 @@ class Perplexity(
             )]  # fmt: skip
 
         def show(rows: Sequence[Any]) -> None:
-            row = Row(**rows[0].figure.details)
+            row = line_of(Row, rows[0], self.out)
             done.append(row)
             if not self.json:
                 print(

@@ -22,6 +22,8 @@ TASKS = (
 )  # fmt: skip
 """`jaxcompress.evaluation.ruler.TASKS`, for the parser, which imports no array library."""
 
+_FRACTIONS = (2, 4, 8)
+
 POLICIES = (
     "full", "random", "window+4", "streaming_llm+4", "h2o", "tova", "snapkv+16", "observed_attention", "knorm",
     "keydiff", "lagkv+16", "expected_attention",
@@ -48,7 +50,7 @@ class Ruler(RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags):
     """Tasks, by RULER's names. qa_2 are questions over two documents."""
     lengths: tuple[int, ...] = (1024,)
     """Tokens of a prompt with its answer."""
-    fractions: tuple[int, ...] = (2, 4, 8)
+    fractions: tuple[int, ...] = _FRACTIONS
     """Slots are the tokens of a context divided by these."""
     question: tuple[Literal["unknown", "known"], ...] = ("unknown", "known")
     """Whether contexts are bounded before or after the question is known."""
@@ -76,17 +78,35 @@ class Ruler(RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags):
         self.check_placement(*self.policies)
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ValueError(f"unknown task {unknown[0]!r} in --tasks; known: {', '.join(TASKS)}")
+        if self.fractions != _FRACTIONS and set(self.policies) == {"full"}:
+            raise ValueError("--fractions does nothing for full, which gets the whole context; leave it out")
+        if self.puzzles is not None and "qa_2" not in self.tasks:
+            raise ValueError(f"--puzzles is for the task qa_2, which is not among {', '.join(self.tasks)}")
         check_writable(self.out)
         text = self._text()
         loaded = open_weights(self.model, self.dtype)
         plan = self._plan(loaded, text)
+        cells = plan.cells(loaded, self.model or "embedded", left_out=self._too_long(plan, loaded))
         if self.out is None:
             tell("nothing is kept without --out FILE; a sweep that is stopped then begins anew")
         print(
             f"{'task':18}{'policy':28}{'slots':>7}{'length':>8}  {'question':10}{'protocol':11}{'seed':>4}"
             f"{'score':>7}{'of':>4}{'KiB':>8}{'tok/s':>7}"
         )
-        swept(plan.cells(loaded, self.model or "embedded"), plan.measure(loaded), self.out, _show)
+        swept(cells, plan.measure(loaded), self.out, _show)
+
+    def _too_long(self, plan: Plan, loaded: Loaded) -> list[tuple[str, int]]:
+        """Tells which tasks do not fit into some of the lengths, and are left out there.
+
+        Raises:
+          ValueError: so all of them are everywhere.
+        """
+        found = plan.too_long(loaded.tokenizer)
+        if len(found) == len(self.tasks) * len(self.lengths):
+            raise ValueError("; ".join(found.values()))
+        for why in found.values():
+            tell(f"left out: {why}")
+        return list(found)
 
     def _plan(self, loaded: Loaded, text: str) -> Plan:
         from jaxcompress.evaluation.ruler import Plan

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxcompress.inputs.position_warning import PositionWarning
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from jaxcompress.generation.text import Tokenizer
     from jaxcompress.models.decoder import Decoder
     from jaxcompress.policies import Policy
+
+Line = TypeVar("Line")
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxcompress" / "compiled"
 
@@ -155,6 +157,21 @@ def dtypes_told(weights: str, state: str | None) -> str:
 def short_hash(data: bytes) -> str:
     """Stands for what was read, in the settings of a cell."""
     return hashlib.sha256(data).hexdigest()[:12]
+
+
+def line_of(kind: Callable[..., Line], row: Row, path: Path | None) -> Line:
+    """The line of a table, of some class, that a row holds in its details.
+
+    Raises:
+      ValueError: they are those of another version.
+    """
+    try:
+        return kind(**row.figure.details)
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: the row of {row.cell.policy} with {row.cell.slots} slots is of another version ({error}); give "
+            "another --out"
+        ) from None
 
 
 class Incomplete(Exception):

@@ -58,14 +58,14 @@ class Point(NamedTuple):
 
 
 def points(rows: Iterable[Row], *, over_tasks: bool = True) -> list[Point]:
-    """The points of rows, in the order in which their first rows were made.
+    """The points of rows, in the order in which their first rows were made. Of rows of one cell the newest counts.
 
     Args:
       over_tasks: whether the tasks of an experiment are averaged, such as RULER's or the books of a table; else each
         is a point of its own.
     """
     groups: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.at):
         groups.setdefault(_group(row, over_tasks), []).append(row)
     found = [_point(group, over_tasks) for group in groups.values()]
     dtypes: dict[str, set[str]] = {}
@@ -84,9 +84,9 @@ def _group(row: Row, over_tasks: bool) -> str:
 
 
 def _point(rows: Sequence[Row], over_tasks: bool) -> Point:
-    cell, figure, made, _ = rows[0]
-    newest = {(row.cell.task, row.cell.seed): row for row in rows}  # of cells that two sweeps measured, the later
+    newest = {(row.cell.task, row.cell.seed): row for row in rows}
     rows = list(newest.values())
+    cell, figure, made, _ = rows[0]
     tasks = list(dict.fromkeys(row.cell.task for row in rows))
     seeds = sorted({row.cell.seed for row in rows})
     of_task = lambda task, of: float(np.mean([of(row) for row in rows if row.cell.task == task]))
@@ -103,7 +103,7 @@ def _point(rows: Sequence[Row], over_tasks: bool) -> Point:
         in_words(shared), mean(lambda row: row.figure.value), _spread(rows, tasks, seeds),
         sum(row.figure.tokens for row in rows), sum(row.figure.samples for row in rows), len(seeds),
         mean(lambda row: row.figure.state_bytes), float(np.mean(speeds)) if speeds else None, len(rows),
-        tuple(dict.fromkeys(row.made.code for row in rows)), rows[0].made.command,
+        tuple(dict.fromkeys(row.made.code for row in rows)), made.command,
     )  # fmt: skip
 
 
@@ -204,7 +204,8 @@ def uneven(given: Sequence[Point]) -> list[str]:
     for point in given:
         said = json.loads(point.comparison)
         tasks.setdefault(json.dumps([said[0], *said[2:]]), set()).add(f"{point.task} of {', '.join(said[1])}")
-    return [
+    lines = (
         f"{json.loads(key)[0]}: policies were measured on different tasks: {'; '.join(sorted(found))}"
         for key, found in tasks.items() if len(found) > 1
-    ]  # fmt: skip
+    )  # fmt: skip
+    return list(dict.fromkeys(lines))

@@ -32,7 +32,7 @@ def draw(given: Sequence[Point], path: Path) -> None:
         drawing = Figure(figsize=(13, 4.2 * len(comparisons)), layout="constrained")
         for row, mine in zip(drawing.subplots(len(comparisons), 2, squeeze=False), comparisons.values(), strict=True):
             _panel(row[0], mine, policies, lambda point: point.state_bytes / 2**20, memory)
-            if max(map(memory, mine)) >= 4 * min(map(memory, mine)):
+            if max(map(memory, mine)) >= 4 * min(map(memory, mine)) > 0:
                 row[0].set_xscale("log", base=2)
             row[0].xaxis.set_major_formatter(lambda x, _: f"{x:,.3g}")
             row[0].set_xlabel("state of one row of text, MiB (measured)")
@@ -40,7 +40,7 @@ def draw(given: Sequence[Point], path: Path) -> None:
             row[1].set(xlabel="tokens per second")
             one = mine[0]
             row[0].set_title(f"{one.experiment}, {one.task}, context {one.context:,}\n{one.settings}", fontsize=9)
-            row[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+            row[1].legend(*row[0].get_legend_handles_labels(), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
             for axes in row:
                 axes.set_ylabel(one.metric + (" (lower is better)" if one.lower_is_better else ""))
         drawing.savefig(path, dpi=150)

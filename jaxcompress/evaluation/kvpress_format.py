@@ -31,7 +31,7 @@ def write_kvpress(rows: Sequence[Row], folder: Path) -> list[Path]:
       OSError: a file cannot be written.
     """
     groups: dict[str, list[Row]] = {}
-    for row in {row.cell.key: row for row in rows}.values():
+    for row in {row.cell.key: row for row in sorted(rows, key=lambda row: row.at)}.values():
         if row.cell.experiment == DATASET and row.cell.settings.get("protocol") == "kvpress" and row.figure.details:
             groups.setdefault(json.dumps(_setting(row), sort_keys=True), []).append(row)
     if not groups:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -85,7 +86,8 @@ class Figure:
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
+    """Whether it is a number that a float can hold, which NaN and infinities are not."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 def _is_slots(x: Any) -> bool:
@@ -163,16 +165,18 @@ def _row(line: bytes, where: str) -> Row:
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """Adds rows to a file in one write. Nothing that was there changes.
+    """Adds rows to a file in one write. Nothing that was there changes. A last line without an end gets one.
 
     Raises:
       FloatingPointError: a value is not finite.
       OSError: the file cannot be written; it is as it was.
     """
     data = "".join(row.line() + "\n" for row in rows).encode()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         before = os.fstat(file).st_size
+        if before and os.pread(file, 1, before - 1) != b"\n":
+            data = b"\n" + data
         written = os.write(file, data)
         if written < len(data):
             os.ftruncate(file, before)
@@ -208,7 +212,8 @@ def run_cells(
     A cell that is in the file is left as it is. A cell that fails is told and left out, so that a later run tries it
     again; the others go on.
 
-    Where several processes measure together, all must see the file, and the first writes it.
+    A cell that is given twice is measured and shown once. Where several processes measure together, all must see the
+    file, and the first writes it.
 
     Args:
       measure: gives the figures of a cell.
@@ -223,8 +228,11 @@ def run_cells(
     there: dict[str, list[Row]] = {}
     for row in read_rows(path) if path is not None and path.exists() else []:
         there.setdefault(row.cell.key, []).append(row)
-    measured, found, wrong = 0, 0, {}
+    measured, found, wrong, done = 0, 0, {}, set()
     for cell in cells:
+        if cell.key in done:
+            continue
+        done.add(cell.key)
         if rows := there.get(cell.key, []):
             found += 1
         else:
@@ -235,7 +243,6 @@ def run_cells(
                 failed(cell, error)
                 continue
             measured += 1
-            there[cell.key] = rows
             if path is not None and jax.process_index() == 0:
                 append(path, rows)
         shown(rows)

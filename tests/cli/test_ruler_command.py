@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_chat import chat_folder
 
 from jaxcompress.cli import main
+from jaxcompress.cli.runtime import line_of
+from jaxcompress.evaluation.provenance import Provenance
+from jaxcompress.evaluation.results import Cell, Figure, Row
+from jaxcompress.evaluation.sweep import Row as SweptRow
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,12 @@ def test_a_sweep_and_its_board(model: str, tmp_path: Path, capsys: pytest.Captur
         (("ruler", "--lengths", "200"), "--lengths must be at least 264"),
         (("ruler", "--samples", "0"), "--samples must be at least 1"),
         (("ruler", "--puzzles", "none.json"), "none.json; give the path of a file of HotpotQA's form"),
+        (("ruler", "--policies", "full", "--fractions", "4"), "--fractions does nothing for full"),
+        (("ruler", "--puzzles", "x.json", "--tasks", "vt"), "--puzzles is for the task qa_2, which is not among vt"),
+        (
+            ("ruler", "--tasks", "cwe", "--lengths", "400", "--fractions", "2", "--policies", "tova"),
+            "cwe does not fit into 400 tokens",
+        ),
         (("board", "--rows", "none.jsonl"), "there are no results in"),
         (("board", "--rows", "broken.jsonl"), "broken.jsonl, line 2 is not JSON"),
         (("board", "--rows", "empty.jsonl"), "there are no rows in empty.jsonl"),
@@ -65,3 +76,23 @@ def test_bad_input_is_told_in_a_line(
     told = capsys.readouterr().err
     assert why in told
     assert told.count("\n") == 1
+
+
+def test_a_row_of_another_version_is_told() -> None:
+    """Not a fault to be reported: the file and the row are named."""
+    cell = Cell(
+        experiment="perplexity",
+        task="t",
+        model="m",
+        model_hash="0f",
+        policy="tova",
+        slots=64,
+        context=64,
+        dtype="float32",
+    )
+    figure = Figure(metric="nats per token", value=1.0, tokens=1, samples=1, state_bytes=1)
+    made = Provenance(version="0.1.0", code="abc", device="cpu", command="jaxcompress")
+    for details in (None, {"policy": "tova"}, {"else": 1}):
+        row = Row(cell, replace(figure, details=details), made, "")
+        with pytest.raises(ValueError, match=r"rows\.jsonl: the row of tova with 64 slots is of another version"):
+            line_of(SweptRow, row, Path("rows.jsonl"))

@@ -70,6 +70,9 @@ def test_only_what_may_be_compared_is() -> None:
     assert len({point.comparison for point in given}) == 2
     assert uneven(given) == []
     assert len(uneven(points([row(), row("h2o", task="cwe")]))) == 1
+    several = [row(name, task=task, question=question)
+               for name, task in (("tova", "vt"), ("h2o", "cwe")) for question in ("known", "unknown")]  # fmt: skip
+    assert len(uneven(points(several))) == 1  # a note says the same of both
 
 
 def test_only_means_over_tasks_can_be_uneven(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +86,9 @@ def test_only_means_over_tasks_can_be_uneven(tmp_path: Path, capsys: pytest.Capt
 def test_the_newer_of_two_rows_of_a_cell_counts() -> None:
     (point,) = points([row(value=1), row(value=9)])
     assert (point.value, point.rows) == (9, 1)
+    newer = row(value=7)._replace(at="2026-06-01", made=replace(MADE, command="again"))
+    (point,) = points([newer, row(value=1)])  # whichever file was named first
+    assert (point.value, point.command) == (7, "again")
 
 
 def test_what_nothing_beats() -> None:
@@ -156,6 +162,17 @@ def test_the_picture(suffix: str, tmp_path: Path) -> None:
         draw([], path)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_picture_of_what_has_no_state_and_no_speed(tmp_path: Path) -> None:
+    """Such as prompts that were shortened."""
+    free = [
+        one._replace(figure=replace(one.figure, state_bytes=0)) for one in (row(speed=None), row("h2o", speed=None))
+    ]
+    draw(points(free), tmp_path / "board.svg")
+    text = (tmp_path / "board.svg").read_text()
+    assert text.count("tova") == text.count("h2o") == 1  # in the legend
+
+
 def test_the_files_of_kvpress(tmp_path: Path) -> None:
     rows = [row(value=40), row(value=60, seed=1), row(value=10, task="cwe"), row(value=80, question="known")]
     folders = write_kvpress(rows, tmp_path)
@@ -180,7 +197,8 @@ def test_the_files_of_kvpress(tmp_path: Path) -> None:
 def test_settings_that_share_a_name_get_folders_of_their_own(tmp_path: Path) -> None:
     plain = row(value=20)
     plain = plain._replace(cell=replace(plain.cell, settings=dict(plain.cell.settings, form="plain")))
-    rows = [row(value=1), row(value=40), plain, row(fraction=128), row(fraction=150)]  # the first is measured again
+    newer = row(value=40)._replace(at="2026-02-01")
+    rows = [newer, row(value=1), plain, row(fraction=128), row(fraction=150)]  # the second is older
     folders = write_kvpress(rows, tmp_path)
     assert [folder.name.removeprefix("ruler__1024__org--smol__tova__") for folder in folders] == [
         "0.75", "0.75__form-plain", "0.99__fraction-128__slots-6", "0.99__fraction-150__slots-5",

@@ -99,6 +99,9 @@ def test_the_name_of_a_model_is_not_what_it_is() -> None:
         (dict(spread="1"), "spread must be a number or null, not '1'"),
         (dict(policy=3), "policy must be a string, not 3"),
         (b"\xff", "is not JSON"),
+        (dict(value=float("nan")), "value must be a number, not nan"),
+        (dict(tokens=10**400), "tokens must be a number, not 1000"),
+        (dict(spread=float("inf")), "spread must be a number or null, not inf"),
     ],
 )
 def test_a_broken_line_is_named(line: str | bytes | dict[str, Any], why: str, tmp_path: Path) -> None:
@@ -112,6 +115,23 @@ def test_a_broken_line_is_named(line: str | bytes | dict[str, Any], why: str, tm
         read_rows(file)
     with pytest.raises(ValueError, match="line 2"):
         run_cells([], lambda one: [], MADE, file)
+
+
+def test_a_last_line_without_an_end_stays_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    run_cells([cell()], lambda one: [figure()], MADE, file)
+    file.write_bytes(file.read_bytes().rstrip(b"\n"))
+    run_cells([cell(), cell(seed=1), cell(seed=2)], lambda one: [figure()], MADE, file)
+    assert [row.cell.seed for row in read_rows(file)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_cell_that_is_given_twice_is_measured_and_shown_once(kept: bool, tmp_path: Path) -> None:
+    file, shown = tmp_path / "rows.jsonl" if kept else None, []
+    for found in (0, 1 if kept else 0):
+        done = run_cells([cell(), cell()], lambda one: [figure()], MADE, file, shown=shown.append)
+        assert (done.measured, done.found) == (1 - found, found)
+    assert len(shown) == 2
 
 
 def test_no_file_says_where_it_was_looked_for(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -211,6 +212,14 @@ def test_plan(loaded) -> None:
     each = 2 * 2 * 2 * 2  # tasks, seeds, known, protocols
     assert count == {("full", 2044): 4, ("window+4", 31): each, ("window+4", 7): each, ("snapkv+16", 31): each}
     assert len({cell.key for cell in cells}) == len(cells)
+    short = replace(plan, tasks=("niah_single_1", "cwe"), lengths=(800, 2300))
+    assert list(short.too_long(loaded.tokenizer)) == [("cwe", 800)]
+    fitting = list(short.cells(loaded, "tiny", left_out=[("cwe", 800)]))
+    assert {(cell.task, cell.context) for cell in fitting} == {
+        ("niah_single_1", 400),
+        ("niah_single_1", 2300),
+        ("cwe", 2300),
+    }
     measure = plan.measure(loaded)
     chosen: list[Cell] = [cell for cell in cells if cell.policy == "window+4" and cell.seed == 0][:1]
     (figure,) = measure(chosen[0])

@@ -45,18 +45,28 @@ def fitted(task: str, length: int, index: int, seed: int, tokenizer: Tokenizer, 
       seed: of everything that is drawn. Equal arguments give equal prompts.
 
     Raises:
-      ValueError: not even the smallest sample fits; the tokenizer has no chat template.
+      ValueError: as `check_fits`; the tokenizer has no chat template.
     """
-    make, least = get_task(task).make, get_task(task).least
-    sample = lambda size: make(size, random.Random(f"{seed} {task} {index}"), sources)
-    tokens = lambda size: len(_context(sample(size).context, tokenizer, form)[0])
-    room = length - REST
-    if (smallest := tokens(least)) > room:
+    check_fits(task, length, index, seed, tokenizer, sources, form)
+    sample = lambda size: _sample(task, size, index, seed, sources)
+    fits = lambda size: len(_context(sample(size).context, tokenizer, form)[0]) <= length - REST
+    return _prompt(sample(largest(get_task(task).least, fits)), tokenizer, form)
+
+
+def check_fits(
+    task: str, length: int, index: int, seed: int, tokenizer: Tokenizer, sources: Sources, form: Form
+) -> None:
+    """Raises ValueError if not even the smallest sample of a task fits into a length. Arguments are as for `fitted`."""
+    smallest = len(_context(_sample(task, get_task(task).least, index, seed, sources).context, tokenizer, form)[0])
+    if smallest > length - REST:
         raise ValueError(
             f"{task} does not fit into {length} tokens: its smallest context has {smallest}, and {REST} are left for "
             f"question and answer; give a length of at least {smallest + REST}"
         )
-    return _prompt(sample(largest(least, lambda size: tokens(size) <= room)), tokenizer, form)
+
+
+def _sample(task: str, size: int, index: int, seed: int, sources: Sources) -> Sample:
+    return get_task(task).make(size, random.Random(f"{seed} {task} {index}"), sources)
 
 
 def largest(least: int, fits: Callable[[int], bool]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,7 +15,7 @@ from jaxcompress.checkpoints._loaded import Loaded
 from jaxcompress.evaluation.policy_hash import policy_settings
 from jaxcompress.evaluation.results import Cell, Figure
 from jaxcompress.evaluation.ruler.hops import Puzzle
-from jaxcompress.evaluation.ruler.prompts import REST, Form, Prompt, fitted
+from jaxcompress.evaluation.ruler.prompts import REST, Form, Prompt, check_fits, fitted
 from jaxcompress.evaluation.ruler.protocol import Answered, Asker, Protocol
 from jaxcompress.evaluation.ruler.sample import Sources
 from jaxcompress.evaluation.ruler.scoring import match_all, match_any
@@ -63,10 +63,15 @@ class Plan:
     dtype: str | None = None
     batch: int = 4
 
-    def cells(self, loaded: Loaded[Any, Any, Tokenizer], model: str) -> Iterator[Cell]:
+    def cells(
+        self, loaded: Loaded[Any, Any, Tokenizer], model: str, *, left_out: Collection[tuple[str, int]] = ()
+    ) -> Iterator[Cell]:
         """The cells, those of one policy together.
 
         A policy that evicts nothing is measured once per length, and one that needs more slots is left out there.
+
+        Args:
+          left_out: tasks and the lengths at which they have no cells, such as those of `too_long`.
         """
         print_of_model = fingerprint(loaded.model)
         weights = loaded.model.dtype.name
@@ -75,7 +80,7 @@ class Plan:
             own = policy_settings(expression, policy)
             for length in self.lengths:
                 for settings, slots in self._settings(policy, length):
-                    for task in self.tasks:
+                    for task in (task for task in self.tasks if (task, length) not in left_out):
                         for seed in range(self.seeds):
                             yield Cell(
                                 experiment=EXPERIMENT, task=task, model=model, model_hash=print_of_model,
@@ -97,6 +102,17 @@ class Plan:
                             form=self.form, samples=self.samples, questions=self.questions,
                             placement=self.placement, text=_short_hash(self.text), puzzles=_short_hash(self.puzzles),
                         ), slots  # fmt: skip
+
+    def too_long(self, tokenizer: Tokenizer) -> dict[tuple[str, int], str]:
+        """The tasks of which not even the smallest sample fits into a length, and why not."""
+        found = {}
+        for task in self.tasks:
+            for length in self.lengths:
+                try:
+                    check_fits(task, length, 0, 0, tokenizer, Sources(self.text, length, self.puzzles), self.form)
+                except ValueError as error:
+                    found[task, length] = str(error)
+        return found
 
     def measure(self, loaded: Loaded[Any, Any, Tokenizer]) -> Callable[[Cell], list[Figure]]:
         """The function that measures a cell of this plan."""
