@@ -216,7 +216,7 @@ def test_plan(loaded) -> None:
     assert list(short.too_long(loaded.tokenizer)) == [("cwe", 800)]
     fitting = list(short.cells(loaded, "tiny", left_out=[("cwe", 800)]))
     assert {(cell.task, cell.context) for cell in fitting} == {
-        ("niah_single_1", 400),
+        ("niah_single_1", 800),
         ("niah_single_1", 2300),
         ("cwe", 2300),
     }
