@@ -23,13 +23,17 @@ VOCABULARY = 256 + len(SPECIAL)
 END = VOCABULARY - 1
 
 
-def chat_folder(folder: Path, template: str | None = TEMPLATE) -> Path:
-    """Writes the model; its end token is </s>, which the template does not use. It never ends an answer by itself."""
+def chat_folder(folder: Path, template: str | None = TEMPLATE, *, rstrip: bool = False) -> Path:
+    """Writes the model; its end token is </s>, which the template does not use. It never ends an answer by itself.
+
+    Args:
+      rstrip: whether special tokens take the white space after them along, as those of Phi-3 do.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast = FastTokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
+    fast.add_special_tokens([AddedToken(name, special=True, rstrip=rstrip) for name in SPECIAL])
     source = folder / "tokenizer"
     source.mkdir(parents=True)
     fast.save(str(source / "tokenizer.json"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcompress.inputs.json import read_object_if_there
+from jaxcompress.inputs.paths import path_of
 
 # Patterns of file names, relative to the folder.
 _TOKENIZER = (
@@ -31,7 +32,7 @@ def files_beside(source: str | Path | None) -> dict[str, Path]:
     """
     if source is None:
         return {}
-    source = Path(source).expanduser()
+    source = path_of(source, "tokenizer_from")
     files = _matching(source, _TOKENIZER)
     if not files:
         raise FileNotFoundError(f"tokenizer_from: {source} is not a folder with tokenizer files")
@@ -61,7 +62,7 @@ def config_like(
     Raises:
       ValueError: the folder's config.json cannot be read.
     """
-    theirs = {} if source is None else read_object_if_there(Path(source).expanduser() / "config.json")
+    theirs = {} if source is None else read_object_if_there(path_of(source, "tokenizer_from") / "config.json")
     theirs.pop("quantization_config", None)  # saved weights are plain numbers
     if _NESTED in ours:
         inner = theirs.get(_NESTED)

@@ -79,7 +79,9 @@ def config_of_metadata(
 
 def _rope(own: Mapping[str, Any], head: int, factors: np.ndarray | None) -> dict[str, Any]:
     theta = number(own, "rope.freq_base") if "rope.freq_base" in own else 10000.0
-    kind = own.get("rope.scaling.type", "linear" if own.get("rope.scaling.factor") else "none")
+    known = ("rope.scaling.factor", "rope.scale_linear")  # the second is that of older files
+    scale = next((key for key in known if key in own), known[0])
+    kind = own.get("rope.scaling.type", "linear" if own.get(scale) else "none")
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(
             f"unknown rope.scaling.type {shown(kind)}; known: none, linear, yarn, and the factors of llama3"
@@ -93,7 +95,7 @@ def _rope(own: Mapping[str, Any], head: int, factors: np.ndarray | None) -> dict
         return {"rope_theta": theta, **_llama3(theta, head, factors, original)}
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
-    factor = number(own, "rope.scaling.factor")
+    factor = number(own, scale)
     if kind == "linear":
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     given = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}

@@ -12,6 +12,7 @@ from typing import Any
 from jaxcompress.checkpoints._known import known_model
 from jaxcompress.inputs.gguf import is_gguf
 from jaxcompress.inputs.gguf_tokenizer import read_gguf_tokenizer
+from jaxcompress.inputs.paths import path_of
 
 
 @contextmanager
@@ -20,12 +21,12 @@ def as_folder(source: str | Path | None) -> Iterator[Path | None]:
 
     Raises:
       FileNotFoundError: the source is a known name whose file has not been fetched.
-      ValueError: the file is not GGUF, or has no tokenizer of a known kind.
+      ValueError: the source is no path; the file is not GGUF, or has no tokenizer of a known kind.
     """
     if source is None:
         yield None
         return
-    path = Path(source).expanduser()
+    path = path_of(source, "tokenizer_from")
     if not path.exists() and isinstance(source, str):
         path = known_model(source) or path
     if not is_gguf(path):

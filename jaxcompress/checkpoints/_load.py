@@ -35,6 +35,7 @@ from jaxcompress.checkpoints._loaded import Loaded, Model
 from jaxcompress.checkpoints._weights import Part, Weight, named_weights
 from jaxcompress.inputs.gguf import SUFFIX, is_gguf
 from jaxcompress.inputs.json import read_object
+from jaxcompress.inputs.paths import path_of
 from jaxcompress.inputs.tokenizer import Tokenizer
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
@@ -265,8 +266,9 @@ def find(source: str | Path) -> Path:
 
     Raises:
       FileNotFoundError: as `load`.
+      ValueError: the source is neither a string nor a path.
     """
-    folder = Path(source).expanduser()
+    folder = path_of(source, "the source of a checkpoint")
     if folder.is_dir() and not (folder / "config.json").is_file():
         inner = next(iter(sorted(folder.glob("*/config.json"))), None)
         hint = "" if inner is None else f"; {inner.parent} has one"

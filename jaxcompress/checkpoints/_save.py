@@ -19,7 +19,8 @@ from jaxcompress.checkpoints._config import INTERPRETED, architecture_of, decode
 from jaxcompress.checkpoints._families import FAMILIES
 from jaxcompress.checkpoints._gguf_folder import as_folder
 from jaxcompress.checkpoints._weights import Weight, named_weights
-from jaxcompress.models.decoder import Decoder
+from jaxcompress.inputs.paths import path_of
+from jaxcompress.models.decoder import Decoder, check_decoder
 from jaxcompress.models.int8 import check_float
 
 
@@ -48,12 +49,13 @@ def save(
     Raises:
       FileExistsError: the folder is not empty.
       FileNotFoundError: `tokenizer_from` is not a folder or has no tokenizer.
-      ValueError: no Hugging Face architecture has this model's combination of features; weights have several dtypes
-        or are held in int8.
+      ValueError: `model` is no decoder, or a path is none; no Hugging Face architecture has this model's combination of
+        features; weights have several dtypes or are held in int8.
 
     Examples:
       >>> save(model, "trained", tokenizer_from=loaded.folder)  # doctest: +SKIP
     """
+    check_decoder(model)
     check_float(model, "saved")
     with as_folder(tokenizer_from) as source:
         config = config_like(source, hugging_face_config(model.config), decoder_config, INTERPRETED)
@@ -76,7 +78,7 @@ def write_folder(
       config: the content of config.json, without the dtype.
       more: other JSON files, by name; they take precedence over those of `tokenizer_from`.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = path_of(folder, "the folder to save into").absolute()
     config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": _one_dtype(weights)}
     copied = files_beside(tokenizer_from)
     with _whole(folder) as partial:

@@ -29,6 +29,7 @@ from jaxcompress.checkpoints._vision_config import (
 )
 from jaxcompress.checkpoints._weights import DECODER, Names, Weight, dotted, named_weights, weight_named
 from jaxcompress.inputs.json import read_object, read_object_if_there
+from jaxcompress.inputs.paths import path_of
 from jaxcompress.inputs.tokenizer import Tokenizer
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.tower_config import TowerConfig
@@ -134,7 +135,7 @@ def save_llava(
 
 def _processor_files(processor: Mapping[str, Any] | None, source: str | Path | None) -> dict[str, dict[str, Any]]:
     """The processor files to write in addition to the copied files."""
-    folder = None if source is None else Path(source).expanduser()
+    folder = None if source is None else path_of(source, "tokenizer_from")
     if processor is None:
         if folder is None or not any((folder / name).is_file() for name in PROCESSOR_FILES):
             raise ValueError(

@@ -17,8 +17,9 @@ from jaxcompress._extras import extra
 from jaxcompress.checkpoints import load, missing_policy
 from jaxcompress.evaluation.perplexity import predict_block
 from jaxcompress.generation.config import GenerationConfig
-from jaxcompress.generation.decode_state import DecodeState, check_seed, init_decode_state
+from jaxcompress.generation.decode_state import DecodeState, init_decode_state
 from jaxcompress.generation.generate import decode_stream, prefill
+from jaxcompress.generation.sampling import check_seed
 from jaxcompress.generation.text import TextUntil
 from jaxcompress.models.modes import MODES, Mode, calls, padded
 from jaxcompress.policies.names import get_policy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from operator import index
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,16 +13,27 @@ import numpy as np
 from jaxcompress.checkpoints._loaded import Loaded
 from jaxcompress.distributed.rules import ShardingRules
 from jaxcompress.generation.config import GREEDY, GenerationConfig, check_config
-from jaxcompress.generation.decode_state import DecodeState, check_decoder, init_decode_state, most_held
-from jaxcompress.generation.generate import ReadOptions, decode_stream, prefill_calls
+from jaxcompress.generation.decode_state import DecodeState, init_decode_state, most_held
+from jaxcompress.generation.generate import ReadOptions, check_reading, decode_stream, prefill_calls
 from jaxcompress.generation.interrupts import uninterrupted
+from jaxcompress.generation.sampling import check_seed
 from jaxcompress.generation.state_file import Record, read_record, record_of, state_of, write_record
 from jaxcompress.generation.text import TextUntil
-from jaxcompress.generation.turns import ROLE_OF_MODEL, Message, begun, closing_token, of_user, turn_text, without_stop
+from jaxcompress.generation.turns import (
+    ROLE_OF_MODEL,
+    Message,
+    begun,
+    check_arguments,
+    closing_token,
+    of_user,
+    turn_text,
+    without_stop,
+)
 from jaxcompress.inputs.described import described
 from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.token_ids import TokenIds, token_ids
 from jaxcompress.inputs.tokenizer import Tokenizer
+from jaxcompress.models.decoder import check_decoder
 from jaxcompress.models.init_state import Slots
 from jaxcompress.models.modes import FEWEST
 from jaxcompress.policies.policy import Policy
@@ -88,23 +100,26 @@ class Chat:
         Raises:
           TypeError: an option has an unknown name.
           ValueError: there is no chat template, or it refuses the system message, or does not write answers as they
-            are; other cases as for `init_decode_state`.
+            are; arguments without names; the policy does not work in the mode; other cases as for `init_decode_state`
+            and `prefill`.
         """
         _check_loaded(loaded)
         check_decoder(loaded.model)
         if unknown := sorted(set(options) - set(ReadOptions.__annotations__)):
             raise TypeError(f"Chat has no argument {unknown[0]!r}; options: {', '.join(ReadOptions.__annotations__)}")
+        check_reading(policy, options)
         self.loaded, self.policy, self.slots = loaded, policy, slots
         self.max_new_tokens = whole(max_new_tokens, "max_new_tokens", least=1)
-        self.arguments = dict(arguments or {})
+        check_arguments(arguments := {} if arguments is None else arguments)
+        self.arguments = dict(arguments)
         check_config(loaded.model, config)
         closing = closing_token(loaded.tokenizer, system, self.arguments)
         ends = (*config.stop_token_ids, *loaded.tokenizer.eos_ids, *(() if closing is None else (closing,)))
         self.config = replace(config, stop_token_ids=tuple(dict.fromkeys(map(int, ends))))
-        self._system, self._seed, self._options = system, seed, options
+        self._system, self._seed, self._options = system, check_seed(seed), options
         self._state = init_decode_state(
-            loaded.model, policy, slots, seeds=seed, dtype=options.get("dtype"), placement=options.get("placement"),
-            sharding=_one_row(options.get("sharding")),
+            loaded.model, policy, slots, seeds=self._seed, dtype=options.get("dtype"),
+            placement=options.get("placement"), sharding=_one_row(options.get("sharding")),
         )  # fmt: skip
         self._said = begun(system)
         self._ids: list[int] = []
@@ -194,8 +209,8 @@ class Chat:
             raise ValueError(f"a conversation is saved with a GenerationConfig, not with {type(self.config).__name__}")
         said = dict(
             messages=[dict(message) for message in self._said], system=self._system, arguments=self.arguments,
-            config=asdict(self.config), max_new_tokens=self.max_new_tokens, seed=int(self._seed),
-            slots=np.asarray(self.slots).tolist(), options=_plain(self._options),
+            config=asdict(self.config), max_new_tokens=self.max_new_tokens, seed=self._seed,
+            slots=_plain_slots(self.slots), options=_plain(self._options),
         )  # fmt: skip
         facts, arrays = record_of(self._state, self.loaded.model)
         try:
@@ -346,6 +361,12 @@ def _plain(options: Any) -> dict[str, Any]:
         for name, x in options.items()
         if name != "sharding"
     }
+
+
+def _plain_slots(slots: Any) -> Any:
+    """Slots as JSON: a number, or lists of numbers, which need not be of one depth."""
+    given = slots.tolist() if isinstance(slots, np.ndarray) else slots
+    return [_plain_slots(one) for one in given] if isinstance(given, list | tuple) else index(given)
 
 
 def _one_row(sharding: ShardingRules | None) -> ShardingRules | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import index
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -16,11 +15,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxcompress.distributed.processes import on_host
 from jaxcompress.distributed.rules import ShardingRules, made
-from jaxcompress.generation.sampling import row_keys
+from jaxcompress.generation.sampling import check_seed, row_keys
 from jaxcompress.inputs.described import described
 from jaxcompress.inputs.scalars import whole
 from jaxcompress.models.checks import check_fits
-from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.decoder import Decoder, check_decoder
 from jaxcompress.models.init_state import Slots, init_state
 from jaxcompress.policies.checks import check_placed, check_policy
 from jaxcompress.policies.policy import Policy
@@ -183,6 +182,15 @@ def check_usable(model: Decoder, state: DecodeState) -> None:
     raise_if_broken(state)
 
 
+def check_begun(state: DecodeState) -> None:
+    """Raises ValueError if a row of the state has read nothing, so that there is nothing to continue."""
+    if not int(state.kv[0].seen.min()):
+        raise ValueError(
+            "nothing was read yet, so there is no next token to choose: prefill first, as in prefill(model, prompts, "
+            "state); for a text from nothing, give a prompt of the BOS token alone"
+        )
+
+
 def check_unused(state: DecodeState) -> None:
     """Raises ValueError if the memory of a state was donated."""
     if any(x.is_deleted() for x in jax.tree.leaves(state.arrays) if isinstance(x, jax.Array)):
@@ -192,30 +200,10 @@ def check_unused(state: DecodeState) -> None:
         )
 
 
-def check_decoder(model: Any) -> None:
-    """Raises ValueError if `model` is no decoder; the message names the decoder inside it, if it has one."""
-    if isinstance(model, Decoder):
-        return
-    hint = next((f"; give its .{name}" for name in ("model", "decoder") if hasattr(model, name)), "")
-    raise ValueError(f"the first argument must be a Decoder, not {described(model)}{hint}")
-
-
 def check_placement(placement: Any) -> None:
     """Raises ValueError if there is no placement of that name."""
     if placement is not None and placement not in get_args(Placement):
         raise ValueError(f"unknown placement {placement!r}; known: {', '.join(get_args(Placement))}")
-
-
-def check_seed(given: Any) -> int:
-    """The seed as a whole number.
-
-    Raises:
-      ValueError: `given` is no whole number.
-    """
-    try:
-        return index(given)
-    except TypeError:
-        raise ValueError(f"seeds must be a whole number, or one for each row, not {described(given)}") from None
 
 
 def first_broken(broken: Array, logits: Array, state: State) -> Array:

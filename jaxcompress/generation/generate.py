@@ -20,7 +20,7 @@ from jaxcompress.generation.config import GREEDY, GenerationConfig, check_config
 from jaxcompress.generation.decode_state import (
     DecodeArrays,
     DecodeState,
-    check_decoder,
+    check_begun,
     check_room,
     check_unused,
     check_usable,
@@ -34,7 +34,7 @@ from jaxcompress.generation.sampling import remember
 from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.token_ids import TokenIds, prompt_ids, token_ids
 from jaxcompress.models.checks import check_fits, check_mode, warn_of_positions
-from jaxcompress.models.decoder import Decoder, last_hidden, read
+from jaxcompress.models.decoder import Decoder, check_decoder, last_hidden, read
 from jaxcompress.models.init_state import Slots
 from jaxcompress.models.modes import Mode, ReadCall, calls, padded
 from jaxcompress.policies.policy import Policy
@@ -102,9 +102,8 @@ def generate(
     every = max_new_tokens if stream_every is None else whole(stream_every, "stream_every", least=1)
     check_config(model, config)
     reading: Any = {name: given for name, given in options.items() if name in ("mode", "chunk", "segment")}
-    longest, mode = max(map(len, rows)), options.get("mode", "streaming")
-    check_mode(policy, mode)
-    calls(mode, longest, chunk=options.get("chunk", 1), segment=options.get("segment", 1))
+    longest = max(map(len, rows))
+    check_reading(policy, options, longest)
     state = init_decode_state(
         model, policy, slots, batch=len(rows), seeds=seeds,
         dtype=options.get("dtype"), placement=options.get("placement"), sharding=options.get("sharding"),
@@ -127,6 +126,13 @@ def _check_names(options: Any) -> None:
             )
         if name not in known:
             raise TypeError(f"generate has no argument {name!r}; how prompts are read: {', '.join(known)}")
+
+
+def check_reading(policy: Policy, options: ReadOptions, tokens: int = 1) -> None:
+    """Raises ValueError if a text of so many tokens cannot be read as `mode`, `chunk` and `segment` say."""
+    mode = options.get("mode", "streaming")
+    check_mode(policy, mode)
+    calls(mode, tokens, chunk=options.get("chunk", 1), segment=options.get("segment", 1))
 
 
 def prefill(
@@ -333,13 +339,14 @@ def decode(
       state: donated (see `DecodeState`).
 
     Raises:
-      ValueError: `full` has no room for the tokens, the state was used before or belongs to another model, or `config`
-        is no configuration.
+      ValueError: nothing was read yet, `full` has no room for the tokens, the state was used before or belongs to
+        another model, or `config` is no configuration.
       FloatingPointError: logits are not finite.
     """
     check_usable(model, state)
     max_new_tokens = whole(max_new_tokens, "max_new_tokens", least=1)
     check_config(model, config)
+    check_begun(state)
     check_room(model, state, max_new_tokens)
     _warn_ahead(model, state, max_new_tokens)
     buffer = padded(max_new_tokens, LARGEST_BUFFER)
@@ -373,6 +380,7 @@ def decode_stream(
     max_new_tokens = whole(max_new_tokens, "max_new_tokens", least=1)
     every = max_new_tokens if stream_every is None else whole(stream_every, "stream_every", least=1)
     check_config(model, config)
+    check_begun(state)
     check_room(model, state, max_new_tokens)
     _warn_ahead(model, state, max_new_tokens)
     return DecodeStream(model, state, max_new_tokens, config, min(every, max_new_tokens))

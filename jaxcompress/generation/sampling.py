@@ -7,16 +7,20 @@ independent: each draws from its own key, so a batch of N gives the same tokens 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxcompress.inputs.described import described
 from jaxcompress.state.shapes import Tokens, Valid
 
 NextLogits = Float[Array, "B V"]
 NextTokens = Int[Array, "B"]
 Appeared = Bool[Array, "B V"]  # the tokens that a row's prompt and output contain
+RowKey = Key[Array, ""]
 RowKeys = Key[Array, "B"]
 Setting = float | Float[Array, "B 1"]  # one for all rows, or one for each
 
@@ -27,8 +31,32 @@ def row_keys(seeds: Sequence[int]) -> RowKeys:
     """One key per row, [B]; a row with seed s draws the same tokens in any batch.
 
     For step t of a loop use `jax.vmap(jax.random.fold_in, (0, None))(keys, t)`.
+
+    Raises:
+      ValueError: as `check_seed`.
     """
-    return jnp.stack([jax.random.key(seed) for seed in seeds])
+    return jnp.stack([_key(check_seed(seed)) for seed in seeds])
+
+
+def check_seed(given: Any) -> int:
+    """The seed as a whole number.
+
+    Raises:
+      ValueError: `given` is no whole number, or is not within 64 bits.
+    """
+    try:
+        seed = index(given)
+    except TypeError:
+        raise ValueError(f"seeds must be a whole number, or one for each row, not {described(given)}") from None
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seeds must be within -2**63 and 2**63 - 1, not {seed}; take it modulo 2**63")
+    return seed
+
+
+def _key(seed: int) -> RowKey:
+    """The key of a seed of 64 bits. JAX takes 32 of them, so the upper ones are folded in where they are not 0."""
+    key, upper = jax.random.key(seed % 2**32), seed // 2**32 % 2**32
+    return jax.random.fold_in(key, upper) if upper else key
 
 
 def remember(appeared: Appeared, tokens: Tokens, valid: Valid | None = None) -> Appeared:

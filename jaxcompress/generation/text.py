@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxcompress.inputs.described import described
 from jaxcompress.inputs.text import clean, decoded
 from jaxcompress.inputs.tokenizer import TokenIds as TokenIds
 from jaxcompress.inputs.tokenizer import Tokenizer as Tokenizer
@@ -41,17 +42,25 @@ class TextStream:
       after: the ids [T] before the first pushed token, e.g. the prompt. With them, the output continues their text (its
         leading space is kept); without them it begins a new text.
       skip_special: omit special tokens.
+
+    Raises:
+      ValueError: `tokenizer` is no tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] | TokenIds = (), skip_special: bool = True) -> None:
+        check_tokenizer(tokenizer)
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._restart([token for token in map(int, after[-_WINDOW:]) if not self._skipped(token)][-_CHARACTER_BYTES:])
+        self._restart([token for token in _each(after[-_WINDOW:]) if not self._skipped(token)][-_CHARACTER_BYTES:])
 
     def push(self, tokens: int | np.integer | Sequence[int | np.integer] | TokenIds) -> str:
         """Takes the next token id, or several [T]; returns the text that has become final.
 
         For one token it is often "" or the text of the previous token. -1, the padding of finished rows, is left out.
+
+        Raises:
+          ValueError: these are not the token ids of one row. Of [B, T], as `generate` yields them, each row has a
+            stream of its own.
         """
         return "".join(self._push(token) for token in _each(tokens))
 
@@ -135,12 +144,13 @@ class StopStrings:
       found: the stop string that was found, or None.
 
     Raises:
-      ValueError: a stop string is empty, or a plain string was given in place of a list of strings.
+      ValueError: a stop string is empty, or what was given is no list of strings.
     """
 
     def __init__(self, strings: Sequence[str] = ()) -> None:
-        if isinstance(strings, str):
-            raise ValueError(f"stop strings must be a list of strings, got {strings!r}; write [{strings!r}]")
+        if isinstance(strings, str) or not isinstance(strings, Iterable):
+            hint = f"write [{strings!r}]" if isinstance(strings, str) else "() for none"
+            raise ValueError(f"stop strings must be a list of strings, got {strings!r:.60}; {hint}")
         if not all(isinstance(string, str) and string for string in strings):
             raise ValueError(f"stop strings must be strings that are not empty, got {list(strings)!r}")
         self._strings = tuple(strings)
@@ -202,7 +212,7 @@ class TextUntil:
       stopped: whether a stop was found; from then on `push` returns "".
 
     Raises:
-      ValueError: as `StopStrings`.
+      ValueError: as `StopStrings` and `TextStream`; `stop_ids` is no list of token ids.
     """
 
     def __init__(
@@ -213,8 +223,9 @@ class TextUntil:
         after: Sequence[int] | TokenIds = (),
     ) -> None:
         StopStrings(stop)  # checks that they are strings
+        check_tokenizer(tokenizer)
         special = tokenizer.special_tokens()
-        self.ids = tuple(dict.fromkeys((*map(int, stop_ids), *(special[s] for s in stop if s in special))))
+        self.ids = tuple(dict.fromkeys((*_listed(stop_ids), *(special[s] for s in stop if s in special))))
         # For the matcher, a special token is one character that occurs in no text.
         inside = [name for name in sorted(special, key=len, reverse=True) if any(name in string for string in stop)]
         mark = {name: chr(_FIRST_HALF + n) for n, name in enumerate(inside)}
@@ -232,7 +243,7 @@ class TextUntil:
     def push(self, tokens: int | np.integer | Sequence[int | np.integer] | TokenIds) -> str:
         """Takes the next token id, or several [T]; returns the text that has become final.
 
-        -1, the padding of finished rows, is left out, and so is what follows a stop.
+        -1, the padding of finished rows, is left out, and so is what follows a stop. Raises as `TextStream.push`.
         """
         return "".join(self._push(token) for token in _each(tokens))
 
@@ -283,9 +294,15 @@ def encode_stream(
       Token ids [T] int32, T >= 1.
 
     Raises:
-      ValueError: chunk_chars is not positive, or the input is not UTF-8 (the message names the byte offset). The tokens
-        before the error have been yielded by then.
+      ValueError: `readable` cannot be read from, or `tokenizer` is no tokenizer; chunk_chars is not positive; the input
+        is not UTF-8 (the message names the byte offset). The tokens before that place have been yielded by then.
     """
+    if not isinstance(readable, Readable):
+        raise ValueError(
+            f"text is streamed from an open file, not from {described(readable)}; open it first: open(path, 'rb'), or "
+            "encode a text itself: tokenizer.encode(text)"
+        )
+    check_tokenizer(tokenizer)
     if chunk_chars < 1:
         raise ValueError(f"chunk_chars must be at least 1, got {chunk_chars}")
     return _encode_pieces(_pieces(_texts(readable, chunk_chars), chunk_chars), tokenizer, add_bos)
@@ -328,9 +345,29 @@ def _blocks(source: Readable, size: int) -> Iterator[bytes | str]:
         yield block
 
 
+def check_tokenizer(given: Any) -> None:
+    """Raises ValueError if `given` is no tokenizer; the message names the tokenizer that it has, if it has one."""
+    if not isinstance(given, Tokenizer):
+        hint = "; give its .tokenizer" if hasattr(type(given), "tokenizer") else ""
+        raise ValueError(f"a Tokenizer is expected, not {described(given)}{hint}")
+
+
 def _each(tokens: int | np.integer | Sequence[int | np.integer] | TokenIds) -> Iterator[int]:
-    """Token ids, one by one, without -1."""
-    return (token for token in map(int, np.atleast_1d(np.asarray(tokens))) if token != -1)
+    """Token ids, one by one, without -1. Raises ValueError if they are not those of one row."""
+    given = np.atleast_1d(np.asarray(tokens))
+    if given.ndim > 1:
+        raise ValueError(f"the token ids of one row are expected, not {list(given.shape)}; push one row: tokens[0]")
+    if given.size and given.dtype.kind not in "iu":
+        raise ValueError(f"token ids are whole numbers, not {described(tokens)}; encode a text with tokenizer.encode")
+    return (token for token in given.tolist() if token != -1)
+
+
+def _listed(ids: Sequence[int]) -> list[int]:
+    """A list of token ids. Raises ValueError if it is none."""
+    if not np.ndim(ids):
+        hint = f"; write [{ids}]" if isinstance(ids, int | np.integer) else "; () for none"
+        raise ValueError(f"stop_ids must be a list of token ids, not {described(ids)}{hint}")
+    return list(_each(ids))
 
 
 def _undecided(text: str) -> int:

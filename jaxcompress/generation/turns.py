@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from jaxcompress.inputs.tokenizer import Tokenizer
@@ -29,8 +30,13 @@ def of_user(content: str) -> Message:
     return dict(role="user", content=content)
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError for an argument of the template that a conversation sets itself."""
+def check_arguments(arguments: Any) -> None:
+    """Raises ValueError if these are no arguments by name, or one of them is what a conversation sets itself."""
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise ValueError(
+            "the arguments of the chat template are given by name, such as {'enable_thinking': False}, not as "
+            f"{arguments!r:.60}"
+        )
     if reserved := {"self", "messages", "add_generation_prompt"} & set(arguments):
         raise ValueError(f"{', '.join(sorted(reserved))} cannot be an argument of the template: a conversation sets it")
 
@@ -48,11 +54,19 @@ def turn_text(tokenizer: Tokenizer, said: Sequence[Message], message: Message, a
     check_arguments(arguments)
     if not said or said[-1]["role"] != ROLE_OF_MODEL:
         return tokenizer.apply_chat_template([*said, message], **arguments)
-    mark, known = _MARK, json.dumps([*said, message], default=str)
+    return _after_answer(tokenizer, said, [message], arguments)
+
+
+def _after_answer(
+    tokenizer: Tokenizer, said: Sequence[Message], then: Sequence[Message], arguments: Mapping[str, Any]
+) -> str:
+    """What the template writes after the last answer of `said`: for the messages `then`, if there are any."""
+    mark, known = _MARK, json.dumps([*said, *then], default=str)
     while mark in known:
         mark += "0"
-    marked = [*said[:-1], {**said[-1], "content": mark}, message]
-    _, found, after = tokenizer.apply_chat_template(marked, **arguments).partition(mark)
+    marked = [*said[:-1], {**said[-1], "content": mark}, *then]
+    text = tokenizer.apply_chat_template(marked, add_generation_prompt=bool(then), **arguments)
+    _, found, after = text.partition(mark)
     if not found or mark in after:
         raise ValueError(
             f"the chat template of {tokenizer.folder} leaves out, changes or repeats the model's last answer, so a "
@@ -62,11 +76,24 @@ def turn_text(tokenizer: Tokenizer, said: Sequence[Message], message: Message, a
 
 
 def closing_token(tokenizer: Tokenizer, system: str | None, arguments: Mapping[str, Any]) -> int | None:
-    """The special token with which the template ends an answer; None if it uses none. Raises as `turn_text`."""
+    """The special token with which the template ends an answer; None if it uses none. Raises as `turn_text`.
+
+    It is the one after the newest answer: where every message ends with a token of its own, as in GPT-OSS, an older
+    answer ends as the thinking before it does. Some templates write no such token after the newest answer, or refuse a
+    conversation that ends with an answer; then it is the one after an older answer.
+    """
     answered = [*begun(system), of_user("a"), dict(role=ROLE_OF_MODEL, content="b")]
-    after = turn_text(tokenizer, answered, of_user("c"), arguments).lstrip()
-    names = [name for name in tokenizer.special_tokens() if after.startswith(name)]
-    return tokenizer.special_tokens()[max(names, key=len)] if names else None
+    older, newest = turn_text(tokenizer, answered, of_user("c"), arguments), ""
+    with suppress(ValueError):
+        newest = _after_answer(tokenizer, answered, [], arguments)
+    found = (_leading_token(tokenizer, text.lstrip()) for text in (newest, older))
+    return next((token for token in found if token is not None), None)
+
+
+def _leading_token(tokenizer: Tokenizer, text: str) -> int | None:
+    """The special token that a text begins with; None if it begins with none."""
+    special = tokenizer.special_tokens()
+    return special.get(max(filter(text.startswith, special), key=len, default=""))
 
 
 def without_stop(tokenizer: Tokenizer, text: str, last: int) -> str:

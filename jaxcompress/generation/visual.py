@@ -37,7 +37,7 @@ from jaxcompress.generation.decode_state import (
 from jaxcompress.generation.sampling import remember
 from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.token_ids import prompt_ids
-from jaxcompress.models.checks import check_mode
+from jaxcompress.models.checks import check_mode, warn_of_positions
 from jaxcompress.models.llava import Llava, crops_of, expand_placeholders, picture_index, visual_index
 from jaxcompress.models.read_block import HiddenBlock, LayerPruning, read_block
 from jaxcompress.policies.policy import Policy
@@ -207,6 +207,7 @@ def prefill_visual(
     if not prunings:
         longest = batch.tokens.shape[1]
         check_room(model.decoder, state, longest, prompt=longest)
+    _warn_of_positions(model, state, batch)
     arrays = _prefill_visual(
         model, batch, features.visual, state.arrays, policy=state.policy, prunings=prunings, chunk=chunk,
         placement=state.placement,
@@ -225,6 +226,12 @@ def _check_fresh(model: Llava, state: DecodeState) -> None:
             "init_decode_state(model.decoder, policy, slots); prefill(model.decoder, ...) reads later turns without "
             "pictures"
         )
+
+
+def _warn_of_positions(model: Llava, state: DecodeState, batch: PromptBatch) -> None:
+    """Warns if a prompt leaves the positions that the decoder was trained for."""
+    end = int(batch.positions.max()) + 1
+    warn_of_positions(model.decoder.config, state.policy, state.placement, end)
 
 
 @partial(jax.jit, static_argnames=("prunings", "chunk", "placement"), donate_argnames="before")
@@ -303,11 +310,13 @@ def trace_prefill(
         batch = _shifted(batch, m, jnp.array(counts, jnp.int32)[:, None] - m)
     if patches is not None:
         batch = at_patch_positions(batch, encoded, patches)
+    _warn_of_positions(model, state, batch)
     # What a method does elsewhere is no part of this program, so that methods which differ there share it.
     reading = Method("", all_patches, prune_steps=method.prune_steps, raters=method.raters)
     arrays, left = _prefill_encoded(
-        model, batch, encoded, state.arrays, policy=state.policy, method=reading, chunk=chunk
-    )
+        model, batch, encoded, state.arrays, policy=state.policy, method=reading, chunk=chunk,
+        placement=state.placement,
+    )  # fmt: skip
     state = replace(state, **arrays._asdict())
     raise_if_broken(state)
     return state, left
@@ -329,12 +338,14 @@ def _shifted(
     return batch._replace(positions=batch.positions + after * by + patches_by)
 
 
-@partial(jax.jit, static_argnames=("method", "chunk"), donate_argnames="before")
+@partial(jax.jit, static_argnames=("method", "chunk", "placement"), donate_argnames="before")
 def _prefill_encoded(
     model: Llava, batch: PromptBatch, encoded: Encoded, before: DecodeArrays, *, policy: Policy, method: Method,
-    chunk: int | None,
+    chunk: int | None, placement: Placement | None,
 ) -> tuple[DecodeArrays, TokensLeft]:  # fmt: skip
-    left, state = read_encoded(model, batch.tokens, batch.positions, encoded, before.kv, policy, method, chunk=chunk)
+    left, state = read_encoded(
+        model, batch.tokens, batch.positions, encoded, before.kv, policy, method, chunk=chunk, placement=placement
+    )
     return _arrays_after(model, batch, left, state, before), TokensLeft(left.positions, left.patch)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer as FastTokenizer
 
+from jaxcompress.inputs.paths import path_of
 from jaxcompress.inputs.text import masked
 from jaxcompress.inputs.tokenizer_files import id_array, read_tokenizer
 
@@ -54,7 +55,7 @@ class EncoderTokenizer:
           FileNotFoundError: the folder has no tokenizer.json.
           ValueError: tokenizer.json cannot be read, or is of none of the known kinds.
         """
-        self.folder = Path(folder).expanduser()
+        self.folder = path_of(folder, "the folder of a tokenizer")
         self.fast, named, *_ = read_tokenizer(self.folder)
         self.fast.encode_special_tokens = True
         model = type(self.fast.model).__name__

@@ -23,6 +23,8 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, cast
 
+from jaxcompress.inputs.described import described
+
 DEPTH = 200
 """The largest nesting depth of lists and objects in JSON and TOML."""
 
@@ -42,15 +44,30 @@ _LOOKED_AT = 64  # the number of bytes that are inspected to detect UTF-16 witho
 
 
 def clean(text: str) -> str:
-    """A text without surrogates: surrogate pairs become characters, lone surrogates become U+FFFD."""
+    """A text without surrogates: surrogate pairs become characters, lone surrogates become U+FFFD.
+
+    Raises:
+      ValueError: `text` is no string.
+    """
+    _check_string(text)
     if text.isascii() or not _HALF.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def masked(text: str) -> str:
-    """A text with every surrogate replaced by U+FFFD. The length is unchanged, so offsets stay valid."""
+    """A text with every surrogate replaced by U+FFFD. The length is unchanged, so offsets stay valid.
+
+    Raises:
+      ValueError: `text` is no string.
+    """
+    _check_string(text)
     return text if text.isascii() else _HALF.sub("\ufffd", text)
+
+
+def _check_string(text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"a text is a string, not {described(text)}; give texts one by one, and bytes decoded")
 
 
 def decode(data: bytes, what: str) -> str:

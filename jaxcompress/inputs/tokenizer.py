@@ -15,11 +15,15 @@ from tokenizers import Tokenizer as FastTokenizer
 from jaxcompress.inputs.chat import render
 from jaxcompress.inputs.gguf import is_gguf
 from jaxcompress.inputs.gguf_tokenizer import read_gguf_tokenizer
+from jaxcompress.inputs.paths import path_of
 from jaxcompress.inputs.text import clean, masked
 from jaxcompress.inputs.token_bytes import bytes_reader
 from jaxcompress.inputs.tokenizer_files import id_array, read_tokenizer
 
 TokenIds = Int[np.ndarray, "T"]
+
+_WITH_TOOLS = "tool_use"
+"""The name of the template for conversations with tools, as `transformers` has it."""
 
 
 class Tokenizer:
@@ -44,7 +48,7 @@ class Tokenizer:
           ValueError: a file cannot be read, or gives a token an invalid id; a GGUF file has a tokenizer of an unknown
             kind.
         """
-        self.folder = Path(folder).expanduser()
+        self.folder = path_of(folder, "the folder of a tokenizer")
         files = read_gguf_tokenizer(self.folder) if is_gguf(self.folder) else read_tokenizer(self.folder)
         self._fast, self._named, self._templates, said = files
         self._special = frozenset(
@@ -95,9 +99,12 @@ class Tokenizer:
         context = clean(context)
         encoding = self._fast.encode(context + clean(text), add_special_tokens=False)
         start = len(context)
-        if any(first < start < end for first, end in encoding.offsets):  # a token spans the boundary and would be lost
+        pairs = [*zip(encoding.ids, encoding.offsets, strict=True)]
+        across = [token for token, (first, end) in pairs if first < start < end]
+        # A token that ends the context by itself too has only taken white space of the text along, as special tokens
+        # with `rstrip` do. Any other one joins both, and its part of the text would be lost.
+        if across and across != self._fast.encode(context, add_special_tokens=False).ids[-len(across) :]:
             return self.encode(text, add_bos=False)
-        pairs = zip(encoding.ids, encoding.offsets, strict=True)
         return id_array(token for token, (first, _) in pairs if first >= start)
 
     def opening(self, add_bos: bool = True) -> list[int]:
@@ -146,13 +153,15 @@ class Tokenizer:
         Args:
           messages: e.g. `[{"role": "user", "content": "Hello"}]`.
           add_generation_prompt: whether to end with the text that opens the model's turn.
-          arguments: further arguments of this template, such as `enable_thinking=False` or `tools=[...]`.
+          arguments: further arguments of this template, such as `enable_thinking=False` or `tools=[...]`. With `tools`
+            the template named "tool_use" is applied, if the model has one.
 
         Returns:
           Text for `encode(text, add_bos=False)`.
 
         Raises:
-          ValueError: the folder has no chat template, or has several but no default; the template refuses the messages.
+          ValueError: the folder has no chat template, or has several but none for this conversation; the template
+            refuses the messages.
         """
         if not self._templates:
             raise ValueError(
@@ -160,20 +169,29 @@ class Tokenizer:
                 "or chat_template.json; in a GGUF file tokenizer.chat_template); pass a plain prompt to encode(), or "
                 "use an instruction-tuned model"
             )
-        if "default" not in self._templates:
+        template = self._template(arguments.get("tools"))
+        if template is None:
             names = ", ".join(sorted(self._templates))
-            raise ValueError(f"{self.folder} has several chat templates and none of them is the default: {names}")
-        return render(self._templates["default"], messages, self._named, add_generation_prompt, arguments)
+            raise ValueError(
+                f"{self.folder} has several chat templates and none of them is the default: {names}"
+                + f"; {_WITH_TOOLS} is applied where tools=[...] are given" * (_WITH_TOOLS in self._templates)
+            )
+        return render(template, messages, self._named, add_generation_prompt, arguments)
+
+    def _template(self, tools: Any = None) -> str | None:
+        """The template for a conversation with these tools; None if there is none."""
+        usual = self._templates.get("default")
+        return usual if tools is None else self._templates.get(_WITH_TOOLS, usual)
 
     @property
     def chat_template(self) -> str | None:
-        """The template that `apply_chat_template` applies, in Jinja; None if there is none."""
-        return self._templates.get("default")
+        """The template that `apply_chat_template` applies where no tools are given, in Jinja; None if there is none."""
+        return self._template()
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `apply_chat_template` has a template to apply."""
-        return "default" in self._templates
+        """Whether `apply_chat_template` has a template to apply where no tools are given."""
+        return self.chat_template is not None
 
 
 def _opening(fast: FastTokenizer) -> list[int]:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxcompress.inputs.described import described
 from jaxcompress.inputs.token_ids import check_read
 from jaxcompress.models.attention import Attention
 from jaxcompress.models.checks import check_state
@@ -180,6 +181,14 @@ class Decoder(nnx.Module):
             return causal_attention(q, k, v, positions, window=here.window, traits=here.traits), carry, xs
 
         return self.run_layers(x, positions, attend)[0]
+
+
+def check_decoder(model: Any) -> None:
+    """Raises ValueError if `model` is no decoder; the message names the decoder inside it, if it has one."""
+    if isinstance(model, Decoder):
+        return
+    hint = next((f"; give its .{name}" for name in ("model", "decoder") if hasattr(model, name)), "")
+    raise ValueError(f"the first argument must be a Decoder, not {described(model)}{hint}")
 
 
 class ReadResult(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcompress.generation.config import check_config
-from jaxcompress.generation.decode_state import check_seed
+from jaxcompress.generation.sampling import check_seed
 from jaxcompress.inputs.described import described
 from jaxcompress.inputs.scalars import number, whole
 from jaxcompress.inputs.token_ids import token_ids

@@ -115,7 +115,7 @@ class EngineClosed(RuntimeError):
 class Ticket(Iterator[Piece]):
     """A request that an engine took. Iterate over it for the pieces of the answer, or ask for the whole `answer`.
 
-    Raises OverflowError for a seed of more than 64 bits.
+    Raises ValueError for a seed of more than 64 bits.
 
     Attributes:
       request: as given; `prompt` is an array.

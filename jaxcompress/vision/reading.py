@@ -17,6 +17,7 @@ from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.read_block import HiddenBlock, LayerPruning, read_block
 from jaxcompress.policies.policy import Policy
 from jaxcompress.state.kv_state import State
+from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import Positions, Tokens
 from jaxcompress.vision.layer_view import PruneContext
 from jaxcompress.vision.method import Encoded, Method, PruneStep
@@ -51,7 +52,7 @@ def slots_per_layer(
     return tuple(count + room for count in method.tokens_per_layer(config, crops, tokens=tokens))
 
 
-def read_encoded(
+def read_encoded(  # nine parameters: a prompt, its picture, the state with its policy and placement, and the method
     model: Llava,
     tokens: Tokens,
     positions: Positions,
@@ -61,6 +62,7 @@ def read_encoded(
     method: Method,
     *,
     chunk: int | None = None,
+    placement: Placement | None = None,
 ) -> tuple[HiddenBlock, State]:
     """Reads prompts with one picture each. Returns the tokens left after the last layer, normed, and the state.
 
@@ -69,6 +71,7 @@ def read_encoded(
       positions: [B, T], growing along T; -1 for padding.
       state: for a policy that keeps everything, with the slots of `slots_per_layer`.
       chunk: tokens between two selections of the policy; one selection at the end by default.
+      placement: the positions that RoPE uses; by default those of the policy.
 
     Raises:
       ValueError: fewer tokens than there are visual tokens, or prune steps that do not fit their number.
@@ -78,7 +81,8 @@ def read_encoded(
     steps = method.prune_steps(model.config.decoder, encoded.visual.shape[1])
     raters = jnp.ones((tokens.shape[0], words), bool) if method.raters is None else method.raters(block, words)
     context = PruneContext(raters, encoded.key, model.config.decoder.rope)
-    return read_block(model.decoder, block, state, policy, prunings=layer_prunings(context, steps), chunk=chunk)
+    prunings = layer_prunings(context, steps)
+    return read_block(model.decoder, block, state, policy, prunings=prunings, chunk=chunk, placement=placement)
 
 
 def embed_prompt(model: Llava, tokens: Tokens, positions: Positions, encoded: Encoded) -> HiddenBlock:

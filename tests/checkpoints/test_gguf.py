@@ -164,6 +164,17 @@ def test_factor_on_attention(tmp_path: Path) -> None:
     assert load(path).config == replace(usual, rope=replace(usual.rope, attention_factor=2.0 * implied))
 
 
+@pytest.mark.parametrize("kind", [None, "linear"])
+def test_linear_scaling_of_older_files(tmp_path: Path, kind: str | None) -> None:
+    said = {"llama.rope.scale_linear": 4.0} | ({} if kind is None else {"llama.rope.scaling.type": kind})
+    path = write(tmp_path / "m.gguf", "llama_tied", metadata=said)
+    usual = load(PARITY / "llama_tied").config
+    assert usual.rope.kind == "default"
+    assert load(path).config == replace(usual, rope=replace(usual.rope, kind="linear", factor=4.0))
+    newer = write(tmp_path / "n.gguf", "llama_tied", metadata=said | {"llama.rope.scaling.factor": 2.0})
+    assert load(newer).config.rope.factor == 2.0
+
+
 def test_every_nth_layer_is_full(tmp_path: Path) -> None:
     config = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
     path = write(tmp_path / "m.gguf", "qwen2_mixed", config=config)
@@ -211,6 +222,7 @@ def words() -> dict[str, Any]:
 
 
 def test_saved_as_a_folder(tmp_path: Path, words: dict[str, Any]) -> None:
+    words["tokenizer.chat_template.tool_use"] = "{{ tools[0] }}"
     path = write(tmp_path / "m.gguf", "qwen2", KINDS.Q8_0, metadata=words)
     found = load(path)
     again = load(save(found.model, tmp_path / "folder", tokenizer_from=found.folder))
@@ -222,6 +234,7 @@ def test_saved_as_a_folder(tmp_path: Path, words: dict[str, Any]) -> None:
         assert tokenizer.bos_id == 4
         assert tokenizer.encode("abb<|im_end|>").tolist() == [4, 2, 1, 3]
         assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}]) == "a<|im_end|>"
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tools=["look"]) == "look"
 
 
 def test_known_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxcompress.checkpoints import decoder_config, hugging_face_config, load, save
+from jaxcompress.inputs.tokenizer import Tokenizer
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder
 
@@ -147,6 +149,27 @@ def test_mixed_dtypes_are_refused(tmp_path: Path) -> None:
     model.norm.scale = nnx.Param(model.norm.scale[...].astype(jnp.bfloat16))
     with pytest.raises(ValueError, match="bfloat16, float32"):
         save(model, tmp_path / "saved")
+
+
+@pytest.mark.usefixtures("as_users_call_it")
+def test_what_is_no_model_or_no_path(tmp_path: Path) -> None:
+    loaded = load(PARITY / "qwen2")
+    written, opened, tokenizer = cast(tuple[Any, Any, Any], (save, load, Tokenizer))
+    model, out = loaded.model, tmp_path / "out"
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: written(loaded, out), r"must be a Decoder, not Loaded; give its \.model"),
+        (lambda: written(None, out), "must be a Decoder, not None"),
+        (lambda: written(model, None), "the folder to save into must be a path, .* not None"),
+        (lambda: written(model, out, tokenizer_from=loaded), r"tokenizer_from must be .* not Loaded; .*\.folder"),
+        (lambda: opened(None), "the source of a checkpoint must be a path, a str or a pathlib.Path, not None"),
+        (lambda: opened(loaded), r"must be a path, a str or a pathlib.Path, not Loaded; give its \.folder"),
+        (lambda: opened(3), "must be a path, a str or a pathlib.Path, not 3"),
+        (lambda: tokenizer(loaded), r"the folder of a tokenizer must be a path, .*give its \.folder"),
+    ]
+    for call, says in wrong:
+        with pytest.raises(ValueError, match=says):
+            call()
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

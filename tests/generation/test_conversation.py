@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import sys
@@ -19,7 +20,9 @@ from jaxcompress.checkpoints import Loaded, load
 from jaxcompress.distributed import ShardingRules, make_mesh
 from jaxcompress.generation import Chat, DecodeStream, GenerationConfig
 from jaxcompress.generation.generate import _decode_loop, _read_segment
-from jaxcompress.policies import TOVA, Full
+from jaxcompress.generation.turns import closing_token
+from jaxcompress.policies import TOVA, Full, Window, then
+from jaxcompress.server.settings import Served
 
 SLOTS = 8
 LETTERS = Letters(temperature=1.0)
@@ -46,8 +49,11 @@ def all_text(chat: Chat) -> str:
     return chat.loaded.tokenizer.decode(chat.tokens, skip_special=False)
 
 
-@pytest.mark.parametrize("system", [None, "Be brief."])
-def test_what_was_read_is_what_the_template_writes(loaded: Loaded, system: str | None) -> None:
+@pytest.mark.parametrize(("system", "rstrip"), [(None, False), ("Be brief.", False), (None, True)])
+def test_what_was_read_is_what_the_template_writes(
+    loaded: Loaded, tmp_path: Path, system: str | None, rstrip: bool
+) -> None:
+    loaded = load(chat_folder(tmp_path, rstrip=True)) if rstrip else loaded
     chat = chat_of(loaded, system=system)
     answers = [chat.send(message) for message in MESSAGES]
     said = [] if system is None else [("system", system)]
@@ -61,6 +67,29 @@ def test_what_was_read_is_what_the_template_writes(loaded: Loaded, system: str |
     assert max(lengths) <= 12
     assert any(length < 12 for length in lengths), "no answer ended by itself: the test shows less than it should"
     assert int(chat.state.kv[0].seen[0]) == len(chat.tokens)
+
+
+@pytest.mark.parametrize(
+    ("end", "alone", "closing"),
+    [
+        ("{{ '</s>' if loop.last else '<|im_end|>' }}", "", "</s>"),  # GPT-OSS
+        ("{% if not loop.last %}<|im_end|>{% endif %}", "", "<|im_end|>"),
+        ("<|im_end|>", "{{ raise_exception('a question is missing') }}", "<|im_end|>"),
+        ("", "", None),
+    ],
+)
+def test_an_answer_ends_as_the_newest_one_does(
+    loaded: Loaded, tmp_path: Path, end: str, alone: str, closing: str | None
+) -> None:
+    template = "{% for m in messages %}{{ m.role }}\n{{ m.content }}" + end + "\n{% endfor %}"
+    template += "{% if not add_generation_prompt %}" + alone + "{% endif %}"
+    other = with_template(loaded, tmp_path, template)
+    special, eos = loaded.tokenizer.special_tokens(), loaded.tokenizer.eos_ids
+    found = closing_token(other.tokenizer, None, {})
+    assert found == (None if closing is None else special[closing])
+    stops = {*eos, *(() if found is None else (found,))}
+    assert {*chat_of(other).config.stop_token_ids} == {*Served("tiny", other, {}).stop_ids} == stops
+    assert (special["<|im_end|>"] in stops) == (closing == "<|im_end|>")
 
 
 def test_arguments_go_to_the_template(loaded: Loaded, tmp_path: Path) -> None:
@@ -108,6 +137,19 @@ def test_what_is_wrong(loaded: Loaded, tmp_path: Path) -> None:
     plain: Any = loaded.model
     with pytest.raises(ValueError, match="as jaxcompress.load gives them, not Decoder"):
         Chat(plain, TOVA(), SLOTS)
+    for arguments in (["tools"], {1: True}, "quiet"):
+        with pytest.raises(ValueError, match="arguments of the chat template are given by name"):
+            chat_of(loaded, arguments=arguments)
+    for wrong, says in (
+        (dict(segment=0), "at least 1 token, not .*segment=0"),
+        (dict(mode="chunked", chunk=0), "at least 1 token, not chunk=0"),
+        (dict(mode="at once"), "unknown mode 'at once'"),
+        (dict(seed=0.5), "seeds must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            chat_of(loaded, **wrong)
+    with pytest.raises(ValueError, match="needs mode oneshot, not streaming"):
+        Chat(loaded, then(TOVA(), Window(1)), SLOTS)
     with pytest.raises(TypeError, match="no argument 'temperature'"):
         chat_of(loaded, temperature=1)
     (tmp_path / "bare").mkdir()
@@ -202,6 +244,20 @@ def test_logits_that_are_not_finite_leave_a_conversation_that_can_be_left(loaded
         with pytest.raises(FloatingPointError, match="non-finite logits"):
             chat.send("b")
         assert (chat.fresh().held, chat.messages[-1]["role"]) == (0, "assistant")
+
+
+@pytest.mark.parametrize(
+    "slots", [[8, [8, 8]], [[8, 6], [4, 8]], (np.int64(8), 6), np.array([[8, 6], [4, 8]]), np.array(8)]
+)
+@pytest.mark.usefixtures("as_users_call_it")
+def test_slots_of_every_form_are_saved(loaded: Loaded, tmp_path: Path, slots: Any) -> None:
+    chat = Chat(loaded, TOVA("kv_head"), slots, max_new_tokens=4)
+    chat.send("a")
+    chat.save(tmp_path / "file")
+    again = Chat.load(tmp_path / "file", loaded)
+    assert json.loads(json.dumps(again.slots)) == again.slots
+    assert again.fresh().held == 0
+    assert again.send("b") == chat.send("b")
 
 
 @pytest.mark.usefixtures("as_users_call_it")  # states are described by shapes

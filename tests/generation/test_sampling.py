@@ -125,6 +125,19 @@ class TestDrawing:
         assert len(set(same.tolist())) == 1
         assert len(set(GenerationConfig(1.0).sample(row_keys(range(8)), flat).tolist())) > 4
 
+    @pytest.mark.usefixtures("as_users_call_it")
+    def test_seeds_of_64_bits_are_all_different(self):
+        small = [0, 7, 2**31, 2**32 - 1]
+        np.testing.assert_array_equal(
+            jax.random.key_data(row_keys(small)),
+            np.stack([jax.random.key_data(jax.random.key(seed)) for seed in small]),
+        )
+        seeds = [*small, *(seed + 2**32 for seed in small), *(-1 - seed for seed in small), 2**63 - 1, -(2**63)]
+        assert len({*map(tuple, jax.random.key_data(row_keys(seeds)).tolist())}) == len(seeds)
+        for wrong, says in ((2**63, "must be within"), (-(2**63) - 1, "must be within"), (0.5, "whole number")):
+            with pytest.raises(ValueError, match=f"seeds .*{says}"):
+                row_keys([wrong])
+
     def test_removed_tokens_are_never_drawn_and_the_rest_by_probability(self):
         rows = 4000
         logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))

@@ -7,12 +7,13 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxcompress.generation.text import StopStrings, TextStream, TextUntil, Tokenizer, encode_stream
@@ -102,6 +103,17 @@ def tokenizer(request, tokenizers):
     return tokenizers[request.param]
 
 
+class Has:
+    """What has a tokenizer, as a loaded model does."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self):
+        return self._tokenizer
+
+
 def streamed(tokenizer, ids, **options):
     stream = TextStream(tokenizer, **options)
     return [stream.push(i) for i in ids] + [stream.finish()]
@@ -158,6 +170,25 @@ class TestTokenizer:
             assert ids.tolist() == theirs.encode(text)
             assert ours.encode(text, add_bos=False).tolist() == theirs.encode(text, add_special_tokens=False)
             assert ours.decode(ids) == theirs.decode(ids.tolist(), skip_special_tokens=True)
+
+    @pytest.mark.usefixtures("as_users_call_it")
+    def test_what_is_no_text(self, tokenizer):
+        for read in (tokenizer.encode, tokenizer.encode_with_places, lambda text: tokenizer.encode_after("a", text)):
+            for wrong in (["a", "b"], None, b"a"):
+                with pytest.raises(ValueError, match=r"a text is a string, not .*give texts one by one"):
+                    read(wrong)
+
+    def test_a_token_at_the_border_that_takes_white_space_along(self, tmp_path):
+        fast = byte_level()
+        fast.add_special_tokens([AddedToken("<end>", rstrip=True, special=True)])
+        tokenizer = Tokenizer(save(tmp_path, fast))
+        for text in ("\nHello", " ", "Hello", "\n\n<end>\n a", ""):
+            for context in ("Hello<end>", "a", "<end>"):
+                whole = tokenizer.encode(context + text).tolist()
+                both = [*tokenizer.encode(context), *tokenizer.encode_after(context, text)]
+                assert both == whole, (context, text)
+        assert tokenizer.encode("Hello").size < tokenizer.encode("Hel").size + tokenizer.encode("lo").size
+        assert tokenizer.decode(tokenizer.encode_after("Hel", "lo")) == "lo"  # a token that joins both
 
     def test_a_saved_truncation_does_not_cut(self, tmp_path):
         fast = byte_level()
@@ -226,6 +257,23 @@ class TestTextStream:
             pieces = streamed(tokenizer, ids)
             assert "".join(pieces) == tokenizer.decode(ids)
             assert not any("\ufffd" in piece for piece in pieces)
+
+    @pytest.mark.usefixtures("as_users_call_it")
+    def test_what_is_no_row_of_tokens(self, tokenizer):
+        for reads in (TextStream, TextUntil):
+            with pytest.raises(ValueError, match=r"a Tokenizer is expected, not Has; give its \.tokenizer"):
+                reads(Has(tokenizer))
+            with pytest.raises(ValueError, match="a Tokenizer is expected, not 'gpt2'"):
+                reads("gpt2")
+            for wrong, says in (
+                ("abc", "token ids are whole numbers, not 'abc'; encode a text"),
+                (0.5, r"token ids are whole numbers, not 0\.5"),
+                (None, "token ids are whole numbers, not None"),
+                (np.array([[5, 6], [7, 8]]), r"one row are expected, not \[2, 2\]; push one row: tokens\[0\]"),
+            ):
+                with pytest.raises(ValueError, match=says):
+                    reads(tokenizer).push(wrong)
+            assert reads(tokenizer).push([]) == ""
 
     def test_a_character_waits_for_its_last_byte(self, tokenizer):
         ids = tokenizer.encode("🦜", add_bos=False)
@@ -342,10 +390,12 @@ class TestStopStrings:
         assert text.startswith(printed if not stop.stopped else printed + stop.found)
         assert not any(s in printed for s in strings)
 
-    @pytest.mark.parametrize("strings", ["User:", [""], ["a", ""]])
-    def test_mistakes(self, strings):
-        with pytest.raises(ValueError, match="stop strings must be"):
-            StopStrings(strings)
+    @pytest.mark.parametrize("strings", ["User:", [""], ["a", ""], None, 3, [3]])
+    @pytest.mark.usefixtures("as_users_call_it")
+    def test_mistakes(self, tokenizer, strings):
+        for reads in (StopStrings, lambda strings: TextUntil(tokenizer, strings)):
+            with pytest.raises(ValueError, match="stop strings must be"):
+                reads(strings)
 
 
 class Endless:
@@ -431,6 +481,14 @@ class TestEncodeStream:
         with pytest.raises(ValueError, match=r"byte 0xe4 at offset 5 "):
             list(encode_stream(io.BytesIO(b"hello\xe4\xbd"), tokenizers["gpt2"], 4))
 
+    @pytest.mark.usefixtures("as_users_call_it")
+    def test_what_cannot_be_read(self, tokenizers, tmp_path):
+        for wrong in ("abc", tmp_path / "text", b"abc", None):
+            with pytest.raises(ValueError, match=r"from an open file, not from .*open it first: open\(path, 'rb'\)"):
+                encode_stream(wrong, tokenizers["gpt2"])
+        with pytest.raises(ValueError, match=r"a Tokenizer is expected, not Has; give its \.tokenizer"):
+            encode_stream(io.BytesIO(b""), Has(tokenizers["gpt2"]))
+
     def test_chunk_size(self, tokenizers):
         with pytest.raises(ValueError, match="chunk_chars"):
             encode_stream(io.BytesIO(b""), tokenizers["gpt2"], 0)
@@ -484,6 +542,14 @@ class TestTextUntil:
         assert text.push(half) + text.push(ids["<|eot|>"]) == "\ufffd"
         with pytest.raises(ValueError, match="write"):
             TextUntil(marked, "<|eot|>")
+
+    @pytest.mark.parametrize(
+        ("wrong", "says"), [(0, r"not 0; write \[0\]"), (None, "not None"), (["a"], "token ids are whole numbers")]
+    )
+    @pytest.mark.usefixtures("as_users_call_it")
+    def test_ids_that_are_no_list(self, marked: Tokenizer, wrong: Any, says: str) -> None:
+        with pytest.raises(ValueError, match=says):
+            TextUntil(marked, stop_ids=wrong)
 
     def test_halves_of_characters_are_read_as_replacements(self, marked: Tokenizer) -> None:
         same = lambda a, b: np.testing.assert_array_equal(marked.encode(a), marked.encode(b))

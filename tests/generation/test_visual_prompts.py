@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_llava import loaded, pictures
+from tiny_llava import FIXTURES, loaded, pictures, seen, short_prompts
 
-from jaxcompress.generation.visual import as_encoded, batch_prompts, encode_images
+from jaxcompress.checkpoints import load_llava
+from jaxcompress.generation import init_decode_state
+from jaxcompress.generation.visual import as_encoded, batch_prompts, encode_images, prefill_encoded, prefill_visual
+from jaxcompress.inputs.position_warning import PositionWarning
+from jaxcompress.policies import TOVA
 from jaxcompress.vision import encode, get_method
 
 
@@ -31,6 +40,28 @@ def test_a_prompt_without_pictures_is_text() -> None:
     assert given.positions.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1]]
     embedded = model.embed(given.tokens, encode_images(model, [], [[], []]).visual)
     np.testing.assert_array_equal(embedded, model.decoder.embed(given.tokens))
+
+
+@pytest.mark.parametrize(("known", "placement", "warns"), [(16, None, True), (64, None, False), (16, "slot", False)])
+def test_prompts_beyond_the_trained_positions(tmp_path: Path, known: int, placement: Any, warns: bool) -> None:
+    shutil.copytree(FIXTURES / "llava", tmp_path / "llava")
+    path = tmp_path / "llava" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["max_position_embeddings"] = known
+    path.write_text(json.dumps(config))
+    model, prompts, one = load_llava(path.parent, dtype="float32").model, short_prompts("llava"), seen("llava")
+    full, fresh = get_method("full"), partial(init_decode_state, model.decoder, TOVA(), 12, batch=2)
+    end = max(sum(counts) + len(ids) - 1 for ids, counts in zip(prompts, one.counts, strict=True))
+    assert 16 < end < 64
+    for read in (
+        lambda: prefill_visual(model, prompts, one, fresh(placement=placement)),
+        lambda: prefill_encoded(model, prompts, as_encoded(one, full), fresh(placement=placement), full),
+    ):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", PositionWarning)
+            read()
+        told = [str(warning.message) for warning in found if warning.category is PositionWarning]
+        assert [text.split(",")[0] for text in told] == [f"positions reach {end}"] * warns
 
 
 def test_what_cannot_be_looked_at() -> None:

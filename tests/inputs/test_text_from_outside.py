@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcompress.cli.train import train_defaults
+from jaxcompress.inputs.described import described
 from jaxcompress.inputs.text import (
     DEPTH,
     clean,
@@ -47,6 +51,16 @@ def test_two_halves_are_a_character_and_one_is_a_replacement() -> None:
     assert clean_value({"a\ud83d": ("b\ud83d", 1)}, "x") == {"a\ufffd": ["b\ufffd", 1]}
     with pytest.raises(ValueError, match=r"x has keys that differ only in halves of characters: '\\ud83d', '\\ud83e'"):
         parse_json(r'{"\ud83d": 1, "\ud83e": 2}', "x")
+
+
+@pytest.mark.parametrize("wrong", [["a", "b"], None, b"a", 3])
+@pytest.mark.parametrize("read", [clean, masked])
+@pytest.mark.usefixtures("as_users_call_it")
+def test_what_is_no_text(read: Callable[[Any], str], wrong: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"a text is a string, not {re.escape(described(wrong))}; give texts one by one"
+    ):
+        read(wrong)
 
 
 @given(ANY_TEXT, st.lists(st.integers(0, 60)))

@@ -268,6 +268,24 @@ def test_templates_that_refuse(tmp_path: Path) -> None:
         Tokenizer(folder).apply_chat_template(MESSAGES)
 
 
+@pytest.mark.parametrize("names", [["default", "tool_use"], ["default", "rag"], ["tool_use"]])
+@pytest.mark.parametrize("tools", [None, [], [{"type": "function", "function": {"name": "look"}}]])
+def test_the_template_for_tools(tmp_path: Path, names: list[str], tools: Any) -> None:
+    folder = made(tmp_path, "bare")
+    templates = [{"name": name, "template": f"{name}:{{{{ tools | length if tools }}}}{CHAT}"} for name in names]
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    ours, theirs = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.has_chat_template == ("default" in names)
+    if tools is None and "default" not in names:
+        with pytest.raises(ValueError, match=r"none of them is the default: tool_use; tool_use is applied where tools"):
+            ours.apply_chat_template(MESSAGES)
+        return
+    text = ours.apply_chat_template(MESSAGES, tools=tools)
+    assert text == theirs.apply_chat_template(MESSAGES, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert text.startswith("tool_use:") == ("tool_use" in names and tools is not None)
+
+
 def test_ids_that_do_not_fit_are_told(tmp_path: Path) -> None:
     folder = made(tmp_path, "bare")
     (folder / "added_tokens.json").write_text('{"<x>": 300}')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,17 +71,18 @@ def test_patches_make_room_for_what_is_written() -> None:
     assert (capacities <= np.asarray(held)[:, None] + 1).all()  # twelve words were written into ten places
 
 
-@pytest.mark.slow
-def test_a_bounded_state_reads_pictures_by_method_or_by_stage_alike() -> None:
+@pytest.mark.parametrize("placement", [pytest.param(None, marks=pytest.mark.slow), "slot"])
+def test_a_bounded_state_reads_pictures_by_method_or_by_stage_alike(placement: Any) -> None:
     """`full` as a method and no stages at all, through TOVA."""
     model, how, tova = loaded("llava").model, get_method("full"), get_policy("tova")
     one = seen("llava")
-    begin = lambda: init_decode_state(model.decoder, tova, 12, batch=2)
+    begin = lambda: init_decode_state(model.decoder, tova, 12, batch=2, placement=placement)
     mine = prefill_encoded(model, short_prompts("llava"), as_encoded(one, how), begin(), how)
     other = prefill_visual(model, short_prompts("llava"), one, begin())
     np.testing.assert_allclose(mine.logits, other.logits, atol=1e-5)
     for part, same in zip(mine.kv, other.kv, strict=True):
         np.testing.assert_array_equal(part.positions, same.positions)
+        np.testing.assert_allclose(part.keys, same.keys, atol=1e-5)
 
 
 def test_wrong_input() -> None:
