@@ -16,9 +16,11 @@ SEPARATOR = "\n\n"  # between texts that are read one after the other
 _ENDS = regex.compile(r"[\p{L}\p{N}_]\p{M}*\Z")
 _FOLLOWS = regex.compile(
     r"""
-    (?<= [\p{L}\p{M}\p{N}_] ) [^\p{L}\p{N}_]              # right after a word
-    | [\p{Pe}\p{Pf}%‰٪％。、．，：；！？]
-    | [.,:;!?…"'] (?! \.{0,2}+ [\p{L}\p{N}_/\\] )        # not ./a .5 :id "a"
+    (?! [\p{L}\p{N}_] )
+    (?: (?<= [\p{L}\p{M}\p{N}_] )                              # right after a word
+      | [\p{Pe}\p{Pf}%‰٪％。、．，：；！？]
+      | [.,:;!?…"'] (?! \.{0,2}+ [\p{L}\p{N}_/\\] )          # not ./a .5 :id "a"
+    )
     """,
     regex.VERBOSE,
 )
@@ -65,9 +67,8 @@ def join(text: str, spans: Spans, kept: Bool[np.ndarray, " W"], breaks: Sequence
 
 
 def beside_fence(text: str, end: int, start: int) -> bool:
-    """Whether text[:end] ends with the line that closes a fence of code, or text[start:] begins with one that opens
-    one."""
-    return bool(_FENCE_ENDS.match(text, end) or _FENCE_BEGINS.match(text, start))
+    """Whether a line ends in text[end:start], and what is before closes a fence of code or what follows opens one."""
+    return text.find("\n", end, start) >= 0 and bool(_FENCE_ENDS.match(text, end) or _FENCE_BEGINS.match(text, start))
 
 
 def found_break(text: str, start: int, end: int, breaks: Sequence[str]) -> str | None:
