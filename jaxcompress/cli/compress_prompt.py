@@ -14,7 +14,7 @@ import tyro
 
 from jaxcompress.cli.flags import JsonFlag, WeightFlags, at_least
 from jaxcompress.cli.runtime import prepare, tell, write_json
-from jaxcompress.inputs.text import decoded, named, opened, parse_json, read_text, unescaped
+from jaxcompress.inputs.text import clean_value, decoded, named, opened, parse_json, read_text, unescaped
 
 if TYPE_CHECKING:
     from jaxcompress.prompt import Compressed, Compressor, Kept, Kind, TokenizerCounter
@@ -144,14 +144,14 @@ class CompressPrompt(JsonFlag, WeightFlags):
         from jaxcompress.prompt.messages import SHORTENED, compress_messages
 
         assert self.messages is not None
-        value = parse_json(read_text(self.messages), named(self.messages))
+        value = _from_json(read_text(self.messages), named(self.messages))
         whole = isinstance(value, dict) and "messages" in value
         found = value["messages"] if whole else value
         with clock:
             shorter, result = compress_messages(
                 compressor, found, roles=self.roles or SHORTENED, rate=self.rate, tokens=self.tokens, **self._options()
             )
-        print(json.dumps({**value, "messages": shorter} if whole else shorter, ensure_ascii=False, allow_nan=False))
+        print(_as_json({**value, "messages": shorter} if whole else shorter))
         _report(result.tokens_before, result.tokens_after)
         if self.report:
             _recovered([one.scored.text for one in result.documents], result.text)
@@ -280,8 +280,8 @@ class CompressPrompt(JsonFlag, WeightFlags):
         if self.structured:
             result = compress_structured(compressor, texts[0], rate=rate, **options)
         elif self.json_text:
-            value, result = compress_json(compressor, parse_json(texts[0], "the text"), rate=rate, **options)
-            return result, json.dumps(value, ensure_ascii=False, allow_nan=False)
+            value, result = compress_json(compressor, _from_json(texts[0], "the text"), rate=rate, **options)
+            return result, _as_json(value)
         elif self._threshold is not None:
             chosen = dict(force=options["force"], protect=options["protect"])
             result = compressor.prune(texts, threshold=self._threshold, **chosen)
@@ -407,6 +407,30 @@ def _coloured(kept: Kept) -> Iterator[str]:
         yield (_KEPT if stays else _DROPPED) + text[start:stop] + _PLAIN
         at = stop
     yield text[at:]
+
+
+@dataclass(frozen=True)
+class _Fraction:
+    """A number of JSON with a fraction or an exponent, as it is written: it may have more digits than a float."""
+
+    written: str
+
+
+def _from_json(text: str, what: str) -> Any:
+    """As `parse_json`, with `_Fraction` for floats."""
+    parse_json(text, what)  # which tells what is wrong with it
+    return clean_value(json.loads(text, parse_float=_Fraction), what)
+
+
+def _as_json(value: Any) -> str:
+    """The text of such a value. Raises ValueError for NaN and infinity."""
+    if isinstance(value, _Fraction):
+        return value.written
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_as_json(key)}: {_as_json(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_as_json, value)) + "]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _report(before: int, after: int) -> None:

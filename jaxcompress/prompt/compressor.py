@@ -174,7 +174,7 @@ class Compressor:
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a context is a string; give one or a list of them")
         checked_budget(len(texts), rate, tokens)  # before anything is computed
-        self._check_force(force)
+        self.check_force(force)
         options: dict[str, Any] = dict(scope=scope, force=checked_force(scope, force), protect=checked_kinds(protect))
         scored, encoded = self._scored(texts)
         count = SubwordCounter(self.tokenizer, encoded) if self.count is None else self.count
@@ -195,7 +195,7 @@ class Compressor:
         Raises:
           ValueError, TypeError: as `keep_above` and `score`.
         """
-        self._check_force(force)
+        self.check_force(force)
         texts = [contexts] if isinstance(contexts, str) else list(contexts)
         scored, encoded = self._scored(texts)
         count = SubwordCounter(self.tokenizer, encoded) if self.count is None else self.count
@@ -217,7 +217,8 @@ class Compressor:
         """
         return self._scored(texts)[0]
 
-    def _check_force(self, force: Sequence[str]) -> None:
+    def check_force(self, force: Sequence[str]) -> None:
+        """Raises ValueError for words where sentences are kept whole, ValueError and TypeError as `keep`."""
         words = [string for string in checked_force("document", force) if not string.isspace()]
         if self.unit == "sentence" and words:
             raise ValueError(f"force takes white space where sentences are kept whole, not {words[0]!r}; use protect")

@@ -1,6 +1,6 @@
 """A corpus shortened record by record: JSON Lines or Parquet in, a folder of parts in the same format out.
 
-    job = CorpusJob("documents.jsonl", "shorter", rate=0.5, protect=("numbers",))
+    job = CorpusJob(Path("documents.jsonl"), Path("shorter"), rate=0.5, protect=("numbers",))
     compress_corpus(compressor, job)  # may be stopped at any moment and started again
 
 Each record stays as it is and gets the shorter text beside its own. A part is done when its file is there, so neither
@@ -147,6 +147,7 @@ def begin(compressor: Compressor, job: CorpusJob) -> tuple[list[Part], list[Part
     Raises:
       FileNotFoundError, ValueError: as `compress_corpus`.
     """
+    compressor.check_force(job.force)
     kind, parts = format_of(job.source), parts_of(job.source, job.rows)
     job.target.mkdir(parents=True, exist_ok=True)
     settings = _settings(compressor, job)
@@ -174,9 +175,11 @@ def compress_part(compressor: Compressor, job: CorpusJob, part: Part) -> PartRep
     """Makes a part, whether it is there or not.
 
     Raises:
-      ValueError: a record has no text, or has a field that is to be added; names it.
+      ValueError: a record has no text, or has a field that is to be added; names it. Words are forced where the
+        compressor keeps sentences.
       OSError: the part cannot be written.
     """
+    compressor.check_force(job.force)
     records = read_part(job.source, part)
     texts = [_text(record, job, part.first + n) for n, record in enumerate(records)]
     counter, over, before, after = compressor.counter, 0, 0, 0

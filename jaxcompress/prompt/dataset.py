@@ -73,10 +73,10 @@ def collect(
 ) -> Collected:
     """Has a teacher shorten the pieces of documents that the file does not have yet, and appends them to it.
 
-    A piece is identified by document, number, text and instruction, so a changed text is shortened again. If the
-    teacher fails, the piece is left for the next call. After `patience` failures in a row, or a refusal, all further
-    pieces are left. A piece of white space is not sent. Pieces that a document has no more are taken back at the end,
-    by lines without a text.
+    A piece is identified by document, number, text and instruction, so a changed text is shortened again, also one that
+    is changed back: the last pair of a piece counts. If the teacher fails, the piece is left for the next call. After
+    `patience` failures in a row, or a refusal, all further pieces are left. A piece of white space is not sent. Pieces
+    that a document has no more are taken back at the end, by lines without a text.
 
     Args:
       documents: (name, text) each.
@@ -87,7 +87,8 @@ def collect(
       progress: called with the number of pieces done, each time some are.
 
     Raises:
-      ValueError: workers or patience is less than 1, or a line of the file is not a pair; names it.
+      ValueError: workers or patience is less than 1, or a line of the file is not a pair, or two documents have one
+        name; names it.
       OSError: the file cannot be written.
     """
     if workers < 1 or patience < 1:
@@ -104,13 +105,15 @@ def collect(
     def missing() -> Iterator[Pair]:
         nonlocal done
         for name, text in documents:
-            names.add(name := clean(str(name)))
+            if (name := clean(str(name))) in names:
+                raise ValueError(f"two documents have the name {name!r}; give each its own")
+            names.add(name)
             for number, piece in enumerate(cut(clean(text))):
                 if not piece.strip():
                     continue
                 there.add((name, number))
                 pair = Pair(name, number, piece, "")
-                if _seal(pair, seal) not in known.get((name, number), ()):
+                if _seal(pair, seal) != known.get((name, number)):
                     yield pair
                 else:
                     done += 1
@@ -127,7 +130,7 @@ def collect(
             done += 1
             progress(1)
         for name, number in known.keys() - there:
-            if name in names and known[name, number]:
+            if name in names and known[name, number] is not None:
                 _append(file, Pair(name, number, "", ""), seal)
     return Collected(done, asked, sorted(failed))
 
@@ -170,16 +173,10 @@ def _replies(
                 yield _Reply(pair, why)
 
 
-def _known(path: Path) -> dict[tuple[str, int], set[tuple[int, int]]]:
-    """The texts and instructions of each piece that the file has; none of a piece that was taken back."""
-    known: dict[tuple[str, int], set[tuple[int, int]]] = {}
-    for pair, seal in _read(path) if path.exists() else ():
-        of_piece = known.setdefault((pair.document, pair.piece), set())
-        if pair.original:
-            of_piece.add(_seal(pair, seal))
-        else:
-            of_piece.clear()
-    return known
+def _known(path: Path) -> dict[tuple[str, int], tuple[int, int] | None]:
+    """The text and instruction of the last pair of each piece that the file has; None where it was taken back."""
+    pairs = _read(path) if path.exists() else ()
+    return {(pair.document, pair.piece): _seal(pair, seal) if pair.original else None for pair, seal in pairs}
 
 
 def _seal(pair: Pair, seal: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from jaxcompress._extras import extra
 from jaxcompress.prompt.teacher import TeacherFailed
 
 _NEVER = {401, 403, 404, 405, 501}  # no text will ever succeed
+_CUT_OFF = {"length": "max_tokens", "content_filter": "the server's content filter"}
 
 
 class Refused(TeacherFailed):
@@ -43,7 +44,7 @@ class Endpoint:
     Raises (when called):
       Refused: no request will ever succeed (status 401, 403, 404, 405, 501).
       TeacherFailed: this text was refused (other statuses), no answer after all attempts, an answer cut off by
-        max_tokens, or one that makes no sense.
+        max_tokens or a content filter, or one that makes no sense.
     """
 
     url: str
@@ -110,8 +111,9 @@ def _answer(reply: Any, url: str) -> str:
         text = choice.message.content
     except (AttributeError, IndexError, KeyError, TypeError):
         raise TeacherFailed(f"the answer has no choices[0].message.content: {str(reply)[:120]}") from None
-    if choice.finish_reason == "length":
-        raise TeacherFailed("the answer was cut off by max_tokens; what it did not reach would count as deleted")
+    if choice.finish_reason in _CUT_OFF:
+        by = _CUT_OFF[choice.finish_reason]
+        raise TeacherFailed(f"the answer was cut off by {by}; what it did not reach would count as deleted")
     if not isinstance(text, str) or not text.strip():
         raise TeacherFailed("the answer is empty")
     return text.strip()

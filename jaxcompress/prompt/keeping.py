@@ -150,15 +150,7 @@ def keep(  # nine parameters: one budget, and each option of the published `comp
     """
     texts = [scored] if isinstance(scored, ScoredWords) else list(scored)
     rate, tokens = checked_budget(len(texts), rate, tokens)
-    force, kinds = checked_force(scope, force), checked_kinds(protect)
-    counter = counter_of(count)
-    prices = [counter.price(one.text, one.spans) for one in texts]
-    present = contexts_that_stay(texts, [tokens for _, tokens in prices], filter)
-    whole = [protected(one.text, one.spans, kinds) for one in texts]
-    forced = [_forced(one, stays, force) for one, stays in zip(texts, whole, strict=True)]
-    parts = zip(texts, prices, zip(forced, whole, strict=True), present.tolist(), strict=True)
-    priced = [PricedText(one, *price, *marks, here) for one, price, marks, here in parts]
-    fitter = Fitter(Selection(priced, scope, drop_consecutive), counter, [one for one in force if one.isspace()])
+    fitter = _fitter(texts, count, scope, force, protect, drop_consecutive, filter)
     return _compressed(fitter, rate, tokens)
 
 
@@ -175,6 +167,21 @@ def keep_with_forced(scored: ScoredWords | Sequence[ScoredWords], count: Count, 
     except BudgetTooSmall as error:
         budget = dict(rate=None, tokens=error.needed)
         return replace(keep(scored, count, **{**options, **budget}), asked=error.asked)
+
+
+def keep_forced(
+    scored: ScoredWords | Sequence[ScoredWords],
+    count: Count,
+    *,
+    scope: BudgetScope = "document",
+    force: Sequence[str] = (),
+    protect: Sequence[Kind] = (),
+    drop_consecutive: bool = False,
+) -> Compressed:
+    """Keeps what is forced and protected, and nothing else: as `keep`, if it could be asked for 0 tokens."""
+    texts = [scored] if isinstance(scored, ScoredWords) else list(scored)
+    fitter = _fitter(texts, count, scope, force, protect, drop_consecutive)
+    return _result(fitter, fitter.forced(range(len(texts))), 0)
 
 
 def keep_above(
@@ -208,6 +215,27 @@ def keep_above(
     fitter = Fitter(Selection(priced, "document", False), counter, [one for one in force if one.isspace()])
     left = fitter.chosen([one.forced | (one.scored.scores > threshold) for one in priced])
     return _result(fitter, left, left.tokens)
+
+
+def _fitter(
+    texts: Sequence[ScoredWords],
+    count: Count,
+    scope: BudgetScope,
+    force: Sequence[str],
+    protect: Sequence[Kind],
+    drop_consecutive: bool,
+    filter: Contexts | None = None,
+) -> Fitter:
+    """What `keep` chooses words with. Raises ValueError and TypeError as it does."""
+    force, kinds = checked_force(scope, force), checked_kinds(protect)
+    counter = counter_of(count)
+    prices = [counter.price(one.text, one.spans) for one in texts]
+    present = contexts_that_stay(texts, [tokens for _, tokens in prices], filter)
+    whole = [protected(one.text, one.spans, kinds) for one in texts]
+    forced = [_forced(one, stays, force) for one, stays in zip(texts, whole, strict=True)]
+    parts = zip(texts, prices, zip(forced, whole, strict=True), present.tolist(), strict=True)
+    priced = [PricedText(one, *price, *marks, here) for one, price, marks, here in parts]
+    return Fitter(Selection(priced, scope, drop_consecutive), counter, [one for one in force if one.isspace()])
 
 
 def _forced(one: ScoredWords, whole: Bool[np.ndarray, " W"], force: Sequence[str]) -> Bool[np.ndarray, " W"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
+from unicodedata import normalize
 
 import numpy as np
 import regex
@@ -17,63 +18,92 @@ from jaxtyping import Int
 Kind = Literal["code", "quotes", "urls", "paths", "identifiers", "numbers", "negations"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LONGEST = 200
-"""Characters between quotation marks or single backticks: what is longer is a passage, not a name or a value."""
+"""Characters between quotation marks or backticks: what is longer is a passage, not a name or a value."""
 
 _Span = tuple[int, int]
+_UNSEEN = "\u00ad\u200c\u200d\u2060\ufeff"  # inside words: a soft hyphen, joiners
 # Letters, digits and marks of scripts with spaces between words; a name may follow a Han character directly.
-_LETTER = r"[[\p{L}\p{M}\p{N}_]--[\p{Han}\p{Hiragana}\p{Katakana}]]"
+_LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}_{_UNSEEN}]--[\p{{Han}}\p{{Hiragana}}\p{{Katakana}}]]"
+# A quotation mark after one of these does not open, and before one it does not close.
+_SPACED = r"[[\p{L}\p{M}\p{N}]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]]"
 
 
-def _pattern(text: str, flags: int = 0) -> regex.Pattern[str]:
-    return regex.compile(text.replace("LETTER", _LETTER), regex.VERBOSE | regex.VERSION1 | flags)
+def _pattern(text: str, flags: int = 0, **parts: str) -> regex.Pattern[str]:
+    """A pattern in which names in capitals stand for its parts; a part may hold those that are named after it."""
+    for name, part in {**parts, "LETTER": _LETTER, "SPACED": _SPACED}.items():
+        text = text.replace(name, part)
+    return regex.compile(text, regex.VERBOSE | regex.VERSION1 | flags)
 
 
-_FENCE = regex.compile(r"^ {0,3}(?:(?P<mark>`{3,})(?P<rest>[^`\n]*+)|(?P<mark>~{3,})(?P<rest>[^\n]*+))$", regex.M)
-_INLINE = regex.compile(r"(?<!`)`(?!`)[^`\n]++`(?!`)")
+# A line that opens or closes a block of code, also in lists and block quotes.
+_FENCE = _pattern(
+    r"""
+    ^ [\x20\t]*+ (?P<line> (?: (?: > | [*+\-] [\x20\t] | \d{1,9}+ [.)] [\x20\t] ) [\x20\t]*+ )*+
+    (?: (?P<mark> `{3,} ) (?P<rest> [^`\n]*+ ) | (?P<mark> ~{3,} ) (?P<rest> [^\n]*+ ) ) ) $
+    """,
+    regex.M,
+)
+_BACKTICKS = regex.compile(r"`++|\n")
 _QUOTES = _pattern(
     r"""
-    (?<!\\) " (?: [^"\\\n] | \\[^\n] )*+ "
+    (?<! \\ ) OPENS " (?: (?: INSIDE | \\[^\n] )*+ CLOSES | (?: INSIDE | (?! ESCAPED ) \\[^\n] )*+ ESCAPED )
     | (?<![\p{L}\p{N}\\]) ' (?: [^'\\\n] | \\[^\n] | '(?=\p{L}) ){0,200}+ ' (?![\p{L}\p{N}])
     | “ [^“”\n]*+ ” | „ [^„“”\n]*+ [“”] | « [^«»\n]*+ » | 「 [^「」\n]*+ 」 | 『 [^『』\n]*+ 』
     | ‘ (?: [^‘’\n] | ’(?=\p{L}) ){0,200}+ ’
-    """
+    """,
+    INSIDE=r"""(?: [^"\\\n] | (?! OPENS ) " (?= SPACED ) )""",
+    OPENS=r"(?: (?<! SPACED ) | (?<= (?<! SPACED ) [BbFfLRrUu]{1,2} ) )",  # not 15" but f"..."
+    ESCAPED=r"""(?: \\" (?= \s | \Z ) )""",  # closes where no other mark does: "C:\tmp\"
+    CLOSES=r"""(?: "(?! SPACED ) | (?<= [.,;!?…\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}] ) " )""",
 )
 _URLS = _pattern(
     r"""
     (?: (?<![A-Za-z0-9+.\-]) [A-Za-z] [A-Za-z0-9+.\-]{0,20}+ :// | (?<!LETTER) www\. )
-    [[\x21-\x7e\p{L}\p{N}\p{M}]--[<>"'`\\{}|\p{Han}\p{Hiragana}\p{Katakana}]]++
+    (?: (?: [A-Za-z0-9\-]++ | UNSPACED ) \. )*+ (?: UNSPACED (?= [/:] ) )?+               # a host of any script
+    (?: [[\x21-\x7e\p{L}\p{N}\p{M}]--[<>"'`\\{}|\p{Han}\p{Hiragana}\p{Katakana}]] | \{ [\w.:*$\-]{1,64}+ \} )++
     | (?<![A-Za-z0-9._%+\-]) [A-Za-z0-9._%+\-]{1,64}+ @ (?: [A-Za-z0-9\-]++ \. )+ [A-Za-z]{2,}+
-    """
+      (?: : (?= [\w.~\-]*+ / ) [\w.~\-/]++ )?+                                            # git@a.b:c/d.git
+    """,
+    UNSPACED=r"(?: [\p{Han}\p{Hiragana}\p{Katakana}] [\p{L}\p{M}\p{N}\-]*+ )",
 )
 _PATHS = _pattern(
     r"""
-    (?<![\w.@%+=~\-/\\<:]) (?: ~[\w\-]*+ | \.\.? )?+ (?: / [\w.@%+=~\-]++ )++ /?+ (?: :\d++ ){0,2}+
-    | (?<![\w.@%+=~\-/\\<:]) [\w.@%+=~\-]++ / (?: [\w.@%+=~\-]++ / )++ [\w.@%+=~\-]*+ (?: :\d++ ){0,2}+
-    | (?<![\w.@%+=~\-/\\<:]) [\w.@%+=~\-]++ / [\w.@%+=~\-]+ \. [A-Za-z]\w{0,7}+ (?: :\d++ ){0,2}+
+    (?<![\w.@%+=~\-/\\<:]) (?: [\w\-]++ = )?+ FROM_ROOT (?: : FROM_ROOT )*+ AT
+    | (?<! BEFORE ) PART / (?: PART / )++ PART?+ (?: : FROM_ROOT )*+ AT
+    | (?<! BEFORE ) [\w.@%+=~\-*]++ / [\w.@%+=~\-*]+ \. [A-Za-z]\w{0,7}+ AT
     | (?<!LETTER) [A-Za-z] :[\\/] [^\s<>"'`|?*:,;]++
     | (?<![\w\\]) \\\\ [\w.$\-]++ (?: \\ [\w.$\-]++ )++
-    """
+    """,
+    BEFORE=r"[\w.@%+=~\-/\\<:*\}]",
+    FROM_ROOT=r"(?! /\*++ (?! [\w./\{] ) ) (?: ~[\w\-]*+ | \.\.? )?+ (?: / PART )++ /?+",  # not /* of a comment
+    PART=r"(?: :?+ (?: [\w.@%+=~\-*] | \{ [\w.:*,\-]{1,64}+ \} )++ )",  # *.gz {id} :id
+    AT=r"(?: :\d++ ){0,2}+",
 )
 _IDENTIFIERS = _pattern(
     r"""
     (?<![\p{L}\p{N}_\-]) --? [A-Za-z] (?: [\w\-]*+ )                                      # --rate -v
     | (?<! LETTER ) [$@\#] (?: \{ [\w.:\-]{1,64}+ \} | [A-Za-z_] \w*+ )                   # $HOME ${x} @name #tag
     | (?<! LETTER ) (?:
-        LETTER{2,}+ (?: (?: \. | :: | -> ) LETTER{2,}+ )++ (?: \( \) )?+                   # os.path.join a::b
-        | (?: __ LETTER++ | LETTER* [\p{L}\p{N}] _++ [\p{L}\p{N}] LETTER*+ ) (?: \( \) )?+  # snake_case __init__
+        (?= [\p{L}_] ) (?! SHORT ) LETTER++ (?: (?: \. | :: | -> ) LETTER++ )++ (?: \( \) )?+  # self.x a::b a.b.c
+        | (?: __ LETTER++ | _*+ [LETTER--[_]]++ (?: _++ [LETTER--[_]]++ )++ _*+ ) (?: \( \) )?+  # snake_case __init__
         | LETTER* (?: \p{Ll}\p{Lu} | \p{Lu}{2}\p{Ll} ) LETTER*+ (?: \( \) )?+             # camelCase HTTPServer
         | (?= LETTER* \p{N} ) (?= [\p{N}_]*+ \p{L} ) LETTER++ (?: - LETTER++ )*+            # 3f-e29b
         | \p{Lu}[\p{Lu}_]*+ (?: - (?= LETTER* \p{N} ) LETTER++ )++                         # ABC-1234
         | [A-Za-z_] \w*+ \( \)                                                            # run()
     )
-    """
+    """,
+    SHORT=r"LETTER (?: \. LETTER (?! \.?+ LETTER | :: | -> | \(\) ) | (?: \. LETTER ){1,5}+ \. (?! LETTER ) )",  # e.g.
 )
 _NUMBERS = _pattern(
     r"""
-    (?: (?<![\p{L}\p{N}_)\]]) [+\-−±] )?+ [\p{Sc}\#]?+ (?<! LETTER ) LETTER* \p{N} LETTER*+
-    (?: (?: [.,:/\-'’–] | e[+\-] ) LETTER* \p{N} LETTER*+ )*+
-    (?: [%‰] | ° [CF]?+ | \p{Sc} )?+
-    """
+    (?: (?<![\p{L}\p{N}_)\]]) [+\-−±＋－] )?+ (?: \p{Sc} (?: GAP (?= \p{N} ) )?+ | \# )?+
+    (?: (?<! [\p{L}\p{N}_.,)\]] ) [.,] (?= \p{N} ) | (?<! LETTER ) )
+    (?: [Vv]?+ \p{N}++ (?: \. \p{N}++ ){2,}+ - [A-Za-z] [A-Za-z0-9]*+ (?: [.\-+] [A-Za-z0-9]++ )*+  # 1.0.0-rc.1
+      | LETTER* \p{N} LETTER*+ (?: (?: [.,:/\-'’–．，：／～〜٫٬] | (?<= \p{N}[eE] ) [+−] ) LETTER* \p{N} LETTER*+ )*+
+    )
+    (?: [%‰％٪] | ° [CF]?+ | \p{Sc} | GAP (?: [%‰％٪] | ° [CF] | \p{Sc} ) (?! [.,]?+ [\p{L}\p{N}] ) )?+
+    """,
+    GAP=r"[\x20\u00a0\u202f]",
 )
 _SAYS_NO = frozenset(
     regex.findall(
@@ -81,13 +111,18 @@ _SAYS_NO = frozenset(
         """
         no not never none nothing nobody nowhere neither nor without cannot unless except isnt arent wasnt werent dont
         doesnt didnt hasnt havent cant wont wouldnt shouldnt
-        nicht nichts nie niemals niemand ohne weder kein keine keinen keinem keiner keines
-        ne pas jamais rien aucun aucune sans ni non
-        nunca jamás nada nadie ningún ninguno ninguna ningunos ningunas tampoco sin nessun nessuno nessuna niente senza
-        não nenhum nenhuma nem sem niet niets geen nooit bez nigdy
-        не нет ни никогда ничего никто без нельзя""",
+        aint couldnt hadnt mightnt mustnt neednt oughtnt shant nope
+        nicht nichts nie niemals niemand niemanden nirgends ohne weder kein keine keinen keinem keiner keines keinerlei
+        keineswegs keinesfalls
+        ne pas jamais rien aucun aucune aucuns aucunes sans ni non
+        nunca jamás nada nadie ningún ninguno ninguna ningunos ningunas tampoco sin nessun nessuno nessuna niente nulla
+        neanche nemmeno neppure senza
+        não ninguém nenhum nenhuma nenhuns nenhumas nem sem niet niets geen nooit nergens bez nigdy nic nikt żaden żadna
+        żadne
+        не нет ни никогда ничего ничто никто никого нигде никакой никакая никакие без нельзя""",
     )
 )
+_AS_LISTED = {ord("’"): "'", ord("ʼ"): "'", **dict.fromkeys(map(ord, _UNSEEN))}
 _WORDS = _pattern("LETTER++ (?: ['’] LETTER++ )*+")
 _EAST_ASIAN_NO = _pattern(
     r"""
@@ -101,11 +136,12 @@ _EAST_ASIAN_NO = _pattern(
 def protected_spans(text: str, kinds: Sequence[Kind]) -> Int[np.ndarray, "N 2"]:
     """Start and end of everything of these kinds, in characters [N, 2]; spans may overlap.
 
-      code         fenced by lines of ``` or ~~~ (an open fence ends with the text, as in CommonMark), or in backticks
+      code         fenced by lines of ``` or ~~~, also in lists and block quotes (an open fence ends with the text), or
+                   between as many backticks on one line
       quotes       in quotation marks, on one line
       urls         scheme://..., www...., e-mail addresses
-      paths        /a/b ~/a ./a a/b/c a/b.py C:\\a \\\\host\\a, with :line:column
-      identifiers  snake_case camelCase a.b.c a::b run() $HOME @name --flag ABC-1234 3f2e-77
+      paths        /a/b ~/a ./a a/b/c a/b.py C:\\a \\\\host\\a /a/*.gz /a/{b} /a:/b, with :line:column
+      identifiers  snake_case camelCase a.b.c a::b a->b run() $HOME @name --flag ABC-1234 3f2e-77
       numbers      every word with a digit, with its sign, currency, %, and what joins it to the next (9:45, 1.2.3)
       negations    of English, German, French, Spanish, Italian, Portuguese, Dutch, Russian, Polish, Chinese, Japanese
                    and Korean, where a word or a sign alone says so
@@ -147,7 +183,8 @@ def end_of_fence(text: str, opened: str) -> int | None:
 
 
 def _closes(line: regex.Match[str], opened: str) -> bool:
-    return line["mark"].startswith(opened) and not line["rest"].strip()
+    """Whether a line closes a fence: it has the mark alone, and begins no item of a list."""
+    return line["mark"].startswith(opened) and not line["rest"].strip() and line["line"][0] in ">`~"
 
 
 def _matches(pattern: regex.Pattern[str]) -> Callable[[str], Iterable[_Span]]:
@@ -160,11 +197,31 @@ def _code(text: str) -> Iterator[_Span]:
         if opened is None:
             opened = line
         elif _closes(line, opened["mark"]):
-            yield opened.start("mark"), line.end("mark")
+            yield opened.start("line"), line.end("mark")
             opened = None
     if opened is not None:
-        yield opened.start("mark"), len(text.rstrip())
-    yield from _short(_INLINE, text)
+        yield opened.start("line"), len(text.rstrip())
+    yield from _inline(text)
+
+
+def _inline(text: str) -> Iterator[_Span]:
+    """Between two runs of equally many backticks on one line."""
+    runs = [match.span() for match in _BACKTICKS.finditer(text)] if "`" in text else []
+    same: list[int | None] = [None] * len(runs)  # the next run of this line that is as long
+    nearest: dict[int, int] = {}
+    for n in range(len(runs) - 1, -1, -1):
+        start, end = runs[n]
+        if text[start] == "\n":
+            nearest.clear()
+        else:
+            same[n], nearest[end - start] = nearest.get(end - start), n
+    n = 0
+    while n < len(runs):
+        if (last := same[n]) is not None:
+            if runs[last][0] - runs[n][1] <= LONGEST:
+                yield runs[n][0], runs[last][1]
+            n = last
+        n += 1
 
 
 def _short(pattern: regex.Pattern[str], text: str) -> Iterator[_Span]:
@@ -189,8 +246,9 @@ def _paths(text: str) -> Iterator[_Span]:
 
 def _negations(text: str) -> Iterator[_Span]:
     for match in _WORDS.finditer(text):
-        word = match[0].lower().replace("’", "'")
-        if word in _SAYS_NO or word.endswith("n't") or word.startswith("n'"):
+        word = match[0].lower()
+        word = word if word.isascii() else normalize("NFC", word.translate(_AS_LISTED))
+        if not _SAYS_NO.isdisjoint(word.split("'")) or word.endswith("n't") or word.startswith("n'"):
             yield match.span()
     if not text.isascii():
         yield from _matches(_EAST_ASIAN_NO)(text)

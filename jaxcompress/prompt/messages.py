@@ -54,6 +54,7 @@ def compress_messages(
     value = clean_value(_checked(messages), "the messages")
     texts = [text for message in value if message["role"] in roles for text in _texts(message)]
     checked_budget(len(texts), rate, tokens)
+    compressor.check_force(options.get("force", ()))
     scored = compressor.score(texts)
     result = _kept(scored, apart(compressor.counter), dict(rate=rate, tokens=tokens, **options))
     left = iter([document.text for document in result.documents])

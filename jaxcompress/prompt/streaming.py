@@ -13,8 +13,8 @@ from jaxtyping import Int
 from jaxcompress.inputs.scalars import Number, share, whole
 from jaxcompress.inputs.text import clean
 from jaxcompress.prompt.compressor import Compressor
-from jaxcompress.prompt.joining import found_break
-from jaxcompress.prompt.keeping import Compressed, Kept, keep_with_forced, tokens_at
+from jaxcompress.prompt.joining import beside_fence, found_break
+from jaxcompress.prompt.keeping import Compressed, Kept, keep_forced, keep_with_forced, tokens_at
 from jaxcompress.prompt.kinds import Kind, checked_kinds, end_of_fence, open_fence, protected_spans
 from jaxcompress.prompt.protect import checked
 
@@ -35,7 +35,8 @@ def compress_stream(
     """Compresses a text that comes in pieces; the `text` of each result, joined, is the shorter text.
 
     Words compete within a window. What one window rounds up or down, or has in forced words beyond its share, the next
-    ones make up for. A window does not end inside of what is protected, unless that is longer than half a window.
+    ones make up for; nothing but forced words stays of a window whose share is used up. A window does not end inside of
+    what is protected, unless that is longer than half a window.
 
     Args:
       pieces: of the text, cut anywhere; white space at the ends of the text is lost.
@@ -50,9 +51,11 @@ def compress_stream(
     rate = share(rate)
     if (window := whole(window, "a window")) < 1:
         raise ValueError(f"a window must have at least 1 character, not {window}")
+    compressor.check_force(options.get("force", ()))
     read = kept = forced = 0
     gap = ""  # white space that has been read and not written
-    before: Kept | None = None
+    before: Kept | None = None  # the last window of which something is left
+    adjoins = False  # nothing was dropped between that and the next window
     breaks = [one for one in checked(options.get("force", ())) if one.isspace()]
     for text, inside in _windows(pieces, window, checked_kinds(options.get("protect", ()))):
         body = clean(text.strip())
@@ -63,17 +66,23 @@ def compress_stream(
             continue
         size = compressor.tokens(body)
         read += size
-        wanted = min(max(1, tokens_at(rate, read) - kept), max(size, 1))
-        scored, given = compressor(body), dict(tokens=wanted, **options)
+        scored, given = compressor(body), dict(options)
         if inside:
             scored = scored._replace(scores=np.full(len(scored.scores), np.inf, np.float32))
             given["drop_consecutive"] = False
-        result = keep_with_forced(scored, compressor.counter, **given)
+        left = tokens_at(rate, read) - kept
+        if left < 1 <= size:
+            result = keep_forced(scored, compressor.counter, **given)
+        else:
+            result = keep_with_forced(scored, compressor.counter, tokens=max(1, min(left, size)), **given)
         kept, forced = kept + result.tokens_after, forced + result.forced
+        (here,) = result.documents
         if result.text:
-            (here,) = result.documents
-            yield replace(result, text=_lead(gap, rate == 1 or inside, breaks, before, here) + result.text)
+            whole_gap = rate == 1 or inside or (adjoins and bool(here.labels[0]))
+            result = replace(result, text=_lead(gap, whole_gap, breaks, before, here) + result.text)
             before, gap = here, ""
+        yield result
+        adjoins = bool(here.labels[-1:].any())
         gap += text[len(text.rstrip()) :]
     if forced and kept > (asked := tokens_at(rate, read)):
         raise ValueError(
@@ -93,8 +102,10 @@ def _lead(gap: str, whole: bool, breaks: Sequence[str], before: Kept | None, her
     if whole:
         return gap
     if not gap:
-        neighbours = before.labels[-1] and here.labels[0]
-        return " " if not neighbours and before.text[-1:].isalnum() and here.text[:1].isalnum() else ""
+        return " " if before.text[-1:].isalnum() and here.text[:1].isalnum() else ""
+    end, both = len(before.text), before.text + gap + here.text
+    if beside_fence(both, end, end + len(gap)):
+        breaks = (*breaks, "\n")
     kept = found_break(gap, 0, len(gap), breaks)
     return " " if kept is None else kept
 

@@ -33,7 +33,8 @@ _WORD = regex.compile(
     | [\p{Hiragana}ー] [\p{Hiragana}\p{M}ー]*
     | \p{Katakana} [\p{Katakana}\p{M}ー]*
     | [[\p{L}\p{N}\p{M}_]--[APART]] [[\p{L}\p{N}\p{M}_\u200c\u200d]--[APART]]*
-      (?: ['’] [[\p{L}\p{M}]--[APART]]+ )*                              # don't
+      (?: ['’] [[\p{L}\p{M}]--[APART]]+                                 # don't
+        | [\u00ad\u2060\ufeff]++ [[\p{L}\p{M}]--[APART]] [[\p{L}\p{N}\p{M}_\u200c\u200d]--[APART]]* )*  # a soft hyphen
     | (?! \s ) \X                                                       # punctuation, signs, emoji
     )
     """.replace("APART", _APART),
@@ -57,9 +58,9 @@ class Groups(NamedTuple):
 def segment(text: str) -> Spans:
     """Start and end of every word in characters [W, 2], in order; white space belongs to no word.
 
-    A run of letters and digits is a word, also with an apostrophe inside or, between digits, with `.`, `,` or `:`. Han
-    characters are words by themselves, runs of hiragana and katakana are words, and so is everything else, one
-    grapheme at a time.
+    A run of letters and digits is a word, also with an apostrophe or a soft hyphen inside or, between digits, with `.`,
+    `,` or `:`. Han characters are words by themselves, runs of hiragana and katakana are words, and so is everything
+    else, one grapheme at a time.
     """
     lengths = map(len, chain.from_iterable(_WORD.findall(text)))
     spans = np.cumsum(np.fromiter(lengths, np.int64)).reshape(-1, 2)

@@ -77,6 +77,15 @@ def test_other_ways(run: Any) -> None:
     assert run(text="")[:2] == (0, "\n")
 
 
+def test_numbers_of_json_stay_as_they_are_written(run: Any) -> None:
+    numbers = '[12345678901234567890.25, 1e5, 1E+400, -0.10, 12345678901234567890, null, true, {"é": "", "b": {}}]'
+    assert run("--json-text", text=numbers)[:2] == (0, numbers + "\n")
+    request = f'{{"seed": 0.30000000000000000001, "messages": [], "x": {numbers}}}'
+    assert run("--messages", "-", text=request)[:2] == (0, request + "\n")
+    halves = run("--json-text", text='{"a\\ud83d": NaN}')
+    assert (halves[0], halves[1]) == (2, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -34,6 +34,7 @@ from jaxcompress.prompt.budget import apportion, choose_words
 from jaxcompress.prompt.chunks import chunks
 from jaxcompress.prompt.counting import SubwordCounter
 from jaxcompress.prompt.joining import join
+from jaxcompress.prompt.protect import protected
 from jaxcompress.prompt.words import segment
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
@@ -403,3 +404,43 @@ def test_joining() -> None:
     assert join(text, spans, kept) == "So,, cat, mat 22 0417 Next 会は京"
     assert join(text, spans, kept, ["\n"]) == "So,, cat, mat 22 0417\nNext 会は京"
     assert join(text, spans, np.ones(len(spans), bool)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "joined"),
+    [
+        ("the file (/etc/hosts) x", "the file / etc / hosts", "the file /etc/hosts"),
+        ("Reading temp=-5 today", "Reading - 5", "Reading -5"),
+        ("temp=-5 today", "temp - 5", "temp -5"),
+        ("in my folder [$HOME], or", "folder $ HOME ,", "folder $HOME,"),
+        ("a branch (--force) too", "branch - - force", "branch --force"),
+        ("go (../a) now", "go . . / a", "go ../a"),
+        ("he waits for it... and", "waits . . .", "waits..."),
+        ("he said (so). Then", "said ) .", "said)."),
+        ("９時〜１０時", "９ １０", "９ １０"),
+        ("第１、２、３条", "１ ２ ３", "１ ２ ３"),
+        ("서울(삼)부산", "서울 부산", "서울 부산"),
+        ("会（東）カー（京）は", "会 カー は", "会カーは"),
+        ("Ａ（Ｂ）Ｃ", "Ａ Ｃ", "Ａ Ｃ"),
+    ],
+)
+def test_what_is_joined_keeps_its_sense(text: str, kept: str, joined: str) -> None:
+    """No sign is taken from the word that it opens, and no new number or word is made."""
+    spans, left = segment(text), kept.split()
+    labels = [bool(left) and text[start:end] == left[0] and bool(left.pop(0)) for start, end in spans.tolist()]
+    assert not left
+    assert join(text, spans, np.array(labels)) == joined
+
+
+@pytest.mark.parametrize(
+    ("text", "joined"),
+    [
+        ("Run this now:\n```sh\nrm -rf x\n```\nThen look at 5", "```sh\nrm -rf x\n```\n5"),
+        ("1. Step one\r\n\r\n    ~~~\r\n    x\r\n    ~~~\r\nand 2", "1\r\n~~~\r\n    x\r\n    ~~~\r\n2"),
+        ("1 then\n> ```\n> x\n> ```\n> and 2", "1\n> ```\n> x\n> ```\n2"),
+        ("1 use\nthis ```rm``` and 2", "1 ```rm``` 2"),
+    ],
+)
+def test_fences_stay_on_lines_of_their_own(text: str, joined: str) -> None:
+    spans = segment(text)
+    assert join(text, spans, protected(text, spans, ["code", "numbers"])) == joined

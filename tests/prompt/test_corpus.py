@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from jaxcompress.cli import main
-from jaxcompress.prompt import BudgetTooSmall, Compressor, EncoderTokenizer, keep
-from jaxcompress.prompt.corpus import CorpusJob, CorpusReport, compress_corpus
+from jaxcompress.prompt import BudgetTooSmall, Compressor, EncoderTokenizer, corpus, keep
+from jaxcompress.prompt.corpus import CorpusJob, CorpusReport, compress_corpus, compress_part
 from jaxcompress.prompt.corpus_files import Record, parts_of, read_part
 from jaxcompress.prompt.dataset import read_examples
 
@@ -59,6 +59,24 @@ def test_each_record_is_shortened_by_itself(compressor: Compressor, tmp_path: Pa
     examples = read_examples(sorted(job.target.glob("*.jsonl"))[0])
     assert [one.text for one in examples] == [one["text"] for one in given[:3]]
     assert [sum(one.labels) for one in examples] == [sum(one["labels"]) for one in found[:3]]
+
+
+def test_the_example_of_the_module(compressor: Compressor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl(Path("documents.jsonl"), records(2))
+    lines = [line.strip() for line in str(corpus.__doc__).splitlines() if line.startswith("    ")]
+    exec("\n".join(lines), dict(vars(corpus), compressor=compressor))
+    assert len(written(Path("shorter"))) == 2
+
+
+def test_words_are_not_forced_where_sentences_are_kept(compressor: Compressor, tmp_path: Path) -> None:
+    job = CorpusJob(jsonl(tmp_path / "given.jsonl", records(2)), tmp_path / "out", force=("quiet",))
+    by_sentence = replace(compressor, unit="sentence")
+    with pytest.raises(ValueError, match="force takes white space where sentences are kept whole"):
+        compress_corpus(by_sentence, job)
+    with pytest.raises(ValueError, match="force takes white space where sentences are kept whole"):
+        compress_part(by_sentence, job, parts_of(job.source, job.rows)[0])
+    assert not job.target.exists()
 
 
 def test_lines_that_are_no_records(tmp_path: Path) -> None:

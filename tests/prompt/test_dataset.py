@@ -87,6 +87,23 @@ def test_changed_text_and_instruction_are_asked_again(tmp_path: Path) -> None:
     assert teacher.calls == 3
 
 
+def test_what_is_changed_back_is_asked_again(tmp_path: Path) -> None:
+    path, teacher = tmp_path / "pairs.jsonl", Counting()
+    for text in ("One two three.", "Four five six.", "One two three."):
+        assert collect([("d", text)], teacher, path).asked == 1
+        assert [pair.original for pair in read_pairs(path)] == [text]
+    for instruction in ("Shorten!", "Shorten.", "Shorten!"):
+        assert collect([("d", text)], teacher, path, instruction=instruction).asked == 1
+    assert collect([("d", text)], teacher, path, instruction="Shorten!").asked == 0
+
+
+def test_names_of_documents_are_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    with pytest.raises(ValueError, match="two documents have the name 'd'"):
+        collect([("d", "One text."), ("d", "Another text.")], drop, path)
+    assert read_pairs(path) == [Pair("d", 0, "One text.", "One text.")]
+
+
 def test_a_line_that_was_cut_off_is_asked_again(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     collect(DOCUMENTS, drop, path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxcompress.prompt import BudgetTooSmall, Compressor, Payoff, compress_messages
+from jaxcompress.prompt import BudgetTooSmall, Compressor, Payoff, compress_messages, compress_stream
 
 LONG = "The harbor was quiet that night. Ships, ships, and more ships lay at anchor; nobody spoke of $4,200."
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"where": "the harbor at night"}'}}
@@ -49,6 +50,19 @@ def test_only_texts_of_the_roles_are_shortened(compressor: Compressor) -> None:
     assert [n for n, (old, new) in enumerate(zip(MESSAGES, only, strict=True)) if old != new] == [7]
     assert compressor.tokenizer.count(only[7]["content"]) == 6
     assert compress_messages(compressor, [])[0] == []
+
+
+def test_words_are_not_forced_where_sentences_are_kept(compressor: Compressor) -> None:
+    by_sentence = replace(compressor, unit="sentence")
+    ways: list[Callable[[list[str]], Any]] = [
+        lambda force: compress_messages(by_sentence, MESSAGES, force=force),
+        lambda force: list(compress_stream(by_sentence, [LONG], force=force)),
+        lambda force: by_sentence.compress(LONG, force=force),
+    ]
+    for way in ways:
+        way(["\n"])
+        with pytest.raises(ValueError, match="force takes white space where sentences are kept whole, not 'quiet'"):
+            way(["quiet"])
 
 
 @pytest.mark.parametrize("rate", [1, 0.5])

@@ -134,6 +134,35 @@ def test_white_space_longer_than_memory(compressor: Compressor) -> None:
     assert peaks[1] < 2 * peaks[0]
 
 
+def test_a_window_whose_share_is_used_up_keeps_nothing(compressor: Compressor) -> None:
+    first = "The council voted to approve 12 new measures on the budget of the city this year after a long debate."
+    for last, left in (("Ok", ""), ("Ok 9", "9")):
+        parts = list(
+            compress_stream(
+                compressor, [f"{first}\n\n{last}\n\n"], rate=0.25 if left else 0.2, window=len(first) + 1,
+                protect=["numbers"],
+            )
+        )  # fmt: skip
+        assert sum(part.tokens_before for part in parts) == compressor.tokenizer.count(f"{first} {last}")
+        assert "12" in parts[0].text
+        assert parts[1].text.strip() == left
+    with pytest.raises(ValueError, match=r"stayed, more than the \d asked for"):
+        list(compress_stream(compressor, [f"{first}\n\n1 2 3"], rate=0.2, window=len(first) + 1, protect=["numbers"]))
+
+
+def test_nothing_between_two_windows_is_lost_where_both_neighbours_stay(compressor: Compressor) -> None:
+    """As within a window; and a fence begins and ends a line."""
+    text = "1 one two 2\n\n3 three four 4.\n\nfive 5 six\n\n7"
+    parts = compress_stream(compressor, [text], rate=0.6, window=18, protect=["numbers"], force=["."])
+    kept = "".join(part.text for part in parts)
+    assert "2\n\n3" in kept
+    fenced = "one two three 1\n\nfour five\n```\nx = 1\n```\nsix seven eight nine"
+    for window in (18, 35, 42):
+        parts = compress_stream(compressor, [fenced], rate=0.8, window=window, protect=["code", "numbers"])
+        lines = "".join(part.text for part in parts).splitlines()
+        assert lines.count("```") == 2, window
+
+
 def test_windows_are_the_text() -> None:
     text = "A b c. " * 30 + "x" * 100 + "e\u0301\u0301" * 30 + "\n\nend"
     for window in (1, 5, 40):

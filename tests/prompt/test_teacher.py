@@ -149,7 +149,8 @@ class TestEndpoint:
     @pytest.mark.parametrize(
         ("answer", "why"),
         [
-            (said("half of", "length"), "cut off"),
+            (said("half of", "length"), "cut off by max_tokens"),
+            (said("half of", "content_filter"), "cut off by the server's content filter"),
             (said("  "), "empty"),
             ((200, {"Content-Type": "text/html"}, b"<html>"), "not JSON"),
             ((200, JSON, b'{"choices": [{"mess'), "not JSON"),

@@ -13,7 +13,7 @@ from jaxcompress.prompt.words import align, of_words, owners, segment
 
 PIECES = st.sampled_from(
     ["a", "don't", " ", "\n", "\r\n", "\u3000", "4,200", "7", "1", ".", "_", "ß", "e\u0301", "\u0301", "\u0600",
-     "1\ufe0f\u20e3", "\u200b", "\U0001f469\u200d\U0001f469", "\U0001f1e9\U0001f1ea", "\U0001f1e9",
+     "1\ufe0f\u20e3", "\u200b", "\u00ad", "\u2060", "\U0001f469\u200d\U0001f469", "\U0001f1e9\U0001f1ea", "\U0001f1e9",
      "\U0001f44d\U0001f3fd", "한국어", "\u1112\u1161\u11ab", "会", "東京", "は", "カー", "ﾊﾞ", "\uff9e", "ไทย", "क्षि"]
 )  # fmt: skip
 texts = st.lists(st.one_of(PIECES, st.characters()), max_size=12).map("".join)
@@ -45,6 +45,10 @@ def test_what_is_a_word() -> None:
     assert [text[a:b] for a, b in segment(text)] == [
         "We", "don't", "know", ":", "4,200", "?", "会", "议", "は", "東", "京", "で", "カタカナー", "。",
         "한국어", "Straßen", "-", "Bau", "👩‍👩‍👧‍👦", "🇩🇪", "1️⃣",
+    ]  # fmt: skip
+    soft = "un\u00adsafe in\u00ad\u2060active a\u200db a\u00ad x\ufeffy ไท\u200bย"
+    assert [soft[a:b] for a, b in segment(soft)] == [
+        "un\u00adsafe", "in\u00ad\u2060active", "a\u200db", "a", "\u00ad", "x\ufeffy", "ไท", "\u200b", "ย",
     ]  # fmt: skip
     assert segment("").shape == segment(" \n\t ").shape == (0, 2)
 
