@@ -97,8 +97,6 @@ def questions_of(args: Arguments, seed: int) -> Iterator[Question]:
     if args.questions is None:
         while True:
             yield made_up(rng)
-    if not args.questions.is_file():
-        stop(f"there are no questions in {args.questions.absolute()}: --questions takes a file of JSON lines")
     numbers = (
         (one["question"], last_number(one["answer"].rpartition("####")[2])) for _, _, one in json_lines(args.questions)
     )
@@ -181,6 +179,9 @@ def seeded(name: str, seed: int) -> jc.Policy:
 def plan(args: Arguments) -> Plan:
     if args.policies[0] != "full":
         stop("--policies must begin with full: the others are measured beside it")
+    if args.questions is not None and not args.questions.is_file():
+        stop(f"there are no questions in {args.questions.absolute()}: --questions takes a file of JSON lines")
+    given = "" if args.questions is None else read_text(args.questions)
     loaded = args.load()
     make_cell = args.cells_of(EXPERIMENT, loaded.model, args.length)
     room = args.length + args.answer + 512  # the last turn may pass the length
@@ -214,7 +215,6 @@ def plan(args: Arguments) -> Plan:
         if cell.seed == args.seeds - 1:
             jax.clear_caches()  # programs of other sizes would only fill memory
 
-    given = "" if args.questions is None else read_text(args.questions)
     return of_texts(args, cells, figures, lambda cell: given)
 
 

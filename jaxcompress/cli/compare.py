@@ -15,6 +15,7 @@ from jaxcompress.cli.flags import (
     TextFlags,
     WeightFlags,
     at_least,
+    check_fractions,
 )
 from jaxcompress.cli.runtime import (
     check_figure,
@@ -76,8 +77,7 @@ class Compare(FigureFlag, RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags, 
                 f"--context must be at least 2, and leave at least one slot for each of --fractions, not {self.context}"
             )
         self.check_placement(*self.policies)
-        if self.fractions != _FRACTIONS and set(self.policies) == {"full"}:
-            raise ValueError("--fractions does nothing for full, which gets the whole context; leave it out")
+        check_fractions(self.fractions, _FRACTIONS, self.policies)
         check_writable(self.out)
         check_figure(self.figure)
         model, tokenizer = open_model(self.model, self.dtype)

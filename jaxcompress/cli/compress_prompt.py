@@ -14,7 +14,7 @@ import tyro
 
 from jaxcompress.cli.flags import JsonFlag, WeightFlags, at_least
 from jaxcompress.cli.runtime import prepare, tell, write_json
-from jaxcompress.inputs.text import clean_value, decoded, named, opened, parse_json, read_text, unescaped
+from jaxcompress.inputs.text import decoded, named, opened, parse_json, read_text, unescaped
 
 if TYPE_CHECKING:
     from jaxcompress.prompt import Compressed, Compressor, Kept, Kind, TokenizerCounter
@@ -144,7 +144,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
         from jaxcompress.prompt.messages import SHORTENED, compress_messages
 
         assert self.messages is not None
-        value = _from_json(read_text(self.messages), named(self.messages))
+        value = parse_json(read_text(self.messages), named(self.messages), parse_float=_Fraction)
         whole = isinstance(value, dict) and "messages" in value
         found = value["messages"] if whole else value
         with clock:
@@ -280,7 +280,9 @@ class CompressPrompt(JsonFlag, WeightFlags):
         if self.structured:
             result = compress_structured(compressor, texts[0], rate=rate, **options)
         elif self.json_text:
-            value, result = compress_json(compressor, _from_json(texts[0], "the text"), rate=rate, **options)
+            value, result = compress_json(
+                compressor, parse_json(texts[0], "the text", parse_float=_Fraction), rate=rate, **options
+            )
             return result, _as_json(value)
         elif self._threshold is not None:
             chosen = dict(force=options["force"], protect=options["protect"])
@@ -416,14 +418,8 @@ class _Fraction:
     written: str
 
 
-def _from_json(text: str, what: str) -> Any:
-    """As `parse_json`, with `_Fraction` for floats."""
-    parse_json(text, what)  # which tells what is wrong with it
-    return clean_value(json.loads(text, parse_float=_Fraction), what)
-
-
 def _as_json(value: Any) -> str:
-    """The text of such a value. Raises ValueError for NaN and infinity."""
+    """The text of a value with `_Fraction` for floats. Raises ValueError for NaN and infinity."""
     if isinstance(value, _Fraction):
         return value.written
     if isinstance(value, dict):

@@ -26,6 +26,12 @@ def at_least(least: int, **given: int | None | tuple[int, ...]) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
+def check_fractions(given: tuple[int, ...], usual: tuple[int, ...], policies: tuple[str, ...]) -> None:
+    """Raises ValueError if --fractions is given for policies that all get the whole context."""
+    if given != usual and set(policies) == {"full"}:
+        raise ValueError("--fractions does nothing for full, which gets the whole context; leave it out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFlag:
     """Which model."""

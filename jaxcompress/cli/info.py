@@ -23,7 +23,8 @@ class Info(JsonFlag):
         import jax
 
         from jaxcompress import __version__
-        from jaxcompress.cli.runtime import CACHE, cache_bytes, write_json
+        from jaxcompress.cli.runtime import CACHE, write_json
+        from jaxcompress.inputs.newest_files import bytes_of
         from jaxcompress.policies.names import MODIFIERS, NAMES
         from jaxcompress.recurrence.attention import decode_backend
 
@@ -44,7 +45,7 @@ class Info(JsonFlag):
             policies=[*NAMES, "learned"],
             modifiers=[f"/{name}" for name in MODIFIERS],
             compiled=cache,
-            compiled_mib=round(cache_bytes(Path(cache)) / 2**20, 1),
+            compiled_mib=round(bytes_of(Path(cache)) / 2**20, 1),
         )
         if self.json:
             return write_json(facts)

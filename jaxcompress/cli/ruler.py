@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jaxcompress.cli.flags import PlacementFlag, RowsFlag, StateDtypeFlag, WeightFlags, at_least
+from jaxcompress.cli.flags import PlacementFlag, RowsFlag, StateDtypeFlag, WeightFlags, at_least, check_fractions
 from jaxcompress.cli.runtime import check_writable, chosen_policy, open_weights, swept, tell, too_small
 from jaxcompress.inputs.text import read_text
 
@@ -78,8 +78,7 @@ class Ruler(RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags):
         self.check_placement(*self.policies)
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ValueError(f"unknown task {unknown[0]!r} in --tasks; known: {', '.join(TASKS)}")
-        if self.fractions != _FRACTIONS and set(self.policies) == {"full"}:
-            raise ValueError("--fractions does nothing for full, which gets the whole context; leave it out")
+        check_fractions(self.fractions, _FRACTIONS, self.policies)
         if self.puzzles is not None and "qa_2" not in self.tasks:
             raise ValueError(f"--puzzles is for the task qa_2, which is not among {', '.join(self.tasks)}")
         check_writable(self.out)

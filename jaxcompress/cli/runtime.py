@@ -8,10 +8,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxcompress.inputs.newest_files import keep_newest
 from jaxcompress.inputs.position_warning import PositionWarning
 
 if TYPE_CHECKING:
@@ -43,37 +44,6 @@ def prepare() -> None:
             keep_newest(CACHE, CACHE_BYTES)
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def keep_newest(folder: Path, most: int) -> None:
-    """Deletes the files of a folder that were used longest ago, until the others take at most so many bytes.
-
-    A file that another program deletes meanwhile, or that may not be deleted, is passed over.
-    """
-    files = _sizes(folder)
-    total = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
-        if total <= most:
-            return
-        with suppress(OSError):
-            os.unlink(path)
-            total -= size
-
-
-def cache_bytes(folder: Path) -> int:
-    """How much the files of a folder take, which need not exist."""
-    return sum(size for _, size, _ in _sizes(folder))
-
-
-def _sizes(folder: Path) -> list[tuple[float, int, str]]:
-    """When each file was last used, its bytes, and its path."""
-    found = []
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with suppress(OSError):
-                facts = entry.stat()
-                found.append((max(facts.st_atime, facts.st_mtime), facts.st_size, entry.path))
-    return found
 
 
 def open_weights(model: str | None, dtype: str = "auto", rules: ShardingRules | None = None) -> Loaded:

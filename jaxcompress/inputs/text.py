@@ -19,6 +19,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, cast
@@ -178,14 +179,17 @@ def named(path: Path | str | None) -> str:
     return "standard input" if path is None or str(path) == "-" else str(path)
 
 
-def parse_json(text: str, what: str) -> Any:
+def parse_json(text: str, what: str, *, parse_float: Callable[[str], Any] | None = None) -> Any:
     """Parses a JSON text. The strings of the value are clean.
+
+    Args:
+      parse_float: what a number with a fraction or an exponent becomes; None: a float.
 
     Raises:
       ValueError: the text is not JSON, is nested deeper than `DEPTH`, or has an object with two keys that are equal
         once clean.
     """
-    value = _parsed(json.loads, text, what, "JSON")
+    value = _parsed(partial(json.loads, parse_float=parse_float), text, what, "JSON")
     return clean_value(value, what) if _SPELLED_HALF.search(text) else value
 
 

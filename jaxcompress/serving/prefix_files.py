@@ -7,13 +7,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from queue import Full, Queue
 
 from jaxcompress.generation.decode_state import DecodeState
 from jaxcompress.generation.state_file import Record, read_record, record_of, state_of, write_record
+from jaxcompress.inputs.newest_files import bytes_of, keep_newest
 from jaxcompress.inputs.whole_file import unfinished
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.policy import Policy
@@ -47,9 +47,10 @@ class PrefixFiles:
         """Raises OSError if the folder cannot be made or read."""
         self.folder, self._most = Path(folder).expanduser(), most_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        for when, _, part in _told(unfinished(self.folder, f"*{SUFFIX}*")):
-            if when < time.time() - ABANDONED:  # of a process that was killed while it wrote
-                part.unlink(missing_ok=True)
+        for part in unfinished(self.folder, f"*{SUFFIX}*"):
+            with suppress(FileNotFoundError):  # another process deleted it
+                if part.stat().st_mtime < time.time() - ABANDONED:  # of a process that was killed while it wrote
+                    part.unlink()
         self.writes = True
         self._queue: Queue[tuple[str, Record] | None] = Queue(UNWRITTEN)
         self._thread = threading.Thread(target=self._write_all, name="prefix files", daemon=True)
@@ -58,7 +59,7 @@ class PrefixFiles:
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(size for _, size, _ in self._held())
+        return bytes_of(self.folder, SUFFIX)
 
     def read(self, name: str, model: Decoder, policy: Policy) -> DecodeState | None:
         """The state of this name; None if there is none that can be read."""
@@ -69,7 +70,8 @@ class PrefixFiles:
             return None
         except (OSError, ValueError, FloatingPointError) as error:
             LOG.warning("a prefix file is left out and deleted: %s", error)
-            _delete(path)
+            with suppress(OSError):
+                path.unlink()
             return None
         with suppress(OSError):
             os.utime(path)
@@ -100,36 +102,7 @@ class PrefixFiles:
                 what = "a prefix file was not written" if self.writes else "prefix files are no longer written"
                 LOG.warning("%s: %s", what, error)
                 continue
-            self._make_room()
-
-    def _make_room(self) -> None:
-        """Deletes the files that were used longest ago, until the others are within the limit."""
-        held = self._held()
-        taken = sum(size for _, size, _ in held)
-        for _, size, path in held:
-            if taken <= self._most:
-                return
-            _delete(path)
-            taken -= size
-
-    def _held(self) -> list[tuple[float, int, Path]]:
-        return _told(self.folder.glob(f"*{SUFFIX}"))
+            keep_newest(self.folder, self._most, SUFFIX)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
-
-
-def _delete(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
-
-
-def _told(paths: Iterable[Path]) -> list[tuple[float, int, Path]]:
-    """When each file was last used, its bytes, and its path, the one used longest ago first. One that another process
-    deletes meanwhile is left out."""
-    found = []
-    for path in paths:
-        with suppress(FileNotFoundError):
-            facts = path.stat()
-            found.append((facts.st_mtime, facts.st_size, path))
-    return sorted(found)

@@ -9,20 +9,21 @@ import jax
 import pytest
 
 from jaxcompress.cli import runtime
+from jaxcompress.inputs.newest_files import bytes_of, keep_newest
 
 
 def test_the_files_used_last_stay(tmp_path: Path) -> None:
     for age, name in enumerate(["newest", "older", "oldest"]):
         (tmp_path / name).write_bytes(b"x" * 100)
         os.utime(tmp_path / name, (1000 - age, 500))
-    runtime.keep_newest(tmp_path, 300)
-    assert runtime.cache_bytes(tmp_path) == 300
-    runtime.keep_newest(tmp_path, 250)
+    keep_newest(tmp_path, 300)
+    assert bytes_of(tmp_path) == 300
+    keep_newest(tmp_path, 250)
     assert {path.name for path in tmp_path.iterdir()} == {"newest", "older"}
-    runtime.keep_newest(tmp_path, 0)
-    assert runtime.cache_bytes(tmp_path) == 0
-    runtime.keep_newest(tmp_path / "missing", 0)
-    assert runtime.cache_bytes(tmp_path / "missing") == 0
+    keep_newest(tmp_path, 0)
+    assert bytes_of(tmp_path) == 0
+    keep_newest(tmp_path / "missing", 0)
+    assert bytes_of(tmp_path / "missing") == 0
 
 
 @pytest.mark.parametrize("variable", [None, "JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"])
