@@ -83,7 +83,9 @@ def read_ask(body: Any, served: Served, settings: Settings, *, chat: bool, clien
         raise refused("stop", f"{len(ends)} stop tokens are more than {STOPS}")
     stream, watch = fields.flag("stream"), fields.flag("watch")
     watched = stream and watch and max(map(len, prompts)) <= WATCHED
-    usage = bool(fields.object("stream_options").get("include_usage"))
+    options = Fields(fields.object("stream_options"), "stream_options.")
+    usage = options.flag("include_usage")
+    options.no_others(("include_obfuscation",))
     one = Request((), 1, _config(fields, ends), _seed(fields), top is not None, settings.seconds, client, watched)
     most = _most(fields, settings)
     fields.no_others(HARMLESS)
