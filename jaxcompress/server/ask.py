@@ -91,7 +91,7 @@ def read_ask(body: Any, served: Served, settings: Settings, *, chat: bool, clien
     fields.no_others(HARMLESS)
     room = lambda prompt: max(1, served.pools[pool].room(len(prompt), settings.max_tokens)) if most is None else most
     requests = tuple(
-        replace(one, prompt=prompt, max_new_tokens=room(prompt), seed=(one.seed + n) % 2**63)
+        replace(one, prompt=prompt, max_new_tokens=room(prompt), seed=(one.seed + n + 2**63) % 2**64 - 2**63)
         for prompt in prompts
         for n in range(choices)
     )
@@ -164,7 +164,7 @@ def _prompts(fields: Fields, served: Served) -> list[np.ndarray]:
     """One or more prompts, as texts or as token ids."""
     given = fields.get("prompt")
     is_text = lambda x: isinstance(x, str)
-    is_ids = lambda x: isinstance(x, list) and bool(x) and all(isinstance(token, int) for token in x)
+    is_ids = lambda x: isinstance(x, list) and bool(x) and all(type(token) is int for token in x)  # true is none
     several = given if isinstance(given, list) and not is_ids(given) else [given]
     if not several or not all(is_text(one) or is_ids(one) for one in several):
         raise refused("prompt", "prompt must be a string, a list of token ids, or a list of these")

@@ -154,6 +154,7 @@ def test_errors_have_the_shape_of_the_official_client(client: openai.OpenAI) -> 
         (TEXT, dict(prompt="a", n=9), 400, "n must be a whole number from 1 to 8"),
         (TEXT, dict(prompt=["a"] * 9), 400, "9 prompts of 1 choices are more than 8 answers"),
         (TEXT, dict(prompt="a", seed=2**63), 400, "seed must be a whole number"),
+        (TEXT, dict(prompt=[[True, 3]]), 400, "prompt must be a string, a list of token ids, or a list of these"),
         (TEXT, dict(prompt="a", stop=[""]), 400, "stop must be a string"),
         (TEXT, dict(prompt="a", stop=5), 400, "stop must be a string"),
         (TEXT, dict(prompt="a", logprobs=21), 400, "logprobs must be a whole number from 0 to 20"),
@@ -234,6 +235,12 @@ def test_a_stop_in_what_was_held_back_is_the_reason(here: Here) -> None:
 
     assert asyncio.run(reason("x")) == [("\ufffd", "length")]
     assert asyncio.run(reason("\ufffd")) == [("", "stop")]
+
+
+@pytest.mark.parametrize(("seed", "seeds"), [(-2, [-2, -1, 0]), (2**63 - 2, [2**63 - 2, 2**63 - 1, -(2**63)])])
+def test_the_first_choice_has_the_seed_that_was_given(here: Here, seed: int, seeds: list[int]) -> None:
+    body = dict(prompt="a", seed=seed, n=3)
+    assert [one.seed for one in read_ask(body, here.served, Settings(), chat=False, client="").requests] == seeds
 
 
 def test_a_long_prompt_is_answered_without_being_watched(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
