@@ -98,8 +98,13 @@ def _load(conversation: Conversation, words: list[str]) -> None:
     from jaxcompress.generation.state_file import read_record
 
     facts = read_record(words[0]).facts
-    # One of a class of one's own is not in the file; any other is, with the weights that it had.
-    own = facts.get("expression") is None and facts.get("policy") == now.policy.name
+    # A policy of a class of one's own is not in the file; any other is, with the weights that it had.
+    own, named = facts.get("expression", "") is None, facts.get("policy")
+    if own and named != now.policy.name:
+        raise ValueError(
+            f"{words[0]} is a conversation under {named}, a policy of your own, which is not in the file; go over to "
+            f"it first: /policy FILE.py:{named}"
+        )
     conversation.chat = Chat.load(words[0], now.loaded, now.policy if own else None)
     tell(f"{conversation.described()}; {len(conversation.chat.tokens):,} tokens read and written so far")
 

@@ -25,11 +25,16 @@ from jaxcompress.checkpoints import Loaded, load
 from jaxcompress.cli.chat import _talk
 from jaxcompress.cli.conversation import COMMANDS, Conversation, retention_page
 from jaxcompress.generation import Chat
-from jaxcompress.policies import TOVA
+from jaxcompress.policies import TOVA, policy
 from jaxcompress.policies.forget_head import init_forget_head
 from jaxcompress.policies.learned import DMS
 
 # ruff: noqa: F811  pytest's fixtures
+
+
+@policy
+class Mine(TOVA):
+    """A policy that no name gives back."""
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +169,15 @@ def test_a_file_of_the_same_policy_with_other_weights(loaded: Loaded, tmp_path: 
     conversation = Conversation(mine)
     conversation.take(f"/load {tmp_path / 'file'}")
     assert conversation.chat.policy == other.policy != mine.policy
+
+
+def test_a_file_of_a_policy_of_ones_own_says_what_to_do(loaded: Loaded, tmp_path: Path) -> None:
+    Chat(loaded, Mine(), 8).save(tmp_path / "file")
+    conversation = Conversation(Chat(loaded, TOVA(), 8))
+    with pytest.raises(ValueError, match=r"a policy of your own, .* go over to it first: /policy FILE.py:Mine"):
+        conversation.take(f"/load {tmp_path / 'file'}")
+    conversation.chat = Chat(loaded, Mine(), 8)
+    conversation.take(f"/load {tmp_path / 'file'}")
 
 
 def test_a_policy_that_fails_does_not_end_the_conversation(
