@@ -45,7 +45,8 @@ def check_placed(policy: Policy, placement: Placement | None = None) -> None:
 
 
 def checked_scores(policy: Policy, stats: Stats, held: CacheView) -> SlotScores:
-    """`policy.score`, without gradient.
+    """`policy.score`, without gradient. Of the tokens with score +inf, those that `policy.shields` counts come first:
+    there is room for them in any state, and for the others, such as the rest of a protected token's chunk, perhaps not.
 
     Raises:
       ValueError: it gives something else than [B, P, N] numbers.
@@ -58,7 +59,8 @@ def checked_scores(policy: Policy, stats: Stats, held: CacheView) -> SlotScores:
             f"N candidates of P sets, got {_described(given)}; its scope is {policy.scope!r}. Keys and values have an "
             "axis of kv heads: average over it, .mean(1, keepdims=True), or take the scope 'kv_head'"
         )
-    return jax.lax.stop_gradient(given)
+    shielded = held.among(*policy.shields(held.per_set))
+    return jax.lax.stop_gradient(jnp.where(jnp.isposinf(given) & ~shielded, jnp.finfo(dtype).max, given))
 
 
 def checked_stats(policy: Policy, stats: Stats, seen: Observation) -> Stats:

@@ -18,11 +18,13 @@ from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.policies import Policy
-from jaxcompress.policies.cache_view import IncomingTokens, Observation
+from jaxcompress.policies.cache_view import IncomingTokens, Observation, Scope
+from jaxcompress.policies.checks import checked_scores
 from jaxcompress.policies.draws import per_token
 from jaxcompress.policies.names import get_policy
 from jaxcompress.recurrence import chunk_attention
 from jaxcompress.recurrence.advance import advance
+from jaxcompress.state.select import keep_top
 
 from . import reference
 from .watched import scored_as
@@ -376,6 +378,34 @@ def test_zero_protected_is_none_protected(policy: Policy) -> None:
     if not policy.name.startswith(("lagkv", "nacl")):
         assert np.isfinite(got).all()
     assert all(len(k) == 16 for k in kept)
+
+
+@policies.policy
+class Oldest(Policy):
+    """What a state of 4 would keep: the first tokens."""
+
+    scope: Scope = "kv_head"
+
+    def score(self, stats: Any, held: Any) -> Any:
+        return -held.positions.astype(jnp.float32)
+
+
+@pytest.mark.parametrize(("one", "stats"), [
+    (policies.protect(policies.critical(Oldest(), 1.0), recent=2), ((), jnp.ones((1, 1, 6)))),
+    (policies.sampled(policies.critical(Oldest(), 0.75), 2), ((), jnp.ones((1, 1, 6)))),
+    (policies.protect(policies.adaptive(Oldest("pool"), 1.0), recent=2), ()),
+    (policies.protect(policies.NACL(1, 0, 0, 0.0), recent=2), -jnp.arange(6.0)[None, None, :, None]),
+    (policies.by_chunks(policies.protect(Oldest(), recent=2), 6), ()),
+    (policies.mix((1.0, policies.critical(Oldest(), 1.0)), (1.0, policies.protect(Oldest(), recent=2))),
+     (((), jnp.ones((1, 1, 6))), ())),
+], ids=lambda x: getattr(x, "name", ""))  # fmt: skip
+def test_what_is_protected_goes_before_what_is_only_chosen_for_sure(one: Policy, stats: Any) -> None:
+    """A share, or a chunk, that fills the room leaves the newest tokens their place."""
+    at = jnp.arange(6)[None, None]
+    owner = jnp.zeros_like(at) if one.scope == "pool" else None
+    held = candidates(np.zeros((1, 1, 6, D)), np.zeros((1, 1, 6, D)), at, capacity=4, owner=owner)
+    kept = keep_top(checked_scores(one, stats, held), at, 4)[0, 0]
+    assert np.flatnonzero(kept).tolist() == [0, 1, 4, 5]
 
 
 def test_repeated_tokens_tie_and_the_older_stay() -> None:
