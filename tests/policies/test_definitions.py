@@ -408,6 +408,18 @@ def test_what_is_protected_goes_before_what_is_only_chosen_for_sure(one: Policy,
     assert np.flatnonzero(kept).tolist() == [0, 1, 4, 5]
 
 
+@pytest.mark.parametrize("cross", [False, True])
+def test_lagkv_of_repeated_tokens(cross: bool) -> None:
+    """A chunk of equal values has no range to measure the one before it by; scores are numbers all the same."""
+    keys = np.random.default_rng(0).standard_normal((1, 1, 9, D)).astype(np.float32)
+    values = keys.copy()
+    values[:, :, 5:] = 1.0
+    one = policies.LagKV(2, sinks=1, cross=cross)
+    scores = np.asarray(one.score((), candidates(keys, values, np.arange(9)[None, None], capacity=6)))[0, 0]
+    assert not np.isnan(scores).any()
+    assert cross or sorted(scores[3:5]) == [0.0, 0.5]
+
+
 def test_repeated_tokens_tie_and_the_older_stay() -> None:
     """RoPE keeps norms: in the first layer the same token has the same score wherever it stands."""
     keys = np.tile(np.random.default_rng(0).standard_normal((1, 1, 1, D)), (1, 1, T, 1)).astype(np.float32)
@@ -433,12 +445,32 @@ def test_the_least_capacity_has_room_for_all_that_is_protected(name: str, least:
         init_state(DecoderConfig(8, 8, 8, 1, 4, 2, D), policy, least - 1)
 
 
+@policies.policy
+class Sized(Policy):
+    """Its hints are not checked by the tests, as those of the library are."""
+
+    count: int = 1
+    width: int | None = None
+    share: float | int = 0.5
+    flag: bool = False
+
+
 class TestErrors:
     """Said before anything is compiled, with what was given and what would do."""
 
     @pytest.mark.parametrize(("make", "says"), [
         (lambda: policies.SnapKV(0), "at least 1 query"),
         (lambda: policies.SnapKV(4, 4), "odd"),
+        (lambda: policies.every(policies.TOVA(), True), "n of every must be a whole number, not True"),
+        (lambda: policies.RKV(threshold=float("nan")), "threshold of RKV must be a number, not nan"),
+        (lambda: Sized(count=2.5), "count of Sized must be a whole number, not 2.5"),
+        (lambda: Sized(count="4"), "count of Sized must be a whole number, not '4'"),
+        (lambda: Sized(width=np.float32("nan")), "width of Sized must be a whole number or None, not"),
+        (lambda: Sized(share=True), "share of Sized must be a number, not True"),
+        (lambda: Sized(flag=1), "flag of Sized must be True or False, not 1"),
+        (lambda: policies.critical(policies.TOVA(), epsilon=-1), "epsilon must be 0 or more"),
+        (lambda: policies.ExpectedAttention(epsilon=float("inf")), "epsilon must be 0 or more"),
+        (lambda: policies.mix((float("inf"), policies.TOVA()), (1.0, policies.Window())), "a positive weight"),
         (lambda: policies.every(policies.TOVA(), 0), "1 step or more"),
         (lambda: policies.every(policies.Full(), 2), "never evicts"),
         (lambda: policies.every(policies.StreamingLLM(4, "before"), 2), "before"),
