@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,13 @@ def check_policy(policy: Any) -> None:
 
 
 def check_placed(policy: Policy, placement: Placement | None = None) -> None:
-    """Raises ValueError if the tokens that a policy holds cannot stand there; None: where the policy places them.
+    """Raises ValueError if the tokens that a policy holds cannot stand there, or if that is no placement; None: where the
+    policy places them.
 
     Re-indexed positions count the tokens that one head holds; a pool holds those of all heads in one order.
     """
+    if placement is not None and placement not in (known := get_args(Placement)):
+        raise ValueError(f"a placement is one of {', '.join(known)}, not {placement!r}")
     for one in policy.layers or (policy,):
         placed = placement or one.placement
         if one.scope == "pool" and placed != "absolute":
