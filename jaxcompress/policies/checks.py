@@ -30,8 +30,8 @@ def check_policy(policy: Any) -> None:
 
 
 def check_placed(policy: Policy, placement: Placement | None = None) -> None:
-    """Raises ValueError if the tokens that a policy holds cannot stand there, or if that is no placement; None: where the
-    policy places them.
+    """Raises ValueError if the tokens that a policy holds cannot stand there, or no placement is called so; None: where
+    the policy places them.
 
     Re-indexed positions count the tokens that one head holds; a pool holds those of all heads in one order.
     """

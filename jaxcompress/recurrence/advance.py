@@ -122,8 +122,8 @@ def _check_arrays(q: Any, k: Any, v: Any, positions: Any, state: KVState, policy
         told = "{} rows, {} heads in {} sets, {} pool"
         raise ValueError(
             f"the state has {told.format(*has[:3], 'a' if has[3] else 'no')}; for {b} rows of {h} query and {kv} kv "
-            f"heads policy {policy.name} needs {told.format(*needs[:3], 'a' if needs[3] else 'no')}: give the state and the "
-            "policy that belong together"
+            f"heads policy {policy.name} needs {told.format(*needs[:3], 'a' if needs[3] else 'no')}: give a state and "
+            "a policy that belong together"
         )
 
 

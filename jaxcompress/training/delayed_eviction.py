@@ -7,6 +7,7 @@ network serves as a policy with a fixed number of slots.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ def share_schedule(ratio: float | int, steps: int) -> optax.Schedule:
     Raises:
       ValueError: a ratio below 1, or no steps.
     """
-    if ratio < 1 or steps < 1:
+    if not 1 <= ratio < math.inf or steps < 1:
         raise ValueError(f"a ratio is 1 or more and a schedule has steps, not ratio={ratio}, steps={steps}")
     return optax.linear_schedule(1.0, 1 / ratio, steps)
 

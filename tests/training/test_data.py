@@ -123,6 +123,8 @@ class TestRows:
             split(rows_of(7, 2), batch=3, held_out=1)
         with pytest.raises(ValueError, match=r"1 tokens, 0 rows of 2; one step needs 1"):
             split(rows_of(1, 2), batch=1, held_out=0)
+        with pytest.raises(ValueError, match="held_out must be a whole number, at least 0, not -5"):
+            split(rows_of(8, 2), batch=3, held_out=-5)  # it gave more rows to train on than there are
 
 
 class TestBatches:
