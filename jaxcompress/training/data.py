@@ -163,7 +163,8 @@ def pack(
       progress: called after each document with its number of tokens.
 
     Raises:
-      ValueError: the tokenizer has more tokens than the model, or a document of token ids has one that the model lacks.
+      ValueError: no documents, the tokenizer has more tokens than the model, or a document of token ids has one that
+        the model lacks.
     """
     check_vocabulary(tokenizer, vocab_size)
     bos, eos = tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
@@ -179,6 +180,8 @@ def pack(
         if not marks and len(ids):
             predicted[-2][0] = False
         progress(len(ids))
+    if not tokens:
+        raise ValueError("no documents were given: there is nothing to train on")
     return TokenStream(np.concatenate(tokens), np.concatenate(predicted), bos)
 
 

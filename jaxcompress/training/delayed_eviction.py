@@ -22,7 +22,7 @@ from jaxcompress.recurrence.block_attention import forgetful_attention
 from jaxcompress.state.shapes import Hidden, Tokens, Valid
 from jaxcompress.training.distillation import divergence
 from jaxcompress.training.forget_heads import check_network, check_temperature, counted, network, positions_of
-from jaxcompress.training.loss import token_losses
+from jaxcompress.training.loss import check_weights, token_losses
 
 with extra("train"):
     import optax
@@ -169,7 +169,7 @@ def dms_loss(  # ten parameters: the inputs, and the settings of the loss
       The loss, and its parts `prediction` and `kept`.
 
     Raises:
-      ValueError: see `read_with_soft_eviction`.
+      ValueError: see `read_with_soft_eviction`; weights of another shape.
     """
     read = read_with_soft_eviction(
         model, tokens[:, :-1], head, window=window, temperature=temperature, valid=counted(weights), key=key
@@ -188,6 +188,7 @@ def prediction_and_share(
     pressure: float | int | Float[Array, ""],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss of a text that was read with forgetting; see `dms_loss`."""
+    check_weights(weights, tokens)
     logits = model.logits(read.hidden)
     if teacher is None:
         losses = token_losses(logits, tokens[:, 1:])

@@ -75,6 +75,8 @@ class TestPack:
         with pytest.raises(ValueError, match="has 7 tokens, the model's vocabulary only 6"):
             pack(["a"], tokenizer, vocab_size=6)
         assert pack(["a"], tokenizer, vocab_size=64).tokens.size == 3
+        with pytest.raises(ValueError, match="no documents"):
+            pack([], tokenizer, vocab_size=64)
 
     def test_long_texts_are_tokenized_in_pieces(self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
         text = "a b\nc " * 40_000
