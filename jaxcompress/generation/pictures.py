@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxcompress._extras import extra
-from jaxcompress.inputs.described import described
 from jaxcompress.models.llava import LlavaConfig, crops_of
 from jaxcompress.models.tower_config import TowerConfig
 
@@ -201,7 +200,7 @@ def process(pictures: Sequence[Picture], processor: Any, config: LlavaConfig | T
         number.
     """
     if isinstance(pictures, str | Path | Image.Image) or _is_picture(pictures):
-        raise ValueError(f"pictures are a list of pictures, not {described(pictures)}; write [picture]")
+        raise ValueError(f"pictures are a list of pictures, not {type(pictures).__name__}; write [picture]")
     tower = config if isinstance(config, TowerConfig) else config.tower
     _check_processor(processor, tower, config)
     named = lambda i, p: str(p) if isinstance(p, str | Path) else f"picture {i}"
