@@ -62,8 +62,9 @@ def checked_scores(policy: Policy, stats: Stats, held: CacheView) -> SlotScores:
             f"N candidates of P sets, got {_described(given)}; its scope is {policy.scope!r}. Keys and values have an "
             "axis of kv heads: average over it, .mean(1, keepdims=True), or take the scope 'kv_head'"
         )
-    shielded = held.among(*policy.shields(held.per_set))
-    return jax.lax.stop_gradient(jnp.where(jnp.isposinf(given) & ~shielded, jnp.finfo(dtype).max, given))
+    if any(counted := policy.shields(held.per_set)):
+        given = jnp.where(jnp.isposinf(given) & ~held.among(*counted), jnp.finfo(dtype).max, given)
+    return jax.lax.stop_gradient(given)
 
 
 def checked_stats(policy: Policy, stats: Stats, seen: Observation) -> Stats:
