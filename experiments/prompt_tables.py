@@ -2,12 +2,14 @@
 
     python experiments/prompt_tables.py --model smollm2 --texts books/ --out rows.jsonl
     python experiments/prompt_tables.py --model smollm2 --texts books/ --squality squality/ --out rows.jsonl
+    python experiments/prompt_tables.py --model smollm2 --domains documentation code --out rows.jsonl
     python experiments/prompt_tables.py --out rows.jsonl --table table.md      # only draws what the file holds
 
 Three things are read after a shortened context, and their loss is taken, always over the same tokens: the text that
 follows in the book (`continuation`), the number that a sentence hidden in the context names, asked for after it
-(`needle`), and people's answers to questions about a story (`squality`). A cell is one task, compressor and ratio, over
-all contexts. `whole` keeps the context, `nothing` leaves it out: they bound what can be lost.
+(`needle`), and people's answers to questions about a story (`squality`). `--domains` takes the first two from other
+texts than books (`logs: continuation`, `logs: needle`). A cell is one task, compressor and ratio, over all contexts.
+`whole` keeps the context, `nothing` leaves it out: they bound what can be lost.
 
 Compressors are `embedded` (the classifier that ships), a folder or hub id of another LLMLingua-2 classifier,
 `llmlingua`, `selective-context` and `self-information` (with the reader as their small model), `tf-idf`, `content`,
@@ -33,6 +35,7 @@ import jax
 import numpy as np
 from command import arguments
 from paper_tables import OfBooks, Plan, markdown, of_experiment, of_texts, run, spread
+from prompt_domains import domains_of
 from tova_documents import squality
 
 from jaxcompress.checkpoints import Loaded
@@ -52,6 +55,7 @@ from jaxcompress.prompt.selective_context import selective_context
 from jaxcompress.prompt.surface import words_of
 
 EXPERIMENT, LOSS, RIGHT = "prompt_tables", "nats per token", "right, %"
+CONTINUATION, NEEDLE = "continuation", "needle"
 SHORTENING, READING = "seconds of shortening", "seconds of reading"
 WIDTH = 256  # prompts are padded to a multiple, so that few programs are compiled
 MADE: dict[str, Callable[[Reader, int], Scorer]] = {
@@ -89,6 +93,8 @@ class Arguments(OfBooks):
     """Tokens that follow a context in its book."""
     seeds: int = 3
     """Draws of `random`."""
+    domains: tuple[str, ...] = ()
+    """Texts in place of books: documentation, code, logs, json, tables, or UTF-8 files."""
     squality: Path | None = None
     """A folder with SQuALITY's dev.jsonl; its task is left out if not given."""
 
@@ -196,8 +202,14 @@ def read(loaded: Loaded[Any, Any, Any], piece: Piece, text: str) -> Losses:
 
 def plan(args: Arguments) -> Plan:
     loaded = args.load()
-    tokenizer, books = loaded.tokenizer, dict(args.books())
-    tasks = dict(continuation=continuations(args, books, tokenizer), needle=needles(args, books, tokenizer))
+    tokenizer = loaded.tokenizer
+    if args.domains and (args.texts or args.pg19):
+        raise ValueError("--domains takes the place of books: give it without --texts and --pg19")
+    tasks: dict[str, list[Piece]] = {}
+    for name, texts in (domains_of(args.domains) or {"": dict(args.books())}).items():
+        before = f"{name}: " if name else ""
+        tasks[f"{before}{CONTINUATION}"] = continuations(args, texts, tokenizer)
+        tasks[f"{before}{NEEDLE}"] = needles(args, texts, tokenizer)
     if args.squality is not None:
         tasks["squality"] = answers(args, args.squality, tokenizer)
     reader, counter = Reader(loaded.model, tokenizer, slots=512, segment=128), TokenizerCounter(tokenizer)
@@ -288,7 +300,7 @@ def of_task(task: str, rows: Sequence[Row], found: dict[tuple[str, str, Any, str
             return ""
         each = np.mean([one.details["each"] for one in some], axis=0) - whole.details["each"]
         entry = spread(list(map(float, each)), ".3f")
-        return entry if task != "needle" else f"{entry}; {right(name, ratio)}"
+        return entry if not task.endswith(NEEDLE) else f"{entry}; {right(name, ratio)}"
 
     def right(name: str, ratio: Any) -> str:
         return f"{statistics.mean(one.value for one in found[task, name, ratio, RIGHT]):.0f} %"
@@ -306,7 +318,7 @@ def of_task(task: str, rows: Sequence[Row], found: dict[tuple[str, str, Any, str
     said = f"**{task}**: {cell.model}, {cell.dtype}, {whole.samples} contexts of about {cell.context} words, "
     said += f"{whole.tokens:,} tokens counted. The whole context gives {whole.value:.3f} nats per token, none "
     said += f"{nothing.value:.3f}"
-    if task == "needle":
+    if task.endswith(NEEDLE):
         said += f"; right answers {right('whole', None)} and {right('nothing', None)}"
     said += f". Reading takes {reading['whole']:.2f} s whole, and " + ", ".join(
         f"{value:.2f} s at {ratio:g} ×" for ratio, value in by_ratio.items()

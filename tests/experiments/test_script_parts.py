@@ -172,6 +172,27 @@ def test_contexts_are_dealt_to_all_books(script: Any) -> None:
         assert [sum(piece.text.startswith(f"{n}w") for piece in found) for n in range(3)] == counts
 
 
+def test_domains_are_the_same_every_time_and_told_apart(script: Any, tmp_path: Path) -> None:
+    module = script("prompt_domains")
+    names = ["documentation", "code", "logs", "json", "tables"]
+    found = module.domains_of(names)
+    assert list(found) == names
+    assert found == module.domains_of(names)
+    assert all(len(set(texts.values())) == 4 for texts in found.values())
+    orders = [json.loads(line) for line in found["json"]["shop 0"].splitlines()]
+    for one in orders:
+        assert one["total"] == round(sum(item["quantity"] * item["price"] for item in one["items"]), 2)
+        assert f"order {one['id']} " in found["logs"]["shop 0"]
+        assert f"| {one['id']} | {one['at'][:10]} | " in found["tables"]["shop 0"]
+    own = tmp_path / "dialogue.txt"
+    own.write_text("Good morrow, cousin.", "utf-8")
+    assert module.domains_of([str(own)]) == {"dialogue": {"dialogue": "Good morrow, cousin."}}
+    with pytest.raises(ValueError, match="'letters' is neither"):
+        module.domains_of(["letters"])
+    with pytest.raises(ValueError, match="two texts that are called 'dialogue'"):
+        module.domains_of([str(own), str(own)])
+
+
 def test_what_is_timed_one_after_another_is_compiled_before(script: Any) -> None:
     prompts = [np.arange(length) for length in (5, 100, 128, 129, 1000, 4000)]
     widths = lambda some: {call.width for one in some for call in calls("streaming", len(one), chunk=1, segment=128)}
