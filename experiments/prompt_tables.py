@@ -272,38 +272,54 @@ def line(row: Row) -> str:
     return f"{cell.task:14} {cell.policy:24} {ratio:4.1f} {cell.seed:3} {figure.metric:24} {figure.value:9.4f}"
 
 
+Found = dict[tuple[str, str, Any, str], list[Figure]]
+"""The figures of a task, compressor, ratio and metric, one for each seed."""
+
+
 def table(rows: Sequence[Row]) -> list[str]:
-    """Markdown: for each task a line for each compressor, a column for each ratio."""
+    """Markdown: for each task a line for each compressor, a column for each ratio; for domains a column for each."""
     rows = of_experiment(rows, EXPERIMENT)
-    found: dict[tuple[str, str, Any, str], list[Figure]] = {}
+    found: Found = {}
     for row in rows:
         ratio = None if row.cell.policy in BOUNDS else row.cell.settings["ratio"]
         found.setdefault((row.cell.task, row.cell.policy, ratio, row.figure.metric), []).append(row.figure)
     lines = []
-    for task in dict.fromkeys(row.cell.task for row in rows):
-        lines += of_task(task, rows, found)
+    tasks = dict.fromkeys(row.cell.task for row in rows)
+    for task in tasks:
+        if ": " not in task:
+            lines += of_task(task, rows, found)
+    for kind in (CONTINUATION, NEEDLE):
+        if some := [task for task in tasks if task.endswith(f": {kind}")]:
+            lines += of_domains(kind, some, rows, found)
     return lines or ["no rows"]
 
 
-def of_task(task: str, rows: Sequence[Row], found: dict[tuple[str, str, Any, str], list[Figure]]) -> list[str]:
+def lost(task: str, name: str, ratio: float, found: Found) -> str:
+    """Over `whole`: mean and standard error over contexts, draws averaged; of needles the right answers beside it."""
+    some, (whole,) = found.get((task, name, ratio, LOSS), []), found[task, "whole", None, LOSS]
+    if not some:
+        return ""
+    each = np.mean([one.details["each"] for one in some], axis=0) - whole.details["each"]
+    entry = spread(list(map(float, each)), ".3f")
+    return f"{entry}; {right(task, name, ratio, found)}" if task.endswith(NEEDLE) else entry
+
+
+def right(task: str, name: str, ratio: Any, found: Found) -> str:
+    return f"{statistics.mean(one.value for one in found[task, name, ratio, RIGHT]):.0f} %"
+
+
+def measured(rows: Sequence[Row]) -> tuple[list[str], list[float]]:
+    """Names of compressors, and ratios."""
+    mine = [row.cell for row in rows if row.cell.policy not in BOUNDS]
+    return list(dict.fromkeys(cell.policy for cell in mine)), sorted({cell.settings["ratio"] for cell in mine})
+
+
+def of_task(task: str, rows: Sequence[Row], found: Found) -> list[str]:
     mine = [row for row in rows if row.cell.task == task]
-    names = list(dict.fromkeys(row.cell.policy for row in mine if row.cell.policy not in BOUNDS))
-    ratios = sorted({row.cell.settings["ratio"] for row in mine if row.cell.policy not in BOUNDS})
+    names, ratios = measured(mine)
     whole, nothing = (found.get((task, name, None, LOSS), [None])[0] for name in BOUNDS)
     if whole is None or nothing is None:
         return [f"{task}: `whole` and `nothing` were not measured yet", ""]
-
-    def lost(name: str, ratio: float) -> str:
-        """Over `whole`: mean and standard error over contexts, draws averaged."""
-        some = found.get((task, name, ratio, LOSS), [])
-        if not some:
-            return ""
-        each = np.mean([one.details["each"] for one in some], axis=0) - whole.details["each"]
-        entry = spread(list(map(float, each)), ".3f")
-        return entry if not task.endswith(NEEDLE) else f"{entry}; {right(name, ratio)}"
-
-    def right(name: str, ratio: Any) -> str:
-        return f"{statistics.mean(one.value for one in found[task, name, ratio, RIGHT]):.0f} %"
 
     def seconds(name: str) -> str:
         some = [one.value for ratio in ratios for one in found.get((task, name, ratio, SHORTENING), [])]
@@ -319,7 +335,7 @@ def of_task(task: str, rows: Sequence[Row], found: dict[tuple[str, str, Any, str
     said += f"{whole.tokens:,} tokens counted. The whole context gives {whole.value:.3f} nats per token, none "
     said += f"{nothing.value:.3f}"
     if task.endswith(NEEDLE):
-        said += f"; right answers {right('whole', None)} and {right('nothing', None)}"
+        said += f"; right answers {right(task, 'whole', None, found)} and {right(task, 'nothing', None, found)}"
     said += f". Reading takes {reading['whole']:.2f} s whole, and " + ", ".join(
         f"{value:.2f} s at {ratio:g} ×" for ratio, value in by_ratio.items()
     )
@@ -328,7 +344,37 @@ def of_task(task: str, rows: Sequence[Row], found: dict[tuple[str, str, Any, str
         "",
         *markdown(
             ["compressor", *(f"{ratio:g} ×" for ratio in ratios), "seconds of shortening"],
-            ([f"`{name}`", *(lost(name, ratio) for ratio in ratios), seconds(name)] for name in names),
+            ([f"`{name}`", *(lost(task, name, ratio, found) for ratio in ratios), seconds(name)] for name in names),
+        ),
+        "",
+    ]  # fmt: skip
+
+
+def of_domains(kind: str, tasks: Sequence[str], rows: Sequence[Row], found: Found) -> list[str]:
+    """One table for all domains of a kind: a line for each ratio and compressor."""
+    tasks = [task for task in tasks if all((task, name, None, LOSS) in found for name in BOUNDS)]
+    mine = [row for row in rows if row.cell.task in tasks]
+    if not mine:
+        return [f"{kind}: `whole` and `nothing` were not measured yet", ""]
+    names, ratios = measured(mine)
+    cell, samples = mine[0].cell, {row.figure.samples for row in mine}
+    bound = lambda task, name: (
+        f"{found[task, name, None, LOSS][0].value:.3f}"
+        + (f"; {right(task, name, None, found)}" if kind == NEEDLE else "")
+    )
+    said = f"**{kind}**: {cell.model}, {cell.dtype}, {' or '.join(map(str, sorted(samples)))} contexts of about "
+    said += f"{cell.context} words for each domain. Nats per token, and what is lost to the whole context, mean and "
+    said += "standard error over contexts."
+    return [
+        said,
+        "",
+        *markdown(
+            ["", *(task.removesuffix(f": {kind}") for task in tasks)],
+            [
+                *([f"{name} of the context", *(bound(task, name) for task in tasks)] for name in BOUNDS),
+                *([f"`{name}`, {ratio:g} ×", *(lost(task, name, ratio, found) for task in tasks)]
+                  for ratio in ratios for name in names),
+            ],
         ),
         "",
     ]  # fmt: skip

@@ -193,6 +193,26 @@ def test_domains_are_the_same_every_time_and_told_apart(script: Any, tmp_path: P
         module.domains_of([str(own), str(own)])
 
 
+def test_domains_stand_side_by_side(script: Any) -> None:
+    table = script("prompt_tables").table
+
+    def row(domain: str, name: str, ratio: float | None, each: list[float]) -> Row:
+        cell = Cell(experiment="prompt_tables", task=f"{domain}: continuation", model="m", model_hash="", policy=name,
+                    slots=8, context=64, dtype="float32", settings=dict(ratio=ratio))  # fmt: skip
+        figure = Figure(metric="nats per token", value=sum(each) / 2, tokens=5, samples=2, state_bytes=0,
+                        details=dict(each=each))  # fmt: skip
+        return Row(cell, figure, MADE, at="")
+
+    bounds = [row(domain, name, None, each) for domain in ("logs", "json")
+              for name, each in (("whole", [1.0, 2.0]), ("nothing", [3.0, 3.0]))]  # fmt: skip
+    lines = table([*bounds, row("logs", "random", 2.0, [1.5, 2.7]), row("json", "random", 5.0, [1.0, 2.0])])
+    assert "|  | logs | json |" in lines
+    assert "| whole of the context | 1.500 | 1.500 |" in lines
+    assert "| `random`, 2 × | 0.600 ± 0.100 |  |" in lines
+    assert "| `random`, 5 × |  | 0.000 ± 0.000 |" in lines
+    assert not any("random" in line for line in table([row("logs", "random", 2.0, [1.5, 2.7])]))
+
+
 def test_what_is_timed_one_after_another_is_compiled_before(script: Any) -> None:
     prompts = [np.arange(length) for length in (5, 100, 128, 129, 1000, 4000)]
     widths = lambda some: {call.width for one in some for call in calls("streaming", len(one), chunk=1, segment=128)}
