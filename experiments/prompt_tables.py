@@ -12,7 +12,8 @@ texts than books (`logs: continuation`, `logs: needle`). A cell is one task, com
 `whole` keeps the context, `nothing` leaves it out: they bound what can be lost.
 
 Compressors are `embedded` (the classifier that ships), a folder or hub id of another LLMLingua-2 classifier,
-`llmlingua`, `selective-context` and `self-information` (with the reader as their small model), `tf-idf`, `content`,
+`llmlingua`, `selective-context` and `self-information` (with the reader as their small model), `repeated` and
+`left-out` (what the reader needs, `reader_teachers.py`), `embedded-repeated` (the mean of ranks), `tf-idf`, `content`,
 `uniform`, `first` and `random`. What follows a plus is an ablation: `embedded+numbers` protects numbers,
 `embedded+chunks` meets the budget in each chunk of 512 subwords as the paper does, `embedded+lines` keeps line breaks.
 Ablations of the paper's data (instruction, chunk-wise compression, filters) are in `teacher_tables.py`.
@@ -36,6 +37,7 @@ import numpy as np
 from command import arguments
 from paper_tables import OfBooks, Plan, markdown, of_experiment, of_texts, run, spread
 from prompt_domains import domains_of
+from reader_teachers import left_out, repeated
 from tova_documents import squality
 
 from jaxcompress.checkpoints import Loaded
@@ -47,7 +49,7 @@ from jaxcompress.evaluation.ruler.tasks import get_task
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.modes import ReadCall
 from jaxcompress.policies import Full
-from jaxcompress.prompt import Compressor, Scorer, TokenizerCounter, keep
+from jaxcompress.prompt import Compressor, Scorer, TokenizerCounter, keep, mixed
 from jaxcompress.prompt.baselines import content_words, evenly_spread, first_words, random_words, tf_idf
 from jaxcompress.prompt.information import Reader, self_information
 from jaxcompress.prompt.llmlingua import llmlingua
@@ -63,6 +65,9 @@ MADE: dict[str, Callable[[Reader, int], Scorer]] = {
     "llmlingua": lambda reader, seed: llmlingua(reader),
     "selective-context": lambda reader, seed: selective_context(reader),
     "self-information": lambda reader, seed: self_information(reader),
+    "repeated": lambda reader, seed: repeated(reader),
+    "left-out": lambda reader, seed: left_out(reader),
+    "embedded-repeated": lambda reader, seed: mixed((1, Compressor.load(dtype="float32")), (1, repeated(reader))),
     "tf-idf": lambda reader, seed: tf_idf(),
     "content": lambda reader, seed: content_words(),
     "uniform": lambda reader, seed: evenly_spread(),
@@ -81,7 +86,10 @@ BOUNDS = {"whole": 1.0, "nothing": math.inf}
 class Arguments(OfBooks):
     """Adds rows to the file for each task, compressor and ratio, and prints the table. The model is the reader."""
 
-    compressors: tuple[str, ...] = (*MADE, "embedded+numbers", "embedded+chunks")
+    compressors: tuple[str, ...] = (
+        "embedded", "llmlingua", "selective-context", "self-information", "tf-idf", "content", "uniform", "first",
+        "random", "embedded+numbers", "embedded+chunks",
+    )  # fmt: skip
     """Names, folders or hub ids, each with ablations after a plus."""
     ratios: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0)
     """How many times shorter."""
