@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxcompress.inputs.scalars import number, whole
 from jaxcompress.state.select import keep_top
 
 PerLayer = tuple[int, ...]
@@ -36,10 +37,9 @@ def pyramid(mean: int, layers: int, beta: int | float = 20, least: int = 1) -> P
       least: what the last layer gets at the least.
 
     Raises:
-      ValueError: no layers, a beta below 1, or a mean below `least`.
+      ValueError: no layers, a beta below 1, a mean below `least`, or what is no such number.
     """
-    if beta < 1:
-        raise ValueError(f"beta is how many times the mean exceeds the last layer's slots: at least 1, not {beta}")
+    _check_beta(beta)
     _check(mean, layers, least, "layers")
     low = max(Fraction(mean) / Fraction(beta), Fraction(least))
     step = 2 * (mean - low) / max(layers - 1, 1)
@@ -59,8 +59,9 @@ def pyramid_official(mean: int, layers: int, tokens: int, window: int = 8, beta:
       window: the newest tokens, which every layer keeps.
 
     Raises:
-      ValueError: no layers, or a mean that is not more than the window.
+      ValueError: no layers or tokens, a mean that is not more than the window, or what is no whole number.
     """
+    tokens, window, beta = whole(tokens, "tokens", least=1), whole(window, "window"), whole(beta, "beta", least=1)
     _check(mean, layers, window + 1, "layers")
     if tokens < mean:
         return (tokens,) * layers
@@ -84,9 +85,11 @@ def pyramid_even(mean: int | float, layers: int, tokens: int, window: int = 64, 
       tokens: length of the prompt; no layer gets more than `tokens - window`, unless all get the mean.
 
     Raises:
-      ValueError: no layers, or a mean that is not above 0.
+      ValueError: no layers or tokens, a mean that is not above 0, a beta below 1, or what is no such number.
     """
-    if layers < 1 or mean <= 0:
+    tokens, window = whole(tokens, "tokens", least=1), whole(window, "window")
+    _check_beta(beta)
+    if whole(layers, "the number of layers") < 1 or number(mean, "a mean of slots") <= 0:
         raise ValueError(f"a mean above 0 is shared by 1 layer or more, not a mean of {mean} by {layers} layers")
     low = mean / beta
     high = 2 * mean - low
@@ -140,9 +143,11 @@ def from_scores(scores: Float[Array, "L B K N"], mean: int, least: int = 1) -> P
       mean: slots per head on average.
 
     Raises:
-      ValueError: a mean below `least`.
+      ValueError: a mean below `least`, or no scores: all are -inf.
     """
     layers, batch, heads, n = scores.shape
+    if jnp.isneginf(scores).all():
+        raise ValueError(f"slots cannot be shared by scores {list(scores.shape)} that are all -inf: nothing is there")
     _check(mean, layers * heads, least, "heads")
     positions = jnp.where(jnp.isneginf(scores), -1, jnp.arange(n, dtype=jnp.int32))  # older tokens win ties
     flat = lambda x: x.transpose(1, 0, 2, 3).reshape(batch, 1, -1)
@@ -164,8 +169,7 @@ def retrieval_split(retrieval: np.ndarray, slots: int, streaming: int) -> PerHea
     heads = np.asarray(retrieval)
     if heads.ndim != 2 or heads.dtype != bool:
         raise ValueError(f"retrieval is [L, K] bool, not {list(heads.shape)} {heads.dtype}")
-    if min(slots, streaming) < 1:
-        raise ValueError(f"every head needs at least 1 slot; slots={slots}, streaming={streaming} were given")
+    slots, streaming = whole(slots, "slots", least=1), whole(streaming, "streaming", least=1)
     return tuple(tuple(slots if head else streaming for head in layer) for layer in heads.tolist())
 
 
@@ -174,12 +178,19 @@ def total(slots: PerLayer | PerHead) -> int:
     return int(np.sum(slots))
 
 
-def _check(mean: int, number: int, least: int, what: str) -> None:
-    if number < 1:
-        raise ValueError(f"slots are shared by at least 1 of the {what}, not {number}")
+def _check_beta(beta: float | int) -> None:
+    if number(beta, "beta") < 1:
+        raise ValueError(f"beta is how many times the mean exceeds the last layer's slots: at least 1, not {beta}")
+
+
+def _check(mean: int, count: int, least: int, what: str) -> None:
+    for given, name in ((mean, "a mean of slots"), (count, f"the number of {what}"), (least, "least")):
+        whole(given, name)
+    if count < 1:
+        raise ValueError(f"slots are shared by at least 1 of the {what}, not {count}")
     if least < 1 or mean < least:
         raise ValueError(
-            f"{number} {what} with {least} slots or more each need a mean of at least {max(least, 1)}, {mean} was given"
+            f"{count} {what} with {least} slots or more each need a mean of at least {max(least, 1)}, {mean} was given"
             if least >= 1
             else f"everyone needs at least 1 slot, least={least} was given"
         )

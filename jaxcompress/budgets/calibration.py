@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxcompress._extras import extra
+from jaxcompress.inputs.scalars import number, whole
 from jaxcompress.inputs.token_ids import token_rows
 from jaxcompress.models.attention import LayerConstants
 from jaxcompress.models.decoder import Decoder
@@ -148,8 +149,11 @@ def retrieval_heads(  # twelve parameters: the settings of one search
 
     Raises:
       ValueError: what is no text (see `jaxcompress.inputs.token_ids`), a share outside 0..1, no answers in some text,
-        or no tokens beyond sinks and recent ones.
+        no tokens beyond sinks and recent ones, no steps or rows, or what is no number.
     """
+    steps, rows = whole(steps, "steps", least=1), whole(rows, "rows", least=1)
+    sinks, recent = whole(sinks, "sinks"), whole(recent, "recent")
+    learning_rate, penalty = number(learning_rate, "learning_rate"), number(penalty, "penalty")
     tokens, asked = token_rows(tokens, model.config.vocab_size), np.asarray(asked, bool)
     _check_texts(tokens, asked, share, sinks + recent)
     predicting = np.pad(asked[:, 1:], [(0, 0), (0, 1)])

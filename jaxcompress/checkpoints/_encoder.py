@@ -31,6 +31,7 @@ from jaxcompress.checkpoints._modernbert import MODEL_TYPE, PROVENCE, load_moder
 from jaxcompress.checkpoints._save import write_folder
 from jaxcompress.checkpoints._stored_int8 import with_scales
 from jaxcompress.checkpoints._weights import Names, named_weights
+from jaxcompress.inputs.described import described
 from jaxcompress.inputs.encoder_tokenizer import EncoderTokenizer
 from jaxcompress.inputs.json import read_object
 from jaxcompress.models.encoder import Encoder, EncoderConfig
@@ -158,8 +159,10 @@ def save_encoder(encoder: Encoder, folder: str | Path, *, tokenizer_from: str | 
         its config.json are kept.
 
     Raises:
-      FileExistsError, FileNotFoundError, ValueError: as `save`.
+      FileExistsError, FileNotFoundError, ValueError: as `save`; also if it is no `Encoder`, such as a ModernBERT.
     """
+    if not isinstance(encoder, Encoder):
+        raise ValueError(f"only an Encoder (BERT, RoBERTa) can be saved, not {described(encoder)}")
     ours = hugging_face_encoder_config(encoder.config)
     config = config_like(tokenizer_from, ours, encoder_config, _INTERPRETED)
     weights, _ = named_weights(encoder, _names(_PREFIX[_kind(config)]))

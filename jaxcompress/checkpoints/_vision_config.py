@@ -70,6 +70,8 @@ def hugging_face_llava_config(config: LlavaConfig) -> dict[str, Any]:
     siglip = (tower.pre_norm, tower.patch_bias, tower.special) == (False, True, 0)
     if not (clip or siglip) or tower.labels or following != config.newline:
         raise ValueError("LLaVA in Hugging Face's layout has the tower of CLIP or SigLIP, and newlines if it has tiles")
+    text_config = hugging_face_config(config.decoder)
+    _check_decoder(text_config)
     activation = next(name for name, ours in _ACTIVATIONS.items() if ours == tower.activation)
     vision = {
         "model_type": "clip_vision_model" if clip else "siglip_vision_model",
@@ -89,7 +91,7 @@ def hugging_face_llava_config(config: LlavaConfig) -> dict[str, Any]:
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": config.projector_bias,
         "vision_config": vision,
-        "text_config": hugging_face_config(config.decoder),
+        "text_config": text_config,
         "tie_word_embeddings": config.decoder.tied,
         **({"image_grid_pinpoints": [list(point) for point in config.pinpoints]} if following else {}),
     }
@@ -185,9 +187,14 @@ def llava_config(raw: Mapping[str, Any]) -> LlavaConfig:
 
 
 def _decoder(raw: Mapping[str, Any]) -> DecoderConfig:
+    _check_decoder(raw)
+    return decoder_config(raw)
+
+
+def _check_decoder(raw: Mapping[str, Any]) -> None:
+    """Raises ValueError if a config.json describes a decoder that LLaVA has not in Hugging Face's layout."""
     if (kind := architecture_of(raw)) not in _DECODERS:
         raise ValueError(f"LLaVA with a decoder {kind} is not known; known: {', '.join(_DECODERS)}")
-    return decoder_config(raw)
 
 
 def _text_config(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +16,7 @@ from jaxcompress.cli.compare import Compare
 from jaxcompress.cli.compress_corpus import CompressCorpus
 from jaxcompress.cli.compress_prompt import CompressPrompt
 from jaxcompress.cli.demo import Demo
+from jaxcompress.cli.failures import judged
 from jaxcompress.cli.generate import Generate
 from jaxcompress.cli.info import Info
 from jaxcompress.cli.mesh import ProfileFlag
@@ -24,7 +24,7 @@ from jaxcompress.cli.parser import parsed
 from jaxcompress.cli.perplexity import Perplexity
 from jaxcompress.cli.retention import Retention
 from jaxcompress.cli.ruler import Ruler
-from jaxcompress.cli.runtime import Incomplete, told_warnings
+from jaxcompress.cli.runtime import tell, told_warnings
 from jaxcompress.cli.serve import Serve
 from jaxcompress.cli.trace import Trace
 from jaxcompress.cli.train import Train, train_defaults
@@ -88,10 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\njaxcompress: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        code, said = _judged(error)
+        code, said = judged(error)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _silence()
-        print(f"jaxcompress: {' '.join(filter(None, map(str.strip, said.splitlines())))}", file=sys.stderr)
+        tell(said)
         return code
     return 0
 
@@ -105,33 +105,3 @@ def _silence() -> None:
     """Discards what is left to print."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _judged(error: Exception) -> tuple[int, str]:
-    """The exit code of an error, and the line that tells it."""
-    said = str(error) or type(error).__name__
-    if os.environ.get("JAXCOMPRESS_TRACEBACK"):
-        traceback.print_exception(error)
-    if isinstance(error, Incomplete):
-        return 4, said
-    if isinstance(error, FloatingPointError):
-        return 1, said
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:  # the latter is XLA's, by whatever name
-        first = said.strip().splitlines()[0]
-        return 2, f"out of memory ({first}); ask for fewer --slots, --rows or tokens, or a smaller --dtype"
-    if isinstance(error, ValueError | OSError | ImportError):
-        return 2, said
-    *_, last = frames = traceback.extract_tb(error.__traceback__)
-    if (own := _in_own_policy(frames)) is not None:
-        return 2, f"{own.filename}, line {own.lineno}: {type(error).__name__}: {said}; {own.name} of your policy failed"
-    where = f"{os.path.basename(last.filename)}, line {last.lineno}"
-    return 3, (
-        f"a fault of jaxcompress: {type(error).__name__}: {said} ({where}); please report it, with "
-        "what JAXCOMPRESS_TRACEBACK=1 shows"
-    )
-
-
-def _in_own_policy(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
-    """The last frame in a policy of the user's own, FILE.py:NAME."""
-    own = sys.modules.get("jaxcompress.policies.own")  # absent if none was asked for
-    return None if own is None else next((one for one in reversed(frames) if own.is_own_file(one.filename)), None)

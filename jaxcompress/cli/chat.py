@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxcompress.cli.conversation import Conversation
+from jaxcompress.cli.failures import judged
 from jaxcompress.cli.flags import (
     ModeFlags,
     PlacementFlag,
@@ -95,8 +96,8 @@ def _talk(conversation: Conversation) -> None:
         except KeyboardInterrupt:  # what was written so far stays in the state
             print()
             tell("stopped; the answer counts as far as it was written")
-        except (ValueError, OSError, FloatingPointError) as error:
-            tell(str(error))
+        except Exception as error:  # a policy of one's own, too; what was said is not lost for it
+            tell(judged(error)[1])
 
 
 def _lines() -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxcompress.cli.retention import about_told, slots_told
-from jaxcompress.cli.runtime import check_writable, chosen_policy, tell
+from jaxcompress.cli.runtime import check_writable, chosen_policy, folder_name, tell
 from jaxcompress.inputs.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Conversation:
 
     def described(self) -> str:
         """The model, the policy and the state in a few words."""
-        name = Path(self.chat.loaded.folder).name
+        name = folder_name(self.chat.loaded.folder)
         return f"{name}, {self.chat.policy.name}, {slots_told(self.chat.slots)} slots, {_bytes(self.chat.nbytes)}"
 
     def _answer(self, message: str) -> None:
@@ -97,8 +97,15 @@ def _load(conversation: Conversation, words: list[str]) -> None:
     from jaxcompress.generation import Chat
     from jaxcompress.generation.state_file import read_record
 
-    same = read_record(words[0]).facts.get("policy") == now.policy.name  # then one of a class of one's own will do
-    conversation.chat = Chat.load(words[0], now.loaded, now.policy if same else None)
+    facts = read_record(words[0]).facts
+    # A policy of a class of one's own is not in the file; any other is, with the weights that it had.
+    own, named = facts.get("expression", "") is None, facts.get("policy")
+    if own and named != now.policy.name:
+        raise ValueError(
+            f"{words[0]} is a conversation under {named}, a policy of your own, which is not in the file; go over to "
+            f"it first: /policy FILE.py:{named}"
+        )
+    conversation.chat = Chat.load(words[0], now.loaded, now.policy if own else None)
     tell(f"{conversation.described()}; {len(conversation.chat.tokens):,} tokens read and written so far")
 
 
@@ -167,7 +174,7 @@ def retention_page(chat: Chat) -> tuple[np.ndarray, str]:
     texts = token_texts(tokenizer, ids)
     layers, sets, total = death.shape
     about: dict[str, Any] = dict(
-        policy=chat.policy.name, slots=chat.slots, sets=sets, model=chat.loaded.folder.name, layers=layers,
+        policy=chat.policy.name, slots=chat.slots, sets=sets, model=folder_name(chat.loaded.folder), layers=layers,
         text=f"a conversation of {len(chat.messages)} messages", tokens=total, of=total, mode=mode, prompt=None,
     )  # fmt: skip
     title = f"What {chat.policy.name} keeps of a conversation in {slots_told(chat.slots)} slots"

@@ -72,6 +72,11 @@ def open_model(model: str | None, dtype: str = "auto", rules: ShardingRules | No
     return loaded.model, loaded.tokenizer
 
 
+def folder_name(model: str | Path) -> str:
+    """The last part of where a model lies, also of `.` and `..`."""
+    return os.path.basename(os.path.abspath(model))
+
+
 def chosen_policy(name: str, model: Decoder, folder: Path) -> Policy:
     """The policy that --policy names. `learned` is the one that was trained for this model (see `policy_of`).
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxcompress.cli.flags import ModeFlags, PlacementFlag, PolicyFlags, StateDtypeFlag, WeightFlags, at_least
 from jaxcompress.cli.mesh import MeshFlag
-from jaxcompress.cli.runtime import chosen_policy, open_weights
+from jaxcompress.cli.runtime import chosen_policy, folder_name, open_weights
 
 if TYPE_CHECKING:
     from socket import socket
@@ -88,7 +88,7 @@ class Serve(MeshFlag, StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, Wei
         from jaxcompress.server import Served, run_server
         from jaxcompress.serving import Engine, EngineLimits
 
-        name = "embedded" if self.model is None else Path(self.model).name
+        name = "embedded" if self.model is None else folder_name(self.model)
         rules = self.rules()
         loaded = open_weights(self.model, self.dtype, rules)
         served = Served(name, loaded, self._pools(name, loaded, rules), int(time.time()))

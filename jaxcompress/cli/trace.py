@@ -18,6 +18,7 @@ from jaxcompress.cli.flags import (
     WeightFlags,
     at_least,
 )
+from jaxcompress.cli.retention import slots_told
 from jaxcompress.cli.runtime import check_figure, check_writable, chosen_policy, open_weights, tell
 from jaxcompress.inputs.whole_file import whole_file
 
@@ -72,7 +73,7 @@ class Trace(
         if self.figure is not None:
             from jaxcompress.evaluation.figures import death_times
 
-            death_times(done, self.figure, title=f"{self.policy}, {self.slots[0]} slots")
+            death_times(done, self.figure, title=f"{self.policy}, {slots_told(self.capacity)} slots")
         layers, steps, batch, sets, _ = done.positions.shape
         print(f"{self.out}: {layers} layers, {steps} steps, batch {batch}, {sets} set{'s' * (sets > 1)} of slots")
 

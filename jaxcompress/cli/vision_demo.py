@@ -52,12 +52,7 @@ class VisionDemo(JsonFlag):
         from jaxcompress.evaluation.visual import Examiner, exam
 
         loaded = load_embedded_vision()
-        patches = loaded.config.tower.num_patches
-        if wrong := [n for n in self.tokens if not 0 < n <= patches]:
-            raise ValueError(
-                f"--tokens: {wrong[0]} of {patches} patches cannot be kept; give numbers from 1 to {patches}"
-            )
-        chosen = _methods(self, patches)
+        chosen = _methods(self, loaded.config.tower.num_patches)
         say = (lambda *text: None) if self.json else lambda *text: print(*text, flush=True)
         asked = exam(loaded.model, loaded.tokenizer, loaded.processor, pictures=self.pictures)
         _introduce(self, asked, say)
@@ -79,9 +74,7 @@ def _methods(how: VisionDemo, patches: int) -> list[tuple[int, Method]]:
     from jaxcompress.vision import get_method
 
     if wrong := [n for n in how.tokens if not 0 < n <= patches]:
-        raise ValueError(f"tokens: {wrong[0]} of {patches} patches cannot be kept; give numbers from 1 to {patches}")
-    if how.pictures < 1:
-        raise ValueError(f"pictures: at least 1 is needed, not {how.pictures}")
+        raise ValueError(f"--tokens: {wrong[0]} of {patches} patches cannot be kept; give numbers from 1 to {patches}")
     budgets = sorted(set(how.tokens), reverse=True)
     return [(patches, get_method("full")), *((n, get_method(name, n)) for n in budgets for name in how.methods)]
 
@@ -122,8 +115,9 @@ def _measure(
             continue
         kept[got.method, n] = got.kept
         table.append(dict(budget=n, **{k: v for k, v in got._asdict().items() if k != "kept"}))
+        left = method.tokens_per_layer(examiner.model.config)[-1]
         say(
-            f"{gap}{got.method:14}{n:6}{got.left:8.1f}{got.accuracy:10.1%}"
+            f"{gap}{got.method:14}{left:6}{got.left:8.1f}{got.accuracy:10.1%}"
             f"{got.flops / 1e6:9.1f}{got.kv_bytes / 1024:8.0f}{got.seconds * 1e3:7.2f}"
         )
     return failed

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import jax
 from jax.sharding import AxisType, Mesh
 
+from jaxcompress.inputs.scalars import whole
+
 MeshAxis = Literal["data", "fsdp", "tensor"]
 """data: each device has rows of its own. fsdp: rows of its own, and a part of each weight. tensor: heads of its own."""
 
@@ -54,7 +56,7 @@ def make_mesh(sizes: Mapping[MeshAxis, int] | str) -> Mesh:
     given = mesh_sizes(sizes) if isinstance(sizes, str) else sizes
     if unknown := [name for name in given if name not in AXES]:
         raise ValueError(f"unknown axis of a mesh {unknown[0]!r}; known: {', '.join(AXES)}")
-    shape = tuple(given.get(axis, 1) for axis in AXES)
+    shape = tuple(whole(given.get(axis, 1), f"the size of axis {axis}", least=1) for axis in AXES)
     needed, there = math.prod(shape), jax.device_count()
     if needed > there or (needed < there and jax.process_count() > 1):
         written = ",".join(f"{name}={size}" for name, size in given.items())

@@ -25,6 +25,7 @@ from jaxcompress.generation.generate import decode
 from jaxcompress.generation.pictures import process
 from jaxcompress.generation.text import Tokenizer
 from jaxcompress.generation.visual import TokensLeft, trace_prefill
+from jaxcompress.inputs.scalars import whole
 from jaxcompress.models.decoder import read
 from jaxcompress.models.llava import Llava
 from jaxcompress.policies.policy import Policy
@@ -67,7 +68,11 @@ def exam(
       pictures: how many.
       each: questions about each picture.
       first: number of the first picture.
+
+    Raises:
+      ValueError: no pictures, or no questions about them.
     """
+    pictures, each = whole(pictures, "pictures", least=1), whole(each, "each, the questions about a picture,", least=1)
     drawings = tuple(draw(number, held_out=True) for number in range(first, first + pictures))
     asked = tuple(
         tuple(questions(drawing, np.random.default_rng((number, 11)), each))
@@ -124,8 +129,11 @@ class Examiner:
         """
         Args:
           runs: how often every batch is timed.
+
+        Raises:
+          ValueError: runs is below 1.
         """
-        self.model, self.asked, self.runs = model, asked, runs
+        self.model, self.asked, self.runs = model, asked, whole(runs, "runs", least=1)
         self._flops: dict[Any, int] = {}
 
     def __call__(self, method: Method) -> Outcome:

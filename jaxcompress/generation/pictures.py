@@ -170,6 +170,13 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return _rgb(Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array)))
 
 
+def _is_picture(given: Any) -> bool:
+    """Whether this is an array of one picture, whose rows would be taken for pictures."""
+    if not isinstance(given, np.ndarray | jax.Array):
+        return False
+    return given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (1, 3, 4))
+
+
 def _check_sides(width: int, height: int, name: str) -> None:
     if not width or not height:
         raise ValueError(f"{name} is {width} x {height} pixels: there is nothing to see")
@@ -192,7 +199,7 @@ def process(pictures: Sequence[Picture], processor: Any, config: LlavaConfig | T
         resizes to far more than the tower's image side, or returns non-finite numbers or images of the wrong size or
         number.
     """
-    if isinstance(pictures, str | Path | Image.Image):
+    if isinstance(pictures, str | Path | Image.Image) or _is_picture(pictures):
         raise ValueError(f"pictures are a list of pictures, not {type(pictures).__name__}; write [picture]")
     tower = config if isinstance(config, TowerConfig) else config.tower
     _check_processor(processor, tower, config)

@@ -395,9 +395,9 @@ def _filled(
 
 
 def _with_room(slots: Slots, room: int) -> Slots:
-    if isinstance(slots, Sequence):
+    if isinstance(slots, list | tuple | np.ndarray):
         return [_with_room(one, room) for one in slots]  # type: ignore[return-value]
-    return slots + room
+    return slots + room if isinstance(slots, int | np.integer) else slots  # `init_state` says what is wrong with others
 
 
 def _check_windows(model: Decoder) -> None:

@@ -271,7 +271,8 @@ def prefill_encoded(
       chunk: tokens between two selections of the policy; each prompt is read at once by default.
 
     Raises:
-      ValueError: not one image token in each prompt, an empty prompt, token ids outside the vocabulary.
+      ValueError: not one image token in each prompt, an empty prompt, token ids outside the vocabulary; counts that do
+        not fit `encoded`, visual tokens that are not in the order of `patches`, or both given.
       FloatingPointError: logits are not finite. Layers with too few slots for a policy that keeps everything are a
         cause.
     """
@@ -306,9 +307,12 @@ def trace_prefill(
     b, m = encoded.visual.shape[:2]
     check_mode(state.policy, "oneshot" if chunk is None else "chunked")
     batch = batch_prompts(model, prompts, ImageFeatures(encoded.visual, ((m,),) * b))
+    if counts is not None and patches is not None:
+        raise ValueError("counts and patches both say where words stand; give counts= or patches=, not both")
     if counts is not None:
-        batch = _shifted(batch, m, jnp.array(counts, jnp.int32)[:, None] - m)
+        batch = _shifted(batch, m, jnp.asarray(_checked_counts(counts, encoded))[:, None] - m)
     if patches is not None:
+        _check_places(patches, encoded)
         batch = at_patch_positions(batch, encoded, patches)
     _warn_of_positions(model, state, batch)
     # What a method does elsewhere is no part of this program, so that methods which differ there share it.
@@ -320,6 +324,35 @@ def trace_prefill(
     state = replace(state, **arrays._asdict())
     raise_if_broken(state)
     return state, left
+
+
+def _checked_counts(counts: Sequence[int], encoded: Encoded) -> Int[np.ndarray, " B"]:
+    """Raises ValueError if they are not one number for each row, behind whose visual tokens no more follow."""
+    b, m = encoded.size.shape
+    if len(counts) != b:
+        raise ValueError(f"counts are visual tokens of each of {b} rows, not {list(counts)}")
+    given = np.array([whole(count, f"counts of row {row}") for row, count in enumerate(counts)], np.int32)
+    last = np.where(np.asarray(encoded.size) > 0, np.arange(1, m + 1), 0).max(1)
+    for row, (count, least) in enumerate(zip(given, last, strict=True)):
+        if not least <= count <= m:
+            raise ValueError(
+                f"counts has {count} visual tokens for row {row}, whose last one is number {least} of {m}; give as "
+                "many as the picture has: sum(features.counts[row])"
+            )
+    return given
+
+
+def _check_places(patches: int, encoded: Encoded) -> None:
+    """Raises ValueError if visual tokens are not in the order of their places, or stand outside of the picture."""
+    whole(patches, "patches", least=1)
+    place = np.asarray(encoded.place)
+    if place.min(initial=0) < 0 or (np.diff(place) < 0).any():
+        raise ValueError(
+            f"with patches={patches} visual tokens stand at the places of their patches, and these are not in raster "
+            f"order: give encoded.in_raster_order({patches})"
+        )
+    if (most := int(place.max(initial=0)) + 1) > patches:
+        raise ValueError(f"a visual token stands at patch number {most}, of patches={patches}; give those of all crops")
 
 
 def at_patch_positions(batch: PromptBatch, encoded: Encoded, patches: int) -> PromptBatch:

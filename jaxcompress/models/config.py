@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxcompress.models.activations import Activation
+from jaxcompress.models.choices import check_choices
 from jaxcompress.models.experts_config import ExpertsConfig
 from jaxcompress.models.norms import NormKind
 from jaxcompress.models.rope import RopeConfig, Rotary
@@ -79,6 +80,7 @@ class DecoderConfig:
     layer_ropes: tuple[RopeConfig | None, ...] = ()
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, not {self.head_dim}: RoPE rotates channels in pairs")
         if self.num_heads % self.num_kv_heads:
@@ -87,6 +89,8 @@ class DecoderConfig:
             given = getattr(self, name)
             if given and len(given) != self.num_layers:
                 raise ValueError(f"{name} has {len(given)} entries for {self.num_layers} layers")
+        if wrong := [window for window in self.sliding if window is not None and window < 1]:
+            raise ValueError(f"a sliding window has 1 token or more, not {wrong[0]}; None stands for a full layer")
         widths = {rope.width(self.head_dim) for rope in (self.rope, *self.layer_ropes) if rope}
         if len(widths) > 1:
             raise ValueError(f"layer_ropes rotate {sorted(widths)} channels; all layers with RoPE must rotate as many")

@@ -7,7 +7,7 @@ over layers, and layers are scanned. There is no dropout.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxcompress.inputs.token_ids import check_read
 from jaxcompress.models.activations import gelu
 from jaxcompress.models.lookup import look_up
 from jaxcompress.recurrence.block_attention import whole_attention
@@ -139,8 +140,13 @@ class Encoder(nnx.Module):
         return jax.nn.softmax(self(tokens, valid), axis=-1)[..., -1]
 
     def hidden(self, tokens: Tokens, valid: Valid) -> Hidden:
-        """The output of the last layer."""
+        """The output of the last layer.
+
+        Raises:
+          ValueError: as `check_rows`.
+        """
         config = self.config
+        check_rows(tokens, valid, config)
         body = lambda x, layer: (layer(x, valid, config), None)
         return jax.lax.scan(body, self.embed(tokens), self.layers)[0]
 
@@ -156,6 +162,18 @@ class Encoder(nnx.Module):
             return jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
         counted = (tokens != padding).astype(jnp.int32)
         return jnp.cumsum(counted, axis=-1) * counted + padding
+
+
+def check_rows(tokens: Tokens, valid: Valid, config: Any) -> None:
+    """Raises ValueError if rows have more tokens than an encoder has positions, or ids that it does not know.
+
+    Under `jax.jit` ids are unknown and not checked.
+    """
+    check_read(tokens, config.vocab_size, valid)
+    if tokens.shape[1] > config.max_length:
+        raise ValueError(
+            f"rows have {tokens.shape[1]} tokens; the encoder takes at most {config.max_length}: cut the text into rows"
+        )
 
 
 _small = jax.nn.initializers.normal(0.02)

@@ -16,7 +16,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxcompress.models.encoder import ACTIVATIONS
+from jaxcompress.models.choices import check_choices
+from jaxcompress.models.encoder import ACTIVATIONS, check_rows
 from jaxcompress.models.lookup import look_up
 from jaxcompress.models.rope import RopeConfig, turned
 from jaxcompress.recurrence.block_attention import local_attention, whole_attention
@@ -55,6 +56,7 @@ class ModernBertConfig:
     num_labels: int = 2
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
         for name in (self.activation, self.head_activation):
@@ -133,7 +135,11 @@ class ModernBert(nnx.Module):
         Args:
           tokens: ids, at most `config.max_length` a row.
           valid: False for padding, which nothing attends to.
+
+        Raises:
+          ValueError: as `jaxcompress.models.encoder.check_rows`.
         """
+        check_rows(tokens, valid, self.config)
         config, places = self.config, jnp.arange(tokens.shape[1])
         head_dim = config.hidden_size // config.num_heads
         ropes = [rope.rotary(head_dim).cos_sin(places) for rope in (config.local_rope, config.global_rope)]

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
+from jaxcompress.models.choices import check_choices
+
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -56,6 +58,9 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     context: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
         """Angle per position for each of the R / 2 rotated channel pairs, and the factor on cos and sin."""
@@ -103,12 +108,15 @@ class RopeConfig:
         return (1 - ramp) * plain + ramp * plain / self.factor, temperature
 
     def _longrope(self, plain: np.ndarray) -> tuple[np.ndarray, float]:
-        long = (self.context or 0) > self.original_context
+        name = "long_factors" if (self.context or 0) > self.original_context else "short_factors"
+        factors = getattr(self, name)
+        if len(factors) != len(plain):
+            raise ValueError(f"longrope has {len(factors)} {name} for {len(plain)} rotated channel pairs; give as many")
         temperature = self.attention_factor
         if temperature is None:
             growth = math.log(self.factor) / math.log(self.original_context) if self.factor > 1 else 0.0
             temperature = math.sqrt(1 + growth)
-        return plain / np.array(self.long_factors if long else self.short_factors), temperature
+        return plain / np.array(factors), temperature
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxcompress.models.choices import check_choices
+
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
@@ -37,6 +39,9 @@ class TowerConfig:
     labels: int = 0
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        if self.special not in (0, 1, 2):
+            raise ValueError(f"a tower has 0 to 2 special tokens (class, distillation), not {self.special}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
         if self.patch_size > self.image_size:

@@ -96,6 +96,10 @@ class CacheView(NamedTuple):
         """[B, P, 1] int32, the newest position held."""
         return self.positions.max(-1, keepdims=True)
 
+    def among(self, first: int, recent: int) -> Array:
+        """[B, P, N] bool, True for the `first` tokens of the sequence and the `recent` newest ones; either may be 0."""
+        return (self.positions < first) | (self.positions > self.newest - recent)
+
 
 class Observation(NamedTuple):
     """What one attention call over a block of T queries showed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,13 @@ def check_policy(policy: Any) -> None:
 
 
 def check_placed(policy: Policy, placement: Placement | None = None) -> None:
-    """Raises ValueError if the tokens that a policy holds cannot stand there; None: where the policy places them.
+    """Raises ValueError if the tokens that a policy holds cannot stand there, or no placement is called so; None: where
+    the policy places them.
 
     Re-indexed positions count the tokens that one head holds; a pool holds those of all heads in one order.
     """
+    if placement is not None and placement not in (known := get_args(Placement)):
+        raise ValueError(f"a placement is one of {', '.join(known)}, not {placement!r}")
     for one in policy.layers or (policy,):
         placed = placement or one.placement
         if one.scope == "pool" and placed != "absolute":
@@ -45,7 +48,8 @@ def check_placed(policy: Policy, placement: Placement | None = None) -> None:
 
 
 def checked_scores(policy: Policy, stats: Stats, held: CacheView) -> SlotScores:
-    """`policy.score`, without gradient.
+    """`policy.score`, without gradient. Of the tokens with score +inf, those that `policy.shields` counts come first:
+    there is room for them in any state, and for the others, such as the rest of a protected token's chunk, perhaps not.
 
     Raises:
       ValueError: it gives something else than [B, P, N] numbers.
@@ -58,7 +62,8 @@ def checked_scores(policy: Policy, stats: Stats, held: CacheView) -> SlotScores:
             f"N candidates of P sets, got {_described(given)}; its scope is {policy.scope!r}. Keys and values have an "
             "axis of kv heads: average over it, .mean(1, keepdims=True), or take the scope 'kv_head'"
         )
-    return jax.lax.stop_gradient(given)
+    shielded = held.among(*policy.shields(held.per_set))
+    return jax.lax.stop_gradient(jnp.where(jnp.isposinf(given) & ~shielded, jnp.finfo(dtype).max, given))
 
 
 def checked_stats(policy: Policy, stats: Stats, seen: Observation) -> Stats:

@@ -34,9 +34,9 @@ class by_chunks(_chunked):
     """ChunkKV: keeps whole chunks of `length` tokens, so that what stays can be read (Liu et al. 2025).
 
     Chunk c holds positions c * length to (c + 1) * length - 1. score[n] = mean score of the tokens held of n's chunk.
-    If the capacity is no multiple of the length, the last chunk chosen keeps its oldest tokens. A chunk with a
-    protected token is protected. The paper selects for all heads of a layer together: use a policy of scope `layer`.
-    Costs a sort.
+    If the capacity is no multiple of the length, the last chunk chosen keeps its oldest tokens. Protected tokens
+    never go, and their chunks are chosen first. The paper selects for all heads of a layer together: use a policy of
+    scope `layer`. Costs a sort.
 
     Raises:
       ValueError: a length below 1, a pool, or a policy that never evicts.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -24,7 +26,8 @@ class critical(wrapper):
     Use it around policies without a value norm of their own.
 
     Raises:
-      ValueError: a share outside 0..1, a policy that never evicts; when used without a model (`advance(project=...)`).
+      ValueError: a share outside 0..1, a negative epsilon, a policy that never evicts; when used without a model
+        (`advance(project=...)`).
     """
 
     share: float | int = 0.5
@@ -34,6 +37,8 @@ class critical(wrapper):
         super().check()
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must be in 0..1, not {self.share}")
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon must be 0 or more, not {self.epsilon}")
         if self.policy.reduction:
             raise ValueError(
                 f"critical: reduce it, not the policy in it: with_reduce(critical(...), ...), not {self.policy.name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -43,7 +44,7 @@ class ExpectedAttention(Policy):
     multiplies every key by the covariance: combine with `every` for decoding.
 
     Raises:
-      ValueError: fewer than 1 future position; where keys are re-indexed, when it is used.
+      ValueError: fewer than 1 future position, a negative number; where keys are re-indexed, when it is used.
     """
 
     label = "expected_attention"
@@ -60,6 +61,8 @@ class ExpectedAttention(Policy):
             raise ValueError(
                 f"future must be at least 1 position and sinks 0 or more, not {self.future} and {self.sinks}"
             )
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon must be 0 or more, not {self.epsilon}")
 
     def shields(self, capacity: int) -> tuple[int, int]:
         return self.sinks, 0

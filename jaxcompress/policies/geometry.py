@@ -64,9 +64,10 @@ class LagKV(Policy):
         x = (k - min) / (max - min), per channel, with the range of the next chunk
         score[n] = mean over keys and values of (softmax over the chunk of (std over channels of x))
 
-    The tokens after the first `sinks` are cut into chunks of `lag` by age. With `cross=False` ranks within a chunk are
-    compared, so that every chunk gives equally many; else the scores themselves. The sinks and the last `lag` to
-    `2 * lag - 1` tokens are protected. A selection costs a sort and a pass over keys and values.
+    The tokens after the first `sinks` are cut into chunks of `lag` by age. A channel that has no range there (repeated
+    tokens) gives x = 0. With `cross=False` ranks within a chunk are compared, so that every chunk gives equally many;
+    else the scores themselves. The sinks and the last `lag` to `2 * lag - 1` tokens are protected. A selection costs a
+    sort and a pass over keys and values.
 
     Raises:
       ValueError: a lag below 2 tokens, or a pool, in which tokens of different heads have no common order.
@@ -99,7 +100,7 @@ class LagKV(Policy):
             x = x.reshape(*x.shape[:2], chunks, lag, x.shape[-1])
             after = jnp.roll(x, -1, axis=2)
             low, high = after.min(3, keepdims=True), after.max(3, keepdims=True)
-            spread = ((x - low) / (high - low)).std(-1, ddof=1)
+            spread = jnp.where(high > low, (x - low) / jnp.where(high > low, high - low, 1.0), 0.0).std(-1, ddof=1)
             parts.append(jnp.exp(spread - spread.max(-1, keepdims=True)))
             parts[-1] /= parts[-1].sum(-1, keepdims=True)
         part = for_set((parts[0] + parts[1]) / 2, held)  # [B, P, chunks, lag]

@@ -16,12 +16,15 @@ text. Numbers keep their types: 1 and 1.0 differ. Weights are not written.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
-from types import NoneType
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from jaxcompress.state.values import Value, same_setting
 
@@ -34,9 +37,20 @@ class Named(Value):
     Attributes:
       label: how the class is written (see `jaxcompress.policies.labels`). It is not inherited: a class without a label
         of its own is written by its name.
+
+    Raises:
+      ValueError: a setting of another type than its hint says, where that is a number, a bool or None; or NaN.
     """
 
     label = ""
+
+    def __post_init__(self) -> None:
+        for name, kinds in _kinds(type(self)).items():
+            now = getattr(self, name)
+            if not _is_of(now.item() if isinstance(now, np.generic) else now, kinds):
+                words = " or ".join(_KINDS[kind] for kind in _KINDS if kind in kinds)
+                raise ValueError(f"{name} of {type(self).__name__} must be {words}, not {now!r:.60}")
+        super().__post_init__()
 
     @property
     def name(self) -> str:
@@ -108,6 +122,33 @@ def read(cls: type[Kind], text: str, *parts: Any) -> Kind | None:
     if write(value) != text:  # type: ignore[arg-type]
         raise ValueError(f"{text!r} is written {write(value)!r}")  # type: ignore[arg-type]
     return value
+
+
+_KINDS = {bool: "True or False", float: "a number", int: "a whole number", NoneType: "None"}
+"""The types of plain settings, in words."""
+
+
+@cache
+def _kinds(cls: Any) -> dict[str, frozenset[type]]:
+    """The types of each setting whose hint has no others than `_KINDS`; {} where hints cannot be read."""
+    try:
+        hints = get_type_hints(cls)
+    except NameError:
+        return {}
+    kinds = {}
+    for field in _settings(cls):
+        hint = hints[field.name]
+        some = frozenset(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
+        if some <= _KINDS.keys():
+            kinds[field.name] = some - {int} if float in some else some
+    return kinds
+
+
+def _is_of(given: Any, kinds: frozenset[type]) -> bool:
+    """Whether a setting is of these types. A whole number is a number, NaN and a bool are none."""
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        return type(given) in kinds
+    return float in kinds and not math.isnan(given) or int in kinds and isinstance(given, int)
 
 
 @cache

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
+from jaxcompress.inputs.scalars import number
 from jaxcompress.policies.cache_view import CacheView, IncomingTokens, Observation
 from jaxcompress.policies.policy import Policy, leaf, policy
 from jaxcompress.policies.shields import least_kept, union
@@ -104,9 +106,9 @@ class mix(_several):
     Scores are added as they are; `ranked` brings them to a common scale. A token that any part protects is protected.
 
     Raises:
-      ValueError: fewer than two parts, weights that are not positive, or parts that do not fit together: another scope,
-        eviction or placement, a part that never evicts, that merges, or that frees several slots at once (apply these
-        to the mix), parts that together protect everything.
+      ValueError: fewer than two parts, weights that are not positive numbers, or parts that do not fit together:
+        another scope, eviction or placement, a part that never evicts, that merges, or that frees several slots at once
+        (apply these to the mix), parts that together protect everything.
     """
 
     weights: tuple[float, ...]
@@ -114,7 +116,7 @@ class mix(_several):
 
     def __init__(self, *parts: tuple[float, Policy]) -> None:
         pairs = [part for part in parts if isinstance(part, tuple) and len(part) == 2]
-        if len(parts) < 2 or len(pairs) < len(parts) or any(not weight > 0 for weight, _ in pairs):
+        if len(parts) < 2 or len(pairs) < len(parts) or not all(_is_weight(weight) for weight, _ in pairs):
             raise ValueError(f"a mix needs two parts or more, each with a positive weight, not {parts}")
         object.__setattr__(self, "weights", tuple(float(weight) for weight, _ in parts))
         object.__setattr__(self, "policies", tuple(one for _, one in parts))
@@ -142,6 +144,13 @@ class mix(_several):
         scores = [weight * mine for weight, mine in zip(self.weights, self.each(stats, held), strict=True)]
         protected = jnp.isposinf(jnp.stack(scores)).any(0)
         return jnp.where(protected, jnp.inf, sum(scores))
+
+
+def _is_weight(given: Any) -> bool:
+    try:
+        return number(given, "a weight") > 0
+    except ValueError:
+        return False
 
 
 @policy

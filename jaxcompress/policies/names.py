@@ -117,6 +117,8 @@ def _plain(text: str, learned: Policy | None) -> Policy:
     for cls in POLICIES:
         if (policy := read(cls, text)) is not None:
             return policy
+    if text == "learned":
+        raise ValueError("'learned' is a policy that was saved with a model: give learned=load(folder).policy")
     raise ValueError(
         f"unknown policy {text!r}{_meant(text)}; known: "
         f"{', '.join((*NAMES, *(f'{name}(...)' for name in _COMPOUNDS)))}, and FILE.py:CLASS for one of your own"

@@ -111,7 +111,8 @@ class Policy(Named):
     def shields(self, capacity: int) -> tuple[int, int]:
         """How many of the first tokens of a sequence and of the newest never go, of so many of a set that stay.
 
-        A policy whose `score` protects tokens says so here, so that states too small for them are refused.
+        A policy whose `score` protects tokens says so here: they come before whatever else has a score of +inf, and
+        states too small for them are refused.
         """
         return 0, 0
 

@@ -15,13 +15,14 @@ from jaxcompress.state.shapes import SlotScores
 
 def protected(scores: SlotScores, held: CacheView, *, first: int = 0, recent: int = 0) -> SlotScores:
     """The scores, +inf for the `first` tokens of the sequence and the `recent` newest ones; either may be 0."""
-    safe = (held.positions < first) | (held.positions > held.newest - recent)
-    return jnp.where(safe, jnp.inf, scores)
+    return jnp.where(held.among(first, recent), jnp.inf, scores)
 
 
 @policy
 class protect(wrapper):
     """Never evicts the `first` tokens of the sequence nor the `recent` newest ones.
+
+    Tokens that the policy inside chooses for sure (`critical`, `adaptive`, `NACL`) give way to these.
 
     Raises:
       ValueError: negative numbers, more tokens than `once` keeps, or a policy that never evicts.

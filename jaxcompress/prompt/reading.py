@@ -149,9 +149,9 @@ def read_shortened_with_picture(  # ten parameters: those of `read_shortened`, t
     check_left(kept)
     original, short = (tokenizer.encode(before + middle + after) for middle in (text, kept.text))
     encoded = _encode(model, jnp.asarray(pixels)[None], method)
-    patches, entering = model.config.tower.num_patches * (pixels.shape[0] if pixels.ndim == 4 else 1), encoded.place[0]
+    whole = model.config.tokens_per_crop * (pixels.shape[0] if pixels.ndim == 4 else 1)
     state = prefill_encoded(model, [short], encoded, state, method)
-    counts = len(original) - 1 + patches, len(short) - 1 + int((entering >= 0).sum())
+    counts = len(original) - 1 + whole, len(short) - 1 + int((encoded.size[0] > 0).sum())
     report = report_of(model.decoder, state, kept, original_tokens=counts[0], prompt_tokens=counts[1])
     return ShortenedReading(state, kept, replace(report, scorer=f"{report.scorer} + {method.name}"))
 

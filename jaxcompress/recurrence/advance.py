@@ -14,11 +14,12 @@ modes keep different tokens where scores depend on attention:
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxcompress.inputs.scalars import whole
 from jaxcompress.pallas_kernels.types import Backend
 from jaxcompress.policies.cache_view import LayerContext
 from jaxcompress.policies.checks import check_policy
@@ -87,10 +88,14 @@ def advance(  # fifteen parameters: callers with arrays but no model pass every 
       recurrence: another implementation with the same result (see `jaxcompress.recurrence.parallel`).
 
     Raises:
-      ValueError: `policy` is no policy, a pool is to stand at re-indexed positions, or this device cannot run the
-        kernels requested by name.
+      ValueError: `policy` is no policy, or not the one that the state was made for, as far as its heads and sets tell;
+        arrays whose shapes do not fit together or to the state; positions that are no integers; a layer outside the
+        stack, a chunk or window below 1 token, an unknown placement; a pool that is to stand at re-indexed positions;
+        or this device cannot run the kernels requested by name.
     """
     check_policy(policy)
+    _check_arrays(q, k, v, positions, state, policy)
+    _check_numbers(layer, state, window)
     b, t, h, d = q.shape
     heads = state.heads or tuple(range(state.kv_heads))
     context = LayerContext(rotate, placement or policy.placement, project, (h, k.shape[2]), heads, traits)
@@ -100,8 +105,43 @@ def advance(  # fifteen parameters: callers with arrays but no model pass every 
     return Advanced(done.out.reshape(b, t, h, d).astype(block.q.dtype), done.state, done.freed, done.died)
 
 
+def _check_arrays(q: Any, k: Any, v: Any, positions: Any, state: KVState, policy: Policy) -> None:
+    b, t, h, d = q.shape
+    kv = k.shape[2]
+    if k.shape != (b, t, kv, d) or v.shape != k.shape or h % kv or positions.shape != (b, t):
+        raise ValueError(
+            "queries [B, T, H, D], keys and values [B, T, K, D] and positions [B, T] are expected, H a multiple of K, "
+            f"not {list(q.shape)}, {list(k.shape)}, {list(v.shape)} and {list(positions.shape)}"
+        )
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"positions are integers, -1 for padding, not {positions.dtype}")
+    heads = policy.heads(h, kv)
+    has = state.positions.shape[1], state.kv_heads, state.sets, state.owner is not None
+    needs = b, heads, policy.sets(heads), policy.scope == "pool"
+    if has != needs:
+        told = "{} rows, {} heads in {} sets, {} pool"
+        raise ValueError(
+            f"the state has {told.format(*has[:3], 'a' if has[3] else 'no')}; for {b} rows of {h} query and {kv} kv "
+            f"heads policy {policy.name} needs {told.format(*needs[:3], 'a' if needs[3] else 'no')}: give a state and "
+            "a policy that belong together"
+        )
+
+
+def _check_numbers(layer: Any, state: KVState, window: Any) -> None:
+    layers = state.layer.shape[0]
+    if isinstance(layer, int) and not 0 <= layer < layers:
+        raise ValueError(f"layer is an index into a stack of {layers} layers, 0 to {layers - 1}, not {layer}")
+    if isinstance(window, int) and window < 1:
+        raise ValueError(f"a sliding window has at least 1 token, not {window}; None for no window")
+
+
 def step_for(tokens: int, chunk: int) -> Step:
-    """The step function that reads `tokens` tokens with a selection after each chunk."""
+    """The step function that reads `tokens` tokens with a selection after each chunk.
+
+    Raises:
+      ValueError: a chunk is no whole number of 1 or more.
+    """
+    whole(chunk, "chunk", least=1)
     if tokens == 1:
         return decode_step
     return stream if chunk == 1 else chunk_steps

@@ -83,13 +83,15 @@ def read_ask(body: Any, served: Served, settings: Settings, *, chat: bool, clien
         raise refused("stop", f"{len(ends)} stop tokens are more than {STOPS}")
     stream, watch = fields.flag("stream"), fields.flag("watch")
     watched = stream and watch and max(map(len, prompts)) <= WATCHED
-    usage = bool(fields.object("stream_options").get("include_usage"))
+    options = Fields(fields.object("stream_options"), "stream_options.")
+    usage = options.flag("include_usage")
+    options.no_others(("include_obfuscation",))
     one = Request((), 1, _config(fields, ends), _seed(fields), top is not None, settings.seconds, client, watched)
     most = _most(fields, settings)
     fields.no_others(HARMLESS)
     room = lambda prompt: max(1, served.pools[pool].room(len(prompt), settings.max_tokens)) if most is None else most
     requests = tuple(
-        replace(one, prompt=prompt, max_new_tokens=room(prompt), seed=(one.seed + n) % 2**63)
+        replace(one, prompt=prompt, max_new_tokens=room(prompt), seed=(one.seed + n + 2**63) % 2**64 - 2**63)
         for prompt in prompts
         for n in range(choices)
     )
@@ -162,7 +164,7 @@ def _prompts(fields: Fields, served: Served) -> list[np.ndarray]:
     """One or more prompts, as texts or as token ids."""
     given = fields.get("prompt")
     is_text = lambda x: isinstance(x, str)
-    is_ids = lambda x: isinstance(x, list) and bool(x) and all(isinstance(token, int) for token in x)
+    is_ids = lambda x: isinstance(x, list) and bool(x) and all(type(token) is int for token in x)  # true is none
     several = given if isinstance(given, list) and not is_ids(given) else [given]
     if not several or not all(is_text(one) or is_ids(one) for one in several):
         raise refused("prompt", "prompt must be a string, a list of token ids, or a list of these")

@@ -20,7 +20,8 @@ class Settings:
 
     Attributes:
       api_key: clients have to send it (`Authorization: Bearer ...`), without white space around it; None: all may ask.
-      hosts: names by which clients may call the server, `*` for any. A server on a loopback address takes only names of
+      hosts: names by which clients may call the server, without ports; `*.a.example` for all names that end so, `*` for
+        any. A server on a loopback address takes only names of
         this machine, so that no web page can reach it under a name of its own.
       body_bytes: of a request.
       body_seconds: until a request has to be there.
@@ -31,7 +32,7 @@ class Settings:
       stop_seconds: that answers may still take after the server was told to end.
 
     Raises:
-      ValueError: the key is empty.
+      ValueError: the key is empty, or has letters that a header of HTTP cannot carry; a host is no name.
     """
 
     api_key: str | None = None
@@ -45,6 +46,14 @@ class Settings:
     stop_seconds: float = 30.0
 
     def __post_init__(self) -> None:
+        for host in self.hosts:
+            name = host.removeprefix("*.") if host != "*" else "any"
+            port = name.count(":") == 1 or "]:" in name  # an address of IPv6 has more colons
+            if not name or port or any(sign in name for sign in "*/ "):
+                raise ValueError(
+                    f"{host!r} is no name of a host: give one without port, such as a.example, *.a.example for all "
+                    "that end so, or * for any"
+                )
         if self.api_key is None:
             return
         object.__setattr__(self, "api_key", self.api_key.strip())
@@ -53,6 +62,8 @@ class Settings:
                 "the API key is empty, and would guard nothing: give one with --api-key or JAXCOMPRESS_API_KEY, or "
                 "give no flag and unset the variable, so that all may ask"
             )
+        if not self.api_key.isascii() or not self.api_key.isprintable():
+            raise ValueError("the API key has letters that a header of HTTP cannot carry; take printable ASCII only")
 
 
 @dataclass(frozen=True)

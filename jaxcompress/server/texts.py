@@ -61,6 +61,7 @@ async def text_pieces(
                 if ended is not None:
                     _check_whole(ended)
                     text += until.finish()
+                    ended = "stop" if until.stopped else ended  # in what was held back
                 tokens = piece.tokens[:taken]
                 texts = tuple(map(by_token.push, tokens)) if told else ()
                 if texts and ended is not None:

@@ -109,7 +109,9 @@ class Engine:
         self.close(seconds=0.0)
 
     def start(self, *, warm: bool = True) -> None:
-        """Compiles all programs, and starts the thread. After that nothing is compiled, whatever arrives."""
+        """Compiles all programs, and starts the thread, once. After that nothing is compiled, whatever arrives."""
+        if self._thread is not None:  # two threads would take the arrays of the rows from one another
+            return
         if warm:
             for batcher in self._batchers.values():
                 batcher.pool.warm_up()

@@ -79,7 +79,7 @@ class PrefixFiles:
 
     def write(self, name: str, state: DecodeState, model: Decoder) -> None:
         """Has a state written soon; not if there is one of this name, or too many wait."""
-        if not self.writes or self._path(name).exists():
+        if not self.writes or os.path.exists(self._path(name)):  # unlike Path.exists, it never raises
             return
         with suppress(Full):
             self._queue.put_nowait((name, record_of(state, model)))

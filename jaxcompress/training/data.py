@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxcompress._extras import extra
 from jaxcompress.generation.text import Tokenizer, encode_stream
+from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.text import clean, json_lines, read_text
 from jaxcompress.inputs.token_ids import token_ids
 
@@ -162,7 +163,8 @@ def pack(
       progress: called after each document with its number of tokens.
 
     Raises:
-      ValueError: the tokenizer has more tokens than the model, or a document of token ids has one that the model lacks.
+      ValueError: no documents, the tokenizer has more tokens than the model, or a document of token ids has one that
+        the model lacks.
     """
     check_vocabulary(tokenizer, vocab_size)
     bos, eos = tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
@@ -178,6 +180,8 @@ def pack(
         if not marks and len(ids):
             predicted[-2][0] = False
         progress(len(ids))
+    if not tokens:
+        raise ValueError("no documents were given: there is nothing to train on")
     return TokenStream(np.concatenate(tokens), np.concatenate(predicted), bos)
 
 
@@ -246,8 +250,11 @@ def split(rows: PackedRows, *, batch: int, held_out: int, held_out_batch: int | 
       held_out_batch: rows per held-out batch; `batch` by default.
 
     Raises:
-      ValueError: fewer rows than a batch are left for training; says how much data there is.
+      ValueError: fewer rows than a batch are left for training; says how much data there is. A negative number, or a
+        batch without rows.
     """
+    batch, held_out = whole(batch, "batch", least=1), whole(held_out, "held_out")
+    held_out_batch = batch if held_out_batch is None else whole(held_out_batch, "held_out_batch", least=1)
     total = len(rows)
     aside = min(held_out, max(1, total // 10), total)
     if total - aside < batch:
@@ -256,11 +263,10 @@ def split(rows: PackedRows, *, batch: int, held_out: int, held_out_batch: int | 
             f"{f', {aside} of them held out' if aside else ''}; one step needs {batch}: give more data, shorter rows "
             "(--length) or fewer (--rows)"
         )
-    size = held_out_batch or batch
     parts = [
-        [rows[j] for j in range(i, min(i + size, total))] for i in range(total - aside, total, size)
+        [rows[j] for j in range(i, min(i + held_out_batch, total))] for i in range(total - aside, total, held_out_batch)
     ]  # fmt: skip
-    return Split(total - aside, [_stack(part, size) for part in parts])
+    return Split(total - aside, [_stack(part, held_out_batch) for part in parts])
 
 
 def _stack(rows: Sequence[Batch], size: int) -> Batch:

@@ -7,6 +7,7 @@ network serves as a policy with a fixed number of slots.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jaxcompress.recurrence.block_attention import forgetful_attention
 from jaxcompress.state.shapes import Hidden, Tokens, Valid
 from jaxcompress.training.distillation import divergence
 from jaxcompress.training.forget_heads import check_network, check_temperature, counted, network, positions_of
-from jaxcompress.training.loss import token_losses
+from jaxcompress.training.loss import check_weights, token_losses
 
 with extra("train"):
     import optax
@@ -40,7 +41,7 @@ def share_schedule(ratio: float | int, steps: int) -> optax.Schedule:
     Raises:
       ValueError: a ratio below 1, or no steps.
     """
-    if ratio < 1 or steps < 1:
+    if not 1 <= ratio < math.inf or steps < 1:
         raise ValueError(f"a ratio is 1 or more and a schedule has steps, not ratio={ratio}, steps={steps}")
     return optax.linear_schedule(1.0, 1 / ratio, steps)
 
@@ -168,7 +169,7 @@ def dms_loss(  # ten parameters: the inputs, and the settings of the loss
       The loss, and its parts `prediction` and `kept`.
 
     Raises:
-      ValueError: see `read_with_soft_eviction`.
+      ValueError: see `read_with_soft_eviction`; weights of another shape.
     """
     read = read_with_soft_eviction(
         model, tokens[:, :-1], head, window=window, temperature=temperature, valid=counted(weights), key=key
@@ -187,6 +188,7 @@ def prediction_and_share(
     pressure: float | int | Float[Array, ""],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss of a text that was read with forgetting; see `dms_loss`."""
+    check_weights(weights, tokens)
     logits = model.logits(read.hidden)
     if teacher is None:
         losses = token_losses(logits, tokens[:, 1:])

@@ -23,6 +23,7 @@ from jaxcompress.recurrence.advance import Step
 from jaxcompress.state.kv_state import State
 from jaxcompress.state.placement import Placement
 from jaxcompress.state.shapes import Hidden, Logits, Tokens
+from jaxcompress.training.forget_heads import check_temperature
 from jaxcompress.training.loss import token_losses
 from jaxcompress.training.recurrent import Params, check_text, cut_segments, exact_gradient, through_time
 
@@ -84,8 +85,7 @@ def distilled_value_and_grad(  # fifteen parameters: those of `bounded_value_and
       ValueError: as for `bounded_value_and_grad`; a teacher of another vocabulary or, for `hidden`, another width; a
         temperature that is not positive.
     """
-    if temperature <= 0:
-        raise ValueError(f"a temperature is positive, not {temperature}")
+    check_temperature(temperature)
     start = student(params)
     above = start if teacher is None else teacher
     mine, theirs = start.config, above.config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -24,8 +26,8 @@ def check_network(head: ForgetHead, outputs: int, config: DecoderConfig) -> None
 
 
 def check_temperature(temperature: float | int | Array) -> None:
-    """Raises ValueError if a temperature is known (not traced) and not positive."""
-    if isinstance(temperature, int | float) and temperature <= 0:
+    """Raises ValueError if a temperature is known (not traced) and not positive and finite."""
+    if isinstance(temperature, int | float) and not 0 < temperature < math.inf:
         raise ValueError(f"a temperature is positive, not {temperature}")
 
 

@@ -44,10 +44,12 @@ def init_lora(model: Decoder, key: Array, *, rank: int = 8, to: tuple[str, ...] 
       to: names of projections from `EVERY`.
 
     Raises:
-      ValueError: a rank below 1, an unknown projection, or one without a matrix (see `kernel_of`).
+      ValueError: a rank below 1, no projection, an unknown one, or one without a matrix (see `kernel_of`).
     """
     if rank < 1:
         raise ValueError(f"the rank of an adapter is at least 1, not {rank}")
+    if not to:
+        raise ValueError(f"adapters are for one projection or more, none is given; known: {', '.join(EVERY)}")
     unknown = [name for name in to if name not in EVERY]
     if unknown:
         raise ValueError(f"unknown projections {', '.join(unknown)}; known: {', '.join(EVERY)}")
@@ -72,7 +74,17 @@ def add_lora(model: Decoder, adapters: dict[str, Adapter], *, alpha: float = ALP
     add adapters to float32 weights, and convert the result if you need bfloat16.
 
     If the adapters were not trained, they change nothing, and a warning is logged.
+
+    Raises:
+      ValueError: adapters of other matrices than the model has, by name (see `kernel_of`) or shape.
     """
+    for name, (down, up) in adapters.items():
+        layers, n, m = kernel_of(model, name).shape
+        if down.shape[:2] != (layers, n) or up.shape != (layers, down.shape[2], m):
+            raise ValueError(
+                f"the adapter of {name} is {list(down.shape)} and {list(up.shape)}, the model's matrices are "
+                f"{[layers, n, m]}: it was made for another model"
+            )
     changes = lora_changes(adapters, alpha=alpha)
     ups = [adapter.up for adapter in adapters.values()]
     if not any(isinstance(up, Tracer) for up in ups) and not any(map(jnp.any, ups)):
@@ -100,7 +112,7 @@ def kernel_of(model: Decoder, name: str) -> Float[Array, "L N M"]:
     if name not in PROJECTIONS and model.config.mlp == "experts":
         raise ValueError(f"{name!r} has a matrix for each expert; adapt the projections {', '.join(PROJECTIONS)}")
     if not hasattr(part, name):
-        raise ValueError(f"the MLP of this model has no {name}: it is {model.config.mlp}")
+        raise ValueError(f"the MLP of this model has no {name}: it is {model.config.mlp}; known: {', '.join(EVERY)}")
     kernel = getattr(part, name).kernel[...]
     check_float(kernel, "adapted")
     return kernel

@@ -48,10 +48,10 @@ def flops_per_token(model: Decoder, attended: float) -> float:
         6 N + 12 L H D A
 
     N is the number of weights that a token is multiplied with: all, except an embedding that is only looked up (a tied
-    embedding is also the output projection). Each weight costs a multiplication and an addition in the forward pass,
-    and twice that in the backward pass: 6. The second term is attention: scores and sums of values, for every query
-    head, width and attended key, forward and backward (Chowdhery et al. 2022, appendix B, where A = T).
-    Rematerialisation does not count.
+    embedding is also the output projection) and experts that are not chosen. Each weight costs a multiplication and an
+    addition in the forward pass, and twice that in the backward pass: 6. The second term is attention: scores and sums
+    of values, for every query head, width and attended key, forward and backward (Chowdhery et al. 2022, appendix B,
+    where A = T). Rematerialisation does not count.
 
     Args:
       attended: A, how many keys a query attends to on average: (T + 1) / 2 for causal attention over T tokens; see
@@ -61,6 +61,10 @@ def flops_per_token(model: Decoder, attended: float) -> float:
     weights = sum(x.size for x in jax.tree.leaves(model))
     if not config.tied:
         weights -= config.vocab_size * config.hidden_size
+    if config.experts is not None:
+        parts = jax.tree_util.tree_leaves_with_path(model.layers.mlp)
+        of_experts = sum(x.size for path, x in parts if "router" not in jax.tree_util.keystr(path))
+        weights -= of_experts * (config.experts.count - config.experts.chosen) // config.experts.count
     return 6.0 * weights + 12.0 * config.num_layers * config.num_heads * config.head_dim * attended
 
 

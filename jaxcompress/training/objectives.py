@@ -22,7 +22,7 @@ from jaxcompress.training.data import Batch
 from jaxcompress.training.distillation import distilled_value_and_grad
 from jaxcompress.training.forget_heads import counted
 from jaxcompress.training.lora import ALPHA, Adapter, add_lora, kernel_of, lora_changes
-from jaxcompress.training.loss import token_losses
+from jaxcompress.training.loss import check_weights, token_losses
 from jaxcompress.training.recurrent import bounded_value_and_grad
 from jaxcompress.training.retention_heads import retention_loss
 from jaxcompress.training.trainer import Metrics, Objective
@@ -32,6 +32,7 @@ def causal() -> Objective:
     """Language modelling with plain causal attention over the whole row. The parameters are a `Decoder`."""
 
     def loss(model: Decoder, batch: Batch) -> jax.Array:
+        check_weights(batch.weights, batch.tokens)
         losses = token_losses(model(batch.tokens[:, :-1]), batch.tokens[:, 1:])
         return (losses * batch.weights).sum() / jnp.maximum(batch.weights.sum(), 1e-9)
 

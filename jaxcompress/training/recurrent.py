@@ -20,18 +20,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxcompress.inputs.scalars import whole
 from jaxcompress.inputs.token_ids import check_read
 from jaxcompress.models.checks import check_fits
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder, read
 from jaxcompress.models.init_state import Slots, init_state
+from jaxcompress.policies.checks import check_policy
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.advance import Step, steps
 from jaxcompress.recurrence.parallel import check_parallel, parallel_gradient
 from jaxcompress.recurrence.step import StepResult, StepSpec, TokenBlock
 from jaxcompress.state.kv_state import KVState, State
 from jaxcompress.state.placement import Placement
-from jaxcompress.training.loss import token_losses
+from jaxcompress.training.loss import check_weights, token_losses
 
 Params = TypeVar("Params")
 Carry = TypeVar("Carry")
@@ -84,7 +86,7 @@ def through_time(
       ValueError: n is not a multiple of `bptt_segments`.
     """
     n = jax.tree.leaves(segments)[0].shape[0]
-    size = n if bptt_segments is None else bptt_segments
+    size = n if bptt_segments is None else whole(bptt_segments, "bptt_segments")
     if size < 1 or n % size:
         raise ValueError(f"{n} segments cannot be cut into windows of {size}: give bptt_segments that divide them")
     dtypes = jax.tree.map(jnp.result_type, params)
@@ -149,7 +151,7 @@ def bounded_value_and_grad(  # ten parameters: the first four as everywhere, the
     Raises:
       ValueError: tokens that are not integers [B, T + 1], ids outside the vocabulary (not checked under jit), a text
         shorter than a segment, segments that cut chunks, bptt_segments that do not divide the number of segments, slots
-        that the policy cannot work with, or a policy that needs a whole prompt.
+        that the policy cannot work with, a policy that needs a whole prompt, or weights of another shape.
     """
     check_read(tokens, model.config.vocab_size)
     check_text(model.config, policy, slots, tokens.shape, segment, chunk)
@@ -173,6 +175,8 @@ def check_text(
     config: DecoderConfig, policy: Policy, slots: Slots, shape: tuple[int, ...], segment: int, chunk: int
 ) -> None:
     """Raises ValueError if texts [B, T + 1] cannot be trained on through such a state in such segments."""
+    check_policy(policy)
+    segment, chunk = whole(segment, "segment"), whole(chunk, "chunk", least=1)
     total = shape[1] - 1
     if not 1 <= segment <= total:
         raise ValueError(f"a segment of {segment} tokens does not fit into texts of {total}")
@@ -193,7 +197,11 @@ def cut_segments(
     """Tokens, next tokens, weights, a mask of valid tokens, and more: [n, B, segment, ...] each.
 
     The last segment is padded.
+
+    Raises:
+      ValueError: weights of another shape.
     """
+    check_weights(weights, tokens)
     batch, total = weights.shape
     n = -(-total // segment)
 

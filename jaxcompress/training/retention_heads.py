@@ -119,7 +119,7 @@ def watched_attention(  # ten parameters: the arrays, how the future is looked a
         learn at any block end but the last, or a horizon that is not positive.
     """
     t = q.shape[1]
-    if horizon is not None and horizon <= 0:
+    if horizon is not None and not horizon > 0:
         raise ValueError(f"a horizon is a positive number of tokens, not {horizon}")
     if not 1 <= block < t:
         raise ValueError(f"blocks of {block} tokens in texts of {t}: at least 1, and something has to come after one")

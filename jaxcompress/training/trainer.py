@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from jaxcompress._extras import extra
 from jaxcompress.distributed.rules import ShardingRules, placed
+from jaxcompress.inputs.scalars import whole
 from jaxcompress.models.int8 import check_float
 from jaxcompress.training.checkpointing import Checkpoints
 from jaxcompress.training.compiled import Compiled
@@ -112,7 +113,11 @@ def make_step(
       sharding: where rows, weights and the optimizer's state go and stay; give it a state that is there:
         `sharding.init(lambda: init_train_state(params, optimizer))`, or `init_train_state` of placed params for weights
         that are too large for one device.
+
+    Raises:
+      ValueError: `accumulate` is below 1.
     """
+    whole(accumulate, "accumulate", least=1)
 
     def part(params: Any, batch: Any, state: TrainState, index: Any, total: jax.Array) -> tuple[Metrics, Any]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), index)
@@ -194,8 +199,9 @@ def fit(  # nine parameters: the parts of every run, and the settings of logs an
     Raises:
       FloatingPointError: loss, gradient or weights are not finite; names the step. Nothing of that step is saved.
       SaveFailed: a checkpoint could not be written.
-      ValueError: the data ended before the steps; a checkpoint has the steps that were taken.
+      ValueError: the data ended before the steps; a checkpoint has the steps that were taken. `save_every` is below 1.
     """
+    whole(save_every, "save_every", least=1)
     done = taken = int(state.step)
     throughput = Throughput(flops_per_token, devices=len(state.step.sharding.device_set))
     pending: tuple[int, Metrics, int] | None = None

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.patches import Patches, Pixels
 from jaxcompress.recurrence.inputs import AttentionInputs
+from jaxcompress.recurrence.softmax import MASKED
 from jaxcompress.vision import uniform
 from jaxcompress.vision.cdpruner import diverse
 from jaxcompress.vision.choose import check_budget, complement, ranked_indices, take, top_indices
@@ -45,11 +46,15 @@ def last_layer_attention(model: Llava, patches: Patches, attention: AttentionInp
 
 
 def class_token_attention(attention: AttentionInputs, special: int) -> Float[Array, "B H N"]:
-    """Attention of the class token to each patch. Without a class token: attention of all tokens (as in VisionZip)."""
+    """Attention of the class token to each patch. Without a class token: the mean over all tokens (as in VisionZip).
+
+    Empty places have no part in the mean.
+    """
     b, total = attention.bias.shape
     if special:
         return attention.rows(jnp.zeros((b, 1), jnp.int32))[:, :, 0, special:]
-    return attention.rows(jnp.broadcast_to(jnp.arange(total), (b, total))).mean(2)
+    rows = attention.rows(jnp.broadcast_to(jnp.arange(total), (b, total)))
+    return rows.mean(2, where=(attention.bias > MASKED / 2)[:, None, :, None])
 
 
 def project_patches(model: Llava, patches: Patches, key: Array | None = None) -> Encoded:

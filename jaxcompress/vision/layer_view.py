@@ -21,11 +21,13 @@ class PruneContext(NamedTuple):
       raters: [B, W], which of a row's W words rate patches; a word is a token that is no patch.
       key: [B, M], which of the M visual tokens are key tokens, which go last.
       rope: of the decoder.
+      patches: of each crop of the picture; None: all visual tokens are one crop.
     """
 
     raters: Bool[Array, "B W"]
     key: Bool[Array, "B M"]
     rope: RopeConfig
+    patches: int | None = None
 
 
 PruneRule = Callable[[PruneContext, HiddenBlock, AttentionInputs, int], HiddenBlock]

@@ -32,7 +32,8 @@ class Encoded(NamedTuple):
 
     Attributes:
       visual: [B, M, E].
-      place: [B, M] int32, the patch in raster order at which each token stands, crop after crop; -1 for none.
+      place: [B, M] int32, the patch in raster order at which each token stands, crop after crop; -1 for none. Special
+        tokens that the decoder gets (`LlavaConfig.keep_special`) count as patches before those of their crop.
       size: [B, M], how many patches each token stands for; 0 where there is no token.
       key: [B, M] bool, the key tokens, which later stages drop last.
     """
@@ -75,7 +76,7 @@ class Method(NamedTuple):
 
     name: str
     encode: Callable[[Llava, Pixels], Encoded]
-    tokens_per_crop: Callable[[LlavaConfig], int] = lambda config: config.tower.num_patches
+    tokens_per_crop: Callable[[LlavaConfig], int] = lambda config: config.tokens_per_crop
     prune_steps: Callable[[DecoderConfig, int], tuple[PruneStep, ...]] = lambda config, tokens: ()
     raters: Callable[[HiddenBlock, int], Bool[Array, "B W"]] | None = None
     decode_policy: Callable[[int, int], Policy] = lambda first, last: Full()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.llava import LlavaConfig
 from jaxcompress.vision import prune_rules
+from jaxcompress.vision.choose import check_budget
 from jaxcompress.vision.dual_attention import LAYERS, THRESHOLDS
 from jaxcompress.vision.encoders import all_patches, mustdrop_encoder, mustdrop_threshold_encoder
 from jaxcompress.vision.layer_view import PruneRule, renumber_after
@@ -37,7 +38,10 @@ def merging_windows(n: int, share: float = 0.25) -> Callable[[LlavaConfig], tupl
 
 def encoding(n: int, share: float = 0.25) -> Method:
     """The first stage alone: windows merge until n tokens are left, as nearly as whole windows allow, never fewer."""
-    count = merging_windows(n, 1.0)
+
+    def count(config: LlavaConfig) -> tuple[int, int]:
+        check_budget(n, config.tower.num_patches, "patches")
+        return merging_windows(n, 1.0)(config)
 
     def left(config: LlavaConfig) -> int:
         window, many = count(config)

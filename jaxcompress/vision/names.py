@@ -9,15 +9,23 @@ from jaxcompress.inputs.scalars import Number, whole
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.llava import LlavaConfig
 from jaxcompress.vision import encoders, fastv, fitprune, mustdrop, prune_rules, sparsevlm, uniform
+from jaxcompress.vision.choose import check_budget
 from jaxcompress.vision.dart import LAYER as DART_LAYER
 from jaxcompress.vision.layer_view import PruneRule
 from jaxcompress.vision.method import Method, PruneStep
-from jaxcompress.vision.schedule import DEPTH, method_for_mean, prune_steps_to, spread_over
+from jaxcompress.vision.schedule import DEPTH, check_steps, method_for_mean, prune_steps_to, spread_over
 from jaxcompress.vision.text_raters import text_raters
 
 
 def _encoder(name: str, encode: Callable[[int], encoders.Encode]) -> Callable[[int], Method]:
-    return lambda n: Method(name, encode(n), lambda config: n)
+    def make(n: int) -> Method:
+        def left(config: LlavaConfig) -> int:
+            check_budget(n, config.tower.num_patches, "patches")
+            return n
+
+        return Method(name, encode(n), left)
+
+    return make
 
 
 def _once(name: str, rule: PruneRule, before: int) -> Callable[[int], Method]:
@@ -43,6 +51,9 @@ def _fitprune(n: int) -> Method:
     def steps(config: DecoderConfig, tokens: int) -> tuple[PruneStep, ...]:
         recipe, depth = fitprune.RECIPES[70], config.num_layers
         layers = range(depth - 1)
+        check_steps(layers, tokens, n)
+        if not layers:
+            return ()
         shares = [sum(recipe[: round((layer + 1) * DEPTH / depth)]) / sum(recipe[: (depth - 1) * DEPTH // depth])
                   for layer in layers]  # fmt: skip
         left = [tokens - round(min(share, 1.0) * (tokens - n)) for share in shares]
@@ -88,9 +99,9 @@ def get_method(name: str, keep: Number | None = None) -> Method:
     """The method of a name, with published defaults.
 
     Args:
-      keep: visual tokens of each picture (or of all its crops together, for methods in the decoder) that are left in
-        the end. `full` and `mustdrop-decode` keep all and take none; `mustdrop-thresholds` takes the mean over layers
-        for which its thresholds were published, 192, 128 or 64.
+      keep: visual tokens that are left in the end: of each crop, for methods in the tower; of all crops of a picture
+        together, for methods in the decoder. `full` and `mustdrop-decode` keep all and take none; `mustdrop-thresholds`
+        takes the mean over layers for which its thresholds were published, 192, 128 or 64.
 
     Raises:
       ValueError: an unknown name, or a number that is missing, too much, or below 1. Whether it fits a model is checked

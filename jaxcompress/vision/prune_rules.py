@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxcompress.models.read_block import HiddenBlock
@@ -31,12 +32,21 @@ def _last_word(context: PruneContext, view: LayerView) -> Array:
 
 
 def _last_word_by_window(context: PruneContext, view: LayerView) -> Array:
+    """Every crop has windows of its own."""
     scores = jnp.where(view.present, _last_word(context, view), -1.0)
-    side = square(scores.shape[1])
+    total = scores.shape[1]
+    crop = context.patches or total
+    if total % crop:
+        raise ValueError(
+            f"windows lie in whole crops of {crop} patches, and {total} visual tokens are no whole crops: give every "
+            "patch and no newlines, or use fastv"
+        )
+    side = square(crop)
     fits = [w for w in range(2, side) if side % w == 0]
     if not fits:
-        raise ValueError(f"no windows tile a grid of {side} x {side} patches")
-    return by_window(scores, window_table(side, side, side // fits[0] if len(fits) > 1 else fits[0]))
+        raise ValueError(f"no windows tile a grid of {side} x {side} patches; use fastv")
+    table = window_table(side, side, side // fits[0] if len(fits) > 1 else fits[0])
+    return by_window(scores, np.concatenate([table + first for first in range(0, total, crop)]))
 
 
 def _dual(context: PruneContext, view: LayerView) -> Array:
@@ -129,16 +139,18 @@ def sparsevlm_fixed(kept: int, noise: Float[Array, "B m"] | None = None) -> Prun
 
 
 def _recycled(view: LayerView, scores: Float[Array, "B M"], kept: int, noise: Array | None) -> HiddenBlock:
-    total = scores.shape[1]
+    total, scores = scores.shape[1], view.of_present(scores)
     if kept == total:
         return renumber(view.block)
     index = top_indices(scores, kept)
     gone = complement(index, total)
     many, clusters = sparsevlm.recycled(total - kept)
     recycled = take(gone, ranked_indices(take(scores, gone), many))
-    hidden = take(view.block.hidden, take(view.patch_index, recycled))
-    done = sparsevlm.cluster(hidden, clusters, noise=noise)
-    return after_patches(view, index, done.x, take(recycled, done.centres))
+    hidden, there = take(view.block.hidden, take(view.patch_index, recycled)), take(view.present, recycled)
+    count = jnp.minimum(there.sum(1), clusters)
+    done = sparsevlm.cluster(hidden, clusters, present=there, count=jnp.maximum(count, 1), noise=noise)
+    real = jnp.arange(clusters) < count[:, None]
+    return after_patches(view, index, done.x, take(recycled, done.centres), real)
 
 
 def after_patches(

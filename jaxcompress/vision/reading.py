@@ -11,9 +11,11 @@ All functions are pure; jit them with `method` static.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from jaxcompress.models.llava import Llava, LlavaConfig
+from jaxcompress.models.llava import Llava, LlavaConfig, check_placeholders
 from jaxcompress.models.read_block import HiddenBlock, LayerPruning, read_block
 from jaxcompress.policies.policy import Policy
 from jaxcompress.state.kv_state import State
@@ -34,7 +36,7 @@ def encode(model: Llava, pixels: Float[Array, "B *crops C W W"], method: Method)
     b, crops = pixels.shape[:2]
     one = method.encode(model, pixels.reshape(b * crops, *pixels.shape[2:]))
     place = jnp.where(
-        one.place >= 0, one.place + (jnp.arange(b * crops) % crops * model.config.tower.num_patches)[:, None], -1
+        one.place >= 0, one.place + (jnp.arange(b * crops) % crops * model.config.tokens_per_crop)[:, None], -1
     )
     join = lambda x: x.reshape(b, crops * x.shape[1], *x.shape[2:])
     return Encoded(*(join(x) for x in one._replace(place=place)))
@@ -74,13 +76,13 @@ def read_encoded(  # nine parameters: a prompt, its picture, the state with its 
       placement: the positions that RoPE uses; by default those of the policy.
 
     Raises:
-      ValueError: fewer tokens than there are visual tokens, or prune steps that do not fit their number.
+      ValueError: as `embed_prompt`, or prune steps that do not fit the number of visual tokens.
     """
     block = embed_prompt(model, tokens, positions, encoded)
     words = tokens.shape[1] - encoded.visual.shape[1]
     steps = method.prune_steps(model.config.decoder, encoded.visual.shape[1])
     raters = jnp.ones((tokens.shape[0], words), bool) if method.raters is None else method.raters(block, words)
-    context = PruneContext(raters, encoded.key, model.config.decoder.rope)
+    context = PruneContext(raters, encoded.key, model.config.decoder.rope, model.config.tower.num_patches)
     prunings = layer_prunings(context, steps)
     return read_block(model.decoder, block, state, policy, prunings=prunings, chunk=chunk, placement=placement)
 
@@ -90,11 +92,15 @@ def embed_prompt(model: Llava, tokens: Tokens, positions: Positions, encoded: En
     positions.
 
     Raises:
-      ValueError: fewer tokens than there are visual tokens.
+      ValueError: fewer tokens than there are visual tokens, or a row with another number of image tokens (these are not
+        counted under jit).
     """
     m = encoded.visual.shape[1]
     if tokens.shape[1] < m:
         raise ValueError(f"{tokens.shape[1]} tokens have no place for {m} visual tokens; expand the image token first")
+    if not any(isinstance(x, Tracer) for x in (tokens, positions)):
+        there = np.where(np.asarray(positions) >= 0, np.asarray(tokens), -1)
+        check_placeholders(there, model.config.image_token, [m] * len(there))
     is_image = (tokens == model.config.image_token) & (positions >= 0)
     patch = jnp.where(is_image, jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1, -1)
     present = jnp.take_along_axis(encoded.size > 0, jnp.clip(patch, 0, m - 1), axis=1)

@@ -38,8 +38,23 @@ def falling(tokens: int, n: int, steps: int) -> tuple[int, ...]:
     return (*left[:-1], n)
 
 
+def check_steps(layers: Sequence[int], tokens: int, n: int) -> None:
+    """Raises ValueError where n of `tokens` visual tokens cannot be left after the last of these layers."""
+    check_budget(n, tokens, "visual tokens")
+    if not layers and n < tokens:
+        raise ValueError(
+            f"{n} of {tokens} visual tokens cannot be left between the layers of a decoder that has only one; use a "
+            "method that acts in the tower"
+        )
+
+
 def prune_steps_to(rule: PruneRule, layers: Sequence[int], tokens: int, n: int) -> tuple[PruneStep, ...]:
-    """Applies one rule after these layers; n tokens are left after the last."""
+    """Applies one rule after these layers; n tokens are left after the last.
+
+    Raises:
+      ValueError: n is not in 0..tokens, or tokens have to leave and there are no layers.
+    """
+    check_steps(layers, tokens, n)
     return tuple(
         PruneStep(layer, keep, rule) for layer, keep in zip(layers, falling(tokens, n, len(layers)), strict=True)
     )
@@ -53,7 +68,7 @@ def method_for_mean(config: LlavaConfig, make: Callable[[int], Method], mean: Nu
     Raises:
       ValueError: the layers before the first cut alone exceed the mean, or `mean` is not a number.
     """
-    mean, total = number(mean, "the mean number of visual tokens"), config.tower.num_patches * crops
+    mean, total = number(mean, "the mean number of visual tokens"), config.tokens_per_crop * crops
     fits = None
     low, high = 1, total
     while low <= high:

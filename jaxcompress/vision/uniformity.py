@@ -82,11 +82,12 @@ def heat(kept: Bool[Array, "B N"], grid: tuple[int, int]) -> Float[Array, "rows 
 def position_bias(kept: Bool[Array, "B N"]) -> Float[Array, ""]:
     """Share of kept tokens that would have to move so that every place is kept equally often.
 
-    0 means no bias; near 1, the same few places are always kept. Chance alone gives about
+    0 means no bias, or that none was kept; near 1, the same few places are always kept. Chance alone gives about
     sqrt((1/n - 1/N) N / (2 pi B)) for n of N tokens in B pictures: compare with a random choice.
     """
     often = kept.astype(jnp.float32).sum(0)
-    return jnp.abs(often / often.sum() - 1 / kept.shape[1]).sum() / 2
+    total = often.sum()
+    return jnp.where(total > 0, jnp.abs(often / jnp.maximum(total, 1) - 1 / kept.shape[1]).sum() / 2, 0.0)
 
 
 def end_bias(kept: Kept) -> Float[Array, "*B"]:

@@ -166,7 +166,15 @@ def test_retrieval_split() -> None:
         (lambda: proportional([1, 1], 3, least=4), "2 layers with 4 slots"),
         (lambda: from_scores(jnp.ones((2, 1, 2, 9)), 3, least=4), "4 heads with 4 slots"),
         (lambda: retrieval_split(np.ones((2, 2)), 3, 1), "bool"),
-        (lambda: retrieval_split(np.ones((2, 2), bool), 3, 0), "streaming=0"),
+        (lambda: retrieval_split(np.ones((2, 2), bool), 3, 0), "streaming must be a whole number, at least 1, not 0"),
+        (lambda: retrieval_split(np.ones((2, 2), bool), True, 3), "slots must be a whole number, at least 1, not True"),
+        (lambda: pyramid(5, 4, beta=np.nan), "beta must be a finite number"),
+        (lambda: pyramid(True, 4), "a mean of slots must be a whole number"),
+        (lambda: pyramid_official(20, 4, -5), "tokens must be a whole number, at least 1, not -5"),
+        (lambda: pyramid_official(20, 4, 100, beta=-2), "beta must be a whole number, at least 1, not -2"),
+        (lambda: pyramid_even(np.inf, 4, 100), "a mean of slots must be a finite number"),
+        (lambda: pyramid_even(9, 4, 100, beta=0), "at least 1, not 0"),
+        (lambda: from_scores(jnp.full((2, 1, 2, 9), -jnp.inf), 3), "all -inf"),
     ],
 )
 def test_errors_say_what_was_given(wrong: Any, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,10 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         tower_config({"model_type": "vit", "qkv_bias": False})
     with pytest.raises(FileNotFoundError):
         load_llava(tmp_path / "absent")
+
+
+def test_a_decoder_that_no_llava_has() -> None:
+    config = llava_config(settings("llava"))
+    decoder = replace(config.decoder, norms_at="after", qk_norm=True, qk_norm_over="projection")
+    with pytest.raises(ValueError, match="LLaVA with a decoder Olmo2ForCausalLM is not known; known: Llama"):
+        hugging_face_llava_config(replace(config, decoder=decoder))

@@ -22,11 +22,19 @@ from tiny_chat import TEMPLATE, chat_folder
 
 import jaxcompress as jc
 from jaxcompress.checkpoints import Loaded, load
-from jaxcompress.cli.conversation import COMMANDS, retention_page
+from jaxcompress.cli.chat import _talk
+from jaxcompress.cli.conversation import COMMANDS, Conversation, retention_page
 from jaxcompress.generation import Chat
-from jaxcompress.policies import TOVA
+from jaxcompress.policies import TOVA, policy
+from jaxcompress.policies.forget_head import init_forget_head
+from jaxcompress.policies.learned import DMS
 
 # ruff: noqa: F811  pytest's fixtures
+
+
+@policy
+class Mine(TOVA):
+    """A policy that no name gives back."""
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +157,45 @@ def test_a_file_of_another_model(say: Any, tmp_path: Path) -> None:
     Chat(changed, TOVA(), 8).save(tmp_path / "file")
     ran = say(f"/load {tmp_path / 'file'}")
     assert (ran.code, "a model of the same shape with other weights" in ran.err) == (2, True)
+
+
+def test_a_file_of_the_same_policy_with_other_weights(loaded: Loaded, tmp_path: Path) -> None:
+    """They are in the file."""
+    of = lambda seed: init_forget_head(
+        jax.random.key(seed), layers=2, kv_heads=2, head_dim=8, hidden=4, start=(0.0, 1.0)
+    )
+    mine, other = (Chat(loaded, DMS(of(seed), window=2), 8) for seed in range(2))
+    other.save(tmp_path / "file")
+    conversation = Conversation(mine)
+    conversation.take(f"/load {tmp_path / 'file'}")
+    assert conversation.chat.policy == other.policy != mine.policy
+
+
+def test_a_file_of_a_policy_of_ones_own_says_what_to_do(loaded: Loaded, tmp_path: Path) -> None:
+    Chat(loaded, Mine(), 8).save(tmp_path / "file")
+    conversation = Conversation(Chat(loaded, TOVA(), 8))
+    with pytest.raises(ValueError, match=r"a policy of your own, .* go over to it first: /policy FILE.py:Mine"):
+        conversation.take(f"/load {tmp_path / 'file'}")
+    conversation.chat = Chat(loaded, Mine(), 8)
+    conversation.take(f"/load {tmp_path / 'file'}")
+
+
+def test_a_policy_that_fails_does_not_end_the_conversation(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal what goes wrong is told, also in code of one's own."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from jaxcompress.policies import Policy, policy\n@policy\nclass Mine(Policy):\n"
+        "    def score(self, stats, held):\n        return held.nothing\n"
+    )
+    lines = iter([f"/policy {mine}:Mine 8", "Hello?", "/help", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    _talk(Conversation(Chat(load(folder), TOVA(), 8)))
+    told = capsys.readouterr()
+    assert "mine.py, line 5: AttributeError" in told.err
+    assert "score of your policy failed" in told.err
+    assert "/retention" in told.out
 
 
 class Terminal:

@@ -23,7 +23,7 @@ from jaxcompress.cli import COMMANDS, main
 from jaxcompress.evaluation.perplexity import Perplexity
 from jaxcompress.evaluation.results import read_rows
 from jaxcompress.evaluation.sweep import Row
-from jaxcompress.evaluation.tracing import trace
+from jaxcompress.evaluation.tracing import Trace, trace
 from jaxcompress.generation import Tokenizer, generate
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies import TOVA
@@ -243,6 +243,18 @@ def test_trace_of_tokens(run: Any, tmp_path: Path, model: Decoder, batch: int | 
     assert ran.code == 0
     assert f"2 layers, 7 steps, batch {batch or 1}, 1 set of slots" in ran
     _check_trace(tmp_path / "trace.npz", model, ids.astype(np.int32))
+
+
+def test_the_picture_of_a_trace_names_all_capacities(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    fake = Trace(np.zeros((2, 3, 1, 1, 4), np.int32), np.zeros((3, 1, 9), np.float32), np.zeros((2, 1, 1, 8), np.int32))
+    draw = lambda trace, path, title: titles.append(title)
+    monkeypatch.setattr("jaxcompress.evaluation.tracing.trace", lambda *_, **__: fake)
+    monkeypatch.setattr("jaxcompress.evaluation.figures.death_times", draw)
+    np.save(tmp_path / "ids.npy", np.arange(8))
+    how = ("--policy", "tova", "--slots", 4, 3, "--prompt-tokens", 6, "--figure", tmp_path / "drawn.png")
+    assert run("trace", "--token-ids", tmp_path / "ids.npy", "--out", tmp_path / "trace.npz", *how).code == 0
+    assert titles == ["tova, 4, 3 slots"]
 
 
 def test_trace_of_tokens_needs_no_tokenizer(run: Any, folder: Path, tmp_path: Path, model: Decoder) -> None:

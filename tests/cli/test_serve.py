@@ -6,6 +6,7 @@ import gc
 import socket
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from jaxcompress.cli import command_of, main
-from jaxcompress.cli.runtime import told_warnings
+from jaxcompress.cli.runtime import folder_name, told_warnings
 from jaxcompress.inputs.position_warning import PositionWarning
 
 
@@ -35,6 +36,9 @@ from jaxcompress.inputs.position_warning import PositionWarning
         ("--port 0 --policy full --more-pools full:9 --placement slot", "--placement does nothing for full"),
         ("--port 0 --policy full --more-pools no:9 --placement slot", "unknown policy 'no'"),
         ("--port 0 --api-key=", "the API key is empty, and would guard nothing"),
+        ("--port 0 --api-key schlüssel", "the API key has letters that a header of HTTP cannot carry"),
+        ("--port 0 --allowed-hosts a*.example", "'a*.example' is no name of a host: give one without port"),
+        ("--port 0 --allowed-hosts a.example localhost:8000", "'localhost:8000' is no name of a host"),
         ("--host 192.0.2.1", "the server cannot listen at 192.0.2.1, port 8000"),
     ],
 )
@@ -80,8 +84,16 @@ def test_a_warning_is_told_once_and_none_is_kept(capsys: pytest.CaptureFixture[s
     [
         ("", ("localhost", "127.0.0.1", "127.0.0.1", "[::1]")),
         ("--host 0.0.0.0", ("*",)),
-        ("--host 0.0.0.0 --allowed-hosts a.example b.example", ("a.example", "b.example")),
+        ("--host 0.0.0.0 --allowed-hosts a.example *.b.example", ("a.example", "*.b.example")),
+        ("--host ::1", ("localhost", "::1", "127.0.0.1", "[::1]")),
     ],
 )
 def test_names_by_which_the_server_may_be_called(flags: str, hosts: tuple[str, ...]) -> None:
-    assert command_of(["serve", *flags.split()])._hosts() == hosts
+    assert command_of(["serve", *flags.split()])._settings().hosts == hosts
+
+
+def test_a_model_of_this_folder_has_the_name_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the `model` of requests, and was empty."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert [folder_name(one) for one in (".", "./", Path(), "../mine", "lab/mine")] == ["mine"] * 5

@@ -37,6 +37,12 @@ def test_text_that_is_no_mesh(text: str) -> None:
         make_mesh(text)
 
 
+@pytest.mark.parametrize("size", [0, -1, True])
+def test_sizes_that_are_none(size: int) -> None:
+    with pytest.raises(ValueError, match="the size of axis data must be a whole number, at least 1"):
+        make_mesh({"data": size})
+
+
 def test_more_devices_than_there_are() -> None:
     with pytest.raises(ValueError, match="the mesh data=2,tensor=4 has 8 devices, this run has 2 in 1 process"):
         make_mesh("data=2,tensor=4")

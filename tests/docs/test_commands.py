@@ -86,6 +86,14 @@ def test_a_command_is_taken_by_its_program(words: list[str], monkeypatch: pytest
         assert isinstance(arguments(script.QUICK, given), type(script.QUICK))
 
 
+def test_what_a_block_installs_has_the_commands_that_follow() -> None:
+    for page in PAGES:
+        for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+            extras = re.findall(r'pip install "jaxcompress\[([a-z,-]+)\]"', block)
+            if extras and re.search(r"^jaxcompress ", block, re.MULTILINE):
+                assert {"cli", "all"} & set(extras[0].split(",")), f"{name(page)} installs {extras[0]} only"
+
+
 def test_no_block_is_left_out() -> None:
     """Only blocks that say their language are read."""
     for page in PAGES:

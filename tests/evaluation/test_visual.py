@@ -198,6 +198,15 @@ def test_dropped_patches_are_grey(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("wrong", [dict(pictures=0), dict(each=0)])
+def test_an_exam_has_pictures_and_questions(wrong: dict[str, int]) -> None:
+    loaded = embedded()
+    with pytest.raises(ValueError, match="must be a whole number, at least 1, not 0"):
+        exam(loaded.model, loaded.tokenizer, loaded.processor, **wrong)
+    with pytest.raises(ValueError, match="runs must be a whole number, at least 1, not 0"):
+        Examiner(loaded.model, asked(), runs=0)
+
+
 @pytest.mark.slow
 def test_logits_that_are_not_finite_are_told() -> None:
     model = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), embedded().model)

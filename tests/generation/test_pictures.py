@@ -281,6 +281,15 @@ def test_crops_of_several_pictures_follow_one_another() -> None:
     np.testing.assert_array_equal(done.pixels[5:], alone.pixels)
 
 
+@pytest.mark.parametrize("shape", [(28, 28), (28, 28, 3)])
+def test_an_array_of_one_picture_is_no_list(shape: tuple[int, ...], as_users_call_it: None) -> None:
+    """Its rows could be taken for grey pictures."""
+    one: Any = np.zeros(shape, np.uint8)
+    with pytest.raises(ValueError, match=r"a list of pictures, not ndarray; write \[picture\]"):
+        process(one, clip_processor(), one_crop())
+    assert process([one], clip_processor(), one_crop()).sizes == ((28, 28),)
+
+
 def test_messages_say_which_picture() -> None:
     with pytest.raises(ValueError, match="picture 1 is 3 x 0 pixels"):
         process([ramp(4, 4), np.zeros((0, 3), np.uint8)], clip_processor(), one_crop())

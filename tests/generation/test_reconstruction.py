@@ -247,6 +247,12 @@ def test_errors_say_what_was_given(wrong: Any, message: str) -> None:
         wrong()
 
 
+def test_slots_that_are_no_numbers(as_users_call_it: None) -> None:
+    for slots in ("64", None, 5.5):
+        with pytest.raises(ValueError, match="slots must be a number of slots"):
+            shrink(MODEL, whole(23).kv, scores(), TOVA("kv_head"), slots)
+
+
 def test_scores_do_not_depend_on_where_tokens_are_cached() -> None:
     """Keys cached un-rotated (positions re-indexed) give the same scores: nothing is missing yet."""
     state = read_whole(MODEL, [CONTEXT], placement="slot").kv

@@ -144,3 +144,22 @@ def test_shapes_that_make_no_sense(changes: dict[str, Any], message: str) -> Non
     shape: Any = dict(vocab_size=9, hidden_size=16, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1)
     with pytest.raises(ValueError, match=message):
         type(model("gemma2").config)(**shape, head_dim=8, **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda shape: RopeConfig(kind="Yarn"), "kind must be one of default, linear, .*, not 'Yarn'"),
+        (lambda shape: shape(norms_at="befor"), "norms_at must be one of before, after, both, not 'befor'"),
+        (lambda shape: shape(qk_norm_over="heads"), "qk_norm_over must be one of head, projection, not 'heads'"),
+        (lambda shape: shape(norm="rmsnorm"), "norm must be one of rms"),
+        (lambda shape: shape(activation="swish"), "activation must be one of silu"),
+        (lambda shape: shape(sliding=(None, 0)), "a sliding window has 1 token or more, not 0"),
+        (lambda shape: shape(sliding=(-4, None)), "a sliding window has 1 token or more, not -4"),
+        (lambda shape: RopeConfig(kind="longrope").frequencies(8), "0 short_factors for 4 rotated channel pairs"),
+    ],
+)
+def test_words_and_numbers_that_mean_nothing(make: Any, message: str, as_users_call_it: None) -> None:
+    shape = partial(type(model("gemma2").config), 9, 16, 8, 2, 2, 1, 8)
+    with pytest.raises(ValueError, match=message):
+        make(shape)

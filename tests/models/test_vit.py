@@ -210,3 +210,13 @@ def test_wrong_input(tower: VisionTower, pixels: jax.Array) -> None:
         TowerConfig(8, 12, 1, 2, 12, 14)
     with pytest.raises(ValueError, match="special is 0"):
         TowerConfig(8, 12, 1, 2, 12, 4, special=0)
+    with pytest.raises(ValueError, match="0 to 2 special tokens .* not 3"):
+        TowerConfig(8, 12, 1, 2, 12, 4, special=3)
+
+
+def test_words_that_mean_nothing(as_users_call_it: None) -> None:
+    wrong: Any
+    for wrong in (dict(pooling="cls"), dict(activation="relu")):
+        (name, word), *_ = wrong.items()
+        with pytest.raises(ValueError, match=f"{name} must be one of .*, not '{word}'"):
+            TowerConfig(8, 12, 1, 2, 12, 4, **wrong)

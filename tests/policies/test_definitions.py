@@ -18,11 +18,13 @@ from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.rope import RopeConfig, rotate
 from jaxcompress.policies import Policy
-from jaxcompress.policies.cache_view import IncomingTokens, Observation
+from jaxcompress.policies.cache_view import IncomingTokens, Observation, Scope
+from jaxcompress.policies.checks import checked_scores
 from jaxcompress.policies.draws import per_token
 from jaxcompress.policies.names import get_policy
 from jaxcompress.recurrence import chunk_attention
 from jaxcompress.recurrence.advance import advance
+from jaxcompress.state.select import keep_top
 
 from . import reference
 from .watched import scored_as
@@ -378,6 +380,46 @@ def test_zero_protected_is_none_protected(policy: Policy) -> None:
     assert all(len(k) == 16 for k in kept)
 
 
+@policies.policy
+class Oldest(Policy):
+    """What a state of 4 would keep: the first tokens."""
+
+    scope: Scope = "kv_head"
+
+    def score(self, stats: Any, held: Any) -> Any:
+        return -held.positions.astype(jnp.float32)
+
+
+@pytest.mark.parametrize(("one", "stats"), [
+    (policies.protect(policies.critical(Oldest(), 1.0), recent=2), ((), jnp.ones((1, 1, 6)))),
+    (policies.sampled(policies.critical(Oldest(), 0.75), 2), ((), jnp.ones((1, 1, 6)))),
+    (policies.protect(policies.adaptive(Oldest("pool"), 1.0), recent=2), ()),
+    (policies.protect(policies.NACL(1, 0, 0, 0.0), recent=2), -jnp.arange(6.0)[None, None, :, None]),
+    (policies.by_chunks(policies.protect(Oldest(), recent=2), 6), ()),
+    (policies.mix((1.0, policies.critical(Oldest(), 1.0)), (1.0, policies.protect(Oldest(), recent=2))),
+     (((), jnp.ones((1, 1, 6))), ())),
+], ids=lambda x: getattr(x, "name", ""))  # fmt: skip
+def test_what_is_protected_goes_before_what_is_only_chosen_for_sure(one: Policy, stats: Any) -> None:
+    """A share, or a chunk, that fills the room leaves the newest tokens their place."""
+    at = jnp.arange(6)[None, None]
+    owner = jnp.zeros_like(at) if one.scope == "pool" else None
+    held = candidates(np.zeros((1, 1, 6, D)), np.zeros((1, 1, 6, D)), at, capacity=4, owner=owner)
+    kept = keep_top(checked_scores(one, stats, held), at, 4)[0, 0]
+    assert np.flatnonzero(kept).tolist() == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_lagkv_of_repeated_tokens(cross: bool) -> None:
+    """A chunk of equal values has no range to measure the one before it by; scores are numbers all the same."""
+    keys = np.random.default_rng(0).standard_normal((1, 1, 9, D)).astype(np.float32)
+    values = keys.copy()
+    values[:, :, 5:] = 1.0
+    one = policies.LagKV(2, sinks=1, cross=cross)
+    scores = np.asarray(one.score((), candidates(keys, values, np.arange(9)[None, None], capacity=6)))[0, 0]
+    assert not np.isnan(scores).any()
+    assert cross or sorted(scores[3:5]) == [0.0, 0.5]
+
+
 def test_repeated_tokens_tie_and_the_older_stay() -> None:
     """RoPE keeps norms: in the first layer the same token has the same score wherever it stands."""
     keys = np.tile(np.random.default_rng(0).standard_normal((1, 1, 1, D)), (1, 1, T, 1)).astype(np.float32)
@@ -403,12 +445,32 @@ def test_the_least_capacity_has_room_for_all_that_is_protected(name: str, least:
         init_state(DecoderConfig(8, 8, 8, 1, 4, 2, D), policy, least - 1)
 
 
+@policies.policy
+class Sized(Policy):
+    """Its hints are not checked by the tests, as those of the library are."""
+
+    count: int = 1
+    width: int | None = None
+    share: float | int = 0.5
+    flag: bool = False
+
+
 class TestErrors:
     """Said before anything is compiled, with what was given and what would do."""
 
     @pytest.mark.parametrize(("make", "says"), [
         (lambda: policies.SnapKV(0), "at least 1 query"),
         (lambda: policies.SnapKV(4, 4), "odd"),
+        (lambda: policies.every(policies.TOVA(), True), "n of every must be a whole number, not True"),
+        (lambda: policies.RKV(threshold=float("nan")), "threshold of RKV must be a number, not nan"),
+        (lambda: Sized(count=2.5), "count of Sized must be a whole number, not 2.5"),
+        (lambda: Sized(count="4"), "count of Sized must be a whole number, not '4'"),
+        (lambda: Sized(width=np.float32("nan")), "width of Sized must be a whole number or None, not"),
+        (lambda: Sized(share=True), "share of Sized must be a number, not True"),
+        (lambda: Sized(flag=1), "flag of Sized must be True or False, not 1"),
+        (lambda: policies.critical(policies.TOVA(), epsilon=-1), "epsilon must be 0 or more"),
+        (lambda: policies.ExpectedAttention(epsilon=float("inf")), "epsilon must be 0 or more"),
+        (lambda: policies.mix((float("inf"), policies.TOVA()), (1.0, policies.Window())), "a positive weight"),
         (lambda: policies.every(policies.TOVA(), 0), "1 step or more"),
         (lambda: policies.every(policies.Full(), 2), "never evicts"),
         (lambda: policies.every(policies.StreamingLLM(4, "before"), 2), "before"),

@@ -130,6 +130,7 @@ def test_how_settings_are_written(policy: Policy, name: str) -> None:
     ("then(tova)", "two policies"),
     ("h2o-recent1.5", "share in 0.0..1.0, not 1.5"),
     ("", "unknown policy ''"),
+    ("learned/every2", r"saved with a model: give learned=load\(folder\).policy"),
 ])  # fmt: skip
 def test_what_is_no_name(name: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):

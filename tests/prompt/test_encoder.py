@@ -22,6 +22,7 @@ from jaxcompress.checkpoints import (
     store_in_int8,
 )
 from jaxcompress.models.encoder import Encoder, EncoderConfig
+from jaxcompress.models.modernbert import ModernBertClassifier, ModernBertConfig
 from jaxcompress.prompt.scoring import LENGTHS, TOKENS, _batches, _of_leaves, score
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
@@ -100,6 +101,19 @@ def test_too_long_a_row(encoder: Encoder) -> None:
     with pytest.raises(ValueError, match="513 tokens; the encoder takes at most 512"):
         score(encoder, [np.ones(513, np.int32)])
     assert score(encoder, []) == []
+    with pytest.raises(
+        ValueError, match=f"rows have 513 tokens; the encoder takes at most {encoder.config.max_length}"
+    ):
+        encoder(jnp.ones((1, 513), int), jnp.ones((1, 513), bool))
+    unknown = encoder.config.vocab_size
+    with pytest.raises(ValueError, match=f"token id {unknown} at index 1 is outside the vocabulary"):
+        encoder(jnp.array([[1, unknown]]), jnp.ones((1, 2), bool))
+
+
+def test_what_cannot_be_saved(tmp_path: Path, as_users_call_it: None) -> None:
+    other = ModernBertClassifier(ModernBertConfig(9, 4, 4, 1, (True,)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"only an Encoder \(BERT, RoBERTa\) can be saved, not ModernBertClassifier"):
+        save_encoder(other, tmp_path / "new")
 
 
 def test_saved_and_loaded(tmp_path: Path, name: str, encoder: Encoder) -> None:

@@ -102,7 +102,7 @@ def test_words_and_visual_tokens_in_one_call() -> None:
     from jaxcompress.vision import encode, get_method, slots_per_layer
 
     loaded = load_embedded_vision()
-    model, tokenizer, method = loaded.model, loaded.tokenizer, get_method("fastervlm", keep=9)
+    model, tokenizer, method = loaded.model, loaded.tokenizer, get_method("prumerge", keep=9)
     side = model.config.tower.image_size
     pixels = np.random.default_rng(0).normal(size=(3, side, side)).astype(np.float32)
     text, after = "what is the colour of the ring left of the red square", " ?"
@@ -115,7 +115,7 @@ def test_words_and_visual_tokens_in_one_call() -> None:
     report = read.report
     assert report.original_tokens == len(tokenizer.encode("<image> " + text + after)) - 1 + 144
     assert report.prompt_tokens == report.held_tokens == len(short) - 1 + 9
-    assert "content words + fastervlm" in str(report)
+    assert "content words + prumerge" in str(report)
     encoded = encode(model, jnp.asarray(pixels)[None], method)
     expected = prefill_encoded(model, [short], encoded, fresh(), method)
     (one,), (two,) = (decode_stream(model.decoder, state, max_new_tokens=3) for state in (read.state, expected))

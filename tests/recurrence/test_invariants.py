@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from jaxcompress import policies
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.init_state import init_state
+from jaxcompress.policies.checks import check_placed
 from jaxcompress.recurrence.advance import advance
 from jaxcompress.state.kv_state import KVState
 
@@ -388,3 +391,29 @@ def test_gradients() -> None:
         for gradient in gradients(jnp.asarray(t)):
             assert np.isfinite(gradient).all()
             np.testing.assert_array_equal(np.abs(gradient).max((2, 3)) > 0, seen)
+
+
+@pytest.mark.parametrize(("wrong", "says"), [
+    (dict(layer=1), "0 to 0, not 1"),
+    (dict(layer=-1), "0 to 0, not -1"),  # its keys went nowhere
+    (dict(chunk=0), "chunk must be a whole number, at least 1, not 0"),
+    (dict(window=0), "at least 1 token, not 0"),
+    (dict(kv_heads=1), "has 3 rows, 2 heads in 1 sets, no pool; .* needs 3 rows, 1 heads"),
+    (dict(rows=1), "has 1 rows, .* needs 3 rows"),
+    (dict(policy=policies.TOVA("pool")), "no pool; .* a pool"),
+    (dict(policy=policies.TOVA("kv_head")), "in 1 sets, .* in 2 sets"),
+    (dict(v=jnp.zeros((B, 1, 1, D))), "keys and values"),
+])  # fmt: skip
+def test_what_does_not_fit_is_told(wrong: dict[str, Any], says: str) -> None:
+    """Before anything is computed; some of it gave numbers."""
+    wrong = dict(wrong)
+    rows = data(0, wrong.pop("kv_heads", K))
+    token = {name: jnp.asarray(getattr(rows, name)[:, :1]) for name in ("q", "k", "v", "positions")}
+    usual = dict(token, state=fresh(Case("tova"), wrong.pop("rows", B)), layer=0, policy=RULES["tova"][0])
+    with pytest.raises(ValueError, match=says):
+        inspect.unwrap(advance)(**(usual | wrong))
+
+
+def test_a_placement_is_one_of_three() -> None:
+    with pytest.raises(ValueError, match="absolute, slot, compact, not 'nowhere'"):
+        inspect.unwrap(check_placed)(policies.TOVA(), "nowhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -16,6 +17,7 @@ import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
+import numpy as np
 import openai
 from serving_here import Here, serving, tiny_served
 from starlette.testclient import TestClient
@@ -28,8 +30,9 @@ from jaxcompress.server import Settings, bound
 from jaxcompress.server.app import make_app
 from jaxcompress.server.ask import read_ask
 from jaxcompress.server.shapes import Shaped
-from jaxcompress.server.texts import TextPiece
-from jaxcompress.serving import Engine, EngineClosed, Request
+from jaxcompress.server.texts import TextPiece, text_pieces
+from jaxcompress.serving import Engine, EngineClosed, Piece, Request, Ticket
+from jaxcompress.serving.engine import AsyncPieces
 from jaxcompress.serving.request import TokenLogprobs
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -151,6 +154,7 @@ def test_errors_have_the_shape_of_the_official_client(client: openai.OpenAI) -> 
         (TEXT, dict(prompt="a", n=9), 400, "n must be a whole number from 1 to 8"),
         (TEXT, dict(prompt=["a"] * 9), 400, "9 prompts of 1 choices are more than 8 answers"),
         (TEXT, dict(prompt="a", seed=2**63), 400, "seed must be a whole number"),
+        (TEXT, dict(prompt=[[True, 3]]), 400, "prompt must be a string, a list of token ids, or a list of these"),
         (TEXT, dict(prompt="a", stop=[""]), 400, "stop must be a string"),
         (TEXT, dict(prompt="a", stop=5), 400, "stop must be a string"),
         (TEXT, dict(prompt="a", logprobs=21), 400, "logprobs must be a whole number from 0 to 20"),
@@ -159,6 +163,8 @@ def test_errors_have_the_shape_of_the_official_client(client: openai.OpenAI) -> 
         (TEXT, dict(prompt="a", presence_penalty=1), 400, "give repetition_penalty"),
         (TEXT, dict(prompt="a", stream="yes"), 400, "stream must be true or false"),
         (TEXT, dict(prompt="a", stream_options=5), 400, "stream_options must be an object"),
+        (TEXT, dict(prompt="a", stream_options=dict(include_usage="no")), 400, "include_usage must be true"),
+        (TEXT, dict(prompt="a", stream_options=dict(usage=True)), 400, "stream_options.usage is unknown here"),
         (TEXT, dict(prompt="a", model=5), 400, "model must be a string"),
         (CHAT, {}, 400, "messages must be a list"),
         (CHAT, dict(messages=["hi"]), 400, "messages[0] must be like"),
@@ -214,6 +220,27 @@ def test_full_writes_as_far_as_there_is_room(here: Here) -> None:
     assert [most(prompt="a" * n) for n in (5, 19, 20)] == [15, 1, 1]  # the last one is refused by the engine
     assert most(prompt="a", max_tokens=50) == 50
     assert read_ask(dict(prompt="a"), here.served, Settings(), chat=False, client="").requests[0].max_new_tokens == 1024
+
+
+def test_a_stop_in_what_was_held_back_is_the_reason(here: Here) -> None:
+    """The half of a character is held back until the answer ends, and is printed as U+FFFD."""
+
+    async def reason(stop: str) -> list[tuple[str, str | None]]:
+        given: asyncio.Queue[Piece] = asyncio.Queue()
+        half = int(here.served.tokenizer.encode("é", add_bos=False)[0])
+        given.put_nowait(Piece((half,), ended="length"))
+        ticket = Ticket(Request([1], 1), np.array([1]))
+        texts = text_pieces(AsyncPieces(ticket, given), here.served.tokenizer, (stop,), ())
+        return [(piece.text, piece.ended) async for piece in texts]
+
+    assert asyncio.run(reason("x")) == [("\ufffd", "length")]
+    assert asyncio.run(reason("\ufffd")) == [("", "stop")]
+
+
+@pytest.mark.parametrize(("seed", "seeds"), [(-2, [-2, -1, 0]), (2**63 - 2, [2**63 - 2, 2**63 - 1, -(2**63)])])
+def test_the_first_choice_has_the_seed_that_was_given(here: Here, seed: int, seeds: list[int]) -> None:
+    body = dict(prompt="a", seed=seed, n=3)
+    assert [one.seed for one in read_ask(body, here.served, Settings(), chat=False, client="").requests] == seeds
 
 
 def test_a_long_prompt_is_answered_without_being_watched(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:

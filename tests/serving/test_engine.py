@@ -281,6 +281,15 @@ def test_an_engine_that_never_started_ends_what_it_took() -> None:
         engine.submit(Request(prompt(4), 3))
 
 
+def test_an_engine_has_one_thread(engine: Engine) -> None:
+    """Also where a `with` block has started it and the server starts it too: two would share the rows."""
+    threads = lambda: [one.name for one in threading.enumerate()].count("engine")  # of other tests' engines too
+    before = threads()
+    engine.start()
+    assert threads() == before
+    assert engine.submit(Request(prompt(4), 1)).answer().reason == "length"
+
+
 def test_free_rows_are_room_for_a_burst() -> None:
     """As many as there are rows, and those that may wait beside."""
     engine = Engine({"one": spec(rows=2)}, limits=EngineLimits(waiting=1))

@@ -197,6 +197,15 @@ def test_code_that_cannot_be_read_shares_no_prefix(monkeypatch: pytest.MonkeyPat
     assert typed.digest() != typed.digest()
 
 
+def test_a_folder_that_cannot_be_looked_into_fails_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Such as one of a disk that has gone: there, and for a name that is too long, `Path.exists` raises."""
+    files = PrefixFiles(tmp_path, 2**30)
+    files.folder = tmp_path / ("x" * 300)
+    files.write("one", SPEC.fresh(), SPEC.model)
+    files.close()
+    assert "a prefix file was not written" in caplog.text
+
+
 def test_a_full_disk_ends_the_writing_only(
     opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -75,6 +75,8 @@ class TestPack:
         with pytest.raises(ValueError, match="has 7 tokens, the model's vocabulary only 6"):
             pack(["a"], tokenizer, vocab_size=6)
         assert pack(["a"], tokenizer, vocab_size=64).tokens.size == 3
+        with pytest.raises(ValueError, match="no documents"):
+            pack([], tokenizer, vocab_size=64)
 
     def test_long_texts_are_tokenized_in_pieces(self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
         text = "a b\nc " * 40_000
@@ -123,6 +125,8 @@ class TestRows:
             split(rows_of(7, 2), batch=3, held_out=1)
         with pytest.raises(ValueError, match=r"1 tokens, 0 rows of 2; one step needs 1"):
             split(rows_of(1, 2), batch=1, held_out=0)
+        with pytest.raises(ValueError, match="held_out must be a whole number, at least 0, not -5"):
+            split(rows_of(8, 2), batch=3, held_out=-5)  # it gave more rows to train on than there are
 
 
 class TestBatches:

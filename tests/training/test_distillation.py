@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from tiny import random_tokens, tiny_decoder
 
-from jaxcompress.checkpoints import load, save
+from jaxcompress.checkpoints import load, load_embedded, save
 from jaxcompress.models.decoder import Decoder, read
 from jaxcompress.models.experts_config import ExpertsConfig
 from jaxcompress.models.init_state import init_state
@@ -170,6 +170,9 @@ def test_adapters_learn_from_the_weights_below_them(tmp_path: Any) -> None:
     np.testing.assert_allclose(again(TOKENS), trained(TOKENS), rtol=1e-5, atol=1e-4)
 
 
+ONES = Adapter(jnp.ones((1, 32, 1)), jnp.ones((1, 1, 32)))
+
+
 def other(**changes: Any) -> Decoder:
     from dataclasses import replace
 
@@ -183,7 +186,16 @@ def other(**changes: Any) -> Decoder:
         (lambda: run(tiny_decoder(), jit=False, teacher=other(vocab_size=60)), "predicts 60 tokens, the student 61"),
         (lambda: run(tiny_decoder(), jit=False, teacher=other(hidden_size=16), hidden=1.0), "16 in the teacher, 32 in"),
         (lambda: run(tiny_decoder(), jit=False, segment=T + 1), "does not fit into texts of 16"),
+        (lambda: run(tiny_decoder(), jit=False, temperature=np.nan), "temperature is positive, not nan"),
         (lambda: init_lora(tiny_decoder(), jax.random.key(0), rank=0), "at least 1, not 0"),
+        (lambda: init_lora(tiny_decoder(), jax.random.key(0), to=()), "one projection or more"),
+        (lambda: add_lora(tiny_decoder(), {"qery": ONES}), "has no qery: it is gated; known: query"),
+        (lambda: add_lora(other(mlp="plain"), {"gate": ONES}), "has no gate: it is plain"),
+        (lambda: add_lora(tiny_decoder(), {"query": ONES}), r"query is \[1, 32, 1\] and .*: it was made for another"),
+        (
+            lambda: add_lora(load_embedded(dtype="int8").model, init_lora(load_embedded().model, jax.random.key(0))),
+            "weights in int8 cannot be adapted",  # codes and scales got the change, each
+        ),
         (lambda: init_lora(tiny_decoder(), jax.random.key(0), to=("query", "norm")), "unknown projections norm"),
         (lambda: init_lora(other(mlp="plain"), jax.random.key(0), to=("gate",)), "has no gate: it is plain"),
         (

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.extend.backend
 import pytest
+from flax import nnx
 from tiny import tiny_decoder
 
+from jaxcompress.models.decoder import Decoder
+from jaxcompress.models.experts_config import ExpertsConfig
 from jaxcompress.training import metrics
 from jaxcompress.training.metrics import (
     MetricsFile,
@@ -57,6 +61,14 @@ def test_flops_are_six_per_weight_and_those_of_attention(tied: bool) -> None:
     multiplied = sum(x.size for x in jax.tree.leaves(model)) - (0 if tied else 61 * 32)
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * 10
     assert flops_per_token(model, 10.0) == 6 * multiplied + attention
+
+
+def test_experts_that_are_not_chosen_cost_nothing() -> None:
+    make = lambda n: nnx.eval_shape(
+        lambda: Decoder(replace(tiny_decoder().config, mlp="experts", experts=ExpertsConfig(n, 2)), rngs=nnx.Rngs(0))
+    )
+    router = make(2).config.hidden_size * make(2).config.num_layers
+    assert flops_per_token(make(8), 10.0) - flops_per_token(make(2), 10.0) == 6 * 6 * router
 
 
 def test_keys_attended_to() -> None:

@@ -18,7 +18,9 @@ from jaxcompress.models.init_state import init_state
 from jaxcompress.policies.names import get_policy
 from jaxcompress.recurrence.advance import Step, steps
 from jaxcompress.recurrence.parallel import parallel_gradient
+from jaxcompress.training.data import Batch
 from jaxcompress.training.loss import token_losses
+from jaxcompress.training.objectives import causal
 from jaxcompress.training.recurrent import bounded_value_and_grad, rematerialised, through_time
 
 T, SLOTS = 24, 6
@@ -213,13 +215,26 @@ def test_gradients_in_bfloat16_are_added_up_in_float32(bptt_segments: int | None
         (dict(segment=0), "a segment of 0 tokens"),
         (dict(bptt_segments=2), "3 segments cannot be cut into windows of 2"),
         (dict(bptt_segments=0), "windows of 0"),
+        (dict(segment=True), "segment must be a whole number, at least 0, not True"),
+        (dict(chunk=0), "chunk must be a whole number, at least 1, not 0"),
+        (dict(policy="tova"), r"write jaxcompress.get_policy\('tova'\)"),
+        (dict(weights=jnp.ones((1, T))), "weights are one for each token but the first"),
         (dict(slots=0), "at least 1 slot"),
         (dict(policy=get_policy("snapkv+8"), slots=4), "needs at least"),
         (dict(policy=get_policy("full"), slots=T - 1), "keeps every token"),
         (dict(policy=get_policy("streaming_llm+2"), recurrence=parallel_gradient), "moves tokens"),
     ],
 )
+@pytest.mark.usefixtures("as_users_call_it")
 def test_errors_say_what_was_given(how: dict[str, Any], says: str) -> None:
-    given: dict[str, Any] = dict(policy=get_policy("tova"), slots=SLOTS, segment=8) | how
+    usual: dict[str, Any] = dict(policy=get_policy("tova"), slots=SLOTS, segment=8, weights=jnp.asarray(WEIGHTS))
     with pytest.raises(ValueError, match=says):
-        bounded_value_and_grad(tiny_decoder(), jnp.asarray(TOKENS), weights=jnp.asarray(WEIGHTS), **given)
+        bounded_value_and_grad(tiny_decoder(), jnp.asarray(TOKENS), **(usual | how))
+
+
+@pytest.mark.usefixtures("as_users_call_it")
+def test_weights_of_one_row_are_not_those_of_two() -> None:
+    """They were spread over all rows: the loss was the sum of the rows' losses."""
+    batch = Batch(jnp.ones((2, 9), jnp.int32), jnp.ones((1, 8)))
+    with pytest.raises(ValueError, match=r"\[2, 8\] for tokens \[2, 9\], not \[1, 8\]"):
+        causal()(tiny_decoder(), batch, 0, None)

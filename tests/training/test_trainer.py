@@ -105,6 +105,10 @@ class TestStep:
             make_step(bigram, sgd, accumulate=8, sharding=rules)(rules.init(lambda: fresh(sgd)), batch)
 
     def test_rows_that_cannot_be_cut(self) -> None:
+        with pytest.raises(ValueError, match="accumulate must be a whole number, at least 1, not 0"):
+            make_step(bigram, OPTIMIZER, accumulate=0)
+        with pytest.raises(ValueError, match="save_every must be a whole number, at least 1, not 0"):
+            fit(fresh(), STEP, some_data(), steps=2, save_every=0)
         with pytest.raises(ValueError, match="6 rows cannot be cut into 4 microbatches"):
             make_step(bigram, OPTIMIZER, accumulate=4)(fresh(), one_batch())
 

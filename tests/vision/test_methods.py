@@ -16,8 +16,11 @@ from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import read
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.llava import Llava, LlavaConfig
+from jaxcompress.models.read_block import HiddenBlock
 from jaxcompress.models.tower_config import TowerConfig
 from jaxcompress.policies import Full
+from jaxcompress.recurrence.inputs import AttentionInputs
+from jaxcompress.recurrence.softmax import MASKED
 from jaxcompress.vision import (
     NAMES,
     Method,
@@ -31,8 +34,9 @@ from jaxcompress.vision import (
     slots_per_layer,
 )
 from jaxcompress.vision.encoders import all_patches, tome_counts, zip_split
-from jaxcompress.vision.layer_view import LayerView
-from jaxcompress.vision.method import PruneStep
+from jaxcompress.vision.layer_view import LayerView, PruneContext
+from jaxcompress.vision.method import Encoded, PruneStep
+from jaxcompress.vision.reading import embed_prompt
 
 TOWER = TowerConfig(16, 24, 3, 2, 36, 6, activation="quick_gelu", pre_norm=True)  # 6 x 6 patches
 DECODER = DecoderConfig(64, 16, 24, 4, 2, 1, 8)
@@ -269,6 +273,14 @@ def test_wrong_input() -> None:
         run(model(), pixels(), get_method("grid", 7))
     with pytest.raises(ValueError, match="2 layers cannot merge 36 patches into 3; keep 9 or more"):
         tome_counts(36, 3, 2)
+    for name in ("fitprune", "mustdrop-encode", "random", "tome"):  # also where only shapes are asked for
+        with pytest.raises(ValueError, match="cannot keep 37 of 36"):
+            get_method(name, 37).tokens_per_layer(CONFIG)
+    shallow = replace(CONFIG, decoder=replace(DECODER, num_layers=1))
+    for name in ("fitprune", "fastv", "mustdrop"):
+        with pytest.raises(ValueError, match="9 of .* visual tokens cannot be left between the layers of a decoder"):
+            get_method(name, 9).tokens_per_layer(shallow)
+        assert get_method(name, PATCHES).tokens_per_layer(shallow) == (PATCHES,)
     assert tome_counts(36, 9, 2) == (18, 9)
     assert tome_counts(36, 24, 3) == (4, 4, 4)
 
@@ -277,3 +289,71 @@ def test_windows_follow_the_grid() -> None:
     assert [mustdrop.window_of(side) for side in (24, 14, 27, 16, 7, 1)] == [3, 2, 3, 2, 7, 1]
     assert zip_split(64) == (54, 10)
     assert sum(zip_split(40)) == 40
+
+
+def test_means_of_methods_in_the_tower_keep_no_more_than_there_is() -> None:
+    method = get_method_for_mean(CONFIG, "random", 1000, crops=2)
+    assert method.tokens_per_layer(CONFIG, 2) == (2 * PATCHES,) * 4
+
+
+def test_special_tokens_that_the_decoder_gets_are_counted() -> None:
+    config, full = replace(CONFIG, keep_special=True), get_method("full")
+    encoded = encode(Llava(config, rngs=nnx.Rngs(0)), pixels(1)[:, None].repeat(2, 1), full)
+    assert encoded.visual.shape[1] == full.tokens_per_layer(config, 2)[0] == 2 * (PATCHES + 1)
+    np.testing.assert_array_equal(encoded.place[0], np.arange(2 * (PATCHES + 1)))
+
+
+def left_by(rule: Any, n: int, *, empty: Any = (), filler: float = 0.0, patches: int | None = None) -> HiddenBlock:
+    """What a rule leaves of 144 random patches and three words after them, some of the patches being empty places.
+
+    Args:
+      filler: what lies in empty places.
+      patches: of a crop.
+    """
+    m, words = 144, 3
+    t = m + words
+    patch = jnp.where(jnp.arange(t) < m, jnp.arange(t), -1)[None]
+    gone = jnp.zeros((1, t), bool).at[:, jnp.array(empty, int)].set(True)
+    random = lambda i, *size: jax.random.normal(jax.random.key(i), (1, t, *size))
+    block = HiddenBlock(jnp.where(gone[..., None], filler, random(0, 16)), jnp.where(gone, -1, jnp.arange(t)), patch)
+    attention = AttentionInputs(random(1, 2, 8), random(2, 1, 8), jnp.zeros((1, t)), block.positions)
+    context = PruneContext(jnp.ones((1, words), bool), jnp.zeros((1, m), bool), DECODER.rope, patches)
+    return jax.jit(lambda block, attention: rule(context, block, attention, n))(block, attention)
+
+
+def test_every_crop_has_windows_of_its_own() -> None:
+    """Four crops of 6 x 6 have as many patches as a picture of 12 x 12."""
+    left = np.asarray(left_by(prune_rules.window_fastv, 16, patches=PATCHES).patch)
+    crop, place = np.divmod(left[left >= 0], PATCHES)
+    windows = list(zip(crop.tolist(), (place // 18 * 2 + place % 6 // 3).tolist(), strict=True))
+    assert sorted(windows) == [(crop, window) for crop in range(4) for window in range(4)]
+    with pytest.raises(
+        ValueError, match="windows lie in whole crops of 35 patches, and 144 visual tokens are no whole"
+    ):
+        left_by(prune_rules.window_fastv, 16, patches=35)
+
+
+def test_what_lies_in_empty_places_is_not_recycled() -> None:
+    empty = [i for i in range(144) if i % 9]
+    left, other = (left_by(prune_rules.sparsevlm_recycling, 24, empty=empty, filler=x) for x in (0.0, 9.0))
+    np.testing.assert_array_equal(left.positions, other.positions)
+    there = np.asarray(left.positions)[..., None] >= 0
+    np.testing.assert_allclose(np.where(there, left.hidden, 0), np.where(there, other.hidden, 0), atol=1e-6)
+    assert not set(np.asarray(left.patch)[np.asarray(left.positions) >= 0].tolist()) & set(empty)
+
+
+def test_a_prompt_has_a_place_for_every_visual_token() -> None:
+    encoded = Encoded(jnp.zeros((1, 4, 16)), jnp.arange(4)[None], jnp.ones((1, 4)), jnp.zeros((1, 4), bool))
+    tokens = jnp.array([[1, 63, 63, 63, 2, 3]])
+    with pytest.raises(ValueError, match="row 0 has 3 image tokens"):
+        embed_prompt(model(), tokens, jnp.arange(6)[None], encoded)
+    with pytest.raises(ValueError, match="row 0 has 3 image tokens"):  # the fourth is padding
+        embed_prompt(model(), tokens.at[0, 0].set(63), jnp.arange(-1, 5)[None], encoded)
+
+
+def test_empty_places_attend_to_nothing_where_there_is_no_class_token() -> None:
+    random = lambda i: jax.random.normal(jax.random.key(i), (1, 6, 2, 8))
+    bias = jnp.where(jnp.arange(6) < 4, 0.0, MASKED)[None]
+    whole = encoders.class_token_attention(AttentionInputs(random(0), random(1), bias), 0)
+    alone = AttentionInputs(random(0)[:, :4], random(1)[:, :4], bias[:, :4])
+    np.testing.assert_allclose(whole[..., :4], encoders.class_token_attention(alone, 0), atol=1e-6)

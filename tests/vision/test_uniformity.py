@@ -90,6 +90,10 @@ def test_what_random_choice_looks_like() -> None:
     np.testing.assert_allclose(heat(jnp.asarray(mask), GRID), mask.mean(0).reshape(GRID), atol=1e-6)
 
 
+def test_nothing_kept_favours_no_place() -> None:
+    assert float(position_bias(jnp.zeros((3, 4), bool))) == 0
+
+
 def test_wrong_input() -> None:
     with pytest.raises(ValueError, match="48 patches are no grid of 7 x 7"):
         gap(jnp.ones((1, 48), bool), (7, 7))

@@ -95,3 +95,25 @@ def test_wrong_input() -> None:
     progress = init_decode_state(model.decoder, FULL, 40, batch=2)
     with pytest.raises(ValueError, match="2 image tokens"):
         prefill_encoded(model, [[63, 63], [63]], given, progress, get_method("full"))
+
+
+def test_counts_and_places_that_do_not_fit() -> None:
+    model, full = loaded("llava").model, get_method("full")
+    given = as_encoded(seen("llava"), full)
+    m = given.visual.shape[1]
+    shuffled = given._replace(place=given.place[:, ::-1])
+
+    def prefill(encoded: Any = given, **how: Any) -> None:
+        progress = init_decode_state(model.decoder, FULL, 40, batch=2)
+        prefill_encoded(model, short_prompts("llava"), encoded, progress, full, **how)
+
+    for how, says in (
+        (dict(counts=[m]), "counts are visual tokens of each of 2 rows"),
+        (dict(counts=[m, m - 1]), f"counts has {m - 1} visual tokens for row 1, whose last one is number {m} of {m}"),
+        (dict(counts=[m + 1, m]), f"counts has {m + 1} visual tokens for row 0"),
+        (dict(counts=[m, m], patches=m), "give counts= or patches=, not both"),
+        (dict(patches=m - 1), f"at patch number {m}, of patches={m - 1}"),
+        (dict(patches=m, encoded=shuffled), rf"give encoded.in_raster_order\({m}\)"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            prefill(**how)
