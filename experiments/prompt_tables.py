@@ -2,15 +2,18 @@
 
     python experiments/prompt_tables.py --model smollm2 --texts books/ --out rows.jsonl
     python experiments/prompt_tables.py --model smollm2 --texts books/ --squality squality/ --out rows.jsonl
+    python experiments/prompt_tables.py --model smollm2 --domains documentation code --out rows.jsonl
     python experiments/prompt_tables.py --out rows.jsonl --table table.md      # only draws what the file holds
 
 Three things are read after a shortened context, and their loss is taken, always over the same tokens: the text that
 follows in the book (`continuation`), the number that a sentence hidden in the context names, asked for after it
-(`needle`), and people's answers to questions about a story (`squality`). A cell is one task, compressor and ratio, over
-all contexts. `whole` keeps the context, `nothing` leaves it out: they bound what can be lost.
+(`needle`), and people's answers to questions about a story (`squality`). `--domains` takes the first two from other
+texts than books (`logs: continuation`, `logs: needle`). A cell is one task, compressor and ratio, over all contexts.
+`whole` keeps the context, `nothing` leaves it out: they bound what can be lost.
 
 Compressors are `embedded` (the classifier that ships), a folder or hub id of another LLMLingua-2 classifier,
-`llmlingua`, `selective-context` and `self-information` (with the reader as their small model), `tf-idf`, `content`,
+`llmlingua`, `selective-context` and `self-information` (with the reader as their small model), `repeated` and
+`left-out` (what the reader needs, `reader_teachers.py`), `embedded-repeated` (the mean of ranks), `tf-idf`, `content`,
 `uniform`, `first` and `random`. What follows a plus is an ablation: `embedded+numbers` protects numbers,
 `embedded+chunks` meets the budget in each chunk of 512 subwords as the paper does, `embedded+lines` keeps line breaks.
 Ablations of the paper's data (instruction, chunk-wise compression, filters) are in `teacher_tables.py`.
@@ -33,6 +36,8 @@ import jax
 import numpy as np
 from command import arguments
 from paper_tables import OfBooks, Plan, markdown, of_experiment, of_texts, run, spread
+from prompt_domains import domains_of
+from reader_teachers import left_out, repeated
 from tova_documents import squality
 
 from jaxcompress.checkpoints import Loaded
@@ -44,7 +49,7 @@ from jaxcompress.evaluation.ruler.tasks import get_task
 from jaxcompress.models.init_state import init_state
 from jaxcompress.models.modes import ReadCall
 from jaxcompress.policies import Full
-from jaxcompress.prompt import Compressor, Scorer, TokenizerCounter, keep
+from jaxcompress.prompt import Compressor, Scorer, TokenizerCounter, keep, mixed
 from jaxcompress.prompt.baselines import content_words, evenly_spread, first_words, random_words, tf_idf
 from jaxcompress.prompt.information import Reader, self_information
 from jaxcompress.prompt.llmlingua import llmlingua
@@ -52,6 +57,7 @@ from jaxcompress.prompt.selective_context import selective_context
 from jaxcompress.prompt.surface import words_of
 
 EXPERIMENT, LOSS, RIGHT = "prompt_tables", "nats per token", "right, %"
+CONTINUATION, NEEDLE = "continuation", "needle"
 SHORTENING, READING = "seconds of shortening", "seconds of reading"
 WIDTH = 256  # prompts are padded to a multiple, so that few programs are compiled
 MADE: dict[str, Callable[[Reader, int], Scorer]] = {
@@ -59,6 +65,9 @@ MADE: dict[str, Callable[[Reader, int], Scorer]] = {
     "llmlingua": lambda reader, seed: llmlingua(reader),
     "selective-context": lambda reader, seed: selective_context(reader),
     "self-information": lambda reader, seed: self_information(reader),
+    "repeated": lambda reader, seed: repeated(reader),
+    "left-out": lambda reader, seed: left_out(reader),
+    "embedded-repeated": lambda reader, seed: mixed((1, Compressor.load(dtype="float32")), (1, repeated(reader))),
     "tf-idf": lambda reader, seed: tf_idf(),
     "content": lambda reader, seed: content_words(),
     "uniform": lambda reader, seed: evenly_spread(),
@@ -77,7 +86,10 @@ BOUNDS = {"whole": 1.0, "nothing": math.inf}
 class Arguments(OfBooks):
     """Adds rows to the file for each task, compressor and ratio, and prints the table. The model is the reader."""
 
-    compressors: tuple[str, ...] = (*MADE, "embedded+numbers", "embedded+chunks")
+    compressors: tuple[str, ...] = (
+        "embedded", "llmlingua", "selective-context", "self-information", "tf-idf", "content", "uniform", "first",
+        "random", "embedded+numbers", "embedded+chunks",
+    )  # fmt: skip
     """Names, folders or hub ids, each with ablations after a plus."""
     ratios: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0)
     """How many times shorter."""
@@ -89,6 +101,8 @@ class Arguments(OfBooks):
     """Tokens that follow a context in its book."""
     seeds: int = 3
     """Draws of `random`."""
+    domains: tuple[str, ...] = ()
+    """Texts in place of books: documentation, code, logs, json, tables, or UTF-8 files."""
     squality: Path | None = None
     """A folder with SQuALITY's dev.jsonl; its task is left out if not given."""
 
@@ -196,8 +210,14 @@ def read(loaded: Loaded[Any, Any, Any], piece: Piece, text: str) -> Losses:
 
 def plan(args: Arguments) -> Plan:
     loaded = args.load()
-    tokenizer, books = loaded.tokenizer, dict(args.books())
-    tasks = dict(continuation=continuations(args, books, tokenizer), needle=needles(args, books, tokenizer))
+    tokenizer = loaded.tokenizer
+    if args.domains and (args.texts or args.pg19):
+        raise ValueError("--domains takes the place of books: give it without --texts and --pg19")
+    tasks: dict[str, list[Piece]] = {}
+    for name, texts in (domains_of(args.domains) or {"": dict(args.books())}).items():
+        before = f"{name}: " if name else ""
+        tasks[f"{before}{CONTINUATION}"] = continuations(args, texts, tokenizer)
+        tasks[f"{before}{NEEDLE}"] = needles(args, texts, tokenizer)
     if args.squality is not None:
         tasks["squality"] = answers(args, args.squality, tokenizer)
     reader, counter = Reader(loaded.model, tokenizer, slots=512, segment=128), TokenizerCounter(tokenizer)
@@ -260,38 +280,54 @@ def line(row: Row) -> str:
     return f"{cell.task:14} {cell.policy:24} {ratio:4.1f} {cell.seed:3} {figure.metric:24} {figure.value:9.4f}"
 
 
+Found = dict[tuple[str, str, Any, str], list[Figure]]
+"""The figures of a task, compressor, ratio and metric, one for each seed."""
+
+
 def table(rows: Sequence[Row]) -> list[str]:
-    """Markdown: for each task a line for each compressor, a column for each ratio."""
+    """Markdown: for each task a line for each compressor, a column for each ratio; for domains a column for each."""
     rows = of_experiment(rows, EXPERIMENT)
-    found: dict[tuple[str, str, Any, str], list[Figure]] = {}
+    found: Found = {}
     for row in rows:
         ratio = None if row.cell.policy in BOUNDS else row.cell.settings["ratio"]
         found.setdefault((row.cell.task, row.cell.policy, ratio, row.figure.metric), []).append(row.figure)
     lines = []
-    for task in dict.fromkeys(row.cell.task for row in rows):
-        lines += of_task(task, rows, found)
+    tasks = dict.fromkeys(row.cell.task for row in rows)
+    for task in tasks:
+        if ": " not in task:
+            lines += of_task(task, rows, found)
+    for kind in (CONTINUATION, NEEDLE):
+        if some := [task for task in tasks if task.endswith(f": {kind}")]:
+            lines += of_domains(kind, some, rows, found)
     return lines or ["no rows"]
 
 
-def of_task(task: str, rows: Sequence[Row], found: dict[tuple[str, str, Any, str], list[Figure]]) -> list[str]:
+def lost(task: str, name: str, ratio: float, found: Found) -> str:
+    """Over `whole`: mean and standard error over contexts, draws averaged; of needles the right answers beside it."""
+    some, (whole,) = found.get((task, name, ratio, LOSS), []), found[task, "whole", None, LOSS]
+    if not some:
+        return ""
+    each = np.mean([one.details["each"] for one in some], axis=0) - whole.details["each"]
+    entry = spread(list(map(float, each)), ".3f")
+    return f"{entry}; {right(task, name, ratio, found)}" if task.endswith(NEEDLE) else entry
+
+
+def right(task: str, name: str, ratio: Any, found: Found) -> str:
+    return f"{statistics.mean(one.value for one in found[task, name, ratio, RIGHT]):.0f} %"
+
+
+def measured(rows: Sequence[Row]) -> tuple[list[str], list[float]]:
+    """Names of compressors, and ratios."""
+    mine = [row.cell for row in rows if row.cell.policy not in BOUNDS]
+    return list(dict.fromkeys(cell.policy for cell in mine)), sorted({cell.settings["ratio"] for cell in mine})
+
+
+def of_task(task: str, rows: Sequence[Row], found: Found) -> list[str]:
     mine = [row for row in rows if row.cell.task == task]
-    names = list(dict.fromkeys(row.cell.policy for row in mine if row.cell.policy not in BOUNDS))
-    ratios = sorted({row.cell.settings["ratio"] for row in mine if row.cell.policy not in BOUNDS})
+    names, ratios = measured(mine)
     whole, nothing = (found.get((task, name, None, LOSS), [None])[0] for name in BOUNDS)
     if whole is None or nothing is None:
         return [f"{task}: `whole` and `nothing` were not measured yet", ""]
-
-    def lost(name: str, ratio: float) -> str:
-        """Over `whole`: mean and standard error over contexts, draws averaged."""
-        some = found.get((task, name, ratio, LOSS), [])
-        if not some:
-            return ""
-        each = np.mean([one.details["each"] for one in some], axis=0) - whole.details["each"]
-        entry = spread(list(map(float, each)), ".3f")
-        return entry if task != "needle" else f"{entry}; {right(name, ratio)}"
-
-    def right(name: str, ratio: Any) -> str:
-        return f"{statistics.mean(one.value for one in found[task, name, ratio, RIGHT]):.0f} %"
 
     def seconds(name: str) -> str:
         some = [one.value for ratio in ratios for one in found.get((task, name, ratio, SHORTENING), [])]
@@ -306,8 +342,8 @@ def of_task(task: str, rows: Sequence[Row], found: dict[tuple[str, str, Any, str
     said = f"**{task}**: {cell.model}, {cell.dtype}, {whole.samples} contexts of about {cell.context} words, "
     said += f"{whole.tokens:,} tokens counted. The whole context gives {whole.value:.3f} nats per token, none "
     said += f"{nothing.value:.3f}"
-    if task == "needle":
-        said += f"; right answers {right('whole', None)} and {right('nothing', None)}"
+    if task.endswith(NEEDLE):
+        said += f"; right answers {right(task, 'whole', None, found)} and {right(task, 'nothing', None, found)}"
     said += f". Reading takes {reading['whole']:.2f} s whole, and " + ", ".join(
         f"{value:.2f} s at {ratio:g} ×" for ratio, value in by_ratio.items()
     )
@@ -316,7 +352,37 @@ def of_task(task: str, rows: Sequence[Row], found: dict[tuple[str, str, Any, str
         "",
         *markdown(
             ["compressor", *(f"{ratio:g} ×" for ratio in ratios), "seconds of shortening"],
-            ([f"`{name}`", *(lost(name, ratio) for ratio in ratios), seconds(name)] for name in names),
+            ([f"`{name}`", *(lost(task, name, ratio, found) for ratio in ratios), seconds(name)] for name in names),
+        ),
+        "",
+    ]  # fmt: skip
+
+
+def of_domains(kind: str, tasks: Sequence[str], rows: Sequence[Row], found: Found) -> list[str]:
+    """One table for all domains of a kind: a line for each ratio and compressor."""
+    tasks = [task for task in tasks if all((task, name, None, LOSS) in found for name in BOUNDS)]
+    mine = [row for row in rows if row.cell.task in tasks]
+    if not mine:
+        return [f"{kind}: `whole` and `nothing` were not measured yet", ""]
+    names, ratios = measured(mine)
+    cell, samples = mine[0].cell, {row.figure.samples for row in mine}
+    bound = lambda task, name: (
+        f"{found[task, name, None, LOSS][0].value:.3f}"
+        + (f"; {right(task, name, None, found)}" if kind == NEEDLE else "")
+    )
+    said = f"**{kind}**: {cell.model}, {cell.dtype}, {' or '.join(map(str, sorted(samples)))} contexts of about "
+    said += f"{cell.context} words for each domain. Nats per token, and what is lost to the whole context, mean and "
+    said += "standard error over contexts."
+    return [
+        said,
+        "",
+        *markdown(
+            ["", *(task.removesuffix(f": {kind}") for task in tasks)],
+            [
+                *([f"{name} of the context", *(bound(task, name) for task in tasks)] for name in BOUNDS),
+                *([f"`{name}`, {ratio:g} ×", *(lost(task, name, ratio, found) for task in tasks)]
+                  for ratio in ratios for name in names),
+            ],
         ),
         "",
     ]  # fmt: skip

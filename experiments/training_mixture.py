@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,20 +61,20 @@ class Arguments(OfModel):
 QUICK = Arguments(quick=True, rows=12, length=320, out=Path("runs/quick/mixture.jsonl"))
 
 
-def files_of(args: Arguments) -> list[Path]:
-    """The files of --texts without those that are held out. Ends the script if one of either is not there."""
+def files_of(texts: Sequence[Path], hold_out: Sequence[str]) -> list[Path]:
+    """The files of --texts without those of --hold-out. Ends the script if one of either is not there."""
     found: list[Path] = []
-    for path in args.texts:
+    for path in texts:
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
         if not files:
             stop(f"there is no text in {path.absolute()}: --texts takes files, or folders with .txt files")
         found += files
     names = {file.stem for file in found}
-    if missing := [name for name in args.hold_out if name not in names]:
+    if missing := [name for name in hold_out if name not in names]:
         stop(
             f"--hold-out names no file of --texts: {', '.join(missing)}; they are {', '.join(sorted(names)) or 'none'}"
         )
-    return [file for file in found if file.stem not in args.hold_out]
+    return [file for file in found if file.stem not in hold_out]
 
 
 def texts_in(file: Path, key: str) -> list[str]:
@@ -92,7 +92,7 @@ def texts_in(file: Path, key: str) -> list[str]:
 def texts_of(args: Arguments) -> list[str]:
     """The given texts, and as many characters of Python's sources as a third of theirs, at least."""
     texts = []
-    for file in files_of(args):
+    for file in files_of(args.texts, args.hold_out):
         if file.suffix == ".jsonl":
             texts += texts_in(file, args.field)
         else:

@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 from tiny import tiny_decoder
 
-from jaxcompress.checkpoints import SavedPolicy, save_policy
+from jaxcompress.checkpoints import SavedPolicy, load_embedded, save_policy
 from jaxcompress.evaluation.provenance import Provenance
 from jaxcompress.evaluation.results import Cell, Figure, Row, read_rows, run_cells
 from jaxcompress.models.modes import calls
+from jaxcompress.policies import Full
+from jaxcompress.prompt.information import Context, Reader
+from jaxcompress.prompt.surface import words_of
+from jaxcompress.prompt.words import align
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 MADE = Provenance(version="0", code="abc", device="cpu", command="")
@@ -172,6 +176,72 @@ def test_contexts_are_dealt_to_all_books(script: Any) -> None:
         assert [sum(piece.text.startswith(f"{n}w") for piece in found) for n in range(3)] == counts
 
 
+def test_domains_are_the_same_every_time_and_told_apart(script: Any, tmp_path: Path) -> None:
+    module = script("prompt_domains")
+    names = ["documentation", "code", "logs", "json", "tables"]
+    found = module.domains_of(names)
+    assert list(found) == names
+    assert found == module.domains_of(names)
+    assert all(len(set(texts.values())) == 4 for texts in found.values())
+    orders = [json.loads(line) for line in found["json"]["shop 0"].splitlines()]
+    for one in orders:
+        assert one["total"] == round(sum(item["quantity"] * item["price"] for item in one["items"]), 2)
+        assert f"order {one['id']} " in found["logs"]["shop 0"]
+        assert f"| {one['id']} | {one['at'][:10]} | " in found["tables"]["shop 0"]
+    own = tmp_path / "dialogue.txt"
+    own.write_text("Good morrow, cousin.", "utf-8")
+    assert module.domains_of([str(own)]) == {"dialogue": {"dialogue": "Good morrow, cousin."}}
+    with pytest.raises(ValueError, match="'letters' is neither"):
+        module.domains_of(["letters"])
+    with pytest.raises(ValueError, match="two texts that are called 'dialogue'"):
+        module.domains_of([str(own), str(own)])
+
+
+def test_what_a_reader_needs(script: Any) -> None:
+    """A word left out, as by reading the text twice; and the best half is labelled."""
+    module, loaded = script("reader_teachers"), load_embedded()
+    reader = Reader(loaded.model, loaded.tokenizer, Full(), slots=128)
+    text = " ".join(f"def method{n}(self): return self.value{n} + {n}" for n in range(3))
+    ids, places = loaded.tokenizer.encode_with_places(text)
+    scored = module.left_out(reader, before=1000, after=8)(text)
+    losses = lambda ids: module.losses_of(loaded.model, [ids])[0, : len(ids)]
+    naive, _ = reader.losses(Context(reader.begin().state, ids[:1]), ids[None, 1:])
+    np.testing.assert_allclose(losses(ids)[1:], naive[0], atol=1e-4)
+    whole = losses(ids)
+    for at in (2, 9, len(scored.spans) - 1):
+        (first,), (last,) = align(scored.spans[at : at + 1], places)
+        without = losses(np.delete(ids, slice(first, last)))[first : first + 8].sum()
+        assert scored.scores[at] == pytest.approx(without - whole[last : last + 8].sum(), abs=1e-3)
+    words = module.repeated(reader)(text)
+    assert np.isfinite(words.scores).all()
+    assert words.spans.tolist() == scored.spans.tolist()
+    example = module.labelled(words, 0.5)
+    kept = np.array(example.labels)
+    assert kept.sum() == round(len(kept) / 2)
+    assert words.scores[kept].min() >= words.scores[~kept].max()
+    assert [len(words_of(piece)) for piece in module.pieces_of(["a b c d", "e"], 3, 2)] == [2, 2, 1]
+
+
+def test_domains_stand_side_by_side(script: Any) -> None:
+    table = script("prompt_tables").table
+
+    def row(domain: str, name: str, ratio: float | None, each: list[float]) -> Row:
+        cell = Cell(experiment="prompt_tables", task=f"{domain}: continuation", model="m", model_hash="", policy=name,
+                    slots=8, context=64, dtype="float32", settings=dict(ratio=ratio))  # fmt: skip
+        figure = Figure(metric="nats per token", value=sum(each) / 2, tokens=5, samples=2, state_bytes=0,
+                        details=dict(each=each))  # fmt: skip
+        return Row(cell, figure, MADE, at="")
+
+    bounds = [row(domain, name, None, each) for domain in ("logs", "json")
+              for name, each in (("whole", [1.0, 2.0]), ("nothing", [3.0, 3.0]))]  # fmt: skip
+    lines = table([*bounds, row("logs", "random", 2.0, [1.5, 2.7]), row("json", "random", 5.0, [1.0, 2.0])])
+    assert "|  | logs | json |" in lines
+    assert "| whole of the context | 1.500 | 1.500 |" in lines
+    assert "| `random`, 2 × | 0.600 ± 0.100 |  |" in lines
+    assert "| `random`, 5 × |  | 0.000 ± 0.000 |" in lines
+    assert not any("random" in line for line in table([row("logs", "random", 2.0, [1.5, 2.7])]))
+
+
 def test_what_is_timed_one_after_another_is_compiled_before(script: Any) -> None:
     prompts = [np.arange(length) for length in (5, 100, 128, 129, 1000, 4000)]
     widths = lambda some: {call.width for one in some for call in calls("streaming", len(one), chunk=1, segment=128)}
@@ -225,9 +295,9 @@ def test_a_mixture_reads_what_it_is_told(script: Any, tmp_path: Path, capsys: py
     for name in ("Dracula", "Emma"):
         (tmp_path / f"{name}.txt").write_text("A text.")
     given = script.Arguments(texts=(tmp_path,), hold_out=("Dracula",))
-    assert [file.stem for file in script.files_of(given)] == ["Emma"]
+    assert [file.stem for file in script.files_of(given.texts, given.hold_out)] == ["Emma"]
     with pytest.raises(SystemExit):
-        script.files_of(script.Arguments(texts=(tmp_path,), hold_out=("Dracula", "dracula")))
+        script.files_of([tmp_path], ["Dracula", "dracula"])
     assert "--hold-out names no file of --texts: dracula; they are Dracula, Emma" in capsys.readouterr().err
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"document": "One."}\n{"text": "Two.", "id": 3}\n[]\n')

@@ -14,7 +14,14 @@ from unittest import mock
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "experiments"
-PARTS = {"command", "paper_tables", "sentences", "sharded_step", "vision_parity_models"}  # imported, no programs
+PARTS = {
+    "command",
+    "paper_tables",
+    "prompt_domains",
+    "sentences",
+    "sharded_step",
+    "vision_parity_models",
+}  # imported, no programs
 SCRIPTS = sorted({path.stem for path in FOLDER.glob("*.py")} - PARTS)
 NEEDS = {  # a module that the tests do not install, and the command that does
     "aot_gpu": ("nvidia", "make aot-gpu"),
