@@ -15,30 +15,24 @@ what a classifier could learn from them. As labels for training they are written
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from command import OfModel, arguments, stop
+from prompt_continuation import best_words
 from training_mixture import files_of
 
 from jaxcompress.embedded.corpus import documents
 from jaxcompress.generation.reconstruction import asking, read_whole, reconstruct
 from jaxcompress.inputs.text import read_text
-from jaxcompress.models.decoder import Decoder, read
-from jaxcompress.models.init_state import init_state
 from jaxcompress.policies import Full
 from jaxcompress.prompt import ScoredWords, Scorer, segment
-from jaxcompress.prompt.budget import words_best_first
 from jaxcompress.prompt.dataset import Example, write_examples
-from jaxcompress.prompt.information import Reader
+from jaxcompress.prompt.information import Context, Reader
 from jaxcompress.prompt.surface import Word, words_of
 from jaxcompress.prompt.words import align, of_words
-from jaxcompress.training.loss import token_losses
 
 BLOCK, ROWS = 16, 17  # words that share a window; rows read at once: these, and the window as it is
 
@@ -95,7 +89,7 @@ def left_out(reader: Reader, before: int = 32, after: int = 32) -> Scorer:
             begin, end = max(int(first[start]) - before, 0), int(last[block[-1]]) + after
             window = ids[begin:end]
             rows = [window, *(np.delete(window, slice(first[at] - begin, last[at] - begin)) for at in block)]
-            losses = losses_of(reader.model, rows)
+            losses = losses_of(reader, rows)
             for row, at in zip(losses[1:], block, strict=True):
                 gone, there = int(first[at]) - begin, int(last[at]) - begin
                 count = min(len(window) - there, after)
@@ -105,21 +99,15 @@ def left_out(reader: Reader, before: int = 32, after: int = 32) -> Scorer:
     return score
 
 
-def losses_of(model: Decoder, rows: list[np.ndarray]) -> np.ndarray:
+def losses_of(reader: Reader, rows: list[np.ndarray]) -> np.ndarray:
     """The loss of each token of each row, with everything before it; 0 for the first."""
     width = -(-max(map(len, rows)) // 64) * 64  # few programs are compiled
-    tokens, valid = np.zeros((ROWS, width), np.int32), np.zeros((ROWS, width), bool)
+    tokens = np.full((ROWS, width), -1, np.int32)
     for at, row in enumerate(rows):
-        tokens[at, : len(row)], valid[at, : len(row)] = row, True
-    return np.asarray(_losses(model, tokens, valid))[: len(rows)]
-
-
-@partial(jax.jit)
-def _losses(model: Decoder, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    state = init_state(model.config, Full(), tokens.shape[1], batch=len(tokens), dtype=model.dtype)
-    done = read(model, tokens, state, Full(), valid=valid, chunk=tokens.shape[1])
-    losses = token_losses(model.logits(done.hidden[:, :-1]), tokens[:, 1:])
-    return jnp.pad(jnp.where(valid[:, 1:], losses, 0.0), [(0, 0), (1, 0)])
+        tokens[at, : len(row)] = row
+    whole = replace(reader, policy=Full(), slots=width, segment=width)
+    losses, _ = whole.losses(Context(whole.begin(ROWS).state, np.full(ROWS, -1, np.int32)), tokens)
+    return np.nan_to_num(losses[: len(rows)])
 
 
 TEACHERS = {"repeated": repeated, "left-out": left_out}
@@ -127,8 +115,7 @@ TEACHERS = {"repeated": repeated, "left-out": left_out}
 
 def labelled(scored: ScoredWords, rate: float) -> Example:
     """The words of the best scores are kept."""
-    kept = np.zeros(len(scored.scores), bool)
-    kept[words_best_first(scored.scores)[: round(rate * len(kept))]] = True
+    kept = best_words(scored, round(rate * len(scored.spans)))
     return Example(scored.text, [Word(*span) for span in scored.spans.tolist()], kept.tolist())
 
 

@@ -204,7 +204,7 @@ def test_what_a_reader_needs(script: Any) -> None:
     text = " ".join(f"def method{n}(self): return self.value{n} + {n}" for n in range(3))
     ids, places = loaded.tokenizer.encode_with_places(text)
     scored = module.left_out(reader, before=1000, after=8)(text)
-    losses = lambda ids: module.losses_of(loaded.model, [ids])[0, : len(ids)]
+    losses = lambda ids: module.losses_of(reader, [ids])[0, : len(ids)]
     naive, _ = reader.losses(Context(reader.begin().state, ids[:1]), ids[None, 1:])
     np.testing.assert_allclose(losses(ids)[1:], naive[0], atol=1e-4)
     whole = losses(ids)
