@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,6 @@ def init_decode_state(
     """
     check_decoder(model)
     check_policy(policy)
-    check_placement(placement)
     check_placed(policy, placement)
     batch = whole(batch, "batch", least=1)
     several = isinstance(seeds, Sequence | np.ndarray)
@@ -198,12 +197,6 @@ def check_unused(state: DecodeState) -> None:
             "this state was used before: prefill and decode donate the memory of the state they are given and return a "
             "new one. Go on with that, or give state.copy() where the same point is needed again"
         )
-
-
-def check_placement(placement: Any) -> None:
-    """Raises ValueError if there is no placement of that name."""
-    if placement is not None and placement not in get_args(Placement):
-        raise ValueError(f"unknown placement {placement!r}; known: {', '.join(get_args(Placement))}")
 
 
 def first_broken(broken: Array, logits: Array, state: State) -> Array:

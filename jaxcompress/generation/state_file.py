@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from jaxcompress.checkpoints._policy import SavedPolicy
 from jaxcompress.checkpoints._written import WrittenPolicy, policy_digest, written_policy
-from jaxcompress.generation.decode_state import DecodeArrays, DecodeState, check_placement, check_usable
+from jaxcompress.generation.decode_state import DecodeArrays, DecodeState, check_usable
 from jaxcompress.inputs.text import parse_json
 from jaxcompress.inputs.whole_file import whole_file
 from jaxcompress.models.checks import check_state
@@ -28,7 +28,7 @@ from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.decoder import Decoder, check_decoder
 from jaxcompress.models.fingerprint import fingerprint
 from jaxcompress.models.init_state import policy_numbers
-from jaxcompress.policies.checks import check_policy
+from jaxcompress.policies.checks import check_placement, check_policy
 from jaxcompress.policies.policy import Policy
 from jaxcompress.state.kv_state import KVState, empty, with_numbers
 from jaxcompress.state.storage import Quantised

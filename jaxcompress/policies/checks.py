@@ -29,14 +29,19 @@ def check_policy(policy: Any) -> None:
     raise ValueError(f"a policy is expected, such as jaxcompress.get_policy('tova'), not {told}")
 
 
+def check_placement(placement: Any) -> None:
+    """Raises ValueError if there is no placement of that name."""
+    if placement is not None and placement not in get_args(Placement):
+        raise ValueError(f"unknown placement: it is one of {', '.join(get_args(Placement))}, not {placement!r}")
+
+
 def check_placed(policy: Policy, placement: Placement | None = None) -> None:
     """Raises ValueError if the tokens that a policy holds cannot stand there, or no placement is called so; None: where
     the policy places them.
 
     Re-indexed positions count the tokens that one head holds; a pool holds those of all heads in one order.
     """
-    if placement is not None and placement not in (known := get_args(Placement)):
-        raise ValueError(f"a placement is one of {', '.join(known)}, not {placement!r}")
+    check_placement(placement)
     for one in policy.layers or (policy,):
         placed = placement or one.placement
         if one.scope == "pool" and placed != "absolute":
