@@ -77,6 +77,19 @@ def test_needles() -> None:
     assert make("niah_multikey_2").context.count("One of the special magic numbers") == 41
 
 
+def test_a_needle_can_stand_anywhere_in_text_without_sentences() -> None:
+    log = Sources("\n".join(f"09:{i:02} INFO web: request {i} took {3 * i} ms" for i in range(60)), 1024)
+    assert not log.is_prose
+    assert SOURCES.is_prose
+    depths = set()
+    for seed in range(20):
+        sample = TASKS["niah_single_2"].make(100, random.Random(seed), log)
+        words = sample.context.split()
+        depths.add(10 * words.index("One") // len(words))
+        assert sum(word in log.words for word in words) >= 100
+    assert len(depths) > 5
+
+
 def test_a_chain_of_variables() -> None:
     (question,) = (sample := TASKS["vt"].make(20, random.Random(1), SOURCES)).questions
     told = sample.context[sample.context.rindex("Memorize and track") :]

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from jaxcompress.evaluation.ruler.hops import Puzzle
 
+MOST_WORDS, PIECE = 40, 10  # of a sentence in prose, on the average; of a piece of other text
+
 
 class Question(NamedTuple):
     """A question about a context.
@@ -61,11 +63,25 @@ class Sources:
         found = (" ".join(part.split()) for part in re.split(r"\n\s*\n", self.text))
         return [one for one in found if 20 <= one.count(" ") <= 120]
 
+    @cached_property
+    def is_prose(self) -> bool:
+        """Whether its sentences are as long as people write them. Logs, tables and most code have few ends of them."""
+        return len(self.words) < MOST_WORDS * len(_sentences(" ".join(self.words)))
+
     def sentences(self, words: int, rng: random.Random) -> list[str]:
-        """The sentences of so many words in their order, from a drawn place on; the text begins anew where it ends."""
+        """The sentences of so many words in their order, from a drawn place on; the text begins anew where it ends.
+
+        A text that is not prose is cut after every `PIECE` words, so that a needle can stand anywhere in it.
+        """
         at = rng.randrange(len(self.words))
-        drawn = " ".join(self.words[(at + i) % len(self.words)] for i in range(words))
-        return [one for one in re.split(r"(?<=[.!?]) (?=[\"'(\[]?[A-Z])", drawn) if one]
+        drawn = [self.words[(at + i) % len(self.words)] for i in range(words)]
+        if self.is_prose:
+            return _sentences(" ".join(drawn))
+        return [" ".join(drawn[start : start + PIECE]) for start in range(0, words, PIECE)]
+
+
+def _sentences(text: str) -> list[str]:
+    return [one for one in re.split(r"(?<=[.!?]) (?=[\"'(\[]?[A-Z])", text) if one]
 
 
 Make = Callable[[int, random.Random, Sources], Sample]
