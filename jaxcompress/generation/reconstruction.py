@@ -58,6 +58,7 @@ class Growing(_OldestFirst):
 
 
 READ_CHUNK = 512  # tokens of a context that are read at once
+FEW = 64  # lengths are rounded up to a multiple of it: contexts of many lengths share few compiled programs
 
 
 class Repeat(NamedTuple):
@@ -148,12 +149,15 @@ def read_whole(
     seeds: Sequence[int] | int = 0,
     placement: Placement = "absolute",
 ) -> DecodeState:
-    """Reads contexts into a state large enough for the longest: the token at position i is in slot i."""
+    """Reads contexts into a state large enough for the longest: the token at position i is in slot i.
+
+    It has as many slots as the longest has tokens, rounded up to a multiple of 64.
+    """
     _check_windows(model)
     prompts = prompt_ids(prompts, model.config.vocab_size)
-    longest = max(map(len, prompts))
-    size = min(READ_CHUNK, longest)
-    empty = init_decode_state(model, _Reading(), longest, batch=len(prompts), seeds=seeds, placement=placement)
+    slots = _rounded(max(map(len, prompts)))
+    size = min(READ_CHUNK, slots)
+    empty = init_decode_state(model, _Reading(), slots, batch=len(prompts), seeds=seeds, placement=placement)
     return prefill(model, prompts, empty, mode="chunked", chunk=size, segment=size)
 
 
@@ -200,7 +204,7 @@ def reconstruct(
         )
     pieces = [[(at, min(at + chunk, len(row))) for at in range(sinks, len(row), chunk)] for row in rows]
     asked = [[_question(row, span, repeat, sinks) for span in spans] for row, spans in zip(rows, pieces, strict=True)]
-    width = max((len(ids) for row in asked for ids in row), default=0)
+    width = _rounded(max((len(ids) for row in asked for ids in row), default=0))
     best = tuple(jnp.zeros(part.stats.best.shape, jnp.float32) for part in state)
     for i in range(max(map(len, asked))):
         tokens, valid = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
@@ -398,6 +402,10 @@ def _with_room(slots: Slots, room: int) -> Slots:
     if isinstance(slots, list | tuple | np.ndarray):
         return [_with_room(one, room) for one in slots]  # type: ignore[return-value]
     return slots + room if isinstance(slots, int | np.integer) else slots  # `init_state` says what is wrong with others
+
+
+def _rounded(length: int) -> int:
+    return -(-length // FEW) * FEW
 
 
 def _check_windows(model: Decoder) -> None:

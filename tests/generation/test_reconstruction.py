@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -77,7 +76,7 @@ def scores(sinks: int = 2, chunk: int = 8) -> Any:
 @pytest.mark.parametrize(("sinks", "chunk"), [(2, 8), (0, 8), (4, 100)])
 def test_scores_are_the_reference(sinks: int, chunk: int) -> None:
     ours = np.asarray(scores(sinks, chunk))
-    assert ours.shape == (LAYERS, 1, HEADS, 24)
+    assert ours.shape == (LAYERS, 1, HEADS, whole(23).kv[0].positions.shape[-1])
     np.testing.assert_allclose(ours[:, 0, :, :23], expected(CONTEXT, sinks, chunk), 1e-4, 1e-6)
     assert np.isneginf(ours[..., 23:]).all()
 
@@ -91,6 +90,15 @@ def test_the_whole_context_is_read_and_the_state_left_alone() -> None:
     assert (np.asarray(part.positions)[..., :23] == np.arange(23)).all()
     logits = plain(MODEL, np.resize(CONTEXT, (1, 27)))[0, 22]
     np.testing.assert_allclose(whole(23).logits[0], logits, 1e-4, 1e-4)
+
+
+def test_contexts_of_many_lengths_share_programs(caplog: pytest.LogCaptureFixture) -> None:
+    lengths = range(11, 15)
+    with jax.log_compiles():
+        for n in lengths:
+            reconstruct(MODEL, [CONTEXT[:n]], whole(n).kv, ASK, sinks=2, chunk=8)
+    compiled = [record.message for record in caplog.records if "Compiling jit(_repeated)" in record.message]
+    assert len(compiled) < len(lengths), compiled
 
 
 def test_rows_are_independent() -> None:
@@ -258,4 +266,4 @@ def test_scores_do_not_depend_on_where_tokens_are_cached() -> None:
     state = read_whole(MODEL, [CONTEXT], placement="slot").kv
     ours = reconstruct(MODEL, [CONTEXT], state, ASK, sinks=2, chunk=8, placement="slot")
     np.testing.assert_allclose(ours[..., :23], scores()[..., :23], 1e-3, 1e-5)
-    assert replace(state[0], layer=state[0].layer).capacity == 23
+    assert state[0].capacity == whole(23).kv[0].capacity == 64
