@@ -18,11 +18,12 @@ from jaxcompress.checkpoints._entries import (
     text,
     whole,
 )
+from jaxcompress.models.activations import TowerActivation
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.llava import LlavaConfig
-from jaxcompress.models.tower_config import Activation, TowerConfig
+from jaxcompress.models.tower_config import TowerConfig
 
-_ACTIVATIONS: dict[str, Activation] = {
+_ACTIVATIONS: dict[str, TowerActivation] = {
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu",
 }  # fmt: skip
 _BASE = {

@@ -45,7 +45,7 @@ from jaxcompress.state.kv_state import State
 from jaxcompress.state.placement import Placement
 from jaxcompress.vision.encoders import all_patches
 from jaxcompress.vision.method import Encoded, Method
-from jaxcompress.vision.reading import read_encoded
+from jaxcompress.vision.reading import check_asks, read_encoded
 
 
 class ImageFeatures(NamedTuple):
@@ -272,7 +272,8 @@ def prefill_encoded(
 
     Raises:
       ValueError: not one image token in each prompt, an empty prompt, token ids outside the vocabulary; counts that do
-        not fit `encoded`, visual tokens that are not in the order of `patches`, or both given.
+        not fit `encoded`, visual tokens that are not in the order of `patches`, or both given; a prompt that ends with
+        the picture, for a method that goes by the words after it.
       FloatingPointError: logits are not finite. Layers with too few slots for a policy that keeps everything are a
         cause.
     """
@@ -314,6 +315,7 @@ def trace_prefill(
     if patches is not None:
         _check_places(patches, encoded)
         batch = at_patch_positions(batch, encoded, patches)
+    check_asks(method, batch.positions, batch.patch)
     _warn_of_positions(model, state, batch)
     # What a method does elsewhere is no part of this program, so that methods which differ there share it.
     reading = Method("", all_patches, prune_steps=method.prune_steps, raters=method.raters)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
-from typing import Any
 
 import jax
 
@@ -14,6 +14,7 @@ from jaxcompress.models.config import DecoderConfig
 from jaxcompress.models.init_state import policy_numbers
 from jaxcompress.models.modes import Mode
 from jaxcompress.policies.checks import check_policy
+from jaxcompress.policies.numbers import check_numbers, not_made_for
 from jaxcompress.policies.policy import Policy
 from jaxcompress.state.kv_state import KVState, State, runs
 from jaxcompress.state.placement import Placement
@@ -55,10 +56,7 @@ def _check_part(config: DecoderConfig, part: KVState, policy: Policy, batch: int
         raise ValueError(f"the state has {part.positions.shape[1]} rows, the tokens {batch}")
     if jax.tree.leaves(part.values)[0].shape[1:3] != (batch, part.kv_heads) or _width(part) != config.head_dim:
         raise ValueError(f"the state's heads are {_width(part)} wide, the model's {config.head_dim}")
-    made = lambda what, has, wants: ValueError(
-        f"the state was not made for policy {policy.name}: it has {has} {what}, the policy needs {wants}; make it with "
-        "init_state(config, policy, slots), and go on with the policy that it was made for"
-    )
+    made = partial(not_made_for, policy)
     pools = lambda pooled: "one pool for all heads" if pooled else "slots for each head"
     if pooled != (part.owner is not None):
         raise made("in a layer", pools(part.owner is not None), pools(pooled))
@@ -69,25 +67,12 @@ def _check_part(config: DecoderConfig, part: KVState, policy: Policy, batch: int
     slots, need = part.positions.shape[-1], policy.slots(part.capacity, entries)
     if slots < need:
         raise made("slots in a set", slots, need)
-    stats, memory = policy_numbers(config, policy, which, part.capacity // entries, batch)
-    if _kind(stats, 3) != _kind(part.stats, 4):
-        raise made("numbers for each slot", _dtypes(part.stats), _dtypes(stats))
-    if _kind(memory, 1) != _kind(part.memory, 2):
-        raise made("numbers for each row", _dtypes(part.memory), _dtypes(memory))
+    check_numbers(policy, part, *policy_numbers(config, policy, which, part.capacity // entries, batch))
 
 
 def _width(part: KVState) -> int:
     """D, independent of the storage type of the values."""
     return jax.eval_shape(load_vectors, part.values).shape[-1]
-
-
-def _kind(numbers: Any, leading: int) -> Any:
-    """Signature of a policy's numbers: structure, types, and the axes after the first `leading` ones."""
-    return jax.tree.structure(numbers), [(x.dtype, x.shape[leading:]) for x in jax.tree.leaves(numbers)]
-
-
-def _dtypes(numbers: Any) -> str:
-    return ", ".join(f"{x.dtype}" for x in jax.tree.leaves(numbers)) or "no"
 
 
 def check_mode(policy: Policy, mode: Mode) -> None:

@@ -16,19 +16,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxcompress.inputs.token_ids import check_read
-from jaxcompress.models.activations import gelu
+from jaxcompress.models.activations import ACTIVATIONS, check_encoder_activation
 from jaxcompress.models.lookup import look_up
 from jaxcompress.recurrence.block_attention import whole_attention
 from jaxcompress.recurrence.softmax import MASKED
 from jaxcompress.state.shapes import Hidden, Positions, Tokens, Valid
-
-ACTIVATIONS = {
-    "gelu": gelu,
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 @dataclass(frozen=True)
@@ -59,8 +51,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+        check_encoder_activation(self.activation)
         if self.max_length < 1:
             raise ValueError(f"no token fits: {self.max_position} positions, the first {self.first_position} unused")
 

@@ -16,8 +16,9 @@ from jax.typing import DTypeLike
 from jaxcompress.inputs.described import described
 from jaxcompress.models.config import DecoderConfig
 from jaxcompress.pallas_kernels.dispatch import slot_multiple as usual_multiple
-from jaxcompress.policies.cache_view import CacheView, LayerContext
+from jaxcompress.policies.cache_view import LayerContext
 from jaxcompress.policies.checks import check_policy
+from jaxcompress.policies.numbers import numbers_of
 from jaxcompress.policies.policy import Policy
 from jaxcompress.state.kv_state import Memory, State, Stats, empty, with_numbers
 from jaxcompress.state.placement import Rotate
@@ -171,21 +172,12 @@ def policy_numbers(
     entries = config.num_kv_heads if policy.scope == "pool" else 1
     group = config.num_heads // config.num_kv_heads
     heads = policy.heads(group * len(which), len(which))
-    shape = lambda *size, dtype=jnp.float32: jax.ShapeDtypeStruct(size, dtype)
-    sets, d = policy.sets(heads), config.head_dim
     unplaced: Rotate = lambda x, positions: x
     mine = which if len(which) < config.num_kv_heads else tuple(range(heads))  # as while reading
+    out: Any = jax.ShapeDtypeStruct((len(which), group, config.head_dim, config.hidden_size), jnp.float32)
     context = LayerContext(
-        unplaced, policy.placement, None, (group * len(which), len(which)), mine, layers=config.num_layers
+        unplaced, policy.placement, out, (group * len(which), len(which)), mine, layers=config.num_layers
     )
-
-    def numbers(keys: Any, positions: Any, owner: Any, seen: Any, layer: Any, out: Any) -> tuple[Any, Any]:
-        one = CacheView(keys, keys, positions, owner, seen, layer, (), capacity * entries, context._replace(out=out))
-        memory = policy.memory(one)
-        return policy.init(one._replace(memory=memory)), memory
-
-    return jax.eval_shape(
-        numbers, shape(batch, heads, 1, d), shape(batch, sets, 1, dtype=jnp.int32),
-        shape(batch, 1, 1, dtype=jnp.int32) if entries > 1 else None, shape(batch, dtype=jnp.int32),
-        shape(dtype=jnp.int32), shape(len(which), group, d, config.hidden_size),
-    )  # fmt: skip
+    return numbers_of(
+        policy, context, batch=batch, head_dim=config.head_dim, capacity=capacity * entries, pooled=entries > 1
+    )

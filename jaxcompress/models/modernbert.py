@@ -16,8 +16,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxcompress.models.activations import ACTIVATIONS, check_encoder_activation
 from jaxcompress.models.choices import check_choices
-from jaxcompress.models.encoder import ACTIVATIONS, check_rows
+from jaxcompress.models.encoder import check_rows
 from jaxcompress.models.lookup import look_up
 from jaxcompress.models.rope import RopeConfig, turned
 from jaxcompress.recurrence.block_attention import local_attention, whole_attention
@@ -60,8 +61,7 @@ class ModernBertConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
         for name in (self.activation, self.head_activation):
-            if name not in ACTIVATIONS:
-                raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+            check_encoder_activation(name)
         if not self.attends_to_all or self.reach < 1:
             raise ValueError(f"there is at least one layer, and a reach of 1 token, not {self.reach}")
 

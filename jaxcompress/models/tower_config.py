@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxcompress.models.activations import TowerActivation
 from jaxcompress.models.choices import check_choices
-
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class TowerConfig:
     patch_size: int
     channels: int = 3
     norm_eps: float = 1e-6
-    activation: Activation = "gelu"
+    activation: TowerActivation = "gelu"
     special: int = 1
     patch_bias: bool = True
     pre_norm: bool = False

@@ -22,20 +22,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxcompress.models.activations import gelu
+from jaxcompress.models.activations import ACTIVATIONS, TowerActivation
 from jaxcompress.models.patches import Patches, Pixels, Reduce
-from jaxcompress.models.tower_config import Activation, TowerConfig
+from jaxcompress.models.tower_config import TowerConfig
 from jaxcompress.recurrence.block_attention import whole_attention
 from jaxcompress.recurrence.inputs import AttentionInputs
 from jaxcompress.recurrence.softmax import MASKED
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.precision import weighted
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": gelu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-}
 
 
 class TowerAttention(nnx.Module):
@@ -56,8 +50,8 @@ class TowerMLP(nnx.Module):
         self.up = _linear(config.hidden_size, config.intermediate_size, dtype, rngs)
         self.down = _linear(config.intermediate_size, config.hidden_size, dtype, rngs)
 
-    def __call__(self, x: Float[Array, "*B E"], activation: Activation) -> Float[Array, "*B E"]:
-        return self.down(_ACTIVATIONS[activation](self.up(x)))
+    def __call__(self, x: Float[Array, "*B E"], activation: TowerActivation) -> Float[Array, "*B E"]:
+        return self.down(ACTIVATIONS[activation](self.up(x)))
 
 
 class TowerLayer(nnx.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import jax
@@ -27,6 +28,12 @@ def check_policy(policy: Any) -> None:
     else:
         told = f"{policy!r:.60}; the model comes first, then tokens or a state, then the policy, then numbers"
     raise ValueError(f"a policy is expected, such as jaxcompress.get_policy('tova'), not {told}")
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raises ValueError if a number that a policy adds to its scores is negative or not finite."""
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must be 0 or more, not {epsilon}")
 
 
 def check_placement(placement: Any) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, Observation
+from jaxcompress.policies.checks import check_epsilon
 from jaxcompress.policies.geometry import for_set
 from jaxcompress.policies.policy import policy
 from jaxcompress.policies.wrapper import wrapper
@@ -37,8 +36,7 @@ class critical(wrapper):
         super().check()
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must be in 0..1, not {self.share}")
-        if not 0 <= self.epsilon < math.inf:
-            raise ValueError(f"epsilon must be 0 or more, not {self.epsilon}")
+        check_epsilon(self.epsilon)
         if self.policy.reduction:
             raise ValueError(
                 f"critical: reduce it, not the policy in it: with_reduce(critical(...), ...), not {self.policy.name}"

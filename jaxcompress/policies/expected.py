@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.policies.cache_view import CacheView, IncomingTokens
+from jaxcompress.policies.checks import check_epsilon
 from jaxcompress.policies.geometry import for_set
 from jaxcompress.policies.policy import Policy, policy
 from jaxcompress.policies.protect import protected
@@ -61,8 +61,7 @@ class ExpectedAttention(Policy):
             raise ValueError(
                 f"future must be at least 1 position and sinks 0 or more, not {self.future} and {self.sinks}"
             )
-        if not 0 <= self.epsilon < math.inf:
-            raise ValueError(f"epsilon must be 0 or more, not {self.epsilon}")
+        check_epsilon(self.epsilon)
 
     def shields(self, capacity: int) -> tuple[int, int]:
         return self.sinks, 0

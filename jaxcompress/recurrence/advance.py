@@ -23,6 +23,7 @@ from jaxcompress.inputs.scalars import whole
 from jaxcompress.pallas_kernels.types import Backend
 from jaxcompress.policies.cache_view import LayerContext
 from jaxcompress.policies.checks import check_policy
+from jaxcompress.policies.numbers import check_numbers, numbers_of
 from jaxcompress.policies.policy import Policy
 from jaxcompress.recurrence.chunk_step import chunk_steps
 from jaxcompress.recurrence.decode_step import decode_step
@@ -88,10 +89,10 @@ def advance(  # fifteen parameters: callers with arrays but no model pass every 
       recurrence: another implementation with the same result (see `jaxcompress.recurrence.parallel`).
 
     Raises:
-      ValueError: `policy` is no policy, or not the one that the state was made for, as far as its heads and sets tell;
-        arrays whose shapes do not fit together or to the state; positions that are no integers; a layer outside the
-        stack, a chunk or window below 1 token, an unknown placement; a pool that is to stand at re-indexed positions;
-        or this device cannot run the kernels requested by name.
+      ValueError: `policy` is no policy, or not the one that the state was made for, as far as heads, sets and its
+        numbers tell; arrays whose shapes do not fit together or to the state; positions that are no integers; a layer
+        outside the stack, a chunk or window below 1 token, an unknown placement; a pool that is to stand at re-indexed
+        positions; or this device cannot run the kernels requested by name.
     """
     check_policy(policy)
     _check_arrays(q, k, v, positions, state, policy)
@@ -99,6 +100,9 @@ def advance(  # fifteen parameters: callers with arrays but no model pass every 
     b, t, h, d = q.shape
     heads = state.heads or tuple(range(state.kv_heads))
     context = LayerContext(rotate, placement or policy.placement, project, (h, k.shape[2]), heads, traits)
+    if not policy.layers:
+        of: dict[str, Any] = dict(batch=b, head_dim=d, capacity=state.capacity, pooled=state.owner is not None)
+        check_numbers(policy, state, *numbers_of(policy, context, **of))
     spec = StepSpec(policy, context, chunk, window, backend)
     block, state = enter(q, k, v, positions, state, layer, spec)
     done = (recurrence or step_for(t, chunk))(block, state, layer, spec)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.recurrence.softmax import MASKED, masked_softmax
+from jaxcompress.recurrence.softmax import masked_softmax, unmasked
 from jaxcompress.state.attention_traits import PLAIN, AttentionTraits
 from jaxcompress.state.precision import scores as scores_of
 from jaxcompress.state.shapes import Keys, Positions, Queries
@@ -41,7 +41,7 @@ class AttentionInputs(NamedTuple):
         q = jnp.take_along_axis(self.queries, index[..., None, None], axis=1).reshape(b, -1, kv, h // kv, d)
         scores = self.traits.capped(scores_of("brkgd,btkd->bkgrt", q, self.keys))
         scores += self.bias[:, None, None, None]
-        visible = (self.bias > MASKED / 2)[:, None, None, None]
+        visible = unmasked(self.bias)[:, None, None, None]
         present = jnp.ones((b, 1, 1, index.shape[1], 1), bool)
         if self.positions is not None:
             at = jnp.take_along_axis(self.positions, index, axis=1)[:, None, None, :, None]

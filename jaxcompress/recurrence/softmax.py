@@ -11,6 +11,11 @@ from jaxtyping import Array, Bool, Float
 MASKED = -1e30  # finite, so that a row in which nothing is visible stays finite
 
 
+def unmasked(bias: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Which keys are there: those to whose scores anything but `MASKED` is added."""
+    return bias > MASKED / 2  # a bias that was added to
+
+
 class Exponentials(NamedTuple):
     """A softmax before its division: a probability is an exponential divided by the total.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxcompress.state.shapes import SlotPositions
 
@@ -40,6 +40,19 @@ def rank_within(group: Int[Array, "*B N"], *keys: Array) -> Int[Array, "*B N"]:
     rank = jnp.broadcast_to(jnp.arange(group.shape[-1], dtype=jnp.int32), group.shape)
     start = jax.lax.cummax(jnp.where(begins, rank, 0), axis=group.ndim - 1)
     return jnp.put_along_axis(jnp.zeros_like(order), order, rank - start, axis=-1, inplace=False)
+
+
+def first_by(key: Float[Array, "*B N"], then: Int[Array, "*B N"]) -> Int[Array, "*B"]:
+    """The index of the entry that `order_by(key, then)` puts first. The key is float32 and not NaN.
+
+    A compiler may compute the keys once for a minimum and once more for the comparison with it, and round differently:
+    then none equals the minimum. So the entry that the search found counts, whatever the comparison says.
+    """
+    bits = jax.lax.bitcast_convert_type(key, jnp.int32)  # integers in the same order: a search among floats is slower
+    found = jnp.where(bits < 0, bits ^ NEVER, bits).argmin(-1, keepdims=True)
+    index = jax.lax.broadcasted_iota(jnp.int32, key.shape, key.ndim - 1)
+    least = (key == jnp.take_along_axis(key, found, axis=-1)) | (index == found)
+    return jnp.where(least, then, NEVER).argmin(-1)
 
 
 def age_key(positions: SlotPositions) -> SlotPositions:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcompress.state.order import NEVER, rank_of
+from jaxcompress.state.order import NEVER, first_by, rank_of
 from jaxcompress.state.shapes import SlotPositions, SlotScores
 
 
@@ -58,7 +58,7 @@ def keep_top(scores: SlotScores, positions: SlotPositions, n: Int[Array, "..."] 
 def worst(scores: SlotScores, positions: SlotPositions, spare: int = 0) -> Int[Array, "B P"]:
     """The slot of each set to free: a free one if more than `spare` are free, else the last one by `best_first`.
 
-    Two reductions instead of a sort. Freeing a free slot is a no-op, so occupancy is counted only when spare slots
+    Reductions instead of a sort. Freeing a free slot is a no-op, so occupancy is counted only when spare slots
     exist.
     """
     occupied = positions >= 0
@@ -68,13 +68,13 @@ def worst(scores: SlotScores, positions: SlotPositions, spare: int = 0) -> Int[A
         of_free, youth_of_free = jnp.where(room, -jnp.inf, jnp.inf), jnp.where(room, NEVER, -1)
     candidate = jnp.where(occupied, _comparable(scores, jnp), of_free)
     youth = jnp.where(occupied, positions, youth_of_free)
-    return jnp.where(candidate == candidate.min(-1, keepdims=True), youth, -1).argmax(-1)
+    return first_by(candidate, -youth)
 
 
 def last_position(scores: SlotScores, positions: SlotPositions) -> Int[Array, "B P"]:
     """The position of the last token of each set by `best_first`, -1 in a set without tokens."""
     candidate = jnp.where(positions >= 0, _comparable(scores, jnp), jnp.inf)
-    return jnp.where(candidate == candidate.min(-1, keepdims=True), positions, -1).max(-1)
+    return jnp.take_along_axis(positions, first_by(candidate, -positions)[..., None], axis=-1)[..., 0]
 
 
 def unranked(scores: SlotScores, positions: SlotPositions) -> Bool[Array, "B P"]:

@@ -7,16 +7,30 @@ from typing import Any
 import jax
 
 from jaxcompress._extras import extra
+from jaxcompress.inputs.scalars import whole
 
 with extra("train"):
     import optax
     from optax.contrib import MuonDimensionNumbers, muon
 
 
+def warmup_within(warmup: int, steps: int) -> int:
+    """The steps of a warmup as far as they fit: at most all steps but the last, so that the peak is reached.
+
+    Raises:
+      ValueError: no steps, or a number that is not whole.
+    """
+    return min(whole(warmup, "warmup"), whole(steps, "steps", least=1) - 1)
+
+
 def warmup_stable_decay(peak: float, steps: int, *, warmup: int = 100, decay: float = 0.3) -> optax.Schedule:
-    """Linear warmup, a plateau, and a linear decay to zero over the last `decay` of the steps, none of them warmup."""
-    tail = max(min(int(steps * decay), steps - warmup), 0)
-    plateau = max(steps - warmup - tail, 0)
+    """Linear warmup, a plateau, and a linear decay to zero over the last `decay` of the steps, none of them warmup.
+
+    The warmup is cut as by `warmup_within`.
+    """
+    warmup = warmup_within(warmup, steps)
+    tail = min(int(steps * decay), steps - warmup)
+    plateau = steps - warmup - tail
     return optax.join_schedules(
         [
             optax.linear_schedule(0.0, peak, warmup),
@@ -72,13 +86,14 @@ def adamw_for_decoder(
 
 
 def warmup_cosine(peak: float, steps: int, *, warmup: int = 100, end: float = 0.1) -> optax.Schedule:
-    """Linear warmup, then half a cosine down to `end` times the peak at the last step."""
-    warmup = min(warmup, steps - 1)
+    """Linear warmup (see `warmup_within`), then half a cosine down to `end` times the peak at the last step."""
+    warmup = warmup_within(warmup, steps)
     return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps, end_value=end * peak)
 
 
 def warmup_constant(peak: float, steps: int, *, warmup: int = 100) -> optax.Schedule:
-    """Linear warmup, then constant at the peak."""
+    """Linear warmup (see `warmup_within`), then constant at the peak."""
+    warmup = warmup_within(warmup, steps)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup])
 
 

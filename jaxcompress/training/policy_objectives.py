@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast, get_args
 
 import jax
 from jaxtyping import Array
 
+from jaxcompress.inputs.scalars import whole
 from jaxcompress.models.decoder import Decoder
 from jaxcompress.policies.cache_view import Scope
-from jaxcompress.policies.forget_head import ForgetHead
+from jaxcompress.policies.forget_head import ForgetHead, check_head
 from jaxcompress.policies.policy import Policy
+from jaxcompress.policies.registry import learned_policy
 from jaxcompress.training.data import Batch
 from jaxcompress.training.delayed_eviction import dms_loss, init_dms, share_schedule, temperature_schedule
 from jaxcompress.training.forget_heads import counted
 from jaxcompress.training.merging import init_gates, merging_loss
 from jaxcompress.training.objectives import joint_retention
-from jaxcompress.training.retention_heads import init_retention, retention_loss
+from jaxcompress.training.retention_heads import check_horizon, init_retention, retention_loss
 from jaxcompress.training.trainer import Metrics, Objective
 
 TRAINABLE = ("retention", "retention-layer", "retention-pool", "dms", "dms-pool", "dmc")
@@ -83,8 +86,8 @@ def policy_objective(  # twelve parameters: the settings of three ways to train 
         None: the model stays as it is.
 
     Raises:
-      ValueError: an unknown name, `model_objective` for a policy other than `retention`, fewer than 2 steps, or numbers
-        out of range (see `jaxcompress.training.delayed_eviction`).
+      ValueError: an unknown name, `model_objective` for a policy other than `retention`, fewer than 2 steps, numbers
+        out of range, or a network that is not for the model or the policy.
     """
     if name not in TRAINABLE:
         raise ValueError(f"unknown learned policy {name!r}; known: {', '.join(TRAINABLE)}")
@@ -96,21 +99,29 @@ def policy_objective(  # twelve parameters: the settings of three ways to train 
     if model_objective is not None and kind != "retention":
         raise ValueError(f"{name} trains the model by a loss of its own; `model_objective` is for retention")
     new = {"retention": init_retention, "dms": init_dms, "dmc": init_gates}[kind]
+    whole(hidden, "hidden, the width of the network,", least=1)
     head = new(model.config, key, hidden=hidden) if network is None else network
+    check_head(head, layers=model.config.num_layers, kv_heads=model.config.num_kv_heads, head_dim=model.config.head_dim)
+    settings: dict[str, Any] = dict(
+        retention=dict(scope=scope, recent=recent), dms=dict(window=window, scope=scope), dmc={}
+    )[kind]
+    learned_policy(kind, head._asdict(), **settings)  # which refuses settings and weights that make no policy
     if kind == "retention":
-        settings = dict(scope=scope, recent=recent)
+        check_horizon(horizon)
         if model_objective is None:
             return _retention(model, head, horizon, settings)
         return _retention_and_model(model, head, horizon, settings, model_objective)
+    if not 0 <= pressure < math.inf:
+        raise ValueError(f"pressure is the weight of a penalty, 0 or more, not {pressure}")
     falls = max(steps * 2 // 3, 1)
     share, temperature = share_schedule(ratio, falls), temperature_schedule(1.0, FINAL_TEMPERATURE, falls)
     if kind == "dms":
         loss = lambda head, tokens, **how: dms_loss(model, tokens, head, window=window, teacher=model, **how)
         objective = _keeping_less(loss, share, temperature, pressure)
-        return PolicyObjective(kind, {"window": window, "scope": scope}, head, objective, lambda head: (model, head))
+        return PolicyObjective(kind, settings, head, objective, lambda head: (model, head))
     loss = lambda both, tokens, **how: merging_loss(both[0], tokens, both[1], **how)
     objective = _keeping_less(loss, share, temperature, pressure)
-    return PolicyObjective(kind, {}, (model, head), objective, lambda both: both)
+    return PolicyObjective(kind, settings, (model, head), objective, lambda both: both)
 
 
 def _retention(model: Decoder, head: ForgetHead, horizon: float | None, settings: dict[str, Any]) -> PolicyObjective:

@@ -32,6 +32,12 @@ def init_retention(config: DecoderConfig, key: Array, *, hidden: int = 64) -> Fo
     return network(config, key, hidden, LIKE_TOVA)
 
 
+def check_horizon(horizon: float | int | None) -> None:
+    """Raises ValueError if a horizon is given and not positive."""
+    if horizon is not None and not horizon > 0:
+        raise ValueError(f"a horizon is a positive number of tokens, not {horizon}")
+
+
 def retention_loss(
     model: Decoder,
     tokens: Tokens,
@@ -119,8 +125,7 @@ def watched_attention(  # ten parameters: the arrays, how the future is looked a
         learn at any block end but the last, or a horizon that is not positive.
     """
     t = q.shape[1]
-    if horizon is not None and not horizon > 0:
-        raise ValueError(f"a horizon is a positive number of tokens, not {horizon}")
+    check_horizon(horizon)
     if not 1 <= block < t:
         raise ValueError(f"blocks of {block} tokens in texts of {t}: at least 1, and something has to come after one")
     if recent < 0:

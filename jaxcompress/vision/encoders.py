@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxcompress.models.llava import Llava, LlavaConfig
 from jaxcompress.models.patches import Patches, Pixels
 from jaxcompress.recurrence.inputs import AttentionInputs
-from jaxcompress.recurrence.softmax import MASKED
+from jaxcompress.recurrence.softmax import unmasked
 from jaxcompress.vision import uniform
 from jaxcompress.vision.cdpruner import diverse
 from jaxcompress.vision.choose import check_budget, complement, ranked_indices, take, top_indices
@@ -54,7 +54,7 @@ def class_token_attention(attention: AttentionInputs, special: int) -> Float[Arr
     if special:
         return attention.rows(jnp.zeros((b, 1), jnp.int32))[:, :, 0, special:]
     rows = attention.rows(jnp.broadcast_to(jnp.arange(total), (b, total)))
-    return rows.mean(2, where=(attention.bias > MASKED / 2)[:, None, :, None])
+    return rows.mean(2, where=unmasked(attention.bias)[:, None, :, None])
 
 
 def project_patches(model: Llava, patches: Patches, key: Array | None = None) -> Encoded:

@@ -70,6 +70,7 @@ class Method(NamedTuple):
       tokens_per_crop: (config) -> how many tokens `encode` leaves of each crop.
       prune_steps: (config, visual tokens before the first layer) -> where the decoder prunes, in the order of layers.
       raters: (embeddings, how many tokens are words) -> [B, W], the words that rate patches; None: all words rate.
+      asks: whether the words after the picture say which visual tokens stay. A prompt without such words is refused.
       decode_policy: (first, last) -> the policy while the answer is written, where visual tokens stand at positions
         first..last - 1; by default everything stays.
     """
@@ -79,6 +80,7 @@ class Method(NamedTuple):
     tokens_per_crop: Callable[[LlavaConfig], int] = lambda config: config.tokens_per_crop
     prune_steps: Callable[[DecoderConfig, int], tuple[PruneStep, ...]] = lambda config, tokens: ()
     raters: Callable[[HiddenBlock, int], Bool[Array, "B W"]] | None = None
+    asks: bool = False
     decode_policy: Callable[[int, int], Policy] = lambda first, last: Full()
 
     def tokens_per_layer(self, config: LlavaConfig, crops: int = 1, *, tokens: int | None = None) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ def prefilling(n: int, *, protect: bool = False, compact: bool = False) -> Metho
     def steps(config: DecoderConfig, tokens: int) -> tuple[PruneStep, ...]:
         return prune_steps_to(rule, spread_over(LAYERS, config.num_layers), tokens, n)
 
-    return Method("mustdrop-prefill", all_patches, prune_steps=steps)
+    return Method("mustdrop-prefill", all_patches, prune_steps=steps, asks=True)
 
 
 def decoding() -> Method:
@@ -81,7 +81,7 @@ def mustdrop(n: int, *, share: float = 0.25, compact: bool = False) -> Method:
 
     second = prefilling(n, protect=True, compact=compact)
     # A policy that goes by positions knows no patches where these are numbered anew.
-    whole_method = Method("mustdrop", mustdrop_encoder(count, keys=True), left, second.prune_steps)
+    whole_method = Method("mustdrop", mustdrop_encoder(count, keys=True), left, second.prune_steps, asks=True)
     return whole_method if compact else whole_method._replace(decode_policy=OutputAware)
 
 
@@ -102,4 +102,4 @@ def above_thresholds(average: int = 192, *, window: int = WINDOW) -> Method:
         return tuple(PruneStep(layer, tokens, rule) for layer in spread_over(LAYERS, config.num_layers))
 
     encode = mustdrop_threshold_encoder(window=window, keys=True)
-    return Method("mustdrop-thresholds", encode, prune_steps=steps, decode_policy=OutputAware)
+    return Method("mustdrop-thresholds", encode, prune_steps=steps, asks=True, decode_policy=OutputAware)

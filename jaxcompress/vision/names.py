@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from itertools import pairwise
 
 from jaxcompress.inputs.scalars import Number, whole
 from jaxcompress.models.config import DecoderConfig
@@ -17,15 +18,29 @@ from jaxcompress.vision.schedule import DEPTH, check_steps, method_for_mean, pru
 from jaxcompress.vision.text_raters import text_raters
 
 
-def _encoder(name: str, encode: Callable[[int], encoders.Encode]) -> Callable[[int], Method]:
+def _encoder(
+    name: str, encode: Callable[[int], encoders.Encode], reach: Callable[[LlavaConfig, int], object] | None = None
+) -> Callable[[int], Method]:
+    """Methods in the tower, as (n) -> the method. `reach` raises ValueError where it cannot leave n of a crop."""
+
     def make(n: int) -> Method:
         def left(config: LlavaConfig) -> int:
-            check_budget(n, config.tower.num_patches, "patches")
+            check_budget(n, encoders.check_patches_only(config), "patches")
+            if reach is not None:
+                reach(config, n)
             return n
 
         return Method(name, encode(n), left)
 
     return make
+
+
+def _cells(config: LlavaConfig, n: int) -> object:
+    return uniform.cells(config.tower.grid, config.tower.grid, n)
+
+
+def _merges(config: LlavaConfig, n: int) -> object:
+    return encoders.tome_counts(config.tower.num_patches, n, config.feature_layers)
 
 
 def _once(name: str, rule: PruneRule, before: int) -> Callable[[int], Method]:
@@ -37,10 +52,20 @@ def _once(name: str, rule: PruneRule, before: int) -> Callable[[int], Method]:
     return lambda n: Method(name, encoders.all_patches, prune_steps=lambda config, tokens: steps(config, tokens, n))
 
 
-def _often(name: str, rule: PruneRule, layers: tuple[int, ...], *, raters: bool = False) -> Callable[[int], Method]:
+def _sparsevlm(
+    name: str, rule: PruneRule, reach: Callable[[int, int], object] | None = None
+) -> Callable[[int], Method]:
+    """Methods whose raters prune after several layers. `reach` raises ValueError where a step cannot leave so many."""
+
     def make(n: int) -> Method:
-        steps = lambda config, tokens: prune_steps_to(rule, spread_over(layers, config.num_layers), tokens, n)
-        return Method(name, encoders.all_patches, prune_steps=steps, raters=text_raters if raters else None)
+        def steps(config: DecoderConfig, tokens: int) -> tuple[PruneStep, ...]:
+            found = prune_steps_to(rule, spread_over(sparsevlm.LAYERS, config.num_layers), tokens, n)
+            if reach is not None:
+                for before, after in pairwise((tokens, *(step.keep for step in found))):
+                    reach(before, after)
+            return found
+
+        return Method(name, encoders.all_patches, prune_steps=steps, raters=text_raters, asks=True)
 
     return make
 
@@ -63,15 +88,17 @@ def _fitprune(n: int) -> Method:
         counts = zip(layers, left, before, strict=True)
         return tuple(PruneStep(layer, keep, prune_rules.fitprune) for layer, keep, was in counts if keep < was)
 
-    return Method("fitprune", encoders.all_patches, prune_steps=steps)
+    return Method("fitprune", encoders.all_patches, prune_steps=steps, asks=True)
 
 
 _NAMED: dict[str, Callable[[int], Method]] = {
     "random": _encoder("random", lambda n: encoders.top_patches(encoders.random_score(0), n)),
     "stride": _encoder("stride", lambda n: encoders.fixed_patches(lambda grid, n: uniform.stride(grid * grid, n), n)),
-    "grid": _encoder("grid", lambda n: encoders.fixed_patches(lambda grid, n: uniform.centres(grid, grid, n), n)),
-    "pool": _encoder("pool", encoders.pooling_encoder),
-    "tome": _encoder("tome", encoders.tome_encoder),
+    "grid": _encoder(
+        "grid", lambda n: encoders.fixed_patches(lambda grid, n: uniform.centres(grid, grid, n), n), _cells
+    ),
+    "pool": _encoder("pool", encoders.pooling_encoder, _cells),
+    "tome": _encoder("tome", encoders.tome_encoder, _merges),
     "fastervlm": _encoder("fastervlm", lambda n: encoders.top_patches(encoders.class_score, n)),
     "visionzip": _encoder("visionzip", encoders.visionzip_encoder),
     "prumerge": _encoder("prumerge", encoders.prumerge_encoder),
@@ -81,8 +108,8 @@ _NAMED: dict[str, Callable[[int], Method]] = {
     "fastv-window": _once("fastv-window", prune_rules.window_fastv, fastv.LAYER),
     "fastv-random": _once("fastv-random", prune_rules.random, fastv.LAYER),
     "dart": _once("dart", prune_rules.dart_pruning, DART_LAYER),
-    "sparsevlm": _often("sparsevlm", prune_rules.sparsevlm_recycling, sparsevlm.LAYERS, raters=True),
-    "sparsevlm+": _often("sparsevlm+", prune_rules.sparsevlm_plus, sparsevlm.LAYERS, raters=True),
+    "sparsevlm": _sparsevlm("sparsevlm", prune_rules.sparsevlm_recycling, prune_rules.kept_beside_clusters),
+    "sparsevlm+": _sparsevlm("sparsevlm+", prune_rules.sparsevlm_plus),
     "fitprune": _fitprune,
     "mustdrop": mustdrop.mustdrop,
     "mustdrop-compact": partial(mustdrop.mustdrop, compact=True),

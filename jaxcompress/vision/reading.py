@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxcompress.models.llava import Llava, LlavaConfig, check_placeholders
 from jaxcompress.models.read_block import HiddenBlock, LayerPruning, read_block
@@ -76,9 +76,11 @@ def read_encoded(  # nine parameters: a prompt, its picture, the state with its 
       placement: the positions that RoPE uses; by default those of the policy.
 
     Raises:
-      ValueError: as `embed_prompt`, or prune steps that do not fit the number of visual tokens.
+      ValueError: as `embed_prompt`, prune steps that do not fit the number of visual tokens, or, unless under jit, a
+        prompt without the words that the method asks (see `check_asks`).
     """
     block = embed_prompt(model, tokens, positions, encoded)
+    check_asks(method, block.positions, block.patch)
     words = tokens.shape[1] - encoded.visual.shape[1]
     steps = method.prune_steps(model.config.decoder, encoded.visual.shape[1])
     raters = jnp.ones((tokens.shape[0], words), bool) if method.raters is None else method.raters(block, words)
@@ -105,6 +107,24 @@ def embed_prompt(model: Llava, tokens: Tokens, positions: Positions, encoded: En
     patch = jnp.where(is_image, jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1, -1)
     present = jnp.take_along_axis(encoded.size > 0, jnp.clip(patch, 0, m - 1), axis=1)
     return HiddenBlock(model.embed(tokens, encoded.visual), jnp.where(is_image & ~present, -1, positions), patch)
+
+
+def check_asks(method: Method, positions: Positions, patch: Int[Array, "B T"]) -> None:
+    """Raises ValueError if a method goes by the words after the picture and a row has none; not under jit.
+
+    Args:
+      positions, patch: as in `jaxcompress.models.read_block.HiddenBlock`.
+    """
+    if not method.asks or any(isinstance(x, Tracer) for x in (positions, patch)):
+        return
+    there, is_patch = np.asarray(positions) >= 0, np.asarray(patch) >= 0
+    last = lambda mask: np.where(mask, np.arange(mask.shape[1]), -1).max(1)
+    for row in np.flatnonzero(last(there & ~is_patch) < last(there & is_patch)):
+        raise ValueError(
+            f"{method.name} keeps what the words after the picture attend to, and the prompt of row {row} ends with "
+            "the picture: put the question or instruction behind it, or use a method that goes by no words, such as "
+            "visionzip"
+        )
 
 
 def layer_prunings(context: PruneContext, steps: tuple[PruneStep, ...]) -> tuple[LayerPruning, ...]:

@@ -66,23 +66,18 @@ def method_for_mean(config: LlavaConfig, make: Callable[[int], Method], mean: Nu
     Papers that drop tokens in several layers report this mean.
 
     Raises:
-      ValueError: the layers before the first cut alone exceed the mean, or `mean` is not a number.
+      ValueError: every number that the method can leave has a greater mean, or `mean` is not a number.
     """
     mean, total = number(mean, "the mean number of visual tokens"), config.tokens_per_crop * crops
-    fits = None
-    low, high = 1, total
-    while low <= high:
-        middle = (low + high) // 2
-        method = _try(config, make, middle, crops)
+    # Not every number can be reached, so there is nothing to bisect. The mean is never below the final number.
+    for n in range(min(int(mean), total), 0, -1):
+        method = _try(config, make, n, crops)
         if method is not None and method.mean_tokens(config, crops) <= mean:
-            fits, low = method, middle + 1
-        else:
-            high = middle - 1
-    if fits is None:
-        least = _try(config, make, 1, crops)
-        held = "" if least is None else f"; with 1 token at the end it is {least.mean_tokens(config, crops):.1f}"
-        raise ValueError(f"no final number of visual tokens has a mean of {mean} over layers{held}")
-    return fits
+            return method
+    found = ((n, _try(config, make, n, crops)) for n in range(1, total + 1))
+    least = next(((n, method.mean_tokens(config, crops)) for n, method in found if method is not None), None)
+    held = "" if least is None else f"; with {least[0]} at the end, the fewest that can be left, it is {least[1]:.1f}"
+    raise ValueError(f"no final number of visual tokens has a mean of {mean} over layers{held}")
 
 
 def _try(config: LlavaConfig, make: Callable[[int], Method], n: int, crops: int) -> Method | None:

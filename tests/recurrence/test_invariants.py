@@ -417,3 +417,14 @@ def test_what_does_not_fit_is_told(wrong: dict[str, Any], says: str) -> None:
 def test_a_placement_is_one_of_three() -> None:
     with pytest.raises(ValueError, match="absolute, slot, compact, not 'nowhere'"):
         inspect.unwrap(check_placed)(policies.TOVA(), "nowhere")
+
+
+@pytest.mark.parametrize(("made", "given"), [("tova", "window"), ("window", "tova"), ("tova", "snapkv+4-layer")])
+def test_a_state_of_another_policy_of_the_same_shape_is_told(made: str, given: str) -> None:
+    config = DecoderConfig(8, 8, 8, 1, 2, 2, 4)
+    mine, other = policies.get_policy(made), policies.get_policy(given)
+    (state,) = init_state(config, mine, 4)
+    q, at = jnp.ones((1, 1, 2, 4)), jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match="the state was not made for policy"):
+        advance(q, q, q, at, state, 0, other)
+    advance(q, q, q, at, state, 0, mine)

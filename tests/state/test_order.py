@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcompress.state.order import oldest_first, order_by, rank_of, rank_within
+from jaxcompress.state import order as module
+from jaxcompress.state.order import first_by, oldest_first, order_by, rank_of, rank_within
 
 B, P, N = 2, 2, 7
 order_jit, rank_jit, within_jit, oldest_jit = map(jax.jit, (order_by, rank_of, rank_within, oldest_first))
@@ -31,3 +34,11 @@ def test_orders_and_ranks(seed: int, groups: int, values: int) -> None:
 def test_free_slots_come_last() -> None:
     positions = np.array([[[5, -1, 0, 9, -1, 3]]], np.int32)
     assert oldest_jit(positions)[0, 0].tolist() == [2, 5, 0, 3, 1, 4]
+
+
+def test_the_first_is_found_although_the_keys_round_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compiled code does that computes the keys again for the comparison: none then equals the minimum."""
+    key, then = jnp.array([[3.0, 1.0, 2.0, 1.0]]), jnp.array([[0, 5, 2, 4]])
+    assert first_by(key, then).tolist() == [3] == order_by(key, then)[:, 0].tolist()
+    monkeypatch.setattr(module.jnp, "take_along_axis", lambda x, index, axis: jnp.full((1, 1), 0.99))
+    assert first_by(key, then).tolist() == [1]

@@ -398,3 +398,20 @@ def test_what_does_not_fit() -> None:
     ):
         jax.eval_shape(lambda: learned(recent=16))
     jax.eval_shape(lambda: learned(recent=15))
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "told"),
+    [
+        ("dms", dict(window=0), "a window of 0 tokens: give 1 or more"),
+        ("dms", dict(pressure=-1.0), "pressure is the weight of a penalty, 0 or more, not -1.0"),
+        ("dmc", dict(ratio=0.5), "a ratio is 1 or more"),
+        ("retention", dict(horizon=0.0), "a horizon is a positive number of tokens, not 0.0"),
+        ("retention", dict(recent=-1), "recent is a number of tokens, 0 or more, not -1"),
+        ("retention", dict(hidden=0), "hidden, the width of the network, must be a whole number, at least 1, not 0"),
+        ("retention", dict(network=init_dms(MODEL.config, jax.random.key(0))), "retention needs weights"),
+    ],
+)
+def test_impossible_numbers_are_told_when_the_objective_is_made(name: str, how: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        policy_objective(MODEL, name, jax.random.key(0), steps=9, **how)

@@ -339,3 +339,11 @@ class TestRegistry:
         np.testing.assert_allclose(updates["kernel"], -0.05)
         assert not updates["norm"]["scale"].any()
         assert not updates["bias"].any()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_warmup_longer_than_the_run_is_cut(name: str) -> None:
+    schedule = SCHEDULES[name](2.0, 10, warmup=100)
+    assert max(float(schedule(step)) for step in range(10)) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="steps must be a whole number, at least 1, not 0"):
+        SCHEDULES[name](2.0, 0)

@@ -36,7 +36,7 @@ from jaxcompress.vision import (
 from jaxcompress.vision.encoders import all_patches, tome_counts, zip_split
 from jaxcompress.vision.layer_view import LayerView, PruneContext
 from jaxcompress.vision.method import Encoded, PruneStep
-from jaxcompress.vision.reading import embed_prompt
+from jaxcompress.vision.reading import check_asks, embed_prompt
 
 TOWER = TowerConfig(16, 24, 3, 2, 36, 6, activation="quick_gelu", pre_norm=True)  # 6 x 6 patches
 DECODER = DecoderConfig(64, 16, 24, 4, 2, 1, 8)
@@ -357,3 +357,43 @@ def test_empty_places_attend_to_nothing_where_there_is_no_class_token() -> None:
     whole = encoders.class_token_attention(AttentionInputs(random(0), random(1), bias), 0)
     alone = AttentionInputs(random(0)[:, :4], random(1)[:, :4], bias[:, :4])
     np.testing.assert_allclose(whole[..., :4], encoders.class_token_attention(alone, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grid", "pool", "tome", "sparsevlm"])
+def test_a_method_for_a_mean_leaves_what_it_can(name: str) -> None:
+    """The greatest number that can be reached, not above the mean."""
+    for mean in range(13, PATCHES + 1):
+        method = get_method_for_mean(CONFIG, name, mean)
+        reached = method.mean_tokens(CONFIG)
+        assert reached <= mean
+        if name == "sparsevlm":
+            continue
+        left = jax.eval_shape(partial(encode, method=method), model(), pixels()).visual.shape[1]
+        assert left == reached
+        able = [n for n in range(1, mean + 1) if _reaches(name, n)]
+        assert left == max(able)
+
+
+def _reaches(name: str, n: int) -> bool:
+    try:
+        get_method(name, n).tokens_per_layer(CONFIG)
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_mean_below_what_can_be_left_names_the_fewest() -> None:
+    config = replace(CONFIG, feature_layers=1)
+    fewest = PATCHES - PATCHES // 2
+    with pytest.raises(ValueError, match=rf"with {fewest} at the end, the fewest that can be left, it is {fewest}.0"):
+        get_method_for_mean(config, "tome", fewest - 1)
+
+
+@pytest.mark.parametrize("name", ["sparsevlm", "sparsevlm+", "fitprune", "mustdrop", "mustdrop-prefill"])
+def test_a_prompt_that_ends_with_the_picture_asks_nothing(name: str) -> None:
+    positions, method = jnp.arange(6)[None], get_method(name, 2)
+    check_asks(method, positions, jnp.array([[-1, 0, 1, 2, 3, -1]]))
+    check_asks(get_method("fastv", 2), positions, jnp.array([[-1, -1, 0, 1, 2, 3]]))
+    for patch, at in (([-1, -1, 0, 1, 2, 3], positions), ([-1, 0, 1, 2, 3, -1], positions.at[0, -1].set(-1))):
+        with pytest.raises(ValueError, match="the prompt of row 0 ends with the picture: put the question"):
+            check_asks(method, at, jnp.array([patch]))

@@ -66,11 +66,6 @@ class OptimizerFlags:
     """Type in which models compute; bfloat16 on accelerators and float32 on CPUs if not given. Master weights, losses
     and sums of gradients are float32."""
 
-    @property
-    def warmup_steps(self) -> int:
-        """The warmup, as far as it fits into the steps."""
-        return min(self.warmup, self.steps - 1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags(

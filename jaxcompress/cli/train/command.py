@@ -205,7 +205,10 @@ class _Run:
 
     def _rates(self) -> str:
         """The learning rate from here to the end, in words."""
-        how, warm = self._how, self._how.warmup_steps
+        from jaxcompress.training.optimizer import warmup_within
+
+        how = self._how
+        warm = warmup_within(how.warmup, how.steps)
         short = "" if warm == how.warmup else f" (--warmup {how.warmup} does not fit into {how.steps} steps)"
         course = f"to {how.rate:g} in {warm} steps{short}, then {how.schedule} to step {how.steps}"
         course += f", {HEAD_RATE} times that for the network" if how.network_and_model else ""
@@ -235,7 +238,7 @@ def _optimizer(how: Train) -> tuple[Callable[[int], Any], Any]:
 
     with extra("train"):
         import optax
-    of_rate = lambda rate: SCHEDULES[how.schedule](rate, how.steps, warmup=how.warmup_steps)
+    of_rate = lambda rate: SCHEDULES[how.schedule](rate, how.steps, warmup=how.warmup)
     schedule = of_rate(how.rate)
     optimizer = OPTIMIZERS[how.optimizer](schedule, clip=how.clip, weight_decay=how.weight_decay)
     if how.network_and_model:

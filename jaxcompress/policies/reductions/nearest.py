@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcompress.policies.cache_view import CacheView, Evicted
-from jaxcompress.state.order import NEVER, age_key
+from jaxcompress.state.order import age_key, first_by
 from jaxcompress.state.vectors import norm, unit
 
 BLOCK = 128  # evicted tokens compared at once with what stays: bounds the memory of a one-shot prompt
@@ -38,7 +38,7 @@ def nearest(held: CacheView, gone: Evicted) -> Nearest:
     def block(carry: Any, keys: Array) -> Any:
         like = jnp.einsum("bkmd,bknd->bkmn", unit(keys), held.keys, precision="highest") * scale
         seen = jax.lax.stop_gradient(jnp.where(kept[:, :, None], like, -jnp.inf))
-        target = jnp.where(seen == seen.max(-1, keepdims=True), age, NEVER).argmin(-1)
+        target = first_by(-seen, jnp.broadcast_to(age, seen.shape))
         return carry, (target, jnp.take_along_axis(like, target[..., None], axis=-1)[..., 0])
 
     target, cosine = in_blocks(block, (), gone.keys)[1]
