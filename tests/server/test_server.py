@@ -360,6 +360,17 @@ def test_no_time_left(here: Here) -> None:
         assert '"code":"deadline"' in hurried.ask(TEXT, dict(LONG, stream=True))[1]
         status, answer = hurried.ask(TEXT, LONG)
         assert (status, answer["error"]["code"]) == (504, "deadline")
+def test_more_answers_than_there_will_ever_be_room_for(here: Here) -> None:
+    """Three rows and one place to wait: a client that asks again later would be refused for ever."""
+    with serving(here.served, Settings(max_tokens=20_000), waiting=1) as small:
+        body = dict(prompt="a", max_tokens=1)
+        for more, param in ((dict(n=5), "n"), (dict(prompt=["a"] * 5), "prompt"), (dict(prompt=["a"] * 3, n=2), "n")):
+            status, answer = small.ask(TEXT, body | more)
+            assert (status, answer["error"]["param"]) == (400, param)
+            assert "it has 3 rows, and 1 may wait; ask for 4 at most" in answer["error"]["message"]
+        assert len(small.ask(TEXT, body | dict(n=4))[1]["choices"]) == 4
+
+
 
 
 def test_answers_are_finished_before_the_server_ends(here: Here) -> None:
