@@ -69,6 +69,7 @@ def alone(here: Here, prompt: Any, most: int, config: GenerationConfig = GREEDY,
 
 def test_a_conversation_with_the_official_client(here: Here, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", "tiny/tova:16", "tiny/window:16"]
+    assert [client.models.retrieve(model.id) for model in client.models.list()] == list(client.models.list())
     given: dict[str, Any] = dict(model="tiny", messages=HELLO, max_tokens=12, temperature=0)
     answer = client.chat.completions.create(**given)
     expected = alone(here, HELLO, 12)
@@ -119,13 +120,17 @@ def test_seeds_choices_stops_and_logprobs(here: Here, client: openai.OpenAI) -> 
     assert client.completions.create(model="tiny", prompt=ids, max_tokens=5, temperature=0).choices[0].text == whole[:5]
 
 
-def test_errors_have_the_shape_of_the_official_client(client: openai.OpenAI) -> None:
+def test_errors_have_the_shape_of_the_official_client(here: Here, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="tiny", messages=HELLO, response_format={"type": "json_object"})  # type: ignore[arg-type]
     assert refused.value.param == "response_format"
     assert "nothing restricts it to a format" in refused.value.message
     with pytest.raises(openai.NotFoundError, match="unknown model 'gpt'; known: tiny, tiny/tova:16"):
         client.chat.completions.create(model="gpt", messages=HELLO)  # type: ignore[arg-type]
+    with pytest.raises(openai.NotFoundError, match="unknown model 'gpt/4'; known: tiny, tiny/tova:16") as unknown:
+        client.models.retrieve("gpt/4")
+    assert unknown.value.code == "model_not_found"
+    assert 'path="/v1/models/{model}",status="404"' in here.ask("/metrics")[1]
 
 
 @pytest.mark.parametrize(
@@ -355,11 +360,6 @@ def test_keys_and_room(here: Here) -> None:
         assert guarded.ask(TEXT, dict(prompt="a", max_tokens=1), **key)[0] == 200
 
 
-def test_no_time_left(here: Here) -> None:
-    with serving(here.served, Settings(seconds=0.3, max_tokens=20_000)) as hurried:
-        assert '"code":"deadline"' in hurried.ask(TEXT, dict(LONG, stream=True))[1]
-        status, answer = hurried.ask(TEXT, LONG)
-        assert (status, answer["error"]["code"]) == (504, "deadline")
 def test_more_answers_than_there_will_ever_be_room_for(here: Here) -> None:
     """Three rows and one place to wait: a client that asks again later would be refused for ever."""
     with serving(here.served, Settings(max_tokens=20_000), waiting=1) as small:
@@ -371,6 +371,11 @@ def test_more_answers_than_there_will_ever_be_room_for(here: Here) -> None:
         assert len(small.ask(TEXT, body | dict(n=4))[1]["choices"]) == 4
 
 
+def test_no_time_left(here: Here) -> None:
+    with serving(here.served, Settings(seconds=0.3, max_tokens=20_000)) as hurried:
+        assert '"code":"deadline"' in hurried.ask(TEXT, dict(LONG, stream=True))[1]
+        status, answer = hurried.ask(TEXT, LONG)
+        assert (status, answer["error"]["code"]) == (504, "deadline")
 
 
 def test_answers_are_finished_before_the_server_ends(here: Here) -> None:
