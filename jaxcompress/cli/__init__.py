@@ -22,6 +22,7 @@ from jaxcompress.cli.generate import Generate
 from jaxcompress.cli.info import Info
 from jaxcompress.cli.mesh import ProfileFlag
 from jaxcompress.cli.parser import parsed
+from jaxcompress.cli.paths import check_paths
 from jaxcompress.cli.perplexity import Perplexity
 from jaxcompress.cli.retention import Retention
 from jaxcompress.cli.ruler import Ruler
@@ -101,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Any) -> None:
+    check_paths(command)
     with told_warnings(), _profiled(command):
         command.run()
 
