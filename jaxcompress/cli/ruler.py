@@ -24,6 +24,9 @@ TASKS = (
 )  # fmt: skip
 """`jaxcompress.evaluation.ruler.TASKS`, for the parser, which imports no array library."""
 
+IN_TEXT = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
+"""Those that hide needles in ordinary text. The others make their own, but for the documents of qa_2."""
+
 _FRACTIONS = (2, 4, 8)
 
 POLICIES = (
@@ -84,7 +87,9 @@ class Ruler(RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags):
         if self.puzzles is not None and "qa_2" not in self.tasks:
             raise ValueError(f"--puzzles is for the task qa_2, which is not among {', '.join(self.tasks)}")
         check_writable(self.out)
-        text, puzzles = self._text(), self._puzzles()
+        puzzles = self._puzzles()
+        self._check_haystack(puzzles)
+        text = self._text()
         loaded = open_weights(self.model, self.dtype)
         plan = self._plan(loaded, text, puzzles)
         cells = plan.cells(loaded, self.model or "embedded", left_out=self._too_long(plan, loaded))
@@ -134,6 +139,15 @@ class Ruler(RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags):
         from jaxcompress.evaluation.ruler.hops import read_puzzles
 
         return () if self.puzzles is None else read_puzzles(self.puzzles)
+
+    def _check_haystack(self, puzzles: tuple[Puzzle, ...]) -> None:
+        """Raises ValueError if --haystack is given for tasks of which none reads it."""
+        documents = "qa_2" in self.tasks and len(puzzles) < 2  # several puzzles have documents for one another
+        if self.haystack and not documents and not any(task in IN_TEXT for task in self.tasks):
+            raise ValueError(
+                f"--haystack does nothing for {', '.join(self.tasks)}; it is for {', '.join(IN_TEXT)}, and for qa_2 "
+                "without --puzzles: leave it out, or add one of them"
+            )
 
     def _text(self) -> str:
         """The text of the haystack."""
