@@ -28,6 +28,7 @@ def main(
     tokens: int = 100_000,
     max_new_tokens: int = 64,
 ) -> None:
+    source = file.open("rb") if file else io.StringIO("\n".join(document.text for document in held_out()))
     loaded = jc.load(model) if model else jc.load_embedded()
     decoder, tokenizer = loaded.model, loaded.tokenizer
     before, after = "", f"\n\nQuestion: {question}\nAnswer:"
@@ -37,8 +38,7 @@ def main(
 
     # "slot": distances stay within what the model was trained on, however far apart two tokens were in the file.
     state = init_decode_state(decoder, jc.get_policy("tova"), slots, placement="slot")
-    text = io.StringIO("\n".join(document.text for document in held_out()))
-    with open(file, "rb") if file else text as source:
+    with source:
         ids = chain([opening], encode_stream(source, tokenizer, add_bos=False))
         reading = prefill_stream(decoder, ids, state)
         for count, state in reading:

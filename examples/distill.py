@@ -38,9 +38,9 @@ def main(
     steps: int = 40,
     out: Path = Path("distilled"),
 ) -> None:
+    texts = read_documents(data) if data else [one.text for one in documents() if not one.held_out][:100]
     loaded = jc.load(model, dtype="float32") if model else jc.load_embedded()
     teacher, tokenizer, evict = loaded.model, loaded.tokenizer, jc.get_policy(policy)
-    texts = read_documents(data) if data else [one.text for one in documents() if not one.held_out][:100]
     packed = PackedRows(pack(texts, tokenizer, vocab_size=teacher.config.vocab_size), length)
     test = tokenizer.encode(max((one.text for one in held_out("topics/")), key=len))[None, : 2 * length]
     loss = lambda student: jc.perplexity(student, test, evict, slots).nats

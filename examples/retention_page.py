@@ -23,8 +23,8 @@ def main(
     tokens: int = 2048,
     out: Path = Path("page.html"),
 ) -> None:
-    loaded = jc.load(model) if model else jc.load_embedded()
     text = file.read_text(encoding="utf-8") if file else max((one.text for one in held_out("topics/")), key=len)
+    loaded = jc.load(model) if model else jc.load_embedded()
     ids = loaded.tokenizer.encode(text)[:tokens]
 
     # When each token was evicted, [layers, sets of slots, tokens].

@@ -26,8 +26,8 @@ def main(
     characters: int = 4000,
     max_new_tokens: int = 32,
 ) -> None:
-    loaded = jc.load(model) if model else jc.load_embedded()
     text = file.read_text(encoding="utf-8") if file else held_out("topics/assignment")[0].text[:characters]
+    loaded = jc.load(model) if model else jc.load_embedded()
 
     compressor = Compressor.load()  # the one that ships; or the folder of a token classifier
     state = init_decode_state(loaded.model, jc.get_policy("tova"), slots)

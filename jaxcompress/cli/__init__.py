@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from jaxcompress import __version__
 from jaxcompress.cli.arguments import check_numbers, check_text
 from jaxcompress.cli.board import Board
 from jaxcompress.cli.chat import Chat
@@ -21,6 +22,7 @@ from jaxcompress.cli.generate import Generate
 from jaxcompress.cli.info import Info
 from jaxcompress.cli.mesh import ProfileFlag
 from jaxcompress.cli.parser import parsed
+from jaxcompress.cli.paths import check_paths
 from jaxcompress.cli.perplexity import Perplexity
 from jaxcompress.cli.retention import Retention
 from jaxcompress.cli.ruler import Ruler
@@ -35,6 +37,8 @@ DESCRIPTION = """Transformers that live in a fixed amount of memory.
 Exit codes: 0 done; 1 numbers went wrong (non-finite weights or logits); 2 bad input, or more than fits into memory;
 3 a fault of jaxcompress itself (set JAXCOMPRESS_TRACEBACK=1 to see where); 4 some cells of a sweep failed, the others
 are done; 130 interrupted.
+
+jaxcompress --version prints the version.
 
 Example: jaxcompress generate --prompt 'Return a copy of' --policy tova --slots 128"""
 
@@ -76,9 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code. A failure is told in one line on standard error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        command = command_of(arguments)
-        with told_warnings(), _profiled(command):
-            command.run()
+        if arguments == ["--version"]:
+            print(f"jaxcompress {__version__}")
+        else:
+            _run(command_of(arguments))
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
@@ -94,6 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell(said)
         return code
     return 0
+
+
+def _run(command: Any) -> None:
+    check_paths(command)
+    with told_warnings(), _profiled(command):
+        command.run()
 
 
 def _profiled(command: object) -> AbstractContextManager[None]:

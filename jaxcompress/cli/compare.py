@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from jaxcompress.cli.flags import (
     FigureFlag,
@@ -17,6 +17,7 @@ from jaxcompress.cli.flags import (
     at_least,
     check_fractions,
 )
+from jaxcompress.cli.paths import POLICY
 from jaxcompress.cli.runtime import (
     check_figure,
     check_writable,
@@ -59,7 +60,7 @@ class Compare(FigureFlag, RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags, 
     Example: jaxcompress compare --policies full window+4 tova snapkv+16/every16 --fractions 4 8 --out rows.jsonl
     """
 
-    policies: tuple[str, ...] = POLICIES
+    policies: Annotated[tuple[str, ...], POLICY] = POLICIES
     """Eviction policies, spelled as for --policy of other commands; see `jaxcompress info`."""
     fractions: tuple[int, ...] = _FRACTIONS
     """Slots are the context divided by these."""
@@ -80,11 +81,11 @@ class Compare(FigureFlag, RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags, 
         check_fractions(self.fractions, _FRACTIONS, self.policies)
         check_writable(self.out)
         check_figure(self.figure)
+        name, text = self.text() or held_out_text()
         model, tokenizer = open_model(self.model, self.dtype)
         policies = {name: chosen_policy(name, model, tokenizer.folder) for name in self.policies}
         from jaxcompress.evaluation.compare import compare
 
-        name, text = self.text() or held_out_text()
         tasks = self._exams(tokenizer, text)
         slots = [self.context // fraction for fraction in self.fractions]
         too_small(list(policies.values()), slots)

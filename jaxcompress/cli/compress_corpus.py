@@ -11,6 +11,7 @@ import tyro
 
 from jaxcompress.cli.compress_prompt import Protect, check_kinds, kinds_named, reader_counter
 from jaxcompress.cli.flags import JsonFlag, WeightFlags, at_least
+from jaxcompress.cli.paths import FOLDER, READ
 from jaxcompress.cli.runtime import prepare, progress, tell, write_json
 from jaxcompress.inputs.text import unescaped
 
@@ -29,9 +30,9 @@ class CompressCorpus(JsonFlag, WeightFlags):
     Example: jaxcompress compress-corpus documents.jsonl shorter --rate 0.33 --labels
     """
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, READ]
     """A file of JSON Lines (.jsonl, .ndjson) or Parquet (.parquet)."""
-    target: Annotated[Path, tyro.conf.Positional]
+    target: Annotated[Path, tyro.conf.Positional, FOLDER]
     """A folder for the result; created if missing."""
     field: str = "text"
     """The field of a record that holds its text."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 import tyro
 
 from jaxcompress.cli.flags import JsonFlag, WeightFlags, at_least
+from jaxcompress.cli.paths import READ
 from jaxcompress.cli.runtime import prepare, tell, write_json
 from jaxcompress.inputs.text import decoded, named, opened, parse_json, read_text, unescaped
 
@@ -42,7 +43,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
     Example: jaxcompress compress-prompt --file minutes.txt --rate 0.33 --force . '\\n' > shorter.txt
     """
 
-    file: tuple[Path, ...] = ()
+    file: Annotated[tuple[Path, ...], READ] = ()
     """Read these UTF-8 files, one context each; - is standard input."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Read this text; may be given several times, one context each."""
@@ -81,7 +82,7 @@ class CompressPrompt(JsonFlag, WeightFlags):
     """The text has tags: <llmlingua, rate=0.3>...</llmlingua>, <llmlingua, compress=False>...</llmlingua>."""
     json_text: bool = False
     """The text is JSON: its strings are compressed, the rest stays."""
-    messages: Path | None = None
+    messages: Annotated[Path | None, READ] = None
     """Read a JSON list of chat messages as OpenAI has them, or an object with a field `messages`, and write the same
     with shorter texts; - is standard input."""
     roles: tuple[str, ...] = ()

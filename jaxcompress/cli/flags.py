@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from jaxcompress.cli.paths import POLICY, READ
 from jaxcompress.inputs.text import named, parse_json, read_text
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class PlacementFlag:
 class PolicyFlags:
     """The policy and its capacity."""
 
-    policy: str = "tova"
+    policy: Annotated[str, POLICY] = "tova"
     """Eviction policy: a name from `jaxcompress info`, learned for the one saved with the model, or FILE.py:NAME for
     your own. Modifiers follow after slashes: tova/protect-recent64."""
     slots: tuple[int, ...] = (128,)
@@ -121,7 +122,7 @@ class PromptTokensFlag:
 class TextFlags:
     """The text to read."""
 
-    file: Path | None = None
+    file: Annotated[Path | None, READ] = None
     """Read this UTF-8 file; - is standard input."""
     prompt: str | None = None
     """Read this text."""

@@ -22,6 +22,7 @@ from jaxcompress.cli.flags import (
     WeightFlags,
 )
 from jaxcompress.cli.mesh import ProfileFlag
+from jaxcompress.cli.paths import READ
 from jaxcompress.cli.runtime import chosen_policy, open_model, progress, tell, tell_of_training, write_json
 from jaxcompress.inputs.text import decoded, named, opened, read_text, unescaped
 
@@ -53,7 +54,7 @@ class Generate(
 
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Read this text; may be given several times."""
-    file: Path | None = None
+    file: Annotated[Path | None, READ] = None
     """Read this UTF-8 file; - is standard input. In mode streaming or chunked."""
     chat: bool = False
     """Read the text as a user's message, in the chat template of the tokenizer."""

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from jaxcompress.cli.paths import FOLDER
 
 if TYPE_CHECKING:
     from jaxcompress.distributed import ShardingRules
@@ -79,7 +81,7 @@ class ProcessFlags(MeshFlag):
 class ProfileFlag(ProcessFlags):
     """The devices, and what they do."""
 
-    profile: Path | None = None
+    profile: Annotated[Path | None, FOLDER] = None
     """Write a trace of the whole command into this folder, for XProf, TensorBoard or Perfetto. Give it few tokens or
     steps: traces are large."""
 

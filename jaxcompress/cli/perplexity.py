@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxcompress.cli.flags import (
     FigureFlag,
@@ -19,6 +19,7 @@ from jaxcompress.cli.flags import (
     at_least,
 )
 from jaxcompress.cli.mesh import ProfileFlag, is_first
+from jaxcompress.cli.paths import POLICY
 from jaxcompress.cli.runtime import (
     check_figure,
     check_writable,
@@ -70,7 +71,7 @@ class Perplexity(
     Example: jaxcompress perplexity --file book.txt --policies full window tova --slots 64 128 256 --out rows.jsonl
     """
 
-    policies: tuple[str, ...] = ("full", "window", "window+4", "h2o", "tova", "random")
+    policies: Annotated[tuple[str, ...], POLICY] = ("full", "window", "window+4", "h2o", "tova", "random")
     """Eviction policies, spelled as for --policy of other commands; see `jaxcompress info`."""
     slots: tuple[int, ...] | None = None
     """Capacities to try; 64 128 256 512 if not given. A policy that keeps everything gets the whole context, and /onceN
@@ -83,8 +84,8 @@ class Perplexity(
     def run(self) -> None:
         self._check()
         rules = self.rules()
-        model, tokenizer = open_model(self.model, self.dtype, rules)
         name, text = self.text() or held_out_text()
+        model, tokenizer = open_model(self.model, self.dtype, rules)
         tokens, about = self._rows(tokenizer, name, text)
         policies = {name: chosen_policy(name, model, tokenizer.folder) for name in self.policies}
         slots = self._capacities(list(policies.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxcompress.cli.flags import (
     FigureFlag,
@@ -19,6 +19,7 @@ from jaxcompress.cli.flags import (
     WeightFlags,
     at_least,
 )
+from jaxcompress.cli.paths import POLICY
 from jaxcompress.cli.runtime import check_figure, check_writable, chosen_policy, open_model, write_json
 from jaxcompress.inputs.whole_file import whole_file
 
@@ -45,19 +46,19 @@ class Retention(
 
     out: Path
     """Write the page to this file (.html)."""
-    compare: str | None = None
+    compare: Annotated[str | None, POLICY] = None
     """Another policy with as many slots: print how many tokens both hold."""
 
     def run(self) -> None:
         self._check()
+        name, text = self.text() or _held_out()
+        if not text:
+            raise ValueError(f"{name} is empty; there is nothing to read")
         model, tokenizer = open_model(self.model, self.dtype)
         from jaxcompress.evaluation.lifetimes import overlap, survival_by_kind, token_kinds, token_texts
         from jaxcompress.evaluation.page import page
         from jaxcompress.inputs.token_ids import token_ids
 
-        name, text = self.text() or _held_out()
-        if not text:
-            raise ValueError(f"{name} is empty; there is nothing to read")
         ids = tokenizer.encode(text)
         every, ids = len(ids), token_ids(ids, model.config.vocab_size, name)[: self.limit]
         prompt = self._prompt(len(ids))

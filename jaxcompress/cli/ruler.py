@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from jaxcompress.cli.flags import PlacementFlag, RowsFlag, StateDtypeFlag, WeightFlags, at_least, check_fractions
+from jaxcompress.cli.paths import POLICY
 from jaxcompress.cli.runtime import check_writable, chosen_policy, open_weights, swept, tell, too_small
 from jaxcompress.inputs.text import read_text
 
@@ -15,12 +16,16 @@ if TYPE_CHECKING:
     from jaxcompress.checkpoints import Loaded
     from jaxcompress.evaluation.results import Row
     from jaxcompress.evaluation.ruler import Plan
+    from jaxcompress.evaluation.ruler.hops import Puzzle
 
 TASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
     "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_2",
 )  # fmt: skip
 """`jaxcompress.evaluation.ruler.TASKS`, for the parser, which imports no array library."""
+
+IN_TEXT = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
+"""Those that hide needles in ordinary text. The others make their own, but for the documents of qa_2."""
 
 _FRACTIONS = (2, 4, 8)
 
@@ -44,7 +49,7 @@ class Ruler(RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags):
     Example: jaxcompress ruler --model smollm2 --policies full tova snapkv+16 --fractions 2 4 8 --out rows.jsonl
     """
 
-    policies: tuple[str, ...] = POLICIES
+    policies: Annotated[tuple[str, ...], POLICY] = POLICIES
     """Eviction policies, spelled as for --policy of other commands; see `jaxcompress info`."""
     tasks: tuple[str, ...] = TASKS
     """Tasks, by RULER's names. qa_2 are questions over two documents."""
@@ -82,9 +87,11 @@ class Ruler(RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags):
         if self.puzzles is not None and "qa_2" not in self.tasks:
             raise ValueError(f"--puzzles is for the task qa_2, which is not among {', '.join(self.tasks)}")
         check_writable(self.out)
+        puzzles = self._puzzles()
+        self._check_haystack(puzzles)
         text = self._text()
         loaded = open_weights(self.model, self.dtype)
-        plan = self._plan(loaded, text)
+        plan = self._plan(loaded, text, puzzles)
         cells = plan.cells(loaded, self.model or "embedded", left_out=self._too_long(plan, loaded))
         if self.out is None:
             tell("nothing is kept without --out FILE; a sweep that is stopped then begins anew")
@@ -107,9 +114,8 @@ class Ruler(RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags):
             tell(f"left out: {why}")
         return list(found)
 
-    def _plan(self, loaded: Loaded, text: str) -> Plan:
+    def _plan(self, loaded: Loaded, text: str, puzzles: tuple[Puzzle, ...]) -> Plan:
         from jaxcompress.evaluation.ruler import Plan
-        from jaxcompress.evaluation.ruler.hops import read_puzzles
         from jaxcompress.evaluation.ruler.prompts import REST
 
         if min(self.lengths) < REST + max(self.fractions):
@@ -125,9 +131,23 @@ class Ruler(RowsFlag, StateDtypeFlag, PlacementFlag, WeightFlags):
             tasks=self.tasks, lengths=self.lengths, policies=policies, fractions=self.fractions,
             known=tuple(one == "known" for one in self.question), protocols=self.protocols, seeds=self.seeds,
             samples=self.samples, questions=self.questions, form=form, text=text,
-            puzzles=() if self.puzzles is None else read_puzzles(self.puzzles), placement=self.placement,
-            dtype=self.state_dtype, batch=self.batch,
+            puzzles=puzzles, placement=self.placement, dtype=self.state_dtype, batch=self.batch,
         )  # fmt: skip
+
+    def _puzzles(self) -> tuple[Puzzle, ...]:
+        """The questions of --puzzles; none if it is not given."""
+        from jaxcompress.evaluation.ruler.hops import read_puzzles
+
+        return () if self.puzzles is None else read_puzzles(self.puzzles)
+
+    def _check_haystack(self, puzzles: tuple[Puzzle, ...]) -> None:
+        """Raises ValueError if --haystack is given for tasks of which none reads it."""
+        documents = "qa_2" in self.tasks and len(puzzles) < 2  # several puzzles have documents for one another
+        if self.haystack and not documents and not any(task in IN_TEXT for task in self.tasks):
+            raise ValueError(
+                f"--haystack does nothing for {', '.join(self.tasks)}; it is for {', '.join(IN_TEXT)}, and for qa_2 "
+                "without --puzzles: leave it out, or add one of them"
+            )
 
     def _text(self) -> str:
         """The text of the haystack."""

@@ -8,10 +8,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxcompress.cli.flags import ModeFlags, PlacementFlag, PolicyFlags, StateDtypeFlag, WeightFlags, at_least
 from jaxcompress.cli.mesh import MeshFlag
+from jaxcompress.cli.paths import FOLDER, POOL
 from jaxcompress.cli.runtime import chosen_policy, folder_name, open_weights
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Serve(MeshFlag, StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, Wei
     """Capacity of each layer: one number for all layers, or one per layer."""
     rows: int = 8
     """Requests at a time; more wait."""
-    more_pools: tuple[str, ...] = ()
+    more_pools: Annotated[tuple[str, ...], POOL] = ()
     """Further pools of rows, each POLICY:SLOTS such as h2o:256. A request names one as its model: NAME/POLICY:SLOTS."""
     segment: int = 128
     """Tokens of a prompt that are read before the other requests go on."""
@@ -60,7 +61,7 @@ class Serve(MeshFlag, StateDtypeFlag, PlacementFlag, ModeFlags, PolicyFlags, Wei
     """Requests that may wait or be answered; one more is refused."""
     seconds: float = 600.0
     """Time for an answer."""
-    prefixes: Path | None = None
+    prefixes: Annotated[Path | None, FOLDER] = None
     """Folder in which states of prompts are kept, so that they outlive the server; in memory only if not given."""
     prefix_mb: int = 1024
     """Megabytes of states of prompts in memory; 0 keeps none."""

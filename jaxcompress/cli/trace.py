@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from jaxcompress.cli.flags import (
     FigureFlag,
@@ -18,6 +18,7 @@ from jaxcompress.cli.flags import (
     WeightFlags,
     at_least,
 )
+from jaxcompress.cli.paths import READ
 from jaxcompress.cli.retention import slots_told
 from jaxcompress.cli.runtime import check_figure, check_writable, chosen_policy, open_weights, tell
 from jaxcompress.inputs.whole_file import whole_file
@@ -44,7 +45,7 @@ class Trace(
 
     out: Path
     """Write the arrays to this file (.npz)."""
-    token_ids: Path | None = None
+    token_ids: Annotated[Path | None, READ] = None
     """Read these token ids instead of a text: .npy, [tokens] or [batch, tokens]."""
 
     def run(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 import sys
 import tomllib
@@ -156,15 +157,24 @@ def opened(path: Path | str | None) -> Iterator[BufferedIOBase]:
       FileNotFoundError: there is no such file, or it is a folder.
       OSError: the file cannot be read.
     """
+    check_file(path)
     if path is None or str(path) == "-":
         yield standard_input()
         return
-    if Path(path).is_dir():
-        raise FileNotFoundError(f"{path} is a folder; give one file of it")
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no file {path} to read a text from (looked for in {Path.cwd()})")
     with open(path, "rb") as file:
         yield file
+
+
+def check_file(path: Path | str | None) -> None:
+    """That there is a file, or standard input if the path is None or `-`, without reading it. Raises as `opened`."""
+    if path is None or str(path) == "-":
+        standard_input()
+    elif Path(path).is_dir():
+        raise FileNotFoundError(f"{path} is a folder; give one file of it")
+    elif not Path(path).exists():
+        raise FileNotFoundError(f"there is no file {path} (looked for in {Path.cwd()})")
+    elif not os.access(path, os.R_OK):
+        raise PermissionError(f"{path} cannot be read: permission denied")
 
 
 def standard_input() -> BufferedIOBase:

@@ -63,6 +63,13 @@ def own_policy(place: str, text: str) -> Policy:
     raise ValueError(f"{place} has no policy {text!r}; the policies in it: {known}")
 
 
+def check_place(place: str) -> None:
+    """Raises ValueError if a place that ends in .py is no file. Modules are looked for when they are imported."""
+    path = Path(place).expanduser()
+    if place.endswith(".py") and not path.is_file():
+        raise ValueError(f"there is no file {path} to take a policy from")
+
+
 def own_source(place: str) -> bytes:
     """The code of a file or module, which need not be there: then nothing."""
     path = Path(place).expanduser()
@@ -102,8 +109,7 @@ def _parts(one: Value) -> Iterator[Value]:
 
 def _of_file(path: Path) -> ModuleType:
     """The module of a file. The same content is run once, so that policies of it are equal whenever they are made."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path} to take a policy from")
+    check_place(str(path))
     source = path.read_bytes()
     name = f"{_PREFIX}{path.stem}_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()}"
     if name in sys.modules:

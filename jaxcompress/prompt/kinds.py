@@ -2,7 +2,9 @@
 
     protected_spans("Do not run rm -rf /tmp/x at 9:45", ("paths", "negations"))  # [[3, 6], [14, 20]]
 
-Each kind is found by rules, in time proportional to the text's length, whatever the text.
+Each kind is found by rules, in time proportional to the text's length, whatever the text. In the patterns a class that
+is repeated within a repeated group is repeated itself (`(?: [ab]++ | x )++`): memory then goes with the groups, and a
+word of 10 MB is read too.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ _QUOTES = _pattern(
     | “ [^“”\n]*+ ” | „ [^„“”\n]*+ [“”] | « [^«»\n]*+ » | 「 [^「」\n]*+ 」 | 『 [^『』\n]*+ 』
     | ‘ (?: [^‘’\n] | ’(?=\p{L}) ){0,200}+ ’
     """,
-    INSIDE=r"""(?: [^"\\\n] | (?! OPENS ) " (?= SPACED ) )""",
+    INSIDE=r"""(?: [^"\\\n]++ | (?! OPENS ) " (?= SPACED ) )""",
     OPENS=r"(?: (?<! SPACED ) | (?<= (?<! SPACED ) [BbFfLRrUu]{1,2} ) )",  # not 15" but f"..."
     ESCAPED=r"""(?: \\" (?= \s | \Z ) )""",  # closes where no other mark does: "C:\tmp\"
     CLOSES=r"""(?: "(?! SPACED ) | (?<= [.,;!?…\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}] ) " )""",
@@ -60,12 +62,13 @@ _URLS = _pattern(
     r"""
     (?: (?<![A-Za-z0-9+.\-]) [A-Za-z] [A-Za-z0-9+.\-]{0,20}+ :// | (?<!LETTER) www\. )
     (?: (?: [A-Za-z0-9\-]++ | UNSPACED ) \. )*+ (?: UNSPACED (?= [/:] ) )?+               # a host of any script
-    (?: [[\x21-\x7e\p{L}\p{N}\p{M}]--[<>"'`\\{}|\p{Han}\p{Hiragana}\p{Katakana}]] | \{ [\w.:*$\-]{1,64}+ \} )++
-    | (?<![A-Za-z0-9._%+\-]) [A-Za-z0-9._%+\-]{1,64}+ @ (?: [A-Za-z0-9\-]++ \. )+ [A-Za-z]{2,}+
+    (?: [[\x21-\x7e\p{L}\p{N}\p{M}]--[<>"'`\\{}|\p{Han}\p{Hiragana}\p{Katakana}]]++ | \{ [\w.:*$\-]{1,64}+ \} )++
+    | (?<![A-Za-z0-9._%+\-]) [A-Za-z0-9._%+\-]{1,64}+ @ (?: [A-Za-z0-9\-]++ \. ){1,127} [A-Za-z]{2,}+  # DNS has no more
       (?: : (?= [\w.~\-]*+ / ) [\w.~\-/]++ )?+                                            # git@a.b:c/d.git
     """,
     UNSPACED=r"(?: [\p{Han}\p{Hiragana}\p{Katakana}] [\p{L}\p{M}\p{N}\-]*+ )",
 )
+_SPACELESS = regex.compile(r"\S++")
 _PATHS = _pattern(
     r"""
     (?<![\w.@%+=~\-/\\<:]) (?: [\w\-]++ = )?+ FROM_ROOT (?: : FROM_ROOT )*+ AT
@@ -76,7 +79,7 @@ _PATHS = _pattern(
     """,
     BEFORE=r"[\w.@%+=~\-/\\<:*\}]",
     FROM_ROOT=r"(?! /\*++ (?! [\w./\{] ) ) (?: ~[\w\-]*+ | \.\.? )?+ (?: / PART )++ /?+",  # not /* of a comment
-    PART=r"(?: :?+ (?: [\w.@%+=~\-*] | \{ [\w.:*,\-]{1,64}+ \} )++ )",  # *.gz {id} :id
+    PART=r"(?: :?+ (?: [\w.@%+=~\-*]++ | \{ [\w.:*,\-]{1,64}+ \} )++ )",  # *.gz {id} :id
     AT=r"(?: :\d++ ){0,2}+",
 )
 _IDENTIFIERS = _pattern(
@@ -241,7 +244,11 @@ def _urls(text: str) -> Iterator[_Span]:
 
 
 def _paths(text: str) -> Iterator[_Span]:
-    return ((match.start(), match.start() + len(match[0].rstrip("."))) for match in _PATHS.finditer(text))
+    """Looked for in words that have a slash: white space is in no path."""
+    for word in _SPACELESS.finditer(text):
+        if "/" in word[0] or "\\" in word[0]:
+            for match in _PATHS.finditer(text, word.start(), word.end()):
+                yield match.start(), match.start() + len(match[0].rstrip("."))
 
 
 def _negations(text: str) -> Iterator[_Span]:

@@ -11,7 +11,7 @@ from typing import Any
 from jaxcompress._extras import extra
 from jaxcompress.evaluation.lifetimes import token_texts
 from jaxcompress.server.ask import Ask
-from jaxcompress.server.errors import ApiError
+from jaxcompress.server.errors import ApiError, refused
 from jaxcompress.server.merging import merged
 from jaxcompress.server.settings import Served
 from jaxcompress.server.shapes import Shaped
@@ -32,6 +32,7 @@ class Answering:
 
     def __init__(self, ask: Ask, served: Served, engine: Engine) -> None:
         """Asks the engine. Raises ApiError if it refuses."""
+        _check_room(ask, engine)
         self._ask, self._served, self._shaped = ask, served, Shaped(ask, served.tokenizer)
         asked: list[AsyncPieces] = []
         try:
@@ -110,6 +111,17 @@ async def _gone(request: Request) -> None:
 
 def _event(content: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
+
+
+def _check_room(ask: Ask, engine: Engine) -> None:
+    """Refuses more answers than a pool takes at a time: to ask again later would not help."""
+    rows, waiting, asked = engine.pools[ask.pool].rows, engine.limits.waiting, len(ask.requests)
+    if asked > rows + waiting:
+        raise refused(
+            "n" if ask.choices > 1 else "prompt",
+            f"{asked} answers are more than {ask.pool} takes at a time: it has {rows} rows, and {waiting} may "
+            f"wait; ask for {rows + waiting} at most, of all prompts together",
+        )
 
 
 def _as_api(error: Exception) -> ApiError:

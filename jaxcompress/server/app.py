@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from jaxcompress._extras import extra
 from jaxcompress.server.answering import Answering
-from jaxcompress.server.ask import read_ask
+from jaxcompress.server.ask import read_ask, unknown_model
 from jaxcompress.server.errors import ApiError
 from jaxcompress.server.guard import Room, check_key, read_body
 from jaxcompress.server.logs import LOG, told
@@ -114,15 +114,21 @@ class App:
         """/v1/models: the model, which stands for its first pool, and each pool."""
         chat = self._served.tokenizer.has_chat_template
         names = [self._served.name, *self._served.pools]
-        entry = lambda name: dict(
-            id=name, object="model", created=self._served.created, owned_by="jaxcompress", jaxcompress=self._facts(name)
-        )
-        return JSONResponse(dict(object="list", chat=chat, data=[entry(name) for name in dict.fromkeys(names)]))
+        return JSONResponse(dict(object="list", chat=chat, data=[self._entry(name) for name in dict.fromkeys(names)]))
 
-    def _facts(self, name: str) -> dict[str, Any]:
-        pool = self._served.pools[self._served.pool(name) or name]
+    async def model(self, request: Request) -> Response:
+        """/v1/models/NAME: one of them. A name has slashes."""
+        return JSONResponse(self._entry(request.path_params["model"]))
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        """What is told of a model. Raises ApiError if there is none of that name."""
+        found = self._served.pool(name)
+        if found is None:
+            raise unknown_model(name, self._served)
+        pool = self._served.pools[found]
         slots = pool.slots if isinstance(pool.slots, int) else [*pool.slots]
-        return dict(policy=pool.policy.name, slots=slots, rows=pool.rows, placement=pool.placement)
+        facts = dict(policy=pool.policy.name, slots=slots, rows=pool.rows, placement=pool.placement)
+        return dict(id=name, object="model", created=self._served.created, owned_by="jaxcompress", jaxcompress=facts)
 
     async def health(self, _: Request) -> Response:
         """Whether the process can answer at all."""
@@ -162,7 +168,7 @@ class App:
             finally:
                 if request.state.room is not None:
                     request.state.room.__exit__()
-            self._metrics.answered(request.url.path, response.status_code)
+            self._metrics.answered(_route(request), response.status_code)
             response.headers["x-request-id"] = request.state.id
             ms = round(1e3 * (time.monotonic() - begun), 1)
             if request.url.path in QUIET:
@@ -204,7 +210,8 @@ def make_app(served: Served, engine: Engine, settings: Settings | None = None) -
     answer = lambda path, chat: Route(path, guarded(partial(app.answer, chat=chat), room=True), methods=["POST"])
     routes = [
         answer("/v1/chat/completions", True), answer("/v1/completions", False),
-        Route("/v1/models", guarded(app.models)), Route("/metrics", guarded(app.metrics)),
+        Route("/v1/models", guarded(app.models)), Route("/v1/models/{model:path}", guarded(app.model)),
+        Route("/metrics", guarded(app.metrics)),
         Route("/health", open_to_all(app.health)), Route("/ready", open_to_all(app.readiness)),
         Route("/", open_to_all(app.page)),
     ]  # fmt: skip
@@ -224,6 +231,11 @@ def make_app(served: Served, engine: Engine, settings: Settings | None = None) -
 def _refusal(error: ApiError) -> Response:
     headers = {"retry-after": "1"} if error.status in (429, 503) else {}
     return JSONResponse(error.body(), error.status, headers=headers)
+
+
+def _route(request: Request) -> str:
+    """The path of a request, with a name of a model left open: the metrics then have as many paths as routes."""
+    return "/v1/models/{model}" if request.path_params else request.url.path
 
 
 def _page() -> str:

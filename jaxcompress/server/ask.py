@@ -69,8 +69,7 @@ def read_ask(body: Any, served: Served, settings: Settings, *, chat: bool, clien
     model = fields.text("model") or served.name
     pool = served.pool(model)
     if pool is None:
-        known = ", ".join((served.name, *served.pools))
-        raise ApiError(404, f"unknown model {model!r:.80}; known: {known}", param="model", code="model_not_found")
+        raise unknown_model(model, served)
     _refuse(fields, chat)
     prompts = [_conversation(fields, served)] if chat else _prompts(fields, served)
     choices = fields.whole("n", 1, settings.choices) or 1
@@ -96,6 +95,12 @@ def read_ask(body: Any, served: Served, settings: Settings, *, chat: bool, clien
         for n in range(choices)
     )
     return Ask(chat, model, pool, requests, stop, stream, usage, watched, top, choices)
+
+
+def unknown_model(model: str, served: Served) -> ApiError:
+    """The error for a model that the server does not have, status 404."""
+    known = ", ".join((served.name, *served.pools))
+    return ApiError(404, f"unknown model {model!r:.80}; known: {known}", param="model", code="model_not_found")
 
 
 def _refuse(fields: Fields, chat: bool) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from test_cli import Ran, folder, run  # noqa: F401  fixtures
 
-from jaxcompress.cli import main
+from jaxcompress.cli import COMMANDS, main
 from jaxcompress.cli.info import Info
+from jaxcompress.cli.paths import PathMark
 
 # ruff: noqa: F811  pytest's fixtures
 
@@ -70,6 +72,62 @@ def test_files(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comman
     refused(ran, "UTF-16" if what in ("utf-16", "zeros") and command != "trace " else "")
 
 
+WRONG_PATHS = {
+    "generate --file no.txt": "there is no file no.txt",
+    "generate --file no.txt --chat --prompt a": "there is no file no.txt",
+    "perplexity --file no.txt": "there is no file no.txt",
+    "perplexity --file latin-1": "latin-1 is not UTF-8",
+    "compare --file no.txt": "there is no file no.txt",
+    "retention --out page.html --file no.txt": "there is no file no.txt",
+    "trace --out t.npz --file no.txt": "there is no file no.txt",
+    "trace --out t.npz --token-ids no.npy": "there is no file no.npy",
+    "compress-prompt --file no.txt": "there is no file no.txt",
+    "compress-prompt --messages no.json": "there is no file no.json",
+    "compress-corpus no.jsonl shorter": "there is no file no.jsonl",
+    "compress-corpus t t": "t is a file; give a folder",
+    "ruler --haystack no.txt": "there is no text in ",
+    "ruler --puzzles no.json": "there are no questions in ",
+    "ruler --puzzles t": "t is not JSON",
+    "train --out run --data no.txt": "there is no file or folder no.txt",
+    "train --out run --data t --tokenizer no": "no has no tokenizer.",
+    "train --out t --data t": "t is a file; give a folder",
+    "train --out run --data t --config no.toml": "there is no file no.toml",
+    "train --out run --data t --policy no.py:Far": "there is no file no.py to take a policy from",
+    "serve --prefixes t": "t is a file; give a folder",
+    "serve --more-pools no.py:Far:64": "there is no file no.py",
+    "generate --prompt a --policy no.py:Far/every4": "there is no file no.py",
+    "generate --prompt a --policy mix(0.5*tova,0.5*no.py:Far)": "there is no file no.py",
+    "perplexity --policies tova no.py:Far": "there is no file no.py",
+    "compare --policies tova no.py:Far": "there is no file no.py",
+    "ruler --policies tova no.py:Far": "there is no file no.py",
+    "retention --out page.html --compare no.py:Far": "there is no file no.py",
+    "perplexity --profile t": "t is a file; give a folder",
+}
+
+
+@pytest.mark.parametrize("command", WRONG_PATHS)
+def test_a_wrong_path_is_told_before_anything_is_loaded(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    loaded = lambda *source, **how: pytest.fail("the model was loaded first")
+    monkeypatch.setattr("jaxcompress.checkpoints.load", loaded)
+    monkeypatch.setattr("jaxcompress.prompt.Compressor.load", loaded)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").write_text("word " * 64)
+    put(tmp_path / "latin-1", "latin-1")
+    refused(run(*command.split()), WRONG_PATHS[command])
+
+
+def test_every_path_of_a_command_is_looked_at() -> None:
+    later = {"out", "figure", "page", "kvpress"}  # files that are written: `check_writable`
+    before = {"config", "haystack", "puzzles", "rows"}  # read before anything is loaded
+    for kind in COMMANDS.values():
+        for field in fields(kind):
+            hint = get_type_hints(kind, include_extras=True)[field.name]
+            marked = any(isinstance(mark, PathMark) for mark in getattr(hint, "__metadata__", ()))
+            assert "Path" not in str(hint) or marked or field.name in later | before, (kind, field.name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -88,7 +146,7 @@ def test_files(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comman
         ((*GENERATE, "--shorten", 0), "--shorten must be in (0, 1]"),
         ((*GENERATE, "--policy", ""), "unknown policy ''"),
         ((*GENERATE, "--policy", "tova/every99999999999999999999"), ""),
-        (("generate", "--file", "x", "--mode", "oneshot"), "use --mode streaming or chunked"),
+        (("generate", "--file", "t", "--mode", "oneshot"), "use --mode streaming or chunked"),
         ((*GENERATE, "--seed", 1), "--seed does nothing at --temperature 0"),
         ((*GENERATE, "--policy", "full", "--placement", "slot"), "--placement does nothing for full"),
         (("perplexity", "--policies", "full", "--placement", "slot"), "--placement does nothing for full"),

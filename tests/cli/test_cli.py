@@ -18,6 +18,7 @@ from tiny import tiny_decoder
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import jaxcompress
 from jaxcompress.checkpoints import save
 from jaxcompress.cli import COMMANDS, main
 from jaxcompress.evaluation.perplexity import Perplexity
@@ -402,6 +403,12 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"Example: {'cat book.txt | ' * (command == 'generate')}jaxcompress {command}" in shown
     assert "{None}" not in shown  # a flag that may be left out shows what it takes
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxcompress {jaxcompress.__version__}\n"
+    assert main(["--version", "info"]) == 2
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

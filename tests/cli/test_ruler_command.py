@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,16 @@ import pytest
 from tiny_chat import chat_folder
 
 from jaxcompress.cli import main
+from jaxcompress.cli.ruler import IN_TEXT
 from jaxcompress.cli.runtime import line_of
 from jaxcompress.evaluation.provenance import Provenance
 from jaxcompress.evaluation.results import Cell, Figure, Row
+from jaxcompress.evaluation.ruler.hops import Puzzle
+from jaxcompress.evaluation.ruler.sample import Sources
+from jaxcompress.evaluation.ruler.tasks import TASKS
 from jaxcompress.evaluation.sweep import Row as SweptRow
+
+PUZZLE = dict(question="a?", answer="a", context=[["a", ["b"]]])
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +64,14 @@ def test_a_sweep_and_its_board(model: str, tmp_path: Path, capsys: pytest.Captur
         (("ruler", "--policies", "full", "--fractions", "4"), "--fractions does nothing for full"),
         (("ruler", "--puzzles", "x.json", "--tasks", "vt"), "--puzzles is for the task qa_2, which is not among vt"),
         (
+            ("ruler", "--haystack", "broken.jsonl", "--tasks", "vt", "niah_single_1"),
+            "--haystack does nothing for vt, niah_single_1; it is for niah_single_2",
+        ),
+        (
+            ("ruler", "--haystack", "broken.jsonl", "--tasks", "qa_2", "--puzzles", "two.json"),
+            "--haystack does nothing for qa_2; it is for niah_single_2",
+        ),
+        (
             ("ruler", "--tasks", "cwe", "--lengths", "400", "--fractions", "2", "--policies", "tova"),
             "cwe does not fit into 400 tokens",
         ),
@@ -72,10 +87,22 @@ def test_bad_input_is_told_in_a_line(
     monkeypatch.chdir(tmp_path)
     Path("broken.jsonl").write_text("\n{\n")
     Path("empty.jsonl").write_text("")
+    Path("two.json").write_text(json.dumps([PUZZLE, PUZZLE]))
     assert main(list(words)) == 2
     told = capsys.readouterr().err
     assert why in told
     assert told.count("\n") == 1
+
+
+def test_the_haystack_is_read_by_the_tasks_that_are_told_so() -> None:
+    """Two puzzles give qa_2 its documents; without them it takes those of the text."""
+    puzzles = tuple(Puzzle("a?", ("a",), (f"a {n}", f"b {n}")) for n in range(2))
+    text = "\n\n".join(" ".join(f"{word}{n}" for n in range(30)) + "." for word in ("one", "two"))
+    made = lambda task, text, puzzles: TASKS[task].make(40, random.Random(0), Sources(text, 1024, puzzles)).context
+    reads = lambda task, puzzles=(): made(task, text, puzzles) != made(task, text.upper(), puzzles)
+    assert {task for task in TASKS if reads(task)} == {*IN_TEXT, "qa_2"}
+    assert not reads("qa_2", puzzles)
+    assert reads("qa_2", puzzles[:1])
 
 
 def test_a_row_of_another_version_is_told() -> None:

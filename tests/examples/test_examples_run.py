@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+import jaxcompress as jc
+
 FOLDER = Path(__file__).parents[2] / "examples"
 LESS: dict[str, dict[str, Any]] = {
     "ask_long_file": dict(tokens=1500, slots=32, max_new_tokens=8),
@@ -41,3 +43,15 @@ def test_an_example_runs(
     runpy.run_path(str(FOLDER / f"{name}.py"))["main"](**LESS[name])
     assert re.search(SAYS[name], capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} <= {"distilled", "page.html"}
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("ask_long_file", "file"), ("distill", "data"), ("retention_page", "file"), ("shorten_prompt", "file")],
+)
+def test_a_missing_file_is_told_before_the_model_is_loaded(
+    name: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jc, "load_embedded", lambda: pytest.fail("the model was loaded first"))
+    with pytest.raises(FileNotFoundError):
+        runpy.run_path(str(FOLDER / f"{name}.py"))["main"](**{flag: tmp_path / "missing.txt"})

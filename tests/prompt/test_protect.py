@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from jaxcompress.prompt import (
     compress_stream,
     protected_spans,
 )
-from jaxcompress.prompt.kinds import LONGEST, checked_kinds
+from jaxcompress.prompt.kinds import _PATHS, LONGEST, checked_kinds
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "prompt"
 
@@ -193,3 +194,22 @@ def test_strings_of_json(bert: Compressor) -> None:
     value = {"note": "He did not pay $4,200 and never will, they said.", "n": 7}
     shorter, _ = compress_json(bert, value, rate=0.7, protect=["numbers", "negations"])
     assert all(part in shorter["note"] for part in ("not", "$4,200", "never"))
+
+
+NEAR_PATHS = st.sampled_from(
+    [*"aB1 \t\n\u00a0\u2028/\\.:\"'{}*@-~=`<>|(),é中", "http://", "C:\\", "/*", "../", "~/", "{id}", "a/b.py:3"]
+)
+
+
+@given(st.lists(NEAR_PATHS, max_size=60).map("".join))
+def test_paths_are_those_of_the_whole_text(text: str) -> None:
+    """They are looked for in words with a slash only."""
+    whole = [[m.start(), m.start() + len(m[0].rstrip("."))] for m in _PATHS.finditer(text)]
+    assert protected_spans(text, ["paths"]).tolist() == whole
+
+
+@pytest.mark.parametrize("text", ["a" * 2_000_000, "a@" + "b." * 500_000, '"' + "a" * 2_000_000], ids=lambda x: x[:4])
+def test_a_line_without_end_takes_no_longer_than_it_is(text: str) -> None:
+    begun = time.process_time()
+    assert not protected_spans(text, ["quotes", "urls", "paths"]).size
+    assert time.process_time() - begun < 20  # which takes 1; a domain of 1 MB took minutes

@@ -69,6 +69,7 @@ def alone(here: Here, prompt: Any, most: int, config: GenerationConfig = GREEDY,
 
 def test_a_conversation_with_the_official_client(here: Here, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", "tiny/tova:16", "tiny/window:16"]
+    assert [client.models.retrieve(model.id) for model in client.models.list()] == list(client.models.list())
     given: dict[str, Any] = dict(model="tiny", messages=HELLO, max_tokens=12, temperature=0)
     answer = client.chat.completions.create(**given)
     expected = alone(here, HELLO, 12)
@@ -119,13 +120,17 @@ def test_seeds_choices_stops_and_logprobs(here: Here, client: openai.OpenAI) -> 
     assert client.completions.create(model="tiny", prompt=ids, max_tokens=5, temperature=0).choices[0].text == whole[:5]
 
 
-def test_errors_have_the_shape_of_the_official_client(client: openai.OpenAI) -> None:
+def test_errors_have_the_shape_of_the_official_client(here: Here, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="tiny", messages=HELLO, response_format={"type": "json_object"})  # type: ignore[arg-type]
     assert refused.value.param == "response_format"
     assert "nothing restricts it to a format" in refused.value.message
     with pytest.raises(openai.NotFoundError, match="unknown model 'gpt'; known: tiny, tiny/tova:16"):
         client.chat.completions.create(model="gpt", messages=HELLO)  # type: ignore[arg-type]
+    with pytest.raises(openai.NotFoundError, match="unknown model 'gpt/4'; known: tiny, tiny/tova:16") as unknown:
+        client.models.retrieve("gpt/4")
+    assert unknown.value.code == "model_not_found"
+    assert 'path="/v1/models/{model}",status="404"' in here.ask("/metrics")[1]
 
 
 @pytest.mark.parametrize(
@@ -353,6 +358,17 @@ def test_keys_and_room(here: Here) -> None:
         assert b"408" in half.recv(100)
         half.close()
         assert guarded.ask(TEXT, dict(prompt="a", max_tokens=1), **key)[0] == 200
+
+
+def test_more_answers_than_there_will_ever_be_room_for(here: Here) -> None:
+    """Three rows and one place to wait: a client that asks again later would be refused for ever."""
+    with serving(here.served, Settings(max_tokens=20_000), waiting=1) as small:
+        body = dict(prompt="a", max_tokens=1)
+        for more, param in ((dict(n=5), "n"), (dict(prompt=["a"] * 5), "prompt"), (dict(prompt=["a"] * 3, n=2), "n")):
+            status, answer = small.ask(TEXT, body | more)
+            assert (status, answer["error"]["param"]) == (400, param)
+            assert "it has 3 rows, and 1 may wait; ask for 4 at most" in answer["error"]["message"]
+        assert len(small.ask(TEXT, body | dict(n=4))[1]["choices"]) == 4
 
 
 def test_no_time_left(here: Here) -> None:

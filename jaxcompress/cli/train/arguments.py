@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from jaxcompress.cli.flags import ModeFlags, ModelFlag, PlacementFlag, PolicyFlags, SeedFlag, at_least
 from jaxcompress.cli.mesh import ProfileFlag
+from jaxcompress.cli.paths import FOLDER, POLICY
 from jaxcompress.cli.train.presets import NETWORK_RATE, PRESETS
 
 
@@ -73,12 +74,12 @@ class TrainFlags(
 ):  # fmt: skip
     """What `train` is told."""
 
-    policy: str = "tova"
+    policy: Annotated[str, POLICY] = "tova"
     """Eviction policy to train a model for: a name from `jaxcompress info`, full for plain attention, or FILE.py:NAME
     for your own. Or one that is learned: retention, retention-layer, retention-pool, dms, dms-pool, dmc."""
     data: str
     """Text file, JSONL file, folder of both, or dataset of the Hugging Face hub (`name` or `name:configuration`)."""
-    out: Path
+    out: Annotated[Path, FOLDER]
     """Write the run into this folder."""
     tokenizer: str | None = None
     """Folder with another tokenizer; that of the model if not given."""

@@ -57,12 +57,17 @@ class Train(TrainFlags):
     def run(self) -> None:
         self.check()
         rules = self.rules()
+        from jaxcompress.generation.text import Tokenizer
+        from jaxcompress.training.data import read_documents
+
+        # A wrong --tokenizer or --data is told before the model is loaded.
+        tokenizer = Tokenizer(self.tokenizer) if self.tokenizer else None
+        documents = read_documents(self.data, field=self.field, split=self.split)
         loaded = open_weights(self.model, "float32", rules)
         if rules is not None:
             rules.check(loaded.config, batch=self.rows // self.accumulate)
         from jaxcompress.checkpoints import config_dtype
         from jaxcompress.evaluation.policy_hash import policy_settings
-        from jaxcompress.generation.text import Tokenizer
         from jaxcompress.models.checks import warn_of_positions
         from jaxcompress.models.fingerprint import fingerprint
         from jaxcompress.pallas_kernels.devices import device
@@ -70,11 +75,12 @@ class Train(TrainFlags):
         from jaxcompress.training.checkpointing import Checkpoints
         from jaxcompress.training.policy_objectives import TRAINABLE
 
-        tokenizer = Tokenizer(self.tokenizer or loaded.folder)
+        tokenizer = tokenizer or loaded.tokenizer
         dtype = self.compute_dtype or ("float32" if device()[0] == "cpu" else "bfloat16")
         policy = None if self.policy == "full" or self.policy in TRAINABLE else get_policy(self.policy)
         task = task_of(self, loaded.model, policy, dtype, loaded.saved_policy)
-        rows = packed_rows(self, tokenizer, loaded.config.vocab_size)
+        rows = packed_rows(documents, tokenizer, loaded.config.vocab_size, self.length)
+        del documents  # the rows have the tokens
         stored = config_dtype(loaded.settings) or "float32"
         made = dict(base=fingerprint(loaded.model)) | (policy_settings(self.policy, policy) if policy else {})
         flops = self._flops(loaded)
