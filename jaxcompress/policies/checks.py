@@ -30,7 +30,7 @@ def check_policy(policy: Any) -> None:
     raise ValueError(f"a policy is expected, such as jaxcompress.get_policy('tova'), not {told}")
 
 
-def check_epsilon(epsilon: float) -> None:
+def check_epsilon(epsilon: float | int) -> None:
     """Raises ValueError if a number that a policy adds to its scores is negative or not finite."""
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon must be 0 or more, not {epsilon}")

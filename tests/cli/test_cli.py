@@ -303,7 +303,7 @@ class TestWrong:
             (("generate", "--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, not 0"),
             (("generate", "--prompt", ""), "prompt 0 is empty"),
             (("generate",), "give --prompt or --file"),
-            (("generate", "--prompt", "a", "--file", "b"), "give --prompt or --file, not both"),
+            (("generate", "--prompt", "a", "--file", __file__), "give --prompt or --file, not both"),
             (("generate", "--prompt", "a", "--chat"), "has no chat template"),
             (("generate", "--prompt", "a", "--temperature", -1), "temperature must be"),
             (("generate", "--prompt", "a", "--policy", "full", "--slots", 4), "do not fit into the 4 slots"),
