@@ -73,7 +73,7 @@ def main(args: Arguments) -> None:
 
     def stats(policy: Policy) -> jnp.ndarray:
         """The scores of a policy after the whole context, before any eviction: one-shot compression."""
-        now = init_decode_state(model, policy, read, batch=batch)
+        now = init_decode_state(model, policy, whole[0].capacity, batch=batch)
         (part,) = prefill(model, contexts, now, mode="chunked", chunk=256, segment=256).kv
         return jnp.broadcast_to(part.stats, scores_shape)
 
@@ -89,7 +89,8 @@ def main(args: Arguments) -> None:
     scores["tova"] = stats(TOVA())
     scores["tova-kv_head"] = stats(TOVA("kv_head"))
     scores["h2o-kv_head"] = stats(H2O(0, "kv_head"))
-    newest = jnp.where(whole[0].positions < 4, jnp.inf, whole[0].positions * 1.0)
+    held = whole[0].positions
+    newest = jnp.where((held >= 0) & (held < 4), jnp.inf, held * 1.0)
     scores[Window(4).name] = newest
     table, plan = [], calls("streaming", context - 1, chunk=1, segment=context - 1, start=read)
     say(f"\n{'score':22}{'shared':10}{'slots':>6}{'after':>12}{'recall':>8}")

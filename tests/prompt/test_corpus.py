@@ -212,8 +212,9 @@ def test_on_the_command_line(
     for flags, why in wrong:
         assert main([*command[:2], str(tmp_path / "other"), *command[3:5], *flags]) == 2
         assert why in capsys.readouterr().err
-    assert main(["compress-corpus", str(tmp_path), str(tmp_path / "out")]) == 2
-    assert "there is no file" in capsys.readouterr().err
+    for given, why in ((tmp_path, "is a folder"), (tmp_path / "none.jsonl", "there is no file")):
+        assert main(["compress-corpus", str(given), str(tmp_path / "out")]) == 2
+        assert why in capsys.readouterr().err
 
 
 ON_RAY = """

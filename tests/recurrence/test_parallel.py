@@ -223,8 +223,10 @@ def test_bfloat16() -> None:
 )
 def test_policies_that_do_more_than_evict_say_so(policy: Policy, says: str) -> None:
     rows = data(1)
+    config = DecoderConfig(8, 8, 8, max(len(policy.layers), 1), H, K, D)
+    state, *_ = init_state(config, policy, C, batch=B)
     with pytest.raises(ValueError, match=says):
-        by_death_times(*map(jnp.asarray, (rows.q, rows.k, rows.v, rows.positions)), fresh(Case("tova")), 0, policy)
+        by_death_times(*map(jnp.asarray, (rows.q, rows.k, rows.v, rows.positions)), state, 0, policy)
     assert exact_gradient(policy) is rematerialised
     assert exact_gradient(policies.TOVA()) is parallel_gradient
     assert exact_gradient(policies.TOVA(), "slot") is rematerialised
