@@ -449,7 +449,7 @@ def test_kill_9_at_any_moment(folder: Path, book: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("policy", "name", "more"),
     [
-        ("retention-layer", "retention-layer", ("--distill", "--segment", 8)),
+        pytest.param("retention-layer", "retention-layer", ("--distill", "--segment", 8), marks=pytest.mark.slow),
         ("retention-layer", "retention-layer", ("--distill", "--segment", 8, "--lora", 2)),
         pytest.param("retention-layer", "retention-layer", (), marks=pytest.mark.slow),
         pytest.param("dms-pool", "dms-window3-pool", ("--window", 3), marks=pytest.mark.slow),

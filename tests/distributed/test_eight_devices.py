@@ -59,6 +59,7 @@ def check(case: str, found: dict[str, Any]) -> None:
         assert found["apart"] < 1e-5
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_agree() -> None:
     for case, found in results(SOME).items():
         check(case, found)

@@ -39,19 +39,14 @@ NEEDS = {  # a module that the tests do not install, and the command that does
     "soak_server": ("uvicorn", 'pip install "jaxcompress[serve]"'),
 }
 SLOW = {
-    "prompt_tables",
-    "random_eviction",
-    "speed_kernels",
-    "train_vision_demo",
-    "slot_sharing",
-    "speed_decode",
-    "speed_peers",
-    "tova_documents",
-    "tova_kept",
-    "tova_perplexity",
-    "training_evidence",
-    "soak_server",
-}  # interpreted kernels; two large gradients to compile; two servers to start
+    "approximate_scores", "context_reconstruction", "finetune_prompt_compressor", "policy_pages", "position_bias",
+    "prompt_continuation", "prompt_tables", "random_against_designed", "random_eviction", "reader_teachers",
+    "slot_sharing", "soak_server", "speed_decode", "speed_kernels", "speed_peers", "speed_training", "speed_vision",
+    "storage", "tova_documents", "tova_extrapolation", "tova_kept", "tova_perplexity", "train_bounded",
+    "train_embedded", "train_prompt_compressor", "train_reinforced", "train_vision_demo", "training_evidence",
+    "vision_tables",
+}  # fmt: skip
+"""Those that take more than 6 seconds of a processor."""
 
 
 class Ran(NamedTuple):
