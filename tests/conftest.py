@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,31 @@ jax.config.update("jax_compilation_cache_dir", str(Path(_cache) / "jaxcompress" 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+# Traced programs are millions of small objects; looking through all of them for garbage takes a tenth of the time.
+gc.set_threshold(200_000, 20, 20)
+
+
+def _the_first_time_only(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that another one makes at each call is checked when it is made first: a check takes long to make."""
+    made: set[Any] = set()
+
+    def once(*args: Any, **fields: Any) -> Callable[[Any], Any]:
+        checked = jaxtyped(*args, **fields)
+
+        def of(function: Any) -> Any:
+            code = getattr(function, "__code__", function)
+            if code in made and "<locals>" in function.__qualname__:
+                return function
+            made.add(code)
+            return checked(function)
+
+        return of
+
+    return once
+
+
 # Shape annotations are checked here and nowhere else. Before any module of the package is imported.
+jaxtyping.jaxtyped = _the_first_time_only(jaxtyping.jaxtyped)
 install_import_hook("jaxcompress", "beartype.beartype")
 
 from jaxcompress.state.kv_state import KVState  # noqa: E402  after the hook
@@ -73,13 +99,15 @@ def as_users_call_it() -> Iterator[None]:
 
 
 MOST_MAPPINGS = 30_000  # of memory; Linux allows a process 65,530, and each compiled function takes some 200
+_tests = count(1)
 
 
 def pytest_runtest_teardown() -> None:
     """Compiled functions are let go before a process that ran hundreds of tests has no mappings left for more."""
+    if next(_tests) % 5:  # to count them takes milliseconds
+        return
     try:
-        with open("/proc/self/maps", "rb") as maps:
-            many = sum(1 for _ in maps) > MOST_MAPPINGS
+        many = Path("/proc/self/maps").read_bytes().count(b"\n") > MOST_MAPPINGS
     except OSError:  # not Linux
         return
     if many:
