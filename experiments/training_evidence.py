@@ -31,7 +31,7 @@ from paper_tables import OfBooks, Plan, dtype_of, figure_of_rows, markdown, of_e
 
 import jaxcompress as jc
 from jaxcompress import embedded
-from jaxcompress.checkpoints import Loaded, policy_of
+from jaxcompress.checkpoints import Loaded, load_policy, policy_of
 from jaxcompress.evaluation import rows_of_text
 from jaxcompress.evaluation.policy_hash import policy_settings
 from jaxcompress.evaluation.results import Cell, Figure, Row
@@ -52,7 +52,7 @@ class Arguments(OfBooks):
     control: str | None = None
     """Which of them was trained with the full cache: its name, without a seed's number."""
     policies: tuple[str, ...] = ("window+4", "h2o", "snapkv+32/every32", "tova")
-    """For models that have no policy of their own."""
+    """For models that have no policy of their own; `learned` is the one that ships for them."""
     contexts: tuple[int, ...] = (2048,)
     fractions: tuple[int, ...] = (4, 8, 16)
     """Slots are the tokens of a context divided by these."""
@@ -99,10 +99,10 @@ def group_of(name: str) -> str:
     return re.sub(r"-\d+$", "", name)
 
 
-def own_policy(loaded: Loaded) -> Policy | None:
-    """The policy that a model was trained with. One that was trained with its full cache has none of its own."""
-    saved = policy_of(loaded.model, loaded.folder)
-    return None if saved is None or saved.name == "full" else saved.make()
+def has_its_own(loaded: Loaded) -> bool:
+    """Whether a model was trained with a policy. One that was trained with its full cache has none of its own."""
+    saved = load_policy(loaded.folder)
+    return saved is not None and saved.name != "full"
 
 
 def plan(args: Arguments) -> Plan:
@@ -113,9 +113,10 @@ def plan(args: Arguments) -> Plan:
     def reader(name: str) -> Reader:
         model = named[name]
         loaded = jc.load(embedded.decoder_folder() if model in (None, "embedded") else model, dtype=args.dtype)
-        own = None if name == AS_IS else own_policy(loaded)
-        names = ("full", *args.policies) if own is None else ("full", OWN)
-        return Reader(loaded, {one: jc.get_policy(one, learned=own) for one in names})
+        names = ("full", OWN) if name != AS_IS and has_its_own(loaded) else ("full", *args.policies)
+        saved = policy_of(loaded.model, loaded.folder)
+        learned = None if saved is None else saved.make()
+        return Reader(loaded, {one: jc.get_policy(one, learned=learned) for one in names})
 
     def needles(name: str, context: int) -> Needles:
         tokenizer, policies = reader(name).loaded.tokenizer, reader(name).policies

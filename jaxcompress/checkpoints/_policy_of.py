@@ -16,15 +16,16 @@ NORMS = "norms"
 def policy_of(model: Decoder, folder: str | Path) -> SavedPolicy | None:
     """The policy that was trained for a model, None if there is none.
 
-    It is the one in the model's folder. If the folder has none, or the model is a file, it is the one that ships with
-    the package for this model, whatever precision the weights have (see `norms_fingerprint`).
+    It is the one in the model's folder. If the folder has none, or the model was trained further with its full cache, or
+    it is a file, the policy is the one that ships with the package for this model, whatever precision the weights have
+    (see `norms_fingerprint`).
 
     Raises:
       ValueError: the folder's policy is damaged, or is for another model.
     """
     saved = load_policy(folder)
-    if saved is None:
-        return _shipped(norms_fingerprint(model))
+    if saved is None or saved.name == "full":  # adapters that were trained with the full cache leave the norms alone
+        return _shipped(norms_fingerprint(model)) or saved
     trained_for = saved.settings.get(NORMS)
     if saved.weights and trained_for is not None and trained_for != (mine := norms_fingerprint(model)):
         raise ValueError(

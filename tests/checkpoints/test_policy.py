@@ -106,8 +106,16 @@ def test_a_policy_that_ships_is_found_by_the_norms_of_its_model(tmp_path: Path) 
     copied = load(save(jax.tree_util.tree_map_with_path(rounded, embedded.model), tmp_path / "rounded"))
     assert copied.policy is not None
     assert copied.policy.name == "retention-layer"
+    save_policy(SavedPolicy("full", {}), copied.folder)  # as of adapters that were trained with the full cache
+    again = load(copied.folder).policy
+    assert again is not None
+    assert again.name == "retention-layer"
     other = load(save(jax.tree.map(lambda x: x * 1.01, embedded.model), tmp_path / "other"))
     assert other.policy is None
+    save_policy(SavedPolicy("full", {}), other.folder)
+    full = load(other.folder).policy
+    assert full is not None
+    assert full.name == "full"
     for said in ("no policy.json", "one for the embedded model, one for SmolLM2-135M-Instruct", "--preset retention"):
         assert said in missing_policy(other.folder)
     save_policy(embedded.saved_policy, other.folder)

@@ -243,7 +243,15 @@ def test_nothing_is_held_out(run: Any, book: Path, tmp_path: Path) -> None:
         (("--data", "{book}", "--weight-decay", -0.1), "--weight-decay must be at least 0, not -0.1"),
         (
             ("--data", "{book}", "--policy", "learned"),
-            "--policy learned is for a model that has a policy already; name",
+            "no policy was trained for the model",
+        ),
+        (
+            ("--data", "{book}", "--policy", "learned/every4"),
+            "--policy learned/every4: a model is trained through its own policy as that is; give --policy learned, and",
+        ),
+        (
+            ("--data", "{book}", "--policy", "learned", "--from-learned"),
+            "--from-learned does nothing with --policy learned, whose network stays as it is",
         ),
         (
             ("--data", "{book}", "--from-learned", "--policy", "tova", "--segment", 8),
@@ -483,6 +491,15 @@ def test_a_policy_that_is_learned(
         begun = dict(re.findall(r"held-out (loss|foresight) before: (\d+\.\d+)", ran))
         assert (ran.code, begun.keys()) == (0, after.keys())
         assert all(float(begun[name]) == pytest.approx(float(after[name]), abs=2e-4) for name in after)
+        through = "--data", book, "--out", tmp_path / "through", "--policy", "learned", "--slots", 12, *SMALL
+        ran = run("train", *through, "--segment", 8, "--lora", 2, model=out / "model")
+        assert (ran.code, ran.err, "--policy learned --slots 12 " in ran) == (0, "", True)
+        left, had = load(tmp_path / "through" / "model"), load(out / "model")
+        assert left.saved_policy is not None
+        assert had.saved_policy is not None
+        assert left.saved_policy.make().name == name
+        jax.tree.map(np.testing.assert_array_equal, left.saved_policy.weights, had.saved_policy.weights)
+        assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), left.model, had.model))
     loaded = load(out / "model")
     saved = loaded.saved_policy
     assert saved is not None

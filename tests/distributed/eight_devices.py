@@ -14,10 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["XLA_FLAGS"] = " ".join([
-    "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",
-])  # fmt: skip
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"  # before jax
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax

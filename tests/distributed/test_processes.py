@@ -23,7 +23,7 @@ GENERATE = ("generate", *("--prompt", "def f(") * 8, "--slots", "32", "--max-new
 
 def start(arguments: tuple[str, ...], devices: int) -> subprocess.Popen[str]:
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"] or ""),
         "PYTHONPATH": str(ROOT),

@@ -75,8 +75,9 @@ class TrainFlags(
     """What `train` is told."""
 
     policy: Annotated[str, POLICY] = "tova"
-    """Eviction policy to train a model for: a name from `jaxcompress info`, full for plain attention, or FILE.py:NAME
-    for your own. Or one that is learned: retention, retention-layer, retention-pool, dms, dms-pool, dmc."""
+    """Eviction policy to train a model for: a name from `jaxcompress info`, full for plain attention, FILE.py:NAME for
+    your own, or learned for the one that the model has, which stays as it is. Or one to learn: retention,
+    retention-layer, retention-pool, dms, dms-pool, dmc."""
     data: str
     """Text file, JSONL file, folder of both, or dataset of the Hugging Face hub (`name` or `name:configuration`)."""
     out: Annotated[Path, FOLDER]
@@ -149,10 +150,10 @@ class TrainFlags(
             holds a run already.
         """
         self._check_numbers()
-        if self.policy.split("/")[0] == "learned":
+        if self.policy.startswith("learned/"):
             raise ValueError(
-                "--policy learned is for a model that has a policy already; name the policy to train with, such as "
-                "tova, or the one to learn, such as retention or dms: --from-learned then begins with the model's own"
+                f"--policy {self.policy}: a model is trained through its own policy as that is; give --policy learned, "
+                f"and {self.policy} when you read with the trained model"
             )
         if self.mode == "oneshot":
             raise ValueError("--mode oneshot selects once per prompt, and training rows have none; use chunked")
@@ -200,7 +201,8 @@ class TrainFlags(
         if kind != "retention":
             idle |= dict.fromkeys(("horizon", "recent"), f"with --policy {self.policy}; it is for retention")
         if kind not in ("retention", "dms", "dmc"):
-            idle["from_learned"] = f"with --policy {self.policy}, which has no network"
+            what = "whose network stays as it is" if self.policy == "learned" else "which has no network"
+            idle["from_learned"] = f"with --policy {self.policy}, {what}"
         if kind not in ("dms", "dmc"):
             idle["ratio"] = f"with --policy {self.policy}; it is for dms and dmc"
         if kind in ("dms", "dmc", "retention") and not self.distill:

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from jaxcompress.cli.mesh import is_first
-from jaxcompress.cli.runtime import open_weights, tell, write_json
+from jaxcompress.cli.runtime import chosen_policy, open_weights, tell, write_json
 from jaxcompress.cli.train.arguments import TrainFlags
 from jaxcompress.cli.train.data import packed_rows
 from jaxcompress.cli.train.record import recorded_settings, unchanged
@@ -77,7 +77,9 @@ class Train(TrainFlags):
 
         tokenizer = tokenizer or loaded.tokenizer
         dtype = self.compute_dtype or ("float32" if device()[0] == "cpu" else "bfloat16")
-        policy = None if self.policy == "full" or self.policy in TRAINABLE else get_policy(self.policy)
+        policy = None
+        if self.policy != "full" and self.policy not in TRAINABLE:
+            policy = chosen_policy(self.policy, loaded.model, loaded.folder)
         task = task_of(self, loaded.model, policy, dtype, loaded.saved_policy)
         rows = packed_rows(documents, tokenizer, loaded.config.vocab_size, self.length)
         del documents  # the rows have the tokens

@@ -26,10 +26,10 @@ def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: 
     from jaxcompress.distributed import on_host
 
     new = folder.with_name(folder.name + ".new")
-    model, own = task.parts(params)
+    model, network = task.parts(params)
     model = jax.tree.map(lambda x: x.astype(dtype), model)
     if jax.process_count() > 1:
-        model, own = jax.tree.map(on_host, (model, own))
+        model, network = jax.tree.map(on_host, (model, network))
     if not is_first():
         return
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
@@ -37,10 +37,12 @@ def save_trained(how: TrainFlags, task: Task, params: Any, folder: Path, dtype: 
     settings: dict[str, Any] = {}
     if how.policy != "full":
         settings = dict(slots=how.slots, segment=how.segment, chunk=how.chunk_length, placement=how.placement)
-    if task.learned is None or own is None:
+    if task.own is not None:
+        save_policy(task.own._replace(settings={**task.own.settings, **settings}), new, model=model)
+    elif task.learned is None or network is None:
         save_policy(SavedPolicy(how.policy, settings), new)
     else:
-        saved = SavedPolicy(task.learned.kind, settings | task.learned.settings, own._asdict())
+        saved = SavedPolicy(task.learned.kind, settings | task.learned.settings, network._asdict())
         save_policy(saved, new, model=model)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)

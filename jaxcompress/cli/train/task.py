@@ -43,6 +43,7 @@ class Task(NamedTuple):
       told: by metric, the name and the unit under which it is told.
       parts: from trained params to the model, and the policy's own weights if it has any.
       learned: how the policy is learned, if it is.
+      own: the policy that the model had, if it is trained through that one.
     """
 
     params: Any
@@ -51,6 +52,7 @@ class Task(NamedTuple):
     told: dict[str, tuple[str, str]]
     parts: Callable[[Any], tuple[Decoder, ForgetHead | None]]
     learned: PolicyObjective | None
+    own: SavedPolicy | None = None
 
 
 def task_of(how: TrainFlags, model: Decoder, policy: Policy | None, dtype: str, own: SavedPolicy | None = None) -> Task:
@@ -60,7 +62,7 @@ def task_of(how: TrainFlags, model: Decoder, policy: Policy | None, dtype: str, 
       model: float32.
       policy: through which the model is trained; None: plain attention, or a policy that is learned.
       dtype: in which models compute.
-      own: the policy that the model has, for --from-learned.
+      own: the policy that the model has, for --from-learned and --policy learned.
 
     Raises:
       ValueError: rows shorter than a segment, a policy of the model's own that is another one, or as the objectives.
@@ -76,11 +78,12 @@ def task_of(how: TrainFlags, model: Decoder, policy: Policy | None, dtype: str, 
         return _learning(how, model, frozen, own)
     teacher, told = (frozen, _DISTILLED) if how.distill else (None, _NATS)
     objective = causal() if policy is None else _through(policy, how=how, teacher=teacher)
+    own = own if how.policy == "learned" else None
     if how.lora is None:
-        return Task(model, objective, objective, told, lambda params: (params, None), None)
+        return Task(model, objective, objective, told, lambda params: (params, None), None, own)
     adapters = init_lora(model, jax.random.key(how.seed), rank=how.lora)
     objective = adapted(objective, frozen)
-    return Task(adapters, objective, objective, told, lambda params: (add_lora(model, params), None), None)
+    return Task(adapters, objective, objective, told, lambda params: (add_lora(model, params), None), None, own)
 
 
 def _learning(how: TrainFlags, model: Decoder, frozen: Decoder, own: SavedPolicy | None) -> Task:
