@@ -15,6 +15,7 @@ from typing import Any
 # Before JAX is imported; what is set in the environment counts.
 os.environ["XLA_FLAGS"] = " ".join([
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",  # two processes of tests have both cores
     # From 0.12 on jaxlib does not know this one, and ends the process for it.
     "--xla_cpu_use_fusion_emitters=false" if [*map(int, version("jaxlib").split(".")[:2])] < [0, 12] else "",
     os.environ.get("XLA_FLAGS", ""),
