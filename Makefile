@@ -25,7 +25,7 @@ docs: $(SITE)
 	@$(BIN)/python -m pytest -n 2 tests/docs
 	@$(MAKE) --no-print-directory site
 
-# The same without the snippets, which are also among the tests of `make test`.
+# The same without the snippets, which are also among the tests of `make slow`.
 site: $(SITE)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo "site/index.html"

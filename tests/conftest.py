@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import count
@@ -97,6 +98,22 @@ def as_users_call_it() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+UNTIL = float(os.environ.get("TESTS_UNTIL", "inf"))  # seconds since 1970
+FROM = int(os.environ.get("TESTS_FROM", 0))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with another test for each number FROM: those for which no time is left are not always the same."""
+    first = FROM % max(1, len(items))
+    items[:] = items[first:] + items[:first]
+
+
+def pytest_runtest_setup() -> None:
+    """No test begins after the time UNTIL."""
+    if time.time() > UNTIL:
+        pytest.skip("no time is left")
 
 
 MOST_MAPPINGS = 30_000  # of memory; Linux allows a process 65,530, and each compiled function takes some 200

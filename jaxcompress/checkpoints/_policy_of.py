@@ -16,9 +16,9 @@ NORMS = "norms"
 def policy_of(model: Decoder, folder: str | Path) -> SavedPolicy | None:
     """The policy that was trained for a model, None if there is none.
 
-    It is the one in the model's folder. If the folder has none, or the model was trained further with its full cache, or
-    it is a file, the policy is the one that ships with the package for this model, whatever precision the weights have
-    (see `norms_fingerprint`).
+    It is the one in the model's folder. If the folder has none, or the model was trained further with its full cache,
+    it is the one that ships with the package for this model, whatever precision the weights have (see
+    `norms_fingerprint`). So it is for a model that is a file.
 
     Raises:
       ValueError: the folder's policy is damaged, or is for another model.

@@ -1,6 +1,6 @@
-"""Paths that a command is given, looked at before anything is loaded: a model may take minutes.
+"""Paths and policies that a command is given, looked at before anything is loaded: a model may take minutes.
 
-A flag says with a mark what its paths are for: `file: Annotated[Path | None, READ]`.
+A flag says with a mark what it names: `file: Annotated[Path | None, READ]`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxcompress.inputs.text import check_file
 
 
 class PathMark(NamedTuple):
-    """What a flag's paths are for.
+    """What a flag names.
 
     Attributes:
       check: takes a value of the flag, and raises OSError or ValueError where it cannot be used.
@@ -25,7 +25,7 @@ class PathMark(NamedTuple):
 
 
 def check_paths(command: Any) -> None:
-    """Raises OSError or ValueError for a path of a command that is not there, or cannot be used."""
+    """Raises OSError or ValueError for a path of a command that cannot be used, or a policy that is not known."""
     hints = get_type_hints(type(command), include_extras=True)
     for field in dataclasses.fields(command):
         marks = [mark for mark in getattr(hints[field.name], "__metadata__", ()) if isinstance(mark, PathMark)]
@@ -45,13 +45,31 @@ def _check_folder(path: Path) -> None:
 
 
 def _check_policy(name: str) -> None:
-    if ".py" not in name:
-        return
-    from jaxcompress.policies.names import own_places
+    from jaxcompress.policies.names import get_policy, own_places
     from jaxcompress.policies.own import check_place
 
-    for place in own_places(name):
-        check_place(place)
+    if ":" in name:  # code of one's own, which runs when the policy is made
+        for place in own_places(name):
+            check_place(place)
+    elif "learned" not in name:  # that one comes with the model
+        get_policy(name)
+
+
+def _check_trained(name: str) -> None:
+    from jaxcompress.training.policy_objectives import TRAINABLE
+
+    if name in TRAINABLE:
+        return
+    try:
+        _check_policy(name)
+    except ValueError as error:
+        raise ValueError(f"{error}. Policies to be learned: {', '.join(TRAINABLE)}") from None
+
+
+def _check_pool(text: str) -> None:
+    name, colon, _ = text.rpartition(":")
+    if colon:
+        _check_policy(name)
 
 
 READ = PathMark(check_file)
@@ -63,5 +81,8 @@ FOLDER = PathMark(_check_folder)
 POLICY = PathMark(_check_policy)
 """The name of a policy, which may be one of a file: FILE.py:NAME."""
 
-POOL = PathMark(lambda text: _check_policy(text.rpartition(":")[0]))
+TRAINED = PathMark(_check_trained)
+"""The same, or the name of a policy that is to be learned."""
+
+POOL = PathMark(_check_pool)
 """The same with a number of slots: FILE.py:NAME:SLOTS."""

@@ -246,6 +246,7 @@ def test_what_a_head_gives_depends_on_its_own_capacity_alone(head: int) -> None:
     np.testing.assert_allclose(split.hidden, alone.hidden, 1e-4, 1e-5)
 
 
+@pytest.mark.slow
 def test_rows_with_heads_of_different_capacity_are_independent() -> None:
     policy, slots = H2O(1, "kv_head"), ((3, 7), (6, 2))
     tokens, valid = random_tokens(3, 16), np.ones((3, 16), bool)

@@ -66,6 +66,7 @@ def test_a_line_is_a_message(say: Any, loaded: Loaded) -> None:
     assert ran.err == "jaxcompress: an empty line is no message; write one, or /help\n"
 
 
+@pytest.mark.slow
 def test_flags_reach_the_chat(say: Any, loaded: Loaded, tmp_path: Path) -> None:
     flags = ("--slots", "6", "7", "--state-dtype", "int8", "--placement", "slot", "--mode", "chunked", "--chunk", "4",
              "--system", "S", "--template-args", '{"x": 1}', "--temperature", "0.7", "--seed", "3")  # fmt: skip

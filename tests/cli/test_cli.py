@@ -424,6 +424,7 @@ def test_a_reader_that_has_gone_is_no_error(unbuffered: str) -> None:
     assert (process.returncode, complaint) == (0, b"")
 
 
+@pytest.mark.slow
 def test_a_trace_is_written(tmp_path: Path) -> None:
     short = ("--prompt", "def", "--slots", "8", "--max-new-tokens", "1")
     assert main(["generate", *short, "--profile", str(tmp_path / "trace")]) == 0

@@ -28,6 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(chat_folder(tmp_path_factory.mktemp("ruler_cli")))
 
 
+@pytest.mark.slow
 def test_a_sweep_and_its_board(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One cell cannot be measured: the others are, and the next run tries only that one."""
     out = tmp_path / "rows.jsonl"

@@ -51,6 +51,7 @@ def test_help(command: str, run: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert f"--state-dtype{{None,{','.join(DTYPES)}}}" in "".join(capsys.readouterr().out.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_generate(run: Any, model: Decoder, tokenizer: Tokenizer) -> None:
     how = ("--prompt", SENTENCE, "--policy", "tova", "--slots", 6, "--max-new-tokens", 10, "--json")
     ids = [tokenizer.encode(SENTENCE)]
@@ -83,6 +84,7 @@ def test_perplexity_reports_the_bytes_of_codes_and_scales(run: Any, text: Path, 
     assert int8["nats"] != int4["nats"]
 
 
+@pytest.mark.slow
 def test_trace(run: Any, text: Path, tmp_path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
     out = tmp_path / "trace.npz"
     how = (
@@ -116,6 +118,7 @@ def test_retention(run: Any, text: Path, tmp_path: Path) -> None:
     assert run("retention", *how, "--state-dtype", "int8").json["tokens"] == 24
 
 
+@pytest.mark.slow
 def test_compare(monkeypatch: pytest.MonkeyPatch, run: Any, tmp_path: Path) -> None:
     """It gets there, and into the rows; what it does with it is tested where it is computed."""
     given, out = [], tmp_path / "rows.jsonl"

@@ -10,11 +10,15 @@ import pytest
 from pages import DOCS, PAGES, ROOT, name, text
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FIRST = "docs/getting-started"
 WITH_PYTHON = [page for page in PAGES if page.is_relative_to(DOCS) and BLOCK.search(text(page))]
 
 
 @pytest.mark.usefixtures("as_users_call_it")
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=name(page), marks=() if name(page) == FIRST else pytest.mark.slow) for page in WITH_PYTHON],
+)
 def test_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shown, names = text(page), dict[str, Any](__name__=page.stem)

@@ -39,6 +39,7 @@ def test_words_and_pictures_go_in() -> None:
     np.testing.assert_allclose(pixels[0], (drawing.pixels.transpose(2, 0, 1) / 255 - 0.5) / 0.25, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_answers_far_better_than_by_guessing() -> None:
     loaded = load_embedded_vision()
     tokenizer = loaded.tokenizer

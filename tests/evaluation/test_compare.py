@@ -42,6 +42,7 @@ def test_answers_count_for_the_seed_that_drew_their_question() -> None:
     assert _spread(right, np.array(tasks.drawn))[0] == 0.25
 
 
+@pytest.mark.slow
 def test_rows() -> None:
     """Means over seeds of what the parts give, bytes as measured, and nothing that a policy cannot do."""
     model = tiny_decoder(VOCABULARY)

@@ -65,6 +65,7 @@ def alone(harness: HarnessModel, context: list[int], continuation: list[int]) ->
     return float(scores[np.arange(len(continuation)), continuation].sum()), bool(right.all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bounded", "full"])
 def test_continuations(kind: str, request: pytest.FixtureRequest) -> None:
     """Contexts of different lengths in batches, two continuations of one context, an empty context."""
@@ -179,6 +180,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the harness and of what it imports
 def test_the_harness_runs_it(
     tasks: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

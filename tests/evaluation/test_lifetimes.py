@@ -45,6 +45,7 @@ def sets_held(death: np.ndarray, step: int) -> list[set[int]]:
     return [{j for j, d in enumerate(row) if j <= step < d} for row in rows]
 
 
+@pytest.mark.slow
 @given(some_deaths(2, 3))
 def test_occupancy_is_the_number_held(death: np.ndarray) -> None:
     counted = occupancy(death)

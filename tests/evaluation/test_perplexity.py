@@ -134,6 +134,7 @@ def test_what_is_left_out_is_told(model: Decoder) -> None:
         perplexity(model, TEXT, TOVA(), SLOTS, text=9)
 
 
+@pytest.mark.slow
 def test_a_capacity_that_nothing_depends_on_is_no_result(model: Decoder) -> None:
     """A policy that selects once keeps what it keeps: it has one capacity in each mode, or none."""
     policy, how = once(TOVA(), 4), dict[str, Any](mode="oneshot", prompt=10)

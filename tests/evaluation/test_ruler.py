@@ -194,6 +194,7 @@ def prompts(loaded):
     return [fitted("niah_multikey_1", 1200, i, 0, loaded.tokenizer, SOURCES, "chat") for i in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [False, True])
 def test_answers_are_those_of_reading_each_prompt_by_itself(known: bool, asker: Asker, prompts, loaded) -> None:
     """A batch that is not full, two questions of one context, and a copy of the state: against `generate`."""
@@ -207,6 +208,7 @@ def test_answers_are_those_of_reading_each_prompt_by_itself(known: bool, asker: 
     assert given.written == [loaded.tokenizer.decode(row) for row in tokens]
 
 
+@pytest.mark.slow
 def test_the_question_decides_what_is_kept_only_if_it_is_known(asker: Asker, prompts) -> None:
     """A window keeps the end of what it reads: the question, if that is part of it."""
     ask = lambda known: asker.ask(prompts, jc.get_policy("window"), 300, "kvpress", known=known)

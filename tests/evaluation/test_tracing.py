@@ -146,6 +146,7 @@ def test_full_forgets_nothing(model: Decoder) -> None:
     )
 
 
+@pytest.mark.slow
 def test_layers_with_fewer_slots_are_filled_up() -> None:
     done = traced("tova", "oneshot", (3, 5))
     assert done.positions.shape[-1] == 6

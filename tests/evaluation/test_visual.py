@@ -59,6 +59,7 @@ def test_it_is_the_same_exam_at_every_call() -> None:
     assert 0 < guessing(asked()) <= 1
 
 
+@pytest.mark.slow
 def test_answers_are_those_that_the_model_writes(whole: Outcome) -> None:
     """Through prompts with all visual tokens, read without any method."""
     model = embedded().model
@@ -75,7 +76,8 @@ def test_answers_are_those_that_the_model_writes(whole: Outcome) -> None:
     assert abs(whole.kv_bytes / (config.num_layers * (PATCHES + longest + ANSWER + 1)) - entry) < 4
 
 
-@pytest.mark.parametrize("name", ["fastervlm", pytest.param("fastv", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fastervlm", "fastv"])
 def test_without_a_decoding_stage_the_first_token_is_that_of_plain_attention(name: str, examiner: Examiner) -> None:
     """Layer after layer without a state, and the prune steps between them, at the positions of the whole prompt."""
     model, method = embedded().model, get_method(name, 16)

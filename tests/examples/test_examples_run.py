@@ -20,6 +20,7 @@ LESS: dict[str, dict[str, Any]] = {
     "retention_page": dict(slots=32, tokens=256, out=Path("page.html")),
     "shorten_prompt": dict(slots=32, characters=600, max_new_tokens=8),
 }
+SLOW = {"ask_long_file", "distill", "new_policy"}
 SAYS = {  # patterns
     "ask_long_file": r"What is an assignment\?",
     "chat": r"> recall: current module ->\n default path",  # what it was told two messages before
@@ -35,7 +36,7 @@ def test_all_are_run() -> None:
 
 
 @pytest.mark.usefixtures("as_users_call_it")
-@pytest.mark.parametrize("name", LESS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LESS])
 def test_an_example_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -197,6 +197,7 @@ def test_domains_are_the_same_every_time_and_told_apart(script: Any, tmp_path: P
         module.domains_of([str(own), str(own)])
 
 
+@pytest.mark.slow
 def test_what_a_reader_needs(script: Any) -> None:
     """A word left out, as by reading the text twice; and the best half is labelled."""
     module, loaded = script("reader_teachers"), load_embedded()

@@ -41,12 +41,13 @@ NEEDS = {  # a module that the tests do not install, and the command that does
 SLOW = {
     "approximate_scores", "context_reconstruction", "finetune_prompt_compressor", "policy_pages", "position_bias",
     "prompt_continuation", "prompt_tables", "random_against_designed", "random_eviction", "reader_teachers",
-    "slot_sharing", "soak_server", "speed_decode", "speed_kernels", "speed_peers", "speed_training", "speed_vision",
-    "storage", "tova_documents", "tova_extrapolation", "tova_kept", "tova_perplexity", "train_bounded",
+    "real_model", "slot_sharing", "soak_server", "speed_decode", "speed_engine", "speed_kernels", "speed_peers",
+    "speed_policies", "speed_prompt", "speed_training", "speed_vision", "storage", "teacher_tables", "tova_documents",
+    "tova_extrapolation", "tova_generation", "tova_kept", "tova_perplexity", "tova_throughput", "train_bounded",
     "train_embedded", "train_prompt_compressor", "train_reinforced", "train_vision_demo", "training_evidence",
-    "vision_tables",
+    "uniformity", "vision_tables",
 }  # fmt: skip
-"""Those that take more than 6 seconds of a processor."""
+"""Those that take more than 2 seconds of a processor."""
 
 
 class Ran(NamedTuple):

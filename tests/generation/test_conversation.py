@@ -260,6 +260,7 @@ def test_slots_of_every_form_are_saved(loaded: Loaded, tmp_path: Path, slots: An
     assert again.send("b") == chat.send("b")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_users_call_it")  # states are described by shapes
 def test_a_conversation_on_several_devices(loaded: Loaded, tmp_path: Path) -> None:
     chat_of(loaded, sharding=ShardingRules(make_mesh("data=2")))  # one row, on every device

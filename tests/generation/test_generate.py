@@ -285,6 +285,7 @@ def test_full_says_how_many_slots_it_needs(model: Decoder) -> None:
         decode(model, begun(model, PROMPTS, Full(), 20), 5)
 
 
+@pytest.mark.slow
 def test_what_once_keeps_of_a_short_prompt_and_of_a_window_fits() -> None:
     """It keeps no more than there is: a prompt's own tokens, and a sliding-window layer's window of all."""
     narrow = tiny_decoder(sliding=(8, None))

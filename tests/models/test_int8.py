@@ -44,6 +44,7 @@ def test_logits_are_those_of_the_rounded_weights(name: str) -> None:
     assert model.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_it_decodes_as_the_rounded_weights_do() -> None:
     model = load(PARITY / "llama_tied", dtype="int8").model
     answers = [

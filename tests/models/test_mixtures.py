@@ -50,6 +50,7 @@ def test_a_full_state_gives_the_logits_of_pytorch(name: str, chunk: int) -> None
     np.testing.assert_allclose(decoder.logits(done.hidden), logits(name), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_row_is_read_as_if_it_were_alone(name: str) -> None:
     """Streamed with TOVA, one row padded at the left and one at the right; then one step of decoding."""
@@ -70,7 +71,9 @@ def test_a_row_is_read_as_if_it_were_alone(name: str) -> None:
             np.testing.assert_array_equal(np.sort(a.positions[:, row]), np.sort(b.positions[:, 0]))
 
 
-@pytest.mark.parametrize("name", [name.replace("N", "4") for name in NAMES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name.replace("N", "4"), marks=() if name == "tova" else pytest.mark.slow) for name in NAMES]
+)
 def test_every_policy_runs_with_sinks_windows_and_experts(name: str) -> None:
     """Token by token: within the capacity, and within the window of layers that have one."""
     decoder, policy, ids = model("gpt_oss"), get_policy(name), tokens("gpt_oss")
@@ -92,6 +95,7 @@ def test_a_window_bounds_the_state() -> None:
     assert [part.capacity for part in state] == [7, 100, 7]
 
 
+@pytest.mark.slow
 def test_heads_of_different_capacity_have_their_own_sinks() -> None:
     decoder, policy = model("gpt_oss"), policies.TOVA("kv_head")
     state = init_state(decoder.config, policy, [[T, T + 1]] * 3, batch=2)
@@ -100,6 +104,7 @@ def test_heads_of_different_capacity_have_their_own_sinks() -> None:
     np.testing.assert_allclose(decoder.logits(done.hidden), logits("gpt_oss"), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_through_a_bounded_state() -> None:
     """By death times and through the scan; every weight has one, sinks and experts included."""
     decoder, policy, ids = model("gpt_oss"), policies.TOVA(), tokens("gpt_oss")[:, :14]

@@ -95,6 +95,7 @@ def layouts(draw: Any) -> Data:
     return rows._replace(valid=valid | (np.arange(B) == 0)[:, None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS)
 @settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(rows=layouts())
@@ -121,7 +122,8 @@ def test_with_room_for_all_it_is_attention_to_the_runs(cut: str, rows: Data) -> 
             np.testing.assert_array_equal(death[b, g, : len(q)], np.where(ended, T, at + 1))
 
 
-@pytest.mark.parametrize("of", ["knorm", pytest.param("window", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["knorm", "window"])
 def test_a_full_state_chooses_among_runs(of: str) -> None:
     rows, slots = data(3), 4
     steps, streaming = run(of, rows, slots, "steps"), run(of, rows, slots, "streaming")

@@ -177,6 +177,7 @@ def test_turning_a_cached_key_is_rotating_the_bare_one(rope: RopeConfig) -> None
     np.testing.assert_allclose(turned, rotate(jnp.asarray(keys), jnp.asarray(to), rope), atol=3e-4)
 
 
+@pytest.mark.slow
 def test_layers_of_different_length_go_on() -> None:
     """After pyramid budgets, one and five tokens more: every layer masks by what it holds itself."""
     model, ids = llama("llama_gqa")

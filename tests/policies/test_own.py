@@ -93,6 +93,7 @@ class TestEverythingTakesIt:
         assert (row.policy, row.slots) == ("Quiet/every2", SLOTS)
         assert row.nats is not None
 
+    @pytest.mark.slow
     def test_train(self, quiet: Policy) -> None:
         """A few steps through the state learn the batch."""
         batch = Batch(self.tokens[:, :17], np.ones((2, 16), np.float32))

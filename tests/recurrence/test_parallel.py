@@ -31,16 +31,7 @@ by_death_times, by_scan = (partial(advance, recurrence=step) for step in (parall
 MASKED = sorted(
     name for name, (policy, _) in RULES.items() if exact_gradient(policy) is parallel_gradient and name != "full"
 )
-FEW = {
-    ("tova", 1),
-    ("h2o", 1),
-    ("window+2", 1),
-    ("snapkv", 1),
-    ("ada-keydiff", 1),
-    ("every-tova", 1),
-    ("tova", 5),
-    ("tova-pool", T),
-}
+FEW = {("tova", 1), ("h2o", 1), ("snapkv", 1), ("tova", 5)}
 
 
 @cache

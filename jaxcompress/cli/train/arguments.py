@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from jaxcompress.cli.flags import ModeFlags, ModelFlag, PlacementFlag, PolicyFlags, SeedFlag, at_least
 from jaxcompress.cli.mesh import ProfileFlag
-from jaxcompress.cli.paths import FOLDER, POLICY
+from jaxcompress.cli.paths import FOLDER, TRAINED
 from jaxcompress.cli.train.presets import NETWORK_RATE, PRESETS
 
 
@@ -74,7 +74,7 @@ class TrainFlags(
 ):  # fmt: skip
     """What `train` is told."""
 
-    policy: Annotated[str, POLICY] = "tova"
+    policy: Annotated[str, TRAINED] = "tova"
     """Eviction policy to train a model for: a name from `jaxcompress info`, full for plain attention, FILE.py:NAME for
     your own, or learned for the one that the model has, which stays as it is. Or one to learn: retention,
     retention-layer, retention-pool, dms, dms-pool, dmc."""
