@@ -72,7 +72,7 @@ def test_files(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comman
     refused(ran, "UTF-16" if what in ("utf-16", "zeros") and command != "trace " else "")
 
 
-WRONG_PATHS = {
+WRONG = {
     "generate --file no.txt": "there is no file no.txt",
     "generate --file no.txt --chat --prompt a": "there is no file no.txt",
     "perplexity --file no.txt": "there is no file no.txt",
@@ -102,11 +102,15 @@ WRONG_PATHS = {
     "ruler --policies tova no.py:Far": "there is no file no.py",
     "retention --out page.html --compare no.py:Far": "there is no file no.py",
     "perplexity --profile t": "t is a file; give a folder",
+    "generate --prompt a --policy tvoa": "unknown policy 'tvoa', did you mean tova?",
+    "perplexity --policies full snapkv+0": "at least 1",
+    "serve --more-pools no:5": "unknown policy 'no'",
+    "train --out run --data t --policy retenton": "Policies to be learned: retention, ",
 }
 
 
-@pytest.mark.parametrize("command", WRONG_PATHS)
-def test_a_wrong_path_is_told_before_anything_is_loaded(
+@pytest.mark.parametrize("command", WRONG)
+def test_a_wrong_path_or_policy_is_told_before_anything_is_loaded(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     loaded = lambda *source, **how: pytest.fail("the model was loaded first")
@@ -115,7 +119,7 @@ def test_a_wrong_path_is_told_before_anything_is_loaded(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t").write_text("word " * 64)
     put(tmp_path / "latin-1", "latin-1")
-    refused(run(*command.split()), WRONG_PATHS[command])
+    refused(run(*command.split()), WRONG[command])
 
 
 def test_every_path_of_a_command_is_looked_at() -> None:
