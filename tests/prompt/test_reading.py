@@ -95,6 +95,7 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert "(0, 1]" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_words_and_visual_tokens_in_one_call() -> None:
     """The report counts both, and the answer is that of the shorter prompt with as many visual tokens."""
     from jaxcompress.checkpoints import load_embedded_vision

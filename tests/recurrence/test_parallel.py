@@ -98,6 +98,7 @@ def test_gradient_of_death_times(name: str, chunk: int) -> None:
     compare(*(of_both(form, state, policy, chunk=chunk) for form in (by_death_times, by_scan)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [3, 9])
 def test_sliding_windows(window: int) -> None:
     state, policy = (lambda: fresh(Case("tova"))), policies.TOVA()

@@ -458,6 +458,7 @@ def test_reading_in_pieces_and_writing() -> None:
     np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_traced_logits() -> None:
     model, tova, ids = tiny_decoder(), policies.TOVA(), random_tokens(2, 24)
     measured = perplexity(model, ids, tova, 6, dtype="int4")

@@ -111,6 +111,7 @@ def test_nothing_is_compiled_after_the_start(engine: Engine) -> None:
     assert programs() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "changes"),
     [

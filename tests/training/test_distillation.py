@@ -47,6 +47,7 @@ def test_divergence_is_its_definition() -> None:
     np.testing.assert_allclose(divergence(jnp.asarray(student), jnp.asarray(student)), 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_parts_and_their_gradient() -> None:
     """Against one pass over the whole text, written down."""
     model, teacher = tiny_decoder(), jax.tree.map(lambda x: x * 0.9, tiny_decoder())
@@ -71,6 +72,7 @@ def test_all_parts_and_their_gradient() -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_a_state_that_holds_everything_has_nothing_to_learn() -> None:
     metrics, gradient = run(tiny_decoder(), slots=T)
     assert float(metrics["loss"]) == pytest.approx(0, abs=1e-5)

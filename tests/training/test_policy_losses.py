@@ -237,6 +237,7 @@ def test_only_the_network_learns_from_foresight(scope: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_head_beside_its_model() -> None:
     """Each learns what it would learn alone, while the other stands still."""
     head = noisy(init_retention(MODEL.config, jax.random.key(0), hidden=4), 0.3)
@@ -322,6 +323,7 @@ def one_layer(head: ForgetHead, k: Any, v: Any) -> Any:
     return token_numbers(jax.tree.map(lambda x: x[0], head), k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
+@pytest.mark.slow
 def test_retention_learns_what_is_asked_for_later() -> None:
     q, k, v, marked = texts(0, 16)
     positions = jnp.broadcast_to(jnp.arange(T), marked.shape)
@@ -333,6 +335,7 @@ def test_retention_learns_what_is_asked_for_later() -> None:
     assert remembered(policies.Retention(head)) > 0.95
 
 
+@pytest.mark.slow
 def test_dms_learns_what_is_asked_for_later() -> None:
     """Through attention alone: its output is to stay what it was, while ever fewer tokens may be kept."""
     q, k, v, marked = texts(0, 16)

@@ -109,7 +109,8 @@ def test_policies_that_do_more_than_evict_use_the_scan(policy: str) -> None:
     same(gradient(policy, 8, None, None), gradient(policy, 1, None, steps))
 
 
-@pytest.mark.parametrize("bptt_segments", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bptt_segments", [1, 3])
 def test_the_gradient_goes_back_as_far_as_it_is_let(bptt_segments: int) -> None:
     """Against a loop over windows, between which the state is a constant."""
     segment, policy, model = 4, get_policy("tova"), tiny_decoder()

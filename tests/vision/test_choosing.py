@@ -140,6 +140,7 @@ def test_rank_says_how_many() -> None:
     assert int(sparsevlm.rank_budget(jnp.eye(6)[None, None], jnp.ones((1, 6), bool), everything, 0.1, 0.0)[0]) == 6
 
 
+@pytest.mark.slow
 def test_clusters_count_only_what_is_there() -> None:
     x = jax.random.normal(jax.random.key(0), (2, 12, 4))
     present = jnp.arange(12) < jnp.array([[9], [12]])
@@ -151,6 +152,7 @@ def test_clusters_count_only_what_is_there() -> None:
     np.testing.assert_allclose(same.x[0], 1.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_prumerge_with_no_outlier_keeps_what_went() -> None:
     x = jax.random.normal(jax.random.key(1), (1, 40, 4))
     flat = jnp.full((1, 40), 1 / 41)

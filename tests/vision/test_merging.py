@@ -116,6 +116,7 @@ def test_unmerged_tokens_are_their_group() -> None:
     assert followed(jnp.array([[1, -1, 0]]), jnp.array([[5, 6]])).tolist() == [[6, -1, 5]]
 
 
+@pytest.mark.slow
 def test_in_place_and_with_fixed_numbers_are_the_same_merge() -> None:
     x, size = tokens(4)
     table = windows.window_table(6, 6, 3)
@@ -160,6 +161,7 @@ def numpy_frames(x: np.ndarray, r: int) -> list[list[int]]:
     return [groups[first] for first in sorted(groups)]
 
 
+@pytest.mark.slow
 @hypothesis.given(seed=st.integers(0, 1000), r=st.sampled_from([0, 1, 13, 27]))
 @hypothesis.settings(max_examples=8)
 def test_still_patches_of_a_video_merge_as_restated(seed: int, r: int) -> None:
