@@ -204,7 +204,10 @@ class Terminal:
 
     def __init__(self, *arguments: str) -> None:
         ours, theirs = pty.openpty()
-        become = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from jaxcompress.cli import main; "
+        become = (  # a run of tests in the background leaves it deaf to Ctrl-C
+            "import fcntl, signal, sys, termios; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0); from jaxcompress.cli import main; "
+        )
         self.program = subprocess.Popen(
             [sys.executable, "-c", f"{become}sys.exit(main(sys.argv[1:]))", *arguments],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env={**os.environ, "TERM": "dumb"},
