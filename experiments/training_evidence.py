@@ -31,7 +31,7 @@ from paper_tables import OfBooks, Plan, dtype_of, figure_of_rows, markdown, of_e
 
 import jaxcompress as jc
 from jaxcompress import embedded
-from jaxcompress.checkpoints import Loaded, load_policy, policy_of
+from jaxcompress.checkpoints import Loaded, load_policy
 from jaxcompress.evaluation import rows_of_text
 from jaxcompress.evaluation.policy_hash import policy_settings
 from jaxcompress.evaluation.results import Cell, Figure, Row
@@ -114,8 +114,7 @@ def plan(args: Arguments) -> Plan:
         model = named[name]
         loaded = jc.load(embedded.decoder_folder() if model in (None, "embedded") else model, dtype=args.dtype)
         names = ("full", OWN) if name != AS_IS and has_its_own(loaded) else ("full", *args.policies)
-        saved = policy_of(loaded.model, loaded.folder)
-        learned = None if saved is None else saved.make()
+        learned = loaded.policy if any(one.split("/")[0] == OWN for one in names) else None
         return Reader(loaded, {one: jc.get_policy(one, learned=learned) for one in names})
 
     def needles(name: str, context: int) -> Needles:

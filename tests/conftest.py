@@ -100,7 +100,7 @@ def as_users_call_it() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-UNTIL = float(os.environ.get("TESTS_UNTIL", "inf"))  # seconds since 1970
+UNTIL = float(os.environ.get("TESTS_UNTIL", "inf"))  # seconds since 1970; `.ci/run` gives its slow tests so long
 FROM = int(os.environ.get("TESTS_FROM", 0))
 
 
